@@ -1,0 +1,153 @@
+"""Checkpoints that a power cut cannot spoil: written aside, synced, checksummed, then renamed.
+
+A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (what all ranks share), one ``rank_0.pt``
+for each rank (random generators, data position) and ``checkpoint.json`` with size and SHA-256 of each.
+torch.load does not notice a flipped bit, so the checksum is what tells a good file.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpl_fast.distributed import barrier, from_first, gather
+from mpl_fast.errors import CheckpointError
+
+FORMAT = "mpl_fast.checkpoint/1"
+
+
+class Checkpoints:
+    """The newest few checkpoints of a run."""
+
+    def __init__(self, folder: Path, *, keep: int, rank: int, world: int) -> None:
+        self.folder, self.keep, self.rank, self.world = folder, keep, rank, world
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".writing_*"):
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, shared: dict[str, Any], mine: dict[str, Any]) -> Path:
+        """Writes what all ranks share (rank 0's is taken) and what is each rank's own.
+
+        Every rank must call it. Either the whole checkpoint appears under its final name, or nothing.
+        """
+        aside, final = self.folder / f".writing_{step:08d}", self.folder / f"step_{step:08d}"
+        if self.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        barrier()
+        files = {f"rank_{self.rank}.pt": mine} | ({"state.pt": shared} if self.rank == 0 else {})
+        written = {name: _write(aside / name, _packed(value)) for name, value in files.items()}
+        everyones = gather(written)
+        if self.rank == 0:
+            about = {"format": FORMAT, "step": step, "world": self.world}
+            about["files"] = {name: facts for part in everyones for name, facts in part.items()}
+            _write(aside / "checkpoint.json", json.dumps(about, indent=1).encode())
+            _sync_folder(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            _sync_folder(self.folder)
+            for old in _steps(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+        barrier()
+        return final
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest undamaged checkpoint, and a warning for each damaged one passed over.
+
+        Raises `CheckpointError` if there are checkpoints but none can be used.
+        """
+        found, damage = from_first(self._newest() if self.rank == 0 else None)
+        if found is None and damage:
+            raise CheckpointError(f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir")
+        return found, damage
+
+    def _newest(self) -> tuple[Path | None, list[str]]:
+        damage: list[str] = []
+        for folder in reversed(_steps(self.folder)):
+            reason = _damage(folder)
+            if reason is None:
+                return folder, damage
+            damage.append(f"{folder.name} is damaged ({reason})")
+        return None, damage
+
+    def load(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all ranks share, and what is this rank's own."""
+        world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        if world != self.world:
+            raise CheckpointError(
+                f"{checkpoint} was written by {world} ranks and this run has {self.world}: "
+                f"start torchrun with {world} processes"
+            )
+        return _read(checkpoint / "state.pt"), _read(checkpoint / f"rank_{self.rank}.pt")
+
+
+def read_shared(checkpoint: Path) -> dict[str, Any]:
+    """What all ranks share of one checkpoint, for use outside training."""
+    return _read(checkpoint / "state.pt")
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def _packed(value: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getbuffer()
+
+
+def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or nothing."""
+    try:
+        about = json.loads((checkpoint / "checkpoint.json").read_text())
+        if about["format"] != FORMAT:
+            return f"checkpoint.json: format {about['format']!r} is not {FORMAT!r}"
+        for name, facts in about["files"].items():
+            with (checkpoint / name).open("rb") as file:
+                digest = hashlib.sha256()
+                for block in _blocks(file):
+                    digest.update(block)
+            if digest.hexdigest() != facts["sha256"]:
+                return f"{name}: its content does not have the checksum it was written with"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return "checkpoint.json: not readable"
+    return None
+
+
+def _blocks(file: io.BufferedReader) -> Iterator[bytes]:
+    while block := file.read(1 << 22):
+        yield block
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable; some network file systems cannot, and need not."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

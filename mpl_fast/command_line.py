@@ -1,0 +1,175 @@
+"""From a command line and a YAML file to one checked `RunConfig`; torch-free, so that --help is instant."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
+from mpl_fast.errors import ConfigError
+
+USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC --run-dir RUN
+
+Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
+The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
+
+BARE = ("config", "help", "print_config")  # options of the parser itself, not of the config
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The run that the arguments ask for. Raises `ConfigError` for anything wrong with them."""
+    arguments = [_underscored(a) for a in argv]
+    file = _option(arguments, "config")
+    tree = _read_yaml(file) if file else None
+    values: dict[str, Any] = _plain(tree) if tree else {}
+    recipe = _option(arguments, "recipe") or values.get("recipe", "mpl")
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe {recipe!r} does not exist{_near(str(recipe), list(RECIPES))}")
+    known = list(_keys(RunConfig, RECIPES[recipe]))
+    if tree:
+        _check_yaml_keys(file or "", tree, known, recipe)
+    _check_options(arguments, known, recipe)
+    config = _parse_types(arguments, recipe)
+    if found := problems(config):
+        raise ConfigError(found[0])
+    return config
+
+
+def read_config(file: Path) -> RunConfig:
+    """The run that a saved ``config.yaml`` describes."""
+    return parse(["--config", str(file)])
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Text that `parse` reads back to an equal config."""
+    return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _parse_types(arguments: list[str], recipe: str) -> RunConfig:
+    parser = _parser(RECIPES[recipe])
+    try:
+        found = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except (ConfigError, SystemExit):
+        raise
+    except Exception as error:  # jsonargparse raises many kinds; each carries the reason in its text
+        raise ConfigError(" ".join(str(error).split())) from None
+    for name in ("config", "print_config"):
+        found.pop(name, None)
+    return RunConfig(**found)
+
+
+class _Parser(ArgumentParser):  # type: ignore[misc]  # a base class without full annotations
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(" ".join(message.split()))
+
+
+def _parser(algorithm: type[AlgorithmConfig]) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog="train.py", usage=USAGE)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_class_arguments(RunConfig, skip={"algorithm"})
+    parser.add_class_arguments(algorithm, "algorithm")
+    return parser
+
+
+def _underscored(argument: str) -> str:
+    """``--run-dir=a-b`` becomes ``--run_dir=a-b``."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _option(arguments: Sequence[str], name: str) -> str | None:
+    """The last value given to an option that must be known before the parser can be built."""
+    value = None
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+        elif argument == f"--{name}":
+            if i + 1 == len(arguments):
+                raise ConfigError(f"--{name} needs a value")
+            value = arguments[i + 1]
+    return value
+
+
+def _keys(config: type, algorithm: type) -> Iterator[str]:
+    """Every dotted key, sections included."""
+    hints = get_type_hints(config)
+    for item in dataclasses.fields(config):
+        yield item.name
+        inner = algorithm if item.name == "algorithm" else hints[item.name]
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from (f"{item.name}.{key}" for key in _keys(inner, algorithm))
+
+
+def _check_options(arguments: Sequence[str], known: Sequence[str], recipe: str) -> None:
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name[2:] not in (*known, *BARE):
+            hint = _near(name[2:], known, "--")
+            raise ConfigError(f"unknown option {name} of recipe {recipe}{hint}")
+        if argument.startswith("-") and not name.startswith("--") and argument != "-h":
+            if not argument[1:2].isdigit():  # a negative number is a value
+                raise ConfigError(f"unknown option {argument}: options begin with --")
+
+
+def _check_yaml_keys(file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str) -> None:
+    for key, line in _yaml_keys(tree):
+        if key not in known:
+            hint = _near(key, known)
+            raise ConfigError(f"{file}:{line}: unknown key {key} of recipe {recipe}{hint}")
+
+
+def _yaml_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        yield prefix + str(key.value), key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _yaml_keys(value, f"{prefix}{key.value}.")
+
+
+def _read_yaml(file: str) -> yaml.MappingNode | None:
+    try:
+        tree = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is not None and not isinstance(tree, yaml.MappingNode):
+        raise ConfigError(f"{file} must hold keys and values, such as 'steps: 1000'")
+    return tree
+
+
+def _plain(node: yaml.MappingNode) -> dict[str, Any]:
+    """Only the scalars of the top level: the recipe's name is all that is needed before parsing."""
+    return {key.value: value.value for key, value in node.value}
+
+
+def _near(word: str, known: Sequence[str], dashes: str = "") -> str:
+    """`; did you mean X?`, or nothing."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not found:  # a right leaf in a wrong section is a common slip
+        leaf = word.rpartition(".")[2]
+        found = [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    if not found:
+        return ""
+    name = found[0].replace("_", "-") if dashes else found[0]
+    return f"; did you mean {dashes}{name}?"
+
+
+def _lists(value: Any) -> Any:
+    """Tuples become lists, which is all that plain YAML knows."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def fail(program: str, error: Exception, code: int) -> NoReturn:
+    """Ends a command with its one clear line."""
+    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(code)

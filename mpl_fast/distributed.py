@@ -1,0 +1,149 @@
+"""The only file that talks to other ranks. With one process every function is the identity."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpl_fast.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=10)  # of one collective; the slowest wait is another rank's first compile
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 is the only one that talks and writes shared files."""
+        return self.rank == 0
+
+
+def start(device: str) -> Place:
+    """Joins the other ranks (gloo for CPU tensors, NCCL for CUDA ones) if torchrun started several.
+
+    `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` if CUDA is asked for and absent.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    place = Place(
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=_device(device, local_rank),
+    )
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        cuda = place.device.type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return place
+
+
+def stop() -> None:
+    """Leaves the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no GPU here: use --device cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise ConfigError(f"local rank {local_rank} has no GPU ({have} here): lower --nproc-per-node")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """A tensor's average over all ranks, off the autograd graph; on CUDA nothing waits for it."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
+    """Averages many tensors of one dtype in place with a single all-reduce."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = mean_over_ranks(torch.cat([t.flatten() for t in tensors]))
+    chunks = torch.split(flat, [t.numel() for t in tensors])
+    torch._foreach_copy_(list(tensors), [c.view_as(t) for c, t in zip(chunks, tensors, strict=True)])
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """A tensor's sum over all ranks."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def barrier() -> None:
+    """Waits until every rank is here, by a host-side all-reduce."""
+    sum_over_ranks(torch.zeros(1))
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's picklable value, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's picklable value."""
+    return gather(value)[0]
+
+
+class StopFlag:
+    """A wish to stop on any rank becomes, one step later, a decision of all.
+
+    The all-reduce is of one host integer over gloo and is awaited a step after it was begun, so it
+    costs a step nothing and never waits for the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.wished = False
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def wish(self) -> None:
+        """Called from a signal handler, so it only notes the wish."""
+        self.wished = True
+
+    def agreed(self) -> bool:
+        """Call once a step on every rank: true on all of them or on none."""
+        if world_size() == 1:
+            return self.wished
+        decided = False
+        if self._work is not None:
+            self._work.wait()
+            decided = bool(self._flag.item())
+        self._flag = torch.tensor([int(self.wished)], dtype=torch.int32)
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        return decided

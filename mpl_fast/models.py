@@ -1,0 +1,109 @@
+"""Networks by name: any of timm's, and the wide ResNets of the semi-supervised CIFAR literature."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpl_fast.errors import ConfigError
+
+WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
+
+
+def build(name: str, classes: int, dropout: float = 0.0, norm_momentum: float = 0.0) -> nn.Module:
+    """A freshly initialised network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
+
+    `dropout` drops pooled features; `norm_momentum` above 0 replaces the batch norms' own. Raises
+    `ConfigError` for a name that neither timm nor this file knows.
+    """
+    if name in WIDE:
+        depth, width = WIDE[name]
+        network: nn.Module = WideResNet(depth, width, classes, dropout)
+    else:
+        network = _timm(name, classes, dropout)
+    if norm_momentum:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = norm_momentum
+    return network
+
+
+def _timm(name: str, classes: int, dropout: float) -> nn.Module:
+    import timm  # takes a second: only for those who need it
+
+    if not timm.is_model(name):
+        near = [*WIDE, *timm.list_models(f"*{name[:6]}*")][:5]
+        raise ConfigError(f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist")
+    network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
+    return network
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (arXiv 1605.07146) as kekmodel/MPL-pytorch has it: stem of 16, LeakyReLU of slope 0.1,
+    batch norm that keeps 99.9 % of its statistics, dropout on the pooled features."""
+
+    SLOPE = 0.1
+    NORM_MOMENTUM = 0.001
+
+    def __init__(self, depth: int, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        stages = []
+        for stage, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                first = stage == 0 and block == 0
+                stages.append(_Block(before if block == 0 else after, after, stride, first))
+        self.blocks = nn.Sequential(*stages)
+        self.norm = _norm(channels[-1])
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels[-1], classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=self.SLOPE, mode="fan_out")
+        nn.init.xavier_normal_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = _activate(self.norm(self.blocks(self.stem(images))))
+        logits: Tensor = self.head(self.dropout(features.mean((2, 3))))
+        return logits
+
+
+class _Block(nn.Module):
+    """Norm, activation, convolution, twice, around a shortcut.
+
+    `activate_shortcut`: the very first block also feeds the activated features to its shortcut.
+    """
+
+    def __init__(self, before: int, after: int, stride: int, activate_shortcut: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(before), _norm(after)
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        changes = before != after or stride != 1
+        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if changes else nn.Identity()
+        self.activate_shortcut = activate_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = _activate(self.norm1(x))
+        out: Tensor = self.conv2(_activate(self.norm2(self.conv1(active))))
+        return out + self.shortcut(active if self.activate_shortcut else x)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, momentum=WideResNet.NORM_MOMENTUM)
+
+
+def _activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, WideResNet.SLOPE)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)

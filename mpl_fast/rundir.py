@@ -1,0 +1,176 @@
+"""The run directory: what was asked for, on what machine, and everything that came out."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mpl_fast.command_line import as_yaml
+from mpl_fast.config import RunConfig
+from mpl_fast.errors import ConfigError
+from mpl_fast.metrics import Row
+
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
+# Keys that may change when a run is resumed, for they do not change its result.
+FREE = {"run_dir", "log_every", "checkpoint_every", "checkpoint_keep", "eval_every", "eval_batch"}
+FREE |= {"stop_at", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
+
+
+class RunDir:
+    """Writes a run's files; only rank 0 has one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run_dir)
+        self._lock = _locked(self.path)
+        _agree(self.path / "config.yaml", config)
+        _replace(self.path / "config.yaml", as_yaml(config))
+        self._write_environment()
+        self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+
+    def close(self) -> None:
+        """Makes everything durable and frees the folder for another run."""
+        self.sync()
+        self._rows.close()
+        if self._board is not None:
+            self._board.close()
+        self._lock.close()
+
+    def resume_at(self, step: int) -> None:
+        """Drops rows that an interrupted run wrote after the checkpoint, so that no step stands twice."""
+        file = self.path / "metrics.jsonl"
+        self._rows.close()
+        kept = [r for r in _readable_rows(file) if r["step"] <= step]
+        _replace(file, "".join(json.dumps(r) + "\n" for r in kept))
+        self._rows = file.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # takes seconds to import
+
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step or None)
+
+    def row(self, step: int, values: Row) -> None:
+        """One line of metrics.jsonl and one point of each TensorBoard curve; `step` is steps done."""
+        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        self._rows.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Makes the rows so far durable."""
+        self._rows.flush()
+        os.fsync(self._rows.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        _replace(self.path / "summary.json", json.dumps(values, indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json of a run that has ended, if this one has."""
+        file = self.path / "summary.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def _write_environment(self) -> None:
+        file = self.path / "env.json"
+        earlier = json.loads(file.read_text()) if file.exists() else None
+        sessions = [*earlier.pop("earlier_sessions"), earlier] if earlier else []
+        _replace(file, json.dumps(environment() | {"earlier_sessions": sessions}, indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the commit of the code: what a result depends on besides its config."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version(), **_versions(), "cuda": torch.version.cuda},
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [f"CPU ({platform.machine()}, {os.cpu_count()} cores)"],
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": _commit(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this file lies in, marked if it has been changed since."""
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _locked(path: Path) -> Any:
+    """Creates the folder and takes its lock, which the system frees when this process ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise ConfigError(f"run_dir {path} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"run_dir {path} is in use by another run") from None
+    return lock
+
+
+def _agree(file: Path, config: RunConfig) -> None:
+    """A run directory belongs to one config, but for the keys that do not matter to the result."""
+    if not file.exists():
+        return
+    old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(yaml.safe_load(as_yaml(config)))
+    keys = [k for k in {**old, **new} if k not in FREE and old.get(k) != new.get(k)]
+    if keys:
+        shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise ConfigError(f"{file.parent} holds another run: {shown}{more}; use another --run-dir")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        leaves |= inner
+    return leaves
+
+
+def _readable_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a file whose last line a kill may have cut short."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    aside = file.with_name(f".{file.name}.writing")
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.rename(file)

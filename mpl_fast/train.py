@@ -1,0 +1,34 @@
+"""Trains one recipe: torchrun --nproc-per-node=8 mpl_fast/train.py --config FILE --data.root REC --run-dir RUN."""
+
+import os
+import sys
+from pathlib import Path
+
+if not __package__ and not sys.flags.safe_path:  # run by path: the root, not mpl_fast/, goes on
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the import path
+
+from mpl_fast.command_line import fail, parse
+from mpl_fast.errors import DataError, UserError
+
+
+def main() -> int:
+    """Parses first, then imports torch: --help and a misspelt option answer at once."""
+    rank = int(os.environ.get("RANK", 0))
+    joined = False
+    try:
+        config = parse(sys.argv[1:])
+        from mpl_fast import trainer
+
+        joined = True
+        return trainer.train(config)
+    except UserError as error:
+        # Every rank meets the same error, and rank 0 tells it, but for data that one rank alone read.
+        if rank == 0 or (joined and isinstance(error, DataError)):
+            fail("train", error, error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""One training run from its config to its summary: build, resume, step, log, evaluate, save."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mpl_fast import algorithms, distributed, models
+from mpl_fast.algorithms.base import Algorithm, train_step
+from mpl_fast.checkpoint import Checkpoints
+from mpl_fast.config import LearnerConfig, RunConfig
+from mpl_fast.console import Console, duration
+from mpl_fast.data.loader import EvalLoader, TrainLoader
+from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.distributed import Place, StopFlag
+from mpl_fast.errors import PREEMPTED, ConfigError, DataError, NonFiniteError, UserError
+from mpl_fast.evaluate import evaluate
+from mpl_fast.learner import Learner
+from mpl_fast.metrics import Meter, non_finite
+from mpl_fast.rundir import RunDir
+
+
+def train(config: RunConfig) -> int:
+    """Runs to the end, to `stop_at`, or until a signal; returns the process's exit code.
+
+    Raises `UserError` for what the user can mend, on every rank that meets it.
+    """
+    manifest = read_manifest(config.data.root)
+    classes = _classes(config, manifest)
+    place = distributed.start(config.device)
+    try:
+        _check_batches(config, manifest, place)
+        folder = _open_folder(config, place)
+        try:
+            return Run(config, place, manifest, classes, folder).go()
+        finally:
+            if folder:
+                folder.close()
+    finally:
+        distributed.stop()
+
+
+class Run:
+    """A run in progress on one rank."""
+
+    def __init__(
+        self, config: RunConfig, place: Place, manifest: Manifest, classes: int, folder: RunDir | None
+    ) -> None:
+        self.config, self.place, self.manifest, self.folder = config, place, manifest, folder
+        self.console = Console(config.steps, silent=not place.is_first)
+        self.algorithm = build_algorithm(config, classes, place.device)
+        prepare_torch(config, place)
+        self.checkpoints = Checkpoints(
+            Path(config.run_dir) / "checkpoints",
+            keep=config.checkpoint_keep,
+            rank=place.rank,
+            world=place.world,
+        )
+        self.meter, self.stop = Meter(), StopFlag()
+        self.done, self.saved, self.seconds, self.accuracy = 0, -1, 0.0, dict[str, float]()
+
+    def go(self) -> int:
+        """Resumes if there is something to resume, trains, and says how it ended."""
+        data_state = self._resume()
+        if self.done >= self.config.steps and self.folder and (old := self.folder.summary()):
+            self.console.say(f"complete already: top-1 {old['top1']:.2f} % in {self.config.run_dir}")
+        if self.done >= self.config.steps:
+            return 0
+        self._introduce()
+        self.validation = eval_loader(self.config, self.manifest, self.place)
+        loader = self._train_loader(data_state)
+        with _signals(self.stop.wish):
+            finished = self._loop(loader)
+        if finished:
+            self._summarize()
+            return 0
+        if self.done == self.config.stop_at:
+            self.console.say(f"paused after step {self.done}: the same command goes on from here")
+            return 0
+        self.console.say(f"stopped by a signal after step {self.done}, saved: the same command resumes")
+        return PREEMPTED
+
+    def _loop(self, loader: TrainLoader) -> bool:
+        """Steps until the end (true) or an agreed stop (false)."""
+        config = self.config
+        while self.done < config.steps:
+            asked = time.perf_counter()
+            batch = next(loader)
+            waited = time.perf_counter() - asked
+            metrics = train_step(self.algorithm, batch, self.done)
+            self.meter.add(metrics, waited)
+            self.done += 1
+            last = self.done == config.steps
+            if last or self.done % config.log_every == 0:
+                self._log()
+            self.console.tick(self.done)
+            pausing = self.stop.agreed() or self.done == config.stop_at
+            if last or (config.eval_every and self.done % config.eval_every == 0):
+                self._evaluate()
+            due = config.checkpoint_every and self.done % config.checkpoint_every == 0
+            if last or due or pausing:
+                self._save(loader)
+            if pausing and not last:
+                return False
+        return True
+
+    def _log(self) -> None:
+        """The one place where a running loop waits for the device."""
+        if self.meter.empty:
+            return
+        row = self.meter.row()
+        self.seconds += row["seconds"]
+        if bad := non_finite(row):
+            kept = f"the checkpoint of step {self.saved} is kept" if self.saved > 0 else "none was saved"
+            raise NonFiniteError(
+                f"{bad} became {row[bad]} in the {row['steps']:.0f} steps up to {self.done} ({kept}): "
+                "lower the learning rate, lengthen its warm-up or lower algorithm.*.clip"
+            )
+        row["images_per_second"] = row["steps"] * images_per_step(self.config) / row["seconds"]
+        for name, learner in self.algorithm.learners.items():
+            row[f"lr/{name}"] = learner.config.lr_at(self.done - 1, self.config.steps)
+        if self.folder:
+            self.folder.row(self.done, row)
+        self.console.row(self.done, row)
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        expected = self.manifest.splits["val"].records
+        self.accuracy = evaluate(self.algorithm, self.validation, expected)
+        self.meter.pause(time.perf_counter() - began)
+        values = {f"eval/{name}": value for name, value in self.accuracy.items()}
+        if self.folder:
+            self.folder.row(self.done, values)
+        top1, top5, count = (self.accuracy[name] for name in ("top1", "top5", "count"))
+        self.console.say(
+            f"step {self.done} | evaluated: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images"
+        )
+
+    def _save(self, loader: TrainLoader) -> None:
+        self._log()  # a checkpoint ends a row: nothing is lost by a stop, nothing non-finite is saved
+        began = time.perf_counter()
+        learners = self.algorithm.learners
+        for name, learner in learners.items():
+            if not learner.finite():
+                raise NonFiniteError(f"a weight of the {name} is not finite at step {self.done}: lower its lr")
+        shared = {
+            "step": self.done,
+            "seconds": self.seconds,
+            "accuracy": self.accuracy,
+            "learners": {name: learner.state_dict() for name, learner in learners.items()},
+        }
+        if self.folder:
+            self.folder.sync()
+        self.checkpoints.save(self.done, shared, _random_state() | {"data": loader.state()})
+        self.saved = self.done
+        self.meter.pause(time.perf_counter() - began)
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Loads the newest good checkpoint; returns the data loader's part of it."""
+        checkpoint, damage = self.checkpoints.newest()
+        for warning in damage:
+            self.console.warn(f"{warning}; falling back to {checkpoint.name if checkpoint else 'none'}")
+        data_state = None
+        if checkpoint is not None:
+            shared, mine = self.checkpoints.load(checkpoint)
+            for name, learner in self.algorithm.learners.items():
+                learner.load_state_dict(shared["learners"][name])
+            self.done = self.saved = shared["step"]
+            self.seconds, self.accuracy = shared["seconds"], shared["accuracy"]
+            _set_random_state(mine)
+            data_state = mine["data"]
+            self.console.say(f"resuming after step {self.done} from {checkpoint}")
+        if self.folder:
+            self.folder.resume_at(self.done)
+        return data_state
+
+    def _introduce(self) -> None:
+        config, learners = self.config, self.algorithm.learners
+        sizes = {models.count_parameters(learner.network) for learner in learners.values()}
+        self.console.say(
+            f"{config.recipe} on {self.place.world} x {self.place.device.type}: {config.model.name}, "
+            f"{max(sizes) / 1e6:.2f} M parameters, {len(self.manifest.classes)} classes, "
+            f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
+            f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
+        )
+
+    def _train_loader(self, state: dict[str, Any] | None) -> TrainLoader:
+        config, place = self.config, self.place
+        unlabeled = images_per_step(config) - config.labeled_batch
+        return TrainLoader(
+            config.data,
+            self.manifest,
+            labeled=config.labeled_batch // place.world,
+            unlabeled=unlabeled // place.world,
+            rank=place.rank,
+            world=place.world,
+            seed=config.seed,
+            device=place.device,
+            dtype=torch.bfloat16 if uses_bf16(config, place.device) else torch.float32,
+            state=state,
+        )
+
+    def _summarize(self) -> None:
+        summary = {
+            "recipe": self.config.recipe,
+            "steps": self.done,
+            **self.accuracy,
+            "seconds": self.seconds,
+            "images_per_second": self.done * images_per_step(self.config) / self.seconds,
+            "run_dir": self.config.run_dir,
+        }
+        if self.folder:
+            self.folder.summarize(summary)
+        self.console.say(
+            f"done: top-1 {self.accuracy['top1']:.2f} % in {duration(self.seconds)} of training, "
+            f"{summary['images_per_second']:.0f} images/s; {self.config.run_dir}/summary.json"
+        )
+
+
+def build_algorithm(config: RunConfig, classes: int, device: torch.device) -> Algorithm:
+    """The configured algorithm with freshly initialised networks, the same on every rank."""
+
+    def new_learner(learner: LearnerConfig) -> Learner:
+        model = config.model
+        return Learner(
+            models.build(model.name, classes, learner.dropout, model.norm_momentum),
+            learner,
+            steps=config.steps,
+            device=device,
+            bf16=uses_bf16(config, device),
+            compiled=config.compile,
+        )
+
+    torch.manual_seed(config.seed)
+    return algorithms.build(config.algorithm, new_learner)
+
+
+def eval_loader(config: RunConfig, manifest: Manifest, place: Place) -> EvalLoader:
+    """Validation images for this rank."""
+    return EvalLoader(
+        config.data,
+        manifest,
+        batch=max(1, config.eval_batch // place.world),
+        rank=place.rank,
+        world=place.world,
+        device=place.device,
+        dtype=torch.bfloat16 if uses_bf16(config, place.device) else torch.float32,
+    )
+
+
+def images_per_step(config: RunConfig) -> int:
+    """Distinct images that one step takes, over all ranks."""
+    return config.labeled_batch + (0 if config.recipe == "supervised" else config.unlabeled_batch)
+
+
+def uses_bf16(config: RunConfig, device: torch.device) -> bool:
+    """Whether forward passes run under bfloat16 autocast."""
+    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
+    """The run directory on rank 0; its refusal reaches every rank."""
+    folder, refusal = None, None
+    if place.is_first:
+        try:
+            folder = RunDir(config)
+        except UserError as error:
+            refusal = error
+    if refusal := distributed.from_first(refusal):
+        raise refusal
+    return folder
+
+
+def _classes(config: RunConfig, manifest: Manifest) -> int:
+    have, wanted = len(manifest.classes), config.model.classes
+    if wanted and wanted != have:
+        raise ConfigError(
+            f"model.classes is {wanted} but {manifest.root} has {have} classes: set {have}, or 0"
+        )
+    return have
+
+
+def _check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
+    """Every rank gets the same number of images, and no batch holds an image twice."""
+    wanted = {"labeled": config.labeled_batch}
+    if config.recipe != "supervised":
+        wanted["unlabeled"] = config.unlabeled_batch
+    for split, batch in wanted.items():
+        records = manifest.splits[split].records
+        if batch % place.world:
+            raise ConfigError(f"{split}_batch {batch} is not divisible by {place.world} ranks")
+        if batch > records:
+            raise ConfigError(
+                f"{split}_batch {batch} is larger than the {records} {split} images in "
+                f"{manifest.root}: lower it to {records} or less"
+            )
+    if "val" not in manifest.splits:
+        raise DataError(f"{manifest.root} has no validation split: pack it with --val")
+
+
+def prepare_torch(config: RunConfig, place: Place) -> None:
+    """Precision, determinism and this rank's random generator."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not config.deterministic
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed * 1_000_003 + place.rank + 1)  # dropout differs between ranks
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    random.setstate(state["python"])
+
+
+@contextmanager
+def _signals(wish: Callable[[], None]) -> Iterator[None]:
+    """The first SIGTERM or SIGINT asks for a checkpoint and an orderly stop, a repetition ends at once."""
+    seen: set[int] = set()
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if number in seen:
+            raise KeyboardInterrupt
+        seen.add(number)
+        wish()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
