@@ -66,7 +66,9 @@ class Checkpoints:
         """
         found, damage = from_first(self._newest() if self.rank == 0 else None)
         if found is None and damage:
-            raise CheckpointError(f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir")
+            raise CheckpointError(
+                f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir"
+            )
         return found, damage
 
     def _newest(self) -> tuple[Path | None, list[str]]:

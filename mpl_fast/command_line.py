@@ -56,7 +56,9 @@ def _parse_types(arguments: list[str], recipe: str) -> RunConfig:
         found = parser.instantiate(parser.parse_args(arguments)).as_dict()
     except (ConfigError, SystemExit):
         raise
-    except Exception as error:  # jsonargparse raises many kinds; each carries the reason in its text
+    except (
+        Exception
+    ) as error:  # jsonargparse raises many kinds; each carries the reason in its text
         raise ConfigError(" ".join(str(error).split())) from None
     for name in ("config", "print_config"):
         found.pop(name, None)

@@ -244,7 +244,10 @@ def _algorithm_ranges(algorithm: AlgorithmConfig) -> list[tuple[str, float, str,
     if not isinstance(a, SupervisedConfig):
         c, at = a.consistency, "algorithm.consistency"
         rows.append((f"{at}.temperature", c.temperature, "above 0", c.temperature > 0))
-        rows += [(f"{at}.{k}", getattr(c, k), "at least 0", getattr(c, k) >= 0) for k in ("weight", "ramp")]
+        rows += [
+            (f"{at}.{k}", getattr(c, k), "at least 0", getattr(c, k) >= 0)
+            for k in ("weight", "ramp")
+        ]
         rows.append((f"{at}.threshold", c.threshold, "at least 0", c.threshold >= 0))
     names = ("teacher", "student") if isinstance(a, MPLConfig) else ("learner",)
     for name in names:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mpl_fast.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=10)  # of one collective; the slowest wait is another rank's first compile
+TIMEOUT = timedelta(
+    minutes=10
+)  # of one collective; the slowest wait is another rank's first compile
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         raise ConfigError("device is cuda, but torch sees no GPU here: use --device cpu or auto")
     if local_rank >= torch.cuda.device_count():
         have = torch.cuda.device_count()
-        raise ConfigError(f"local rank {local_rank} has no GPU ({have} here): lower --nproc-per-node")
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU ({have} here): lower --nproc-per-node"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -90,7 +94,9 @@ def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
         return
     flat = mean_over_ranks(torch.cat([t.flatten() for t in tensors]))
     chunks = torch.split(flat, [t.numel() for t in tensors])
-    torch._foreach_copy_(list(tensors), [c.view_as(t) for c, t in zip(chunks, tensors, strict=True)])
+    torch._foreach_copy_(
+        list(tensors), [c.view_as(t) for c, t in zip(chunks, tensors, strict=True)]
+    )
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ here and nowhere else, so that an algorithm reads as if there were one device.
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,9 +60,14 @@ class Learner:
         return logits
 
     @torch.no_grad()
-    def infer(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` without gradient, dropout or batch statistics: running statistics, untouched."""
-        return self._evaluate(self.network, images)
+    def judge(self, images: Tensor) -> Tensor:
+        """Logits ``(N, C)`` without gradient or dropout, normalized by these images' own statistics.
+
+        The running statistics are neither read nor touched. They lag behind the weights, so right
+        after an update they make any network look worse than it is.
+        """
+        with _without_running_statistics(self.network):
+            return self._evaluate(self.network, images)
 
     @torch.no_grad()
     def infer_average(self, images: Tensor) -> Tensor:
@@ -131,6 +138,20 @@ class Learner:
 
 def _frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norm without running statistics normalizes by the batch, in evaluation mode too."""
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m.running_mean, m.running_var) for m in norms]
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, var
 
 
 def _compile(network: nn.Module, mode: str) -> None:

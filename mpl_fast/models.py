@@ -33,7 +33,9 @@ def _timm(name: str, classes: int, dropout: float) -> nn.Module:
 
     if not timm.is_model(name):
         near = [*WIDE, *timm.list_models(f"*{name[:6]}*")][:5]
-        raise ConfigError(f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist")
+        raise ConfigError(
+            f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
+        )
     network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
     return network
 
@@ -87,7 +89,9 @@ class _Block(nn.Module):
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         changes = before != after or stride != 1
-        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if changes else nn.Identity()
+        self.shortcut = (
+            nn.Conv2d(before, after, 1, stride, bias=False) if changes else nn.Identity()
+        )
         self.activate_shortcut = activate_shortcut
 
     def forward(self, x: Tensor) -> Tensor:

@@ -91,7 +91,11 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), **_versions(), "cuda": torch.version.cuda},
+        "versions": {
+            "python": platform.python_version(),
+            **_versions(),
+            "cuda": torch.version.cuda,
+        },
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if cuda
         else [f"CPU ({platform.machine()}, {os.cpu_count()} cores)"],
@@ -150,7 +154,9 @@ def _agree(file: Path, config: RunConfig) -> None:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        inner = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
         leaves |= inner
     return leaves
 

@@ -51,7 +51,12 @@ class Run:
     """A run in progress on one rank."""
 
     def __init__(
-        self, config: RunConfig, place: Place, manifest: Manifest, classes: int, folder: RunDir | None
+        self,
+        config: RunConfig,
+        place: Place,
+        manifest: Manifest,
+        classes: int,
+        folder: RunDir | None,
     ) -> None:
         self.config, self.place, self.manifest, self.folder = config, place, manifest, folder
         self.console = Console(config.steps, silent=not place.is_first)
@@ -70,21 +75,24 @@ class Run:
         """Resumes if there is something to resume, trains, and says how it ended."""
         data_state = self._resume()
         if self.done >= self.config.steps and self.folder and (old := self.folder.summary()):
-            self.console.say(f"complete already: top-1 {old['top1']:.2f} % in {self.config.run_dir}")
+            self.console.say(
+                f"complete already: top-1 {old['top1']:.2f} % in {self.config.run_dir}"
+            )
         if self.done >= self.config.steps:
             return 0
-        self._introduce()
-        self.validation = eval_loader(self.config, self.manifest, self.place)
-        loader = self._train_loader(data_state)
         with _signals(self.stop.wish):
-            finished = self._loop(loader)
+            self._introduce()
+            self.validation = eval_loader(self.config, self.manifest, self.place)
+            finished = self._loop(self._train_loader(data_state))
         if finished:
             self._summarize()
             return 0
         if self.done == self.config.stop_at:
             self.console.say(f"paused after step {self.done}: the same command goes on from here")
             return 0
-        self.console.say(f"stopped by a signal after step {self.done}, saved: the same command resumes")
+        self.console.say(
+            f"stopped by a signal after step {self.done}, saved: the same command resumes"
+        )
         return PREEMPTED
 
     def _loop(self, loader: TrainLoader) -> bool:
@@ -118,7 +126,11 @@ class Run:
         row = self.meter.row()
         self.seconds += row["seconds"]
         if bad := non_finite(row):
-            kept = f"the checkpoint of step {self.saved} is kept" if self.saved > 0 else "none was saved"
+            kept = (
+                f"the checkpoint of step {self.saved} is kept"
+                if self.saved > 0
+                else "none was saved"
+            )
             raise NonFiniteError(
                 f"{bad} became {row[bad]} in the {row['steps']:.0f} steps up to {self.done} ({kept}): "
                 "lower the learning rate, lengthen its warm-up or lower algorithm.*.clip"
@@ -149,7 +161,9 @@ class Run:
         learners = self.algorithm.learners
         for name, learner in learners.items():
             if not learner.finite():
-                raise NonFiniteError(f"a weight of the {name} is not finite at step {self.done}: lower its lr")
+                raise NonFiniteError(
+                    f"a weight of the {name} is not finite at step {self.done}: lower its lr"
+                )
         shared = {
             "step": self.done,
             "seconds": self.seconds,
@@ -166,7 +180,9 @@ class Run:
         """Loads the newest good checkpoint; returns the data loader's part of it."""
         checkpoint, damage = self.checkpoints.newest()
         for warning in damage:
-            self.console.warn(f"{warning}; falling back to {checkpoint.name if checkpoint else 'none'}")
+            self.console.warn(
+                f"{warning}; falling back to {checkpoint.name if checkpoint else 'none'}"
+            )
         data_state = None
         if checkpoint is not None:
             shared, mine = self.checkpoints.load(checkpoint)
@@ -307,7 +323,9 @@ def _check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
 
 def prepare_torch(config: RunConfig, place: Place) -> None:
     """Precision, determinism and this rank's random generator."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not config.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = (
+        torch.backends.cudnn.allow_tf32
+    ) = not config.deterministic
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

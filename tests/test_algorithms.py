@@ -33,7 +33,12 @@ CONFIGS: dict[str, AlgorithmConfig] = {
 
 
 def network(norm: bool = True) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 8, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    ]
     if norm:
         layers.insert(1, nn.BatchNorm2d(8))
     return nn.Sequential(*layers, nn.Linear(32, CLASSES))
@@ -74,7 +79,9 @@ def test_steps_move_every_learner_and_report_finite_scalars(name: str) -> None:
     for key, learner in algorithm.learners.items():
         for parameter, value in learner.network.state_dict().items():
             if parameter.endswith("weight"):
-                assert not torch.equal(value, before[key][parameter]), f"{key}.{parameter} stood still"
+                assert not torch.equal(value, before[key][parameter]), (
+                    f"{key}.{parameter} stood still"
+                )
     torch.testing.assert_close(predict(algorithm, batch().weak).sum(-1), torch.ones(9))
 
 
@@ -101,7 +108,7 @@ def test_feedback_is_old_minus_new_labeled_loss() -> None:
     data = batch()
 
     def labeled_loss() -> Tensor:
-        return F.cross_entropy(algorithm.student.infer(data.labeled), data.labels)
+        return F.cross_entropy(algorithm.student.judge(data.labeled), data.labels)
 
     old = labeled_loss()
     metrics = train_step(algorithm, data, 0)
@@ -109,7 +116,9 @@ def test_feedback_is_old_minus_new_labeled_loss() -> None:
     assert metrics["h"].abs() > 1e-4
 
 
-def mpl_step_by_hand(config: MPLConfig, teacher: nn.Module, student: nn.Module, data: Batch) -> None:
+def mpl_step_by_hand(
+    config: MPLConfig, teacher: nn.Module, student: nn.Module, data: Batch
+) -> None:
     """The step written out in plain PyTorch, with momentum-free first SGD steps, no batch norm."""
     a, c = config.smoothing, config.consistency
     z_l, z_w, z_s = (teacher(x) for x in (data.labeled, data.weak, data.strong))
@@ -120,7 +129,9 @@ def mpl_step_by_hand(config: MPLConfig, teacher: nn.Module, student: nn.Module, 
             return F.cross_entropy(student(data.labeled), data.labels)
 
     old = ce()
-    descend(student, F.cross_entropy(student(data.strong), label, label_smoothing=a), config.student.lr)
+    descend(
+        student, F.cross_entropy(student(data.strong), label, label_smoothing=a), config.student.lr
+    )
     h = old - ce()
     target = (z_w.detach() / c.temperature).softmax(-1)
     uda = -(target * z_s.log_softmax(-1)).sum(-1)
@@ -145,12 +156,17 @@ def test_mpl_step_equals_the_definition(threshold: float) -> None:
     algorithm = new(config, norm=False, double=True)
     assert isinstance(algorithm, MetaPseudoLabels)
     data = batch()
-    data = Batch(data.labeled.double(), data.labels, data.weak.double(), data.strong.double(), data.truth)
+    data = Batch(
+        data.labeled.double(), data.labels, data.weak.double(), data.strong.double(), data.truth
+    )
     teacher = copy.deepcopy(algorithm.teacher.network)
     student = copy.deepcopy(algorithm.student.network)
     train_step(algorithm, data, 0)
     mpl_step_by_hand(config, teacher, student, data)
-    for mine, by_hand in ((algorithm.teacher.network, teacher), (algorithm.student.network, student)):
+    for mine, by_hand in (
+        (algorithm.teacher.network, teacher),
+        (algorithm.student.network, student),
+    ):
         for p, q in zip(mine.parameters(), by_hand.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-8)
 
@@ -188,9 +204,11 @@ def test_pseudo_label_can_come_from_the_strong_view() -> None:
     data = batch()
     bright = torch.full_like(data.weak, 9.0)
     far = data._replace(weak=bright, strong=-bright)
-    labels = [weak.learners["teacher"].infer(x).argmax(-1) for x in (far.weak, far.strong)]
+    labels = [weak.learners["teacher"].judge(x).argmax(-1) for x in (far.weak, far.strong)]
     assert not torch.equal(*labels)
     for algorithm in (weak, strong):
         train_step(algorithm, far, 0)
-    pairs = zip(weak.learners["student"].parameters, strong.learners["student"].parameters, strict=True)
+    pairs = zip(
+        weak.learners["student"].parameters, strong.learners["student"].parameters, strict=True
+    )
     assert any(not torch.allclose(p, q) for p, q in pairs)

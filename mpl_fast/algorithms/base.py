@@ -10,7 +10,9 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
 
-Metrics = dict[str, Tensor]  # zero-dimensional, detached and still on the device: no step ever waits
+Metrics = dict[
+    str, Tensor
+]  # zero-dimensional, detached and still on the device: no step ever waits
 NewLearner = Callable[[LearnerConfig], Learner]
 
 

@@ -55,15 +55,20 @@ class MetaPseudoLabels:
             truth=batch.truth,
         )
         teacher.descend(out.loss)
-        student_metrics = {"loss/student": lesson.loss.detach(), "loss/student_labeled": new, "h": h}
+        student_metrics = {
+            "loss/student": lesson.loss.detach(),
+            "loss/student_labeled": new,
+            "h": h,
+        }
         return {**uda_metrics(out), "loss/feedback": out.mpl.detach(), **student_metrics}
 
 
 def _labeled_loss(student: Learner, batch: Batch) -> Tensor:
     """The student's loss on labels, without gradient.
 
-    Before and after its update the same running statistics serve, so that a student that does not
-    move has a difference of exactly 0. (Batch statistics of differently composed batches, as the
-    published codes take them, give +0.3 there; see docs.)
+    Before and after its update it normalizes by the labeled batch alone, so that a student that
+    does not move has a difference of exactly 0. (The published codes take `old` from the joint batch
+    and `new` from the labeled one. Running statistics would be the same for both, but they fit the
+    weights before the update and not those after it: h is then negative whatever was learned.)
     """
-    return losses.smoothed_ce(student.infer(batch.labeled), batch.labels).loss
+    return losses.smoothed_ce(student.judge(batch.labeled), batch.labels).loss

@@ -1,0 +1,135 @@
+"""A run that was stopped, killed or damaged ends bit for bit like one that was not."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import (
+    arguments,
+    assert_same,
+    command,
+    environment,
+    final_state,
+    rows,
+    run,
+)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def straight(ranks: int, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = run(arguments(folder, tiny_rec), ranks)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_stopped_and_resumed_equals_straight(
+    stop: int, ranks: int, straight: Path, tiny_rec: Path, tmp_path: Path
+) -> None:
+    options = arguments(tmp_path / "run", tiny_rec)
+    paused = run([*options, "--stop-at", str(stop)], ranks)
+    assert paused.returncode == 0 and f"paused after step {stop}" in paused.stdout, paused.stderr
+    resumed = run(options, ranks)
+    assert resumed.returncode == 0 and f"resuming after step {stop}" in resumed.stdout, (
+        resumed.stderr
+    )
+    assert_same(final_state(straight), final_state(tmp_path / "run"))
+    last = [r for r in rows(tmp_path / "run") if "eval/top1" in r][-1]
+    assert last == [r for r in rows(straight) if "eval/top1" in r][-1]
+
+
+def test_killed_and_resumed_equals_straight(
+    ranks: int, straight: Path, tiny_rec: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to every process, as soon as the first checkpoint stands, whatever is going on."""
+    folder = tmp_path / "run"
+    options = arguments(folder, tiny_rec)
+    process = subprocess.Popen(
+        command(options, ranks),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    resumed = run(options, ranks)
+    assert resumed.returncode == 0 and "resuming after step" in resumed.stdout, resumed.stderr
+    assert_same(final_state(straight), final_state(folder))
+    steps = [r["step"] for r in rows(folder) if "seconds" in r]
+    assert steps == [2, 4, 6]
+
+
+def test_sigterm_saves_and_asks_to_be_run_again(
+    straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
+) -> None:
+    if ranks == 2:
+        pytest.skip(
+            "torchrun ends with 1 whatever its workers say; the vote is in test_distributed"
+        )
+    folder = tmp_path / "run"
+    options = arguments(folder, tiny_rec)
+    process = subprocess.Popen(
+        command(options),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "unlabeled images a step" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    rest, problems = process.communicate(timeout=120)
+    assert process.returncode == 75, problems
+    assert "the same command resumes" in rest
+    assert run(options).returncode == 0
+    assert_same(final_state(straight), final_state(folder))
+
+
+def test_damaged_newest_checkpoint_falls_back_with_one_warning(
+    straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = arguments(folder, tiny_rec)
+    assert run([*options, "--stop-at", "4"], ranks).returncode == 0
+    newest = folder / "checkpoints" / "step_00000004" / "state.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit
+    newest.write_bytes(content)
+    resumed = run(options, ranks)
+    assert resumed.returncode == 0, resumed.stderr
+    warnings = [line for line in resumed.stderr.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 1
+    assert "step_00000004" in warnings[0] and "step_00000002" in warnings[0]
+    assert_same(final_state(straight), final_state(folder))
+
+
+def test_a_complete_run_says_so(straight: Path, ranks: int, tiny_rec: Path) -> None:
+    before = (straight / "summary.json").read_bytes()
+    again = run(arguments(straight, tiny_rec), ranks)
+    assert again.returncode == 0 and "complete already" in again.stdout, again.stderr
+    assert (straight / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("recipe", ["supervised", "uda"])
+def test_other_recipes_resume_too(recipe: str, tiny_rec: Path, tmp_path: Path) -> None:
+    one, two = (arguments(tmp_path / name, tiny_rec, recipe=recipe, policy="mpl") for name in "ab")
+    assert run(one).returncode == 0
+    assert run([*two, "--stop-at", "3"]).returncode == 0
+    assert run(two).returncode == 0
+    assert_same(final_state(tmp_path / "a"), final_state(tmp_path / "b"))

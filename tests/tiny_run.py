@@ -1,0 +1,128 @@
+"""A training run small enough for tests: 110 real JPEG digits, a tiny wide ResNet, a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "mpl_fast" / "train.py"
+
+CONFIG = """
+recipe: {recipe}
+steps: 6
+labeled_batch: 4
+unlabeled_batch: 8
+eval_every: 4
+eval_batch: 16
+log_every: 2
+checkpoint_every: 2
+device: cpu
+deterministic: true
+data: {{image_size: 16, weak: cifar, flip: true, policy: {policy}, magnitude: 8, translate: 4, cutout: 4,
+  threads: 1, prefetch: 1}}
+model: {{name: wrn_10_1, norm_momentum: 0.1}}
+algorithm:
+"""
+LEARNER = "{lr: 0.05, warmup: 2, ema: 0.9, dropout: 0.2}"
+ALGORITHMS = {
+    "supervised": f"  learner: {LEARNER}\n",
+    "uda": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
+    "mpl": f"  teacher: {LEARNER}\n  student: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
+}
+
+
+def make_rec(folder: Path) -> Path:
+    """Packs 60 training and 50 held-out digits with the command that users run."""
+    write_digits(folder / "images")
+    images, out = folder / "images", folder / "rec"
+    command = [sys.executable, ROOT / "tools" / "make_rec.py", "pack", "--quiet"]
+    command += ["--src", images / "train", "--val", images / "val", "--labeled", "20", "--out", out]
+    subprocess.run([str(part) for part in command], check=True)
+    return out
+
+
+def write_digits(folder: Path, train: int = 60, val: int = 50) -> None:
+    """Writes scikit-learn's digits as 16 x 16 JPEG files in class folders."""
+    import cv2
+    import numpy as np
+    import simplejpeg
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i in range(train + val):
+        image = cv2.resize((digits.images[i] * 255 / 16).astype(np.uint8), (16, 16))
+        color = np.ascontiguousarray(np.repeat(image[..., None], 3, axis=2))
+        file = folder / ("train" if i < train else "val") / str(digits.target[i]) / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(simplejpeg.encode_jpeg(color, quality=95))
+
+
+def arguments(folder: Path, rec: Path, *, recipe: str = "mpl", policy: str = "dali") -> list[str]:
+    """Options of a run in `folder`; DALI's own policy starts fastest."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    config = folder.parent / f"{recipe}_{policy}.yaml"
+    config.write_text(CONFIG.format(recipe=recipe, policy=policy) + ALGORITHMS[recipe])
+    return ["--config", str(config), "--data.root", str(rec), "--run-dir", str(folder)]
+
+
+def command(arguments: list[str], ranks: int = 1) -> list[str]:
+    """What a user types."""
+    if ranks == 1:
+        return [sys.executable, str(TRAIN), *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}", str(TRAIN), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank: sums come in one order, and two cores are enough for two ranks."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(
+    arguments: list[str], ranks: int = 1, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end, however it ends."""
+    return subprocess.run(
+        command(arguments, ranks),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=env or environment(),
+        check=False,
+    )
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(folder: Path, step: int = 6) -> dict[str, Any]:
+    """What all ranks share of a run's checkpoint."""
+    file = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    """Bit for bit, through dicts and lists; wall-clock time is all that may differ."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if key != "seconds":
+                assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), where
+    else:
+        assert one == other, where
