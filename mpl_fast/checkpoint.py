@@ -1,7 +1,9 @@
 """Checkpoints that a power cut cannot spoil: written aside, synced, checksummed, then renamed.
 
-A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (what all ranks share), one ``rank_0.pt``
-for each rank (random generators, data position) and ``checkpoint.json`` with size and SHA-256 of each.
+A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (what all ranks share), one
+``rank_0.pt``
+for each rank (random generators, data position) and ``checkpoint.json`` with size and SHA-256
+of each.
 torch.load does not notice a flipped bit, so the checksum is what tells a good file.
 """
 
@@ -36,7 +38,8 @@ class Checkpoints:
     def save(self, step: int, shared: dict[str, Any], mine: dict[str, Any]) -> Path:
         """Writes what all ranks share (rank 0's is taken) and what is each rank's own.
 
-        Every rank must call it. Either the whole checkpoint appears under its final name, or nothing.
+        Every rank must call it. Either the whole checkpoint appears under its final name, or
+        nothing.
         """
         aside, final = self.folder / f".writing_{step:08d}", self.folder / f"step_{step:08d}"
         if self.rank == 0:
@@ -64,21 +67,12 @@ class Checkpoints:
 
         Raises `CheckpointError` if there are checkpoints but none can be used.
         """
-        found, damage = from_first(self._newest() if self.rank == 0 else None)
+        found, damage = from_first(newest(self.folder) if self.rank == 0 else None)
         if found is None and damage:
             raise CheckpointError(
                 f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir"
             )
         return found, damage
-
-    def _newest(self) -> tuple[Path | None, list[str]]:
-        damage: list[str] = []
-        for folder in reversed(_steps(self.folder)):
-            reason = _damage(folder)
-            if reason is None:
-                return folder, damage
-            damage.append(f"{folder.name} is damaged ({reason})")
-        return None, damage
 
     def load(self, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """What all ranks share, and what is this rank's own."""
@@ -89,6 +83,17 @@ class Checkpoints:
                 f"start torchrun with {world} processes"
             )
         return _read(checkpoint / "state.pt"), _read(checkpoint / f"rank_{self.rank}.pt")
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with each newer one."""
+    damage: list[str] = []
+    for checkpoint in reversed(_steps(folder)):
+        reason = _damage(checkpoint)
+        if reason is None:
+            return checkpoint, damage
+        damage.append(f"{checkpoint.name} is damaged ({reason})")
+    return None, damage
 
 
 def read_shared(checkpoint: Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""From a command line and a YAML file to one checked `RunConfig`; torch-free, so that --help is instant."""
+"""From a command line and a YAML file to one checked `RunConfig`; torch-free, so that --help is
+instant."""
 
 import dataclasses
 import difflib
@@ -13,7 +14,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
 from mpl_fast.errors import ConfigError
 
-USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC --run-dir RUN
+USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
+--run-dir RUN
 
 Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
 The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
@@ -65,7 +67,7 @@ def _parse_types(arguments: list[str], recipe: str) -> RunConfig:
     return RunConfig(**found)
 
 
-class _Parser(ArgumentParser):  # type: ignore[misc]  # a base class without full annotations
+class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ConfigError(" ".join(message.split()))
 
@@ -116,9 +118,9 @@ def _check_options(arguments: Sequence[str], known: Sequence[str], recipe: str) 
         if name.startswith("--") and name[2:] not in (*known, *BARE):
             hint = _near(name[2:], known, "--")
             raise ConfigError(f"unknown option {name} of recipe {recipe}{hint}")
-        if argument.startswith("-") and not name.startswith("--") and argument != "-h":
-            if not argument[1:2].isdigit():  # a negative number is a value
-                raise ConfigError(f"unknown option {argument}: options begin with --")
+        negative = argument[1:2].isdigit()
+        if argument.startswith("-") and not (name.startswith("--") or negative or argument == "-h"):
+            raise ConfigError(f"unknown option {argument}: options begin with --")
 
 
 def _check_yaml_keys(file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str) -> None:

@@ -1,7 +1,9 @@
-"""Everything that can be set, as frozen dataclasses: one place for a knob's name, default, unit and source.
+"""Everything that can be set, as frozen dataclasses: one place for a knob's name, default, unit and
+source.
 
 Nothing here imports torch or DALI, so that ``--help`` answers at once. Defaults are those of the
-published ImageNet-10 % run (README of google-research/meta_pseudo_labels) unless a comment says otherwise.
+published ImageNet-10 % run (README of google-research/meta_pseudo_labels) unless a comment says
+otherwise.
 """
 
 import math
@@ -30,9 +32,11 @@ class DataConfig:
     translate: float = 100.0
     """Pixels that a translation moves at magnitude 10 (CIFAR: 4)."""
     cutout: int = 40
-    """Half side in pixels of the square that the Cutout operation removes at magnitude 10 (CIFAR: 4)."""
+    """Half side in pixels of the square that the Cutout operation removes at magnitude 10 (CIFAR:
+    4)."""
     final_cutout: int = 0
-    """Half side in pixels of a square always removed from the strong view, after RandAugment (CIFAR: 8)."""
+    """Half side in pixels of a square always removed from the strong view, after RandAugment
+    (CIFAR: 8)."""
     eval_crop: float = 0.875
     """Share of the shorter side that evaluation keeps (imagenet view only)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -58,9 +62,11 @@ class ModelConfig:
     name: str = "resnet50"
     """Any timm name, or wrn_28_2, wrn_28_8, wrn_10_1 (wide ResNets for 32-pixel images)."""
     classes: int = 0
-    """Width of the last layer; 0 takes the number of classes in the data, another number must equal it."""
+    """Width of the last layer; 0 takes the number of classes in the data, another number must equal
+    it."""
     norm_momentum: float = 0.0
-    """Share of the new batch in batch norm's running statistics; 0 keeps the network's own (wrn 0.001, timm 0.1)."""
+    """Share of the new batch in batch norm's running statistics; 0 keeps the network's own (wrn
+    0.001, timm 0.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,8 @@ class LearnerConfig:
     wait: int = 0
     """Steps at learning rate 0 before the warm-up."""
     ema: float = 0.0
-    """Decay of the moving average of weights and statistics, which is what gets evaluated; 0 keeps none."""
+    """Decay of the moving average of weights and statistics, which is what gets evaluated; 0 keeps
+    none."""
     dropout: float = 0.1
     """Share of the pooled features that is dropped in training."""
 
@@ -97,7 +104,8 @@ class LearnerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig:
-    """Unsupervised data augmentation (arXiv 1904.12848): the strong view must agree with the weak one."""
+    """Unsupervised data augmentation (arXiv 1904.12848): the strong view must agree with the weak
+    one."""
 
     weight: float = 20.0
     """Of the consistency term once the ramp is over."""
@@ -142,9 +150,11 @@ class MPLConfig:
     smoothing: float = 0.1
     """Label smoothing of the teacher's labeled loss and of the student's pseudo-label loss."""
     pseudo: Literal["weak", "strong"] = "weak"
-    """View on which the teacher picks the label (arg-max) that the student learns and the feedback judges."""
+    """View on which the teacher picks the label (arg-max) that the student learns and the feedback
+    judges."""
     feedback: Literal["difference", "off"] = "difference"
-    """difference: labeled loss before minus after the student's step, averaged over ranks. off: no feedback."""
+    """difference: labeled loss before minus after the student's step, averaged over ranks. off: no
+    feedback."""
 
 
 AlgorithmConfig = SupervisedConfig | UDAConfig | MPLConfig
@@ -160,7 +170,8 @@ class RunConfig:
     """One training run."""
 
     run_dir: str = ""
-    """Folder of the run: config, metrics, checkpoints. The same command with the same folder resumes."""
+    """Folder of the run: config, metrics, checkpoints. The same command with the same folder
+    resumes."""
     recipe: Literal["supervised", "uda", "mpl"] = "mpl"
     """Algorithm; decides which --algorithm.* options there are."""
     steps: int = 700_000
@@ -174,7 +185,8 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA if there is a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; weights and losses are float32 always. auto: bf16 on CUDA, fp32 on the CPU."""
+    """Of the forward pass; weights and losses are float32 always. auto: bf16 on CUDA, fp32 on the
+    CPU."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile the networks."""
     deterministic: bool = False
@@ -190,14 +202,16 @@ class RunConfig:
     checkpoint_keep: int = 2
     """Newest checkpoints to keep."""
     stop_at: int = 0
-    """Save and pause after this step, to be resumed by the same command without it (0: run to the end)."""
+    """Save and pause after this step, to be resumed by the same command without it (0: run to the
+    end)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=MPLConfig)
 
 
 def problems(config: RunConfig) -> list[str]:
-    """What is wrong with the values, one line each, the key's name first; types are checked already."""
+    """What is wrong with the values, one line each, the key's name first; types are checked
+    already."""
     found = [
         f"{key} must be {rule}, not {value}"
         for key, value, rule, fine in _ranges(config)

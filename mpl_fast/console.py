@@ -1,4 +1,5 @@
-"""What a person sees of a run: plain lines every few seconds, and a moving bar on a terminal only."""
+"""What a person sees of a run: plain lines every few seconds, and a moving bar on a terminal
+only."""
 
 import sys
 import time
@@ -46,7 +47,8 @@ class Console:
             self._spoke = time.perf_counter()
 
     def tick(self, done: int) -> None:
-        """A sign of life between rows: the bar on a terminal, else a line when it has been quiet long."""
+        """A sign of life between rows: the bar on a terminal, else a line when it has been quiet
+        long."""
         now = time.perf_counter()
         if self._first is None:
             self._first = (done, now)

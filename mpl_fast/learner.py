@@ -50,7 +50,8 @@ class Learner:
         )
 
     def __call__(self, *views: Tensor) -> Tensor:
-        """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm statistics.
+        """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
+        statistics.
 
         `views` are ``(n, 3, H, W)`` each; the rows come back in their order.
         """
@@ -61,7 +62,8 @@ class Learner:
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` without gradient or dropout, normalized by these images' own statistics.
+        """Logits ``(N, C)`` without gradient or dropout, normalized by these images' own
+        statistics.
 
         The running statistics are neither read nor touched. They lag behind the weights, so right
         after an update they make any network look worse than it is.
@@ -87,13 +89,14 @@ class Learner:
     def descend(self, loss: Tensor) -> None:
         """One clipped optimizer step down a scalar loss; the gradient is averaged over ranks."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.config.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
         self.optimizer.step()
 
     def begin(self, step: int) -> None:
-        """Sets the learning rate for a step: a function of its number, so there is nothing to resume."""
+        """Sets the learning rate for a step: a function of its number, so there is nothing to
+        resume."""
         self.network.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(step, self.steps)
@@ -171,7 +174,9 @@ def _replicate(network: nn.Module, device: torch.device) -> nn.Module:
     modern = "forward_sync_buffers" in options
     sync = {"forward_sync_buffers" if modern else "broadcast_buffers": False}
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True, **sync)
+    wrap: Any = DistributedDataParallel
+    replica: nn.Module = wrap(network, device_ids=ids, gradient_as_bucket_view=True, **sync)
+    return replica
 
 
 def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ class Meter:
         """Means over the steps since the last row and over ranks, then starts anew.
 
         This is where the host waits for the device. `seconds` is wall time of the interval,
-        `steps` their number, `data_wait` the share of the time spent waiting for images on this rank.
+        `steps` their number, `data_wait` the share of the time spent waiting for images on this
+        rank.
         """
         if self._sum is None:
             raise AssertionError("a row needs at least one step")
@@ -47,7 +48,8 @@ class Meter:
         return row
 
     def pause(self, seconds: float) -> None:
-        """Leaves time that was not training (evaluation, checkpoints) out of the present interval."""
+        """Leaves time that was not training (evaluation, checkpoints) out of the present
+        interval."""
         self._began += seconds
 
     @property

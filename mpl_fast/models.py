@@ -1,6 +1,7 @@
 """Networks by name: any of timm's, and the wide ResNets of the semi-supervised CIFAR literature."""
 
 import math
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ def _timm(name: str, classes: int, dropout: float) -> nn.Module:
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (arXiv 1605.07146) as kekmodel/MPL-pytorch has it: stem of 16, LeakyReLU of slope 0.1,
+    """Wide ResNet (arXiv 1605.07146) as kekmodel/MPL-pytorch has it: stem of 16, LeakyReLU of slope
+    0.1,
     batch norm that keeps 99.9 % of its statistics, dropout on the pooled features."""
 
     SLOPE = 0.1
@@ -53,7 +55,7 @@ class WideResNet(nn.Module):
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         stages = []
-        for stage, (before, after) in enumerate(zip(channels, channels[1:], strict=False)):
+        for stage, (before, after) in enumerate(pairwise(channels)):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 first = stage == 0 and block == 0
@@ -96,8 +98,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active = _activate(self.norm1(x))
-        out: Tensor = self.conv2(_activate(self.norm2(self.conv1(active))))
-        return out + self.shortcut(active if self.activate_shortcut else x)
+        shortcut: Tensor = self.shortcut(active if self.activate_shortcut else x)
+        residual: Tensor = self.conv2(_activate(self.norm2(self.conv1(active))))
+        return shortcut + residual
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -45,7 +45,8 @@ class RunDir:
         self._lock.close()
 
     def resume_at(self, step: int) -> None:
-        """Drops rows that an interrupted run wrote after the checkpoint, so that no step stands twice."""
+        """Drops rows that an interrupted run wrote after the checkpoint, so that no step stands
+        twice."""
         file = self.path / "metrics.jsonl"
         self._rows.close()
         kept = [r for r in _readable_rows(file) if r["step"] <= step]
@@ -56,7 +57,8 @@ class RunDir:
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step or None)
 
     def row(self, step: int, values: Row) -> None:
-        """One line of metrics.jsonl and one point of each TensorBoard curve; `step` is steps done."""
+        """One line of metrics.jsonl and one point of each TensorBoard curve; `step` is steps
+        done."""
         self._rows.write(json.dumps({"step": step, **values}) + "\n")
         self._rows.flush()
         for name, value in values.items():

@@ -1,11 +1,13 @@
-"""Trains one recipe: torchrun --nproc-per-node=8 mpl_fast/train.py --config FILE --data.root REC --run-dir RUN."""
+"""Trains one recipe: torchrun --nproc-per-node=8 mpl_fast/train.py --config FILE --data.root REC
+--run-dir RUN."""
 
 import os
 import sys
 from pathlib import Path
 
-if not __package__ and not sys.flags.safe_path:  # run by path: the root, not mpl_fast/, goes on
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the import path
+# Run by path, Python puts mpl_fast/ on the import path; it is the folder above that belongs there.
+if not __package__ and not getattr(sys.flags, "safe_path", False):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mpl_fast.command_line import fail, parse
 from mpl_fast.errors import DataError, UserError
@@ -22,7 +24,7 @@ def main() -> int:
         joined = True
         return trainer.train(config)
     except UserError as error:
-        # Every rank meets the same error, and rank 0 tells it, but for data that one rank alone read.
+        # Every rank meets the same error and rank 0 tells it, but for data that one rank read alone
         if rank == 0 or (joined and isinstance(error, DataError)):
             fail("train", error, error.exit_code)
         return error.exit_code

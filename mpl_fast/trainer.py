@@ -14,13 +14,20 @@ import torch
 
 from mpl_fast import algorithms, distributed, models
 from mpl_fast.algorithms.base import Algorithm, train_step
-from mpl_fast.checkpoint import Checkpoints
+from mpl_fast.checkpoint import Checkpoints, newest, read_shared
 from mpl_fast.config import LearnerConfig, RunConfig
 from mpl_fast.console import Console, duration
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import Place, StopFlag
-from mpl_fast.errors import PREEMPTED, ConfigError, DataError, NonFiniteError, UserError
+from mpl_fast.errors import (
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UserError,
+)
 from mpl_fast.evaluate import evaluate
 from mpl_fast.learner import Learner
 from mpl_fast.metrics import Meter, non_finite
@@ -43,6 +50,32 @@ def train(config: RunConfig) -> int:
         finally:
             if folder:
                 folder.close()
+    finally:
+        distributed.stop()
+
+
+def evaluate_run(config: RunConfig) -> dict[str, float]:
+    """Evaluates the newest checkpoint of `config.run_dir` and prints one line.
+
+    Raises `UserError` as `train` does, and `CheckpointError` if there is none.
+    """
+    manifest = read_manifest(config.data.root)
+    classes = _classes(config, manifest)
+    place = distributed.start(config.device)
+    try:
+        folder = Path(config.run_dir) / "checkpoints"
+        checkpoint, damage = newest(folder)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip()
+            )
+        algorithm = build_algorithm(config, classes, place.device)
+        _load(algorithm, read_shared(checkpoint))
+        expected = manifest.splits["val"].records
+        accuracy = evaluate(algorithm, eval_loader(config, manifest, place), expected)
+        if place.is_first:
+            print(f"{checkpoint}: {_accuracy_line(accuracy)}", flush=True)
+        return accuracy
     finally:
         distributed.stop()
 
@@ -132,7 +165,8 @@ class Run:
                 else "none was saved"
             )
             raise NonFiniteError(
-                f"{bad} became {row[bad]} in the {row['steps']:.0f} steps up to {self.done} ({kept}): "
+                f"{bad} became {row[bad]} in the {row['steps']:.0f} steps up to {self.done} "
+                f"({kept}): "
                 "lower the learning rate, lengthen its warm-up or lower algorithm.*.clip"
             )
         row["images_per_second"] = row["steps"] * images_per_step(self.config) / row["seconds"]
@@ -150,13 +184,10 @@ class Run:
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.folder:
             self.folder.row(self.done, values)
-        top1, top5, count = (self.accuracy[name] for name in ("top1", "top5", "count"))
-        self.console.say(
-            f"step {self.done} | evaluated: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images"
-        )
+        self.console.say(f"step {self.done} | evaluated: {_accuracy_line(self.accuracy)}")
 
     def _save(self, loader: TrainLoader) -> None:
-        self._log()  # a checkpoint ends a row: nothing is lost by a stop, nothing non-finite is saved
+        self._log()  # a checkpoint ends a row: a stop loses none, and nothing non-finite is saved
         began = time.perf_counter()
         learners = self.algorithm.learners
         for name, learner in learners.items():
@@ -186,8 +217,7 @@ class Run:
         data_state = None
         if checkpoint is not None:
             shared, mine = self.checkpoints.load(checkpoint)
-            for name, learner in self.algorithm.learners.items():
-                learner.load_state_dict(shared["learners"][name])
+            _load(self.algorithm, shared)
             self.done = self.saved = shared["step"]
             self.seconds, self.accuracy = shared["seconds"], shared["accuracy"]
             _set_random_state(mine)
@@ -201,7 +231,8 @@ class Run:
         config, learners = self.config, self.algorithm.learners
         sizes = {models.count_parameters(learner.network) for learner in learners.values()}
         self.console.say(
-            f"{config.recipe} on {self.place.world} x {self.place.device.type}: {config.model.name}, "
+            f"{config.recipe} on {self.place.world} x {self.place.device.type}: "
+            f"{config.model.name}, "
             f"{max(sizes) / 1e6:.2f} M parameters, {len(self.manifest.classes)} classes, "
             f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
             f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
@@ -281,6 +312,15 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
+def _accuracy_line(accuracy: dict[str, float]) -> str:
+    return "top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images".format(**accuracy)
+
+
+def _load(algorithm: Algorithm, shared: dict[str, Any]) -> None:
+    for name, learner in algorithm.learners.items():
+        learner.load_state_dict(shared["learners"][name])
+
+
 def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
     """The run directory on rank 0; its refusal reaches every rank."""
     folder, refusal = None, None
@@ -347,7 +387,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def _signals(wish: Callable[[], None]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks for a checkpoint and an orderly stop, a repetition ends at once."""
+    """The first SIGTERM or SIGINT asks for a checkpoint and an orderly stop, a repetition ends at
+    once."""
     seen: set[int] = set()
 
     def handle(number: int, _: FrameType | None) -> None:

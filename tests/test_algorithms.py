@@ -128,7 +128,7 @@ def mpl_step_by_hand(
         with torch.no_grad():
             return F.cross_entropy(student(data.labeled), data.labels)
 
-    old = ce()
+    old: Tensor = ce()
     descend(
         student, F.cross_entropy(student(data.strong), label, label_smoothing=a), config.student.lr
     )
@@ -142,11 +142,12 @@ def mpl_step_by_hand(
 
 
 def descend(module: nn.Module, loss: Tensor, lr: float) -> None:
-    """The first Nesterov step with momentum 0.9: the velocity is the gradient, looked ahead once."""
+    """The first Nesterov step with momentum 0.9: the velocity is the gradient, looked ahead
+    once."""
     parameters = list(module.parameters())
     with torch.no_grad():
         for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p -= lr * 1.9 * g
+            p.sub_(lr * 1.9 * g)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])

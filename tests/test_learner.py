@@ -1,6 +1,7 @@
 """A learner's schedule, decay, averages, clipping and state."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -34,7 +35,7 @@ def test_learning_rate_waits_warms_up_and_falls_to_zero() -> None:
     assert rates[7] == pytest.approx(0.8)
     assert rates[17] == pytest.approx(0.4)  # half way of the 20 steps that decay
     assert rates[27] == pytest.approx(0.0, abs=1e-12)
-    assert all(a >= b for a, b in zip(rates[6:], rates[7:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[6:]))
 
 
 def test_consistency_weight_ramps() -> None:
@@ -69,16 +70,25 @@ def test_average_is_the_warmed_up_moving_average_of_weights_and_statistics() -> 
     assert not torch.equal(made.average.state_dict()["1.running_mean"], torch.zeros(4))
 
 
-def test_infer_reads_the_running_statistics_and_leaves_them_alone() -> None:
+def test_judge_uses_the_batch_statistics_and_leaves_the_running_ones_alone() -> None:
     made = learner()
     made.begin(0)
     before = {k: v.clone() for k, v in made.network.state_dict().items()}
-    logits = made.infer(IMAGES)
+    logits = made.judge(IMAGES)
     assert made.network.training and not logits.requires_grad
     for key, value in made.network.state_dict().items():
         assert torch.equal(value, before[key]), key
-    made.network.eval()
-    torch.testing.assert_close(logits, made.network(IMAGES))
+    torch.testing.assert_close(logits, made.network(IMAGES))  # trains, so takes the batch's too
+    moved = made.network.state_dict()["1.running_mean"]
+    assert not torch.equal(moved, before["1.running_mean"])
+
+
+def test_average_is_evaluated_by_its_running_statistics() -> None:
+    made = learner()  # keeps no average, so that the weights themselves are evaluated
+    made.begin(0)
+    logits = made.infer_average(IMAGES)
+    assert made.network.training
+    torch.testing.assert_close(logits, made.network.eval()(IMAGES))
 
 
 def test_clipping_bounds_the_step() -> None:

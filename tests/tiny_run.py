@@ -24,7 +24,8 @@ log_every: 2
 checkpoint_every: 2
 device: cpu
 deterministic: true
-data: {{image_size: 16, weak: cifar, flip: true, policy: {policy}, magnitude: 8, translate: 4, cutout: 4,
+data: {{image_size: 16, weak: cifar, flip: true, policy: {policy}, magnitude: 8, translate: 4,
+cutout: 4,
   threads: 1, prefetch: 1}}
 model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
@@ -33,7 +34,8 @@ LEARNER = "{lr: 0.05, warmup: 2, ema: 0.9, dropout: 0.2}"
 ALGORITHMS = {
     "supervised": f"  learner: {LEARNER}\n",
     "uda": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
-    "mpl": f"  teacher: {LEARNER}\n  student: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
+    "mpl": f"  teacher: {LEARNER}\n  student: {LEARNER}\n"
+    "  consistency: {ramp: 2, threshold: 0.1}\n",
 }
 
 
@@ -94,6 +96,20 @@ def run(
         text=True,
         timeout=300,
         env=env or environment(),
+        check=False,
+    )
+
+
+def run_in_turn(*sessions: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs one-rank sessions one after the other in one process, which saves their imports."""
+    code = "import json, sys; from mpl_fast import command_line, trainer; "
+    code += "[trainer.train(command_line.parse(s)) for s in json.loads(sys.argv[1])]"
+    return subprocess.run(
+        [sys.executable, "-c", code, json.dumps(sessions)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
 

@@ -6,6 +6,8 @@ from mpl_fast.algorithms.supervised import Supervised
 from mpl_fast.algorithms.uda import UDA
 from mpl_fast.config import AlgorithmConfig, MPLConfig, SupervisedConfig, UDAConfig
 
+__all__ = ["Algorithm", "build"]
+
 
 def build(config: AlgorithmConfig, new_learner: NewLearner) -> Algorithm:
     """The algorithm that a config describes; mypy proves that none is forgotten."""

@@ -67,7 +67,8 @@ def _labeled_loss(student: Learner, batch: Batch) -> Tensor:
     """The student's loss on labels, without gradient.
 
     Before and after its update it normalizes by the labeled batch alone, so that a student that
-    does not move has a difference of exactly 0. (The published codes take `old` from the joint batch
+    does not move has a difference of exactly 0. (The published codes take `old` from the joint
+    batch
     and `new` from the labeled one. Running statistics would be the same for both, but they fit the
     weights before the update and not those after it: h is then negative whatever was learned.)
     """

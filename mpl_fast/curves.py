@@ -1,0 +1,62 @@
+"""Learning curves of runs as one picture, from their metrics.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpl_fast.errors import DataError
+
+PANELS = {
+    "eval/top1": "held-out top-1 (%)",
+    "accuracy/pseudo": "accuracy of the pseudo labels",
+    "mask_rate": "share of unlabeled images used",
+    "h": "feedback h",
+}
+
+
+def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
+    """Writes a PNG with a panel for each quantity that some run has.
+
+    `runs` are label and run directory; runs of one label share a color, so that seeds stand
+    together. Raises `DataError` for a folder without metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    curves = {folder: read(folder) for _, folder in runs}
+    panels = [name for name in PANELS if any(name in c for c in curves.values())]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False)
+    colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
+    for axis, name in zip(axes[0], panels, strict=True):
+        named: set[str] = set()
+        for label, folder in runs:
+            if name in curves[folder]:
+                steps, values = zip(*curves[folder][name], strict=True)
+                shown = label if label not in named else None
+                axis.plot(
+                    steps, values, color=colors[label], label=shown, linewidth=1.4, alpha=0.85
+                )
+                named.add(label)
+        axis.set(xlabel="step", title=PANELS[name])
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every quantity in a run's metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        raise DataError(f"{file} does not exist: name a run directory that has trained")
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        step = row.pop("step")
+        for name, value in row.items():
+            found.setdefault(name, []).append((step, value))
+    return found

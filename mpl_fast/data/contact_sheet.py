@@ -1,0 +1,120 @@
+"""A picture for human eyes: what the pipelines make of some images, one image a row."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from PIL import Image, ImageDraw, ImageFont
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import Manifest, Split
+from mpl_fast.data.pipelines import (
+    Engine,
+    decode,
+    flip_coin,
+    normalize,
+    random_crop,
+    read_shuffled,
+)
+from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
+from mpl_fast.errors import ConfigError
+
+Pixels = NDArray[np.uint8]
+GAP = 6  # pixels between tiles
+TITLE = 26  # pixels above them
+CLASS_NAME = 14  # pixels below each row
+LEAST_TILE = 96  # pixels; smaller views are enlarged by a whole number
+
+
+def contact_sheet(
+    config: DataConfig, manifest: Manifest, out: Path, *, images: int, draws: int, seed: int
+) -> None:
+    """Writes a PNG of ``images`` rows: original, weak view, and ``draws`` strong views of one crop.
+
+    The views come out of the training graph's own functions, on the CPU, normalized, and are
+    brought back to gray levels here. Raises ConfigError for more images than there are.
+    """
+    split = manifest.splits["unlabeled"]
+    if images > split.records:
+        raise ConfigError(f"--images {images}: {split.index} has only {split.records} records")
+    rows = _draw_rows(config, split, images, draws, seed)
+    titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
+    zoom = -(-LEAST_TILE // config.image_size)
+    names = [manifest.classes[label] for label, _ in rows]
+    tiles = [[_enlarge(tile, zoom) for tile in row] for _, row in rows]
+    _arrange(tiles, titles, names, zoom * config.image_size).save(out)
+
+
+def _draw_rows(
+    config: DataConfig, split: Split, images: int, draws: int, seed: int
+) -> list[tuple[int, list[Pixels]]]:
+    """The class and the tiles of each row, as (h, w, 3) uint8."""
+    engine = Engine(batch=images, gpu=None, threads=1, shard=0, shards=1)
+    with own_deprecations_hidden():
+        pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
+            config,
+            split,
+            engine,
+            draws,
+            batch_size=images,
+            device_id=None,
+            num_threads=engine.threads,
+            prefetch_queue_depth=1,
+            seed=seed,
+        )
+        originals, *views, labels = pipeline.run()
+    return [
+        (
+            int(np.asarray(labels.at(row))[0]),
+            [
+                np.asarray(originals.at(row)),
+                *(_denormalize(np.asarray(view.at(row)), config) for view in views),
+            ],
+        )
+        for row in range(images)
+    ]
+
+
+def _sheet_graph(
+    config: DataConfig, split: Split, engine: Engine, draws: int
+) -> tuple[DataNode, ...]:
+    encoded, label = read_shuffled(config, split, engine)
+    side = config.image_size
+    original = fn.resize(
+        decode(encoded, config, engine), size=(side, side), mode="not_larger", antialias=True
+    )
+    crop = random_crop(encoded, config, engine)
+    views = [crop, *(strengthen(crop, config) for _ in range(draws))]
+    return (original, *(normalize(v, config, engine, flip_coin(config)) for v in views), label)
+
+
+def _denormalize(view: NDArray[np.float32], config: DataConfig) -> Pixels:
+    mean, std = np.array(config.mean), np.array(config.std)
+    levels = np.clip(np.rint(255 * (view * std + mean)), 0, 255)
+    pixels: Pixels = levels.astype(np.uint8)
+    return pixels
+
+
+def _enlarge(tile: Pixels, zoom: int) -> Pixels:
+    return tile.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def _arrange(
+    tiles: list[list[Pixels]], titles: list[str], names: list[str], side: int
+) -> Image.Image:
+    """Lays the tiles on a white sheet, titles above the columns, class names below the rows."""
+    across, down = side + GAP, side + GAP + CLASS_NAME
+    sheet = Image.new("RGB", (GAP + across * len(titles), TITLE + down * len(tiles)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((GAP + across * column, 4), title, "black", ImageFont.load_default(15))
+    for row, (line, name) in enumerate(zip(tiles, names, strict=True)):
+        top = TITLE + down * row
+        draw.text((GAP, top + side), name, "gray", ImageFont.load_default(11))
+        for column, tile in enumerate(line):
+            below, beside = ((side - length) // 2 for length in tile.shape[:2])
+            place = (GAP + across * column + beside, top + below)
+            sheet.paste(Image.fromarray(tile), place)
+    return sheet

@@ -1,0 +1,167 @@
+"""Packing: list the sources and plan, write each shard on its own, finish with the manifest."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.data.archives import Archives
+from mpl_fast.data.finish import file_names, finish
+from mpl_fast.data.first_few import first_few
+from mpl_fast.data.manifest import MANIFEST, load_manifest, read_manifest
+from mpl_fast.data.out_folder import OutFolder, OutputError
+from mpl_fast.data.plan import Division, Plan, make_plan
+from mpl_fast.data.progress import Progress
+from mpl_fast.data.shard import ShardResult
+from mpl_fast.data.sources import Source, find_place, read_source
+from mpl_fast.data.workers import write_shards
+from mpl_fast.errors import ConfigError, DataError
+
+_TEXT_BYTES = 200  # about what a record adds besides its image: frame, header, .idx and .lst rows
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """What `make_rec.py pack` was asked for; src and val are DIR, ARCHIVE or ARCHIVE:FOLDER."""
+
+    src: str
+    out: Path
+    val: str | None = None
+    division: Division = field(default_factory=Division)
+    processes: int = 1
+    force: bool = False
+    quiet: bool = False
+
+
+def pack(options: PackOptions) -> list[str]:
+    """Write the records that options ask for; return the lines of a summary for the user.
+
+    Raises DataError for sources and images, ConfigError for options, OutputError for the output
+    folder. Then, and on an interrupt, no file of this run has its final name.
+    """
+    started = datetime.now(timezone.utc)
+    clock = time.monotonic()
+    _check_options(options)
+    with OutFolder(options.out) as folder, Archives(folder.path, _say(options)) as archives:
+        train = read_source(find_place(options.src), archives)
+        val = read_source(find_place(options.val), archives) if options.val else None
+        plan = make_plan(train, val, options.division)
+        _warn(train, val, plan)
+        if folder.holdings() and not options.force:
+            _require_same(folder, options, plan, max(s.modified for s in (train, val or train)))
+            return [f"{folder.path}: already complete, nothing to do"]
+        results = _write(folder, plan, options)
+        manifest = finish(folder, plan, results, _options_json(options))
+        seconds = time.monotonic() - clock
+        manifest["created"] = started.isoformat()
+        manifest["totals"]["seconds"] = round(seconds, 3)
+        folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        folder.publish(file_names(manifest))
+    return _summary(folder.path, manifest)
+
+
+def _check_options(options: PackOptions) -> None:
+    """Refuse what can be refused before anything is created."""
+    division = options.division
+    for name, value in (("--shards", division.shards), ("-j", options.processes)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be at least 1")
+    out = options.out.resolve()
+    if options.out.exists() and not options.out.is_dir():
+        raise OutputError(f"--out {options.out}: is a file, not a folder")
+    for spec in filter(None, (options.src, options.val)):
+        path = find_place(spec).path.resolve()
+        if out == path or path in out.parents:
+            raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
+
+
+def _say(options: PackOptions) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(f"make_rec: {line}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _warn(train: Source, val: Source | None, plan: Plan) -> None:
+    warnings = [*train.warnings, *(val.warnings if val else [])]
+    if val is not None:
+        absent = len(plan.classes) - len({image.class_name for image in val.images})
+        if absent:
+            warnings.append(f"{val.place.spec}: has no image of {absent} of the classes")
+    for line in warnings:
+        print(f"make_rec: warning: {line}", file=sys.stderr, flush=True)
+
+
+def _require_same(folder: OutFolder, options: PackOptions, plan: Plan, modified: float) -> None:
+    """Return when the folder holds this very pack, whole; OutputError for anything else."""
+    remedy = "choose another --out, or --force to replace it"
+    if MANIFEST not in folder.holdings():
+        raise OutputError(
+            f"{folder.path}: holds {folder.holdings()[0]} of an unknown pack; {remedy}"
+        )
+    try:
+        read_manifest(folder.path)
+    except DataError as error:
+        raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {remedy}") from error
+    old = load_manifest(folder.path)
+    if old.get("plan_sha256") != plan.digest():
+        new_options, old_options = _options_json(options), old["options"]
+        changed = [
+            f"{name} was {old_options.get(name)}, now {value}"
+            for name, value in new_options.items()
+            if value != old_options.get(name)
+        ]
+        what = ", ".join(changed) or "its source's files were others"
+        raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
+    if modified > datetime.fromisoformat(old["created"]).timestamp():
+        raise OutputError(f"{folder.path}: its source changed after it was packed; {remedy}")
+
+
+def _write(folder: OutFolder, plan: Plan, options: PackOptions) -> list[ShardResult]:
+    """Write every shard of plan under its temporary name; DataError lists every faulty image."""
+    sizes = [image.size for shard in plan.shards for image in shard.images]
+    folder.require_space(int(1.05 * (sum(sizes) + _TEXT_BYTES * len(sizes))))
+    progress = None if options.quiet else Progress(len(sizes), sum(sizes), sys.stderr)
+    jobs = [(shard, folder.temporary(shard.file)) for shard in plan.shards]
+    try:
+        results = write_shards(
+            jobs, options.processes, progress.update if progress else lambda images, size: None
+        )
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder.path}: {error.strerror}") from error
+    finally:
+        if progress:
+            progress.close()
+    faults = sorted({fault for result in results for fault in result.faults})
+    if faults:
+        listed = first_few((f"{key}: {reason}" for key, reason in faults), between="; ")
+        raise DataError(f"{len(faults)} images cannot be used, nothing was kept: {listed}")
+    return results
+
+
+def _options_json(options: PackOptions) -> Json:
+    return {"src": options.src, "val": options.val, **asdict(options.division)}
+
+
+def _summary(root: Path, manifest: Json) -> list[str]:
+    lines = []
+    for name, split in manifest["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"])
+        low, high = split["per_class_min"], split["per_class_max"]
+        lines.append(
+            f"{name}: {split['records']} records, {low if low == high else f'{low} to {high}'} "
+            f"a class, {size} bytes, {len(split['shards'])} shards"
+        )
+    totals = manifest["totals"]
+    rate = totals["images"] / max(totals["seconds"], 1e-3)
+    lines.append(
+        f"{root}: {totals['images']} records, {manifest['classes']['n']} classes, "
+        f"{totals['bytes_out']} bytes, {totals['seconds']:.1f} s, {rate:.0f} images/s"
+    )
+    return lines

@@ -1,0 +1,58 @@
+"""What is installed, under which name, and what it needs; other settings: pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """Reads the version as text: importing the package would need its dependencies installed."""
+    text = (HERE / "mpl_fast" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit('mpl_fast/__init__.py has no line __version__ = "..."')
+    return found[1]
+
+
+# `apex` is not here and must never be: the registry's package of that name is an unrelated web
+# toolkit. NVIDIA's apex is optional and comes from its own repository or NVIDIA's container.
+REQUIRES = [
+    "torch>=2.11",
+    "nvidia-dali-cuda120>=2.4",
+    "triton>=3.6",
+    "numpy",
+    "tensorboardX",
+    "timm",
+    "jsonargparse",
+    "PyYAML",
+    "simplejpeg",
+    "opencv-python-headless",
+]
+DEMO = ["scikit-learn", "matplotlib"]
+DEV = ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO]
+
+setup(
+    name="mpl_fast",
+    version=version(),
+    description="High-throughput Meta Pseudo Labels for image classifiers",
+    long_description=(HERE / "README.md").read_text("utf-8")
+    if (HERE / "README.md").exists()
+    else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # By hand, not by search: `kernels` is a link without `__init__.py`, which a search would skip,
+    # and tests, tools and configs are no packages.
+    packages=["mpl_fast", "mpl_fast.algorithms", "mpl_fast.data", "mpl_fast.kernels"],
+    install_requires=REQUIRES,
+    extras_require={
+        # Replaces nvidia-dali-cuda120 on a CUDA 13 driver: uninstall that one first, since both
+        # own the same folder.
+        "cuda13": ["nvidia-dali-cuda130>=2.4"],
+        "demo": DEMO,
+        "dev": DEV,
+    },
+)

@@ -1,0 +1,47 @@
+"""What all tests share: where things are, and when a test cannot run here."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Two busy cores make any time limit a coin toss.
+settings.register_profile("default", deadline=None, max_examples=30)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real image archives beside the repository; without it the test is skipped."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the image archives of ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty training and fifty held-out digits, packed by the command that users run."""
+    from tests.tiny_run import make_rec
+
+    return make_rec(tmp_path_factory.mktemp("digits"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch  # late: most test files do without
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,100 @@
+"""What is installed, and that nothing of ours takes a name that belongs to somebody else.
+
+`kernels/` stands at the top of the repository, where a reader looks for it, and is imported as
+`mpl_fast.kernels`, through a link. It has no `__init__.py` on purpose: the registry has a package
+named `kernels`, and a folder without that file loses to any real package on the path, so this
+checkout can never shadow it, nor an installation overwrite it.
+"""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+LOCK_LINE = re.compile(r"[a-z0-9][a-z0-9.-]*==[^\s;]+( ; [^;]+)?")
+
+
+def requirements(root: Path) -> list[str]:
+    """Lines of the lock."""
+    lines = (root / "requirements.lock").read_text().splitlines()
+    return [line for line in lines if not line.lstrip().startswith("#")]
+
+
+def test_kernels_is_a_link_without_init(root: Path) -> None:
+    link = root / "mpl_fast" / "kernels"
+    assert link.is_symlink()
+    assert link.resolve() == root / "kernels"
+    assert not (root / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_is_found_under_our_name_only(tmp_path: Path) -> None:
+    """From a neutral folder, as a user would have it."""
+    code = (
+        "import mpl_fast.kernels.reference as ours, importlib.util as u, sys;"
+        "spec = u.find_spec('kernels');"
+        "places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())];"
+        "print(ours.__file__, *places, sep='\\n')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    if out.stderr.endswith("No module named 'mpl_fast'\n"):
+        pytest.skip("mpl_fast is not installed; `make venv` does")
+    assert out.returncode == 0, out.stderr
+    ours, *others = out.stdout.split()
+    home = Path(ours).resolve().parent
+    assert home.name == "kernels"
+    assert all(Path(other).resolve() not in (home, home / "__init__.py") for other in others)
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files of a wheel, built from a copy so that nothing is left in the checkout."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
+        if (root / name).exists():
+            (source / name).write_bytes((root / name).read_bytes())
+    for folder in ("mpl_fast", "kernels"):
+        for file in sorted((root / folder).rglob("*.py")):
+            relative = file.relative_to(root)
+            if relative.parts[:2] != ("mpl_fast", "kernels"):
+                (source / relative).parent.mkdir(parents=True, exist_ok=True)
+                (source / relative).write_bytes(file.read_bytes())
+    (source / "mpl_fast" / "kernels").symlink_to("../kernels")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = out.glob("mpl_fast-*.whl")
+    return zipfile.ZipFile(built).namelist()
+
+
+def test_wheel_holds_every_module_under_one_name(root: Path, wheel: list[str]) -> None:
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"mpl_fast"}
+    packed = {name for name in wheel if name.endswith(".py")}
+    files = set((root / "mpl_fast").rglob("*.py")) | set((root / "mpl_fast/kernels").glob("*.py"))
+    assert packed == {str(file.relative_to(root)) for file in files}
+    assert "mpl_fast/kernels/teacher.py" in packed
+
+
+def test_wheel_holds_its_license(wheel: list[str]) -> None:
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_apex_of_the_registry_is_never_asked_for(root: Path) -> None:
+    """It is an unrelated web toolkit; NVIDIA's has another source."""
+    quoted = re.findall(r'"([A-Za-z][\w.-]*)', (root / "setup.py").read_text())
+    assert "torch" in quoted
+    assert "apex" not in quoted
+    assert not [line for line in requirements(root) if line.startswith("apex")]
+
+
+def test_the_lock_pins_every_line_and_names_no_host(root: Path) -> None:
+    lines = requirements(root)
+    assert len(lines) > 50
+    assert [line for line in lines if not LOCK_LINE.fullmatch(line)] == []
+    assert "torch==2.15.0 ; python_full_version >= '3.11'" in lines

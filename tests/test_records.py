@@ -1,0 +1,178 @@
+"""Records have MXNet's bytes: golden files, a second implementation, and DALI's own reader."""
+
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpl_fast.data.records import (
+    ID_LIMIT,
+    LENGTH_LIMIT,
+    frame,
+    image_record,
+    index_text,
+    is_multipart,
+    listing_text,
+)
+from mpl_fast.errors import DataError
+
+MAGIC_BYTES = bytes.fromhex("0a23d7ce")
+
+
+def write_simply(payload: bytes) -> bytes:
+    """Frame a payload word by word: slow, and written without a look at the real one."""
+    parts = [b""]
+    whole = len(payload) // 4 * 4
+    for at in range(0, whole, 4):
+        word = payload[at : at + 4]
+        if word == MAGIC_BYTES:
+            parts.append(b"")
+        else:
+            parts[-1] += word
+    parts[-1] += payload[whole:]
+    out = b""
+    for number, part in enumerate(parts):
+        flag = 0 if len(parts) == 1 else 1 if number == 0 else 3 if number == len(parts) - 1 else 2
+        out += MAGIC_BYTES + (flag * 2**29 + len(part)).to_bytes(4, "little") + part
+    while len(out) % 4:
+        out += b"\0"
+    return out
+
+
+def read_simply(content: bytes) -> list[bytes]:
+    """Return the payloads of a .rec file, parts joined by the magic word."""
+    payloads = []
+    at = 0
+    while at < len(content):
+        assert content[at : at + 4] == MAGIC_BYTES
+        word = int.from_bytes(content[at + 4 : at + 8], "little")
+        flag, size = word >> 29, word & (2**29 - 1)
+        part = content[at + 8 : at + 8 + size]
+        assert len(part) == size
+        if flag in (0, 1):
+            payloads.append(part)
+        else:
+            payloads[-1] += MAGIC_BYTES + part
+        at += 8 + (size + 3) // 4 * 4
+    return payloads
+
+
+def test_golden_whole_record() -> None:
+    # Label 3.0, id 7, a 5-byte image, padded to 8.
+    assert image_record(3, 7, b"hello").hex(" ", 4) == (
+        "0a23d7ce 1d000000 00000000 00004040 07000000 00000000 00000000 00000000 68656c6c 6f000000"
+    )
+    assert not is_multipart(image_record(3, 7, b"hello"))
+
+
+def test_golden_multipart_record() -> None:
+    # Two magic words side by side give an empty middle part; the last part has the padding.
+    record = image_record(0, 1, b"abcd" + MAGIC_BYTES * 2 + b"ef")
+    header = "00000000 00000000 01000000 00000000 00000000 00000000"
+    assert record.hex(" ", 4) == (
+        f"0a23d7ce 1c000020 {header} 61626364 0a23d7ce 00000040 0a23d7ce 02000060 65660000"
+    )
+    assert is_multipart(record)
+
+
+@pytest.mark.parametrize(
+    ("payload", "parts"),
+    [
+        (b"", 1),
+        (MAGIC_BYTES, 2),  # nothing but the word: two empty parts
+        (b"abcd" + MAGIC_BYTES, 2),  # the last whole word
+        (b"abc" + MAGIC_BYTES + b"d", 1),  # not on a 4-byte step: stays
+        (b"abcd" + MAGIC_BYTES[:3], 1),  # cut off at the end
+        (MAGIC_BYTES * 3 + b"xyz", 4),
+    ],
+)
+def test_parts(payload: bytes, parts: int) -> None:
+    framed = frame(payload)
+    assert framed.count(MAGIC_BYTES) == parts + (payload.count(MAGIC_BYTES) if parts == 1 else 0)
+    assert framed == write_simply(payload)
+    assert read_simply(framed) == [payload]
+
+
+pieces = st.one_of(st.just(MAGIC_BYTES), st.binary(max_size=9), st.just(b"\0\0\0\0"))
+payloads = st.lists(pieces, max_size=12).map(b"".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(payloads, max_size=4))
+def test_frames_equal_a_second_implementation(contents: list[bytes]) -> None:
+    file = b"".join(map(frame, contents))
+    assert file == b"".join(map(write_simply, contents))
+    assert read_simply(file) == contents
+
+
+@settings(max_examples=100, deadline=None)
+@given(payloads, st.integers(0, 2**24 - 1), st.integers(0, ID_LIMIT - 1))
+def test_header_survives(image: bytes, label: int, record_id: int) -> None:
+    (payload,) = read_simply(image_record(label, record_id, image))
+    assert struct.unpack("<IfQQ", payload[:24]) == (0, float(label), record_id, 0)
+    assert payload[24:] == image
+
+
+def test_ids_that_would_cut_the_header_are_refused() -> None:
+    assert read_simply(image_record(0, ID_LIMIT - 1, b"x"))[0][24:] == b"x"
+    with pytest.raises(DataError, match="record id 3470205706"):
+        image_record(0, ID_LIMIT, b"x")
+    with pytest.raises(DataError, match="record id -1"):
+        image_record(0, -1, b"x")
+
+
+def test_longest_record() -> None:
+    class Long(bytes):
+        def __len__(self) -> int:
+            return LENGTH_LIMIT
+
+    with pytest.raises(DataError, match="536870912 bytes is too long: the limit is 536870911"):
+        frame(Long())
+
+
+def test_text_rows() -> None:
+    assert index_text(5, [0, 48]) == "5\t0\n6\t48\n"
+    assert listing_text(5, [(1, "cat/a b.jpg"), (0, "ant/c.png")]) == (
+        "5\t1\tcat/a b.jpg\n6\t0\tant/c.png\n"
+    )
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_dali_reads_every_record(tmp_path: Path, files: int) -> None:
+    fn = pytest.importorskip("nvidia.dali.fn")
+    dali = pytest.importorskip("nvidia.dali")
+    draw = np.random.default_rng(0)
+    images = [draw.bytes(int(size)) for size in draw.integers(1, 60, 12)]
+    images[2] = MAGIC_BYTES + b"after"
+    images[5] = b"abcd" + MAGIC_BYTES * 2
+    images[11] = b"1234" * 9 + MAGIC_BYTES
+    labels = [int(label) for label in draw.integers(0, 1000, 12)]
+    records = [
+        image_record(label, row, image)
+        for row, (label, image) in enumerate(zip(labels, images, strict=True))
+    ]
+    assert [row for row, record in enumerate(records) if is_multipart(record)] == [2, 5, 11]
+    offsets = [0, *itertools.accumulate(map(len, records))][:-1]
+    (tmp_path / "all.idx").write_text(index_text(0, offsets))
+    paths = [tmp_path / f"{number}.rec" for number in range(files)]
+    each = len(records) // files
+    for number, path in enumerate(paths):
+        path.write_bytes(b"".join(records[number * each : (number + 1) * each]))
+    pipeline = dali.Pipeline(batch_size=len(records), num_threads=1, device_id=None)
+    with pipeline:
+        pipeline.set_outputs(
+            *fn.readers.mxnet(
+                path=[str(path) for path in paths],
+                index_path=[str(tmp_path / "all.idx")],
+                name="reader",
+            )
+        )
+    pipeline.build()
+    data, found = pipeline.run()
+    assert pipeline.epoch_size("reader") == len(records)
+    assert [data.at(row).tobytes() for row in range(len(records))] == images
+    assert [float(found.at(row)[0]) for row in range(len(records))] == labels

@@ -1,0 +1,146 @@
+"""The labeled draw is even, seeded, the same everywhere, and says what it cannot do."""
+
+import hashlib
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mpl_fast.data.sources import ImageFile
+from mpl_fast.data.split import choose_labeled, shuffled
+from mpl_fast.errors import ConfigError, DataError
+
+
+def images_of(counts: dict[str, int]) -> list[ImageFile]:
+    return [
+        ImageFile(name, f"{name}_{number}.jpg", "unread", 0, 1)
+        for name, count in counts.items()
+        for number in range(count)
+    ]
+
+
+def per_class(keys: set[str]) -> Counter[str]:
+    return Counter(key.partition("/")[0] for key in keys)
+
+
+def test_draw_is_the_first_by_keyed_hash() -> None:
+    images = images_of({"ant": 20, "bee": 20})
+    expected = {
+        f"{name}/{file}"
+        for name in ("ant", "bee")
+        for file in sorted(
+            (f"{name}_{number}.jpg" for number in range(20)),
+            key=lambda file: hashlib.sha256(f"3:{name}/{file}".encode()).hexdigest(),
+        )[:4]
+    }
+    assert choose_labeled(images, "20%", 3) == expected
+    assert choose_labeled(images[::-1], "8", 3) == expected
+    assert choose_labeled(images, "8", 4) != expected
+
+
+def test_golden_draw() -> None:
+    assert choose_labeled(images_of({"ant": 9, "bee": 9}), "2", 0) == {
+        "ant/ant_6.jpg",
+        "bee/bee_1.jpg",
+    }
+
+
+def test_smaller_draw_is_part_of_larger() -> None:
+    images = images_of(dict.fromkeys("abcdefg", 50))
+    draws = [choose_labeled(images, how, 1) for how in ("7", "10", "5%", "10%", "100", "100%")]
+    assert [len(draw) for draw in draws] == [7, 10, 18, 35, 100, 350]
+    assert all(small <= large for small, large in itertools.pairwise(draws))
+
+
+def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
+    keys = choose_labeled(images_of({"a": 100, "b": 40, "c": 30}), "50%", 0)
+    assert sorted(per_class(keys).values()) == [28, 28, 29]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("2", "2 labeled images for 3 classes leave 1 classes without any; ask for at least 3"),
+        ("15%", "2 labeled images for 3 classes"),
+        ("16", "that is 16 labeled images, the source has 15"),
+        ("120%", "that is 18 labeled images, the source has 15"),
+        ("0", "that is 0 labeled images"),
+        ("0.01%", "that is 0 labeled images"),
+        ("ten%", "not a share such as 10%"),
+        ("1/0%", "not a share such as 10%"),
+        ("0.1", "give a share"),
+        ("-3", "give a share"),
+        ("missing.txt", "or an existing file"),
+    ],
+)
+def test_bad_amounts(how: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_labeled(images_of({"a": 5, "b": 5, "c": 5}), how, 0)
+
+
+def test_small_class_is_named() -> None:
+    with pytest.raises(DataError, match=r"1 classes .* even share: b \(3 of 5\)"):
+        choose_labeled(images_of({"a": 9, "b": 3}), "10", 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ant/ant_1.jpg\nbee/bee_0.jpg\n",
+        "bee_0.jpg\nant_1.jpg",
+        "\ufeffant_1.jpg\r\n\r\nbee_0.jpg\r\n",
+        "7\t0\tant/ant_1.jpg\n9\t1.000000\tbee/bee_0.jpg\n",
+        "train/ant/ant_1.jpg\n./bee/bee_0.jpg\n",
+        "ant/ant_1.jpg 0\nbee/bee_0.jpg 1\n",
+    ],
+)
+def test_list_forms(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_bytes(text.encode())
+    keys = choose_labeled(images_of({"ant": 3, "bee": 3}), str(path), 0)
+    assert keys == {"ant/ant_1.jpg", "bee/bee_0.jpg"}
+
+
+def test_list_with_spaces_in_names(tmp_path: Path) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text("great owl/an owl.jpg\n")
+    image = ImageFile("great owl", "an owl.jpg", "unread", 0, 1)
+    assert choose_labeled([image], str(path), 0) == {"great owl/an owl.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "no name in this list"),
+        ("".join(f"cat/{n}.jpg\n" for n in range(12)), r"12 names fit no image: .* and 2 more$"),
+        ("ant_0.jpg\nant/ant_0.jpg\n", "1 names stand there more than once: ant/ant_0.jpg"),
+        ("ant_0.jpg\n", "1 classes have no labeled image: bee"),
+        ("same.jpg\n", r"1 names fit images of several classes \(write class/name\): same.jpg"),
+    ],
+)
+def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text(text)
+    images = images_of({"ant": 2, "bee": 2})
+    images += [ImageFile(name, "same.jpg", "unread", 0, 1) for name in ("ant", "bee")]
+    with pytest.raises(DataError, match=message) as caught:
+        choose_labeled(images, str(path), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_order_is_seeded_and_mixes_classes() -> None:
+    images = images_of({"a": 200, "b": 200})
+    order = shuffled(images, 0)
+    assert sorted(order) == sorted(images)
+    assert order == shuffled(images[::-1], 0)
+    assert order != shuffled(images, 1)
+    # 100 draws of a fair coin: 50 +- 5 (sd); sorted input would give 100 or 0.
+    assert 30 < sum(image.class_name == "a" for image in order[:100]) < 70
+
+
+def test_order_is_independent_of_the_draw() -> None:
+    images = images_of({"a": 400})
+    keys = choose_labeled(images, "100", 0)
+    first = sum(image.key in keys for image in shuffled(images, 0)[:100])
+    assert first < 50  # 25 +- 4; one hash for both would give 100

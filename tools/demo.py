@@ -1,0 +1,165 @@
+"""`make demo`: packs handwritten digits, trains three recipes on them and shows the result."""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpl_fast.command_line import fail
+from mpl_fast.errors import DataError, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
+LABELED = 50  # 5 a class
+HELD_OUT = 500
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    """Every part is the command that a user would type, and is printed before it runs."""
+    options = _options()
+    began = time.perf_counter()
+    try:
+        images = _write_digits(options.out / "images")
+        runs: dict[str, list[Result]] = {name: [] for name in RECIPES}
+        for seed in range(options.seeds):
+            rec = _pack(images, options.out / f"rec_seed{seed}", seed)
+            for recipe in RECIPES:
+                runs[recipe].append(_train(recipe, rec, seed, options))
+        summary = {name: _over_seeds(results) for name, results in runs.items()}
+        file = options.out / "summary.json"
+        file.write_text(json.dumps(summary, indent=1) + "\n")
+        picture = _draw(runs, options)
+    except UserError as error:
+        fail("demo", error, error.exit_code)
+    except subprocess.CalledProcessError as error:
+        fail("demo", DataError(f"stopped at: {' '.join(map(str, error.cmd))}"), error.returncode)
+    print(f"\n{_table(summary, options)}\n\n{file}\n{picture}")
+    print(f"demo finished in {time.perf_counter() - began:.0f} s")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains three recipes on scikit-learn's handwritten digits, 5 labels a class."
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="label draws to average over")
+    parser.add_argument("--steps", type=int, default=0, help="training steps (0: as configured)")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
+    parser.add_argument("--ranks", type=int, default=0, help="processes (0: one a GPU, else 2)")
+    return parser.parse_args()
+
+
+def _write_digits(folder: Path) -> Path:
+    """1,797 real scans of 8 x 8 pixels, enlarged to 32 x 32, as JPEG files in class folders."""
+    if (folder / "complete").exists():
+        return folder
+    import cv2
+    import numpy as np
+    import simplejpeg
+    from sklearn.datasets import load_digits
+
+    shutil.rmtree(folder, ignore_errors=True)
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    for place, i in enumerate(order):
+        small = (digits.images[i] * 255 / 16).astype(np.uint8)
+        gray = cv2.resize(small, (32, 32), interpolation=cv2.INTER_CUBIC)
+        color = np.ascontiguousarray(np.repeat(gray[..., None], 3, axis=2))
+        split = "val" if place < HELD_OUT else "train"
+        file = folder / split / str(digits.target[i]) / f"{i:04d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(simplejpeg.encode_jpeg(color, quality=95))
+    (folder / "complete").touch()
+    return folder
+
+
+def _pack(images: Path, out: Path, seed: int) -> Path:
+    command: list[Any] = [sys.executable, ROOT / "tools" / "make_rec.py", "pack"]
+    command += ["--src", images / "train", "--val", images / "val", "--out", out]
+    _run([*command, "--labeled", str(LABELED), "--split-seed", str(seed)])
+    return out
+
+
+def _train(recipe: str, rec: Path, seed: int, options: argparse.Namespace) -> Result:
+    name = f"{recipe}_seed{seed}" + (f"_{options.steps}steps" if options.steps else "")
+    run = options.out / name
+    ranks = options.ranks or _ranks()
+    command: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", ROOT / "mpl_fast" / "train.py"]
+    command += ["--config", ROOT / "configs" / f"demo_{recipe}.yaml", "--data.root", rec]
+    command += ["--run-dir", run, "--seed", str(seed)]
+    if options.steps:
+        command += ["--steps", str(options.steps)]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    _run(command, {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in os.environ else {})
+    result: Result = json.loads((run / "summary.json").read_text())
+    return result
+
+
+def _ranks() -> int:
+    """One process a GPU; without one, two that share the cores, so that the demo is distributed."""
+    listed = shutil.which("nvidia-smi") and subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
+    )
+    gpus = len(listed.stdout.splitlines()) if listed else 0
+    return gpus or min(2, os.cpu_count() or 1)
+
+
+def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:
+    print("$ " + " ".join(_shown(part) for part in command), flush=True)
+    subprocess.run([str(part) for part in command], check=True, env=os.environ | (extra or {}))
+
+
+def _shown(part: Any) -> str:
+    """A path as the user would type it from here."""
+    if str(part) == sys.executable:
+        return "python"
+    return os.path.relpath(part) if isinstance(part, Path) else str(part)
+
+
+def _over_seeds(results: list[Result]) -> Result:
+    """Means over label draws; `top1_sd` is the standard deviation between them."""
+    means = {k: statistics.fmean(r[k] for r in results) for k in ("top1", "seconds")}
+    means["images_per_second"] = statistics.fmean(r["images_per_second"] for r in results)
+    draws = [r["top1"] for r in results]
+    spread = statistics.stdev(draws) if len(draws) > 1 else None
+    return {**means, "top1_sd": spread, "top1_draws": draws, "steps": results[0]["steps"]}
+
+
+def _table(summary: dict[str, Result], options: argparse.Namespace) -> str:
+    lines = [
+        f"{LABELED // 10} labels a class, {HELD_OUT} held-out digits, "
+        f"{options.seeds} label draw(s)",
+        "",
+        "| recipe | top-1 (%) | seconds of training | images/s |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, title in RECIPES.items():
+        r = summary[name]
+        spread = "" if r["top1_sd"] is None else f" ± {r['top1_sd']:.1f}"
+        speed = f"{r['seconds']:.0f} | {r['images_per_second']:.0f}"
+        lines.append(f"| {title} | {r['top1']:.1f}{spread} | {speed} |")
+    gain = summary["mpl"]["top1"] - summary["supervised"]["top1"]
+    return "\n".join([*lines, "", f"MPL is {gain:+.1f} points against labeled only."])
+
+
+def _draw(runs: dict[str, list[Result]], options: argparse.Namespace) -> Path:
+    from mpl_fast.curves import draw
+
+    out: Path = options.out / "curves.png"
+    curves = [(RECIPES[name], Path(r["run_dir"])) for name in RECIPES for r in runs[name]]
+    draw(curves, out, title=f"Handwritten digits, {LABELED // 10} labels a class")
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Evaluates a run's newest checkpoint: torchrun --nproc-per-node=8 tools/evaluate.py RUN"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpl_fast.command_line import fail, parse
+from mpl_fast.errors import ConfigError, UserError
+
+USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
+
+Prints top-1, top-5 and the image count of the averaged weights in RUN's newest checkpoint.
+RUN/config.yaml says how; options of train.py override it. Runs under torchrun too, which shares
+the images out."""
+
+
+def main() -> None:
+    """Reads the run's own config, so that only what differs has to be said."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        print(USAGE)
+        sys.exit(0 if "--help" in arguments or "-h" in arguments else 2)
+    run, *options = arguments
+    config_file = Path(run) / "config.yaml"
+    try:
+        if not config_file.exists():
+            raise ConfigError(
+                f"{config_file} does not exist: name a run directory that has trained"
+            )
+        config = parse(["--config", str(config_file), *options, "--run-dir", run])
+        from mpl_fast import trainer
+
+        trainer.evaluate_run(config)
+    except UserError as error:
+        fail("evaluate", error, error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Draws learning curves: python tools/plot.py RUN [RUN ...] --out curves.png"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mpl_fast.command_line import fail
+from mpl_fast.errors import UserError
+
+
+def main() -> None:
+    """One curve a run, named after its folder."""
+    parser = argparse.ArgumentParser(description="Draws the learning curves of runs as one PNG.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
+    chosen = parser.parse_args()
+    try:
+        from mpl_fast.curves import draw
+
+        draw([(run.name, run) for run in chosen.runs], chosen.out)
+    except UserError as error:
+        fail("plot", error, error.exit_code)
+    except ModuleNotFoundError as error:
+        fail("plot", ModuleNotFoundError(f"{error.name} is missing: pip install {error.name}"), 1)
+    print(chosen.out)
+
+
+if __name__ == "__main__":
+    main()
