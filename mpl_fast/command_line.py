@@ -29,9 +29,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
     file = _option(arguments, "config")
     tree = _read_yaml(file) if file else None
     values: dict[str, Any] = _plain(tree) if tree else {}
-    recipe = _option(arguments, "recipe") or values.get("recipe", "mpl")
+    recipe = _option(arguments, "recipe") or str(values.get("recipe", "mpl"))
     if recipe not in RECIPES:
-        raise ConfigError(f"recipe {recipe!r} does not exist{_near(str(recipe), list(RECIPES))}")
+        raise ConfigError(f"recipe {recipe!r} does not exist{_near(recipe, list(RECIPES))}")
     known = list(_keys(RunConfig, RECIPES[recipe]))
     if tree:
         _check_yaml_keys(file or "", tree, known, recipe)
@@ -124,7 +124,11 @@ def _check_options(arguments: Sequence[str], known: Sequence[str], recipe: str) 
 
 
 def _check_yaml_keys(file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str) -> None:
+    seen: set[str] = set()
     for key, line in _yaml_keys(tree):
+        if key in seen:
+            raise ConfigError(f"{file}:{line}: {key} stands here for the second time")
+        seen.add(key)
         if key not in known:
             hint = _near(key, known)
             raise ConfigError(f"{file}:{line}: unknown key {key} of recipe {recipe}{hint}")

@@ -83,7 +83,7 @@ def test_sigterm_saves_and_asks_to_be_run_again(
     folder = tmp_path / "run"
     options = arguments(folder, tiny_rec)
     process = subprocess.Popen(
-        command(options),
+        command(options, ranks),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

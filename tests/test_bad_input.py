@@ -1,0 +1,141 @@
+"""What a user can get wrong ends in one clear line, an exit code, and nothing overwritten."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpl_fast import train
+from tests.tiny_run import arguments, run
+
+Say = Callable[[list[str]], tuple[int, str]]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
+    """Runs the command in this process; returns its exit code and what it said on stderr."""
+
+    def command(options: list[str]) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["train.py", *options])
+        try:
+            code = train.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, capfd.readouterr().err
+
+    return command
+
+
+def test_missing_data_root(say: Say, tmp_path: Path) -> None:
+    code, text = say(arguments(tmp_path / "run", tmp_path / "nowhere"))
+    assert code == 4 and text.count("\n") == 1 and "nowhere" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_data_root(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, text = say(arguments(tmp_path / "run", tmp_path / "empty"))
+    assert code == 4 and text.count("\n") == 1 and "empty" in text
+
+
+def test_index_that_does_not_match(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    rec = shutil.copytree(tiny_rec, tmp_path / "rec")
+    index = rec / "train_unlabel.idx"
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:-3]))
+    code, text = say(arguments(tmp_path / "run", rec))
+    assert code == 4 and text.count("\n") == 1 and "train_unlabel.idx" in text
+
+
+def test_records_cut_short(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    rec = shutil.copytree(tiny_rec, tmp_path / "rec")
+    os.truncate(rec / "val.rec", 1000)
+    code, text = say(arguments(tmp_path / "run", rec))
+    assert code == 4 and text.count("\n") == 1 and "val.rec" in text
+
+
+def test_class_count_that_does_not_match(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.classes", "7"])
+    assert code == 2 and "model.classes is 7" in text and "has 10 classes" in text
+
+
+@pytest.mark.parametrize("which", ["labeled", "unlabeled"])
+def test_batch_larger_than_the_dataset(
+    which: str, say: Say, tiny_rec: Path, tmp_path: Path
+) -> None:
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), f"--{which}-batch", "500"])
+    assert code == 2 and text.count("\n") == 1
+    assert f"{which}_batch 500 is larger than the" in text
+
+
+def test_unknown_model(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.name", "resnet51"])
+    assert code == 2 and text.count("\n") == 1 and "resnet51" in text and "resnet50" in text
+
+
+def test_cuda_asked_for_and_absent(
+    say: Say, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--device", "cuda"])
+    assert code == 2 and text.count("\n") == 1 and "no GPU" in text
+
+
+def test_run_directory_that_is_a_file(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("precious")
+    code, text = say(arguments(tmp_path / "run", tiny_rec))
+    assert code == 2 and text.count("\n") == 1 and "cannot be written" in text
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_run_directory_below_something_unwritable(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    options = arguments(tmp_path / "x", tiny_rec)
+    code, text = say([*options, "--run-dir", "/proc/mpl_fast/run"])
+    assert code == 2 and text.count("\n") == 1 and "cannot be written" in text
+
+
+def test_run_directory_of_another_config(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    options = arguments(tmp_path / "run", tiny_rec)
+    assert run([*options, "--stop-at", "2"]).returncode == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    code, text = say([*options, "--seed", "9"])
+    assert code == 2 and text.count("\n") == 1 and "seed was 0 and is 9" in text
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_two_runs_in_one_directory(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    options = arguments(tmp_path / "run", tiny_rec)
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, text = say(options)
+    assert code == 2 and "in use by another run" in text
+
+
+def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    tiny_rec: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options = arguments(folder, tiny_rec)
+    assert run([*options, "--stop-at", "2"]).returncode == 0
+    saved = {p: p.read_bytes() for p in folder.glob("checkpoints/**/*.pt")}
+    for file in (folder / "config.yaml", tmp_path / "mpl_dali.yaml"):
+        file.write_text(file.read_text().replace("lr: 0.05", "lr: 1.0e+30"))
+    failed = run(options)
+    assert failed.returncode == 5, failed.stderr
+    errors = [line for line in failed.stderr.splitlines() if "error" in line]
+    assert len(errors) == 1 and "the checkpoint of step 2 is kept" in errors[0]
+    assert {p: p.read_bytes() for p in folder.glob("checkpoints/**/*.pt")} == saved
+    assert not (folder / "summary.json").exists()
+
+
+def test_an_error_is_told_once_under_torchrun(tiny_rec: Path, tmp_path: Path) -> None:
+    """By rank 0, though both ranks meet it; torchrun adds a report of its own."""
+    (tmp_path / "run").write_text("in the way")
+    failed = run(arguments(tmp_path / "run", tiny_rec), ranks=2)
+    assert failed.returncode != 0
+    assert failed.stderr.count("train: error:") == 1, failed.stderr
+    assert "trainer.py" not in failed.stderr  # no traceback through our code

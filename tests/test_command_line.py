@@ -1,0 +1,119 @@
+"""Options, YAML and defaults meet in one config; every slip is one clear line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpl_fast.command_line import as_yaml, parse, read_config
+from mpl_fast.config import RECIPES, MPLConfig, UDAConfig
+from mpl_fast.errors import ConfigError
+from tests.tiny_run import ROOT, TRAIN
+
+HERE = ["--run-dir", "r", "--data.root", "d"]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def written(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_options_override_yaml_which_overrides_defaults(tmp_path: Path) -> None:
+    yaml = "recipe: uda\nsteps: 7\nseed: 3\nalgorithm: {learner: {lr: 1e-3}}\n"
+    config = parse(
+        ["--config", written(tmp_path, yaml), *HERE, "--steps=9", "--data.image-size", "32"]
+    )
+    assert isinstance(config.algorithm, UDAConfig)
+    assert (config.steps, config.seed, config.log_every) == (9, 3, 50)
+    assert config.algorithm.learner.lr == 1e-3
+    assert config.data.image_size == 32 and config.data.mean == (0.485, 0.456, 0.406)
+
+
+def test_recipe_on_the_command_line_decides() -> None:
+    assert isinstance(parse([*HERE, "--recipe", "mpl"]).algorithm, MPLConfig)
+    for name, kind in RECIPES.items():
+        assert isinstance(parse([*HERE, f"--recipe={name}"]).algorithm, kind)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_shipped_configs_parse_and_say_what_they_cost(file: Path) -> None:
+    config = parse(["--config", str(file), *HERE])
+    comment = "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    assert "Command:" in comment and "Cost" in comment
+    assert config.recipe in file.stem
+
+
+def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config = parse(["--config", str(CONFIGS[0]), *HERE, "--seed", "5"])
+    file = tmp_path / "config.yaml"
+    file.write_text(as_yaml(config))
+    assert read_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--stepz", "3"], "unknown option --stepz of recipe mpl; did you mean --steps?"),
+        (["--rundir", "x"], "did you mean --run-dir?"),
+        (["--lr", "3"], r"did you mean --algorithm\.teacher\.lr?"),
+        (["--data.magnitud=3"], "did you mean --data.magnitude?"),
+        (["-x"], "unknown option -x"),
+        (["--steps", "many"], "steps"),
+        (["--steps", "1.5"], "steps"),
+        (["--steps", "0"], "steps must be at least 1, not 0"),
+        (["--labeled-batch", "-4"], "labeled_batch must be at least 1, not -4"),
+        (["--data.flip", "maybe"], "data.flip"),
+        (["--recipe", "mlp"], "recipe 'mlp' does not exist; did you mean mpl?"),
+        (["--recipe"], "--recipe needs a value"),
+        (["--algorithm.consistency.temperature", "0"], "temperature must be above 0"),
+        (["--algorithm.student.ema", "1"], r"algorithm.student.ema must be in \[0, 1\)"),
+        (["--algorithm.smoothing", "1"], "algorithm.smoothing"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_a_slip_is_one_clear_line(options: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as told:
+        parse([*HERE, *options])
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        (
+            "steps: 3\ndata:\n  magnitud: 3\n",
+            r"c.yaml:3: unknown key data.magnitud.*data.magnitude",
+        ),
+        ("recipe: uda\nalgorithm: {student: {lr: 1}}\n", "c.yaml:2: unknown key algorithm.student"),
+        ("steps: [3\n", "c.yaml is not YAML"),
+        ("- 3\n", "must hold keys and values"),
+        ("steps: 3.5\n", "steps"),
+        ("recipe: [1]\n", "recipe"),
+        ("steps: 3\nseed: 1\nsteps: 4\n", "c.yaml:3: steps stands here for the second time"),
+    ],
+)
+def test_a_slip_in_yaml_names_the_line(yaml: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse(["--config", written(tmp_path, yaml), *HERE])
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_missing_folders_are_asked_for(missing: int) -> None:
+    with pytest.raises(ConfigError, match="is missing: give --"):
+        parse(HERE[missing : missing + 2])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+        f"try: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "except SystemExit as e: assert not e.code\n"
+        "assert not {'torch', 'nvidia', 'tensorboardX', 'timm'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--algorithm.teacher.lr" in done.stdout and "Steps at learning rate 0" in done.stdout

@@ -1,0 +1,57 @@
+"""With one rank everything is the identity; two ranks vote, average and gather by gloo."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from mpl_fast import distributed
+from mpl_fast.distributed import StopFlag
+from mpl_fast.errors import ConfigError
+
+
+def test_alone_everything_is_the_identity() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert torch.equal(distributed.mean_over_ranks(x), x) and x.requires_grad
+    assert not distributed.mean_over_ranks(x).requires_grad
+    assert distributed.gather("a") == ["a"] and distributed.from_first(3) == 3
+    stop = StopFlag()
+    assert not stop.agreed()
+    stop.wish()
+    assert stop.agreed()
+
+
+def test_cuda_asked_for_and_absent_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device is cuda, but torch sees no GPU here"):
+        distributed.start("cuda")
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    x = torch.tensor([float(rank), 2.0])
+    assert distributed.mean_over_ranks(x).tolist() == [0.5, 2.0]
+    assert distributed.sum_over_ranks(x).tolist() == [1.0, 4.0]
+    many = [torch.full((2, 2), float(rank)), torch.tensor(float(10 * rank))]
+    distributed.mean_over_ranks_(many)
+    assert many[0].tolist() == [[0.5, 0.5], [0.5, 0.5]] and many[1].item() == 5.0
+    assert distributed.gather(f"r{rank}") == ["r0", "r1"]
+    assert distributed.from_first(f"r{rank}") == "r0"
+    stop = StopFlag()
+    votes = []
+    for step in range(5):
+        if rank == 1 and step == 2:
+            stop.wish()
+        votes.append(stop.agreed())
+    Path(folder, f"votes{rank}").write_text(str(votes))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_average_and_decide_together(tmp_path: Path) -> None:
+    spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    votes = [(tmp_path / f"votes{rank}").read_text() for rank in (0, 1)]
+    # One rank's wish at step 2 is everyone's decision at step 3.
+    assert votes[0] == votes[1] == str([False, False, False, True, True])

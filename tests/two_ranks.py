@@ -1,0 +1,70 @@
+"""Trains on made-up batches and saves the weights: run by test_two_ranks.py, alone and by torchrun.
+
+usage: two_ranks.py RECIPE OUT [compiled]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from mpl_fast import algorithms, distributed
+from mpl_fast.algorithms.base import train_step
+from mpl_fast.batch import Batch
+from mpl_fast.config import (
+    AlgorithmConfig,
+    ConsistencyConfig,
+    LearnerConfig,
+    MPLConfig,
+    SupervisedConfig,
+    UDAConfig,
+)
+from mpl_fast.learner import Learner
+
+LEARNER = LearnerConfig(lr=0.1, warmup=2, ema=0.9, dropout=0.0, clip=1.0)
+CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.3)
+CONFIGS: dict[str, AlgorithmConfig] = {
+    "supervised": SupervisedConfig(learner=LEARNER),
+    "uda": UDAConfig(learner=LEARNER, consistency=CONSISTENCY),
+    "mpl": MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY),
+}
+
+
+def batches(steps: int) -> list[Batch]:
+    """Whole batches; a rank takes every world-th row."""
+    g = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(steps):
+        labeled, weak = (torch.randn(n, 3, 12, 12, generator=g).double() for n in (8, 12))
+        strong = weak + 0.5 * torch.randn(weak.shape, generator=g)
+        labels, truth = (torch.randint(4, (n,), generator=g) for n in (8, 12))
+        made.append(Batch(labeled, labels, weak, strong, truth))
+    return made
+
+
+def network() -> nn.Module:
+    """No batch norm: its batches would differ between one rank and two."""
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, 4)).double()
+
+
+def main(recipe: str, out: str, compiled: str) -> None:
+    place = distributed.start("cpu")
+    torch.manual_seed(0)
+    algorithm = algorithms.build(
+        CONFIGS[recipe], lambda c: Learner(network(), c, steps=8, compiled=compiled)
+    )
+    for t, whole in enumerate(batches(8)):
+        mine = Batch(*(field[place.rank :: place.world] for field in whole))
+        metrics = train_step(algorithm, mine, t)
+    h = metrics.get("h", torch.zeros(()))
+    state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
+    torch.save({"learners": state, "h": h}, f"{out}.{place.rank}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "off")
