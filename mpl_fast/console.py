@@ -39,7 +39,7 @@ class Console:
     def row(self, done: int, row: Row) -> None:
         """Remembers a row of metrics and shows it if the last line is some seconds old."""
         wanted = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
-        rates = [f"lr {value:.3g}" for name, value in row.items() if name.startswith("lr/")][:1]
+        rates = [f"lr {row[name]:.3g}" for name in ("lr/student", "lr/learner") if name in row]
         speed = f"{row['images_per_second']:.0f} img/s, data wait {100 * row['data_wait']:.0f} %"
         self._latest = " | ".join([speed, *wanted, *rates])
         if time.perf_counter() - self._spoke >= SECONDS or done == self.steps:

@@ -36,7 +36,9 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    done = command(records, "--out", out, "--images", "2", "--draws", "3", "--image-size", "100")
+    done = command(
+        records, "--out", out, "--images", "2", "--draws", "3", "--data.image-size", "100"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
     assert done.stderr == ""
@@ -58,8 +60,9 @@ def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
         (["missing", "--out", "x.png"], 4, "no such folder of records"),
         (["REC", "--out", "x.png", "--images", "4"], 2, "has only 3 records"),
         (["REC", "--out", "nowhere/x.png"], 2, "folder does not exist"),
-        (["REC", "--out", "x.png", "--image-size", "1"], 2, "at least 8"),
-        (["REC", "--out", "x.png", "--policy", "none"], 2, "invalid choice"),
+        (["REC", "--out", "x.png", "--data.image-size", "1"], 2, "at least 8"),
+        (["REC", "--out", "x.png", "--data.policy", "none"], 2, "data.policy"),
+        (["REC", "--out", "x.png", "--draw", "3"], 2, "unknown option --draw"),
     ],
 )
 def test_bad_input_is_one_line(
