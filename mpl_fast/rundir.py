@@ -19,6 +19,7 @@ from mpl_fast.errors import ConfigError
 from mpl_fast.metrics import Row
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
+LOCK_SECONDS = 5.0
 # Keys that may change when a run is resumed, for they do not change its result.
 FREE = {"run_dir", "log_every", "checkpoint_every", "checkpoint_keep", "eval_every", "eval_batch"}
 FREE |= {"stop_at", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
@@ -134,11 +135,13 @@ def _locked(path: Path) -> Any:
         lock = (path / ".lock").open("a")
     except OSError as error:
         raise ConfigError(f"run_dir {path} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(f"run_dir {path} is in use by another run") from None
-    return lock
+    for _ in range(int(LOCK_SECONDS / 0.1)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(0.1)  # a run that was just killed needs a moment to vanish
+    raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 
 
 def _agree(file: Path, config: RunConfig) -> None:

@@ -11,10 +11,12 @@ if not __package__ and not getattr(sys.flags, "safe_path", False):
 
 from mpl_fast.command_line import fail, parse
 from mpl_fast.errors import DataError, UserError
+from mpl_fast.launcher import die_with_launcher
 
 
 def main() -> int:
     """Parses first, then imports torch: --help and a misspelt option answer at once."""
+    die_with_launcher()
     rank = int(os.environ.get("RANK", 0))
     joined = False
     try:

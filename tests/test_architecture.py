@@ -4,7 +4,7 @@ The order, from top to bottom; a unit imports only units below it:
 
     train -> trainer -> evaluate | checkpoint | rundir | console | curves -> algorithms | metrics
           -> learner -> losses | models | command_line -> kernels | distributed | data
-          -> batch | config -> errors
+          -> batch | config -> errors | launcher
 """
 
 import ast
@@ -24,7 +24,7 @@ LAYERS = [
     {"losses", "models", "command_line"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},
-    {"errors"},
+    {"errors", "launcher"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
@@ -39,7 +39,7 @@ NEVER_IN_ALGORITHMS = (
 )
 # Behind a command line that answers --help at once: these wait until they are needed.
 LIGHT = ["config", "errors", "data/manifest", "data/records", "data/sources", "data/split"]
-LIGHT += ["data/pack", "train", "command_line", "__init__", "data/__init__"]
+LIGHT += ["data/pack", "train", "launcher", "command_line", "__init__", "data/__init__"]
 HEAVY = {"torch", "torchvision", "timm", "nvidia", "tensorboardX", "triton", "matplotlib"}
 
 

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.command_line import fail, parse
 from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.launcher import die_with_launcher
 
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
 
@@ -21,6 +22,7 @@ def main() -> None:
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         sys.exit(0 if "--help" in arguments or "-h" in arguments else 2)
+    die_with_launcher()
     run, *options = arguments
     config_file = Path(run) / "config.yaml"
     try:
