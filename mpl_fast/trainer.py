@@ -1,35 +1,28 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
-import os
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
-
-from mpl_fast import algorithms, distributed, models
+from mpl_fast import distributed, models, randomness
 from mpl_fast.algorithms.base import Algorithm, train_step
+from mpl_fast.assembly import (
+    build_algorithm,
+    check_batches,
+    count_classes,
+    eval_loader,
+    images_per_step,
+    train_loader,
+)
 from mpl_fast.checkpoint import Checkpoints, newest, read_shared
-from mpl_fast.config import LearnerConfig, RunConfig
+from mpl_fast.config import RunConfig
 from mpl_fast.console import Console, duration
-from mpl_fast.data.loader import EvalLoader, TrainLoader
+from mpl_fast.data.loader import TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import Place, StopFlag
-from mpl_fast.errors import (
-    PREEMPTED,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    UserError,
-)
+from mpl_fast.errors import PREEMPTED, CheckpointError, NonFiniteError, UserError
 from mpl_fast.evaluate import evaluate
-from mpl_fast.learner import Learner
+from mpl_fast.interrupts import stopping_by
 from mpl_fast.metrics import Meter, non_finite
 from mpl_fast.rundir import RunDir
 
@@ -40,10 +33,10 @@ def train(config: RunConfig) -> int:
     Raises `UserError` for what the user can mend, on every rank that meets it.
     """
     manifest = read_manifest(config.data.root)
-    classes = _classes(config, manifest)
+    classes = count_classes(config, manifest)
     place = distributed.start(config.device)
     try:
-        _check_batches(config, manifest, place)
+        check_batches(config, manifest, place)
         folder = _open_folder(config, place)
         try:
             return Run(config, place, manifest, classes, folder).go()
@@ -60,7 +53,7 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
     Raises `UserError` as `train` does, and `CheckpointError` if there is none.
     """
     manifest = read_manifest(config.data.root)
-    classes = _classes(config, manifest)
+    classes = count_classes(config, manifest)
     place = distributed.start(config.device)
     try:
         folder = Path(config.run_dir) / "checkpoints"
@@ -94,7 +87,7 @@ class Run:
         self.config, self.place, self.manifest, self.folder = config, place, manifest, folder
         self.console = Console(config.steps, silent=not place.is_first)
         self.algorithm = build_algorithm(config, classes, place.device)
-        prepare_torch(config, place)
+        randomness.prepare(config, place)
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint_keep,
@@ -113,10 +106,10 @@ class Run:
             )
         if self.done >= self.config.steps:
             return 0
-        with _signals(self.stop.wish):
+        with stopping_by(self.stop.wish):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.place)
-            finished = self._loop(self._train_loader(data_state))
+            finished = self._loop(train_loader(self.config, self.manifest, self.place, data_state))
         if finished:
             self._summarize()
             return 0
@@ -203,7 +196,7 @@ class Run:
         }
         if self.folder:
             self.folder.sync()
-        self.checkpoints.save(self.done, shared, _random_state() | {"data": loader.state()})
+        self.checkpoints.save(self.done, shared, randomness.state() | {"data": loader.state()})
         self.saved = self.done
         self.meter.pause(time.perf_counter() - began)
 
@@ -220,7 +213,7 @@ class Run:
             _load(self.algorithm, shared)
             self.done = self.saved = shared["step"]
             self.seconds, self.accuracy = shared["seconds"], shared["accuracy"]
-            _set_random_state(mine)
+            randomness.restore(mine)
             data_state = mine["data"]
             self.console.say(f"resuming after step {self.done} from {checkpoint}")
         if self.folder:
@@ -237,22 +230,8 @@ class Run:
             f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
             f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
         )
-
-    def _train_loader(self, state: dict[str, Any] | None) -> TrainLoader:
-        config, place = self.config, self.place
-        unlabeled = images_per_step(config) - config.labeled_batch
-        return TrainLoader(
-            config.data,
-            self.manifest,
-            labeled=config.labeled_batch // place.world,
-            unlabeled=unlabeled // place.world,
-            rank=place.rank,
-            world=place.world,
-            seed=config.seed,
-            device=place.device,
-            dtype=torch.bfloat16 if uses_bf16(config, place.device) else torch.float32,
-            state=state,
-        )
+        if config.compile != "off" and self.done < config.steps:
+            self.console.say("compiling during the first steps, which takes minutes")
 
     def _summarize(self) -> None:
         summary = {
@@ -269,47 +248,6 @@ class Run:
             f"done: top-1 {self.accuracy['top1']:.2f} % in {duration(self.seconds)} of training, "
             f"{summary['images_per_second']:.0f} images/s; {self.config.run_dir}/summary.json"
         )
-
-
-def build_algorithm(config: RunConfig, classes: int, device: torch.device) -> Algorithm:
-    """The configured algorithm with freshly initialised networks, the same on every rank."""
-
-    def new_learner(learner: LearnerConfig) -> Learner:
-        model = config.model
-        return Learner(
-            models.build(model.name, classes, learner.dropout, model.norm_momentum),
-            learner,
-            steps=config.steps,
-            device=device,
-            bf16=uses_bf16(config, device),
-            compiled=config.compile,
-        )
-
-    torch.manual_seed(config.seed)
-    return algorithms.build(config.algorithm, new_learner)
-
-
-def eval_loader(config: RunConfig, manifest: Manifest, place: Place) -> EvalLoader:
-    """Validation images for this rank."""
-    return EvalLoader(
-        config.data,
-        manifest,
-        batch=max(1, config.eval_batch // place.world),
-        rank=place.rank,
-        world=place.world,
-        device=place.device,
-        dtype=torch.bfloat16 if uses_bf16(config, place.device) else torch.float32,
-    )
-
-
-def images_per_step(config: RunConfig) -> int:
-    """Distinct images that one step takes, over all ranks."""
-    return config.labeled_batch + (0 if config.recipe == "supervised" else config.unlabeled_batch)
-
-
-def uses_bf16(config: RunConfig, device: torch.device) -> bool:
-    """Whether forward passes run under bfloat16 autocast."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def _accuracy_line(accuracy: dict[str, float]) -> str:
@@ -332,74 +270,3 @@ def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
     if refusal := distributed.from_first(refusal):
         raise refusal
     return folder
-
-
-def _classes(config: RunConfig, manifest: Manifest) -> int:
-    have, wanted = len(manifest.classes), config.model.classes
-    if wanted and wanted != have:
-        raise ConfigError(
-            f"model.classes is {wanted} but {manifest.root} has {have} classes: set {have}, or 0"
-        )
-    return have
-
-
-def _check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
-    """Every rank gets the same number of images, and no batch holds an image twice."""
-    wanted = {"labeled": config.labeled_batch}
-    if config.recipe != "supervised":
-        wanted["unlabeled"] = config.unlabeled_batch
-    for split, batch in wanted.items():
-        records = manifest.splits[split].records
-        if batch % place.world:
-            raise ConfigError(f"{split}_batch {batch} is not divisible by {place.world} ranks")
-        if batch > records:
-            raise ConfigError(
-                f"{split}_batch {batch} is larger than the {records} {split} images in "
-                f"{manifest.root}: lower it to {records} or less"
-            )
-    if "val" not in manifest.splits:
-        raise DataError(f"{manifest.root} has no validation split: pack it with --val")
-
-
-def prepare_torch(config: RunConfig, place: Place) -> None:
-    """Precision, determinism and this rank's random generator."""
-    torch.backends.cuda.matmul.allow_tf32 = (
-        torch.backends.cudnn.allow_tf32
-    ) = not config.deterministic
-    torch.backends.cudnn.benchmark = not config.deterministic
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.manual_seed(config.seed * 1_000_003 + place.rank + 1)  # dropout differs between ranks
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    random.setstate(state["python"])
-
-
-@contextmanager
-def _signals(wish: Callable[[], None]) -> Iterator[None]:
-    """The first SIGTERM or SIGINT asks for a checkpoint and an orderly stop, a repetition ends at
-    once."""
-    seen: set[int] = set()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if number in seen:
-            raise KeyboardInterrupt
-        seen.add(number)
-        wish()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

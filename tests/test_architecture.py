@@ -2,9 +2,9 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train -> trainer -> evaluate | checkpoint | rundir | console | curves -> algorithms | metrics
-          -> learner -> losses | models | command_line -> kernels | distributed | data
-          -> batch | config -> errors | launcher
+    train -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
+          -> algorithms | metrics | randomness -> learner -> losses | models | command_line
+          -> kernels | distributed | data -> batch | config -> errors | interrupts | launcher
 """
 
 import ast
@@ -18,13 +18,13 @@ PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train"},
     {"trainer"},
-    {"evaluate", "checkpoint", "rundir", "console", "curves"},
-    {"algorithms", "metrics"},
+    {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves"},
+    {"algorithms", "metrics", "randomness"},
     {"learner"},
     {"losses", "models", "command_line"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},
-    {"errors", "launcher"},
+    {"errors", "interrupts", "launcher"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

@@ -30,7 +30,7 @@ cutout: 4,
 model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
 """
-LEARNER = "{lr: 0.05, warmup: 2, ema: 0.9, dropout: 0.2}"
+LEARNER = "{lr: 0.05, wait: 1, warmup: 2, ema: 0.9, dropout: 0.2}"
 ALGORITHMS = {
     "supervised": f"  learner: {LEARNER}\n",
     "uda": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",

@@ -1,0 +1,81 @@
+"""What only a GPU can show of training: NCCL, no host synchronization, the whole road."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpl_fast import algorithms
+from mpl_fast.algorithms.base import train_step
+from mpl_fast.batch import Batch
+from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig, SupervisedConfig, UDAConfig
+from mpl_fast.learner import Learner
+from mpl_fast.models import build
+from tests.tiny_run import arguments, command, environment, run
+
+pytestmark = pytest.mark.gpu
+FAST = LearnerConfig(lr=0.05, warmup=0, ema=0.9, dropout=0.1)
+CONFIGS: dict[str, AlgorithmConfig] = {
+    "supervised": SupervisedConfig(learner=FAST),
+    "uda": UDAConfig(learner=FAST),
+    "mpl": MPLConfig(teacher=FAST, student=FAST),
+}
+
+
+def batch(device: str) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 3, 32, 32, generator=g).to(device, torch.bfloat16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (40,), generator=g).to(device)
+    return Batch(images[:8], labels[:8], images[8:], images[8:].flip(0), labels[8:])
+
+
+@pytest.mark.parametrize("recipe", CONFIGS)
+def test_a_step_never_waits_for_the_device(recipe: str) -> None:
+    algorithm = algorithms.build(
+        CONFIGS[recipe],
+        lambda c: Learner(
+            build("wrn_10_1", 10, c.dropout), c, steps=100, device="cuda:0", bf16=True
+        ),
+    )
+    data = batch("cuda")
+    for t in range(3):  # warm up: libraries synchronize when they are loaded
+        train_step(algorithm, data, t)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in range(3, 6):
+            metrics = train_step(algorithm, data, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("where", ["gpu", "cpu"])
+@pytest.mark.parametrize("policy", ["mpl", "dali"])
+def test_the_road_runs_under_nccl(where: str, policy: str, tiny_rec: Path, tmp_path: Path) -> None:
+    """torchrun with one rank on CUDA, DALI on either device; stopped once and resumed."""
+    folder = tmp_path / "run"
+    options = arguments(folder, tiny_rec, policy=policy)
+    options += ["--device", "cuda", "--data.device", where, "--deterministic", "false"]
+    launched = command(options)
+    launcher = [launched[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    for extra in (["--stop-at", "3"], []):
+        done = subprocess.run(
+            [*launcher, *launched[1:], *extra],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "summary.json").read_text())["count"] == 50
+
+
+def test_compiled_run_on_the_gpu(tiny_rec: Path, tmp_path: Path) -> None:
+    options = arguments(tmp_path / "run", tiny_rec)
+    options += ["--device", "cuda", "--compile", "default", "--deterministic", "false"]
+    done = run(options)
+    assert done.returncode == 0, done.stderr
