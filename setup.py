@@ -27,6 +27,7 @@ REQUIRES = [
     "tensorboardX",
     "timm",
     "jsonargparse",
+    "docstring-parser",  # makes the text beside a field its --help
     "PyYAML",
     "simplejpeg",
     "opencv-python-headless",

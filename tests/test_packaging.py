@@ -6,6 +6,7 @@ named `kernels`, and a folder without that file loses to any real package on the
 checkout can never shadow it, nor an installation overwrite it.
 """
 
+import ast
 import re
 import subprocess
 import sys
@@ -98,3 +99,17 @@ def test_the_lock_pins_every_line_and_names_no_host(root: Path) -> None:
     assert len(lines) > 50
     assert [line for line in lines if not LOCK_LINE.fullmatch(line)] == []
     assert "torch==2.15.0 ; python_full_version >= '3.11'" in lines
+
+
+def test_the_lock_pins_every_requirement(root: Path) -> None:
+    """What setup.py asks for by name stands in the lock, or a fresh `.venv` would lack it."""
+    setup = ast.parse((root / "setup.py").read_text())
+    lists = [
+        ast.literal_eval(node.value)
+        for node in setup.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("REQUIRES", "DEMO")
+    ]
+    wanted = {re.split(r"[<>=\[]", name)[0].lower() for names in lists for name in names}
+    lock = (root / "requirements.lock").read_text()
+    pinned = {m[1].lower() for m in re.finditer(r"^([\w.-]+)==", lock, re.MULTILINE)}
+    assert len(wanted) > 10 and not wanted - pinned
