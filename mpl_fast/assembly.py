@@ -16,6 +16,8 @@ from mpl_fast.learner import Learner
 
 def count_classes(config: RunConfig, manifest: Manifest) -> int:
     """Width of the networks. Raises `ConfigError` if config and data disagree."""
+    if "val" not in manifest.splits:
+        raise DataError(f"{manifest.root} has no validation split: pack it with --val")
     have, wanted = len(manifest.classes), config.model.classes
     if wanted and wanted != have:
         raise ConfigError(
@@ -38,8 +40,6 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
-    if "val" not in manifest.splits:
-        raise DataError(f"{manifest.root} has no validation split: pack it with --val")
 
 
 def build_algorithm(config: RunConfig, classes: int, device: torch.device) -> Algorithm:

@@ -31,7 +31,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int, rank: int, world: int) -> None:
         self.folder, self.keep, self.rank, self.world = folder, keep, rank, world
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
             for leftover in folder.glob(".writing_*"):
                 shutil.rmtree(leftover)
 
@@ -57,7 +60,9 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             _sync_folder(self.folder)
-            for old in _steps(self.folder)[: -self.keep]:
+            # A newer one can only be damaged: this run has fallen back behind it.
+            steps = [s for s in _steps(self.folder) if s.name <= final.name]
+            for old in {*_steps(self.folder)} - {*steps[-self.keep :]}:
                 shutil.rmtree(old)
         barrier()
         return final
@@ -94,6 +99,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, damage
         damage.append(f"{checkpoint.name} is damaged ({reason})")
     return None, damage
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_shared(checkpoint: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@ instant."""
 
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, UserError
 
 USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
 --run-dir RUN
@@ -125,18 +126,22 @@ def _check_options(arguments: Sequence[str], known: Sequence[str], recipe: str) 
 
 def _check_yaml_keys(file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str) -> None:
     seen: set[str] = set()
-    for key, line in _yaml_keys(tree):
+    for key, line, empty in _yaml_keys(tree):
         if key in seen:
             raise ConfigError(f"{file}:{line}: {key} stands here for the second time")
         seen.add(key)
         if key not in known:
             hint = _near(key, known)
             raise ConfigError(f"{file}:{line}: unknown key {key} of recipe {recipe}{hint}")
+        if empty:
+            raise ConfigError(f"{file}:{line}: {key} has no value")
 
 
-def _yaml_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _yaml_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, bool]]:
+    """Dotted key, line, and whether nothing stands behind the colon."""
     for key, value in node.value:
-        yield prefix + str(key.value), key.start_mark.line + 1
+        empty = value.tag.endswith(":null")
+        yield prefix + str(key.value), key.start_mark.line + 1, empty
         if isinstance(value, yaml.MappingNode):
             yield from _yaml_keys(value, f"{prefix}{key.value}.")
 
@@ -155,7 +160,7 @@ def _read_yaml(file: str) -> yaml.MappingNode | None:
 
 def _plain(node: yaml.MappingNode) -> dict[str, Any]:
     """Only the scalars of the top level: the recipe's name is all that is needed before parsing."""
-    return {key.value: value.value for key, value in node.value}
+    return {k.value: v.value for k, v in node.value if isinstance(v, yaml.ScalarNode)}
 
 
 def _near(word: str, known: Sequence[str], dashes: str = "") -> str:
@@ -177,7 +182,8 @@ def _lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def fail(program: str, error: Exception, code: int) -> NoReturn:
-    """Ends a command with its one clear line."""
-    print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def fail(program: str, error: UserError) -> NoReturn:
+    """Ends a command with one clear line, which one rank tells for all that met the error."""
+    if error.alone or os.environ.get("RANK", "0") == "0":
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)

@@ -235,6 +235,9 @@ def _ranges(config: RunConfig) -> list[tuple[str, float, str, bool]]:
     unlabeled = config.unlabeled_batch
     enough = unlabeled >= 1 or config.recipe == "supervised"
     rows.append(("unlabeled_batch", unlabeled, f"at least 1 for recipe {config.recipe}", enough))
+    momentum = config.model.norm_momentum
+    rows.append(("model.norm_momentum", momentum, "in [0, 1]", 0 <= momentum <= 1))
+    rows.append(("model.classes", config.model.classes, "at least 0", config.model.classes >= 0))
     return rows + _data_ranges(config.data) + _algorithm_ranges(config.algorithm)
 
 

@@ -1,6 +1,7 @@
 """What a person sees of a run: plain lines every few seconds, and a moving bar on a terminal
 only."""
 
+import os
 import sys
 import time
 
@@ -29,7 +30,7 @@ class Console:
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self.silent:
-            print(f"\r\033[K{text}" if self.bar else text, flush=True)
+            self._print(f"\r\033[K{text}" if self.bar else text)
 
     def warn(self, text: str) -> None:
         """A line on standard error."""
@@ -56,10 +57,18 @@ class Console:
         if self.bar:
             filled = 24 * done // self.steps
             drawn = "█" * filled + "·" * (24 - filled)
-            print(f"\r\033[K{drawn} {self._progress(done)}", end="", flush=True)
+            self._print(f"\r\033[K{drawn} {self._progress(done)}", end="")
         elif now - self._spoke >= 2 * SECONDS:
             self.say(f"{self._progress(done)} | {self._latest or 'first steps'}")
             self._spoke = now
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        """A reader that has gone, as in `train.py | head`, does not end a run of days."""
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:
+            self.silent, self.bar = True, False
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
     def _progress(self, done: int) -> str:
         return f"step {done:>{len(str(self.steps))}}/{self.steps} | ETA {self._eta(done)}"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_fast.errors import DataError
+from mpl_fast.errors import ConfigError, DataError
 
 PANELS = {
     "eval/top1": "held-out top-1 (%)",
@@ -27,6 +27,10 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
 
     curves = {folder: read(folder) for _, folder in runs}
     panels = [name for name in PANELS if any(name in c for c in curves.values())]
+    if not panels:
+        raise DataError(f"{runs[0][1]} has nothing to draw yet: let it train to an evaluation")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False)
     colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for axis, name in zip(axes[0], panels, strict=True):
@@ -55,8 +59,11 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
         raise DataError(f"{file} does not exist: name a run directory that has trained")
     found: dict[str, list[tuple[int, float]]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        step = row.pop("step")
+        try:
+            row = json.loads(line)
+            step = row.pop("step")
+        except (ValueError, KeyError):  # a kill may cut the last line short
+            continue
         for name, value in row.items():
             found.setdefault(name, []).append((step, value))
     return found

@@ -40,14 +40,12 @@ def start(device: str) -> Place:
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    place = Place(
-        rank=rank,
-        world=world,
-        local_rank=local_rank,
-        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        device=_device(device, local_rank),
-    )
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    place = Place(rank, world, local_rank, local_world, _device(device, local_rank, local_world))
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if world > 1 and not launched:
+        raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
+    if launched:
         cuda = place.device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     return place
@@ -59,16 +57,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _device(wanted: str, local_rank: int) -> torch.device:
+def _device(wanted: str, local_rank: int, local_world: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU here: use --device cpu or auto")
-    if local_rank >= torch.cuda.device_count():
-        have = torch.cuda.device_count()
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU ({have} here): lower --nproc-per-node"
-        )
+    have = torch.cuda.device_count()
+    if local_world > have:  # every rank of this machine sees it, so that rank 0 can tell
+        raise ConfigError(f"{local_world} ranks for {have} GPUs here: use --nproc-per-node={have}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

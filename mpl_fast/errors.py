@@ -5,6 +5,8 @@ class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, what to do."""
 
     exit_code = 1
+    alone = False
+    """Met by this rank and no other, which then has to tell it; else rank 0 does."""
 
 
 class ConfigError(UserError):

@@ -163,7 +163,10 @@ def _compile(network: nn.Module, mode: str) -> None:
         return
     # Otherwise DDP's bucket boundaries would split the network into several graphs.
     torch._dynamo.config.optimize_ddp = False
-    network.compile(dynamic=False, mode=mode)
+    # No CUDA graphs: a forward of the student between the teacher's forward and backward would
+    # overwrite what the teacher's graph still needs.
+    modes = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+    network.compile(dynamic=False, mode=modes[mode])
 
 
 def _replicate(network: nn.Module, device: torch.device) -> nn.Module:

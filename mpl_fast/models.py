@@ -42,9 +42,12 @@ def _timm(name: str, classes: int, dropout: float) -> nn.Module:
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (arXiv 1605.07146) as kekmodel/MPL-pytorch has it: stem of 16, LeakyReLU of slope
-    0.1,
-    batch norm that keeps 99.9 % of its statistics, dropout on the pooled features."""
+    """Wide ResNet (arXiv 1605.07146) after kekmodel/MPL-pytorch.
+
+    Stem of 16 channels, LeakyReLU of slope 0.1, batch norm that keeps 99.9 % of its statistics,
+    dropout on the pooled features. Unlike there, the first block of the later stages feeds its
+    first convolution the normalized features too; that code computes them and does not use them.
+    """
 
     SLOPE = 0.1
     NORM_MOMENTUM = 0.001

@@ -55,7 +55,7 @@ class RunDir:
         self._rows = file.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter  # takes seconds to import
 
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step or None)
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def row(self, step: int, values: Row) -> None:
         """One line of metrics.jsonl and one point of each TensorBoard curve; `step` is steps
@@ -84,9 +84,17 @@ class RunDir:
 
     def _write_environment(self) -> None:
         file = self.path / "env.json"
-        earlier = json.loads(file.read_text()) if file.exists() else None
-        sessions = [*earlier.pop("earlier_sessions"), earlier] if earlier else []
+        sessions = _sessions(file) if file.exists() else []
         _replace(file, json.dumps(environment() | {"earlier_sessions": sessions}, indent=1) + "\n")
+
+
+def _sessions(file: Path) -> list[Any]:
+    """What env.json knows of earlier sessions; a file that a user spoilt is no reason to stop."""
+    try:
+        latest = json.loads(file.read_text())
+        return [*latest.pop("earlier_sessions"), latest]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def environment() -> dict[str, Any]:
@@ -145,8 +153,11 @@ def _locked(path: Path) -> Any:
 
 
 def _agree(file: Path, config: RunConfig) -> None:
-    """A run directory belongs to one config, but for the keys that do not matter to the result."""
-    if not file.exists():
+    """A run directory belongs to one config, but for the keys that do not matter to the result.
+
+    Until there is a checkpoint there is nothing to protect, and a mistake may be mended in place.
+    """
+    if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
     old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(yaml.safe_load(as_yaml(config)))
     keys = [k for k in {**old, **new} if k not in FREE and old.get(k) != new.get(k)]

@@ -1,7 +1,6 @@
 """Trains one recipe: torchrun --nproc-per-node=8 mpl_fast/train.py --config FILE --data.root REC
 --run-dir RUN."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,26 +9,20 @@ if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mpl_fast.command_line import fail, parse
-from mpl_fast.errors import DataError, UserError
+from mpl_fast.errors import UserError
 from mpl_fast.launcher import die_with_launcher
 
 
 def main() -> int:
     """Parses first, then imports torch: --help and a misspelt option answer at once."""
     die_with_launcher()
-    rank = int(os.environ.get("RANK", 0))
-    joined = False
     try:
         config = parse(sys.argv[1:])
         from mpl_fast import trainer
 
-        joined = True
         return trainer.train(config)
     except UserError as error:
-        # Every rank meets the same error and rank 0 tells it, but for data that one rank read alone
-        if rank == 0 or (joined and isinstance(error, DataError)):
-            fail("train", error, error.exit_code)
-        return error.exit_code
+        fail("train", error)
     except KeyboardInterrupt:
         return 130
 

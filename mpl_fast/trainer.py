@@ -14,13 +14,21 @@ from mpl_fast.assembly import (
     images_per_step,
     train_loader,
 )
-from mpl_fast.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.batch import Batch
+from mpl_fast.checkpoint import Checkpoints, newest, read_shared, step_of
 from mpl_fast.config import RunConfig
 from mpl_fast.console import Console, duration
 from mpl_fast.data.loader import TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import Place, StopFlag
-from mpl_fast.errors import PREEMPTED, CheckpointError, NonFiniteError, UserError
+from mpl_fast.errors import (
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    UserError,
+)
 from mpl_fast.evaluate import evaluate
 from mpl_fast.interrupts import stopping_by
 from mpl_fast.metrics import Meter, non_finite
@@ -35,42 +43,42 @@ def train(config: RunConfig) -> int:
     manifest = read_manifest(config.data.root)
     classes = count_classes(config, manifest)
     place = distributed.start(config.device)
+    check_batches(config, manifest, place)
+    folder = _open_folder(config, place)
     try:
-        check_batches(config, manifest, place)
-        folder = _open_folder(config, place)
-        try:
-            return Run(config, place, manifest, classes, folder).go()
-        finally:
-            if folder:
-                folder.close()
+        code = Run(config, place, manifest, classes, folder).go()
     finally:
-        distributed.stop()
+        if folder:
+            folder.close()
+    # Only here: after a failure the other ranks may wait in a collective, and leaving would wait
+    # for them instead of telling what happened.
+    distributed.stop()
+    return code
 
 
 def evaluate_run(config: RunConfig) -> dict[str, float]:
     """Evaluates the newest checkpoint of `config.run_dir` and prints one line.
 
-    Raises `UserError` as `train` does, and `CheckpointError` if there is none.
+    Raises `UserError` as `train` does, and `CheckpointError` if there is none that fits.
     """
     manifest = read_manifest(config.data.root)
     classes = count_classes(config, manifest)
     place = distributed.start(config.device)
-    try:
-        folder = Path(config.run_dir) / "checkpoints"
-        checkpoint, damage = newest(folder)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip()
-            )
-        algorithm = build_algorithm(config, classes, place.device)
-        _load(algorithm, read_shared(checkpoint))
-        expected = manifest.splits["val"].records
-        accuracy = evaluate(algorithm, eval_loader(config, manifest, place), expected)
-        if place.is_first:
-            print(f"{checkpoint}: {_accuracy_line(accuracy)}", flush=True)
-        return accuracy
-    finally:
-        distributed.stop()
+    console = Console(config.steps, silent=not place.is_first)
+    folder = Path(config.run_dir) / "checkpoints"
+    checkpoint, damage = distributed.from_first(newest(folder) if place.is_first else None)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
+    for warning in damage:
+        console.warn(f"{warning}; evaluating {checkpoint.name}")
+    algorithm = build_algorithm(config, classes, place.device)
+    randomness.prepare(config, place)
+    _load(algorithm, read_shared(checkpoint), checkpoint)
+    expected = manifest.splits["val"].records
+    accuracy = evaluate(algorithm, eval_loader(config, manifest, place), expected)
+    console.say(f"{checkpoint}: {_accuracy_line(accuracy)}")
+    distributed.stop()
+    return accuracy
 
 
 class Run:
@@ -99,13 +107,10 @@ class Run:
 
     def go(self) -> int:
         """Resumes if there is something to resume, trains, and says how it ended."""
-        data_state = self._resume()
-        if self.done >= self.config.steps and self.folder and (old := self.folder.summary()):
-            self.console.say(
-                f"complete already: top-1 {old['top1']:.2f} % in {self.config.run_dir}"
-            )
-        if self.done >= self.config.steps:
-            return 0
+        checkpoint = self._newest()
+        if checkpoint and step_of(checkpoint) >= self.config.steps:
+            return self._complete(checkpoint)
+        data_state = self._resume(checkpoint)
         with stopping_by(self.stop.wish):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.place)
@@ -121,12 +126,25 @@ class Run:
         )
         return PREEMPTED
 
+    def _complete(self, checkpoint: Path) -> int:
+        """Nothing is left to train; a kill may have come before the summary was written."""
+        if self.folder and not (summary := self.folder.summary()):
+            shared = read_shared(checkpoint)
+            self.done, self.seconds = shared["step"], shared["seconds"]
+            self.accuracy = shared["accuracy"]
+            self._summarize()
+        elif self.folder and summary:
+            top1 = f"top-1 {summary['top1']:.2f} %"
+            self.console.say(f"complete already: {top1} in {self.config.run_dir}")
+        return 0
+
     def _loop(self, loader: TrainLoader) -> bool:
         """Steps until the end (true) or an agreed stop (false)."""
         config = self.config
+        self.meter = Meter()  # so that starting up does not count as training
         while self.done < config.steps:
             asked = time.perf_counter()
-            batch = next(loader)
+            batch = self._next(loader)
             waited = time.perf_counter() - asked
             metrics = train_step(self.algorithm, batch, self.done)
             self.meter.add(metrics, waited)
@@ -196,21 +214,40 @@ class Run:
         }
         if self.folder:
             self.folder.sync()
-        self.checkpoints.save(self.done, shared, randomness.state() | {"data": loader.state()})
+        mine = randomness.state() | {"data": loader.state()}
+        try:
+            self.checkpoints.save(self.done, shared, mine)
+        except OSError as error:
+            told = CheckpointError(
+                f"the checkpoint of step {self.done} cannot be written: {error.strerror} "
+                f"({error.filename or self.checkpoints.folder}); earlier ones are untouched"
+            )
+            told.alone = True
+            raise told from None
         self.saved = self.done
         self.meter.pause(time.perf_counter() - began)
 
-    def _resume(self) -> dict[str, Any] | None:
-        """Loads the newest good checkpoint; returns the data loader's part of it."""
+    def _next(self, loader: TrainLoader) -> Batch:
+        try:
+            return next(loader)
+        except DataError as error:
+            error.alone = True  # a record that this rank alone was to read
+            raise
+
+    def _newest(self) -> Path | None:
+        """The newest good checkpoint, with a warning for each damaged one that is passed over."""
         checkpoint, damage = self.checkpoints.newest()
         for warning in damage:
-            self.console.warn(
-                f"{warning}; falling back to {checkpoint.name if checkpoint else 'none'}"
-            )
+            fallback = checkpoint.name if checkpoint else "none"
+            self.console.warn(f"{warning}; falling back to {fallback}")
+        return checkpoint
+
+    def _resume(self, checkpoint: Path | None) -> dict[str, Any] | None:
+        """Takes everything from a checkpoint; returns the data loader's part of it."""
         data_state = None
         if checkpoint is not None:
             shared, mine = self.checkpoints.load(checkpoint)
-            _load(self.algorithm, shared)
+            _load(self.algorithm, shared, checkpoint)
             self.done = self.saved = shared["step"]
             self.seconds, self.accuracy = shared["seconds"], shared["accuracy"]
             randomness.restore(mine)
@@ -230,6 +267,12 @@ class Run:
             f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
             f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
         )
+        for name, learner in learners.items():
+            if learner.config.wait >= config.steps:
+                self.console.warn(
+                    f"the {name} never moves: its wait of {learner.config.wait} steps "
+                    f"is not over in a run of {config.steps}"
+                )
         if config.compile != "off" and self.done < config.steps:
             self.console.say("compiling during the first steps, which takes minutes")
 
@@ -254,9 +297,13 @@ def _accuracy_line(accuracy: dict[str, float]) -> str:
     return "top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images".format(**accuracy)
 
 
-def _load(algorithm: Algorithm, shared: dict[str, Any]) -> None:
-    for name, learner in algorithm.learners.items():
-        learner.load_state_dict(shared["learners"][name])
+def _load(algorithm: Algorithm, shared: dict[str, Any], checkpoint: Path) -> None:
+    try:
+        for name, learner in algorithm.learners.items():
+            learner.load_state_dict(shared["learners"][name])
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
 
 
 def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
@@ -269,4 +316,9 @@ def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
             refusal = error
     if refusal := distributed.from_first(refusal):
         raise refusal
+    if not all(distributed.gather((Path(config.run_dir) / "config.yaml").exists())):
+        raise ConfigError(
+            f"run_dir {config.run_dir} is not the same folder for all ranks: "
+            "give a path on a file system that all machines share"
+        )
     return folder

@@ -104,6 +104,23 @@ def test_run_directory_of_another_config(say: Say, tiny_rec: Path, tmp_path: Pat
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+def test_a_mistake_can_be_mended_before_the_first_checkpoint(
+    say: Say, tiny_rec: Path, tmp_path: Path
+) -> None:
+    options = arguments(tmp_path / "run", tiny_rec)
+    code, _ = say([*options, "--model.name", "resnet51"])
+    assert code == 2 and (tmp_path / "run" / "config.yaml").exists()
+    mended = run([*options, "--stop-at", "1"])
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_a_student_that_would_never_move_is_told(tiny_rec: Path, tmp_path: Path) -> None:
+    options = arguments(tmp_path / "run", tiny_rec)
+    done = run([*options, "--algorithm.student.wait", "9", "--stop-at", "1"])
+    assert done.returncode == 0
+    assert "warning: the student never moves: its wait of 9 steps" in done.stderr
+
+
 def test_two_runs_in_one_directory(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
     import fcntl
 

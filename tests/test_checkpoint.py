@@ -101,6 +101,19 @@ def test_a_failing_write_leaves_the_old_one(
     assert newest(store.folder) == (good, [])
 
 
+def test_a_save_behind_damaged_ones_keeps_the_good_and_drops_the_damaged(
+    tmp_path: Path,
+) -> None:
+    store = Checkpoints(tmp_path, keep=2, rank=0, world=1)
+    wide = Checkpoints(tmp_path, keep=9, rank=0, world=1)
+    for step in (500, 1000, 1500):
+        save(wide, step)
+    for step in (1000, 1500):
+        _flip(tmp_path / f"step_{step:08d}" / "state.pt")
+    save(store, 600)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000500", "step_00000600"]
+
+
 def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     save(store, 1)
     path = store.save(1, {"w": torch.zeros(1)}, {})

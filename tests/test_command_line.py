@@ -93,6 +93,7 @@ def test_a_slip_is_one_clear_line(options: list[str], says: str) -> None:
         ("- 3\n", "must hold keys and values"),
         ("steps: 3.5\n", "steps"),
         ("recipe: [1]\n", "recipe"),
+        ("steps: 3\ndata:\n", "c.yaml:2: data has no value"),
         ("steps: 3\nseed: 1\nsteps: 4\n", "c.yaml:3: steps stands here for the second time"),
     ],
 )

@@ -28,6 +28,22 @@ def test_cuda_asked_for_and_absent_is_one_clear_line(monkeypatch: pytest.MonkeyP
         distributed.start("cuda")
 
 
+def test_a_world_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would train alone on its share of the data."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="use torchrun"):
+        distributed.start("cpu")
+
+
+def test_more_ranks_than_gpus_is_told_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 ranks for 1 GPUs here: use --nproc-per-node=1"):
+        distributed.start("cuda")
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2

@@ -1,6 +1,7 @@
 """A run that was stopped, killed or damaged ends bit for bit like one that was not."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -140,6 +141,14 @@ def test_a_complete_run_says_so(straight: Path, ranks: int, tiny_rec: Path) -> N
     again = run(arguments(straight, tiny_rec), ranks)
     assert again.returncode == 0 and "complete already" in again.stdout, again.stderr
     assert (straight / "summary.json").read_bytes() == before
+
+
+def test_a_kill_before_the_summary_is_made_good(straight: Path, ranks: int, tiny_rec: Path) -> None:
+    before = json.loads((straight / "summary.json").read_text())
+    (straight / "summary.json").unlink()
+    again = run(arguments(straight, tiny_rec), ranks)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((straight / "summary.json").read_text())["top1"] == before["top1"]
 
 
 @pytest.mark.parametrize("recipe", ["supervised", "uda"])

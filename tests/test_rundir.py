@@ -68,6 +68,29 @@ def test_plot_tool_draws_the_curves(finished: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
 
 
+def test_evaluate_tool_tells_of_a_missing_run_and_another_network(
+    finished: Path, tiny_rec: Path, tmp_path: Path
+) -> None:
+    tool = [sys.executable, str(ROOT / "tools" / "evaluate.py")]
+    for options, code, says in (
+        ([str(tmp_path)], 2, "config.yaml does not exist"),
+        ([str(finished), "--model.name", "resnet18"], 6, "is of another network"),
+    ):
+        done = subprocess.run([*tool, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_plot_tool_survives_a_cut_line_and_says_when_there_is_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tool = [sys.executable, str(ROOT / "tools" / "plot.py"), str(tmp_path)]
+    tool += ["--out", str(tmp_path / "c.png")]
+    file.write_text('{"step": 1, "eval/top1": 3.0}\n{"step": 2, "eval/to')
+    assert subprocess.run(tool, check=False).returncode == 0
+    file.write_text("")
+    done = subprocess.run(tool, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and "nothing to draw yet" in done.stderr
+
+
 def test_plot_tool_refuses_a_folder_without_metrics(tmp_path: Path) -> None:
     tool = [sys.executable, str(ROOT / "tools" / "plot.py"), str(tmp_path)]
     done = subprocess.run(tool, capture_output=True, text=True, check=False)

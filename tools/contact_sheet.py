@@ -41,7 +41,7 @@ def main() -> None:
             seed=config.seed,
         )
     except UserError as error:
-        fail("contact_sheet", error, error.exit_code)
+        fail("contact_sheet", error)
     print(own.out)
 
 
@@ -49,8 +49,13 @@ def _check(own: argparse.Namespace) -> None:
     for name in ("images", "draws"):
         if getattr(own, name) < 1:
             raise ConfigError(f"--{name} {getattr(own, name)}: must be at least 1")
-    if not own.out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {own.out}: its folder does not exist")
+    try:
+        if not own.out.absolute().parent.is_dir():
+            raise ConfigError(f"--out {own.out}: its folder does not exist")
+        if own.out.is_dir() or own.out.suffix.lower() != ".png":
+            raise ConfigError(f"--out {own.out}: must name a file that ends in .png")
+    except OSError as error:
+        raise ConfigError(f"--out {own.out}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

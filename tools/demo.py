@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.command_line import fail
-from mpl_fast.errors import DataError, UserError
+from mpl_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
@@ -40,9 +40,9 @@ def main() -> None:
         file.write_text(json.dumps(summary, indent=1) + "\n")
         picture = _draw(runs, options)
     except UserError as error:
-        fail("demo", error, error.exit_code)
+        fail("demo", error)
     except subprocess.CalledProcessError as error:
-        fail("demo", DataError(f"stopped at: {' '.join(map(str, error.cmd))}"), error.returncode)
+        sys.exit(error.returncode)  # which has said why
     print(f"\n{_table(summary, options)}\n\n{file}\n{picture}")
     print(f"demo finished in {time.perf_counter() - began:.0f} s")
 

@@ -35,7 +35,7 @@ def main() -> None:
 
         trainer.evaluate_run(config)
     except UserError as error:
-        fail("evaluate", error, error.exit_code)
+        fail("evaluate", error)
 
 
 if __name__ == "__main__":

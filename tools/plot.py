@@ -11,7 +11,7 @@ from mpl_fast.errors import UserError
 
 
 def main() -> None:
-    """One curve a run, named after its folder."""
+    """One curve a run, named as it was given."""
     parser = argparse.ArgumentParser(description="Draws the learning curves of runs as one PNG.")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
@@ -19,11 +19,11 @@ def main() -> None:
     try:
         from mpl_fast.curves import draw
 
-        draw([(run.name, run) for run in chosen.runs], chosen.out)
+        draw([(str(run), run) for run in chosen.runs], chosen.out)
     except UserError as error:
-        fail("plot", error, error.exit_code)
+        fail("plot", error)
     except ModuleNotFoundError as error:
-        fail("plot", ModuleNotFoundError(f"{error.name} is missing: pip install {error.name}"), 1)
+        fail("plot", UserError(f"{error.name} is missing: pip install {error.name}"))
     print(chosen.out)
 
 
