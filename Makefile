@@ -20,6 +20,7 @@ venv: $(STAMP) ## Installs everything into .venv, from requirements.lock (PYTHON
 $(STAMP): requirements.lock setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing about 7 GB of packages into $(VENV); that takes minutes."
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet -r requirements.lock
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	touch $@

@@ -4,6 +4,7 @@ instant."""
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.y
 --run-dir RUN
 
 Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
+The --algorithm.* options are those of one recipe: see them by --recipe uda --help.
 The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
 
 BARE = ("config", "help", "print_config")  # options of the parser itself, not of the config
@@ -34,10 +36,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if recipe not in RECIPES:
         raise ConfigError(f"recipe {recipe!r} does not exist{_near(recipe, list(RECIPES))}")
     known = list(_keys(RunConfig, RECIPES[recipe]))
-    if tree:
-        _check_yaml_keys(file or "", tree, known, recipe)
+    lines = _check_yaml_keys(file or "", tree, known, recipe) if tree else {}
     _check_options(arguments, known, recipe)
-    config = _parse_types(arguments, recipe)
+    config = _parse_types(arguments, recipe, lines)
     if found := problems(config):
         raise ConfigError(found[0])
     return config
@@ -53,19 +54,37 @@ def as_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)
 
 
-def _parse_types(arguments: list[str], recipe: str) -> RunConfig:
+def _parse_types(arguments: list[str], recipe: str, lines: dict[str, str]) -> RunConfig:
+    """`lines` says where in the YAML file a key stands."""
     parser = _parser(RECIPES[recipe])
     try:
         found = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    except (ConfigError, SystemExit):
+    except SystemExit:
         raise
     except (
         Exception
     ) as error:  # jsonargparse raises many kinds; each carries the reason in its text
-        raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(_reworded(" ".join(str(error).split()), arguments, lines)) from None
     for name in ("config", "print_config"):
         found.pop(name, None)
     return RunConfig(**found)
+
+
+TYPES = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
+TYPES |= {"<class 'bool'>": "true or false", "<class 'str'>": "a text"}
+
+
+def _reworded(message: str, arguments: Sequence[str], lines: dict[str, str]) -> str:
+    """jsonargparse's word on a wrong type, in the words of this program."""
+    key = re.search(r'(?:Parser key|Problem with given value for|key) "?([\w.]+)"?:', message)
+    told = re.search(r"Expected an? (.+?)\. Got value: (.*)$", message)
+    if not (key and told):
+        return message
+    names = re.findall(r"'([^']+)'", told[1]) if "Literal" in told[1] else []
+    wanted = ", ".join(names[:-1]) + f" or {names[-1]}" if names else TYPES.get(told[1], told[1])
+    given = any(a.partition("=")[0] == f"--{key[1]}" for a in arguments)
+    where = "" if given else lines.get(key[1], "")
+    return f"{where}{key[1]} must be {wanted}, not {told[2]}"
 
 
 class _Parser(ArgumentParser):
@@ -124,17 +143,21 @@ def _check_options(arguments: Sequence[str], known: Sequence[str], recipe: str) 
             raise ConfigError(f"unknown option {argument}: options begin with --")
 
 
-def _check_yaml_keys(file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str) -> None:
-    seen: set[str] = set()
+def _check_yaml_keys(
+    file: str, tree: yaml.MappingNode, known: Sequence[str], recipe: str
+) -> dict[str, str]:
+    """Where each key stands, as ``FILE:LINE: ``."""
+    seen: dict[str, str] = {}
     for key, line, empty in _yaml_keys(tree):
         if key in seen:
             raise ConfigError(f"{file}:{line}: {key} stands here for the second time")
-        seen.add(key)
+        seen[key] = f"{file}:{line}: "
         if key not in known:
             hint = _near(key, known)
             raise ConfigError(f"{file}:{line}: unknown key {key} of recipe {recipe}{hint}")
         if empty:
             raise ConfigError(f"{file}:{line}: {key} has no value")
+    return seen
 
 
 def _yaml_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int, bool]]:

@@ -31,6 +31,8 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
         raise DataError(f"{runs[0][1]} has nothing to draw yet: let it train to an evaluation")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: its folder does not exist")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--out {out}: the name must end in .png, .pdf or .svg")
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False)
     colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for axis, name in zip(axes[0], panels, strict=True):
@@ -39,9 +41,8 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
             if name in curves[folder]:
                 steps, values = zip(*curves[folder][name], strict=True)
                 shown = label if label not in named else None
-                axis.plot(
-                    steps, values, color=colors[label], label=shown, linewidth=1.4, alpha=0.85
-                )
+                dot = "." if len(steps) == 1 else None  # one point makes no line
+                axis.plot(steps, values, color=colors[label], label=shown, marker=dot, alpha=0.85)
                 named.add(label)
         axis.set(xlabel="step", title=PANELS[name])
         axis.grid(alpha=0.3)

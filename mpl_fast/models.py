@@ -1,5 +1,6 @@
 """Networks by name: any of timm's, and the wide ResNets of the semi-supervised CIFAR literature."""
 
+import difflib
 import math
 from itertools import pairwise
 
@@ -33,7 +34,7 @@ def _timm(name: str, classes: int, dropout: float) -> nn.Module:
     import timm  # takes a second: only for those who need it
 
     if not timm.is_model(name):
-        near = [*WIDE, *timm.list_models(f"*{name[:6]}*")][:5]
+        near = difflib.get_close_matches(name, [*WIDE, *timm.list_models()], n=4) or [*WIDE]
         raise ConfigError(
             f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
         )

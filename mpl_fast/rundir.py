@@ -142,7 +142,8 @@ def _locked(path: Path) -> Any:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
     except OSError as error:
-        raise ConfigError(f"run_dir {path} cannot be written: {error.strerror}") from None
+        reason = "is a file" if path.is_file() else error.strerror
+        raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
     for _ in range(int(LOCK_SECONDS / 0.1)):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

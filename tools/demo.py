@@ -41,8 +41,6 @@ def main() -> None:
         picture = _draw(runs, options)
     except UserError as error:
         fail("demo", error)
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)  # which has said why
     print(f"\n{_table(summary, options)}\n\n{file}\n{picture}")
     print(f"demo finished in {time.perf_counter() - began:.0f} s")
 
@@ -55,7 +53,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="training steps (0: as configured)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--ranks", type=int, default=0, help="processes (0: one a GPU, else 2)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.seeds < 1 or options.steps < 0 or options.ranks < 0:
+        parser.error("--seeds must be at least 1, --steps and --ranks at least 0")
+    return options
 
 
 def _write_digits(folder: Path) -> Path:
@@ -116,7 +117,17 @@ def _ranks() -> int:
 
 def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:
     print("$ " + " ".join(_shown(part) for part in command), flush=True)
-    subprocess.run([str(part) for part in command], check=True, env=os.environ | (extra or {}))
+    process = subprocess.Popen([str(part) for part in command], env=os.environ | (extra or {}))
+    interrupted = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # which the command has received as well, and saves
+            interrupted = True
+    if interrupted:
+        sys.exit("demo: interrupted; the same command goes on from what is saved")
+    if process.returncode:
+        sys.exit(process.returncode)  # it has said why
 
 
 def _shown(part: Any) -> str:

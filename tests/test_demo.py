@@ -1,0 +1,36 @@
+"""The demo can be stopped as a person stops it. (Its results: `make demo`, which CI runs.)"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.tiny_run import ROOT
+
+
+def test_ctrl_c_saves_and_ends_with_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "demo.py"), "--steps", "9000", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the foreground
+    _, problems = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "demo: interrupted; the same command goes on" in problems
+    assert 'demo.py", line' not in problems  # no traceback of ours
+    assert list(out.glob("supervised_seed0_9000steps/checkpoints/step_*"))
+
+
+def test_seeds_must_be_positive() -> None:
+    demo = [sys.executable, str(ROOT / "tools" / "demo.py"), "--seeds", "0"]
+    done = subprocess.run(demo, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--seeds must be at least 1" in done.stderr
