@@ -60,6 +60,10 @@ def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
         (["missing", "--out", "x.png"], 4, "no such folder of records"),
         (["REC", "--out", "x.png", "--images", "4"], 2, "has only 3 records"),
         (["REC", "--out", "nowhere/x.png"], 2, "folder does not exist"),
+        (["missing", "--out", "x.nothing"], 2, "must name a file that ends in .png"),
+        (["missing", "--out", "folder.png"], 2, "must name a file that ends in .png"),
+        (["missing", "--out", "long.png"], 2, "File name too long"),
+        (["REC", "--out", "link.png", "--images", "1"], 3, "No such file"),
         (["REC", "--out", "x.png", "--data.image-size", "1"], 2, "at least 8"),
         (["REC", "--out", "x.png", "--data.policy", "none"], 2, "data.policy"),
         (["REC", "--out", "x.png", "--draw", "3"], 2, "unknown option --draw"),
@@ -69,7 +73,12 @@ def test_bad_input_is_one_line(
     records: Path, tmp_path: Path, arguments: list[str], code: int, words: str
 ) -> None:
     places = {"REC": str(records), "x.png": str(tmp_path / "x.png"),
-              "nowhere/x.png": str(tmp_path / "nowhere" / "x.png")}  # fmt: skip
+              "nowhere/x.png": str(tmp_path / "nowhere" / "x.png"),
+              "link.png": str(tmp_path / "link.png"),
+              "folder.png": str(tmp_path / "folder.png"),
+              "long.png": str(tmp_path / f"{'x' * 300}.png")}  # fmt: skip
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "x.png")
     done = command(*(places.get(argument, argument) for argument in arguments))
     assert done.returncode == code
     assert words in done.stderr.splitlines()[-1]

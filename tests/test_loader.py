@@ -1,13 +1,17 @@
 """The training loader: what a batch is, how ranks share, how a run goes on, what is refused."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from mpl_fast.batch import Batch
 from mpl_fast.config import DataConfig
-from mpl_fast.data.manifest import Manifest
+from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.pack import PackOptions, pack
+from mpl_fast.data.plan import Division
 from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
 from tests.numbered_images import CLASSES, PLAIN, level, levels, pack_numbered, same, train_loader
@@ -149,6 +153,32 @@ def test_a_state_of_another_run_is_refused(
     state = train_loader(manifest).state()
     with pytest.raises(CheckpointError, match=f"{key}=.*{key}="):
         train_loader(manifest, config, **sizes, state=state)  # type: ignore[arg-type]
+
+
+def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
+    """As many records, but others: another draw, order or image."""
+    state = train_loader(manifest).state()
+    pack(PackOptions(
+        src=str(manifest.root.parent / "train"),
+        val=str(manifest.root.parent / "val"),
+        out=manifest.root.parent / "other",
+        division=Division(labeled="20", shards=3, shuffle_seed=9),
+        quiet=True,
+    ))  # fmt: skip
+    other = read_manifest(manifest.root.parent / "other")
+    counts = [[split.records for split in m.splits.values()] for m in (manifest, other)]
+    assert counts[0] == counts[1]
+    with pytest.raises(
+        CheckpointError, match=r"the records in data\.root are others than the check"
+    ):
+        train_loader(other, state=state)
+
+
+def test_records_may_be_moved(manifest: Manifest, tmp_path: Path) -> None:
+    whole = train_loader(manifest)
+    next(whole)
+    moved = read_manifest(shutil.copytree(manifest.root, tmp_path / "moved"))
+    assert same(next(train_loader(moved, state=whole.state())), next(whole))
 
 
 def test_batch_larger_than_the_data(manifest: Manifest) -> None:

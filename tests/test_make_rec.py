@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mpl_fast.data.manifest import read_manifest
 from tests.pack_command import (
     CLASSES,
     DATA,
+    TOOL,
     make_tree,
     names,
     read_record,
@@ -194,3 +197,16 @@ def test_imagenet_sample(tmp_path: Path) -> None:
     rows = read_split(out, "train_unlabel")
     assert sorted(row[1] for row in rows) == list(range(1000))
     assert all(simplejpeg.is_jpeg(row[3]) for row in rows)
+
+
+def test_out_that_is_not_utf8(tree: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"o\xe9t")
+    common = ("--src", tree / "train", "--out", tmp_path / name, "--labeled", "6")
+    run("pack", *common, "--quiet")
+    done = subprocess.run(
+        [sys.executable, TOOL, "pack", *common],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},  # as where a UTF-8 locale is set
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == os.fsencode(tmp_path) + b"/o\xe9t: already complete, nothing to do\n"

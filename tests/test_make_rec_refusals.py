@@ -36,11 +36,16 @@ def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:
     assert "holds another pack (labeled was 6, now 9); choose another --out, or --force" in line
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     image = tree / "train" / "ant" / "0.jpg"
-    os.utime(image, (time.time() + 9, time.time() + 9))
+    os.utime(image, (time.time() + 999, time.time() + 999))  # tells nothing
+    assert run("pack", *common, "--labeled", "6").stdout == done.stdout
+    os.utime(image)
     assert "its source changed after it was packed" in refuse(*common, "--labeled", "6", status=3)
     image.write_bytes(jpeg(5, 20))
     line = refuse(*common, "--labeled", "6", status=3)
     assert "(its source's files were others)" in line
+    (out / "train_label.lst").write_text("0\t0\tx\n")
+    line = refuse(*common, "--labeled", "6", status=3)
+    assert "train_label.lst: does not match the manifest" in line
     (out / "train_label.idx").write_text("0\t0\n")
     assert "holds a damaged pack" in refuse(*common, "--labeled", "6", status=3)
 
@@ -85,8 +90,9 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     line = refuse(*common, status=4)
     assert "7 images cannot be used, nothing was kept: " in line
     named = dict(part.split(": ", 1) for part in line.partition("kept: ")[2].split("; "))
-    assert list(named) == list(faults)
-    assert all(named[key].startswith(reason) for key, (_, reason) in faults.items())
+    assert list(named) == [str(tree / "train" / key) for key in faults]
+    for key, (_, reason) in faults.items():
+        assert named[str(tree / "train" / key)].startswith(reason)
     assert not out.exists()
     # Looking only at the ends misses what is wrong in the middle, and nothing else.
     line = refuse(*common, "--check", "header", status=4)
@@ -94,6 +100,21 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     assert "ant/3.jpg" not in line
     assert "cat/3.jpg" not in line
     assert "1 images cannot be used" in refuse(*common, "--check", "none", status=4)
+
+
+def test_faulty_images_of_every_source_are_named(tree: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tree / split / "ant" / "0.jpg").write_bytes(b"words")
+    reason = "neither JPEG nor PNG"
+    common = ("--out", tmp_path / "out", "--labeled", "6", "--check", "header")
+    line = refuse("--src", tree / "train", "--val", tree / "val", *common, status=4)
+    first, second = (tree / split / "ant" / "0.jpg" for split in ("train", "val"))
+    assert line.endswith(f": 2 images cannot be used, nothing was kept: {first}: {reason}; "
+                         f"{second}: {reason}")  # fmt: skip
+    subprocess.run(["tar", "-C", tree, "-czf", tmp_path / "x.tgz", "train", "val"], check=True)
+    places = [f"{tmp_path}/x.tgz:{split}" for split in ("train", "val")]
+    line = refuse("--src", places[0], "--val", places[1], *common, status=4)
+    assert f"{places[0]}: ant/0.jpg: {reason}; {places[1]}: ant/0.jpg: {reason}" in line
 
 
 def test_long_list_of_faults_is_cut(tree: Path, tmp_path: Path) -> None:
@@ -136,6 +157,10 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", out, "--shards", "two"), 2, "invalid int value: 'two'"),
         (("--src", train, "--out", out, "--check", "all"), 2, "invalid choice: 'all'"),
         (("--src", train), 2, "required: --out"),
+        (("--src", "", "--out", out), 2, "--src: its value is empty"),
+        (("--src", train, "--out", out, "--val", ""), 2, "--val: its value is empty"),
+        (("--src", train, "--out", ""), 2, "--out: its value is empty"),
+        (("--src", train, "--out", "x" * 300), 3, "File name too long"),
     ):
         assert message in refuse(*arguments, status=status)
     assert not out.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.data.manifest import read_manifest
-from tests.pack_command import TOOL, jpeg, make_tree, names, run
+from tests.pack_command import TOOL, jpeg, make_tree, names, refuse, run, sizes_and_hashes
 
 
 @pytest.fixture
@@ -75,6 +75,86 @@ def workers_of(parent: int) -> list[int]:
 
 def command_of(process: str) -> bytes:
     return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+# Runs the tool, and something of the test's own at one call of a function.
+MEDDLE = """
+import os, runpy, signal, sys
+from pathlib import Path
+tool, action, when, *arguments = sys.argv[1:]
+sys.path.insert(0, str(Path(tool).parent.parent))
+from mpl_fast.data.out_folder import OutFolder
+
+def meddled(function):
+    calls = []
+    def call(self, argument, *rest):
+        calls.append(argument)
+        if when in (str(len(calls)), argument):
+            if action == "full":
+                raise OSError(28, "No space left on device")
+            os.kill(os.getpid(), getattr(signal, action))
+        return function(self, argument, *rest)
+    return call
+
+if action == "full":
+    OutFolder.write_text = meddled(OutFolder.write_text)
+else:
+    Path.replace = meddled(Path.replace)
+sys.argv = [tool, "pack", *arguments]
+runpy.run_path(tool, run_name="__main__")
+"""
+
+
+def run_meddled(
+    action: str, when: object, *arguments: object
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", MEDDLE, str(TOOL), action, str(when), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("rename", [1, 4, 8])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_kill_within_publish(tree: Path, tmp_path: Path, rename: int, force: list[str]) -> None:
+    out = tmp_path / "out"
+    common = ("--src", tree / "train", "--out", out, "--labeled", "6")
+    if force:
+        run("pack", *common, "--labeled", "3", "--shards", 2)
+    done = run_meddled("SIGKILL", rename, *common, *force)
+    assert done.returncode == -signal.SIGKILL
+    assert "manifest.json" not in names(out)
+    assert "already complete" in run("pack", *common).stdout
+    run("pack", *common, "--out", tmp_path / "fresh")
+    assert sizes_and_hashes(out) == sizes_and_hashes(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("action", ["SIGINT", "SIGTERM"])
+def test_stop_within_publish(tree: Path, tmp_path: Path, action: str) -> None:
+    out = tmp_path / "out"
+    done = run_meddled(action, 4, "--src", tree / "train", "--out", out, "--labeled", "6")
+    assert done.returncode == 0, done.stderr
+    assert "nothing was kept" not in done.stderr
+    assert read_manifest(out).splits["labeled"].records == 6
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "train_unlabel.idx", "manifest.json"])
+def test_full_disk_at_the_end(tree: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    done = run_meddled("full", name, "--src", tree / "train", "--out", out, "--labeled", "6")
+    assert done.returncode == 3
+    assert done.stderr == f"make_rec: error: {out}: No space left on device\n"
+    assert not out.exists()
+
+
+def test_full_disk_while_unpacking(tree: Path, tmp_path: Path) -> None:
+    archive, out = tmp_path / "train.tgz", tmp_path / "out"
+    subprocess.run(["tar", "-C", tree, "-czf", archive, "train"], check=True)
+    line = refuse("--src", f"{archive}:train", "--out", out, status=3, limit="4")
+    assert line == f"make_rec: error: {out}: File too large"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

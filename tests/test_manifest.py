@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpl_fast.data.manifest import read_manifest
+from mpl_fast.data.manifest import check_texts, load_manifest, read_manifest
 from mpl_fast.errors import DataError
 
 
@@ -71,6 +71,7 @@ def test_whole_folder(root: Path) -> None:
 def test_no_folder(root: Path) -> None:
     assert "none: no such folder of records; make one" in refusal(root / "none")
     assert "a.rec: no such folder" in refusal(root / "a.rec")
+    assert refusal(root / ("x" * 300)).endswith("x: File name too long")
     (root / "empty").mkdir()
     assert "is empty: no manifest.json" in refusal(root / "empty")
 
@@ -80,7 +81,7 @@ def test_unfinished_pack(root: Path) -> None:
     assert "has no manifest.json, so no finished pack" in refusal(root)
 
 
-@pytest.mark.parametrize("name", ["a.rec", "train_label.idx", "classes.txt"])
+@pytest.mark.parametrize("name", ["a.rec", "train_label.idx", "train_label.lst", "classes.txt"])
 def test_missing_file(root: Path, name: str) -> None:
     (root / name).unlink()
     assert f"{name}: No such file or directory; copy or pack it again" in refusal(root)
@@ -122,3 +123,34 @@ def test_counts_that_disagree(root: Path) -> None:
 def test_damaged_manifest(root: Path, text: str, message: str) -> None:
     (root / "manifest.json").write_text(text)
     assert f"manifest.json: {message}" in refusal(root)
+
+
+def test_content_tells_records_apart_wherever_they_lie(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = read_manifest(root).content
+    change(root, lambda stored: stored.update(created="another time"))
+    moved = root.rename(tmp_path_factory.mktemp("moved") / "rec")
+    assert read_manifest(moved).content == content
+    change(moved, lambda stored: stored["splits"]["labeled"]["shards"][0].update(sha256="other"))
+    assert read_manifest(moved).content != content
+
+
+def test_texts_that_training_does_not_read(root: Path) -> None:
+    listing, index = root / "train_label.lst", root / "a.idx"
+    index.write_text("0\t0\n")
+
+    def add_hashes(stored: dict[str, Any]) -> None:
+        split = stored["splits"]["labeled"]
+        split["lst_sha256"] = sha256(listing)
+        split["shards"][0].update(idx="a.idx", idx_sha256=sha256(index))
+
+    change(root, add_hashes)
+    check_texts(root, load_manifest(root))
+    for path in (listing, index):
+        before = path.read_text()
+        path.write_text(before.replace("0", "1"))
+        read_manifest(root)
+        with pytest.raises(DataError, match=f"{path.name}: does not match the manifest"):
+            check_texts(root, load_manifest(root))
+        path.write_text(before)

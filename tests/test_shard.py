@@ -1,11 +1,13 @@
 """A shard is written from the files as they were planned, or not at all."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mpl_fast.data.plan import ShardPlan
+from mpl_fast.data.records import IMAGE_LIMIT
 from mpl_fast.data.shard import StoppedError, write_shard
 from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import DataError
@@ -67,3 +69,14 @@ def test_source_that_changed(
 def test_stop(plan: ShardPlan, tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         write_shard(plan, tmp_path / "x", lambda size: size != 6)
+
+
+@pytest.mark.parametrize("size", [IMAGE_LIMIT + 1, 3 << 30])
+def test_image_that_no_record_holds_is_named(plan: ShardPlan, tmp_path: Path, size: int) -> None:
+    with (tmp_path / "b").open("wb") as file:
+        file.truncate(size)  # without blocks on disk
+    large = plan.images[1]._replace(size=size)
+    plan = replace(plan, images=[plan.images[0], large, *plan.images[2:]])
+    result = write_shard(plan, tmp_path / "x", lambda size: True)
+    assert result.faults == [(large, f"{size} bytes are too many, a record holds {IMAGE_LIMIT}")]
+    assert len(result.offsets) == 3

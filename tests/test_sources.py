@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.data.archives import Archives
+from mpl_fast.data.out_folder import OutputError
 from mpl_fast.data.sources import ImageFile, Source, find_place, read_source
 from mpl_fast.errors import DataError
 
@@ -93,6 +94,42 @@ def test_tar_inside_a_tar_is_a_class_folder(tmp_path: Path) -> None:
     assert contents == [b"fish", b"bird", b"cat"]
 
 
+def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:
+    """What follows a cut inner tar is the outer one's: it must not pass for the inner's end."""
+    images = [(f"{number}.jpg", b"x" * 600) for number in range(4)]
+    whole = make_tar(tmp_path / "inner.tar", images).read_bytes()
+    member = 512 + 1024
+    for cut in (whole[: 2 * member], whole[: 2 * member + 512 + 300], b""):
+        for rows in ([("n1.tar", whole), ("n2.tar", cut)], [("n1.tar", cut), ("n2.tar", whole)]):
+            archive = make_tar(tmp_path / "outer.tar", rows)
+            with pytest.raises(DataError, match=r"outer.tar: damaged or cut short after n[12]/"):
+                read(archive, tmp_path)
+    empty = make_tar(tmp_path / "empty.tar", []).read_bytes()
+    archive = make_tar(tmp_path / "outer.tar", [("n1.tar", empty), ("n2.tar", whole)])
+    source, _ = read(archive, tmp_path)
+    assert len(source.images) == 4
+    assert source.warnings == [f"{archive}: 1 folders hold no image and give no class: n1"]
+
+
+def test_names_that_lead_out_of_the_archive(tmp_path: Path) -> None:
+    rows = [("../ant/1.jpg", b"1"), ("/bee/2.jpg", b"22"), ("ant/../3.jpg", b"333")]
+    source, contents = read(make_tar(tmp_path / "data.tar", rows), tmp_path)
+    assert [image.key for image in source.images] == ["ant/1.jpg", "ant/3.jpg", "bee/2.jpg"]
+    assert contents == [b"1", b"333", b"22"]
+
+
+def test_tar_that_begins_like_bzip2(tmp_path: Path) -> None:
+    source, contents = read(make_tar(tmp_path / "data.tar", [("BZh9/1.jpg", b"1")]), tmp_path)
+    assert ([image.key for image in source.images], contents) == (["BZh9/1.jpg"], [b"1"])
+
+
+def test_spool_that_cannot_be_written_is_no_fault_of_the_archive(tmp_path: Path) -> None:
+    archive = make_tar(tmp_path / "data.tar.gz", CONTENTS.items(), "w:gz")
+    spool = tmp_path / "none"
+    with pytest.raises(OutputError, match=r"none.*: No such file"), Archives(spool, print) as all_:
+        all_.open(archive)
+
+
 def test_long_names(tmp_path: Path) -> None:
     name = f"{'d' * 150}/{'é' * 100}.jpg"
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
@@ -143,6 +180,8 @@ def test_bad_places(tmp_path: Path) -> None:
         (f"{tree}:train", f"{tree} is a folder; write {tree}/train"),
         (f"{archive}:trian", "no folder 'trian' in this archive; it holds train, test"),
         (f"{archive}:trai", "no folder 'trai'"),
+        ("x" * 300, "xxx: File name too long"),
+        (f"{'x' * 300}:train", "x:train: File name too long"),
     ):
         with pytest.raises(DataError, match=message):
             read(spec, tmp_path)
@@ -166,6 +205,30 @@ def test_links(tmp_path: Path) -> None:
         read(tree, tmp_path)
 
 
+def test_classes_merged_from_several_folders(tmp_path: Path) -> None:
+    names = (
+        "train/ant/1.jpg",
+        "val/ant/2.jpg",
+        "train/bee/3.jpg",
+        "x/y/cat/4.jpg",
+        "x/y/cat/5.jpg",
+    )
+    source, _ = read(make_tree(tmp_path / "tree", dict.fromkeys(names, b"-")), tmp_path)
+    assert len(source.images) == 5
+    assert source.warnings == [
+        f"{tmp_path}/tree: 1 classes are merged from several folders: train/ant + val/ant; "
+        "if these are splits, name one of them"
+    ]
+
+
+def test_times_in_the_future_are_left_out(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1", "ant/b.jpg": b"1"})
+    for path, moment in ((tree / "ant", 1e9), (tree / "ant" / "a.jpg", 1.5e9)):
+        os.utime(path, (moment, moment))
+    os.utime(tree / "ant" / "b.jpg", (9e9, 9e9))
+    assert read(tree, tmp_path)[0].modified == 1.5e9
+
+
 def test_special_file(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1"})
     os.mkfifo(tree / "ant" / "b.jpg")
@@ -181,7 +244,7 @@ def test_damaged_tars(tmp_path: Path) -> None:
     damaged = bytearray(whole)
     damaged[third_header + 150] ^= 1  # in the header's checksum
     for content, message in (
-        (whole[: third_header + 600], "unexpected end of data"),  # inside an image
+        (whole[: third_header + 600], "cut short after train/ant/b.JPEG"),  # inside an image
         (whole[: third_header + 100], "cut short after train/ant/b.JPEG"),  # inside a header
         (whole[:third_header], "cut short after train/ant/b.JPEG"),  # between two images
         (bytes(damaged), "cut short after train/ant/b.JPEG"),

@@ -72,6 +72,11 @@ def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
         ("0.1", "give a share"),
         ("-3", "give a share"),
         ("missing.txt", "or an existing file"),
+        ("", "or an existing file"),
+        ("x" * 300, "File name too long"),
+        ("1e5000000%", "not a share such as 10%"),
+        ("9" * 5000, "not a share such as 10%"),
+        ("9" * 5000 + "%", "not a share such as 10%"),
     ],
 )
 def test_bad_amounts(how: str, message: str) -> None:

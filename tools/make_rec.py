@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import difflib
+import io
 import os
 import signal
 from typing import NoReturn
@@ -46,7 +47,7 @@ def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
     )
     add = command.add_argument
     add("--src", required=True, help="training images")
-    add("--out", required=True, type=Path, help="folder to write, made if missing")
+    add("--out", required=True, type=_folder, help="folder to write, made if missing")
     add("--val", help="validation images")
     add(
         "--labeled",
@@ -69,10 +70,18 @@ def add_pack(commands: "argparse._SubParsersAction[Parser]") -> None:
         "--check",
         choices=("decode", "header", "none"),
         default="decode",
-        help="decode every image strictly, or look at its first and last bytes (default: decode)",
+        help="decode every image strictly; or (header) look for its first bytes and any end mark, "
+        "which misses damage and most images cut after a thumbnail; or only refuse empty files "
+        "(default: decode)",
     )
     add("--force", action="store_true", help="replace another pack in --out")
     add("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("its value is empty; give a folder")
+    return Path(text)
 
 
 def parse(parser: Parser, arguments: list[str]) -> PackOptions:
@@ -104,6 +113,8 @@ def main() -> int:
     """Run the command line; return the exit code."""
     options = parse(build_parser(), sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         summary = pack(options)
     except UserError as error:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
+from mpl_fast.data.out_folder import output_errors
 from mpl_fast.data.pipelines import (
     Engine,
     decode,
@@ -34,7 +35,8 @@ def contact_sheet(
     """Writes a PNG of ``images`` rows: original, weak view, and ``draws`` strong views of one crop.
 
     The views come out of the training graph's own functions, on the CPU, normalized, and are
-    brought back to gray levels here. Raises ConfigError for more images than there are.
+    brought back to gray levels here. Raises ConfigError for more images than there are, and
+    OutputError when the file cannot be written.
     """
     split = manifest.splits["unlabeled"]
     if images > split.records:
@@ -44,7 +46,9 @@ def contact_sheet(
     zoom = -(-LEAST_TILE // config.image_size)
     names = [manifest.classes[label] for label, _ in rows]
     tiles = [[_enlarge(tile, zoom) for tile in row] for _, row in rows]
-    _arrange(tiles, titles, names, zoom * config.image_size).save(out)
+    sheet = _arrange(tiles, titles, names, zoom * config.image_size)
+    with output_errors(out):
+        sheet.save(out)
 
 
 def _draw_rows(

@@ -75,13 +75,3 @@ def _finish_split(
         "per_class_max": max(per_class),
         "shards": shards,
     }
-
-
-def file_names(manifest: Json) -> list[str]:
-    """Return every file of a pack but the manifest."""
-    names = [CLASSES]
-    for split in manifest["splits"].values():
-        names += split["idx"], split["lst"]
-        for shard in split["shards"]:
-            names += (shard[key] for key in ("file", "idx") if key in shard)
-    return names

@@ -9,7 +9,8 @@ _JPEG = b"\xff\xd8\xff"
 def find_fault(image: bytes, how: str) -> str | None:
     """Return why the bytes of an image file cannot be used, or None when they can.
 
-    how is "decode" (every pixel, strictly), "header" (first and last bytes) or "none". The content
+    how is "decode" (every pixel, strictly), "header" (the first bytes, and an end mark somewhere:
+    that of a thumbnail will do, so not every cut is seen) or "none" (not empty). The content
     decides between JPEG and PNG, not the name: ImageNet has a PNG that is named .JPEG.
     """
     if not image:

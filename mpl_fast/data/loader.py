@@ -185,6 +185,7 @@ def _identity(
 ) -> dict[str, str | int | float]:
     """What shapes the graph and its data; DALI would restore a state into any other unasked."""
     return {
+        "data": manifest.content[:16],
         "data.device": "cpu" if dali_gpu(config, device) is None else "gpu",
         "data.image_size": config.image_size,
         "data.weak": config.weak,
@@ -196,7 +197,6 @@ def _identity(
         "data.cutout": config.cutout,
         "data.final_cutout": config.final_cutout,
         "data.shuffle_buffer": config.shuffle_buffer,
-        **{f"{name} records": split.records for name, split in manifest.splits.items()},
     }
 
 
@@ -205,6 +205,11 @@ def _fitting(
 ) -> dict[str, bytes]:
     """Returns the pipelines' checkpoints if the state belongs to this loader."""
     made_with = json.loads(state["made_with"])
+    if made_with.get("data") != identity["data"]:
+        raise CheckpointError(
+            "the records in data.root are others than the checkpoint's: "
+            "resume with the same records or start a new run"
+        )
     for key in sorted(identity.keys() | made_with.keys()):
         before, now = made_with.get(key), identity.get(key)
         if before != now:

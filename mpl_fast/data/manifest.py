@@ -35,12 +35,14 @@ class Manifest:
     root: Path
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
+    content: str  # sha256 that tells these records from all others, wherever the folder lies
 
 
 def read_manifest(root: str | Path) -> Manifest:
     """Return the manifest of root after the cheap checks, so that no stale file is read as data.
 
-    Checked: every .rec file's size, every .idx file's sha256 and number of lines, the class names.
+    Checked: every .rec file's size, every .idx file's sha256 and number of lines, the class names,
+    and that the .lst files are there.
     Raises DataError, one line that names the file and what to do.
     """
     root = Path(root)
@@ -48,23 +50,44 @@ def read_manifest(root: str | Path) -> Manifest:
     try:
         classes = _read_classes(root, stored["classes"])
         splits = {name: _read_split(root, split) for name, split in stored["splits"].items()}
+        content = json.dumps(stored["splits"], sort_keys=True)  # with the sha256 of every file
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{root / MANIFEST}: damaged ({type(error).__name__}: {error}); pack again"
         ) from error
-    return Manifest(root, classes, splits)
+    return Manifest(root, classes, splits, hashlib.sha256(content.encode()).hexdigest())
+
+
+def check_texts(root: Path, stored: Mapping[str, Any]) -> None:
+    """Compare the files that read_manifest does not read, but for the records, with their sha256.
+
+    These are the .lst files and the .idx files of single shards. Raises DataError for the first
+    that differs.
+    """
+    for split in stored["splits"].values():
+        _read_checked(root / split["lst"], split["lst_sha256"])
+        for shard in split["shards"]:
+            if "idx" in shard:
+                _read_checked(root / shard["idx"], shard["idx_sha256"])
+
+
+def file_names(stored: Mapping[str, Any]) -> list[str]:
+    """Return every file of a pack but the manifest."""
+    names = [CLASSES]
+    for split in stored["splits"].values():
+        names += split["idx"], split["lst"]
+        for shard in split["shards"]:
+            names += (shard[key] for key in ("file", "idx") if key in shard)
+    return names
 
 
 def load_manifest(root: Path) -> dict[str, Any]:
     """Return the JSON of root's manifest; DataError when there is none of this format."""
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder of records; make one with tools/make_rec.py pack")
     path = root / MANIFEST
-    if not path.is_file():
-        state = "has no" if any(root.iterdir()) else "is empty: no"
-        raise DataError(
-            f"{root}: {state} {MANIFEST}, so no finished pack; make it with tools/make_rec.py pack"
-        )
+    try:
+        _require_pack(root, path)
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}") from error
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -73,6 +96,16 @@ def load_manifest(root: Path) -> dict[str, Any]:
         found = stored.get("format") if isinstance(stored, dict) else type(stored).__name__
         raise DataError(f"{path}: format {found!r} is not {FORMAT!r}; pack with this version")
     return stored
+
+
+def _require_pack(root: Path, manifest: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder of records; make one with tools/make_rec.py pack")
+    if not manifest.is_file():
+        state = "has no" if any(root.iterdir()) else "is empty: no"
+        raise DataError(
+            f"{root}: {state} {MANIFEST}, so no finished pack; make it with tools/make_rec.py pack"
+        )
 
 
 def _read_classes(root: Path, stored: Mapping[str, Any]) -> tuple[str, ...]:
@@ -99,7 +132,9 @@ def _read_split(root: Path, stored: Mapping[str, Any]) -> Split:
         raise DataError(
             f"{index}: {lines} lines for {stored['records']} records in the manifest; pack again"
         )
-    return Split(stored["records"], tuple(shards), index, root / stored["lst"])
+    listing = root / stored["lst"]
+    _read_file(listing, Path.stat)
+    return Split(stored["records"], tuple(shards), index, listing)
 
 
 def _read_checked(path: Path, sha256: str) -> bytes:

@@ -3,17 +3,23 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.data.archives import Archives
-from mpl_fast.data.finish import file_names, finish
+from mpl_fast.data.finish import finish
 from mpl_fast.data.first_few import first_few
-from mpl_fast.data.manifest import MANIFEST, load_manifest, read_manifest
-from mpl_fast.data.out_folder import OutFolder, OutputError
+from mpl_fast.data.manifest import (
+    MANIFEST,
+    check_texts,
+    file_names,
+    load_manifest,
+    read_manifest,
+)
+from mpl_fast.data.out_folder import OutFolder, OutputError, output_errors
 from mpl_fast.data.plan import Division, Plan, make_plan
 from mpl_fast.data.progress import Progress
 from mpl_fast.data.shard import ShardResult
@@ -42,27 +48,29 @@ def pack(options: PackOptions) -> list[str]:
     """Write the records that options ask for; return the lines of a summary for the user.
 
     Raises DataError for sources and images, ConfigError for options, OutputError for the output
-    folder. Then, and on an interrupt, no file of this run has its final name.
+    folder. Then, and on an interrupt, no file of this run has its final name; only an error while
+    the files get their names leaves some, and the same run again finishes them.
     """
     started = datetime.now(timezone.utc)
     clock = time.monotonic()
     _check_options(options)
     with OutFolder(options.out) as folder, Archives(folder.path, _say(options)) as archives:
         train = read_source(find_place(options.src), archives)
-        val = read_source(find_place(options.val), archives) if options.val else None
+        val = read_source(find_place(options.val), archives) if options.val is not None else None
         plan = make_plan(train, val, options.division)
         _warn(train, val, plan)
         if folder.holdings() and not options.force:
             _require_same(folder, options, plan, max(s.modified for s in (train, val or train)))
             return [f"{folder.path}: already complete, nothing to do"]
-        results = _write(folder, plan, options)
-        manifest = finish(folder, plan, results, _options_json(options))
-        seconds = time.monotonic() - clock
-        manifest["created"] = started.isoformat()
-        manifest["totals"]["seconds"] = round(seconds, 3)
-        folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        folder.publish(file_names(manifest))
-    return _summary(folder.path, manifest)
+        with output_errors(folder.path):
+            results = _write(folder, plan, options)
+            manifest = finish(folder, plan, results, _options_json(options))
+            seconds = time.monotonic() - clock
+            manifest["created"] = started.isoformat()
+            manifest["totals"]["seconds"] = round(seconds, 3)
+            folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            folder.publish(file_names(manifest))
+        return _summary(folder.path, manifest)
 
 
 def _check_options(options: PackOptions) -> None:
@@ -71,10 +79,16 @@ def _check_options(options: PackOptions) -> None:
     for name, value in (("--shards", division.shards), ("-j", options.processes)):
         if value < 1:
             raise ConfigError(f"{name} {value}: must be at least 1")
-    out = options.out.resolve()
-    if options.out.exists() and not options.out.is_dir():
-        raise OutputError(f"--out {options.out}: is a file, not a folder")
-    for spec in filter(None, (options.src, options.val)):
+    for name, spec in (("--src", options.src), ("--val", options.val)):
+        if spec == "":
+            raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
+    with output_errors(options.out):
+        out = options.out.resolve()
+        if options.out.exists() and not options.out.is_dir():
+            raise OutputError(f"--out {options.out}: is a file, not a folder")
+    for spec in (options.src, options.val):
+        if spec is None:
+            continue
         path = find_place(spec).path.resolve()
         if out == path or path in out.parents:
             raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
@@ -99,7 +113,10 @@ def _warn(train: Source, val: Source | None, plan: Plan) -> None:
 
 
 def _require_same(folder: OutFolder, options: PackOptions, plan: Plan, modified: float) -> None:
-    """Return when the folder holds this very pack, whole; OutputError for anything else."""
+    """Return when the folder holds this very pack; OutputError for anything else.
+
+    Of the records only the size is looked at, all other files are compared with their sha256.
+    """
     remedy = "choose another --out, or --force to replace it"
     if MANIFEST not in folder.holdings():
         raise OutputError(
@@ -107,6 +124,7 @@ def _require_same(folder: OutFolder, options: PackOptions, plan: Plan, modified:
         )
     try:
         read_manifest(folder.path)
+        check_texts(folder.path, load_manifest(folder.path))
     except DataError as error:
         raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {remedy}") from error
     old = load_manifest(folder.path)
@@ -133,16 +151,27 @@ def _write(folder: OutFolder, plan: Plan, options: PackOptions) -> list[ShardRes
         results = write_shards(
             jobs, options.processes, progress.update if progress else lambda images, size: None
         )
-    except OSError as error:
-        raise OutputError(f"{error.filename or folder.path}: {error.strerror}") from error
     finally:
         if progress:
             progress.close()
-    faults = sorted({fault for result in results for fault in result.faults})
+    faults = _faults(plan, results, options)
     if faults:
-        listed = first_few((f"{key}: {reason}" for key, reason in faults), between="; ")
+        listed = first_few(faults, between="; ")
         raise DataError(f"{len(faults)} images cannot be used, nothing was kept: {listed}")
     return results
+
+
+def _faults(plan: Plan, results: Sequence[ShardResult], options: PackOptions) -> list[str]:
+    """Return `image: reason` once for each faulty image, named so that it can be found."""
+    faults = set()
+    remaining = iter(results)
+    for split in plan.splits:
+        spec = (options.val if split.name == "val" else options.src) or ""
+        in_folder = Path(spec).is_dir()
+        for _ in split.shards:
+            for image, reason in next(remaining).faults:
+                faults.add(f"{image.path if in_folder else f'{spec}: {image.key}'}: {reason}")
+    return sorted(faults)
 
 
 def _options_json(options: PackOptions) -> Json:

@@ -15,6 +15,7 @@ ID_LIMIT = MAGIC  # an id with the magic word in it would cut the 24-byte header
 
 _FRAME = struct.Struct("<II")  # magic, part << 29 | length
 _HEADER = struct.Struct("<IfQQ")  # 0 = one label, label, id, second id
+IMAGE_LIMIT = LENGTH_LIMIT - 1 - _HEADER.size  # bytes of one image
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpl_fast.data.image_check import find_fault
 from mpl_fast.data.plan import ShardPlan
-from mpl_fast.data.records import image_record, is_multipart
+from mpl_fast.data.records import IMAGE_LIMIT, image_record, is_multipart
 from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import DataError
 
@@ -25,7 +25,7 @@ class ShardResult:
     sha256: str
     multipart: int
     offsets: "array[int]"
-    faults: list[tuple[str, str]]  # (class/name, reason)
+    faults: list[tuple[ImageFile, str]]  # (image, reason)
 
 
 class StoppedError(Exception):
@@ -46,11 +46,10 @@ def write_shard(plan: ShardPlan, target: Path, advance: Callable[[int], bool]) -
     try:
         with target.open("wb", buffering=_BUFFER) as file:
             for row, (image, label) in enumerate(zip(plan.images, plan.labels, strict=True)):
-                content = reader.read(image)
+                content, fault = _read_checked(reader, image, plan.check)
                 bytes_in += len(content)
-                fault = find_fault(content, plan.check)
                 if fault is not None:
-                    faults.append((image.key, fault))
+                    faults.append((image, fault))
                 else:
                     record = image_record(label, plan.first_id + row, content)
                     offsets.append(position)
@@ -65,6 +64,14 @@ def write_shard(plan: ShardPlan, target: Path, advance: Callable[[int], bool]) -
     finally:
         reader.close()
     return ShardResult(position, bytes_in, digest.hexdigest(), multipart, offsets, faults)
+
+
+def _read_checked(reader: "_Reader", image: ImageFile, check: str) -> tuple[bytes, str | None]:
+    """Return the bytes of an image, and why they cannot be used or None."""
+    if image.size > IMAGE_LIMIT:
+        return b"", f"{image.size} bytes are too many, a record holds {IMAGE_LIMIT}"
+    content = reader.read(image)
+    return content, find_fault(content, check)
 
 
 class _Reader:

@@ -1,13 +1,14 @@
 """Where images come from: a class-folder tree or an archive, seen as a list of byte ranges."""
 
 import os
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.archives import Archives
+from mpl_fast.data.archives import Archives, clean_name
 from mpl_fast.data.first_few import first_few
 from mpl_fast.errors import DataError
 
@@ -45,7 +46,9 @@ class Source:
     place: Place
     images: list[ImageFile]
     warnings: list[str]
-    modified: float  # newest change of what was listed, seconds since the epoch
+    # Newest change of what was listed, seconds since the epoch. Times in the future are left out:
+    # they tell nothing about what came first.
+    modified: float
 
 
 class _Entry(NamedTuple):
@@ -65,14 +68,16 @@ class _Folder(NamedTuple):
 def find_place(spec: str) -> Place:
     """Return what spec (DIR, ARCHIVE or ARCHIVE:FOLDER) names; DataError when it does not exist."""
     path = Path(spec)
-    if path.exists():
-        return Place(spec, path)
     before, colon, folder = spec.rpartition(":")
-    if colon and Path(before).is_dir():
-        raise DataError(f"{spec}: {before} is a folder; write {before}/{folder}")
-    if colon and Path(before).is_file():
-        parts = [part for part in folder.split("/") if part not in ("", ".")]
-        return Place(spec, Path(before), "/".join(parts))
+    try:
+        if path.exists():
+            return Place(spec, path)
+        if colon and Path(before).is_dir():
+            raise DataError(f"{spec}: {before} is a folder; write {before}/{folder}")
+        if colon and Path(before).is_file():
+            return Place(spec, Path(before), clean_name(folder))
+    except OSError as error:
+        raise DataError(f"{spec}: {error.strerror}") from error
     raise DataError(f"{spec}: no such folder or archive")
 
 
@@ -90,11 +95,16 @@ def read_source(place: Place, archives: Archives) -> Source:
         raise DataError(f"{place.spec}: no image found (looked for {suffixes} in class folders)")
     images = sorted(_image(place, entry) for entry in chosen)
     _require_unique(place, images)
+    now = time.time()
     return Source(
         place,
         images,
-        [*_warn_of_others(place, files), *_warn_of_empty_folders(place, entries)],
-        max(entry.modified for entry in entries),
+        [
+            *_warn_of_others(place, files),
+            *_warn_of_empty_folders(place, entries),
+            *_warn_of_merged_classes(place, chosen),
+        ],
+        max((entry.modified for entry in entries if entry.modified <= now), default=0.0),
     )
 
 
@@ -183,3 +193,17 @@ def _warn_of_empty_folders(place: Place, entries: list[_Entry]) -> Iterator[str]
     if empty:
         listed = first_few(empty)
         yield f"{place.spec}: {len(empty)} folders hold no image and give no class: {listed}"
+
+
+def _warn_of_merged_classes(place: Place, chosen: list[_Entry]) -> Iterator[str]:
+    """Tell of classes in several folders: the root of train/ and val/ would train on both."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    for entry in chosen:
+        folder = entry.relative.rpartition("/")[0]
+        folders[folder.rpartition("/")[2]].add(folder)
+    merged = [" + ".join(sorted(found)) for _, found in sorted(folders.items()) if len(found) > 1]
+    if merged:
+        yield (
+            f"{place.spec}: {len(merged)} classes are merged from several folders: "
+            f"{first_few(merged, 3)}; if these are splits, name one of them"
+        )

@@ -5,6 +5,7 @@ images that come or go change little, and a smaller draw of a seed is part of it
 """
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -13,6 +14,9 @@ from pathlib import Path
 from mpl_fast.data.first_few import first_few
 from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import ConfigError, DataError
+
+# No exponent, and no more digits than can be reckoned with at once.
+_AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 
 
 def choose_labeled(images: Sequence[ImageFile], how: str, seed: int) -> set[str]:
@@ -28,11 +32,7 @@ def choose_labeled(images: Sequence[ImageFile], how: str, seed: int) -> set[str]
         counts = _even_counts(list(by_class), how, _total(how, len(images)), seed)
         _require_enough(by_class, counts, how)
         return {key for name in by_class for key in ranked(by_class[name], seed)[: counts[name]]}
-    path = Path(how)
-    if not path.is_file():
-        raise ConfigError(
-            f"--labeled {how}: give a share (10%), a number (4000), or an existing file"
-        )
+    path = _list_path(how)
     keys = _match(path, _listed_names(path), images)
     without = [name for name in by_class if not any(key in keys for key in by_class[name])]
     if without:
@@ -40,6 +40,16 @@ def choose_labeled(images: Sequence[ImageFile], how: str, seed: int) -> set[str]
             f"{path}: {len(without)} classes have no labeled image: {first_few(without)}"
         )
     return keys
+
+
+def _list_path(how: str) -> Path:
+    path = Path(how)
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"--labeled {how}: {error.strerror}") from error
+    raise ConfigError(f"--labeled {how}: give a share (10%), a number (4000), or an existing file")
 
 
 def ranked(keys: Iterable[str], seed: int | str) -> list[str]:
@@ -59,6 +69,8 @@ def _digest(seed: int | str, key: str) -> bytes:
 def _total(how: str, images: int) -> int:
     """Return the number of labeled images that a share or a number asks for."""
     try:
+        if not _AMOUNT.fullmatch(how):
+            raise ValueError(how)
         total = round(Fraction(how[:-1]) * images / 100) if how.endswith("%") else int(how)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--labeled {how}: not a share such as 10%") from error
