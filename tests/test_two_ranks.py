@@ -11,16 +11,39 @@ import torch
 from tests.tiny_run import ROOT, environment
 
 SCRIPT = str(ROOT / "tests" / "two_ranks.py")
+RECIPES = ("supervised", "uda", "mpl")
 
 
-def train(ranks: int, recipe: str, out: Path, *options: str) -> list[dict[str, Any]]:
+def train(ranks: int, out: Path, *options: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, SCRIPT, recipe, str(out), *options]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment(), check=False
+        [sys.executable, *launcher, SCRIPT, str(out), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+def ended(out: Path, recipe: str, rank: int) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(f"{out}.{recipe}.{rank}", weights_only=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "state"
+    train(1, out, *RECIPES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pair") / "state"
+    train(2, out, *RECIPES)
+    return out
 
 
 def assert_close(one: Any, other: Any, where: str = "") -> None:
@@ -34,18 +57,18 @@ def assert_close(one: Any, other: Any, where: str = "") -> None:
         )
 
 
-@pytest.mark.parametrize("recipe", ["supervised", "uda", "mpl"])
-def test_one_rank_equals_two(recipe: str, tmp_path: Path) -> None:
-    (alone,) = train(1, recipe, tmp_path / "alone")
-    first, second = train(2, recipe, tmp_path / "pair")
-    assert_close(alone["learners"], first["learners"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_rank_equals_two(recipe: str, alone: Path, pair: Path) -> None:
+    one = ended(alone, recipe, 0)
+    first, second = (ended(pair, recipe, rank) for rank in (0, 1))
+    assert_close(one["learners"], first["learners"])
     assert_close(first["learners"], second["learners"])
     if recipe == "mpl":
         assert first["h"].abs() > 1e-6
-        torch.testing.assert_close(first["h"], alone["h"])
+        torch.testing.assert_close(first["h"], one["h"])
 
 
-def test_compiled_networks_under_ddp_equal_eager_ones(tmp_path: Path) -> None:
-    (alone,) = train(1, "mpl", tmp_path / "alone")
-    compiled, _ = train(2, "mpl", tmp_path / "pair", "default")
-    assert_close(alone["learners"], compiled["learners"])
+def test_compiled_networks_under_ddp_equal_eager_ones(alone: Path, tmp_path: Path) -> None:
+    train(2, tmp_path / "compiled", "mpl", "--compile")
+    compiled = ended(tmp_path / "compiled", "mpl", 0)
+    assert_close(ended(alone, "mpl", 0)["learners"], compiled["learners"])

@@ -1,6 +1,6 @@
 """Trains on made-up batches and saves the weights: run by test_two_ranks.py, alone and by torchrun.
 
-usage: two_ranks.py RECIPE OUT [compiled]
+usage: two_ranks.py OUT RECIPE [RECIPE ...] [--compile]
 """
 
 import sys
@@ -51,8 +51,7 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 4)).double()
 
 
-def main(recipe: str, out: str, compiled: str) -> None:
-    place = distributed.start("cpu")
+def train(recipe: str, out: str, compiled: str, place: distributed.Place) -> None:
     torch.manual_seed(0)
     algorithm = algorithms.build(
         CONFIGS[recipe], lambda c: Learner(network(), c, steps=8, compiled=compiled)
@@ -62,9 +61,17 @@ def main(recipe: str, out: str, compiled: str) -> None:
         metrics = train_step(algorithm, mine, t)
     h = metrics.get("h", torch.zeros(()))
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
-    torch.save({"learners": state, "h": h}, f"{out}.{place.rank}")
+    torch.save({"learners": state, "h": h}, f"{out}.{recipe}.{place.rank}")
+
+
+def main(out: str, *options: str) -> None:
+    place = distributed.start("cpu")
+    compiled = "default" if "--compile" in options else "off"
+    for recipe in options:
+        if recipe != "--compile":
+            train(recipe, out, compiled, place)
     distributed.stop()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] if len(sys.argv) > 3 else "off")
+    main(*sys.argv[1:])
