@@ -44,11 +44,6 @@ def parse(argv: Sequence[str]) -> RunConfig:
     return config
 
 
-def read_config(file: Path) -> RunConfig:
-    """The run that a saved ``config.yaml`` describes."""
-    return parse(["--config", str(file)])
-
-
 def as_yaml(config: RunConfig) -> str:
     """Text that `parse` reads back to an equal config."""
     return yaml.safe_dump(_lists(dataclasses.asdict(config)), sort_keys=False)

@@ -23,8 +23,6 @@ class Place:
 
     rank: int
     world: int
-    local_rank: int
-    local_world: int
     device: torch.device
 
     @property
@@ -41,7 +39,7 @@ def start(device: str) -> Place:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    place = Place(rank, world, local_rank, local_world, _device(device, local_rank, local_world))
+    place = Place(rank, world, _device(device, local_rank, local_world))
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")

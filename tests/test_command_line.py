@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.command_line import as_yaml, parse, read_config
+from mpl_fast.command_line import as_yaml, parse
 from mpl_fast.config import RECIPES, MPLConfig, UDAConfig
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, TRAIN
@@ -50,7 +50,7 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
     config = parse(["--config", str(CONFIGS[0]), *HERE, "--seed", "5"])
     file = tmp_path / "config.yaml"
     file.write_text(as_yaml(config))
-    assert read_config(file) == config
+    assert parse(["--config", str(file)]) == config
 
 
 @pytest.mark.parametrize(
