@@ -47,7 +47,13 @@ setup(
     python_requires=">=3.10",
     # By hand, not by search: `kernels` is a link without `__init__.py`, which a search would skip,
     # and tests, tools and configs are no packages.
-    packages=["mpl_fast", "mpl_fast.algorithms", "mpl_fast.data", "mpl_fast.kernels"],
+    packages=[
+        "mpl_fast",
+        "mpl_fast.algorithms",
+        "mpl_fast.data",
+        "mpl_fast.kernels",
+        "mpl_fast.packing",
+    ],
     install_requires=REQUIRES,
     extras_require={
         # Replaces nvidia-dali-cuda120 on a CUDA 13 driver: uninstall that one first, since both

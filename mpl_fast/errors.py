@@ -1,5 +1,9 @@
 """The errors a user can cause: each is one clear line, and each kind has its own exit code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something that the user can mend. Its text is one line: what is wrong, where, what to do."""
@@ -13,6 +17,12 @@ class ConfigError(UserError):
     """A wrong option, YAML key or value, or a combination of them that cannot work."""
 
     exit_code = 2
+
+
+class OutputError(UserError):
+    """The output cannot be written: no space, no permission, in use, or taken."""
+
+    exit_code = 3
 
 
 class DataError(UserError):
@@ -34,3 +44,12 @@ class CheckpointError(UserError):
 
 
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into one line about the output at path."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{error.filename or path}: {error.strerror or error}") from error

@@ -11,8 +11,8 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import DataConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.data.pack import PackOptions, pack
-from mpl_fast.data.plan import Division
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
 
 CPU = torch.device("cpu")
 CLASSES, EACH = 5, 10  # training images; classes and images of one

@@ -3,7 +3,8 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
-          -> algorithms | metrics | randomness -> learner -> losses | models | command_line
+          -> algorithms | metrics | randomness -> learner
+          -> losses | models | command_line | packing
           -> kernels | distributed | data -> batch | config -> errors | interrupts | launcher
 """
 
@@ -21,7 +22,7 @@ LAYERS = [
     {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves"},
     {"algorithms", "metrics", "randomness"},
     {"learner"},
-    {"losses", "models", "command_line"},
+    {"losses", "models", "command_line", "packing"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},
     {"errors", "interrupts", "launcher"},
@@ -38,8 +39,17 @@ NEVER_IN_ALGORITHMS = (
     "triton",
 )
 # Behind a command line that answers --help at once: these wait until they are needed.
-LIGHT = ["config", "errors", "data/manifest", "data/records", "data/sources", "data/split"]
-LIGHT += ["data/pack", "train", "launcher", "command_line", "__init__", "data/__init__"]
+LIGHT = ["config", "errors", "data/manifest", "data/records"]
+LIGHT += [
+    "packing/__init__",
+    "packing/pack",
+    "packing/command_line",
+    "train",
+    "launcher",
+    "command_line",
+    "__init__",
+    "data/__init__",
+]
 HEAVY = {"torch", "torchvision", "timm", "nvidia", "tensorboardX", "triton", "matplotlib"}
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpl_fast.data.pack import PackOptions, pack
-from mpl_fast.data.plan import Division
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "contact_sheet.py"
 GREEN = (0, 200, 0)

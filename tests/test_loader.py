@@ -10,10 +10,10 @@ import torch
 from mpl_fast.batch import Batch
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.data.pack import PackOptions, pack
-from mpl_fast.data.plan import Division
 from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
 from tests.numbered_images import CLASSES, PLAIN, level, levels, pack_numbered, same, train_loader
 
 

@@ -83,7 +83,7 @@ import os, runpy, signal, sys
 from pathlib import Path
 tool, action, when, *arguments = sys.argv[1:]
 sys.path.insert(0, str(Path(tool).parent.parent))
-from mpl_fast.data.out_folder import OutFolder
+from mpl_fast.packing.out_folder import OutFolder
 
 def meddled(function):
     calls = []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.data.out_folder import OutFolder, OutputError
+from mpl_fast.errors import OutputError
+from mpl_fast.packing.out_folder import OutFolder
 
 
 def names(folder: Path) -> list[str]:

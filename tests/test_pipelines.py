@@ -19,10 +19,10 @@ from sklearn.datasets import load_sample_images
 from mpl_fast.config import DataConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.data.pack import PackOptions, pack
 from mpl_fast.data.pipelines import Engine, _train_graph
-from mpl_fast.data.plan import Division
 from mpl_fast.data.randaugment import own_deprecations_hidden
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
 
 CPU = torch.device("cpu")
 Pixels = NDArray[np.uint8]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.data.plan import Division, Plan, make_plan
-from mpl_fast.data.sources import ImageFile, Place, Source
 from mpl_fast.errors import DataError
+from mpl_fast.packing.plan import Division, Plan, make_plan
+from mpl_fast.packing.sources import ImageFile, Place, Source
 
 
 def source_of(counts: dict[str, int], path: str = "somewhere") -> Source:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.data.plan import ShardPlan
 from mpl_fast.data.records import IMAGE_LIMIT
-from mpl_fast.data.shard import StoppedError, write_shard
-from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import DataError
+from mpl_fast.packing.plan import ShardPlan
+from mpl_fast.packing.shard import StoppedError, write_shard
+from mpl_fast.packing.sources import ImageFile
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.data.archives import Archives
-from mpl_fast.data.out_folder import OutputError
-from mpl_fast.data.sources import ImageFile, Source, find_place, read_source
-from mpl_fast.errors import DataError
+from mpl_fast.errors import DataError, OutputError
+from mpl_fast.packing.archives import Archives
+from mpl_fast.packing.sources import ImageFile, Source, find_place, read_source
 
 CONTENTS = {
     "train/ant/a.jpg": b"one",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.data.sources import ImageFile
-from mpl_fast.data.split import choose_labeled, shuffled
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.sources import ImageFile
+from mpl_fast.packing.split import choose_labeled, shuffled
 
 
 def images_of(counts: dict[str, int]) -> list[ImageFile]:

@@ -12,9 +12,9 @@ import os
 import signal
 from typing import NoReturn
 
-from mpl_fast.data.pack import PackOptions, pack
-from mpl_fast.data.plan import Division
 from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 

@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
-from mpl_fast.data.out_folder import output_errors
 from mpl_fast.data.pipelines import (
     Engine,
     decode,
@@ -20,7 +19,7 @@ from mpl_fast.data.pipelines import (
     read_shuffled,
 )
 from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, output_errors
 
 Pixels = NDArray[np.uint8]
 GAP = 6  # pixels between tiles

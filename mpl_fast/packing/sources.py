@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.archives import Archives, clean_name
-from mpl_fast.data.first_few import first_few
 from mpl_fast.errors import DataError
+from mpl_fast.packing.archives import Archives, clean_name
+from mpl_fast.packing.first_few import first_few
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from mpl_fast import __version__
 from mpl_fast.data.manifest import CLASSES, FORMAT
-from mpl_fast.data.out_folder import OutFolder
-from mpl_fast.data.plan import Plan, SplitPlan
 from mpl_fast.data.records import index_text, listing_text
-from mpl_fast.data.shard import ShardResult
+from mpl_fast.packing.out_folder import OutFolder
+from mpl_fast.packing.plan import Plan, SplitPlan
+from mpl_fast.packing.shard import ShardResult
 
 Json = dict[str, Any]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mpl_fast.data.first_few import first_few
 from mpl_fast.data.records import ID_LIMIT
-from mpl_fast.data.sources import ImageFile, Source
-from mpl_fast.data.split import choose_labeled, shuffled
 from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.sources import ImageFile, Source
+from mpl_fast.packing.split import choose_labeled, shuffled
 
 PREFIXES = {"labeled": "train_label", "unlabeled": "train_unlabel", "val": "val"}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mpl_fast.data.manifest import MANIFEST, file_names
-from mpl_fast.errors import UserError
+from mpl_fast.errors import OutputError, output_errors
 
 _PACK_FILE = (
     r"(train_label|train_unlabel|val)(-\d{5,}-of-\d{5,})?\.(rec|idx|lst)"
@@ -23,21 +23,6 @@ _PACK_FILE = (
 _OURS = re.compile(_PACK_FILE)
 _TEMPORARY = re.compile(rf"\.({_PACK_FILE}|spool-\d+)(\.tmp)")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-
-
-class OutputError(UserError):
-    """The output cannot be written: no space, no permission, in use, or taken."""
-
-    exit_code = 3
-
-
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line about the output at path."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 class OutFolder:

@@ -9,9 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.archives import Archives
-from mpl_fast.data.finish import finish
-from mpl_fast.data.first_few import first_few
 from mpl_fast.data.manifest import (
     MANIFEST,
     check_texts,
@@ -19,13 +16,16 @@ from mpl_fast.data.manifest import (
     load_manifest,
     read_manifest,
 )
-from mpl_fast.data.out_folder import OutFolder, OutputError, output_errors
-from mpl_fast.data.plan import Division, Plan, make_plan
-from mpl_fast.data.progress import Progress
-from mpl_fast.data.shard import ShardResult
-from mpl_fast.data.sources import Source, find_place, read_source
-from mpl_fast.data.workers import write_shards
-from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.packing.archives import Archives
+from mpl_fast.packing.finish import finish
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.out_folder import OutFolder
+from mpl_fast.packing.plan import Division, Plan, make_plan
+from mpl_fast.packing.progress import Progress
+from mpl_fast.packing.shard import ShardResult
+from mpl_fast.packing.sources import Source, find_place, read_source
+from mpl_fast.packing.workers import write_shards
 
 _TEXT_BYTES = 200  # about what a record adds besides its image: frame, header, .idx and .lst rows
 Json = dict[str, Any]

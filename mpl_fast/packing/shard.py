@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpl_fast.data.image_check import find_fault
-from mpl_fast.data.plan import ShardPlan
 from mpl_fast.data.records import IMAGE_LIMIT, image_record, is_multipart
-from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import DataError
+from mpl_fast.packing.image_check import find_fault
+from mpl_fast.packing.plan import ShardPlan
+from mpl_fast.packing.sources import ImageFile
 
 _BUFFER = 4 << 20  # bytes written at a time
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from mpl_fast.data.first_few import first_few
-from mpl_fast.data.sources import ImageFile
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.sources import ImageFile
 
 # No exponent, and no more digits than can be reckoned with at once.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")

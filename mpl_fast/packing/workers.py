@@ -10,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.plan import ShardPlan
-from mpl_fast.data.shard import ShardResult, write_shard
 from mpl_fast.errors import UserError
+from mpl_fast.packing.plan import ShardPlan
+from mpl_fast.packing.shard import ShardResult, write_shard
 
 _POLL = 0.2  # seconds between two looks at the workers' counters
 # Shared by all processes: [stop, images of job 0, bytes of job 0, images of job 1, ...]

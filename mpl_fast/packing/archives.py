@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, NamedTuple
 
-from mpl_fast.data.out_folder import output_errors
-from mpl_fast.errors import DataError
+from mpl_fast.errors import DataError, output_errors
 
 _BLOCK = 512  # bytes; the unit of a tar file
 # Its level is followed by the mark of a block, or of the end: a tar may begin with a name "BZh".

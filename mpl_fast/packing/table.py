@@ -1,0 +1,200 @@
+"""The table of a pack, a SQLite file: one row a record, planned first and completed at the end.
+
+Every process and machine that packs reads only the rows of its own shard, so that no process's
+memory grows with the dataset. As `records.sqlite` it stays with the finished records: it says
+where each came from, where it lies, and the checksum of its image.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mpl_fast.errors import DataError
+
+TABLE = "records.sqlite"
+
+_SCHEMA = """
+CREATE TABLE plan(options TEXT NOT NULL);  -- one row: JSON
+CREATE TABLE classes(label INTEGER PRIMARY KEY, name TEXT NOT NULL);
+CREATE TABLE sources(number INTEGER PRIMARY KEY, spec TEXT NOT NULL, kind TEXT NOT NULL,
+                     file TEXT NOT NULL, size INTEGER NOT NULL, stamp INTEGER NOT NULL);
+CREATE TABLE shards(number INTEGER PRIMARY KEY, prefix TEXT NOT NULL, file TEXT NOT NULL,
+                    first_id INTEGER NOT NULL, records INTEGER NOT NULL, bytes INTEGER NOT NULL,
+                    content TEXT NOT NULL, stamps TEXT NOT NULL);
+CREATE TABLE records(id INTEGER PRIMARY KEY, label INTEGER NOT NULL, labeled INTEGER NOT NULL,
+                     name TEXT NOT NULL, source INTEGER NOT NULL, path TEXT NOT NULL,
+                     start INTEGER NOT NULL, size INTEGER NOT NULL, stamp INTEGER NOT NULL);
+"""
+_WRITTEN = """
+DROP TABLE IF EXISTS written;
+CREATE TABLE written(id INTEGER PRIMARY KEY, offset INTEGER NOT NULL, length INTEGER NOT NULL,
+                     size INTEGER NOT NULL, crc32 INTEGER NOT NULL);
+"""
+
+
+class SourceRow(NamedTuple):
+    """Where images come from: a folder whose files are read, or one file that holds them all."""
+
+    number: int
+    spec: str  # as the user wrote it
+    kind: str  # "folder"; "archive" (byte ranges of one file); "records" (framed records)
+    file: str  # the folder, or the file that is read (for a compressed archive its spool file)
+    size: int  # bytes of that file; 0 for a folder
+    stamp: int  # modification time in ns of the file; 0 for a folder
+
+
+class ShardRow(NamedTuple):
+    """One .rec file: its records have the ids from first_id on."""
+
+    number: int
+    prefix: str  # of the files that are joined: train, train_label, train_unlabel or val
+    file: str
+    first_id: int
+    records: int
+    bytes: int  # of its images as they are in the source
+    content: str  # sha256 of all that decides its bytes, the images' content left out
+    stamps: str  # sha256 of what tells whether its images changed: places, sizes, times
+
+
+class RecordRow(NamedTuple):
+    """One planned record: what it is and the byte range that holds its image."""
+
+    id: int
+    label: int
+    labeled: int  # 1 when the image is one of the labeled ones
+    name: str  # file name, without folders
+    source: int
+    path: str  # inside its source, with "/"
+    start: int  # byte offset; -1: the whole file. In "records": of a frame that has several parts
+    size: int  # bytes of the image; in "records" with several parts: of the framed record
+    stamp: int  # modification time in ns of a file of its own, else 0
+
+
+class WrittenRow(NamedTuple):
+    """Where a record lies in its .rec file."""
+
+    id: int
+    offset: int  # of its frame in the .rec file
+    length: int  # bytes of the framed record, a multiple of 4
+    size: int  # bytes of the image
+    crc32: int  # of the image
+
+
+def create_table(path: Path) -> sqlite3.Connection:
+    """Return a new table at path, which must not exist, without journal: a temporary file."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
+    return _with_bytes_kept(connection)
+
+
+def edit_table(path: Path) -> sqlite3.Connection:
+    """Return the table at path, to be written without journal: for a temporary copy only."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
+    return _with_bytes_kept(connection)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator["Table"]:
+    """Open a finished table that nobody writes any more, without locks; DataError names it."""
+    try:
+        uri = f"{path.resolve().as_uri()}?immutable=1"
+        connection = _with_bytes_kept(sqlite3.connect(uri, uri=True))
+    except sqlite3.Error as error:
+        raise DataError(f"{path}: cannot be opened ({error}); is the folder complete?") from error
+    try:
+        yield Table(connection)
+    except sqlite3.DatabaseError as error:
+        raise DataError(f"{path}: damaged ({error}); pack again") from error
+    finally:
+        connection.close()
+
+
+def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+    return connection
+
+
+def raw(text: str) -> bytes:
+    """Return text for `CAST(? AS TEXT)`: file names need not be UTF-8, sqlite3's strings must."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+class Table:
+    """The rows of an open table."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that the plan was made with."""
+        (text,) = self._connection.execute("SELECT options FROM plan").fetchone()
+        options = json.loads(text)
+        assert isinstance(options, dict)
+        return options
+
+    def classes(self) -> list[str]:
+        """Return the class names; the position is the label."""
+        return [name for (name,) in self._connection.execute("SELECT name FROM classes")]
+
+    def sources(self) -> list[SourceRow]:
+        """Return the sources, by number."""
+        return [SourceRow(*row) for row in self._connection.execute("SELECT * FROM sources")]
+
+    def shards(self) -> list[ShardRow]:
+        """Return the shards in the order of their records."""
+        return [ShardRow(*row) for row in self._connection.execute("SELECT * FROM shards")]
+
+    def shard(self, number: int) -> ShardRow:
+        """Return one shard."""
+        query = "SELECT * FROM shards WHERE number = ?"
+        return ShardRow(*self._connection.execute(query, (number,)).fetchone())
+
+    def records(self, shard: ShardRow) -> Iterator[RecordRow]:
+        """Yield the planned records of a shard in order."""
+        query = "SELECT * FROM records WHERE id BETWEEN ? AND ? ORDER BY id"
+        last = shard.first_id + shard.records - 1
+        for row in self._connection.execute(query, (shard.first_id, last)):
+            yield RecordRow(*row)
+
+    def record(self, record_id: int) -> RecordRow | None:
+        """Return one planned record; None when there is no such id."""
+        query = "SELECT * FROM records WHERE id = ?"
+        row = self._connection.execute(query, (record_id,)).fetchone()
+        return RecordRow(*row) if row else None
+
+    def written(self, shard: ShardRow) -> Iterator[tuple[RecordRow, WrittenRow]]:
+        """Yield the records that a shard holds, in order, with their places in it."""
+        query = (
+            "SELECT records.*, written.* FROM written JOIN records USING (id) "
+            "WHERE id BETWEEN ? AND ? ORDER BY id"
+        )
+        last = shard.first_id + shard.records - 1
+        width = len(RecordRow._fields)
+        for row in self._connection.execute(query, (shard.first_id, last)):
+            # USING gives one id column for `records.*` and again for `written.*`.
+            yield RecordRow(*row[:width]), WrittenRow(*row[width:])
+
+    def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of any other question."""
+        yield from self._connection.execute(sql, values)
+
+
+def start_written(connection: sqlite3.Connection) -> None:
+    """Add the empty table of written records."""
+    connection.executescript(_WRITTEN)
+
+
+def key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
+    """Return `class/name`, by which people know an image."""
+    return f"{classes[record.label]}/{record.name}"
+
+
+def place(source: SourceRow, record: RecordRow) -> str:
+    """Return where the image of a record comes from, as a path or `archive: member`."""
+    if source.kind == "folder":
+        return str(Path(source.file, record.path))
+    return f"{source.spec}: {record.path}"
