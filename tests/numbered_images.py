@@ -44,7 +44,7 @@ def pack_numbered(base: Path) -> Manifest:
         save(base / "val" / f"class{number % CLASSES}", number)
     pack(
         PackOptions(
-            src=str(base / "train"),
+            src=(str(base / "train"),),
             val=str(base / "val"),
             out=base / "rec",
             division=Division(labeled="20", shards=3),

@@ -24,7 +24,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         Image.new("RGB", (120, 60), GREEN).save(folder / f"{number}.png")
     division = Division(labeled="1")
-    pack(PackOptions(src=str(folder.parent), out=base / "rec", division=division, quiet=True))
+    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", division=division, quiet=True))
     return base / "rec"
 
 

@@ -159,7 +159,7 @@ def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
     """As many records, but others: another draw, order or image."""
     state = train_loader(manifest).state()
     pack(PackOptions(
-        src=str(manifest.root.parent / "train"),
+        src=(str(manifest.root.parent / "train"),),
         val=str(manifest.root.parent / "val"),
         out=manifest.root.parent / "other",
         division=Division(labeled="20", shards=3, shuffle_seed=9),

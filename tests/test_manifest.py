@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
         ],
     }
     stored = {
-        "format": "mpl_fast.rec/1",
+        "format": "mpl_fast.rec/2",
         "classes": {"n": 2, "sha256": sha256(tmp_path / "classes.txt")},
         "splits": {"labeled": split},
     }
@@ -113,11 +113,11 @@ def test_counts_that_disagree(root: Path) -> None:
     [
         ("{", "cannot be read"),
         ("", "cannot be read"),
-        ("[]", "format 'list' is not 'mpl_fast.rec/1'"),
+        ("[]", "format 'list' is not 'mpl_fast.rec/2'"),
         ("{}", "format None is not"),
         ('{"format": "mpl_fast.rec/2"}', "format 'mpl_fast.rec/2' is not"),
-        ('{"format": "mpl_fast.rec/1"}', "damaged (KeyError: 'classes')"),
-        ('{"format": "mpl_fast.rec/1", "classes": 3}', "damaged (TypeError"),
+        ('{"format": "mpl_fast.rec/2"}', "damaged (KeyError: 'classes')"),
+        ('{"format": "mpl_fast.rec/2", "classes": 3}', "damaged (TypeError"),
     ],
 )
 def test_damaged_manifest(root: Path, text: str, message: str) -> None:

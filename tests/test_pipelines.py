@@ -48,7 +48,7 @@ def packed(folder: Path, images: dict[str, bytes], copies: int = 1) -> Manifest:
     total = str(len(images) * copies)
     pack(
         PackOptions(
-            src=str(source.parent),
+            src=(str(source.parent),),
             val=str(source.parent),
             out=folder / "rec",
             division=Division(labeled=total),

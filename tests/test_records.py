@@ -1,4 +1,4 @@
-"""Records have MXNet's bytes: golden files, a second implementation, and DALI's own reader."""
+"""Records have MXNet's bytes: by hand, by a second implementation, and by DALI's own reader."""
 
 import itertools
 import struct
@@ -10,13 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpl_fast.data.records import (
+    HEAD_SIZE,
     ID_LIMIT,
+    IMAGE_LIMIT,
     LENGTH_LIMIT,
+    Payload,
     frame,
+    holds_magic,
     image_record,
     index_text,
     is_multipart,
     listing_text,
+    parse_payload,
+    record_head,
+    unframe,
 )
 from mpl_fast.errors import DataError
 
@@ -95,6 +102,8 @@ def test_parts(payload: bytes, parts: int) -> None:
     assert framed.count(MAGIC_BYTES) == parts + (payload.count(MAGIC_BYTES) if parts == 1 else 0)
     assert framed == write_simply(payload)
     assert read_simply(framed) == [payload]
+    assert unframe(framed) == payload
+    assert holds_magic(payload) == is_multipart(framed) == (parts > 1)
 
 
 pieces = st.one_of(st.just(MAGIC_BYTES), st.binary(max_size=9), st.just(b"\0\0\0\0"))
@@ -107,6 +116,7 @@ def test_frames_equal_a_second_implementation(contents: list[bytes]) -> None:
     file = b"".join(map(frame, contents))
     assert file == b"".join(map(write_simply, contents))
     assert read_simply(file) == contents
+    assert [unframe(frame(content)) for content in contents] == contents
 
 
 @settings(max_examples=100, deadline=None)
@@ -115,6 +125,58 @@ def test_header_survives(image: bytes, label: int, record_id: int) -> None:
     (payload,) = read_simply(image_record(label, record_id, image))
     assert struct.unpack("<IfQQ", payload[:24]) == (0, float(label), record_id, 0)
     assert payload[24:] == image
+    assert parse_payload(payload) == Payload((float(label),), record_id, image)
+
+
+@settings(max_examples=100, deadline=None)
+@given(payloads, st.integers(0, 2**24 - 1), st.integers(0, ID_LIMIT - 1))
+def test_head_and_padding_make_a_record_of_one_part(
+    image: bytes, label: int, record_id: int
+) -> None:
+    built = record_head(label, record_id, len(image)) + image + bytes(-len(image) % 4)
+    whole = image_record(label, record_id, image)
+    assert len(built) == HEAD_SIZE + len(image) + -len(image) % 4
+    assert (built == whole) == (not holds_magic(image)) == (not is_multipart(whole))
+
+
+def test_magic_is_found_in_a_view_of_any_place() -> None:
+    content = memoryview(b"x" * 7 + MAGIC_BYTES + b"y" * 5)
+    assert holds_magic(content[3:])
+    assert holds_magic(content[7:11])
+    assert not holds_magic(content)
+    assert not holds_magic(content[3:10])
+    assert not holds_magic(b"")
+
+
+@pytest.mark.parametrize(
+    ("framed", "message"),
+    [
+        (b"", "0 bytes end before its last part"),
+        (frame(b"abcdefgh")[:7], "7 bytes end before its last part"),
+        (frame(b"abcdefgh")[:-4], "it has 12 bytes, its parts 16"),
+        (frame(b"abcd") + bytes(4), "it has 16 bytes, its parts 12"),
+        (frame(b"abcd") * 2, "it has 24 bytes, its parts 12"),
+        (bytes(12), "not a record: 00000000 00000000 begins it"),
+        (frame(b"abcd" + MAGIC_BYTES)[:12], "12 bytes end before its last part"),
+        (frame(b"abcd" + MAGIC_BYTES)[12:], "not a record: 0a23d7ce 00000060 begins it"),
+        (frame(MAGIC_BYTES)[:8] + frame(b"ab"), "not a record: 0a23d7ce 02000000 begins it"),
+    ],
+)
+def test_what_is_not_one_record(framed: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        unframe(framed)
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (bytes(23), "23 bytes, its header has 24"),
+        (struct.pack("<IfQQ", 2, 0, 0, 0) + bytes(7), "31 bytes cannot hold 2 labels"),
+    ],
+)
+def test_what_is_no_image_record(payload: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        parse_payload(payload)
 
 
 def test_ids_that_would_cut_the_header_are_refused() -> None:
@@ -123,6 +185,8 @@ def test_ids_that_would_cut_the_header_are_refused() -> None:
         image_record(0, ID_LIMIT, b"x")
     with pytest.raises(DataError, match="record id -1"):
         image_record(0, -1, b"x")
+    with pytest.raises(DataError, match="record id 3470205706"):
+        record_head(0, ID_LIMIT, 1)
 
 
 def test_longest_record() -> None:
@@ -132,6 +196,9 @@ def test_longest_record() -> None:
 
     with pytest.raises(DataError, match="536870912 bytes is too long: the limit is 536870911"):
         frame(Long())
+    assert record_head(0, 0, IMAGE_LIMIT)[4:8] == (2**29 - 1).to_bytes(4, "little")
+    with pytest.raises(DataError, match="536870888 bytes is too long: the limit is 536870887"):
+        record_head(0, 0, IMAGE_LIMIT + 1)
 
 
 def test_text_rows() -> None:

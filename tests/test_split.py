@@ -8,16 +8,23 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.sources import ImageFile
-from mpl_fast.packing.split import choose_labeled, shuffled
+from mpl_fast.packing.split import choose, rank
+
+Images = list[tuple[int, str, str]]
 
 
-def images_of(counts: dict[str, int]) -> list[ImageFile]:
-    return [
-        ImageFile(name, f"{name}_{number}.jpg", "unread", 0, 1)
-        for name, count in counts.items()
-        for number in range(count)
+def images_of(counts: dict[str, int]) -> Images:
+    names = [
+        (name, f"{name}_{number}.jpg") for name, count in counts.items() for number in range(count)
     ]
+    return [(7 * at, *pair) for at, pair in enumerate(names)]  # ids need not be consecutive
+
+
+def choose_labeled(images: Images, how: str, seed: int, balance: str = "count") -> set[str]:
+    ids = choose(iter(images), how, seed=seed, balance=balance)
+    chosen = {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
+    assert len(chosen) == len(ids)
+    return chosen
 
 
 def per_class(keys: set[str]) -> Counter[str]:
@@ -110,7 +117,7 @@ def test_list_forms(tmp_path: Path, text: str) -> None:
 def test_list_with_spaces_in_names(tmp_path: Path) -> None:
     path = tmp_path / "labeled.txt"
     path.write_text("great owl/an owl.jpg\n")
-    image = ImageFile("great owl", "an owl.jpg", "unread", 0, 1)
+    image = (0, "great owl", "an owl.jpg")
     assert choose_labeled([image], str(path), 0) == {"great owl/an owl.jpg"}
 
 
@@ -128,24 +135,42 @@ def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "labeled.txt"
     path.write_text(text)
     images = images_of({"ant": 2, "bee": 2})
-    images += [ImageFile(name, "same.jpg", "unread", 0, 1) for name in ("ant", "bee")]
+    images += [(1000 + at, name, "same.jpg") for at, name in enumerate(("ant", "bee"))]
     with pytest.raises(DataError, match=message) as caught:
         choose_labeled(images, str(path), 0)
     assert "\n" not in str(caught.value)
 
 
-def test_order_is_seeded_and_mixes_classes() -> None:
-    images = images_of({"a": 200, "b": 200})
-    order = shuffled(images, 0)
-    assert sorted(order) == sorted(images)
-    assert order == shuffled(images[::-1], 0)
-    assert order != shuffled(images, 1)
-    # 100 draws of a fair coin: 50 +- 5 (sd); sorted input would give 100 or 0.
-    assert 30 < sum(image.class_name == "a" for image in order[:100]) < 70
+def test_proportional_draw_follows_the_sizes_and_nests() -> None:
+    images = images_of({"a": 1000, "b": 300, "c": 61, "d": 10})
+    draws = {n: choose_labeled(images, str(n), 5, "proportional") for n in (300, 301, 685, 1371)}
+    for total, draw in draws.items():
+        assert len(draw) == total
+        counts = per_class(draw)
+        for name, size in (("a", 1000), ("b", 300), ("c", 61), ("d", 10)):
+            assert abs(counts[name] - size * total / 1371) < 1.5
+    ordered = list(draws.values())
+    assert all(small <= large for small, large in itertools.pairwise(ordered))
 
 
-def test_order_is_independent_of_the_draw() -> None:
-    images = images_of({"a": 400})
-    keys = choose_labeled(images, "100", 0)
-    first = sum(image.key in keys for image in shuffled(images, 0)[:100])
-    assert first < 50  # 25 +- 4; one hash for both would give 100
+def test_proportional_draw_takes_the_first_of_each_class_by_rank() -> None:
+    images = images_of({"a": 30, "b": 90})
+    keys = [f"{class_name}/{name}" for _, class_name, name in images]
+    part = choose_labeled(images, "40", 2, "proportional")
+    for name in "ab":
+        ranked = sorted((key for key in keys if key[0] == name), key=lambda key: rank(2, key))
+        count = per_class(part)[name]
+        assert set(ranked[:count]) == {key for key in part if key[0] == name}
+
+
+def test_proportional_draw_names_classes_that_get_nothing() -> None:
+    images = images_of({"a": 5000, "tiny": 1})
+    with pytest.raises(ConfigError, match="1 small classes get no labeled image: tiny"):
+        choose_labeled(images, "2", 1, "proportional")
+
+
+def test_first_word_counts_only_where_the_whole_line_fits_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text("an owl.jpg\n")
+    images = [(0, "bird", "an"), (1, "bird", "an owl.jpg")]
+    assert choose_labeled(images, str(path), 0) == {"bird/an owl.jpg"}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from mpl_fast.errors import DataError
 
-FORMAT = "mpl_fast.rec/1"
+FORMAT = "mpl_fast.rec/2"
 MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
 _T = TypeVar("_T")
@@ -21,15 +21,17 @@ class Split:
 
     records: int
     shards: tuple[Path, ...]
-    index: Path
+    index: Path  # may list only some of the shards' records, and some of them more than once
     listing: Path
+    record_bytes: int  # mean size of a record in these shards
 
 
 @dataclass(frozen=True)
 class Manifest:
     """A complete folder of records: class names (position = label) and splits by name.
 
-    The names are "labeled", "unlabeled" and, when it was packed, "val".
+    The names are "labeled", "unlabeled" and, when it was packed, "val"; "train" is both together
+    where they share their records.
     """
 
     root: Path
@@ -41,44 +43,47 @@ class Manifest:
 def read_manifest(root: str | Path) -> Manifest:
     """Return the manifest of root after the cheap checks, so that no stale file is read as data.
 
-    Checked: every .rec file's size, every .idx file's sha256 and number of lines, the class names,
-    and that the .lst files are there.
-    Raises DataError, one line that names the file and what to do.
+    Checked: every .rec file's size, the sha256 of every split's .idx file, the class names, and
+    that the .lst files are there. Raises DataError, one line that names the file and what to do.
     """
     root = Path(root)
     stored = load_manifest(root)
     try:
         classes = _read_classes(root, stored["classes"])
-        splits = {name: _read_split(root, split) for name, split in stored["splits"].items()}
-        content = json.dumps(stored["splits"], sort_keys=True)  # with the sha256 of every file
-    except (KeyError, TypeError, AttributeError) as error:
+        shards = {shard["file"]: shard for shard in stored["shards"]}
+        for name, shard in shards.items():
+            _require_size(root / name, shard["bytes"])
+        splits = {
+            name: _read_split(root, split, shards) for name, split in stored["splits"].items()
+        }
+        # With the sha256 of every file.
+        content = json.dumps([stored["splits"], stored["shards"]], sort_keys=True)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise DataError(
             f"{root / MANIFEST}: damaged ({type(error).__name__}: {error}); pack again"
         ) from error
     return Manifest(root, classes, splits, hashlib.sha256(content.encode()).hexdigest())
 
 
-def check_texts(root: Path, stored: Mapping[str, Any]) -> None:
-    """Compare the files that read_manifest does not read, but for the records, with their sha256.
+def text_hashes(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 of every text file of a pack by its name: .idx, .lst and classes.txt."""
+    hashes = {CLASSES: stored["classes"]["sha256"]}
+    for entry in (*stored["splits"].values(), *stored["shards"]):
+        for kind in ("idx", "lst"):
+            if kind in entry:
+                hashes[entry[kind]] = entry[f"{kind}_sha256"]
+    return hashes
 
-    These are the .lst files and the .idx files of single shards. Raises DataError for the first
-    that differs.
-    """
-    for split in stored["splits"].values():
-        _read_checked(root / split["lst"], split["lst_sha256"])
-        for shard in split["shards"]:
-            if "idx" in shard:
-                _read_checked(root / shard["idx"], shard["idx_sha256"])
+
+def check_texts(root: Path, stored: Mapping[str, Any]) -> None:
+    """Compare every text file with its sha256; DataError for the first that differs."""
+    for name, sha256 in text_hashes(stored).items():
+        _read_checked(root / name, sha256)
 
 
 def file_names(stored: Mapping[str, Any]) -> list[str]:
     """Return every file of a pack but the manifest."""
-    names = [CLASSES]
-    for split in stored["splits"].values():
-        names += split["idx"], split["lst"]
-        for shard in split["shards"]:
-            names += (shard[key] for key in ("file", "idx") if key in shard)
-    return names
+    return [shard["file"] for shard in stored["shards"]] + [stored["table"], *text_hashes(stored)]
 
 
 def load_manifest(root: Path) -> dict[str, Any]:
@@ -116,25 +121,30 @@ def _read_classes(root: Path, stored: Mapping[str, Any]) -> tuple[str, ...]:
     return classes
 
 
-def _read_split(root: Path, stored: Mapping[str, Any]) -> Split:
-    shards = []
-    for shard in stored["shards"]:
-        path = root / shard["file"]
-        size = _read_file(path, lambda path: path.stat().st_size)
-        if size != shard["bytes"]:
-            raise DataError(
-                f"{path}: {size} bytes, the manifest has {shard['bytes']}; copy or pack it again"
-            )
-        shards.append(path)
-    index = root / stored["idx"]
-    lines = _read_checked(index, stored["idx_sha256"]).count(b"\n")
-    if not lines == stored["records"] == sum(shard["records"] for shard in stored["shards"]):
+def _require_size(path: Path, expected: int) -> None:
+    size = _read_file(path, lambda path: path.stat().st_size)
+    if size != expected:
         raise DataError(
-            f"{index}: {lines} lines for {stored['records']} records in the manifest; pack again"
+            f"{path}: {size} bytes, the manifest has {expected}; copy it again, or delete it and "
+            "run the same pack command"
         )
+
+
+def _read_split(
+    root: Path, stored: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]]
+) -> Split:
+    own = [shards[name] for name in stored["shards"]]
+    index = root / stored["idx"]
+    _read_checked(index, stored["idx_sha256"])
     listing = root / stored["lst"]
     _read_file(listing, Path.stat)
-    return Split(stored["records"], tuple(shards), index, listing)
+    return Split(
+        records=stored["records"],
+        shards=tuple(root / shard["file"] for shard in own),
+        index=index,
+        listing=listing,
+        record_bytes=sum(shard["bytes"] for shard in own) // sum(s["records"] for s in own),
+    )
 
 
 def _read_checked(path: Path, sha256: str) -> bytes:

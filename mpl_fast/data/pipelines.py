@@ -96,7 +96,7 @@ def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataN
         name=READER,
         path=[str(path) for path in split.shards],
         index_path=[str(split.index)],
-        tensor_init_bytes=_slot_bytes(split),
+        tensor_init_bytes=split.record_bytes,  # a slot of the buffer; DALI's own default is 1 MiB
         shard_id=engine.shard,
         num_shards=engine.shards,
         stick_to_shard=True,
@@ -121,7 +121,7 @@ def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[Dat
         index_path=[str(split.index)],
         random_shuffle=True,
         initial_fill=max(1, min(config.shuffle_buffer, split.records // engine.shards)),
-        tensor_init_bytes=_slot_bytes(split),
+        tensor_init_bytes=split.record_bytes,
         shard_id=engine.shard,
         num_shards=engine.shards,
     )
@@ -198,8 +198,3 @@ def _label(label: DataNode, engine: Engine) -> DataNode:
     """(1,) int64 beside the images; the records hold float32, exact below 2**24."""
     label = fn.cast(label, dtype=types.INT64)
     return label if engine.gpu is None else label.gpu()
-
-
-def _slot_bytes(split: Split) -> int:
-    """Mean record size, for each slot of the reader's buffer (DALI's own default is 1 MiB)."""
-    return max(1, sum(path.stat().st_size for path in split.shards) // split.records)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COLUMNS = {"ids": "<u4", "offsets": "<u8", "lengths": "<u4", "sizes": "<u4", "crc32": "<u4"}
+
+# What numpy and zipfile raise for one flipped bit or another, beside their own errors.
+_DAMAGES = (ValueError, KeyError, TypeError, RuntimeError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -74,5 +78,11 @@ class Done:
                 columns = {name: stored[f"arr_{1 + at}"] for at, name in enumerate(COLUMNS)}
             remarks = [Remark(**remark) for remark in fields.pop("remarks")]
             return Done(**fields, **columns, remarks=remarks)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, zipfile.BadZipFile, *_DAMAGES) as error:
             raise DataError(f"{path}: damaged ({error}); delete it and pack again") from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of path is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

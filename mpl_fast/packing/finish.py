@@ -1,77 +1,244 @@
-"""The end of a pack: indexes, listings and class names beside the shards, and the manifest."""
+"""The end of a pack: the table is completed, and indexes, listings and the manifest are written."""
 
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from mpl_fast import __version__
 from mpl_fast.data.manifest import CLASSES, FORMAT
-from mpl_fast.data.records import index_text, listing_text
-from mpl_fast.packing.out_folder import OutFolder
-from mpl_fast.packing.plan import Plan, SplitPlan
-from mpl_fast.packing.shard import ShardResult
+from mpl_fast.errors import DataError
+from mpl_fast.packing.cut import plan_digest
+from mpl_fast.packing.done import Done, sync_file
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.plan import splits
+from mpl_fast.packing.split_files import text_file, write_split, write_text
+from mpl_fast.packing.table import (
+    TABLE,
+    RecordRow,
+    ShardRow,
+    Table,
+    edit_table,
+    key,
+    place,
+    reading,
+    start_written,
+)
+from mpl_fast.packing.treatment import Treatment, describe
 
 Json = dict[str, Any]
+_EXAMPLES = 10  # groups of duplicates that the manifest names
 
 
-def finish(folder: OutFolder, plan: Plan, results: Sequence[ShardResult], options: Json) -> Json:
-    """Write the indexes, listings and class names; return the manifest."""
-    classes = "".join(f"{name}\n" for name in plan.classes)
-    remaining = iter(results)
-    splits = {
-        split.name: _finish_split(folder, split, [next(remaining) for _ in split.shards], plan)
-        for split in plan.splits
-    }
+def unfinished(work: Path, shards: Iterable[ShardRow]) -> list[str]:
+    """Return the shards that are not there as they were planned; only sizes are looked at."""
+    missing = []
+    for shard in shards:
+        file = work / shard.file
+        done_path = work / f"{shard.file}.done"
+        if done_path.exists() and file.exists():
+            done = Done.load(done_path)
+            planned = (done.content, done.stamps) == (shard.content, shard.stamps)
+            if planned and file.stat().st_size == done.size:
+                continue
+        missing.append(shard.file)
+    return missing
+
+
+def finish(work: Path, treatment: Treatment) -> Json:
+    """Write all files of the pack but shards and manifest into work; return the manifest.
+
+    Its time of creation and duration are still empty. Every shard of the plan has to be there,
+    else DataError.
+    """
+    with reading(work / TABLE) as table:
+        missing = unfinished(work, table.shards())
+        if missing:
+            raise DataError(
+                f"{work.parent}: {len(missing)} shards of the plan are not there: "
+                f"{first_few(missing)}; pack them (every part), then finish"
+            )
+    bad = _complete_table(work)
+    with reading(work / TABLE) as table:
+        return _manifest(work, table, treatment) | {"bad": bad}
+
+
+def _complete_table(work: Path) -> list[Json]:
+    """Add to the table where every record was written; return what was remarked about images."""
+    temporary = work / f"{TABLE}.tmp"
+    shutil.copyfile(work / TABLE, temporary)
+    bad: list[Json] = []
+    with closing(edit_table(temporary)) as connection:
+        table = Table(connection)
+        classes, sources = table.classes(), table.sources()
+        start_written(connection)
+        connection.execute("BEGIN")
+        for shard in table.shards():
+            done = Done.load(work / f"{shard.file}.done")
+            rows = zip(*(getattr(done, name).tolist() for name in _COLUMNS), strict=True)
+            connection.executemany("INSERT INTO written VALUES (?, ?, ?, ?, ?)", rows)
+            for remark in done.remarks:
+                record = table.record(remark.id)
+                assert record is not None, remark
+                bad.append(
+                    {
+                        "image": key(classes, record),
+                        "source": place(sources[record.source], record),
+                        "reason": remark.reason,
+                        "action": remark.action,
+                    }
+                )
+        # An unpacked archive is gone when the pack is whole.
+        connection.execute("UPDATE sources SET file = spec WHERE file LIKE ?", (f"{work}%",))
+        connection.execute("COMMIT")
+    sync_file(temporary)
+    temporary.replace(work / TABLE)
+    return bad
+
+
+_COLUMNS = ("ids", "offsets", "lengths", "sizes", "crc32")
+
+
+def _manifest(work: Path, table: Table, treatment: Treatment) -> Json:
+    options = table.options()
+    classes = table.classes()
+    shards, totals = _shards(work, table)
     return {
         "format": FORMAT,
         "tool": f"mpl_fast {__version__}",
         "created": "",
-        "plan_sha256": plan.digest(),
+        "plan_sha256": plan_digest(table),
+        "layout": options["layout"],
         "options": options,
-        "classes": {"n": len(plan.classes), "sha256": folder.write_text(CLASSES, classes)},
-        "splits": splits,
-        "totals": {
-            "images": sum(split["records"] for split in splits.values()),
-            "bytes_in": sum(result.bytes_in for result in results),
-            "bytes_out": sum(result.size for result in results),
-            "seconds": 0.0,
+        "sources": _sources(table),
+        "classes": {
+            "n": len(classes),
+            "file": CLASSES,
+            "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
         },
+        "transform": describe(treatment),
+        "shards": shards,
+        "splits": _splits(work, table, {shard["file"]: shard["bytes"] for shard in shards}),
+        "table": TABLE,
+        "duplicates": _duplicates(table, classes),
+        "totals": totals,
     }
 
 
-def _finish_split(
-    folder: OutFolder, split: SplitPlan, results: Sequence[ShardResult], plan: Plan
-) -> Json:
-    offsets: list[int] = []
-    shards = []
-    start = 0
-    for shard, result in zip(split.shards, results, strict=True):
+def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
+    options = table.options()
+    rows = table.shards()
+    val = any(shard.prefix == "val" for shard in rows)
+    written = {}
+    for split in splits(options["layout"], options["unlabeled"], val=val):
+        own = [shard for shard in rows if shard.prefix == split.prefix]
+        written[split.name] = write_split(work, table, split.stem, own, sizes, split.lists)
+    return written
+
+
+def _sources(table: Table) -> list[Json]:
+    totals = {
+        source: (images, size)
+        for source, images, size in table.query(
+            "SELECT source, count(*), sum(size) FROM records GROUP BY source"
+        )
+    }
+    return [
+        {
+            "spec": source.spec,
+            "kind": source.kind,
+            "images": totals.get(source.number, (0, 0))[0],
+            "bytes": totals.get(source.number, (0, 0))[1],
+        }
+        for source in table.sources()
+    ]
+
+
+def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
+    """Return the manifest's entries of all shards, and their totals."""
+    rows = table.shards()
+    counts = Counter(shard.prefix for shard in rows)
+    entries = []
+    totals: Counter[str] = Counter()
+    for shard in rows:
+        done = Done.load(work / f"{shard.file}.done")
         entry: Json = {
             "file": shard.file,
-            "bytes": result.size,
-            "records": len(result.offsets),
-            "sha256": result.sha256,
-            "multipart": result.multipart,
+            "prefix": shard.prefix,
+            "bytes": done.size,
+            "records": len(done.ids),
+            "sha256": done.sha256,
+            "multipart": done.multipart,
+            "first_id": shard.first_id,
         }
-        offsets += (start + offset for offset in result.offsets)
-        start += result.size
-        if shard.file != f"{split.prefix}.rec":
-            entry["idx"] = shard.file.removesuffix("rec") + "idx"
-            local = index_text(shard.first_id, result.offsets)
-            entry["idx_sha256"] = folder.write_text(entry["idx"], local)
-        shards.append(entry)
-    rows = split.rows
-    counts = Counter(label for label, _ in rows)
-    per_class = [counts[label] for label in range(len(plan.classes))]
-    index, listing = f"{split.prefix}.idx", f"{split.prefix}.lst"
-    return {
-        "records": len(rows),
-        "prefix": split.prefix,
-        "idx": index,
-        "idx_sha256": folder.write_text(index, index_text(split.first_id, offsets)),
-        "lst": listing,
-        "lst_sha256": folder.write_text(listing, listing_text(split.first_id, rows)),
-        "per_class_min": min(per_class),
-        "per_class_max": max(per_class),
-        "shards": shards,
-    }
+        if counts[shard.prefix] > 1:  # else the split's index is its own
+            entry["idx"] = f"{Path(shard.file).stem}.idx"
+            entry["idx_sha256"] = _write_index(work / entry["idx"], done)
+        entries.append(entry)
+        totals["images"] += len(done.ids)
+        totals["bytes_in"] += done.bytes_in
+        totals["bytes_out"] += done.size
+        totals["reencoded"] += done.reencoded
+        totals["orientation_dropped"] += done.rotated
+    return entries, {**totals, "seconds": 0.0}
+
+
+def _write_index(path: Path, done: Done) -> str:
+    with text_file(path) as file:
+        for number, offset in zip(done.ids.tolist(), done.offsets.tolist(), strict=True):
+            file.write(f"{number}\t{offset}\n")
+    return file.sha256
+
+
+def _duplicates(table: Table, classes: list[str]) -> Json:
+    """Return how many images are there more than once, by size and checksum, and some of them.
+
+    One image that the layout writes into two .rec files is no duplicate.
+    """
+    groups = images = across = 0
+    examples: list[list[str]] = []
+    for group in _equal_images(table):
+        origins = {(record.source, record.path, record.start) for record, _ in group}
+        if len(origins) > 1:
+            groups += 1
+            images += len(origins)
+            parts = {prefix.partition("_")[0] for _, prefix in group}
+            across += len(parts) > 1
+            if len(examples) < _EXAMPLES:
+                named = {f"{key(classes, record)} ({prefix})" for record, prefix in group}
+                examples.append(sorted(named))
+    return {"groups": groups, "images": images, "across_splits": across, "examples": examples}
+
+
+def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
+    """Yield groups of records, with their prefix, whose images have one size and checksum."""
+    query = (
+        "SELECT written.size, crc32, shards.prefix, records.* FROM written "
+        "JOIN (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1) "
+        "USING (size, crc32) JOIN records USING (id) JOIN shards ON records.id "
+        "BETWEEN first_id AND first_id + shards.records - 1 ORDER BY 1, 2, records.id"
+    )
+    group: list[tuple[RecordRow, str]] = []
+    current: tuple[int, int] | None = None
+    for size, crc32, prefix, *record in table.query(query):
+        if group and current != (size, crc32):
+            yield group
+            group = []
+        current = (size, crc32)
+        group.append((RecordRow(*record), prefix))
+    if group:
+        yield group
+
+
+def describe_duplicates(found: Mapping[str, Any]) -> str:
+    """Return a warning about images that are there more than once; "" when there is none."""
+    if not found["groups"]:
+        return ""
+    across = found["across_splits"]
+    shown = "; ".join(" = ".join(group) for group in found["examples"][:3])
+    return (
+        f"{found['images']} images are there more than once, in {found['groups']} groups"
+        f"{f', {across} of them in training and validation both' if across else ''}: {shown}"
+    )

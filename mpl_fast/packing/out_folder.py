@@ -1,40 +1,46 @@
-"""The folder that a pack is written into: locked, and never showing a half-written file."""
+"""The folder that a pack is written into: locked, and never showing a half-written file.
+
+All that a run writes lies in the hidden folder `.pack` until the pack is whole. So an interrupted
+run goes on where it was, and an older pack stays readable until the new one takes its place.
+"""
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
+from mpl_fast.packing.table import TABLE
 
-_PACK_FILE = (
-    r"(train_label|train_unlabel|val)(-\d{5,}-of-\d{5,})?\.(rec|idx|lst)"
-    r"|classes\.txt|manifest\.json"
+WORK = ".pack"
+_LOCK = ".lock"
+_OURS = re.compile(
+    r"(train|train_label|train_unlabel|val)(-\d{5,}-of-\d{5,})?\.(rec|idx|lst)"
+    rf"|classes\.txt|{re.escape(TABLE)}|{re.escape(MANIFEST)}"
 )
-_OURS = re.compile(_PACK_FILE)
-_TEMPORARY = re.compile(rf"\.({_PACK_FILE}|spool-\d+)(\.tmp)")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class OutFolder:
-    """A folder held by this process alone; leaving the context removes every temporary file.
+    """A folder held by this process alone, or (shared) by the processes that pack its parts.
 
-    From publish on, Ctrl-C and SIGTERM come too late: they are ignored to the end.
+    Leaving the context after an error keeps the shards that are finished, and nothing else. While
+    a pack gets its names, Ctrl-C and SIGTERM come too late: they are ignored to the end.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
+        self.work = path / WORK
+        self._shared = shared
         self._created = False
-        self._publishing = False
         self._lock = -1
         self._stops = ExitStack()
 
@@ -42,16 +48,18 @@ class OutFolder:
         try:
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+            how = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
+            fcntl.flock(self._lock, how | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock)
             raise OutputError(f"{self.path}: another make_rec is writing here") from error
         except OSError as error:
             raise OutputError(f"{self.path}: {error.strerror}") from error
         with output_errors(self.path):
-            self._finish_publish()
-            self._remove_temporary()
+            if not self._shared:
+                self._finish_publish()
+            self.work.mkdir(exist_ok=True)
         return self
 
     def __exit__(
@@ -61,15 +69,24 @@ class OutFolder:
         trace: TracebackType | None,
     ) -> None:
         with self._stops, _stops_ignored(), output_errors(self.path):
-            if not self._publishing:
-                self._remove_temporary()
-            if error is not None and self._created and self._names() == [".lock"]:
-                shutil.rmtree(self.path)
+            if not self._shared:
+                self._clean()
+                if error is not None and self._created and self._names() == [_LOCK]:
+                    shutil.rmtree(self.path)
             os.close(self._lock)
 
     def holdings(self) -> list[str]:
         """Return the names of the pack files that are here, sorted."""
         return [name for name in self._names() if _OURS.fullmatch(name)]
+
+    def finished(self) -> list[str]:
+        """Return the names of the shards that are finished but have not got their place yet."""
+        return sorted(path.stem for path in self.work.glob("*.rec.done"))
+
+    def discard(self) -> None:
+        """Forget an unfinished pack."""
+        shutil.rmtree(self.work)
+        self.work.mkdir()
 
     def require_space(self, needed: int) -> None:
         """Raise OutputError when fewer than `needed` bytes are free."""
@@ -79,71 +96,64 @@ class OutFolder:
                 f"{self.path}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on this disk"
             )
 
-    def temporary(self, name: str) -> Path:
-        """Return the hidden path under which a file is written before it gets its name."""
-        return self.path / f".{name}.tmp"
+    @contextmanager
+    def held(self, name: str, busy: str | None = None) -> Iterator[None]:
+        """Hold a lock of this name in the work folder; with busy, raise it instead of waiting."""
+        with (self.work / f"{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError as error:
+                raise OutputError(f"{self.path}: {busy}") from error
+            yield
 
-    def write_text(self, name: str, text: str) -> str:
-        """Write text as the temporary file of name, on disk; return its sha256."""
-        content = text.encode("utf-8", "surrogateescape")
-        with self.temporary(name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return hashlib.sha256(content).hexdigest()
+    def publish(self) -> None:
+        """Give all that the work folder's manifest lists its place, the manifest last.
 
-    def publish(self, names: Sequence[str]) -> None:
-        """Give the files of names, and last the manifest, their names, in place of an old pack.
-
-        An old manifest goes first, so that no mixture of two packs ever looks complete. A publish
-        that is cut short keeps its temporary files: the next run into this folder finishes it.
+        An old manifest goes first, so that no mixture of two packs ever looks complete. Cut short,
+        it is finished by the next run into this folder.
         """
         self._stops.enter_context(_stops_ignored())
-        self._publish(names, names)
-
-    def _finish_publish(self) -> None:
-        """Finish a publish that was cut short: then only the manifest's temporary file is there."""
-        if MANIFEST in self._names():
-            return
-        try:
-            names = file_names(json.loads(self.temporary(MANIFEST).read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):  # none, or cut short itself: nothing was renamed
-            return
-        waiting = [name for name in names if self.temporary(name).exists()]
-        if {*waiting, *self.holdings()} >= set(names):
-            with _stops_ignored():
-                self._publish(names, waiting)
-
-    def _publish(self, names: Sequence[str], waiting: Sequence[str]) -> None:
-        """Rename the files that are waiting, and remove every pack file that is not in names."""
-        self._publishing = True
+        names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
         old = self.holdings()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()
-        self._sync()
-        for name in waiting:
-            self.temporary(name).replace(self.path / name)
+        _sync(self.path)
+        for name in names:
+            if (self.work / name).exists():
+                (self.work / name).replace(self.path / name)
         for name in set(old) - {*names, MANIFEST}:
             (self.path / name).unlink()
-        self._sync()
-        self.temporary(MANIFEST).replace(self.path / MANIFEST)
-        self._sync()
-        self._publishing = False
+        _sync(self.path)
+        (self.work / MANIFEST).replace(self.path / MANIFEST)
+        _sync(self.path)
+        shutil.rmtree(self.work)
+
+    def _finish_publish(self) -> None:
+        """Finish a publish that was cut short: only then the manifest is in the work folder."""
+        if (self.work / MANIFEST).exists():
+            with _stops_ignored():
+                self.publish()
+
+    def _clean(self) -> None:
+        """Remove what no later run needs: all but finished shards, their plan and unpacked tars."""
+        if not self.work.exists() or (self.work / MANIFEST).exists():
+            return
+        if not self.finished():
+            shutil.rmtree(self.work)
+            return
+        for path in self.work.glob("*.tmp"):
+            path.unlink()
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir())
 
-    def _remove_temporary(self) -> None:
-        for name in self._names():
-            if _TEMPORARY.fullmatch(name):
-                (self.path / name).unlink()
 
-    def _sync(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -3,194 +3,290 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import (
-    MANIFEST,
-    check_texts,
-    file_names,
-    load_manifest,
-    read_manifest,
-)
+from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
-from mpl_fast.packing.archives import Archives
-from mpl_fast.packing.finish import finish
+from mpl_fast.packing.archives import Spools
+from mpl_fast.packing.finish import describe_duplicates, finish, unfinished
 from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.held import Held, changes, examine
 from mpl_fast.packing.out_folder import OutFolder
-from mpl_fast.packing.plan import Division, Plan, make_plan
+from mpl_fast.packing.plan import RECORD_BYTES, TABLE_BYTES, Division, make_plan
 from mpl_fast.packing.progress import Progress
-from mpl_fast.packing.shard import ShardResult
-from mpl_fast.packing.sources import Source, find_place, read_source
-from mpl_fast.packing.workers import write_shards
+from mpl_fast.packing.ray_engine import run_ray
+from mpl_fast.packing.sources import Source, open_source
+from mpl_fast.packing.split_files import write_text
+from mpl_fast.packing.table import TABLE, ShardRow, Table, place, reading
+from mpl_fast.packing.treatment import Treatment
+from mpl_fast.packing.workers import Jobs, run_local
 
-_TEXT_BYTES = 200  # about what a record adds besides its image: frame, header, .idx and .lst rows
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """What `make_rec.py pack` was asked for; src and val are DIR, ARCHIVE or ARCHIVE:FOLDER."""
+    """What `make_rec.py pack` was asked for."""
 
-    src: str
+    src: tuple[str, ...]
     out: Path
     val: str | None = None
+    root: Path | None = None  # of the paths in a list
+    labels: Path | None = None  # of the images in src that lie in no class folder
+    val_labels: Path | None = None
     division: Division = field(default_factory=Division)
+    treatment: Treatment = field(default_factory=Treatment)
+    part: tuple[int, int] | None = None  # (i, N): every N-th shard from number i - 1 on
+    engine: str = "local"
     processes: int = 1
+    read_threads: int = 0
     force: bool = False
     quiet: bool = False
 
+    def planned(self) -> Json:
+        """Return those that decide what is packed."""
+        paths = {name: getattr(self, name) for name in ("root", "labels", "val_labels")}
+        return {
+            "src": list(self.src),
+            "val": self.val,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
+            **asdict(self.division),
+            **asdict(self.treatment),
+        }
 
-def pack(options: PackOptions) -> list[str]:
-    """Write the records that options ask for; return the lines of a summary for the user.
+
+def pack(options: PackOptions) -> Json:
+    """Write the records that options ask for; return the manifest, or what a part did.
 
     Raises DataError for sources and images, ConfigError for options, OutputError for the output
-    folder. Then, and on an interrupt, no file of this run has its final name; only an error while
-    the files get their names leaves some, and the same run again finishes them.
+    folder, UserError for a worker that died. Then, and on an interrupt, shards that are finished
+    are kept beside the plan for the next run, and no file of this run has its final name.
     """
-    started = datetime.now(timezone.utc)
-    clock = time.monotonic()
-    _check_options(options)
-    with OutFolder(options.out) as folder, Archives(folder.path, _say(options)) as archives:
-        train = read_source(find_place(options.src), archives)
-        val = read_source(find_place(options.val), archives) if options.val is not None else None
-        plan = make_plan(train, val, options.division)
-        _warn(train, val, plan)
+    started = time.monotonic()
+    check_options(options)
+    with OutFolder(options.out, shared=options.part is not None) as folder:
+        if options.part is not None:
+            return _pack_part(folder, options, options.part)
+        _plan(folder, options)
         if folder.holdings() and not options.force:
-            _require_same(folder, options, plan, max(s.modified for s in (train, val or train)))
-            return [f"{folder.path}: already complete, nothing to do"]
+            with reading(folder.work / TABLE) as table:
+                held = examine(folder, table, options.planned())
+            if not held.broken:
+                folder.discard()
+            else:
+                _mend(folder, options, held)
+            return {"already_complete": True, "mended": held.broken, **held.manifest}
+        with reading(folder.work / TABLE) as table:
+            shards = table.shards()
         with output_errors(folder.path):
-            results = _write(folder, plan, options)
-            manifest = finish(folder, plan, results, _options_json(options))
-            seconds = time.monotonic() - clock
-            manifest["created"] = started.isoformat()
-            manifest["totals"]["seconds"] = round(seconds, 3)
-            folder.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            folder.publish(file_names(manifest))
-        return _summary(folder.path, manifest)
+            _write(folder, shards, options)
+            return conclude(folder, options.treatment, started)
 
 
-def _check_options(options: PackOptions) -> None:
+def conclude(folder: OutFolder, treatment: Treatment, started: float) -> Json:
+    """Finish a folder whose shards are all written, and give everything its place."""
+    created = datetime.now(timezone.utc).isoformat()
+    manifest = finish(folder.work, treatment)
+    manifest["created"] = created
+    manifest["totals"]["seconds"] = round(time.monotonic() - started, 3)
+    warn([describe_duplicates(manifest["duplicates"])])
+    write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    folder.publish()
+    return manifest
+
+
+def finish_parts(out: Path) -> Json:
+    """Finish a folder whose parts were packed one by one; return the manifest.
+
+    DataError names the shards that are missing.
+    """
+    started = time.monotonic()
+    if not out.is_dir():
+        raise DataError(f"{out}: no such folder; pack its parts first")
+    with OutFolder(out) as folder, output_errors(out):
+        if not (folder.work / TABLE).exists():
+            if MANIFEST in folder.holdings():
+                return {"already_complete": True, **load_manifest(out)}
+            raise DataError(f"{out}: holds no plan; pack its parts first (pack --part 1/2 ...)")
+        with reading(folder.work / TABLE) as table:
+            treatment = stored_treatment(table)
+        return conclude(folder, treatment, started)
+
+
+def stored_treatment(table: Table) -> Treatment:
+    """Return the treatment that a plan was made with."""
+    options = table.options()
+    return Treatment(**{item.name: options[item.name] for item in fields(Treatment)})
+
+
+def warn(lines: Sequence[str]) -> None:
+    """Write warnings for the user; an empty line is none."""
+    for line in filter(None, lines):
+        print(f"make_rec: warning: {line}", file=sys.stderr, flush=True)
+
+
+def check_options(options: PackOptions) -> None:
     """Refuse what can be refused before anything is created."""
-    division = options.division
-    for name, value in (("--shards", division.shards), ("-j", options.processes)):
-        if value < 1:
-            raise ConfigError(f"{name} {value}: must be at least 1")
-    for name, spec in (("--src", options.src), ("--val", options.val)):
-        if spec == "":
-            raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
     with output_errors(options.out):
         out = options.out.resolve()
         if options.out.exists() and not options.out.is_dir():
             raise OutputError(f"--out {options.out}: is a file, not a folder")
-    for spec in (options.src, options.val):
-        if spec is None:
-            continue
-        path = find_place(spec).path.resolve()
-        if out == path or path in out.parents:
-            raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
+    for name, specs in (("--src", options.src), ("--val", (options.val,))):
+        for spec in specs:
+            if spec == "":
+                raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
+            path = Path(spec or "/").resolve()
+            if spec and path.is_dir() and (out == path or path in out.parents):
+                raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
 
 
-def _say(options: PackOptions) -> Callable[[str], None]:
+def open_sources(options: PackOptions, work: Path) -> tuple[list[Source], Source | None]:
+    """Return the training sources and the validation source; compressed ones are unpacked."""
+
     def say(line: str) -> None:
         if not options.quiet:
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
-    return say
+    spools = Spools(work, say)
+    train = [
+        open_source(spec, root=options.root, labels=options.labels, spools=spools)
+        for spec in options.src
+    ]
+    val = (
+        open_source(options.val, root=options.root, labels=options.val_labels, spools=spools)
+        if options.val is not None
+        else None
+    )
+    return train, val
 
 
-def _warn(train: Source, val: Source | None, plan: Plan) -> None:
-    warnings = [*train.warnings, *(val.warnings if val else [])]
-    if val is not None:
-        absent = len(plan.classes) - len({image.class_name for image in val.images})
-        if absent:
-            warnings.append(f"{val.place.spec}: has no image of {absent} of the classes")
-    for line in warnings:
-        print(f"make_rec: warning: {line}", file=sys.stderr, flush=True)
+def plan_to(path: Path, options: PackOptions) -> None:
+    """Write the plan to path, which lies in a work folder."""
+    train, val = open_sources(options, path.parent)
+    warn(make_plan(path, train, val, options.division, options.treatment, options.planned()))
 
 
-def _require_same(folder: OutFolder, options: PackOptions, plan: Plan, modified: float) -> None:
-    """Return when the folder holds this very pack; OutputError for anything else.
+def _plan(folder: OutFolder, options: PackOptions) -> None:
+    """Make the plan, and keep of an interrupted run what is in this plan too."""
+    new = folder.work / "plan.new"
+    with output_errors(folder.path):
+        plan_to(new, options)
+        finished = folder.finished()
+        if finished:
+            with reading(new) as table:
+                keeps = set(finished) - set(unfinished(folder.work, table.shards()))
+                keeps &= {shard.file for shard in table.shards()}
+            lost = sorted(set(finished) - keeps)
+            if lost and not options.force:
+                _require_same_options(folder, options, len(lost), len(finished))
+                warn(
+                    [f"{len(lost)} of {len(finished)} finished shards are packed again: {lost[0]}"]
+                )
+            for name in lost:
+                (folder.work / f"{name}.done").unlink()
+                (folder.work / name).unlink(missing_ok=True)
+        new.replace(folder.work / TABLE)
 
-    Of the records only the size is looked at, all other files are compared with their sha256.
-    """
-    remedy = "choose another --out, or --force to replace it"
-    if MANIFEST not in folder.holdings():
+
+def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of: int) -> None:
+    with reading(folder.work / TABLE) as table:
+        changed = changes(table.options(), options.planned())
+    if changed:
         raise OutputError(
-            f"{folder.path}: holds {folder.holdings()[0]} of an unknown pack; {remedy}"
+            f"{folder.path}: holds an unfinished pack with other options ({changed}), and {lost} "
+            f"of its {of} finished shards would be lost; go on with those, choose another --out, "
+            "or --force"
         )
-    try:
-        read_manifest(folder.path)
-        check_texts(folder.path, load_manifest(folder.path))
-    except DataError as error:
-        raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {remedy}") from error
-    old = load_manifest(folder.path)
-    if old.get("plan_sha256") != plan.digest():
-        new_options, old_options = _options_json(options), old["options"]
-        changed = [
-            f"{name} was {old_options.get(name)}, now {value}"
-            for name, value in new_options.items()
-            if value != old_options.get(name)
-        ]
-        what = ", ".join(changed) or "its source's files were others"
-        raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
-    if modified > datetime.fromisoformat(old["created"]).timestamp():
-        raise OutputError(f"{folder.path}: its source changed after it was packed; {remedy}")
 
 
-def _write(folder: OutFolder, plan: Plan, options: PackOptions) -> list[ShardResult]:
-    """Write every shard of plan under its temporary name; DataError lists every faulty image."""
-    sizes = [image.size for shard in plan.shards for image in shard.images]
-    folder.require_space(int(1.05 * (sum(sizes) + _TEXT_BYTES * len(sizes))))
-    progress = None if options.quiet else Progress(len(sizes), sum(sizes), sys.stderr)
-    jobs = [(shard, folder.temporary(shard.file)) for shard in plan.shards]
-    try:
-        results = write_shards(
-            jobs, options.processes, progress.update if progress else lambda images, size: None
+def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -> Json:
+    number, parts = part
+    if MANIFEST in folder.holdings() and not options.force:
+        raise OutputError(f"{folder.path}: holds a finished pack; choose another --out, or --force")
+    with (
+        output_errors(folder.path),
+        folder.held(
+            f"part-{number}-of-{parts}",
+            f"part {number}/{parts} is being packed by another make_rec",
+        ),
+    ):
+        with folder.held("plan"):
+            _plan_once(folder, options)
+        with reading(folder.work / TABLE) as table:
+            everything = table.shards()
+        shards = [shard for shard in everything if shard.number % parts == number - 1]
+        _write(folder, shards, options)
+        missing = unfinished(folder.work, everything)
+    return {
+        "part": f"{number}/{parts}",
+        "shards": [shard.file for shard in shards],
+        "shards_missing": missing,
+    }
+
+
+def _plan_once(folder: OutFolder, options: PackOptions) -> None:
+    """Make the plan unless another part has: then only its options are compared."""
+    path = folder.work / TABLE
+    if not path.exists():
+        new = folder.work / "plan.new"
+        plan_to(new, options)
+        new.replace(path)
+        return
+    with reading(path) as table:
+        changed = changes(table.options(), options.planned())
+    if changed:
+        raise OutputError(
+            f"{folder.path}: the parts of this pack have other options ({changed}); use those, or "
+            "another --out"
         )
+
+
+def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) -> None:
+    """Write every shard that is not there yet; DataError lists every faulty image."""
+    if not shards:
+        return
+    missing = set(unfinished(folder.work, shards))
+    todo = [shard for shard in shards if shard.file in missing]
+    records, size = (sum(getattr(s, name) for s in todo) for name in ("records", "bytes"))
+    folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
+    jobs = Jobs(folder.work, shards, options.treatment, options.read_threads)
+    images, size = (sum(getattr(s, name) for s in shards) for name in ("records", "bytes"))
+    progress = None if options.quiet else Progress("packed", images, size, sys.stderr)
+    tell = progress.update if progress else lambda images, size: None
+    try:
+        if options.engine == "ray":
+            remarks = run_ray(jobs, tell)
+        else:
+            remarks = run_local(jobs, options.processes, tell)
     finally:
         if progress:
             progress.close()
-    faults = _faults(plan, results, options)
+    faults = []
+    with reading(folder.work / TABLE) as table:
+        sources = table.sources()
+        for remark in (remark for job in remarks for remark in job):
+            record = table.record(remark.id)
+            if remark.action == "failed" and record is not None:
+                faults.append(f"{place(sources[record.source], record)}: {remark.reason}")
     if faults:
-        listed = first_few(faults, between="; ")
-        raise DataError(f"{len(faults)} images cannot be used, nothing was kept: {listed}")
-    return results
-
-
-def _faults(plan: Plan, results: Sequence[ShardResult], options: PackOptions) -> list[str]:
-    """Return `image: reason` once for each faulty image, named so that it can be found."""
-    faults = set()
-    remaining = iter(results)
-    for split in plan.splits:
-        spec = (options.val if split.name == "val" else options.src) or ""
-        in_folder = Path(spec).is_dir()
-        for _ in split.shards:
-            for image, reason in next(remaining).faults:
-                faults.add(f"{image.path if in_folder else f'{spec}: {image.key}'}: {reason}")
-    return sorted(faults)
-
-
-def _options_json(options: PackOptions) -> Json:
-    return {"src": options.src, "val": options.val, **asdict(options.division)}
-
-
-def _summary(root: Path, manifest: Json) -> list[str]:
-    lines = []
-    for name, split in manifest["splits"].items():
-        size = sum(shard["bytes"] for shard in split["shards"])
-        low, high = split["per_class_min"], split["per_class_max"]
-        lines.append(
-            f"{name}: {split['records']} records, {low if low == high else f'{low} to {high}'} "
-            f"a class, {size} bytes, {len(split['shards'])} shards"
+        listed = first_few(sorted(set(faults)), between="; ")
+        raise DataError(
+            f"{len(set(faults))} images cannot be used, nothing was published: {listed}; mend or "
+            "remove them, or leave them out with --on-bad skip"
         )
-    totals = manifest["totals"]
-    rate = totals["images"] / max(totals["seconds"], 1e-3)
-    lines.append(
-        f"{root}: {totals['images']} records, {manifest['classes']['n']} classes, "
-        f"{totals['bytes_out']} bytes, {totals['seconds']:.1f} s, {rate:.0f} images/s"
-    )
-    return lines
+
+
+def _mend(folder: OutFolder, options: PackOptions, held: Held) -> None:
+    """Pack the broken shards of a finished pack again; they have to become what they were."""
+    with reading(folder.work / TABLE) as table:
+        shards = [shard for shard in table.shards() if shard.file in held.broken]
+    with output_errors(folder.path):
+        _write(folder, shards, options)
+        held.require_equal(folder)
+        (folder.work / TABLE).unlink()  # the finished table stays in its place
+        write_text(folder.work / MANIFEST, (folder.path / MANIFEST).read_text(encoding="utf-8"))
+        folder.publish()

@@ -1,79 +1,37 @@
-"""What a pack will hold, decided before an image is read: splits, order, ids, shards."""
+"""What a pack will hold, decided before an image is read: labels, splits, order, ids, shards.
 
-import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+The plan is the table (table.py). While it is made, everything that grows with the dataset is in
+SQLite files beside it, so that the number of images is bounded by the disk, not by the memory.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from mpl_fast.data.records import ID_LIMIT
 from mpl_fast.errors import DataError
+from mpl_fast.packing.cut import Cut, Digest, shard_file
 from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.sources import ImageFile, Source
-from mpl_fast.packing.split import choose_labeled, shuffled
+from mpl_fast.packing.sources import Source
+from mpl_fast.packing.split import choose, rank
+from mpl_fast.packing.table import RecordRow, create_table, raw
+from mpl_fast.packing.treatment import Treatment
 
-PREFIXES = {"labeled": "train_label", "unlabeled": "train_unlabel", "val": "val"}
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """One .rec file: its records in order; record i has id first_id + i."""
-
-    file: str
-    images: Sequence[ImageFile]
-    labels: Sequence[int]
-    first_id: int
-    check: str  # how its images are checked: decode, header or none
-
-
-@dataclass(frozen=True)
-class SplitPlan:
-    """The shards of one split, in the order in which a reader joins them."""
-
-    name: str
-    shards: tuple[ShardPlan, ...]
-
-    @property
-    def prefix(self) -> str:
-        """Return the stem of the split's file names."""
-        return PREFIXES[self.name]
-
-    @property
-    def first_id(self) -> int:
-        """Return the id of the split's first record."""
-        return self.shards[0].first_id
-
-    @property
-    def rows(self) -> list[tuple[int, str]]:
-        """Return (label, class/name) of every record."""
-        return [
-            (label, image.key)
-            for shard in self.shards
-            for label, image in zip(shard.labels, shard.images, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole pack: class names (index = label) and splits."""
-
-    classes: tuple[str, ...]
-    splits: tuple[SplitPlan, ...]
-
-    @property
-    def shards(self) -> list[ShardPlan]:
-        """Return every shard of every split."""
-        return [shard for split in self.splits for shard in split.shards]
-
-    def digest(self) -> str:
-        """Return a sha256 over everything that decides the bytes of the pack, paths left out."""
-        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
-        for shard in self.shards:
-            digest.update(f"\n\n{shard.file} {shard.first_id} {shard.check}".encode())
-            for image, label in zip(shard.images, shard.labels, strict=True):
-                row = f"\n{label}\t{image.key}\t{image.size}"
-                digest.update(row.encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
+LAYOUTS = ("shared", "separate")
+RECORD_BYTES = 96  # about what a record adds to the image in all files of a pack but the table
+TABLE_BYTES = 130  # a record in the table, finished
+_TRAIN, _VAL = 0, 1
+_FOUND = """
+CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class INTEGER NOT NULL,
+                          name TEXT NOT NULL, path TEXT NOT NULL, start INTEGER NOT NULL,
+                          size INTEGER NOT NULL, stamp INTEGER NOT NULL, rank BLOB NOT NULL,
+                          labeled INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,78 +39,282 @@ class Division:
     """How the images become splits and shards; the defaults are the command line's."""
 
     labeled: str = "10%"
+    balance: str = "count"
     unlabeled: str = "all"  # as the official MPL code: the labeled images are in it too; or "rest"
     split_seed: int = 0
+    layout: str = "shared"
+    shards: int | None = None  # .rec files of each prefix; None: as many as shard_size asks for
+    shard_size: int = 1 << 30  # bytes
+    order: str = "shuffle"  # or "list": by class and name
     shuffle_seed: int = 0
-    shards: int = 1
-    check: str = "decode"
 
 
-def make_plan(train: Source, val: Source | None, how: Division) -> Plan:
-    """Return the plan for a training source and perhaps a validation source.
+class Piece(NamedTuple):
+    """The images that are joined under one prefix."""
+
+    prefix: str
+    where: str  # SQL that picks them from found.images
+
+
+class Split(NamedTuple):
+    """A split of the finished pack: which records of which prefix it lists."""
+
+    name: str
+    stem: str  # of its .idx and .lst
+    prefix: str
+    labeled: int | None  # only records with this value in RecordRow.labeled; None: all
+
+    def lists(self, record: RecordRow) -> bool:
+        """Tell whether a record of the prefix is in the split."""
+        return self.labeled is None or record.labeled == self.labeled
+
+
+def pieces(layout: str, unlabeled: str, *, val: bool) -> list[Piece]:
+    """Return what is written, in the order of the ids."""
+    if layout == "shared":
+        written = [Piece("train", f"part = {_TRAIN}")]
+    else:
+        rest = " AND NOT labeled" if unlabeled == "rest" else ""
+        written = [
+            Piece("train_label", f"part = {_TRAIN} AND labeled"),
+            Piece("train_unlabel", f"part = {_TRAIN}{rest}"),
+        ]
+    return [*written, Piece("val", f"part = {_VAL}")] if val else written
+
+
+def splits(layout: str, unlabeled: str, *, val: bool) -> list[Split]:
+    """Return what a finished pack lists."""
+    if layout == "shared":
+        listed = [
+            Split("train", "train", "train", None),
+            Split("labeled", "train_label", "train", 1),
+            Split("unlabeled", "train_unlabel", "train", 0 if unlabeled == "rest" else None),
+        ]
+    else:
+        listed = [
+            Split("labeled", "train_label", "train_label", None),
+            Split("unlabeled", "train_unlabel", "train_unlabel", None),
+        ]
+    return [*listed, Split("val", "val", "val", None)] if val else listed
+
+
+def make_plan(
+    path: Path,
+    train: Sequence[Source],
+    val: Source | None,
+    how: Division,
+    treatment: Treatment,
+    options: Mapping[str, Any],
+) -> list[str]:
+    """Write the plan as the table at path, replacing it; return warnings about the sources.
 
     Every split is in seeded shuffled order, validation too: its first part is a fair sample of it.
+    Raises DataError for images that cannot be packed together, ConfigError for a draw that cannot
+    be made. options are kept in the table as they are.
     """
-    classes = tuple(sorted({image.class_name for image in train.images}))
-    if val is not None:
-        _require_known(val, classes)
-    keys = choose_labeled(train.images, how.labeled, how.split_seed)
-    contents = {"labeled": [image for image in train.images if image.key in keys]}
-    if how.unlabeled == "all":
-        contents["unlabeled"] = train.images
-    else:
-        contents["unlabeled"] = [image for image in train.images if image.key not in keys]
-    if not contents["unlabeled"]:
-        raise DataError("--unlabeled rest: no image is left, all are labeled; use --unlabeled all")
-    if val is not None:
-        contents["val"] = val.images
-    total = sum(map(len, contents.values()))
-    if total > ID_LIMIT:
-        raise DataError(f"{total} records are more than the format's {ID_LIMIT} ids")
-    return Plan(classes, _make_splits(contents, classes, how))
+    for old in (path, _scratch(path)):
+        old.unlink(missing_ok=True)
+    try:
+        with closing(create_table(path)) as table:
+            table.execute("ATTACH ? AS found", (str(_scratch(path)),))
+            table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
+            table.executescript(_FOUND)
+            table.execute("BEGIN")
+            warnings = _Planner(table, how, treatment, options).run(train, val)
+            table.execute("COMMIT")
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        _scratch(path).unlink(missing_ok=True)
+    return warnings
 
 
-def _make_splits(
-    contents: Mapping[str, Sequence[ImageFile]], classes: Sequence[str], how: Division
-) -> tuple[SplitPlan, ...]:
-    index = {name: label for label, name in enumerate(classes)}
-    splits = []
-    first_id = 0
-    for name, images in contents.items():
-        # With `all` the labeled images are checked in the unlabeled split: once is enough.
-        seen_elsewhere = name == "labeled" and how.unlabeled == "all"
-        check = "none" if seen_elsewhere else how.check
-        order = shuffled(images, how.shuffle_seed)
-        shards = min(how.shards, len(order))
-        cuts = [len(order) * part // shards for part in range(shards + 1)]
-        splits.append(
-            SplitPlan(
-                name,
-                tuple(
-                    ShardPlan(
-                        _shard_file(PREFIXES[name], number, shards, how.shards),
-                        order[start:end],
-                        [index[image.class_name] for image in order[start:end]],
-                        first_id + start,
-                        check,
-                    )
-                    for number, (start, end) in enumerate(pairwise(cuts))
-                ),
+def _scratch(path: Path) -> Path:
+    return path.with_name(path.name + ".found")
+
+
+class _Planner:
+    """The steps from sources to the rows of the table."""
+
+    def __init__(
+        self,
+        table: sqlite3.Connection,
+        how: Division,
+        treatment: Treatment,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._table, self._how, self._treatment = table, how, treatment
+        self._options = options
+        self._class_numbers: dict[str, int] = {}
+
+    def run(self, train: Sequence[Source], val: Source | None) -> list[str]:
+        """Fill the table; return warnings."""
+        warnings = [line for source in train for line in self._list(source, _TRAIN)]
+        self._require_unique(_TRAIN, " + ".join(source.spec for source in train))
+        if val is not None:
+            warnings += self._list(val, _VAL)
+            self._require_unique(_VAL, val.spec)
+        warnings += self._label_classes(train, val)
+        self._choose_labeled()
+        first_id = shard = 0
+        for piece in pieces(self._how.layout, self._how.unlabeled, val=val is not None):
+            first_id, shard = self._place(piece, first_id, shard)
+        self._table.execute("INSERT INTO plan VALUES (?)", (json.dumps(dict(self._options)),))
+        return warnings
+
+    def _list(self, source: Source, part: int) -> list[str]:
+        """Add a source and its images; return its warnings."""
+        number = self._value("SELECT count(*) FROM sources")
+        file = raw(str(source.file.absolute()))
+        self._table.execute(
+            "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
+            (number, raw(source.spec), source.kind, file, source.size, source.stamp),
+        )
+        self._table.executemany(
+            "INSERT INTO found.images VALUES "
+            "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
+            self._found(source, part, number),
+        )
+        return source.warnings
+
+    def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
+        numbers = self._class_numbers
+        shuffle = self._how.order == "shuffle"
+        seed = f"order:{self._how.shuffle_seed}"
+        for image in source.images():
+            yield (
+                part,
+                number,
+                numbers.setdefault(image.class_name, len(numbers)),
+                raw(image.name),
+                raw(image.path),
+                image.start,
+                image.size,
+                image.stamp,
+                rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
             )
+
+    def _require_unique(self, part: int, spec: str) -> None:
+        names = list(self._class_numbers)
+        query = "FROM found.images WHERE part = ? GROUP BY class, name HAVING count(*) > 1"
+        twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
+        if twice:
+            few = self._table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
+            listed = sorted(f"{names[number]}/{name}" for number, name in few)
+            more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
+            raise DataError(
+                f"{spec}: {twice} names occur more than once as class/name: {', '.join(listed)}"
+                f"{more}; does it hold several splits? Then name one folder of it"
+            )
+
+    def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
+        """Give every class its label; return a warning about classes without validation images."""
+        names = _class_order(train) or sorted(self._classes_in(_TRAIN))
+        labels = {name: label for label, name in enumerate(names)}
+        known = self._classes_in(_VAL) & labels.keys()
+        if val is not None and not known and _is_numbered(val, len(names)):
+            labels |= {str(label): label for label in range(len(names))}
+        self._require_known(_TRAIN, " + ".join(source.spec for source in train), labels)
+        if val is not None:
+            self._require_known(_VAL, val.spec, labels)
+        rows = [(label, raw(name)) for label, name in enumerate(names)]
+        self._table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
+        self._table.executemany(
+            "INSERT INTO found.classes VALUES (?, ?)",
+            ((number, labels[name]) for name, number in self._class_numbers.items()),
         )
-        first_id += len(order)
-    return tuple(splits)
+        absent = len(names) - len({labels[name] for name in self._classes_in(_VAL)})
+        if val is not None and absent:
+            return [f"{val.spec}: has no image of {absent} of the classes"]
+        return []
 
+    def _require_known(self, part: int, spec: str, labels: Mapping[str, int]) -> None:
+        unknown = sorted(self._classes_in(part) - labels.keys())
+        if unknown:
+            where = "the training source" if part == _VAL else "the list that numbers the classes"
+            raise DataError(
+                f"{spec}: {len(unknown)} classes are not in {where}: {first_few(unknown)}"
+            )
 
-def _shard_file(prefix: str, number: int, shards: int, asked: int) -> str:
-    return f"{prefix}.rec" if asked == 1 else f"{prefix}-{number:05d}-of-{shards:05d}.rec"
+    def _classes_in(self, part: int) -> set[str]:
+        names = list(self._class_numbers)
+        query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
+        return {names[number] for (number,) in self._table.execute(query, (part,))}
 
-
-def _require_known(val: Source, classes: Sequence[str]) -> None:
-    counts = Counter(image.class_name for image in val.images)
-    unknown = sorted(counts.keys() - set(classes))
-    if unknown:
-        raise DataError(
-            f"{val.place.spec}: {len(unknown)} classes are not in the training source: "
-            f"{first_few(unknown)}"
+    def _choose_labeled(self) -> None:
+        names = list(self._class_numbers)
+        query = f"SELECT rowid, class, name FROM found.images WHERE part = {_TRAIN}"
+        images = ((row, names[number], name) for row, number, name in self._table.execute(query))
+        how = self._how
+        chosen = choose(images, how.labeled, seed=how.split_seed, balance=how.balance)
+        self._table.executemany(
+            "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
+
+    def _place(self, piece: Piece, first_id: int, first_shard: int) -> tuple[int, int]:
+        """Add the records and shards of a piece; return the next id and shard number."""
+        count, size = self._table.execute(
+            f"SELECT count(*), total(size) FROM found.images WHERE {piece.where}"
+        ).fetchone()
+        if count == 0:
+            raise DataError(
+                "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
+            )
+        if first_id + count > ID_LIMIT:
+            raise DataError(
+                f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
+            )
+        shards = min(count, self._how.shards or -(-int(size) // self._how.shard_size) or 1)
+        cut = Cut(count, int(size), shards)
+        digests = [Digest(self._treatment) for _ in range(shards)]
+        rows = self._rows(piece, first_id)
+        self._table.executemany(
+            "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
+            _digested(rows, cut, digests),
+        )
+        first = first_id
+        for number, digest in enumerate(digests):
+            file = shard_file(piece.prefix, number, shards)
+            row = (first_shard + number, piece.prefix, file, first, digest.records, digest.bytes)
+            values = (*row, digest.content(file), digest.stamps())
+            self._table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            first += digest.records
+        return first_id + count, first_shard + shards
+
+    def _rows(self, piece: Piece, first_id: int) -> Iterator[RecordRow]:
+        query = (
+            "SELECT label, labeled, images.name, source, path, start, size, stamp "
+            "FROM found.images JOIN found.classes USING (class) "
+            f"WHERE {piece.where} ORDER BY rank, label, images.name"
+        )
+        for number, row in enumerate(self._table.execute(query), first_id):
+            yield RecordRow(number, *row)
+
+    def _value(self, query: str, *values: object) -> int:
+        (value,) = self._table.execute(query, values).fetchone()
+        return int(value)
+
+
+def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
+    """Return the class names by label where sources number their labels; None: by name."""
+    orders = [(source.spec, source.class_order) for source in sources]
+    longest = max((order for _, order in orders if order is not None), key=len, default=None)
+    for spec, order in orders:
+        if longest is not None and order is not None and order != longest[: len(order)]:
+            raise DataError(f"{spec}: its labels stand for other classes than another source's")
+    return longest
+
+
+def _is_numbered(source: Source, classes: int) -> bool:
+    """Tell whether a source knows its classes by their labels alone: a list of a flat folder."""
+    order = source.class_order or ()
+    return 0 < len(order) <= classes and order == tuple(map(str, range(len(order))))
+
+
+def _digested(
+    rows: Iterator[RecordRow], cut: Cut, digests: Sequence[Digest]
+) -> Iterator[tuple[object, ...]]:
+    for row in rows:
+        digests[cut.shard(row.size)].add(row)
+        yield (*row[:3], raw(row.name), row.source, raw(row.path), *row[6:])

@@ -1,4 +1,4 @@
-"""How far a pack is: one updating line on a terminal, else a plain line every few seconds."""
+"""How far a long command is: one updating line on a terminal, else a plain line now and then."""
 
 import time
 from typing import TextIO
@@ -10,7 +10,8 @@ _PLAIN_INTERVAL = 5.0  # seconds
 class Progress:
     """Writes images, images/s, MB/s and the time left to a stream, not more often than useful."""
 
-    def __init__(self, images: int, size: int, stream: TextIO) -> None:
+    def __init__(self, verb: str, images: int, size: int, stream: TextIO) -> None:
+        self._verb = verb  # past tense: packed, verified
         self._images = images
         self._size = size
         self._stream = stream
@@ -27,7 +28,7 @@ class Progress:
         seconds = now - self._start
         left = seconds * (self._size - size) / max(size, 1)
         line = (
-            f"packed {images}/{self._images} images, {images / seconds:.0f} images/s, "
+            f"{self._verb} {images}/{self._images} images, {images / seconds:.0f} images/s, "
             f"{size / seconds / 1e6:.1f} MB/s, {left:.0f} s left"
         )
         # \x1b[K clears what a longer line before left behind.

@@ -6,40 +6,117 @@ images that come or go change little, and a smaller draw of a seed is part of it
 
 import hashlib
 import re
-from collections import Counter, defaultdict
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.sources import ImageFile
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+BALANCES = ("count", "proportional")
 # No exponent, and no more digits than can be reckoned with at once.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
+_RANKS = 1 << 64
 
 
-def choose_labeled(images: Sequence[ImageFile], how: str, seed: int) -> set[str]:
-    """Return the `class/name` keys of the labeled images.
+def choose(
+    images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
+) -> set[int]:
+    """Return the ids of the labeled ones among images, which are (id, class, name).
 
     how is a share ("10%"), a number of images ("4000"), or a file of names. Shares and numbers are
-    spread evenly over the classes, as in SimCLR's ImageNet subsets: by count, not by class size.
+    spread over the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
+    the classes' sizes with "proportional". Every class gets at least one image, else ConfigError.
     """
-    by_class: dict[str, list[str]] = defaultdict(list)
-    for image in images:
-        by_class[image.class_name].append(image.key)
-    if how.endswith("%") or how.isdecimal():
-        counts = _even_counts(list(by_class), how, _total(how, len(images)), seed)
-        _require_enough(by_class, counts, how)
-        return {key for name in by_class for key in ranked(by_class[name], seed)[: counts[name]]}
-    path = _list_path(how)
-    keys = _match(path, _listed_names(path), images)
-    without = [name for name in by_class if not any(key in keys for key in by_class[name])]
-    if without:
-        raise DataError(
-            f"{path}: {len(without)} classes have no labeled image: {first_few(without)}"
-        )
-    return keys
+    if not (how.endswith("%") or how.isdecimal()):
+        return _named(images, _list_path(how))
+    amount = _parse_amount(how)
+    ranking = _Ranking.of(images, seed)
+    total = _total(how, amount, len(ranking.ids))
+    if balance == "proportional":
+        chosen = ranking.proportional(total, how)
+    else:
+        chosen = ranking.first(_even_counts(ranking.sizes, how, total, seed))
+    return set(ranking.ids[chosen].tolist())
+
+
+def rank(seed: int | str, key: str) -> bytes:
+    """Return sha256("seed:key"), by which keys are put in an order that looks random."""
+    return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """Images ordered by class and, within it, by rank: 24 bytes each, so that many fit."""
+
+    seed: int
+    sizes: Mapping[str, int]  # images of each class, classes in order of their names
+    ids: "NDArray[np.int64]"
+
+    @staticmethod
+    def of(images: Iterable[tuple[int, str, str]], seed: int) -> "_Ranking":
+        import numpy as np  # late: the command line's --help must not wait for it
+
+        numbers: dict[str, int] = {}
+        ids, classes, ranks = array("q"), array("i"), array("Q")
+        for record_id, class_name, name in images:
+            ids.append(record_id)
+            classes.append(numbers.setdefault(class_name, len(numbers)))
+            ranks.append(int.from_bytes(rank(seed, f"{class_name}/{name}")[:8], "big"))
+        names = sorted(numbers)
+        position = np.empty(len(names), np.int64)
+        position[[numbers[name] for name in names]] = np.arange(len(names))
+        label = position[np.frombuffer(classes, np.int32)]
+        order = np.lexsort((np.frombuffer(ranks, np.uint64), label))
+        counts = np.bincount(label, minlength=len(names)).tolist()
+        sizes = dict(zip(names, counts, strict=True))
+        return _Ranking(seed, sizes, np.frombuffer(ids, np.int64)[order])
+
+    def first(self, counts: Mapping[str, int]) -> "NDArray[np.bool_]":
+        """Choose the first counts[class] images of each class."""
+        import numpy as np
+
+        taken = np.repeat([counts[name] for name in self.sizes], list(self.sizes.values()))
+        return np.asarray(self._place() < taken, np.bool_)
+
+    def proportional(self, total: int, how: str) -> "NDArray[np.bool_]":
+        """Choose total images so that each class gets its share of them, rounded up or down.
+
+        Image r of a class of n comes at (r + u) / n, u between 0 and 1 from the class's name: the
+        classes run through their images in step, and a smaller total is the beginning of a larger.
+        """
+        import numpy as np
+
+        sizes = np.array(list(self.sizes.values()))
+        draws = [int.from_bytes(rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes]
+        time = (self._place() + np.repeat(draws, sizes)) / np.repeat(sizes, sizes)
+        chosen = np.zeros(len(self.ids), np.bool_)
+        chosen[np.argsort(time, kind="stable")[:total]] = True
+        counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[chosen], minlength=len(sizes))
+        without = np.flatnonzero(counts == 0)
+        if len(without):
+            names = list(self.sizes)
+            raise ConfigError(
+                f"--labeled {how} --balance proportional: {len(without)} small classes get no "
+                f"labeled image: {first_few(names[at] for at in without)}; ask for more, or use "
+                "--balance count"
+            )
+        return chosen
+
+    def _place(self) -> "NDArray[np.int64]":
+        """Return each image's place in its class's order, from 0."""
+        import numpy as np
+
+        sizes = np.array(list(self.sizes.values()))
+        starts = np.cumsum(sizes) - sizes
+        return np.asarray(np.arange(len(self.ids)) - np.repeat(starts, sizes), np.int64)
 
 
 def _list_path(how: str) -> Path:
@@ -52,28 +129,18 @@ def _list_path(how: str) -> Path:
     raise ConfigError(f"--labeled {how}: give a share (10%), a number (4000), or an existing file")
 
 
-def ranked(keys: Iterable[str], seed: int | str) -> list[str]:
-    """Return keys in the order of sha256("seed:key")."""
-    return sorted(keys, key=lambda key: _digest(seed, key))
-
-
-def shuffled(images: Iterable[ImageFile], seed: int) -> list[ImageFile]:
-    """Return images in a seeded order that has nothing to do with the labeled draw of the seed."""
-    return sorted(images, key=lambda image: _digest(f"order:{seed}", image.key))
-
-
-def _digest(seed: int | str, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
-
-
-def _total(how: str, images: int) -> int:
-    """Return the number of labeled images that a share or a number asks for."""
+def _parse_amount(how: str) -> Fraction:
+    """Return a share of 1 for a percentage, else a number of images."""
     try:
         if not _AMOUNT.fullmatch(how):
             raise ValueError(how)
-        total = round(Fraction(how[:-1]) * images / 100) if how.endswith("%") else int(how)
+        return Fraction(how[:-1]) / 100 if how.endswith("%") else Fraction(int(how))
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--labeled {how}: not a share such as 10%") from error
+
+
+def _total(how: str, amount: Fraction, images: int) -> int:
+    total = round(amount * images) if how.endswith("%") else int(amount)
     if not 0 < total <= images:
         raise ConfigError(
             f"--labeled {how}: that is {total} labeled images, the source has {images}"
@@ -81,28 +148,87 @@ def _total(how: str, images: int) -> int:
     return total
 
 
-def _even_counts(classes: list[str], how: str, total: int, seed: int) -> dict[str, int]:
+def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> dict[str, int]:
     """Return how many labeled images each class gets; the seed says who gets one of the rest."""
-    each, rest = divmod(total, len(classes))
+    each, rest = divmod(total, len(sizes))
     if each == 0:
         raise ConfigError(
-            f"--labeled {how}: {total} labeled images for {len(classes)} classes leave "
-            f"{len(classes) - rest} classes without any; ask for at least {len(classes)}"
+            f"--labeled {how}: {total} labeled images for {len(sizes)} classes leave "
+            f"{len(sizes) - rest} classes without any; ask for at least {len(sizes)}"
         )
-    with_one_more = set(ranked(classes, seed)[:rest])
-    return {name: each + (name in with_one_more) for name in classes}
-
-
-def _require_enough(
-    by_class: Mapping[str, Sequence[str]], counts: Mapping[str, int], how: str
-) -> None:
-    short = [name for name in sorted(by_class) if len(by_class[name]) < counts[name]]
+    with_one_more = set(sorted(sizes, key=lambda name: rank(seed, name))[:rest])
+    counts = {name: each + (name in with_one_more) for name in sizes}
+    few = [name for name in sizes if sizes[name] < counts[name]]
+    short = [f"{name} ({sizes[name]} of {counts[name]})" for name in few]
     if short:
-        listed = [f"{name} ({len(by_class[name])} of {counts[name]})" for name in short]
         raise DataError(
             f"--labeled {how}: {len(short)} classes have fewer images than their even share: "
-            f"{first_few(listed)}; ask for fewer, or name the images in a file"
+            f"{first_few(short)}; ask for fewer, use --balance proportional, or name the images "
+            "in a file"
         )
+    return counts
+
+
+@dataclass
+class _Entry:
+    """A line of a list, and the images that it fits: by the whole line, or by its first word."""
+
+    text: str
+    whole: list[int] = field(default_factory=list)
+    word: list[int] = field(default_factory=list)
+
+    @property
+    def fits(self) -> list[int]:
+        return self.whole or self.word
+
+
+def _named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
+    """Return the ids of the images named in a list; only the list is held in memory."""
+    entries = [_Entry(name) for name in _listed_names(path)]
+    by_whole: dict[str, list[_Entry]] = {}
+    by_word: dict[str, list[_Entry]] = {}
+    for entry in entries:
+        by_whole.setdefault(_wanted(entry.text), []).append(entry)
+        by_word.setdefault(_wanted(entry.text.split()[0]), []).append(entry)
+    class_of: dict[int, str] = {}
+    classes: set[str] = set()
+    for record_id, class_name, name in images:
+        classes.add(class_name)
+        for key in (name, f"{class_name}/{name}"):
+            for entry in by_whole.get(key, ()):
+                entry.whole.append(record_id)
+                class_of[record_id] = class_name
+            for entry in by_word.get(key, ()):
+                entry.word.append(record_id)
+                class_of[record_id] = class_name
+    chosen = _one_each(path, entries)
+    without = sorted(classes - {class_of[record_id] for record_id in chosen})
+    if without:
+        raise DataError(
+            f"{path}: {len(without)} classes have no labeled image: {first_few(without)}"
+        )
+    return chosen
+
+
+def _one_each(path: Path, entries: Sequence[_Entry]) -> set[int]:
+    """Return the one image of each entry; DataError lists the entries that fit none or several."""
+    unknown = [entry.text for entry in entries if not entry.fits]
+    ambiguous = [entry.text for entry in entries if len(entry.fits) > 1]
+    chosen: set[int] = set()
+    twice = []
+    for entry in entries:
+        if len(entry.fits) == 1:
+            if entry.fits[0] in chosen:
+                twice.append(entry.text)
+            chosen.add(entry.fits[0])
+    for problem, listed in (
+        ("fit no image", unknown),
+        ("fit images of several classes (write class/name)", ambiguous),
+        ("stand there more than once", twice),
+    ):
+        if listed:
+            raise DataError(f"{path}: {len(listed)} names {problem}: {first_few(listed)}")
+    return chosen
 
 
 def _listed_names(path: Path) -> list[str]:
@@ -118,36 +244,6 @@ def _listed_names(path: Path) -> list[str]:
     return names
 
 
-def _match(path: Path, names: Iterable[str], images: Iterable[ImageFile]) -> set[str]:
-    """Return the keys of the named images; DataError lists the names that fit none or several."""
-    keys = set()
-    by_base = defaultdict(list)
-    for image in images:
-        keys.add(image.key)
-        by_base[image.name].append(image.key)
-    chosen: Counter[str] = Counter()
-    unknown: list[str] = []
-    ambiguous: list[str] = []
-    for name in names:
-        fits = _fitting(name, keys, by_base) or _fitting(name.split()[0], keys, by_base)
-        if len(fits) == 1:
-            chosen[fits[0]] += 1
-        else:
-            (ambiguous if fits else unknown).append(name)
-    twice = [key for key, count in chosen.items() if count > 1]
-    for problem, listed in (
-        ("fit no image", unknown),
-        ("fit images of several classes (write class/name)", ambiguous),
-        ("stand there more than once", twice),
-    ):
-        if listed:
-            raise DataError(f"{path}: {len(listed)} names {problem}: {first_few(listed)}")
-    return set(chosen)
-
-
-def _fitting(name: str, keys: set[str], by_base: Mapping[str, list[str]]) -> list[str]:
-    parts = name.split("/")
-    if len(parts) == 1:
-        return by_base.get(name, [])
-    key = "/".join(parts[-2:])
-    return [key] if key in keys else []
+def _wanted(name: str) -> str:
+    """Return the `class/name`, or the base name, that a listed path asks for."""
+    return "/".join(part for part in name.split("/")[-2:] if part != ".")

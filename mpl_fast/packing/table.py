@@ -68,8 +68,8 @@ class RecordRow(NamedTuple):
     name: str  # file name, without folders
     source: int
     path: str  # inside its source, with "/"
-    start: int  # byte offset; -1: the whole file. In "records": of a frame that has several parts
-    size: int  # bytes of the image; in "records" with several parts: of the framed record
+    start: int  # byte offset; -1: the whole file; in "records": of the record's frame
+    size: int  # bytes of the image; in "records": of the framed record
     stamp: int  # modification time in ns of a file of its own, else 0
 
 

@@ -1,0 +1,136 @@
+"""The commands of make_rec: from parsed options to the result, as JSON or as lines to read."""
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from mpl_fast.errors import ConfigError
+from mpl_fast.packing.dry_run import dry_run
+from mpl_fast.packing.pack import PackOptions, finish_parts, pack
+from mpl_fast.packing.plan import Division
+from mpl_fast.packing.treatment import Treatment, problems
+
+Json = dict[str, Any]
+Result = Json | list[str]  # JSON to print, or lines to read
+
+
+def run_pack(known: argparse.Namespace) -> Result:
+    """Pack, or tell what packing would do."""
+    options = _pack_options(known)
+    if known.dry_run:
+        told = dry_run(options)
+        return told if known.json else _dry_lines(told)
+    done = pack(options)
+    return done if known.json else _pack_lines(options, done)
+
+
+def run_finish(known: argparse.Namespace) -> Result:
+    """Finish a pack whose parts are all there."""
+    manifest = finish_parts(known.out)
+    return manifest if known.json else _summary(str(known.out), manifest)
+
+
+def _pack_options(known: argparse.Namespace) -> PackOptions:
+    treatment = Treatment(**{item.name: getattr(known, item.name) for item in fields(Treatment)})
+    wrong = problems(treatment)
+    for name, value in (("--shards", known.shards), ("-j", known.j)):
+        if value is not None and value < 1:
+            wrong.append(f"{name} {value}: must be at least 1")
+    if known.read_threads < 0:
+        wrong.append(f"--read-threads {known.read_threads}: must be 0 or more")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    return PackOptions(
+        src=tuple(known.src),
+        out=known.out,
+        val=known.val,
+        root=known.root,
+        labels=known.labels,
+        val_labels=known.val_labels,
+        division=Division(**{item.name: getattr(known, item.name) for item in fields(Division)}),
+        treatment=treatment,
+        part=known.part,
+        engine=known.engine,
+        processes=known.j,
+        read_threads=known.read_threads,
+        force=known.force,
+        quiet=known.quiet or known.json,
+    )
+
+
+def _pack_lines(options: PackOptions, done: Json) -> list[str]:
+    if "part" in done:
+        missing = len(done["shards_missing"])
+        lines = [f"part {done['part']}: {len(done['shards'])} shards are written"]
+        if missing:
+            return [*lines, f"{missing} shards of other parts are missing"]
+        return [*lines, f"every shard is there; now: make_rec.py finish {options.out}"]
+    if done.get("mended"):
+        return [f"{options.out}: packed again: {', '.join(done['mended'])}"]
+    if done.get("already_complete"):
+        return [f"{options.out}: already complete, nothing to do; verify looks at every byte"]
+    return _summary(str(options.out), done)
+
+
+def _summary(out: str, manifest: Json) -> list[str]:
+    lines = []
+    for name, split in manifest["splits"].items():
+        lines.append(
+            f"{name}: {split['records']} records, {_per_class(split)}, "
+            f"{len(split['shards'])} shards"
+        )
+    actions = [remark["action"] for remark in manifest["bad"]]
+    for action in sorted(set(actions)):
+        lines.append(f"{actions.count(action)} images were {action}; the manifest names them")
+    totals = manifest["totals"]
+    seconds = max(totals["seconds"], 1e-3)
+    lines.append(
+        f"{out}: {totals['images']} records, {manifest['classes']['n']} classes, "
+        f"{totals['bytes_out']} bytes in {len(manifest['shards'])} shards, "
+        f"{totals['seconds']:.1f} s, {totals['images'] / seconds:.0f} images/s, "
+        f"{totals['bytes_out'] / seconds / 1e6:.1f} MB/s"
+    )
+    return lines
+
+
+def _dry_lines(told: Json) -> list[str]:
+    lines = [
+        f"{name}: {split['records']} records, {_per_class(split)}"
+        for name, split in told["splits"].items()
+    ]
+    shards = told["shards"]
+    sizes = [shard["bytes"] for shard in shards]
+    return [
+        *lines,
+        f"{len(shards)} shards of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB: "
+        f"{shards[0]['file']} ... {shards[-1]['file']}",
+        f"{told['out']}: {told['images']} records, {told['classes']} classes, "
+        f"{told['bytes_in'] / 1e9:.3f} GB read, at most {told['bytes_out_at_most'] / 1e9:.3f} GB "
+        f"written, {told['seconds_at_least']} s and more (from a sample; the disk is not in it)",
+        "dry run: nothing was written",
+    ]
+
+
+def _per_class(split: Json) -> str:
+    low, high = split["per_class_min"], split["per_class_max"]
+    return f"{low if low == high else f'{low} to {high}'} a class"
+
+
+def run_resplit(known: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+def run_verify(known: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+def run_info(known: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+def run_locate(known: argparse.Namespace) -> Result:
+    raise NotImplementedError
+
+
+def run_extract(known: argparse.Namespace) -> Result:
+    raise NotImplementedError

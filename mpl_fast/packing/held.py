@@ -1,0 +1,76 @@
+"""What a folder already holds, compared with what it shall hold: a finished pack is never lost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mpl_fast.data.manifest import MANIFEST, check_texts, load_manifest
+from mpl_fast.errors import DataError, OutputError
+from mpl_fast.packing.cut import plan_digest
+from mpl_fast.packing.done import Done
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.out_folder import OutFolder
+from mpl_fast.packing.table import TABLE, Table, reading
+
+Json = dict[str, Any]
+_REMEDY = "choose another --out, or --force to replace it"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A finished pack, and those of its .rec files that are gone or have another size."""
+
+    manifest: Json
+    broken: list[str]
+
+    def require_equal(self, folder: OutFolder) -> None:
+        """Return when the broken shards, packed again, are what they were; else OutputError."""
+        for shard in self.manifest["shards"]:
+            if shard["file"] in self.broken:
+                done = Done.load(folder.work / f"{shard['file']}.done")
+                if done.sha256 != shard["sha256"]:
+                    raise OutputError(
+                        f"{folder.path}: {shard['file']}, packed again, is not what it was; with "
+                        "another version of the image libraries? --force packs everything again"
+                    )
+
+
+def examine(folder: OutFolder, plan: Table, options: Json) -> Held:
+    """Return the finished pack that folder holds; OutputError when it is not the planned one.
+
+    Of the records only the sizes are looked at, all other files are compared with their sha256.
+    """
+    if MANIFEST not in folder.holdings():
+        raise OutputError(
+            f"{folder.path}: holds {folder.holdings()[0]} of an unknown pack; {_REMEDY}"
+        )
+    try:
+        old = load_manifest(folder.path)
+        check_texts(folder.path, old)
+        with reading(folder.path / TABLE) as table:
+            stamps = {shard.file: shard.stamps for shard in table.shards()}
+    except (DataError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {_REMEDY}") from error
+    if old.get("plan_sha256") != plan_digest(plan):
+        what = changes(old["options"], options) or "its source's files were others"
+        raise OutputError(f"{folder.path}: holds another pack ({what}); {_REMEDY}")
+    changed = [shard.file for shard in plan.shards() if stamps.get(shard.file) != shard.stamps]
+    if changed:
+        raise OutputError(
+            f"{folder.path}: its source changed after it was packed (images of "
+            f"{first_few(changed, 3)}); {_REMEDY}"
+        )
+    return Held(old, [s["file"] for s in old["shards"] if not _is_there(folder, s)])
+
+
+def changes(old: Json, new: Json) -> str:
+    """Return which options differ, in one line; "" when none does."""
+    return ", ".join(
+        f"{name} was {old.get(name)}, now {value}"
+        for name, value in new.items()
+        if value != old.get(name)
+    )
+
+
+def _is_there(folder: OutFolder, shard: Json) -> bool:
+    path = folder.path / shard["file"]
+    return path.exists() and bool(path.stat().st_size == shard["bytes"])

@@ -1,0 +1,210 @@
+"""Image files as they should not be, and some that only look odd."""
+
+import base64
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 150, 200
+ORIENTATION = 0x0112
+
+# 24 x 16 pixels by libjpeg-turbo's cjpeg, which can write what Pillow and OpenCV cannot:
+# `cjpeg -arithmetic -quality 80`, and `cjpeg -sample 3x1 -optimize -quality 80`.
+ARITHMETIC = base64.b85decode(
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00smF1_cBL1_cHO2L=cV5DE$j2?`Vr4-60&6c`v66c!d59VH(c8zUSR79c"
+    "DjBPJ&)Dk&KsEif%8FeNA{DF534LjeZ|2MP!Z6AB6wC>j<TC@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C"
+    "@3f>C@3f>C@3f>C@3f>C@BBQ01*fP5C9kh0U`hb5di}c0sqVZ3IGrg1pyEd1^?Or3<CiG0ucid06zf#0J{$W{{T}"
+    "=nCIP7Xz1mqF}Ce=WGri0Z{s%NPs$S=9*-_x>G#>{bk*`biQI>&RQrD)!2j6"
+)
+ODD_SAMPLING = base64.b85decode(
+    "|JeWF01!$>Nk#wx0RR9200961|JwjV00smF1_cBL1_cHO2L=cV5DE$j2?`Vr4-60&6c`v66c!d59VH(c8zUSR79c"
+    "DjBPJ&)Dk&KsEif%8FeNA{DF534LjeZ|2MP!Z6AB6wC>j<TC@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C@3f>C"
+    "@3f>C@3f>C@3f>C@3f>C@BBH01*fP5C9kh0Wkmq5di}c0sq7R761VO0RR910000000000000FB2mizX84v&g1poj"
+    "50000000000000041|l(`|HJ?l0RaI300000000000000000ssB!~hu)00IL600000000000000000smhG6nzI01"
+    "N{G00I#M5dc2`%Tu@N7$}{;P{B0K`i2ReChE(IT@2Z7oxf1QH0}C^3MX&WFeK?WRs~Y%X3ziG"
+)
+
+
+def photo(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
+    """Return a smooth picture of many pale colors."""
+    noise = np.random.default_rng(0).integers(60, 196, (8, 10, 3), np.uint8)
+    return Image.fromarray(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """Return a picture as the bytes of an image file."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_alpha(picture: Image.Image) -> Image.Image:
+    """Return a picture that is transparent at its left side."""
+    picture = picture.copy()
+    ramp = np.linspace(0, 255, picture.width).astype(np.uint8)
+    picture.putalpha(Image.fromarray(np.tile(ramp, (picture.height, 1))))
+    return picture
+
+
+def oriented(image: bytes, orientation: int, order: str = "<") -> bytes:
+    """Return a JPEG with an EXIF orientation, as little or big endian."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    entry = struct.pack(order + "IHHHIHH", 8, 1, ORIENTATION, 3, 1, orientation, 0)
+    return with_exif(image, mark + entry + bytes(4))
+
+
+def with_exif(image: bytes, tiff: bytes) -> bytes:
+    """Return a JPEG with any bytes as its EXIF data."""
+    content = b"Exif\0\0" + tiff
+    return image[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + image[2:]
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the PNG of (type, content) chunks, with right checksums."""
+    rows = [
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(rows)
+
+
+def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the chunks of a PNG as (type, content)."""
+    chunks, position = [], 8
+    while position < len(png):
+        end = position + 8 + int.from_bytes(png[position : position + 4], "big")
+        chunks.append((png[position + 4 : position + 8], png[position + 8 : end]))
+        position = end + 4
+    return chunks
+
+
+def sized(image: bytes, height: int, width: int) -> bytes:
+    """Return a baseline JPEG whose header claims another size."""
+    frame = image.index(b"\xff\xc0")
+    return image[: frame + 5] + struct.pack(">HH", height, width) + image[frame + 9 :]
+
+
+def without_adobe_mark(image: bytes) -> bytes:
+    """Return a JPEG without its APP14 segment."""
+    start = image.index(b"\xff\xee")
+    size = int.from_bytes(image[start + 2 : start + 4], "big")
+    return image[:start] + image[start + 2 + size :]
+
+
+def as_ycck(cmyk: bytes) -> bytes:
+    """Return a CMYK JPEG whose Adobe mark says YCCK: the colors change, the format is valid."""
+    transform = cmyk.index(b"Adobe") + 11
+    return cmyk[:transform] + b"\x02" + cmyk[transform + 1 :]
+
+
+def sparse_file(folder: Path, size: int) -> bytes:
+    """Return the content of a file that was made large and never written."""
+    path = folder / "sparse.JPEG"
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path.read_bytes()
+
+
+def usable() -> dict[str, bytes]:
+    """Return odd images that DALI decodes, and so must the check."""
+    picture = photo()
+    jpeg, png = encoded(picture, "JPEG"), encoded(picture, "PNG")
+    cmyk = encoded(picture.convert("CMYK"), "JPEG")
+    deep = np.asarray(picture)[..., ::-1].astype(np.uint16) * 257  # blue first
+    chunks = chunks_of(png)
+    tiff = oriented(jpeg, 6)[12:38]
+    odd = {
+        "jpeg": jpeg,
+        "progressive": encoded(picture, "JPEG", progressive=True),
+        "gray": encoded(picture.convert("L"), "JPEG"),
+        "4:4:4": encoded(picture, "JPEG", subsampling=0),
+        "restart markers": encoded(picture, "JPEG", restart_marker_rows=1),
+        "arithmetic": ARITHMETIC,
+        "cmyk": cmyk,
+        "cmyk without mark": without_adobe_mark(cmyk),
+        "ycck": as_ycck(cmyk),
+        "trailing junk": jpeg + b"junk" * 500,
+        "trailing zeros": jpeg + bytes(5000),
+        "fill bytes": jpeg[:2] + b"\xff\xff\xff" + jpeg[2:],
+        "broken exif offset": with_exif(jpeg, b"II*\0\xff\xff\xff\x7f"),
+        "broken exif order": with_exif(jpeg, b"XX*\0\x08\0\0\0"),
+        "cut exif": with_exif(jpeg, b"MM"),
+        "exif without entries": with_exif(jpeg, b"II*\0\x08\0\0\0\xff\xff"),
+        "1x1": encoded(photo(1, 1), "JPEG"),
+        "65500x1": encoded(Image.new("RGB", (65500, 1), "teal"), "JPEG"),
+        "1x65500": encoded(Image.new("RGB", (1, 65500), "teal"), "JPEG"),
+        "12 MP": encoded(photo(3000, 4000), "JPEG"),
+        "png": png,
+        "png 1x1": encoded(photo(1, 1), "PNG"),
+        "png gray": encoded(picture.convert("L"), "PNG"),
+        "png 1 bit": encoded(picture.convert("1"), "PNG"),
+        "png palette": encoded(picture.convert("P"), "PNG"),
+        "png palette alpha": encoded(picture.quantize(16), "PNG", transparency=0),
+        "png rgba": encoded(with_alpha(picture), "PNG"),
+        "png gray alpha": encoded(with_alpha(picture.convert("L")), "PNG"),
+        "png 16 bit": cv2.imencode(".png", deep)[1].tobytes(),
+        "png 16 bit gray": cv2.imencode(".png", deep[..., 0])[1].tobytes(),
+        "png trailing junk": png + b"junk",
+        "png with exif": png_of([chunks[0], (b"eXIf", tiff), *chunks[1:]]),
+    }
+    for value in range(2, 9):
+        odd[f"exif {value}"] = oriented(jpeg, value, "<>"[value % 2])
+    return odd
+
+
+def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
+    """Return (image, part of the fault) of what the check must refuse."""
+    jpeg, png = encoded(photo(), "JPEG"), encoded(photo(), "PNG")
+    half = len(jpeg) // 2
+    scan = jpeg.index(b"\xff\xda")
+    chunks = chunks_of(png)
+    data = zlib.decompress(b"".join(content for kind, content in chunks if kind == b"IDAT"))
+    flipped = bytearray(png)
+    flipped[len(png) // 2] ^= 4
+    short = [chunks[0], (b"IDAT", zlib.compress(data[: len(data) // 2])), chunks[-1]]
+    huge = struct.pack(">II", 60_000, 60_000) + chunks[0][1][8:]
+    no_jpeg = "neither JPEG nor PNG"
+    return {
+        "empty": (b"", "empty file"),
+        "text": (b"this is no image\n" * 20, no_jpeg),
+        "zero-filled": (sparse_file(folder, 50_000), no_jpeg),
+        "half": (jpeg[:half], "Premature end of JPEG file"),
+        "no end mark": (jpeg[:-2], "Premature end of JPEG file"),
+        "last byte missing": (jpeg[:-1], "Premature end of JPEG file"),
+        "header only": (jpeg[:scan], "damaged JPEG header"),
+        "no data": (jpeg[: scan + 14] + b"\xff\xd9", "premature end of data segment"),
+        "half with an end mark": (jpeg[:half] + b"\xff\xd9", "premature end of data segment"),
+        "half zeros": (jpeg[:half] + bytes(len(jpeg) - half), "Premature end of JPEG file"),
+        "leading junk": (b"junk" + jpeg, no_jpeg),
+        "leading newline": (b"\n" + jpeg, no_jpeg),
+        "odd sampling": (ODD_SAMPLING, "unusual subsampling of colors"),
+        "exif past the end": (
+            jpeg[:2] + b"\xff\xe1\xff\xffExif\0\0" + jpeg[2:],
+            "damaged JPEG header",
+        ),
+        "12 bits": (jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "precision 12"),
+        "larger than its data": (sized(jpeg, 2 * HEIGHT, WIDTH), "premature end of data segment"),
+        "smaller than its data": (sized(jpeg, HEIGHT // 2, WIDTH), "extraneous bytes"),
+        "huge": (sized(jpeg, 65_500, 65_500), "65500 x 65500 pixels are more than"),
+        "png half": (png[: len(png) // 2], "damaged PNG chunk at byte 33"),
+        "png without end": (png[:-12], "damaged PNG chunk"),
+        "png last byte missing": (png[:-1], "damaged PNG chunk"),
+        "png bit flip": (bytes(flipped), "damaged PNG chunk at byte 33"),
+        "png with half its rows": (png_of(short), "OpenCV cannot decode this PNG"),
+        "png without data": (png_of([chunks[0], chunks[-1]]), "OpenCV cannot decode this PNG"),
+        "png header only": (png[:20], "damaged PNG chunk at byte 8"),
+        "png huge": (png_of([(b"IHDR", huge), *chunks[1:]]), "60000 x 60000 pixels are more"),
+        "gif": (encoded(photo(), "GIF"), "a GIF, neither"),
+        "webp": (encoded(photo(), "WEBP"), "a WebP, neither"),
+        "bmp": (encoded(photo(), "BMP"), "a BMP, neither"),
+        "tiff": (encoded(photo(), "TIFF"), no_jpeg),
+    }
