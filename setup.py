@@ -33,7 +33,8 @@ REQUIRES = [
     "opencv-python-headless",
 ]
 DEMO = ["scikit-learn", "matplotlib"]
-DEV = ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO]
+RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
+DEV = ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY]
 
 setup(
     name="mpl_fast",
@@ -60,6 +61,7 @@ setup(
         # own the same folder.
         "cuda13": ["nvidia-dali-cuda130>=2.4"],
         "demo": DEMO,
+        "ray": RAY,
         "dev": DEV,
     },
 )

@@ -12,15 +12,7 @@ below 4.9) wrote for RECORDS, by
 
 from pathlib import Path
 
-from mpl_fast.data.records import (
-    ID_LIMIT,
-    Payload,
-    frame,
-    image_record,
-    index_text,
-    parse_payload,
-    unframe,
-)
+from mpl_fast.data.records import ID_LIMIT, Payload, frame, image_record, parse_payload, unframe
 
 MAGIC = bytes.fromhex("0a23d7ce")
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,7 +44,3 @@ def test_golden_file() -> None:
         assert frame(unframe(framed)) == framed
         if isinstance(label, int):
             assert image_record(label, record_id, image) == framed
-    assert (
-        "".join(index_text(record_id, [offset]) for record_id, offset in index)
-        == (GOLDEN / "records.idx").read_text()
-    )

@@ -18,9 +18,7 @@ from mpl_fast.data.records import (
     frame,
     holds_magic,
     image_record,
-    index_text,
     is_multipart,
-    listing_text,
     parse_payload,
     record_head,
     unframe,
@@ -201,13 +199,6 @@ def test_longest_record() -> None:
         record_head(0, 0, IMAGE_LIMIT + 1)
 
 
-def test_text_rows() -> None:
-    assert index_text(5, [0, 48]) == "5\t0\n6\t48\n"
-    assert listing_text(5, [(1, "cat/a b.jpg"), (0, "ant/c.png")]) == (
-        "5\t1\tcat/a b.jpg\n6\t0\tant/c.png\n"
-    )
-
-
 @pytest.mark.parametrize("files", [1, 3])
 def test_dali_reads_every_record(tmp_path: Path, files: int) -> None:
     fn = pytest.importorskip("nvidia.dali.fn")
@@ -224,7 +215,9 @@ def test_dali_reads_every_record(tmp_path: Path, files: int) -> None:
     ]
     assert [row for row, record in enumerate(records) if is_multipart(record)] == [2, 5, 11]
     offsets = [0, *itertools.accumulate(map(len, records))][:-1]
-    (tmp_path / "all.idx").write_text(index_text(0, offsets))
+    (tmp_path / "all.idx").write_text(
+        "".join(f"{row}\t{offset}\n" for row, offset in enumerate(offsets))
+    )
     paths = [tmp_path / f"{number}.rec" for number in range(files)]
     each = len(records) // files
     for number, path in enumerate(paths):

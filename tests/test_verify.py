@@ -110,7 +110,7 @@ def test_damage_is_told_by_its_record(
     pack: SmallPack, number: int, at: int, part: str, deep: bool
 ) -> None:
     record = pack.records[number]
-    end = min((r.offset for r in pack.of(record.file) if r.offset > record.offset))
+    end = min(r.offset for r in pack.of(record.file) if r.offset > record.offset)
     change(pack.root / record.file, record.offset + at if at >= 0 else end + at, b"\x5a")
     assert told(check(pack, deep=deep)) == [f"{named(pack, number)}its {part} is damaged"]
 
@@ -195,7 +195,7 @@ OTHER = "its sha256 is not the manifest's"
         _edit("train.idx", "0\t0\n", "0\t8\n",
               f"{OTHER}: line 1 is '0\\t8', it should be '0\\t0'"),
         _edit("train_label.lst", "0\t0\tant/train_0.jpg\n", "0\t0\tant/train_0.jpg\nx\n",
-              f"{OTHER}: line 2 is 'x', it should be '1\\t1\\tbee/train_1.jpg'"),
+              f"{OTHER}: line 2 is 'x', no record of these files has its place here"),
         _edit("val.lst", "10\t1\tbee/val_10.jpg\n", "",
               OTHER),
         _remove("train_label.idx"),
@@ -208,9 +208,7 @@ def test_damaged_files_are_told_apart(
 ) -> None:
     expected = harm(pack)
     report = check(pack)
-    assert sorted(
-        line for line in told(report) if "idx" not in line or "val" not in line
-    ) == sorted(expected)
+    assert sorted(told(report)) == sorted(expected)
     with pytest.raises(DataError):
         report.require_sound()
 
@@ -264,6 +262,10 @@ def _alter(pack: SmallPack, sql: str) -> None:
         ("DELETE FROM written WHERE id = 5", False,
          f"damaged: 3 records of {SECOND}, the manifest has 4"),
         ("UPDATE written SET offset = 'x' WHERE id = 5", False,
+         "damaged: its row of record 5 holds what it cannot"),
+        ("UPDATE records SET label = 3 WHERE id = 5", False,
+         "damaged: its row of record 5 holds what it cannot"),
+        ("UPDATE written SET crc32 = -1 WHERE id = 5", False,
          f"damaged: {SECOND} has rows that are no numbers"),
         ("UPDATE records SET name = 'y' WHERE id = 5", False,
          "damaged: train.lst, which is sound, does not fit it: line 6 is"),

@@ -5,7 +5,6 @@ The frame is dmlc-core's (include/dmlc/recordio.h, src/recordio.cc), the header 
 """
 
 import struct
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.errors import DataError
@@ -115,16 +114,6 @@ def is_multipart(record: bytes) -> bool:
 def holds_magic(image: "bytes | memoryview") -> bool:
     """Tell whether the magic word stands at a 4-byte step of an image: frame would cut it."""
     return bool((_words(image) == MAGIC).any())
-
-
-def index_text(first_id: int, offsets: Iterable[int]) -> str:
-    """Return the .idx text: `id TAB byte offset` a line, ids counting up from first_id."""
-    return "".join(f"{first_id + row}\t{offset}\n" for row, offset in enumerate(offsets))
-
-
-def listing_text(first_id: int, rows: Iterable[tuple[int, str]]) -> str:
-    """Return the .lst text: `id TAB label TAB class/name` a line, from (label, class/name) rows."""
-    return "".join(f"{first_id + row}\t{label}\t{key}\n" for row, (label, key) in enumerate(rows))
 
 
 def _check_id(record_id: int) -> None:

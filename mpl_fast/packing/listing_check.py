@@ -1,6 +1,7 @@
 """The table, classes.txt and the splits' .idx and .lst files, against each other."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -14,14 +15,22 @@ from mpl_fast.packing.sparse_index import padded
 from mpl_fast.packing.table import TABLE, ShardRow, Table, reading
 
 _LOOK = 1 << 14  # lines between two looks at whether to stop
+# SQLite keeps any value in any column, also what a damaged disk has made of a number.
+_STRANGE = """
+SELECT id FROM records LEFT JOIN written USING (id)
+WHERE typeof(name) <> 'text' OR label NOT IN (SELECT label FROM classes)
+   OR (written.id IS NOT NULL AND (typeof(offset) <> 'integer' OR typeof(length) <> 'integer'
+       OR typeof(written.size) <> 'integer' OR typeof(crc32) <> 'integer'))
+LIMIT 1
+"""
 
 
 class _MisfitError(Exception):
     """The first line of a file that is not as the table has it."""
 
-    def __init__(self, file: str, number: int, found: str, wanted: str) -> None:
+    def __init__(self, file: str, number: int, found: str, right: str) -> None:
         self.file = file
-        self.text = f"line {number} is {found.rstrip()!r}, it should be {wanted.rstrip()!r}"
+        self.text = f"line {number} is {found.rstrip()!r}, {right}"
 
 
 def check_table(
@@ -36,6 +45,7 @@ def check_table(
     try:
         with reading(root / TABLE) as table:
             (state,) = next(table.query("PRAGMA quick_check(1)"))
+            strange = next(table.query(_STRANGE), None)
             shards = {shard.file: shard for shard in table.shards()}
             classes = "".join(f"{name}\n" for name in table.classes())
     except DataError as error:
@@ -43,6 +53,8 @@ def check_table(
     unknown = [entry["file"] for entry in manifest["shards"] if entry["file"] not in shards]
     if state != "ok":
         damage = str(state)
+    elif strange:
+        damage = f"its row of record {strange[0]} holds what it cannot"
     elif unknown:
         damage = f"it does not know {unknown[0]}"
     elif not fault and classes.encode("utf-8", "surrogateescape") != (root / CLASSES).read_bytes():
@@ -73,12 +85,14 @@ def check_split(
         return problems
     try:
         if shards:
-            with reading(root / TABLE) as table:
-                own = [shards[file] for file in split["shards"]]
-                _compare(root, split, _Rows(table, own), go_on)
+            own = [shards[file] for file in split["shards"]]
+            with reading(root / TABLE) as table, closing(_rows(table, own)) as rows:
+                _compare(root, split, rows, go_on)
     except DataError as error:
         return [*problems, table_problem(root, error)]
     except _MisfitError as misfit:
+        if misfit.file == split["idx"] and faults[split["lst"]]:
+            return problems  # without a sound listing nobody knows what the index should hold
         if not faults[misfit.file]:
             text = f"damaged: {misfit.file}, which is sound, does not fit it: {misfit.text}"
             return [*problems, Problem(TABLE, text)]
@@ -94,52 +108,51 @@ class _Row(NamedTuple):
     line: str  # of the .lst
 
 
-class _Rows:
-    """What the table knows of the records of a prefix, in file order."""
-
-    def __init__(self, table: Table, shards: Sequence[ShardRow]) -> None:
-        self._table, self._shards = table, shards
-        self._classes = table.classes()
-
-    def __iter__(self) -> Iterator[_Row]:
-        query = (
-            "SELECT id, label, name, offset, length FROM written JOIN records USING (id) "
-            "WHERE id BETWEEN ? AND ? ORDER BY id"
-        )
-        start = end = 0
-        for file, shard in enumerate(self._shards):
-            last = shard.first_id + shard.records - 1
-            rows = self._table.query(query, (shard.first_id, last))
-            for record_id, label, name, offset, length in rows:
-                end = start + offset + length
-                line = f"{record_id}\t{label}\t{self._classes[label]}/{name}\n"
-                yield _Row((record_id, file, start + offset), line)
-            start = end
+def _rows(table: Table, shards: Sequence[ShardRow]) -> Generator[_Row, None, None]:
+    """Yield the records of a prefix in file order."""
+    query = (
+        "SELECT id, label, name, offset, length FROM written JOIN records USING (id) "
+        "WHERE id BETWEEN ? AND ? ORDER BY id"
+    )
+    classes = table.classes()
+    start = end = 0
+    for file, shard in enumerate(shards):
+        last = shard.first_id + shard.records - 1
+        rows = table.query(query, (shard.first_id, last))
+        for record_id, label, name, offset, length in rows:
+            end = start + offset + length
+            line = f"{record_id}\t{label}\t{classes[label]}/{name}\n"
+            yield _Row((record_id, file, start + offset), line)
+        start = end
 
 
-def _compare(root: Path, split: Mapping[str, Any], rows: _Rows, go_on: Callable[[], None]) -> None:
+def _compare(
+    root: Path, split: Mapping[str, Any], rows: Iterator[_Row], go_on: Callable[[], None]
+) -> None:
     """Return when every line of a split's files is right, else raise _MisfitError."""
     listing, index = split["lst"], split["idx"]
     with _lines(root / listing) as lst, _lines(root / index) as idx:
         wanted = padded(_listed(listing, lst, rows, go_on))
         for number, (line, found) in enumerate(zip_longest(wanted, idx, fillvalue=""), 1):
             if line != found:
-                raise _MisfitError(index, number, found, line)
+                right = f"it should be {line.rstrip()!r}" if line else "it should not be there"
+                raise _MisfitError(index, number, found, right)
 
 
 def _listed(
-    file: str, lines: Iterable[str], rows: _Rows, go_on: Callable[[], None]
+    file: str, lines: Iterable[str], rows: Iterator[_Row], go_on: Callable[[], None]
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the entries of those rows that a listing has, in the same order."""
-    remaining = iter(rows)
     for number, line in enumerate(lines, 1):
         if number % _LOOK == 0:
             go_on()
         key = line.partition("\t")[0]
         wanted = int(key) if key.isdecimal() else -1
-        row = next((row for row in remaining if row.entry[0] >= wanted), None)
-        if row is None or line != row.line:
-            raise _MisfitError(file, number, line, row.line if row else "")
+        row = next((row for row in rows if row.entry[0] >= wanted), None)
+        if row is None or row.entry[0] != wanted:
+            raise _MisfitError(file, number, line, "no record of these files has its place here")
+        if line != row.line:
+            raise _MisfitError(file, number, line, f"it should be {row.line.rstrip()!r}")
         yield row.entry
 
 

@@ -81,23 +81,30 @@ def file_fault(
     root: Path, name: str, sha256: str, tell: Callable[[int], None] = lambda size: None
 ) -> str:
     """Return why a file is not the one with that sha256, or ""; tell is called with bytes read."""
-    digest = hashlib.sha256()
     try:
-        with (root / name).open("rb", buffering=0) as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                tell(len(chunk))
+        found = _sha256(root / name, tell)
     except OSError as error:
         return error.strerror or str(error)
-    return "" if digest.hexdigest() == sha256 else hash_fault(root, digest.hexdigest())
+    if found == sha256:
+        return ""
+    owner = _owner(root, found)
+    return f"holds the content of {owner}" if owner else "its sha256 is not the manifest's"
 
 
-def hash_fault(root: Path, sha256: str) -> str:
-    """Return what is to be said of a file with a wrong sha256: it may be that of another file."""
+def _sha256(path: Path, tell: Callable[[int], None] = lambda size: None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            tell(len(chunk))
+    return digest.hexdigest()
+
+
+def _owner(root: Path, sha256: str) -> str | None:
+    """Return the file of the pack that should have this sha256: files may have been exchanged."""
     manifest = load_manifest(root)
     hashes = text_hashes(manifest) | {s["file"]: s["sha256"] for s in manifest["shards"]}
-    owner = next((name for name, other in hashes.items() if other == sha256), None)
-    return f"holds the content of {owner}" if owner else "its sha256 is not the manifest's"
+    return next((name for name, other in hashes.items() if other == sha256), None)
 
 
 def table_problem(root: Path, error: DataError) -> Problem:
@@ -167,9 +174,12 @@ def _check_records(
             size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         return [Problem(file, error.strerror or str(error))]
-    other = "" if seen.sha256 == entry["sha256"] else hash_fault(root, seen.sha256)
-    if other.startswith("holds"):
-        return [Problem(file, other)]
+    if seen.sha256 != entry["sha256"]:
+        # Of a file of another length only the beginning was read.
+        whole = seen.sha256 if size == entry["bytes"] else _sha256(root / file)
+        owner = _owner(root, whole)
+        if owner:
+            return [Problem(file, f"holds the content of {owner}")]
     problems = [Problem(file, text) for text in _whole_file(seen, entry, size)]
     named = _Names(table)
     if seen.sha256 == entry["sha256"]:
