@@ -172,18 +172,19 @@ def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
     flipped[len(png) // 2] ^= 4
     short = [chunks[0], (b"IDAT", zlib.compress(data[: len(data) // 2])), chunks[-1]]
     huge = struct.pack(">II", 60_000, 60_000) + chunks[0][1][8:]
+    no_end, no_chunk = "cut short (no end-of-image mark)", "cut short (no IEND chunk)"
     no_jpeg = "neither JPEG nor PNG"
     return {
         "empty": (b"", "empty file"),
         "text": (b"this is no image\n" * 20, no_jpeg),
         "zero-filled": (sparse_file(folder, 50_000), no_jpeg),
-        "half": (jpeg[:half], "Premature end of JPEG file"),
-        "no end mark": (jpeg[:-2], "Premature end of JPEG file"),
-        "last byte missing": (jpeg[:-1], "Premature end of JPEG file"),
-        "header only": (jpeg[:scan], "damaged JPEG header"),
+        "half": (jpeg[:half], no_end),
+        "no end mark": (jpeg[:-2], no_end),
+        "last byte missing": (jpeg[:-1], no_end),
+        "header only": (jpeg[:scan], no_end),
         "no data": (jpeg[: scan + 14] + b"\xff\xd9", "premature end of data segment"),
         "half with an end mark": (jpeg[:half] + b"\xff\xd9", "premature end of data segment"),
-        "half zeros": (jpeg[:half] + bytes(len(jpeg) - half), "Premature end of JPEG file"),
+        "half zeros": (jpeg[:half] + bytes(len(jpeg) - half), no_end),
         "leading junk": (b"junk" + jpeg, no_jpeg),
         "leading newline": (b"\n" + jpeg, no_jpeg),
         "odd sampling": (ODD_SAMPLING, "unusual subsampling of colors"),
@@ -195,16 +196,16 @@ def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
         "larger than its data": (sized(jpeg, 2 * HEIGHT, WIDTH), "premature end of data segment"),
         "smaller than its data": (sized(jpeg, HEIGHT // 2, WIDTH), "extraneous bytes"),
         "huge": (sized(jpeg, 65_500, 65_500), "65500 x 65500 pixels are more than"),
-        "png half": (png[: len(png) // 2], "damaged PNG chunk at byte 33"),
-        "png without end": (png[:-12], "damaged PNG chunk"),
+        "png half": (png[: len(png) // 2], no_chunk),
+        "png without end": (png[:-12], no_chunk),
         "png last byte missing": (png[:-1], "damaged PNG chunk"),
         "png bit flip": (bytes(flipped), "damaged PNG chunk at byte 33"),
         "png with half its rows": (png_of(short), "OpenCV cannot decode this PNG"),
         "png without data": (png_of([chunks[0], chunks[-1]]), "OpenCV cannot decode this PNG"),
-        "png header only": (png[:20], "damaged PNG chunk at byte 8"),
+        "png header only": (png[:20], no_chunk),
         "png huge": (png_of([(b"IHDR", huge), *chunks[1:]]), "60000 x 60000 pixels are more"),
-        "gif": (encoded(photo(), "GIF"), "a GIF, neither"),
-        "webp": (encoded(photo(), "WEBP"), "a WebP, neither"),
-        "bmp": (encoded(photo(), "BMP"), "a BMP, neither"),
+        "gif": (encoded(photo(), "GIF"), "but GIF"),
+        "webp": (encoded(photo(), "WEBP"), "but WebP"),
+        "bmp": (encoded(photo(), "BMP"), "but BMP"),
         "tiff": (encoded(photo(), "TIFF"), no_jpeg),
     }

@@ -6,7 +6,9 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -44,19 +46,39 @@ def run(
     *arguments: object, status: int = 0, folder: Path | None = None, limit: str = "unlimited"
 ) -> subprocess.CompletedProcess[str]:
     """Run the tool from `folder`, its files not longer than `limit` KiB; check its exit status."""
-    shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash"]
-    command = [*shell, sys.executable, str(TOOL), *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command_line(*arguments)]
     done = subprocess.run(
-        command, cwd=folder or "/", env=environment, capture_output=True, text=True, timeout=60
+        command,
+        cwd=folder or "/",
+        env=environment(),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=60,
     )
     assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
     return done
 
 
-def refuse(*arguments: object, status: int, limit: str = "unlimited") -> str:
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, str(TOOL), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a user: the tool has to find its package by itself."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def pack(*arguments: object, out: Path, **options: Any) -> Path:
+    """Pack into out, which is returned."""
+    run("pack", *arguments, "--out", out, **options)
+    return out
+
+
+def refuse(*arguments: object, status: int, command: str = "pack", limit: str = "unlimited") -> str:
     """Run the tool, which has to end with `status` and one line of error; return the line."""
-    done = run("pack", *arguments, status=status, limit=limit)
+    done = run(command, *arguments, status=status, limit=limit)
     assert done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith("make_rec: error: ")
@@ -74,14 +96,16 @@ def png(seed: int) -> bytes:
     return bytes(cv2.imencode(".png", pixels)[1])
 
 
-def read_split(root: Path, prefix: str) -> list[tuple[int, float, str, bytes]]:
-    """Return (id, label, class/name, image) of every record, read by the joined index."""
-    listed = [line.split("\t") for line in (root / f"{prefix}.lst").read_text().splitlines()]
-    content = b"".join(path.read_bytes() for path in sorted(root.glob(f"{prefix}*.rec")))
+def read_split(root: Path, stem: str) -> list[tuple[int, float, str, bytes]]:
+    """Return (id, label, class/name, image) of every record that stem's .idx and .lst list."""
+    listed = [split_line(line) for line in (root / f"{stem}.lst").read_bytes().splitlines()]
+    # The records of the shared layout lie in train*.rec; a padded index repeats some lines.
+    own = [path for path in root.glob(f"{stem}*.rec") if path.name[len(stem)] in ".-"]
+    files = own or root.glob(f"{stem.partition('_')[0]}*.rec")
+    content = b"".join(path.read_bytes() for path in sorted(files))
     rows = []
-    for (number, label, key), line in zip(
-        listed, (root / f"{prefix}.idx").read_text().splitlines(), strict=True
-    ):
+    index = dict.fromkeys((root / f"{stem}.idx").read_text().splitlines())
+    for (number, label, key), line in zip(listed, index, strict=True):
         name, offset = line.split("\t")
         payload = read_record(content, int(offset))
         flag, stored, record_id, second = struct.unpack("<IfQQ", payload[:24])
@@ -89,6 +113,10 @@ def read_split(root: Path, prefix: str) -> list[tuple[int, float, str, bytes]]:
         assert name == number
         rows.append((record_id, stored, key, payload[24:]))
     return rows
+
+
+def split_line(line: bytes) -> list[str]:
+    return os.fsdecode(line).split("\t")
 
 
 def read_record(content: bytes, at: int) -> bytes:
@@ -107,14 +135,25 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def sizes_and_hashes(folder: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every file of a pack, the manifest's without what may differ."""
-    hashes = {}
+    found = {}
     for path in folder.iterdir():
         content = path.read_bytes()
         if path.name == "manifest.json":
             stored = json.loads(content)
             del stored["created"], stored["totals"]["seconds"]
             content = json.dumps(stored).encode()
-        hashes[path.name] = hashlib.sha256(content).hexdigest()
-    return hashes
+        found[path.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def identities(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Return what tells by name whether files were written again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    stored = json.loads((folder / "manifest.json").read_text())
+    assert isinstance(stored, dict)
+    return stored

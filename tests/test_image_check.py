@@ -61,7 +61,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ("empty", "empty file"),
         ("half", "cut short (no end-of-image mark)"),
         ("png half", "cut short (no IEND chunk)"),
-        ("gif", "a GIF, neither JPEG nor PNG"),
+        ("gif", "neither JPEG nor PNG but GIF"),
         ("text", "neither JPEG nor PNG"),
         ("half with an end mark", None),  # all that this check does not see
         ("png bit flip", None),

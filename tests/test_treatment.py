@@ -84,12 +84,12 @@ def test_a_cut_image_keeps_what_is_there() -> None:
     top = photo().height // 3
     pixels = pixels_of(treated.image)
     assert np.abs(pixels[:top] - np.asarray(photo()).astype(np.int16)[:top]).mean() < 3
-    assert treated.reason.startswith("Premature end of JPEG file; ")
+    assert treated.reason.startswith("cut short (no end-of-image mark); ")
     lost = int(treated.reason.split("; ")[1].removesuffix("% is blank"))
     assert lost == pytest.approx(100 * (pixels == pixels[-1, -1]).all(axis=2).mean(), abs=6)
     assert 20 < lost < 80
     whole = treat(jpeg[:-2], "a.JPEG", CONVERT)
-    assert whole.reason == "Premature end of JPEG file"
+    assert whole.reason == "cut short (no end-of-image mark)"
     assert difference(whole, photo()) < 3
 
 
@@ -98,7 +98,7 @@ def test_other_formats_become_jpeg(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     image = encoded(photo(), kind, **options)
     treated = treat(image, "a.JPEG", CONVERT)
-    reason = "a PNG named .JPEG" if kind == "PNG" else f"a {kind}, neither JPEG nor PNG"
+    reason = "a PNG named .JPEG" if kind == "PNG" else f"neither JPEG nor PNG but {kind}"
     assert treated.reason.lower() == reason.lower()
     assert (treated.action, treated.reencoded, treated.rotated) == ("converted", True, False)
     shown = Image.open(io.BytesIO(image)).convert("RGB")

@@ -61,7 +61,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="make_rec",
         description="Pack images into the records that training reads, and look after them.",
-        epilog="Begin with: make_rec.py pack --src train --val val --out rec --labeled 10%%",
+        epilog="Begin with: make_rec.py pack --src train --val val --out rec --labeled 10%",
         allow_abbrev=False,
     )
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
     if isinstance(summary, dict):
         print(json.dumps(summary, indent=1))
-    elif not known.quiet:
+    elif summary and not known.quiet:
         print("\n".join(summary))
     return 0
 

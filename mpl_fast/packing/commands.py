@@ -1,14 +1,22 @@
 """The commands of make_rec: from parsed options to the result, as JSON or as lines to read."""
 
 import argparse
+import json
+import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from mpl_fast.errors import ConfigError
 from mpl_fast.packing.dry_run import dry_run
+from mpl_fast.packing.inspection import info, info_lines, load_pack
+from mpl_fast.packing.lookup import extract, locate, save
 from mpl_fast.packing.pack import PackOptions, finish_parts, pack
 from mpl_fast.packing.plan import Division
+from mpl_fast.packing.progress import Progress
+from mpl_fast.packing.resplit import resplit
 from mpl_fast.packing.treatment import Treatment, problems
+from mpl_fast.packing.verify import verify
 
 Json = dict[str, Any]
 Result = Json | list[str]  # JSON to print, or lines to read
@@ -28,6 +36,77 @@ def run_finish(known: argparse.Namespace) -> Result:
     """Finish a pack whose parts are all there."""
     manifest = finish_parts(known.out)
     return manifest if known.json else _summary(str(known.out), manifest)
+
+
+def run_resplit(known: argparse.Namespace) -> Result:
+    """Draw the labeled images anew."""
+    manifest = resplit(
+        known.out,
+        labeled=known.labeled,
+        split_seed=known.split_seed,
+        balance=known.balance,
+        unlabeled=known.unlabeled,
+    )
+    if known.json:
+        return manifest
+    return [
+        f"{name}: {split['records']} records, {_per_class(split)}"
+        for name, split in manifest["splits"].items()
+    ]
+
+
+def run_verify(known: argparse.Namespace) -> Result:
+    """Look at every byte of a pack; DataError tells of damage, after all of it was listed."""
+    if known.j < 1:
+        raise ConfigError(f"-j {known.j}: must be at least 1")
+    totals = read_manifest_totals(known.out)
+    quiet = known.quiet or known.json
+    progress = None if quiet else Progress("verified", *totals, sys.stderr)
+    try:
+        report = verify(
+            known.out,
+            deep=known.deep,
+            processes=known.j,
+            progress=progress.update if progress else lambda records, size: None,
+        )
+    finally:
+        if progress:
+            progress.close()
+    if report.problems and not quiet:
+        print("\n".join(report.lines()))
+    elif report.problems and known.json:
+        print(json.dumps(report.as_json(), indent=1))
+    report.require_sound()
+    return report.as_json() if known.json else report.lines()
+
+
+def read_manifest_totals(root: Path) -> tuple[int, int]:
+    """Return the records and bytes of a finished pack."""
+    totals = load_pack(root)["totals"]
+    return totals["images"], totals["bytes_out"]
+
+
+def run_info(known: argparse.Namespace) -> Result:
+    """Tell what a folder holds."""
+    told = info(known.out)
+    return told if known.json else info_lines(told)
+
+
+def run_locate(known: argparse.Namespace) -> Result:
+    """Find the record that DALI tells of."""
+    found = locate(known.out, " ".join(known.where))
+    return found.as_json() if known.json else found.lines()
+
+
+def run_extract(known: argparse.Namespace) -> Result:
+    """Write the image of a record to a file, or to standard output."""
+    found, image = extract(known.out, known.what)
+    if str(known.to) == "-":
+        sys.stdout.buffer.write(image)
+        return []
+    path = known.to or Path(Path(found.image).name)
+    save(image, path, force=known.force)
+    return {"file": str(path), **found.as_json()} if known.json else [str(path), *found.lines()]
 
 
 def _pack_options(known: argparse.Namespace) -> PackOptions:
@@ -115,22 +194,3 @@ def _per_class(split: Json) -> str:
     low, high = split["per_class_min"], split["per_class_max"]
     return f"{low if low == high else f'{low} to {high}'} a class"
 
-
-def run_resplit(known: argparse.Namespace) -> Result:
-    raise NotImplementedError
-
-
-def run_verify(known: argparse.Namespace) -> Result:
-    raise NotImplementedError
-
-
-def run_info(known: argparse.Namespace) -> Result:
-    raise NotImplementedError
-
-
-def run_locate(known: argparse.Namespace) -> Result:
-    raise NotImplementedError
-
-
-def run_extract(known: argparse.Namespace) -> Result:
-    raise NotImplementedError

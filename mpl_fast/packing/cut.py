@@ -44,12 +44,12 @@ class Digest:
         self._stamps = hashlib.sha256()
         self.records = self.bytes = 0
 
-    def add(self, row: RecordRow) -> None:
-        """Take in a record."""
+    def add(self, row: RecordRow, stamp: int) -> None:
+        """Take in a record; stamp is the modification time of the file that holds its image."""
         self.records += 1
         self.bytes += row.size
         self._content.update(raw(f"{row.id}\t{row.label}\t{row.name}\t{row.size}\n"))
-        self._stamps.update(raw(f"{row.path}\t{row.start}\t{row.stamp}\n"))
+        self._stamps.update(raw(f"{row.path}\t{row.start}\t{stamp}\n"))
 
     def content(self, file: str) -> str:
         """Return the sha256 of what decides the bytes of the shard, which is called file."""

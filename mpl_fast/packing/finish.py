@@ -25,6 +25,7 @@ from mpl_fast.packing.table import (
     place,
     reading,
     start_written,
+    table_errors,
 )
 from mpl_fast.packing.treatment import Treatment, describe
 
@@ -38,13 +39,18 @@ def unfinished(work: Path, shards: Iterable[ShardRow]) -> list[str]:
     for shard in shards:
         file = work / shard.file
         done_path = work / f"{shard.file}.done"
-        if done_path.exists() and file.exists():
-            done = Done.load(done_path)
-            planned = (done.content, done.stamps) == (shard.content, shard.stamps)
-            if planned and file.stat().st_size == done.size:
-                continue
-        missing.append(shard.file)
+        if not (done_path.exists() and file.exists() and _as_planned(shard, file, done_path)):
+            missing.append(shard.file)
     return missing
+
+
+def _as_planned(shard: ShardRow, file: Path, done_path: Path) -> bool:
+    try:
+        done = Done.load(done_path)
+    except DataError:  # damaged: the shard is packed again
+        return False
+    planned = (done.content, done.stamps) == (shard.content, shard.stamps)
+    return planned and file.stat().st_size == done.size
 
 
 def finish(work: Path, treatment: Treatment) -> Json:
@@ -70,7 +76,7 @@ def _complete_table(work: Path) -> list[Json]:
     temporary = work / f"{TABLE}.tmp"
     shutil.copyfile(work / TABLE, temporary)
     bad: list[Json] = []
-    with closing(edit_table(temporary)) as connection:
+    with table_errors(temporary), closing(edit_table(temporary)) as connection:
         table = Table(connection)
         classes, sources = table.classes(), table.sources()
         start_written(connection)
@@ -91,7 +97,10 @@ def _complete_table(work: Path) -> list[Json]:
                     }
                 )
         # An unpacked archive is gone when the pack is whole.
-        connection.execute("UPDATE sources SET file = spec WHERE file LIKE ?", (f"{work}%",))
+        for source in sources:
+            if Path(source.file).parent.name == work.name:
+                number = (source.number,)
+                connection.execute("UPDATE sources SET file = spec WHERE number = ?", number)
         connection.execute("COMMIT")
     sync_file(temporary)
     temporary.replace(work / TABLE)

@@ -59,6 +59,12 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> Held:
             f"{folder.path}: its source changed after it was packed (images of "
             f"{first_few(changed, 3)}); {_REMEDY}"
         )
+    skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
+    if skipped and options["on_bad"] == "fail":
+        raise OutputError(
+            f"{folder.path}: holds a pack that left out {len(skipped)} images that cannot be used "
+            f"({first_few(skipped, 3)}); --on-bad skip agrees with that, or {_REMEDY}"
+        )
     return Held(old, [s["file"] for s in old["shards"] if not _is_there(folder, s)])
 
 

@@ -22,7 +22,7 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
         return None
     kind = kind_of(image)
     if kind not in ("JPEG", "PNG"):
-        return f"a {kind}, neither JPEG nor PNG" if kind else "neither JPEG nor PNG"
+        return f"neither JPEG nor PNG but {kind}" if kind else "neither JPEG nor PNG"
     if how == "header":
         return _missing_end(image, kind)
     try:
@@ -31,8 +31,13 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
         else:
             decode(image)
     except PixelsError as error:
-        return str(error)
+        return explain(image, error)
     return None
+
+
+def explain(image: bytes | memoryview, error: PixelsError) -> str:
+    """Return why a JPEG or PNG cannot be decoded: a missing end says more than the decoder."""
+    return _missing_end(image, kind_of(image)) or str(error)
 
 
 def _missing_end(image: bytes | memoryview, kind: str) -> str | None:

@@ -59,6 +59,12 @@ class OutFolder:
         with output_errors(self.path):
             if not self._shared:
                 self._finish_publish()
+            elif (self.work / MANIFEST).exists():
+                os.close(self._lock)
+                raise OutputError(
+                    f"{self.path}: a finished pack was stopped while its files got their names; "
+                    f"first run: make_rec.py finish {self.path}"
+                )
             self.work.mkdir(exist_ok=True)
         return self
 

@@ -205,8 +205,10 @@ def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of
 
 def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -> Json:
     number, parts = part
-    if MANIFEST in folder.holdings() and not options.force:
-        raise OutputError(f"{folder.path}: holds a finished pack; choose another --out, or --force")
+    held = folder.holdings()
+    if held and not options.force:
+        what = "a finished pack" if MANIFEST in held else f"{held[0]} of an unknown pack"
+        raise OutputError(f"{folder.path}: holds {what}; choose another --out, or --force")
     with (
         output_errors(folder.path),
         folder.held(
@@ -266,11 +268,13 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
         if progress:
             progress.close()
     faults = []
+    # A shard that an earlier run finished with --on-bad skip may lack images.
+    refused = {"failed", "skipped"} if options.treatment.on_bad == "fail" else {"failed"}
     with reading(folder.work / TABLE) as table:
         sources = table.sources()
         for remark in (remark for job in remarks for remark in job):
             record = table.record(remark.id)
-            if remark.action == "failed" and record is not None:
+            if remark.action in refused and record is not None:
                 faults.append(f"{place(sources[record.source], record)}: {remark.reason}")
     if faults:
         listed = first_few(sorted(set(faults)), between="; ")

@@ -18,7 +18,7 @@ from mpl_fast.packing.cut import Cut, Digest, shard_file
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.sources import Source
 from mpl_fast.packing.split import choose, rank
-from mpl_fast.packing.table import RecordRow, create_table, raw
+from mpl_fast.packing.table import RecordRow, create_table, raw, table_errors
 from mpl_fast.packing.treatment import Treatment
 
 LAYOUTS = ("shared", "separate")
@@ -115,7 +115,7 @@ def make_plan(
     for old in (path, _scratch(path)):
         old.unlink(missing_ok=True)
     try:
-        with closing(create_table(path)) as table:
+        with table_errors(path), closing(create_table(path)) as table:
             table.execute("ATTACH ? AS found", (str(_scratch(path)),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
@@ -271,7 +271,7 @@ class _Planner:
         rows = self._rows(piece, first_id)
         self._table.executemany(
             "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
-            _digested(rows, cut, digests),
+            _digested(rows, cut, digests, self._source_stamps()),
         )
         first = first_id
         for number, digest in enumerate(digests):
@@ -290,6 +290,10 @@ class _Planner:
         )
         for number, row in enumerate(self._table.execute(query), first_id):
             yield RecordRow(number, *row)
+
+    def _source_stamps(self) -> list[int]:
+        query = "SELECT stamp FROM sources ORDER BY number"
+        return [stamp for (stamp,) in self._table.execute(query)]
 
     def _value(self, query: str, *values: object) -> int:
         (value,) = self._table.execute(query, values).fetchone()
@@ -313,8 +317,9 @@ def _is_numbered(source: Source, classes: int) -> bool:
 
 
 def _digested(
-    rows: Iterator[RecordRow], cut: Cut, digests: Sequence[Digest]
+    rows: Iterator[RecordRow], cut: Cut, digests: Sequence[Digest], source_stamps: Sequence[int]
 ) -> Iterator[tuple[object, ...]]:
     for row in rows:
-        digests[cut.shard(row.size)].add(row)
+        stamp = row.stamp if row.start < 0 else source_stamps[row.source]
+        digests[cut.shard(row.size)].add(row, stamp)
         yield (*row[:3], raw(row.name), row.source, raw(row.path), *row[6:])

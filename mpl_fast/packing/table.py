@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpl_fast.errors import DataError
+from mpl_fast.errors import DataError, OutputError
 
 TABLE = "records.sqlite"
 
@@ -95,6 +95,15 @@ def edit_table(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
     return _with_bytes_kept(connection)
+
+
+@contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    """Turn an error of SQLite while the table at path is written into one line: a full disk."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OutputError(f"{path}: cannot be written ({error})") from error
 
 
 @contextmanager

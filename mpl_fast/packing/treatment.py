@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mpl_fast.packing.image_check import find_fault
+from mpl_fast.packing.image_check import explain, find_fault
 from mpl_fast.packing.jpeg_segments import orientation
 from mpl_fast.packing.pixels import PixelsError, decode, encode, kind_of, read_shape, shrink
 
@@ -80,7 +80,7 @@ def treat(image: bytes | memoryview, name: str, how: Treatment) -> Treated:
         quality = CONVERTED_QUALITY if size is None else how.quality
         return _reencoded(image, decode(image, size), quality, oddity)
     except PixelsError as error:
-        return _damaged(image, str(error), how)
+        return _damaged(image, explain(image, error), how)
 
 
 def describe(how: Treatment) -> dict[str, object]:

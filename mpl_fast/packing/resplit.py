@@ -1,0 +1,111 @@
+"""Other labeled images for a finished folder: the records stay, what lists them is written anew."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.data.manifest import MANIFEST
+from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.packing.cut import plan_digest
+from mpl_fast.packing.done import sync_file
+from mpl_fast.packing.inspection import load_pack
+from mpl_fast.packing.out_folder import OutFolder
+from mpl_fast.packing.plan import splits
+from mpl_fast.packing.split import choose
+from mpl_fast.packing.split_files import write_split, write_text
+from mpl_fast.packing.table import TABLE, Table, edit_table, reading
+
+Json = dict[str, Any]
+_DRAWN = ("labeled", "unlabeled")
+
+
+def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabeled: str) -> Json:
+    """Draw the labeled images of a finished folder anew; return its new manifest.
+
+    The options are pack's, and the folder becomes what packing with them had made it. The table is
+    written anew too: which images are labeled is said there, and packs are told apart by that.
+    Raises ConfigError for a layout in which this cannot be done, DataError for a folder that is not
+    finished, OutputError when it cannot be written. It is the old pack until the new one is whole.
+    """
+    _require_shared(root, load_pack(root))
+    drawn = {
+        "labeled": labeled,
+        "balance": balance,
+        "unlabeled": unlabeled,
+        "split_seed": split_seed,
+    }
+    with OutFolder(root) as folder, output_errors(root):
+        if any(folder.work.iterdir()):
+            raise OutputError(
+                f"{root}: another pack into this folder is not finished; run its command again, "
+                "or remove its folder .pack"
+            )
+        manifest = load_pack(root)
+        _require_shared(root, manifest)
+        _draw(root / TABLE, folder.work / TABLE, drawn)
+        with reading(folder.work / TABLE) as table:
+            manifest["plan_sha256"] = plan_digest(table)
+            manifest["options"] = table.options()
+            manifest["splits"] |= _write_splits(folder.work, table, manifest)
+        manifest["created"] = datetime.now(timezone.utc).isoformat()
+        write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        folder.publish()
+    return manifest
+
+
+def _require_shared(root: Path, manifest: Json) -> None:
+    if manifest.get("layout") != "shared":
+        raise ConfigError(
+            f"{root}: its labeled images have records of their own; only packs made with --layout "
+            "shared can be split again"
+        )
+
+
+def _draw(old: Path, new: Path, drawn: Json) -> None:
+    """Write the table old to new with other labeled images and options."""
+    temporary = new.with_name(f"{new.name}.tmp")
+    with reading(old) as table:
+        options = table.options() | drawn
+        how, seed, balance = drawn["labeled"], drawn["split_seed"], drawn["balance"]
+        chosen = choose(_images(table), how, seed=seed, balance=balance)
+    shutil.copyfile(old, temporary)
+    with closing(edit_table(temporary)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("UPDATE records SET labeled = 0 WHERE labeled")
+        connection.executemany(
+            "UPDATE records SET labeled = 1 WHERE id = ?", ((number,) for number in sorted(chosen))
+        )
+        connection.execute("UPDATE plan SET options = ?", (json.dumps(options),))
+        connection.execute("COMMIT")
+    sync_file(temporary)
+    temporary.replace(new)
+
+
+def _images(table: Table) -> Iterator[tuple[int, str, str]]:
+    """Yield (id, class, name) of all planned training images: bad ones took part in the draw."""
+    classes = table.classes()
+    for shard in table.shards():
+        if shard.prefix == "train":
+            query = "SELECT id, label, name FROM records WHERE id BETWEEN ? AND ?"
+            last = shard.first_id + shard.records - 1
+            for number, label, name in table.query(query, (shard.first_id, last)):
+                yield number, classes[label], name
+
+
+def _write_splits(work: Path, table: Table, manifest: Json) -> Json:
+    """Write the files of the splits that the draw decides; return their manifest entries."""
+    sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
+    shards = [shard for shard in table.shards() if shard.prefix == "train"]
+    unlabeled = table.options()["unlabeled"]
+    entries: Json = {}
+    for split in splits("shared", unlabeled, val=False):
+        if split.name in _DRAWN:
+            entry = write_split(work, table, split.stem, shards, sizes, split.lists)
+            if not entry["records"]:
+                raise DataError(f"--unlabeled {unlabeled}: no image is left for {split.name}")
+            entries[split.name] = entry
+    return entries
