@@ -183,6 +183,7 @@ def _finish(
         "shards": entries,
         "splits": splits,
         "table": TABLE,
+        "table_sha256": hashlib.sha256((pack.root / TABLE).read_bytes()).hexdigest(),
         "bad": [],
         "duplicates": {"groups": 0, "images": 0, "across_splits": 0},
         "totals": {

@@ -24,6 +24,7 @@ from pathlib import Path
 tool, action, when, *arguments = sys.argv[1:]
 sys.path.insert(0, str(Path(tool).parent.parent))
 from mpl_fast.packing import split_files
+from mpl_fast.packing.out_folder import OutFolder
 
 placed = []  # the files that got their place in OUT
 
@@ -39,7 +40,9 @@ def write(self, line, original=split_files.TextFile.write):
         raise OSError(28, "No space left on device")
     return original(self, line)
 
-if action == "full":
+if action == "blind":
+    OutFolder.require_space = lambda self, needed: None
+elif action == "full":
     split_files.TextFile.write = write
 else:
     Path.replace = replace
@@ -50,7 +53,8 @@ runpy.run_path(tool, run_name="__main__")
 
 def run_meddled(action: str, when: object, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the tool; send it the signal `action` just before it gives a file its place: the
-    `when`-th one, or that of this name. With "full", the disk is full for the text file `when`."""
+    `when`-th one, or that of this name. With "full", the disk is full for the text file `when`;
+    with "blind", the tool does not see beforehand that space is short."""
     return subprocess.run(
         [sys.executable, "-c", MEDDLE, str(TOOL), action, str(when), *map(str, arguments)],
         capture_output=True,

@@ -15,6 +15,7 @@ from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.shard_check import check_shard
 from mpl_fast.packing.table import TABLE, reading
 from mpl_fast.packing.verify import Report, verify
+from tests.pack_command import hashes, make_tree, run
 from tests.small_pack import MAGIC, SmallPack, jpeg, make_pack
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"
@@ -94,25 +95,22 @@ def test_every_changed_byte_is_found_in_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["quick", "deep"])
-@pytest.mark.parametrize(
-    ("number", "at", "part"),
-    [
-        (4, 0, "frame"),
-        (4, 12, "header"),
-        (5, 24, "header"),
-        (5, 300, "image"),
-        (5, -1, "padding"),
-        (1, 300, "image"),
-        (1, 20, "header"),
-    ],
-)
-def test_damage_is_told_by_its_record(
-    pack: SmallPack, number: int, at: int, part: str, deep: bool
-) -> None:
-    record = pack.records[number]
-    end = min(r.offset for r in pack.of(record.file) if r.offset > record.offset)
-    change(pack.root / record.file, record.offset + at if at >= 0 else end + at, b"\x5a")
-    assert told(check(pack, deep=deep)) == [f"{named(pack, number)}its {part} is damaged"]
+def test_damage_is_told_by_its_record(pack: SmallPack, deep: bool) -> None:
+    harm = {
+        0: (20, "header"),
+        1: (300, "image"),  # of several parts
+        4: (0, "frame"),
+        5: (-1, "padding"),
+        6: (300, "image"),
+        9: (24, "header"),
+    }
+    for number, (at, _) in harm.items():
+        record = pack.records[number]
+        end = min(r.offset for r in pack.of(record.file) if r.offset > record.offset)
+        change(pack.root / record.file, record.offset + at if at >= 0 else end + at, b"\x5a")
+    assert told(check(pack, deep=deep)) == [
+        f"{named(pack, number)}its {part} is damaged" for number, (_, part) in harm.items()
+    ]
 
 
 def _cut(pack: SmallPack) -> list[str]:
@@ -328,3 +326,27 @@ def test_a_killed_worker_is_an_error(pack: SmallPack) -> None:
 
     with pytest.raises(UserError, match="a worker process ended without a word"):
         verify(pack.root, deep=False, processes=1, progress=kill)
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_a_damaged_shard_is_mended_as_the_message_says(tmp_path: Path, layout: str) -> None:
+    tree = make_tree(tmp_path)
+    sources = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 2)
+    arguments = (*sources, "--layout", layout, "--out", tmp_path / "rec")
+    run("pack", *arguments)
+    before = hashes(tmp_path / "rec")
+    assert "all is sound" in run("verify", tmp_path / "rec", "--deep", "-j", 2).stdout
+    shard = next(path for path in sorted((tmp_path / "rec").glob("train*.rec")))
+    change(shard, shard.stat().st_size - 60, b"\x5a")
+    error = run("verify", tmp_path / "rec", status=DataError.exit_code).stderr.splitlines()[-1]
+    assert ": 1 problem: " in error
+    assert f"delete {shard.name} and run the same pack command again" in error
+    told = json.loads(run("verify", "--json", tmp_path / "rec", status=DataError.exit_code).stdout)
+    (problem,) = told["problems"]
+    assert problem["file"] == shard.name
+    assert Path(problem["source"]).parent.parent == tree / "train"
+    assert Path(problem["source"]).read_bytes()
+    shard.unlink()
+    run("pack", *arguments)
+    assert hashes(tmp_path / "rec") == before
+    assert "all is sound" in run("verify", tmp_path / "rec").stdout

@@ -12,6 +12,7 @@ from mpl_fast.errors import DataError
 FORMAT = "mpl_fast.rec/2"
 MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
+_CHUNK = 1 << 20  # bytes hashed at a time
 _T = TypeVar("_T")
 
 
@@ -66,8 +67,8 @@ def read_manifest(root: str | Path) -> Manifest:
 
 
 def text_hashes(stored: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 of every text file of a pack by its name: .idx, .lst and classes.txt."""
-    hashes = {CLASSES: stored["classes"]["sha256"]}
+    """Return the sha256 of every file of a pack but manifest and records, by its name."""
+    hashes = {CLASSES: stored["classes"]["sha256"], stored["table"]: stored["table_sha256"]}
     for entry in (*stored["splits"].values(), *stored["shards"]):
         for kind in ("idx", "lst"):
             if kind in entry:
@@ -76,14 +77,14 @@ def text_hashes(stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_texts(root: Path, stored: Mapping[str, Any]) -> None:
-    """Compare every text file with its sha256; DataError for the first that differs."""
+    """Compare every file but the records with its sha256; DataError for the first that differs."""
     for name, sha256 in text_hashes(stored).items():
-        _read_checked(root / name, sha256)
+        _require_sha256(root / name, sha256)
 
 
 def file_names(stored: Mapping[str, Any]) -> list[str]:
     """Return every file of a pack but the manifest."""
-    return [shard["file"] for shard in stored["shards"]] + [stored["table"], *text_hashes(stored)]
+    return [shard["file"] for shard in stored["shards"]] + list(text_hashes(stored))
 
 
 def load_manifest(root: Path) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _read_split(
 ) -> Split:
     own = [shards[name] for name in stored["shards"]]
     index = root / stored["idx"]
-    _read_checked(index, stored["idx_sha256"])
+    _require_sha256(index, stored["idx_sha256"])
     listing = root / stored["lst"]
     _read_file(listing, Path.stat)
     return Split(
@@ -148,10 +149,22 @@ def _read_split(
 
 
 def _read_checked(path: Path, sha256: str) -> bytes:
-    content = _read_file(path, Path.read_bytes)
-    if hashlib.sha256(content).hexdigest() != sha256:
+    _require_sha256(path, sha256)
+    return _read_file(path, Path.read_bytes)
+
+
+def _require_sha256(path: Path, sha256: str) -> None:
+    if _read_file(path, sha256_of) != sha256:
         raise DataError(f"{path}: does not match the manifest (stale or damaged); pack again")
-    return content
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read_file(path: Path, read: Callable[[Path], _T]) -> _T:

@@ -193,4 +193,3 @@ def _dry_lines(told: Json) -> list[str]:
 def _per_class(split: Json) -> str:
     low, high = split["per_class_min"], split["per_class_max"]
     return f"{low if low == high else f'{low} to {high}'} a class"
-

@@ -25,7 +25,8 @@ class Cut:
         """Return the shard of the next record, of that many bytes."""
         # The middle of the record decides; every later shard needs one of the records left.
         wanted = (2 * self._before + size) * self._shards // max(2 * self._size, 1)
-        if self._before and wanted > self._shard:
+        # The middle of an empty file at the end lies beyond the last shard.
+        if self._before and self._shard < min(wanted, self._shards - 1):
             self._shard += 1
         self._shard = max(self._shard, self._shards - self._left)
         self._before += size

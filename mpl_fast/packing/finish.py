@@ -4,11 +4,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mpl_fast import __version__
-from mpl_fast.data.manifest import CLASSES, FORMAT
+from mpl_fast.data.manifest import CLASSES, FORMAT, sha256_of
 from mpl_fast.errors import DataError
 from mpl_fast.packing.cut import plan_digest
 from mpl_fast.packing.done import Done, sync_file
@@ -66,26 +67,34 @@ def finish(work: Path, treatment: Treatment) -> Json:
                 f"{work.parent}: {len(missing)} shards of the plan are not there: "
                 f"{first_few(missing)}; pack them (every part), then finish"
             )
-    bad = _complete_table(work)
-    with reading(work / TABLE) as table:
-        return _manifest(work, table, treatment) | {"bad": bad}
+    completed = work / f"{TABLE}.tmp"
+    bad = _complete_table(work, completed)
+    with reading(completed) as table:
+        manifest = _manifest(work, table, treatment) | {"bad": bad}
+    manifest["table_sha256"] = sha256_of(completed)
+    # Last: cut short before, the plan is still as it was, and finishing it gives the same bytes.
+    completed.replace(work / TABLE)
+    return manifest
 
 
-def _complete_table(work: Path) -> list[Json]:
-    """Add to the table where every record was written; return what was remarked about images."""
-    temporary = work / f"{TABLE}.tmp"
-    shutil.copyfile(work / TABLE, temporary)
+def _complete_table(work: Path, target: Path) -> list[Json]:
+    """Write the table with the place of every record to target; return remarks about images."""
+    shutil.copyfile(work / TABLE, target)
     bad: list[Json] = []
-    with table_errors(temporary), closing(edit_table(temporary)) as connection:
+    with table_errors(target), closing(edit_table(target)) as connection:
         table = Table(connection)
         classes, sources = table.classes(), table.sources()
-        start_written(connection)
-        connection.execute("BEGIN")
-        for shard in table.shards():
-            done = Done.load(work / f"{shard.file}.done")
-            rows = zip(*(getattr(done, name).tolist() for name in _COLUMNS), strict=True)
+        # A finish that was cut short may have completed the table: then its bytes stay.
+        if not _holds(table, _written(work, table)):
+            start_written(connection)
+            connection.execute("BEGIN")
+            rows = _written(work, table)
             connection.executemany("INSERT INTO written VALUES (?, ?, ?, ?, ?)", rows)
-            for remark in done.remarks:
+            # An unpacked archive is gone when the pack is whole.
+            connection.execute("UPDATE sources SET file = spec WHERE file LIKE 'spool-%'")
+            connection.execute("COMMIT")
+        for shard in table.shards():
+            for remark in Done.load(work / f"{shard.file}.done").remarks:
                 record = table.record(remark.id)
                 assert record is not None, remark
                 bad.append(
@@ -96,15 +105,23 @@ def _complete_table(work: Path) -> list[Json]:
                         "action": remark.action,
                     }
                 )
-        # An unpacked archive is gone when the pack is whole.
-        for source in sources:
-            if Path(source.file).parent.name == work.name:
-                number = (source.number,)
-                connection.execute("UPDATE sources SET file = spec WHERE number = ?", number)
-        connection.execute("COMMIT")
-    sync_file(temporary)
-    temporary.replace(work / TABLE)
+    sync_file(target)
     return bad
+
+
+def _written(work: Path, table: Table) -> Iterator[tuple[int, ...]]:
+    """Yield id, offset, length, size and crc32 of every record, in order."""
+    for shard in table.shards():
+        done = Done.load(work / f"{shard.file}.done")
+        yield from zip(*(getattr(done, name).tolist() for name in _COLUMNS), strict=True)
+
+
+def _holds(table: Table, rows: Iterator[tuple[int, ...]]) -> bool:
+    """Tell whether the table is completed, with just these rows."""
+    if not list(table.query("SELECT 1 FROM sqlite_master WHERE name = 'written'")):
+        return False
+    stored = table.query("SELECT * FROM written ORDER BY id")
+    return all(old == new for old, new in zip_longest(stored, rows))
 
 
 _COLUMNS = ("ids", "offsets", "lengths", "sizes", "crc32")
@@ -143,7 +160,13 @@ def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
     written = {}
     for split in splits(options["layout"], options["unlabeled"], val=val):
         own = [shard for shard in rows if shard.prefix == split.prefix]
-        written[split.name] = write_split(work, table, split.stem, own, sizes, split.lists)
+        entry = write_split(work, table, split.stem, own, sizes, split.labeled)
+        if not entry["records"]:
+            raise DataError(
+                f"{split.name}: all its images are skipped, and an index without records cannot "
+                "be read; mend the images, or ask for other labeled ones"
+            )
+        written[split.name] = entry
     return written
 
 

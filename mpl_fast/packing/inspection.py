@@ -22,6 +22,10 @@ _SPLIT = {"records": int, "shards": list, "idx": str, "idx_sha256": str, "lst": 
 
 def load_pack(root: Path) -> Json:
     """Return the manifest of a finished folder; DataError tells what else the folder holds."""
+    if (root / WORK / MANIFEST).is_file():
+        raise DataError(
+            f"{root}: was stopped while its files got their names; run: make_rec.py finish {root}"
+        )
     if (root / WORK).is_dir() and not (root / MANIFEST).exists():
         raise DataError(
             f"{root}: its packing is not finished; run the same pack command again, or after "
@@ -40,6 +44,7 @@ def load_pack(root: Path) -> Json:
         known = {entry["file"] for entry in manifest["shards"]}
         wrong += [name for s in manifest["splits"].values() for name in {*s["shards"]} - known]
         wrong += [] if isinstance(manifest["classes"]["sha256"], str) else ["classes"]
+        wrong += [] if isinstance(manifest["table_sha256"], str) else ["table_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TextIO
 
 from mpl_fast.data.manifest import CLASSES
 from mpl_fast.errors import DataError
-from mpl_fast.packing.record_check import Advance
+from mpl_fast.packing.pool import Advance
 from mpl_fast.packing.shard import StoppedError
 from mpl_fast.packing.shard_check import Problem, file_fault, table_problem
 from mpl_fast.packing.sparse_index import padded
@@ -50,6 +50,9 @@ def check_table(
             classes = "".join(f"{name}\n" for name in table.classes())
     except DataError as error:
         return {}, [*problems, table_problem(root, error)]
+    changed = file_fault(root, TABLE, manifest["table_sha256"])
+    if changed:  # what it says may still be true, and tell more
+        problems.append(Problem(TABLE, changed))
     unknown = [entry["file"] for entry in manifest["shards"] if entry["file"] not in shards]
     if state != "ok":
         damage = str(state)

@@ -147,8 +147,10 @@ class OutFolder:
         if not self.finished():
             shutil.rmtree(self.work)
             return
-        for path in self.work.glob("*.tmp"):
-            path.unlink()
+        kept = {TABLE, *self.finished(), *(f"{name}.done" for name in self.finished())}
+        for path in self.work.iterdir():
+            if path.name not in kept and not path.match("spool-*.tar"):
+                path.unlink()
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir())

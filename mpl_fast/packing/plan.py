@@ -116,11 +116,11 @@ def make_plan(
         old.unlink(missing_ok=True)
     try:
         with table_errors(path), closing(create_table(path)) as table:
-            table.execute("ATTACH ? AS found", (str(_scratch(path)),))
+            table.execute("ATTACH CAST(? AS TEXT) AS found", (raw(str(_scratch(path))),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
             table.execute("BEGIN")
-            warnings = _Planner(table, how, treatment, options).run(train, val)
+            warnings = _Planner(table, path.parent, how, treatment, options).run(train, val)
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -140,11 +140,12 @@ class _Planner:
     def __init__(
         self,
         table: sqlite3.Connection,
+        work: Path,
         how: Division,
         treatment: Treatment,
         options: Mapping[str, Any],
     ) -> None:
-        self._table, self._how, self._treatment = table, how, treatment
+        self._table, self._work, self._how, self._treatment = table, work, how, treatment
         self._options = options
         self._class_numbers: dict[str, int] = {}
 
@@ -166,7 +167,8 @@ class _Planner:
     def _list(self, source: Source, part: int) -> list[str]:
         """Add a source and its images; return its warnings."""
         number = self._value("SELECT count(*) FROM sources")
-        file = raw(str(source.file.absolute()))
+        unpacked = source.file.parent == self._work
+        file = raw(source.file.name if unpacked else str(source.file.absolute()))
         self._table.execute(
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
             (number, raw(source.spec), source.kind, file, source.size, source.stamp),
@@ -251,16 +253,17 @@ class _Planner:
         self._table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
+        left = f"SELECT count(*) FROM found.images WHERE part = {_TRAIN} AND NOT labeled"
+        if how.unlabeled == "rest" and not self._value(left):
+            raise DataError(
+                "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
+            )
 
     def _place(self, piece: Piece, first_id: int, first_shard: int) -> tuple[int, int]:
         """Add the records and shards of a piece; return the next id and shard number."""
         count, size = self._table.execute(
             f"SELECT count(*), total(size) FROM found.images WHERE {piece.where}"
         ).fetchone()
-        if count == 0:
-            raise DataError(
-                "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
-            )
         if first_id + count > ID_LIMIT:
             raise DataError(
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"

@@ -5,18 +5,18 @@ Frame, header and padding of a record follow from its row, and the crc32 there t
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from mpl_fast.data.records import HEAD_SIZE, MAGIC, frame, record_head, unframe
 from mpl_fast.errors import DataError
+from mpl_fast.packing.pool import Advance
 from mpl_fast.packing.shard import StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Advance = Callable[[int, int], bool]  # told of records and bytes; False stops the check
 _BLOCK = 4 << 20  # bytes read at once; a longer record is read whole
 _FRAME, _HEADER, _PADDING, _IMAGE = "frame", "header", "padding", "image"
 

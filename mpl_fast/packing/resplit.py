@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST
+from mpl_fast.data.manifest import MANIFEST, sha256_of
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.cut import plan_digest
 from mpl_fast.packing.done import sync_file
@@ -17,10 +17,11 @@ from mpl_fast.packing.out_folder import OutFolder
 from mpl_fast.packing.plan import splits
 from mpl_fast.packing.split import choose
 from mpl_fast.packing.split_files import write_split, write_text
-from mpl_fast.packing.table import TABLE, Table, edit_table, reading
+from mpl_fast.packing.table import TABLE, Table, edit_table, reading, table_errors
 
 Json = dict[str, Any]
 _DRAWN = ("labeled", "unlabeled")
+_NEW = "resplit.sqlite"  # until it is complete: as TABLE it would be taken for the plan of a pack
 
 
 def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabeled: str) -> Json:
@@ -39,19 +40,23 @@ def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabele
         "split_seed": split_seed,
     }
     with OutFolder(root) as folder, output_errors(root):
-        if any(folder.work.iterdir()):
+        if folder.finished():
             raise OutputError(
                 f"{root}: another pack into this folder is not finished; run its command again, "
                 "or remove its folder .pack"
             )
+        folder.discard()  # what a resplit that was killed has left
         manifest = load_pack(root)
         _require_shared(root, manifest)
-        _draw(root / TABLE, folder.work / TABLE, drawn)
-        with reading(folder.work / TABLE) as table:
+        new = folder.work / _NEW
+        _draw(root / TABLE, new, drawn)
+        with reading(new) as table:
             manifest["plan_sha256"] = plan_digest(table)
             manifest["options"] = table.options()
             manifest["splits"] |= _write_splits(folder.work, table, manifest)
         manifest["created"] = datetime.now(timezone.utc).isoformat()
+        manifest["table_sha256"] = sha256_of(new)
+        new.replace(folder.work / TABLE)
         write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         folder.publish()
     return manifest
@@ -67,13 +72,12 @@ def _require_shared(root: Path, manifest: Json) -> None:
 
 def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Write the table old to new with other labeled images and options."""
-    temporary = new.with_name(f"{new.name}.tmp")
     with reading(old) as table:
         options = table.options() | drawn
         how, seed, balance = drawn["labeled"], drawn["split_seed"], drawn["balance"]
         chosen = choose(_images(table), how, seed=seed, balance=balance)
-    shutil.copyfile(old, temporary)
-    with closing(edit_table(temporary)) as connection:
+    shutil.copyfile(old, new)
+    with table_errors(new), closing(edit_table(new)) as connection:
         connection.execute("BEGIN")
         connection.execute("UPDATE records SET labeled = 0 WHERE labeled")
         connection.executemany(
@@ -81,8 +85,7 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
         )
         connection.execute("UPDATE plan SET options = ?", (json.dumps(options),))
         connection.execute("COMMIT")
-    sync_file(temporary)
-    temporary.replace(new)
+    sync_file(new)
 
 
 def _images(table: Table) -> Iterator[tuple[int, str, str]]:
@@ -104,7 +107,7 @@ def _write_splits(work: Path, table: Table, manifest: Json) -> Json:
     entries: Json = {}
     for split in splits("shared", unlabeled, val=False):
         if split.name in _DRAWN:
-            entry = write_split(work, table, split.stem, shards, sizes, split.lists)
+            entry = write_split(work, table, split.stem, shards, sizes, split.labeled)
             if not entry["records"]:
                 raise DataError(f"--unlabeled {unlabeled}: no image is left for {split.name}")
             entries[split.name] = entry

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpl_fast.data.manifest import load_manifest, text_hashes
 from mpl_fast.errors import DataError
-from mpl_fast.packing.record_check import Advance, Fault, Pass, RecordReader, whole_length
+from mpl_fast.packing.pool import Advance
+from mpl_fast.packing.record_check import Fault, Pass, RecordReader, whole_length
 from mpl_fast.packing.shard import StoppedError
 from mpl_fast.packing.table import TABLE, ShardRow, Table, key, place, reading
 

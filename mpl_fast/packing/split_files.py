@@ -3,15 +3,16 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.packing.sparse_index import check_index, padded
-from mpl_fast.packing.table import RecordRow, ShardRow, Table
+from mpl_fast.packing.table import ShardRow, Table
 
 Json = dict[str, Any]
+_TOGETHER = 4096  # lines that are encoded, hashed and written at once
 
 
 class TextFile:
@@ -20,18 +21,26 @@ class TextFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(path.name + ".tmp")
-        self._file = self._temporary.open("wb", buffering=1 << 20)
+        self._file = self._temporary.open("wb")
         self._digest = hashlib.sha256()
+        self._lines: list[str] = []
 
     def write(self, line: str) -> None:
         """Add a line, which ends with its line break."""
-        content = line.encode("utf-8", "surrogateescape")
+        self._lines.append(line)
+        if len(self._lines) >= _TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        content = "".join(self._lines).encode("utf-8", "surrogateescape")
+        self._lines.clear()
         self._digest.update(content)
         self._file.write(content)
 
     def close(self, *, complete: bool) -> None:
         """Give the file its name, or remove it when it is not complete."""
         if complete:
+            self._flush()
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
@@ -71,12 +80,13 @@ def write_split(
     stem: str,
     shards: Sequence[ShardRow],
     sizes: Mapping[str, int],
-    keep: Callable[[RecordRow], bool],
+    labeled: int | None,
 ) -> Json:
-    """Write work/stem.idx and .lst of those records of shards that keep; return manifest's entry.
+    """Write work/stem.idx and .lst of the records of shards; return the manifest's entry.
 
-    sizes are the bytes of the .rec files, by name. The index counts offsets over them as joined.
-    Raises DataError when DALI would not read the index right.
+    labeled picks those with this RecordRow.labeled, None all. sizes are the bytes of the .rec
+    files, by name. The index counts offsets over them as joined. Raises DataError when DALI would
+    not read the index right.
     """
     classes = table.classes()
     counts: Counter[int] = Counter()
@@ -86,12 +96,10 @@ def write_split(
         def entries() -> Iterator[tuple[int, int, int]]:
             start = 0
             for number, shard in enumerate(shards):
-                for record, written in table.written(shard):
-                    if keep(record):
-                        counts[record.label] += 1
-                        name = f"{classes[record.label]}/{record.name}"
-                        lst.write(f"{record.id}\t{record.label}\t{name}\n")
-                        yield record.id, number, start + written.offset
+                for record_id, label, name, offset in _listed(table, shard, labeled):
+                    counts[label] += 1
+                    lst.write(f"{record_id}\t{label}\t{classes[label]}/{name}\n")
+                    yield record_id, number, start + offset
                 start += sizes[shard.file]
 
         for line in padded(entries()):
@@ -109,3 +117,15 @@ def write_split(
         "per_class_min": min(counts[label] for label in range(len(classes))),
         "per_class_max": max(counts.values(), default=0),
     }
+
+
+def _listed(
+    table: Table, shard: ShardRow, labeled: int | None
+) -> Iterator[tuple[int, int, str, int]]:
+    """Yield (id, label, name, offset) of written records; whole rows would take longer."""
+    which = "" if labeled is None else f"AND labeled = {labeled} "
+    query = (
+        "SELECT id, label, name, offset FROM records CROSS JOIN written USING (id) "
+        f"WHERE id BETWEEN ? AND ? {which}ORDER BY id"
+    )
+    yield from table.query(query, (shard.first_id, shard.first_id + shard.records - 1))

@@ -28,6 +28,7 @@ CREATE TABLE records(id INTEGER PRIMARY KEY, label INTEGER NOT NULL, labeled INT
                      name TEXT NOT NULL, source INTEGER NOT NULL, path TEXT NOT NULL,
                      start INTEGER NOT NULL, size INTEGER NOT NULL, stamp INTEGER NOT NULL);
 """
+_SPOOL = "spool-"
 _WRITTEN = """
 DROP TABLE IF EXISTS written;
 CREATE TABLE written(id INTEGER PRIMARY KEY, offset INTEGER NOT NULL, length INTEGER NOT NULL,
@@ -41,7 +42,9 @@ class SourceRow(NamedTuple):
     number: int
     spec: str  # as the user wrote it
     kind: str  # "folder"; "archive" (byte ranges of one file); "records" (framed records)
-    file: str  # the folder, or the file that is read (for a compressed archive its spool file)
+    # The folder, or the file that is read; of a compressed archive its spool file, which lies
+    # beside the plan and is stored without that folder, then (it is gone) the spec.
+    file: str
     size: int  # bytes of that file; 0 for a folder
     stamp: int  # modification time in ns of the file; 0 for a folder
 
@@ -110,12 +113,12 @@ def table_errors(path: Path) -> Iterator[None]:
 def reading(path: Path) -> Iterator["Table"]:
     """Open a finished table that nobody writes any more, without locks; DataError names it."""
     try:
-        uri = f"{path.resolve().as_uri()}?immutable=1"
+        uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
         connection = _with_bytes_kept(sqlite3.connect(uri, uri=True))
     except sqlite3.Error as error:
         raise DataError(f"{path}: cannot be opened ({error}); is the folder complete?") from error
     try:
-        yield Table(connection)
+        yield Table(connection, path.parent.absolute())
     except sqlite3.DatabaseError as error:
         raise DataError(f"{path}: damaged ({error}); pack again") from error
     finally:
@@ -135,8 +138,9 @@ def raw(text: str) -> bytes:
 class Table:
     """The rows of an open table."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, folder: Path = Path()) -> None:
         self._connection = connection
+        self._folder = folder
 
     def options(self) -> dict[str, Any]:
         """Return the options that the plan was made with."""
@@ -151,7 +155,11 @@ class Table:
 
     def sources(self) -> list[SourceRow]:
         """Return the sources, by number."""
-        return [SourceRow(*row) for row in self._connection.execute("SELECT * FROM sources")]
+        rows = map(SourceRow._make, self._connection.execute("SELECT * FROM sources"))
+        return [
+            row._replace(file=str(self._folder / row.file)) if row.file.startswith(_SPOOL) else row
+            for row in rows
+        ]
 
     def shards(self) -> list[ShardRow]:
         """Return the shards in the order of their records."""
@@ -189,7 +197,9 @@ class Table:
 
     def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of any other question."""
-        yield from self._connection.execute(sql, values)
+        # Not `yield from`: a half-read answer may be closed after the connection.
+        for row in self._connection.execute(sql, values):  # noqa: UP028
+            yield row
 
 
 def start_written(connection: sqlite3.Connection) -> None:

@@ -19,7 +19,7 @@ _BLOCK = 4096  # bytes; direct writes are whole blocks
 
 
 class ShardWriter:
-    """A new file, written from its first byte to its last; a failed write raises OSError soon after."""
+    """A new file, written from first byte to last; a failed write raises OSError soon after."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
