@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -81,9 +80,10 @@ class SlowPack:
 
     def __init__(self, tree: Path, out: Path, *options: object, finished: int = 1) -> None:
         self.work = out / ".pack"
+        self._errors: list[str] = []
         before = len(self.done())
         self.process = subprocess.Popen(
-            command_line("pack", "--src", tree, "--out", out, *(options or SLOW)),
+            command_line("pack", "--src", tree, *SLOW, "--out", out, *options),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -113,14 +113,15 @@ class SlowPack:
 
     def wait(self) -> list[str]:
         """Wait until it and its workers have ended; return its errors."""
-        errors = self.process.communicate(timeout=30)[1].splitlines()
+        if self.process.returncode is None:
+            errors = self.process.communicate(timeout=30)[1].splitlines()
+            self._errors = [line for line in errors if not line.startswith("packed ")]
         wait_until(lambda: not group_is_alive(self.process.pid))
-        return [line for line in errors if not line.startswith("packed ")]
+        return self._errors
 
     def kill(self) -> None:
         """End the parent, as nothing can prevent, and see its workers end."""
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        self.process.kill()
         self.wait()
 
     def signal(self, number: signal.Signals, *, group: bool = False) -> None:

@@ -98,7 +98,7 @@ def test_damaged_records_are_told_in_one_line(
     assert "\n" not in message
     assert str(tmp_path / "val.rec") in message
     assert ("cannot be decoded" if damage == "decode" else "cannot be read") in message
-    assert "pack again" in message
+    assert f"`make_rec.py verify --deep {tmp_path}` names it" in message
 
 
 @pytest.mark.gpu

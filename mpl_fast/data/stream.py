@@ -100,12 +100,10 @@ def _told_in_one_line(split: Split) -> Iterator[None]:
         if operator not in ("readers", "decoders") or "CUDA" in reason:
             raise
         where = split.shards[0] if len(split.shards) == 1 else split.index
-        what, check = (
-            ("a record cannot be read", "")
-            if operator == "readers"
-            else ("an image cannot be decoded", " with --check decode, which names every bad image")
-        )
-        raise DataError(f"{where}: {what} ({reason}); pack again{check}") from error
+        what = "a record cannot be read" if operator == "readers" else "an image cannot be decoded"
+        raise DataError(
+            f"{where}: {what} ({reason}); `make_rec.py verify --deep {where.parent}` names it"
+        ) from error
 
 
 def _reason(message: str) -> tuple[str, str]:

@@ -104,8 +104,8 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add = command.add_argument_group("work").add_argument
     cores = len(os.sched_getaffinity(0))
     add("-j", type=int, default=cores, metavar="N", help=f"processes, one a shard ({cores})")
-    ahead = "threads of a process that open files ahead, for disks that answer slowly (0)"
-    add("--read-threads", type=int, default=0, metavar="N", help=ahead)
+    ahead = "threads of a process that open files ahead, more for disks that answer slowly (4)"
+    add("--read-threads", type=int, default=4, metavar="N", help=ahead)
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
     engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that sees the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
@@ -254,7 +254,8 @@ def main(arguments: list[str]) -> int:
         print(f"make_rec: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"make_rec: interrupted; {_kept(known.out)}", file=sys.stderr)
+        kept = f"; {_kept(known.out)}" if known.command == "pack" else ""
+        print(f"make_rec: interrupted{kept}", file=sys.stderr)
         return INTERRUPTED
     if isinstance(summary, dict):
         print(json.dumps(summary, indent=1))

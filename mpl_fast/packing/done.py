@@ -41,7 +41,7 @@ class Done:
     sha256: str
     bytes_in: int  # of the images in their sources
     multipart: int  # records that hold the magic word and are cut into parts
-    reencoded: int  # images that were made smaller
+    reencoded: int  # images that were made smaller or converted
     rotated: int  # re-encoded images whose EXIF orientation (not applied) was dropped
     ids: "NDArray[np.uint32]"
     offsets: "NDArray[np.uint64]"  # of the frames in the file
@@ -86,3 +86,12 @@ def sync_file(path: Path) -> None:
     """Wait until the content of path is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until what was created, renamed and removed in folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -48,10 +48,13 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> Held:
         check_texts(folder.path, old)
         with reading(folder.path / TABLE) as table:
             stamps = {shard.file: shard.stamps for shard in table.shards()}
-    except (DataError, KeyError, TypeError) as error:
+        before = dict(old["options"])
+        skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
+        broken = [shard["file"] for shard in old["shards"] if not _is_there(folder, shard)]
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {_REMEDY}") from error
     if old.get("plan_sha256") != plan_digest(plan):
-        what = changes(old["options"], options) or "its source's files were others"
+        what = changes(before, options) or "its source's files were others"
         raise OutputError(f"{folder.path}: holds another pack ({what}); {_REMEDY}")
     changed = [shard.file for shard in plan.shards() if stamps.get(shard.file) != shard.stamps]
     if changed:
@@ -59,13 +62,12 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> Held:
             f"{folder.path}: its source changed after it was packed (images of "
             f"{first_few(changed, 3)}); {_REMEDY}"
         )
-    skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
     if skipped and options["on_bad"] == "fail":
         raise OutputError(
             f"{folder.path}: holds a pack that left out {len(skipped)} images that cannot be used "
             f"({first_few(skipped, 3)}); --on-bad skip agrees with that, or {_REMEDY}"
         )
-    return Held(old, [s["file"] for s in old["shards"] if not _is_there(folder, s)])
+    return Held(old, broken)
 
 
 def changes(old: Json, new: Json) -> str:

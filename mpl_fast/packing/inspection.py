@@ -120,7 +120,8 @@ def _finished_rows(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "packed", f"{told['created']} by {told['tool']}"
     yield "classes", str(told["classes"])
     for name, split in told["splits"].items():
-        per_class = f"{split['per_class_min']} to {split['per_class_max']} a class"
+        low, high = split["per_class_min"], split["per_class_max"]
+        per_class = f"{low if low == high else f'{low} to {high}'} a class"
         files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB"
         yield name, f"{split['records']:>10} records, {per_class}, in {files}, by {split['idx']}"
     totals = told["totals"] or {}

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
+from mpl_fast.packing.done import sync_folder
 from mpl_fast.packing.table import TABLE
 
 WORK = ".pack"
@@ -123,15 +124,15 @@ class OutFolder:
         old = self.holdings()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()
-        _sync(self.path)
+        sync_folder(self.path)
         for name in names:
             if (self.work / name).exists():
                 (self.work / name).replace(self.path / name)
         for name in set(old) - {*names, MANIFEST}:
             (self.path / name).unlink()
-        _sync(self.path)
+        sync_folder(self.path)
         (self.work / MANIFEST).replace(self.path / MANIFEST)
-        _sync(self.path)
+        sync_folder(self.path)
         shutil.rmtree(self.work)
 
     def _finish_publish(self) -> None:
@@ -154,14 +155,6 @@ class OutFolder:
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.path.iterdir())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

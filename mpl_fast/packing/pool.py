@@ -62,6 +62,7 @@ def run_jobs(
                 future.result()
             progress(sum(board[2::3]), sum(board[3::3]))
     except BrokenProcessPool as error:
+        pool.shutdown()  # until it has waited for its processes, not all have their exit codes
         raise UserError(_death(jobs, board, workers)) from error
     finally:
         board[0] = 1

@@ -1,6 +1,5 @@
 """One shard, from its rows in the table to a complete file: the job of one worker process."""
 
-import os
 import zlib
 from array import array
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from mpl_fast.data.records import (
     record_head,
 )
 from mpl_fast.errors import DataError, output_errors
-from mpl_fast.packing.done import Done, Remark
+from mpl_fast.packing.done import Done, Remark, sync_folder
 from mpl_fast.packing.reader import Opened, Reader
 from mpl_fast.packing.table import TABLE, RecordRow, ShardRow, reading
 from mpl_fast.packing.treatment import Treatment, treat
@@ -74,9 +73,9 @@ def _publish(temporary: Path, work: Path, done: Done) -> None:
     saved = work / f"{done.file}.done"
     saved.unlink(missing_ok=True)  # it tells of the file that is replaced now
     temporary.replace(target)
-    _sync(work)
+    sync_folder(work)
     done.save(saved)
-    _sync(work)
+    sync_folder(work)
 
 
 class _Job:
@@ -176,12 +175,3 @@ class _Job:
         self._lengths.append(length)
         self._sizes.append(len(image))
         self._crc32.append(zlib.crc32(image))
-
-
-def _sync(folder: Path) -> None:
-    """Have what was created and renamed in folder on disk."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -47,6 +47,8 @@ def run_job(
     if done is not None:
         advance(shard.records, shard.bytes)
     else:
+        # A file that is not as it was noted must not be taken for finished if this fails.
+        (work / f"{shard.file}.done").unlink(missing_ok=True)
         done = write_shard(work, number, treatment, read_threads, lambda size: advance(1, size))
     return done.remarks
 
