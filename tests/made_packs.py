@@ -10,7 +10,7 @@ from mpl_fast.packing.out_folder import WORK
 from mpl_fast.packing.pack import Json, PackOptions, plan_to
 from mpl_fast.packing.plan import Division, make_plan
 from mpl_fast.packing.sources import Image, Source
-from mpl_fast.packing.table import TABLE, RecordRow, ShardRow, Table, key, reading
+from mpl_fast.packing.table import TABLE, RecordRow, ShardRow, key, reading
 from mpl_fast.packing.treatment import Treatment
 from mpl_fast.packing.workers import run_job
 

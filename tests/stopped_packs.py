@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -76,14 +76,16 @@ def make_slow_tree(root: Path) -> Path:
 
 
 class SlowPack:
-    """A pack of the slow tree in a process group of its own, met when shards are finished."""
+    """A pack in a process group of its own, met when some shards are finished."""
 
-    def __init__(self, tree: Path, out: Path, *options: object, finished: int = 1) -> None:
+    def __init__(
+        self, source: Sequence[object], out: Path, *options: object, finished: int = 1
+    ) -> None:
         self.work = out / ".pack"
         self._errors: list[str] = []
         before = len(self.done())
         self.process = subprocess.Popen(
-            command_line("pack", "--src", tree, *SLOW, "--out", out, *options),
+            command_line("pack", *source, "--out", out, *options),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,5 +1,6 @@
 """A pack is cut into shards of about equal size, none empty; a digest tells what became other."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_no_shard_is_empty_or_left_out(sizes: list[int], data: st.DataObject) ->
     numbers = cut(sizes, shards)
     assert numbers[0] == 0
     assert numbers[-1] == shards - 1
-    steps = {later - number for number, later in zip(numbers, numbers[1:], strict=False)}
+    steps = {later - number for number, later in itertools.pairwise(numbers)}
     assert steps <= {0, 1}
 
 

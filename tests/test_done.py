@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,8 @@ def test_one_content_one_file(tmp_path: Path) -> None:
 
 
 def test_shard_without_records(tmp_path: Path) -> None:
-    empty = replace(DONE, **{name: np.array([], kind) for name, kind in COLUMNS.items()})
+    columns: dict[str, Any] = {name: np.array([], kind) for name, kind in COLUMNS.items()}
+    empty = replace(DONE, **columns)
     empty.save(tmp_path / "x.done")
     assert as_plain(Done.load(tmp_path / "x.done")) == as_plain(empty)
 
@@ -80,7 +82,7 @@ def test_every_cut_is_an_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in (*range(0, len(whole), 17), len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match="x.done: damaged .*; delete it and pack again"):
+        with pytest.raises(DataError, match=r"x\.done: damaged .*; delete it and pack again"):
             Done.load(path)
 
 

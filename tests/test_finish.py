@@ -5,6 +5,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mpl_fast.packing.finish import describe_duplicates, finish, unfinished
 from mpl_fast.packing.out_folder import OutFolder
 from mpl_fast.packing.pack import Json, PackOptions, conclude
 from mpl_fast.packing.plan import Division
-from mpl_fast.packing.table import TABLE, reading
+from mpl_fast.packing.table import TABLE, ShardRow, reading
 from mpl_fast.packing.treatment import Treatment
 from tests.made_packs import KEEP, Planned, finished, options_of, plan_work, write_shards
 from tests.pack_command import jpeg, read_record, split_line
@@ -71,8 +72,12 @@ def test_unfinished(tree: Path) -> None:
     (work / "away").rename(work / first)
     assert unfinished(work, shards) == [second, third, fourth]
     assert unfinished(work, shards[:1]) == []
-    for field in ("content", "stamps"):
-        assert unfinished(work, [shards[0]._replace(**{field: "another"})]) == [first]
+    edits: list[Callable[[ShardRow], ShardRow]] = [
+        lambda shard: shard._replace(content="another"),
+        lambda shard: shard._replace(stamps="another"),
+    ]
+    for edit in edits:
+        assert unfinished(work, [edit(shards[0])]) == [first]
 
 
 def test_nothing_is_finished_while_shards_are_missing(tree: Path) -> None:
@@ -158,7 +163,7 @@ def test_index_of_a_shard_counts_from_its_start(tree: Path) -> None:
 
 
 def test_one_shard_of_each_gives_the_nine_files(tree: Path) -> None:
-    work, manifest = finished(options(tree, replace(HOW, layout="separate", shards=1)))
+    _work, manifest = finished(options(tree, replace(HOW, layout="separate", shards=1)))
     nine = {
         f"{stem}.{kind}"
         for stem in ("train_label", "train_unlabel", "val")

@@ -76,7 +76,7 @@ def test_damaged_shards_are_packed_again(
     stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
 ) -> None:
     out, missing, kept = stopped
-    first, second, third = sorted(kept)
+    first, second = sorted(kept)[:2]
     flipped = bytearray((out / ".pack" / first).read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (out / ".pack" / first).write_bytes(flipped)
@@ -156,7 +156,7 @@ def slow_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def running(slow_tree: Path, tmp_path: Path) -> Iterator[SlowPack]:
-    pack = SlowPack(slow_tree, tmp_path / "out")
+    pack = SlowPack(("--src", slow_tree, *SLOW), tmp_path / "out")
     yield pack
     pack.kill()
 
@@ -168,7 +168,8 @@ def image_to_come(running: SlowPack, tree: Path) -> Path:
     with closing(sqlite3.connect(running.work / "records.sqlite")) as table:
         rows = table.execute(query).fetchall()
     begun = {path.name.partition(".")[0] for path in running.work.glob("train-*")}
-    return next(tree / path for file, path in rows if Path(file).stem not in begun)
+    path: str = next(path for file, path in rows if Path(file).stem not in begun)
+    return tree / path
 
 
 def test_image_that_vanishes_meanwhile(running: SlowPack, slow_tree: Path, tmp_path: Path) -> None:

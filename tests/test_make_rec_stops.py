@@ -26,7 +26,7 @@ def whole(slow_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @contextmanager
 def started(tree: Path, out: Path, *options: object, finished: int = 1) -> Iterator[SlowPack]:
-    running = SlowPack(tree, out, *options, finished=finished)
+    running = SlowPack(("--src", tree, *SLOW), out, *options, finished=finished)
     try:
         yield running
     finally:
@@ -60,7 +60,7 @@ def test_killed_worker_is_an_error(slow_tree: Path, whole: dict[str, str], tmp_p
     assert running.process.returncode == 1
     assert line.startswith(
         "make_rec: error: a worker process ended without a word (SIGKILL; out of memory?) while "
-        "these shards were written: train-0000"
+        "it was at one of: train-0000"
     )
     assert go_on(running, slow_tree, out) == whole
 

@@ -92,6 +92,10 @@ def test_publish_cut_short_is_finished_by_the_next_run(
     require_whole(tmp_path, NEW, "new")
 
 
+def killed(path: Path) -> None:
+    raise KeyError(path)
+
+
 def test_publish_stopped_before_the_work_folder_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +106,7 @@ def test_publish_stopped_before_the_work_folder_is_removed(
     ):
         put(folder, NEW, "new")
         (folder.work / "train-00000-of-00002.rec.done").write_text("")
-        patched.setattr("mpl_fast.packing.out_folder.shutil.rmtree", lambda path: {}["killed"])
+        patched.setattr("mpl_fast.packing.out_folder.shutil.rmtree", killed)
         folder.publish()
     assert (tmp_path / ".pack").exists()
     with OutFolder(tmp_path) as folder:

@@ -15,7 +15,7 @@ from mpl_fast.packing import plan as plan_module
 from mpl_fast.packing.plan import Division, Split, make_plan, pieces, splits
 from mpl_fast.packing.sources import Image, Source
 from mpl_fast.packing.split import choose
-from mpl_fast.packing.table import reading
+from mpl_fast.packing.table import RecordRow, reading
 from tests.made_packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of
 
 TRAIN = images_of({"ant": 10, "bee": 10})
@@ -118,7 +118,8 @@ def test_sources_may_list_in_any_order(tmp_path: Path) -> None:
 
 def test_order(tmp_path: Path) -> None:
     listed = planned(tmp_path, replace(HOW, order="list"), val=VAL)
-    assert listed.keys == sorted(one.path for one in TRAIN) + ["ant/0.jpg", "bee/0.jpg", "bee/1.jpg"]
+    val = ["ant/0.jpg", "bee/0.jpg", "bee/1.jpg"]
+    assert listed.keys == [*sorted(one.path for one in TRAIN), *val]
     shuffled = planned(tmp_path)
     assert sorted(shuffled.keys) == sorted(listed.keys[:20]) != shuffled.keys
     assert planned(tmp_path, replace(HOW, shuffle_seed=1)).keys != shuffled.keys
@@ -319,8 +320,8 @@ def test_splits_and_pieces() -> None:
     assert every.lists(row)
 
 
-def planned_row(labeled: int) -> plan_module.RecordRow:
-    return plan_module.RecordRow(0, 0, labeled, "0.jpg", 0, "ant/0.jpg", -1, 10, 7)
+def planned_row(labeled: int) -> RecordRow:
+    return RecordRow(0, 0, labeled, "0.jpg", 0, "ant/0.jpg", -1, 10, 7)
 
 
 def test_stamp_of_a_file_with_many_images_counts(tmp_path: Path) -> None:
@@ -405,7 +406,8 @@ def plan(some):
     global count
     count = some
     source = Source("x", "folder", Path("/x"), 0, 0, images)
-    make_plan(Path(sys.argv[1]), [source], None, Division(labeled="1000", shards=8), Treatment(), {})
+    division = Division(labeled="1000", shards=8)
+    make_plan(Path(sys.argv[1]), [source], None, division, Treatment(), {})
     return peak()
 
 print(json.dumps([plan(2_000), plan(100_000)]))

@@ -26,7 +26,10 @@ from mpl_fast.packing.table import (
 )
 
 ODD = "\udcff o'n;e\"%?#"
-SOURCES = [SourceRow(0, "tree", "folder", f"/{ODD}", 0, 0), SourceRow(1, "x.tar", "archive", "/s", 9, 8)]
+SOURCES = [
+    SourceRow(0, "tree", "folder", f"/{ODD}", 0, 0),
+    SourceRow(1, "x.tar", "archive", "/s", 9, 8),
+]
 SHARDS = [
     ShardRow(0, "train", "train-00000-of-00002.rec", 0, 2, 30, "c0", "s0"),
     ShardRow(1, "train", "train-00001-of-00002.rec", 2, 1, 5, "c1", "s1"),
@@ -47,15 +50,17 @@ def path(tmp_path: Path) -> Path:
     with closing(create_table(path)) as connection:
         connection.execute("INSERT INTO plan VALUES (?)", ('{"src": ["\\udcff"]}',))
         for label, name in enumerate(["ant", f"bee{ODD}"]):
-            connection.execute("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", (label, raw(name)))
+            connection.execute(
+                "INSERT INTO classes VALUES (?, CAST(? AS TEXT))", (label, raw(name))
+            )
         for source in SOURCES:
             values = (*source[:3], raw(source.file), *source[4:])
             connection.execute("INSERT INTO sources VALUES (?,?,?,CAST(? AS TEXT),?,?)", values)
         connection.executemany("INSERT INTO shards VALUES (?,?,?,?,?,?,?,?)", SHARDS)
         for row in RECORDS:
-            values = (*row[:3], raw(row.name), row.source, raw(row.path), *row[6:])
             statement = "INSERT INTO records VALUES (?,?,?,CAST(? AS TEXT),?,CAST(? AS TEXT),?,?,?)"
-            connection.execute(statement, values)
+            text, key = raw(row.name), raw(row.path)
+            connection.execute(statement, (*row[:3], text, row.source, key, *row[6:]))
     return path
 
 
@@ -127,13 +132,16 @@ def test_no_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"text", b"", bytes(4096)])
 def test_other_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(DataError, match=f"^{tmp_path}/x: damaged"), reading(tmp_path / "x") as table:
+    with (
+        pytest.raises(DataError, match=f"^{tmp_path}/x: damaged"),
+        reading(tmp_path / "x") as table,
+    ):
         table.shards()
 
 
 def test_table_cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4096])
-    with pytest.raises(DataError, match="records.sqlite: damaged"), reading(path) as table:
+    with pytest.raises(DataError, match=r"records\.sqlite: damaged"), reading(path) as table:
         table.shards()
 
 

@@ -172,14 +172,21 @@ def test_pool_writes_what_one_process_writes(work: Path, tmp_path: Path) -> None
     assert told == sorted(told)
 
 
+def last_begun(work: Path) -> tuple[ShardRow, str, list[str]]:
+    """Return the shard that one process begins last (the smallest), the path of an image of it,
+    and the files in work when the other shard is finished."""
+    small, large = sorted(Planned(work / TABLE).shards, key=lambda shard: shard.bytes)
+    assert small.bytes < large.bytes
+    path = Planned(work / TABLE).rows[small.first_id + 3].path
+    return small, path, sorted([TABLE, large.file, f"{large.file}.done"])
+
+
 def test_error_of_one_job_ends_the_pool(work: Path, tmp_path: Path) -> None:
-    rows = Planned(work / TABLE)
-    lost = rows.rows[-1]
-    (tmp_path / "tree" / lost.path).unlink()
-    with pytest.raises(DataError, match=f"{lost.path}: .*; it was there when planned"):
+    _, path, left = last_begun(work)
+    (tmp_path / "tree" / path).unlink()
+    with pytest.raises(DataError, match=f"{path}: .*; it was there when planned"):
         run_local(jobs(work), 1, lambda images, size: None)
-    # The other one was finished before it.
-    assert sorted(path.name for path in work.iterdir()) == sorted([TABLE, FIRST, f"{FIRST}.done"])
+    assert sorted(path.name for path in work.iterdir()) == left
 
 
 def test_nothing_to_do(work: Path) -> None:
@@ -197,17 +204,18 @@ def worker_in(path: Path) -> int | None:
 
 
 def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None:
+    shard, path, left = last_begun(work)
     ended = threading.Event()
 
     def kill_late() -> None:
         """Kill the worker while it reads an image that never comes."""
         while not ended.wait(0.01):
-            worker = worker_in(work / f"{FIRST}.tmp")
+            worker = worker_in(work / f"{shard.file}.tmp")
             if worker is not None:
                 os.kill(worker, signal.SIGKILL)
                 return
 
-    image = tmp_path / "tree" / Planned(work / TABLE).rows[0].path
+    image = tmp_path / "tree" / path
     image.unlink()
     os.mkfifo(image)
     killer = threading.Thread(target=kill_late)
@@ -219,8 +227,8 @@ def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None
         ended.set()
         killer.join()
     assert str(caught.value) == (
-        f"a worker process ended without a word (SIGKILL; out of memory?) while it was at one of: "
-        f"{FIRST}; what is finished is kept: run the same command again, with a smaller -j if "
+        "a worker process ended without a word (SIGKILL; out of memory?) while it was at one of: "
+        f"{shard.file}; what is finished is kept: run the same command again, with a smaller -j if "
         "memory is short"
     )
-    assert not list(work.glob("*.done"))
+    assert sorted(path.name for path in work.iterdir()) == sorted([*left, f"{shard.file}.tmp"])
