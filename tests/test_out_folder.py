@@ -88,7 +88,9 @@ def test_publish_cut_short_is_finished_by_the_next_run(
     stop_at_rename(tmp_path, number, monkeypatch)
     assert "manifest.json" not in names(tmp_path)  # it looks unfinished
     with OutFolder(tmp_path) as folder:
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         assert folder.holdings() == sorted([*OTHERS, *NEW])
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     require_whole(tmp_path, NEW, "new")
 
 

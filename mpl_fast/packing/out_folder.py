@@ -117,9 +117,12 @@ class OutFolder:
         """Give all that the work folder's manifest lists its place, the manifest last.
 
         An old manifest goes first, so that no mixture of two packs ever looks complete. Cut short,
-        it is finished by the next run into this folder.
+        it is finished by the next run into this folder. A stop after it comes too late.
         """
         self._stops.enter_context(_stops_ignored())
+        self._place()
+
+    def _place(self) -> None:
         names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
         old = self.holdings()
         if MANIFEST in old:
@@ -139,7 +142,7 @@ class OutFolder:
         """Finish a publish that was cut short: only then the manifest is in the work folder."""
         if (self.work / MANIFEST).exists():
             with _stops_ignored():
-                self.publish()
+                self._place()
 
     def _clean(self) -> None:
         """Remove what no later run needs: all but finished shards, their plan and unpacked tars."""
