@@ -34,7 +34,8 @@ REQUIRES = [
 ]
 DEMO = ["scikit-learn", "matplotlib"]
 RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
-DEV = ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY]
+TESTS = ["pytest", "pytest-xdist", "hypothesis"]
+DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY]
 
 setup(
     name="mpl_fast",
