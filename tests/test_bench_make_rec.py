@@ -129,7 +129,8 @@ def test_every_contestant_writes_every_byte(
 
 
 def test_the_commands_that_shrink_and_read(archive: Path, tmp_path: Path) -> None:
-    names = ["ours-480-j1", "verify", "verify-deep", "list", "resplit", "ours-help"]
+    names = ["codecs-480", "ours-480-j1", "ours-480-photos-j1", "verify", "verify-deep", "list"]
+    names += ["resplit", "ours-help"]
     result, printed = run(archive, tmp_path, "--only", ",".join(names), "--repetitions", 1)
     assert {row["name"]: row["wrong"] for row in result["rows"]} == dict.fromkeys(names, "")
     assert result["data"]["large"]["images"] == LARGE
