@@ -31,7 +31,7 @@ from mpl_fast.packing.table import (
 from mpl_fast.packing.treatment import Treatment, describe
 
 Json = dict[str, Any]
-_EXAMPLES = 10  # groups of duplicates that the manifest names
+_EXAMPLES = 10  # groups of duplicates that the manifest names, and names of each
 
 
 def unfinished(work: Path, shards: Iterable[ShardRow]) -> list[str]:
@@ -240,7 +240,7 @@ def _duplicates(table: Table, classes: list[str]) -> Json:
             across += len(parts) > 1
             if len(examples) < _EXAMPLES:
                 named = {f"{key(classes, record)} ({prefix})" for record, prefix in group}
-                examples.append(sorted(named))
+                examples.append(sorted(named)[:_EXAMPLES])
     return {"groups": groups, "images": images, "across_splits": across, "examples": examples}
 
 
@@ -269,7 +269,7 @@ def describe_duplicates(found: Mapping[str, Any]) -> str:
     if not found["groups"]:
         return ""
     across = found["across_splits"]
-    shown = "; ".join(" = ".join(group) for group in found["examples"][:3])
+    shown = "; ".join(" = ".join(group[:3]) for group in found["examples"][:3])
     return (
         f"{found['images']} images are there more than once, in {found['groups']} groups"
         f"{f', {across} of them in training and validation both' if across else ''}: {shown}"
