@@ -10,7 +10,15 @@ from mpl_fast.packing.out_folder import WORK
 from mpl_fast.packing.pack import Json, PackOptions, plan_to
 from mpl_fast.packing.plan import Division, make_plan
 from mpl_fast.packing.sources import Image, Source
-from mpl_fast.packing.table import TABLE, RecordRow, ShardRow, key, reading
+from mpl_fast.packing.table import (
+    TABLE,
+    RecordRow,
+    ShardRow,
+    Table,
+    WrittenRow,
+    key,
+    reading,
+)
 from mpl_fast.packing.treatment import Treatment
 from mpl_fast.packing.workers import run_job
 
@@ -118,3 +126,17 @@ def finished(options: PackOptions) -> tuple[Path, Json]:
     """Return the work folder of a pack that only lacks its manifest, and the manifest."""
     work = write_shards(plan_work(options), options.treatment)
     return work, finish(work, options.treatment)
+
+
+def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:
+    """Return the records that a shard holds, in order, with their places in it."""
+    query = (
+        "SELECT records.*, written.* FROM written JOIN records USING (id) "
+        "WHERE id BETWEEN ? AND ? ORDER BY id"
+    )
+    width = len(RecordRow._fields)
+    # USING gives one id column for `records.*` and again for `written.*`.
+    return [
+        (RecordRow(*row[:width]), WrittenRow(*row[width:]))
+        for row in table.query(query, (shard.first_id, shard.first_id + shard.records - 1))
+    ]

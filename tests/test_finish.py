@@ -20,7 +20,15 @@ from mpl_fast.packing.pack import Json, PackOptions, conclude
 from mpl_fast.packing.plan import Division
 from mpl_fast.packing.table import TABLE, ShardRow, reading
 from mpl_fast.packing.treatment import Treatment
-from tests.made_packs import KEEP, Planned, finished, options_of, plan_work, write_shards
+from tests.made_packs import (
+    KEEP,
+    Planned,
+    finished,
+    options_of,
+    plan_work,
+    write_shards,
+    written_rows,
+)
 from tests.pack_command import jpeg, read_record, split_line
 from tests.small_sources import make_tar, make_tree
 
@@ -104,7 +112,7 @@ def test_table_tells_where_each_image_lies(tree: Path, layout: str, shards: int)
         for shard, told in zip(table.shards(), manifest["shards"], strict=True):
             content = (work / shard.file).read_bytes()
             at = 0
-            for record, written in table.written(shard):
+            for record, written in written_rows(table, shard):
                 image = read_record(content, written.offset)[24:]
                 part = "val" if shard.prefix == "val" else "train"
                 assert image == (tree / part / record.path).read_bytes()

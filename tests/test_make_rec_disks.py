@@ -73,6 +73,15 @@ def test_disk_that_fills(tree: Path, tmp_path: Path) -> None:
         assert {name: again[name] for name in kept} == kept
 
 
+def test_images_that_become_smaller_may_fit(tree: Path, tmp_path: Path) -> None:
+    for number in range(100, 120):  # some 30 MB
+        (tree / "train" / "ant" / f"{number}.jpg").write_bytes(jpeg(number, 1200))
+    with memory_disk(tmp_path / "disk", "20m") as disk:
+        common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
+        refuse(*common, "--out", disk / "out", status=3)
+        run("pack", *common, "--short-side", 64, "--out", disk / "out")
+
+
 @pytest.mark.parametrize("kib", [4, 26])
 def test_no_file_may_grow(tree: Path, tmp_path: Path, kib: int) -> None:
     out = tmp_path / "out"

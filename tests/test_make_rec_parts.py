@@ -30,6 +30,11 @@ def tree(tmp_path: Path) -> Path:
     return make_tree(tmp_path)
 
 
+def start(*arguments: object) -> subprocess.Popen[str]:
+    line, pipe = command_line(*arguments), subprocess.PIPE
+    return subprocess.Popen(line, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
 def archive_of(tree: Path) -> tuple[Any, ...]:
     """Compress the tree; return options that pack it into 3 + 3 shards."""
     archive = tree.parent / "all.tar.gz"
@@ -111,6 +116,58 @@ def test_part_that_is_busy_or_damaged(tree: Path, tmp_path: Path) -> None:
         "train-00000-of-00003.rec", "train-00002-of-00003.rec"}  # fmt: skip
     run("finish", out)
     assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("remedy", ["mend", "remove", "skip"])
+def test_part_with_a_bad_image_has_a_way_out(tree: Path, tmp_path: Path, remedy: str) -> None:
+    out, image = tmp_path / "out", tree / "train" / "bee" / "3.jpg"
+    content = image.read_bytes()
+    image.write_bytes(content[:100])
+    common = ("--src", tree / "train", "--labeled", 6, "--shards", 4, "--out", out)
+    failed = []
+    for part in ("1/2", "2/2"):
+        process = start("pack", *common, "--part", part)
+        line = process.communicate(timeout=60)[1].splitlines()[-1]
+        if process.returncode:
+            failed.append(part)
+            assert process.returncode == 4
+            assert "bee/3.jpg" in line
+            assert "run this part with --force" in line
+    assert len(failed) == 1
+    more: tuple[object, ...] = ("--on-bad", "skip") if remedy == "skip" else ()
+    if remedy == "mend":
+        image.write_bytes(content)
+    elif remedy == "remove":
+        image.unlink()
+    run("pack", *common, *more, "--part", failed[0], "--force")
+    if remedy == "remove":  # every shard is another one now
+        run("pack", *common, "--part", "1/2")
+        run("pack", *common, "--part", "2/2")
+    run("finish", out)
+    fresh = pack(*common[:-2], *more, out=tmp_path / "fresh")
+    assert hashes(out) == hashes(fresh)
+
+
+def test_parts_of_another_number_wait_for_each_other(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ("--src", tree / "train", "--labeled", 6, "--shards", 4, "--out", out)
+    running = [start("pack", *common, "--part", part) for part in ("1/1", "1/2", "2/2", "1/3")]
+    for process in running:
+        assert process.wait(timeout=60) == 0, process.communicate()[1]
+    run("finish", out)
+    assert hashes(out) == hashes(pack(*common[:-2], out=tmp_path / "fresh"))
+
+
+def test_finish_refuses_what_was_skipped_by_another_wish(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tree / "train" / "bee" / "3.jpg").write_bytes(b"words")
+    common = ("--src", tree / "train", "--labeled", 6, "--shards", 2, "--out", out)
+    run("pack", *common, "--on-bad", "skip", "--part", "1/1")
+    refuse(*common, status=4)
+    line = refuse(out, command="finish", status=4)
+    assert "with --on-bad skip lack 1 images: " in line
+    assert "bee/3.jpg" in line
+    assert not (out / "manifest.json").exists()
 
 
 def test_finish_that_is_stopped_goes_on(tree: Path, tmp_path: Path) -> None:

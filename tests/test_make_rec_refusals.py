@@ -1,12 +1,14 @@
 """tools/make_rec.py on bad input and taken folders: one line, an exit code, nothing overwritten."""
 
 import fcntl
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.pack_command import (
+    command_line,
     hashes,
     identities,
     jpeg,
@@ -120,6 +122,10 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
     (tree / "val" / "dog").mkdir()
     (tree / "val" / "dog" / "1.jpg").write_bytes(jpeg(1))
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "far" / "a").mkdir(parents=True)
+    (tmp_path / "far" / "a" / "late.jpg").write_bytes(jpeg(2))
+    os.utime(tmp_path / "far" / "a" / "late.jpg", (10_500_000_000, 10_500_000_000))  # in 2302
     for arguments, status, message in (
         (("--src", train, "--out", out, "--val", val), 4, "1 classes are not in the training"),
         (("--src", train, "--out", train / "rec"), 2, "lies inside the source"),
@@ -145,11 +151,27 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", out, "--val", ""), 2, "--val: its value is empty"),
         (("--src", train, "--out", ""), 2, "--out: its value is empty"),
         (("--src", train, "--out", "x" * 300), 3, "File name too long"),
+        (("--src", "x" * 300, "--out", out), 4, f"--src {'x' * 300}: File name too long"),
+        (("--src", tmp_path / "loop", "--out", out), 4, "loop"),
+        (("--src", train, "--out", tmp_path / "loop"), 3, "loop"),
+        (("--src", tmp_path / "far", "--out", out, "--labeled", "1"), 4, "a/late.jpg: its time is"),
+        (("--src", train, "--out", out, "--val-labels", "x"), 2, "there is no --val that needs"),
+        (("--src", train, "--out", out, "--shard-size", "9" * 400), 2, "is no size"),
     ):  # fmt: skip
         assert message in refuse(*arguments, status=status)
     assert not out.exists()
     assert "required: COMMAND" in run(status=2).stderr
     assert f"{out}: no such folder" in refuse(out, command="finish", status=4)
+
+
+def test_output_that_nobody_can_read(tree: Path, tmp_path: Path) -> None:
+    common = ("--src", tree / "train", "--labeled", 6, "--out", tmp_path / "out")
+    with Path("/dev/full").open("w") as full:
+        line = command_line("pack", *common)
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr == "make_rec: error: standard output: No space left on device\n"
+    assert "already complete" in run("pack", *common).stdout  # it was no fault of the pack
 
 
 def test_folder_in_use(tree: Path, tmp_path: Path) -> None:

@@ -92,6 +92,28 @@ def test_list_and_records(tree: Path, tmp_path: Path) -> None:
     assert sum(shard["multipart"] for shard in manifest_of(again)["shards"]) == 1
 
 
+def test_numbers_that_mean_other_classes_are_refused(tmp_path: Path) -> None:
+    for label in range(12):
+        (tmp_path / "train" / str(label)).mkdir(parents=True)
+        for number in range(2):
+            image = jpeg(100 * label + number)
+            (tmp_path / "train" / str(label) / f"{number}.jpg").write_bytes(image)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "v.jpg").write_bytes(jpeg(9999))
+    # im2rec numbers the folders in the order of their names: 0, 1, 10, 11, 2, ...
+    for label, status in ((0, 0), (11, 4)):
+        lines = "".join(f"{row}\t{row}\tv{row}.jpg\n" for row in range(12))
+        for row in range(12):
+            (tmp_path / "val" / f"v{row}.jpg").write_bytes(jpeg(5000 + row))
+        listed = tmp_path / "val.lst"
+        listed.write_text(lines if label else "0\t0\tv0.jpg\n")
+        common = ("--src", tmp_path / "train", "--val", listed, "--root", tmp_path / "val",
+                  "--labeled", 12, "--out", tmp_path / f"out{label}")  # fmt: skip
+        done = run("pack", *common, status=status)
+    assert "its labels are numbers, and so are the names of the training classes" in done.stderr
+    assert "(class 10 has label 2)" in done.stderr
+
+
 def test_several_sources_are_joined(tree: Path, tmp_path: Path) -> None:
     more = tmp_path / "more" / "bee"
     more.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_interrupt_keeps_finished_shards(
     assert go_on(running, slow_tree, out) == whole
 
 
+def test_second_interrupt_changes_nothing(
+    slow_tree: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with started(slow_tree, out, "-j", 2) as running:
+        for _ in range(20):
+            running.signal(signal.SIGINT, group=True)
+            time.sleep(0.01)
+        (line,) = running.wait()
+    assert running.process.returncode == 130
+    assert line.startswith("make_rec: interrupted; ")
+    assert go_on(running, slow_tree, out) == whole
+
+
 def test_stop_before_a_shard_is_finished(slow_tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with started(slow_tree, out, "--shards", 1, finished=0) as running:
@@ -117,6 +132,21 @@ def test_kill_while_files_get_their_names(tmp_path: Path, rename: int, force: li
     assert "manifest.json" not in names(out)
     assert "already complete" in run("pack", *common, "--out", out).stdout
     assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
+
+
+def test_kill_when_all_files_have_their_names(tmp_path: Path) -> None:
+    tree, out = make_tree(tmp_path), tmp_path / "out"
+    common = ("--src", tree / "train", "--labeled", "6", "--shards", 2, "--out", out)
+    run("pack", *common)
+    before = hashes(out)
+    (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
+    (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
+    (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
+    for command in (("finish", out), ("pack", *common), ("resplit", out, "--labeled", "6")):
+        assert "error" not in run(*command).stderr
+        assert hashes(out) == before
+        (out / ".pack").mkdir()
+        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
 
 
 @pytest.mark.parametrize("action", ["SIGINT", "SIGTERM"])

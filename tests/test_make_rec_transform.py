@@ -44,6 +44,18 @@ def damage(train: Path) -> dict[str, str]:
     return {key: reason for key, (_, reason) in faults.items()}
 
 
+def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None:
+    bad = [tree / "train" / "ant" / f"bad{number:02d}.jpg" for number in range(15)]
+    for path in bad:
+        path.write_bytes(b"words")
+    common = ("--src", tree / "train", "--out", tmp_path / "out", "--labeled", "6")
+    done = run("pack", *common, status=4)
+    *each, last = done.stderr.splitlines()
+    assert [line.split(": ")[2] for line in each] == list(map(str, bad))
+    assert "error: 15 images cannot be used" in last
+    assert " and 5 more; mend or remove them" in last
+
+
 def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     train, val, out = tree / "train", tree / "val", tmp_path / "out"
     faults = damage(train)

@@ -70,6 +70,17 @@ def pack_tree(tree: Path, out: Path, drawn: dict[str, Any], *more: object) -> Pa
     return pack(*sources, *options(drawn), *more, "-j", 1, out=out)
 
 
+@pytest.mark.parametrize("change", ["crc32 = crc32 + 1", "offset = offset + 4", "length = 4"])
+def test_damaged_table_is_refused(packed: Path, change: str) -> None:
+    with closing(sqlite3.connect(packed / TABLE)) as table:
+        table.execute(f"UPDATE written SET {change} WHERE id = 3")
+        table.commit()
+    before = contents(packed)
+    with pytest.raises(DataError, match=r"records\.sqlite: damaged, its sha256 is not"):
+        again(packed, labeled="6")
+    assert contents(packed) == before
+
+
 @pytest.mark.parametrize(
     "changed",
     [

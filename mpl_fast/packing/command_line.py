@@ -10,15 +10,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.errors import ConfigError, OutputError, UserError
 from mpl_fast.packing import commands
 from mpl_fast.packing.out_folder import WORK
 from mpl_fast.packing.plan import LAYOUTS
 from mpl_fast.packing.split import BALANCES
 from mpl_fast.packing.treatment import ACTIONS, CHECKS
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}  # powers of 2
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -217,10 +219,10 @@ def _path(text: str) -> Path:
 
 def _size(text: str) -> int:
     found = _SIZE.fullmatch(text)
-    size = int(float(found[1]) * (1 << _UNITS[found[2].lower()])) if found else 0
-    if size < 1:
+    size = float(found[1]) * (1 << _UNITS[found[2].lower()]) if found else 0.0
+    if not 1 <= size < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is no size; write 512M or 1G")
-    return size
+    return int(size)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -245,7 +247,8 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
     known = parse(build_parser(), arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in _STOPS:
+        signal.signal(number, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
@@ -257,10 +260,25 @@ def main(arguments: list[str]) -> int:
         kept = f"; {_kept(known.out)}" if known.command == "pack" else ""
         print(f"make_rec: interrupted{kept}", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(summary, dict):
-        print(json.dumps(summary, indent=1))
-    elif summary and not known.quiet:
-        print("\n".join(summary))
+    lines = [json.dumps(summary, indent=1)] if isinstance(summary, dict) else summary
+    return _print([] if known.quiet and not isinstance(summary, dict) else lines)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Stop once: what follows a first Ctrl-C is not to be cut short by a second one."""
+    for stop in _STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _print(lines: list[str]) -> int:
+    try:
+        print("\n".join(lines), end="\n" if lines else "", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails, too
+        if not isinstance(error, BrokenPipeError):
+            print(f"make_rec: error: standard output: {error.strerror}", file=sys.stderr)
+        return OutputError.exit_code
     return 0
 
 

@@ -35,7 +35,11 @@ def run_pack(known: argparse.Namespace) -> Result:
 def run_finish(known: argparse.Namespace) -> Result:
     """Finish a pack whose parts are all there."""
     manifest = finish_parts(known.out)
-    return manifest if known.json else _summary(str(known.out), manifest)
+    if known.json:
+        return manifest
+    if manifest.get("already_complete"):
+        return [f"{known.out}: already complete, nothing to do; verify looks at every byte"]
+    return _summary(str(known.out), manifest, finished=True)
 
 
 def run_resplit(known: argparse.Namespace) -> Result:
@@ -101,6 +105,8 @@ def run_locate(known: argparse.Namespace) -> Result:
 def run_extract(known: argparse.Namespace) -> Result:
     """Write the image of a record to a file, or to standard output."""
     found, image = extract(known.out, known.what)
+    if str(known.to) == "-" and known.json:
+        raise ConfigError("--to - writes the image to standard output: there is no room for --json")
     if str(known.to) == "-":
         sys.stdout.buffer.write(image)
         return []
@@ -151,7 +157,8 @@ def _pack_lines(options: PackOptions, done: Json) -> list[str]:
     return _summary(str(options.out), done)
 
 
-def _summary(out: str, manifest: Json) -> list[str]:
+def _summary(out: str, manifest: Json, *, finished: bool = False) -> list[str]:
+    """Return what a pack has become; where it was only finished, its time says nothing."""
     lines = []
     for name, split in manifest["splits"].items():
         lines.append(
@@ -163,13 +170,15 @@ def _summary(out: str, manifest: Json) -> list[str]:
         lines.append(f"{actions.count(action)} images were {action}; the manifest names them")
     totals = manifest["totals"]
     seconds = max(totals["seconds"], 1e-3)
-    lines.append(
-        f"{out}: {totals['images']} records, {manifest['classes']['n']} classes, "
-        f"{totals['bytes_out']} bytes in {len(manifest['shards'])} shards, "
-        f"{totals['seconds']:.1f} s, {totals['images'] / seconds:.0f} images/s, "
+    speed = (
+        f", {totals['seconds']:.1f} s, {totals['images'] / seconds:.0f} images/s, "
         f"{totals['bytes_out'] / seconds / 1e6:.1f} MB/s"
     )
-    return lines
+    whole = (
+        f"{out}: {totals['images']} records, {manifest['classes']['n']} classes, "
+        f"{totals['bytes_out']} bytes in {len(manifest['shards'])} shards"
+    )
+    return [*lines, whole if finished else whole + speed]
 
 
 def _dry_lines(told: Json) -> list[str]:

@@ -31,6 +31,7 @@ from mpl_fast.packing.table import (
 from mpl_fast.packing.treatment import Treatment, describe
 
 Json = dict[str, Any]
+_BLOCK = 1 << 14  # rows in memory at a time
 _EXAMPLES = 10  # groups of duplicates that the manifest names, and names of each
 
 
@@ -69,6 +70,12 @@ def finish(work: Path, treatment: Treatment) -> Json:
             )
     completed = work / f"{TABLE}.tmp"
     bad = _complete_table(work, completed)
+    skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
+    if skipped and treatment.on_bad == "fail":
+        raise DataError(
+            f"{work.parent}: shards that were packed with --on-bad skip lack {len(skipped)} "
+            f"images: {first_few(skipped, between='; ')}; pack with --on-bad skip, or mend them"
+        )
     with reading(completed) as table:
         manifest = _manifest(work, table, treatment) | {"bad": bad}
     manifest["table_sha256"] = sha256_of(completed)
@@ -113,7 +120,9 @@ def _written(work: Path, table: Table) -> Iterator[tuple[int, ...]]:
     """Yield id, offset, length, size and crc32 of every record, in order."""
     for shard in table.shards():
         done = Done.load(work / f"{shard.file}.done")
-        yield from zip(*(getattr(done, name).tolist() for name in _COLUMNS), strict=True)
+        for start in range(0, len(done.ids), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield from zip(*(getattr(done, name)[block].tolist() for name in _COLUMNS), strict=True)
 
 
 def _holds(table: Table, rows: Iterator[tuple[int, ...]]) -> bool:
@@ -171,12 +180,12 @@ def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
 
 
 def _sources(table: Table) -> list[Json]:
-    totals = {
-        source: (images, size)
-        for source, images, size in table.query(
-            "SELECT source, count(*), sum(size) FROM records GROUP BY source"
-        )
-    }
+    options = table.options()
+    # Where labeled images lie in two .rec files, they are counted once.
+    twice = options["layout"] == "separate" and options["unlabeled"] == "all"
+    images = "(SELECT DISTINCT source, path, start, size FROM records)" if twice else "records"
+    query = f"SELECT source, count(*), sum(size) FROM {images} GROUP BY source"
+    totals = {source: (images, size) for source, images, size in table.query(query)}
     return [
         {
             "spec": source.spec,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST, load_manifest
+from mpl_fast.data.manifest import MANIFEST, load_manifest, sha256_of
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.out_folder import WORK
@@ -18,23 +18,37 @@ _KEPT = (
 )
 _SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "sha256": str, "first_id": int}
 _SPLIT = {"records": int, "shards": list, "idx": str, "idx_sha256": str, "lst": str}
+_TOTALS = {"images": int, "bytes_in": int, "bytes_out": int, "seconds": (int, float)}
+_ALL = {"totals": dict, "options": dict, "transform": dict, "sources": list, "bad": list}
+_ALL |= {"table_sha256": str, "layout": str, "duplicates": dict}
+_SOURCE = {"spec": str, "kind": str, "images": int, "bytes": int}
+_BAD = {"action": str}
 
 
 def load_pack(root: Path) -> Json:
     """Return the manifest of a finished folder; DataError tells what else the folder holds."""
-    if (root / WORK / MANIFEST).is_file():
+    try:
+        publishing = (root / WORK / MANIFEST).is_file()
+        packing = (root / WORK).is_dir() and not (root / MANIFEST).exists()
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}") from error
+    if publishing:
         raise DataError(
             f"{root}: was stopped while its files got their names; run: make_rec.py finish {root}"
         )
-    if (root / WORK).is_dir() and not (root / MANIFEST).exists():
+    if packing:
         raise DataError(
             f"{root}: its packing is not finished; run the same pack command again, or after "
             "pack --part: make_rec.py finish"
         )
     manifest = load_manifest(root)
     try:
-        entries = [(entry, _SHARD) for entry in manifest["shards"]]
+        entries: list[tuple[Json, Mapping[str, Any]]] = [(manifest, _ALL)]
+        entries += [(manifest["totals"], _TOTALS)]
+        entries += [(entry, _SHARD) for entry in manifest["shards"]]
         entries += [(entry, _SPLIT) for entry in manifest["splits"].values()]
+        entries += [(entry, _SOURCE) for entry in manifest["sources"]]
+        entries += [(entry, _BAD) for entry in manifest["bad"]]
         wrong = [
             name
             for entry, form in entries
@@ -44,12 +58,25 @@ def load_pack(root: Path) -> Json:
         known = {entry["file"] for entry in manifest["shards"]}
         wrong += [name for s in manifest["splits"].values() for name in {*s["shards"]} - known]
         wrong += [] if isinstance(manifest["classes"]["sha256"], str) else ["classes"]
-        wrong += [] if isinstance(manifest["table_sha256"], str) else ["table_sha256"]
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
         raise DataError(f"{root / MANIFEST}: damaged ({first_few(wrong)}); pack again")
     return manifest
+
+
+def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
+    """DataError when the table is not the one that the manifest was written with."""
+    path = root / TABLE
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if found != manifest["table_sha256"]:
+        raise DataError(
+            f"{path}: damaged, its sha256 is not the manifest's; make_rec.py verify {root} tells "
+            "what else is, then pack again"
+        )
 
 
 def info(root: Path) -> Json:

@@ -11,7 +11,7 @@ from typing import Any
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.inspection import load_pack
+from mpl_fast.packing.inspection import load_pack, require_table
 from mpl_fast.packing.table import TABLE, RecordRow, Table, WrittenRow, key, place, raw, reading
 
 _PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
@@ -49,6 +49,7 @@ def locate(root: Path, text: str) -> Found:
     that lies inside a record finds that record. DataError when there is none.
     """
     manifest = load_pack(root)
+    require_table(root, manifest)
     match = _PLACE.search(text)
     if not match:
         raise DataError(
@@ -79,6 +80,7 @@ def find(root: Path, what: str) -> Found:
     several that differ.
     """
     manifest = load_pack(root)
+    require_table(root, manifest)
     with reading(root / TABLE) as table:
         classes = table.classes()
         planned = _with_id(table, what) or _with_name(table, classes, what)

@@ -88,6 +88,8 @@ class OutFolder:
 
     def finished(self) -> list[str]:
         """Return the names of the shards that are finished but have not got their place yet."""
+        if not (self.work / TABLE).exists():
+            return []  # what a publish has left that was killed at its very end
         return sorted(path.stem for path in self.work.glob("*.rec.done"))
 
     def discard(self) -> None:
@@ -102,6 +104,25 @@ class OutFolder:
             raise OutputError(
                 f"{self.path}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on this disk"
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Tell whether no other part is being packed; within, none begins then."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        try:
+            yield alone
+        finally:
+            self._share()
+
+    def _share(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{self.path}: another make_rec is writing here") from error
 
     @contextmanager
     def held(self, name: str, busy: str | None = None) -> Iterator[None]:

@@ -26,6 +26,7 @@ from mpl_fast.packing.treatment import Treatment
 from mpl_fast.packing.workers import Jobs, run_local
 
 Json = dict[str, Any]
+LISTED = 10  # bad images in one line; more have a line each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,17 +132,32 @@ def warn(lines: Sequence[str]) -> None:
 
 def check_options(options: PackOptions) -> None:
     """Refuse what can be refused before anything is created."""
-    with output_errors(options.out):
+    try:
         out = options.out.resolve()
         if options.out.exists() and not options.out.is_dir():
             raise OutputError(f"--out {options.out}: is a file, not a folder")
+    except (OSError, RuntimeError) as error:  # of links in a circle
+        raise OutputError(f"--out {options.out}: {_reason(error)}") from error
+    if options.val_labels and options.val is None:
+        raise ConfigError(f"--val-labels {options.val_labels}: there is no --val that needs them")
     for name, specs in (("--src", options.src), ("--val", (options.val,))):
         for spec in specs:
             if spec == "":
                 raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
-            path = Path(spec or "/").resolve()
-            if spec and path.is_dir() and (out == path or path in out.parents):
+            if spec and _lies_in(out, name, spec):
                 raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
+
+
+def _lies_in(out: Path, name: str, spec: str) -> bool:
+    try:
+        path = Path(spec).resolve()
+        return path.is_dir() and (out == path or path in out.parents)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} {spec}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def open_sources(options: PackOptions, work: Path) -> tuple[list[Source], Source | None]:
@@ -221,7 +237,13 @@ def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -
         with reading(folder.work / TABLE) as table:
             everything = table.shards()
         shards = [shard for shard in everything if shard.number % parts == number - 1]
-        _write(folder, shards, options)
+        try:
+            _write(folder, shards, options)
+        except DataError as error:
+            raise DataError(
+                f"{error} (then run this part with --force while no other is being packed: it "
+                "plans anew, and the finished shards stay)"
+            ) from error
         missing = unfinished(folder.work, everything)
     return {
         "part": f"{number}/{parts}",
@@ -231,19 +253,25 @@ def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -
 
 
 def _plan_once(folder: OutFolder, options: PackOptions) -> None:
-    """Make the plan unless another part has: then only its options are compared."""
+    """Make the plan unless another part has: then only its options are compared.
+
+    --force makes it anew when no other part is at work; finished shards stay that are in it, too.
+    """
     path = folder.work / TABLE
     if not path.exists():
-        new = folder.work / "plan.new"
-        plan_to(new, options)
-        new.replace(path)
+        _plan(folder, options)
         return
+    if options.force:
+        with folder.alone() as alone:
+            if alone:  # nobody is at work by the old plan
+                _plan(folder, options)
+                return
     with reading(path) as table:
         changed = changes(table.options(), options.planned())
     if changed:
         raise OutputError(
-            f"{folder.path}: the parts of this pack have other options ({changed}); use those, or "
-            "another --out"
+            f"{folder.path}: the parts of this pack have other options ({changed}); use those, "
+            "another --out, or --force while no other part is being packed"
         )
 
 
@@ -254,7 +282,8 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     missing = set(unfinished(folder.work, shards))
     todo = [shard for shard in shards if shard.file in missing]
     records, size = (sum(getattr(s, name) for s in todo) for name in ("records", "bytes"))
-    folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
+    if options.treatment.short_side is None:  # else nobody knows before
+        folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
     jobs = Jobs(folder.work, shards, options.treatment, options.read_threads)
     images, size = (sum(getattr(s, name) for s in shards) for name in ("records", "bytes"))
     progress = None if options.quiet else Progress("packed", images, size, sys.stderr)
@@ -277,10 +306,13 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
             if remark.action in refused and record is not None:
                 faults.append(f"{place(sources[record.source], record)}: {remark.reason}")
     if faults:
-        listed = first_few(sorted(set(faults)), between="; ")
+        every = sorted(set(faults))
+        if len(every) > LISTED:
+            warn(every)
         raise DataError(
-            f"{len(set(faults))} images cannot be used, nothing was published: {listed}; mend or "
-            "remove them, or leave them out with --on-bad skip"
+            f"{len(every)} images cannot be used, nothing was published: "
+            f"{first_few(every, LISTED, '; ')}; mend or remove them, or leave them out with "
+            "--on-bad skip"
         )
 
 

@@ -7,7 +7,7 @@ SQLite files beside it, so that the number of images is bounded by the disk, not
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,6 +119,9 @@ def make_plan(
             table.execute("ATTACH CAST(? AS TEXT) AS found", (raw(str(_scratch(path))),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
+            # Sorting needs as much space again: here, not on the disk of the system's folder.
+            with suppress(sqlite3.Error, ValueError):
+                table.execute(f"PRAGMA temp_store_directory = '{_quoted(path.parent)}'")
             table.execute("BEGIN")
             warnings = _Planner(table, path.parent, how, treatment, options).run(train, val)
             table.execute("COMMIT")
@@ -128,6 +131,10 @@ def make_plan(
     finally:
         _scratch(path).unlink(missing_ok=True)
     return warnings
+
+
+def _quoted(folder: Path) -> str:
+    return str(folder.absolute()).replace("'", "''")
 
 
 def _scratch(path: Path) -> Path:
@@ -185,6 +192,8 @@ class _Planner:
         shuffle = self._how.order == "shuffle"
         seed = f"order:{self._how.shuffle_seed}"
         for image in source.images():
+            if abs(image.stamp) >= 1 << 63:
+                raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
             yield (
                 part,
                 number,
@@ -215,8 +224,16 @@ class _Planner:
         names = _class_order(train) or sorted(self._classes_in(_TRAIN))
         labels = {name: label for label, name in enumerate(names)}
         known = self._classes_in(_VAL) & labels.keys()
-        if val is not None and not known and _is_numbered(val, len(names)):
-            labels |= {str(label): label for label in range(len(names))}
+        if val is not None and _is_numbered(val, len(names)):
+            other = [name for name in sorted(known) if labels[name] != int(name)]
+            if other:
+                raise DataError(
+                    f"{val.spec}: its labels are numbers, and so are the names of the training "
+                    f"classes, in another order (class {other[0]} has label {labels[other[0]]}); "
+                    "give it class folders or --val-labels"
+                )
+            if not known:
+                labels |= {str(label): label for label in range(len(names))}
         self._require_known(_TRAIN, " + ".join(source.spec for source in train), labels)
         if val is not None:
             self._require_known(_VAL, val.spec, labels)

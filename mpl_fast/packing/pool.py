@@ -76,10 +76,10 @@ def _death(jobs: Sequence[Job[T]], board: Any, workers: Sequence[BaseProcess]) -
     codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM}
     ends = [_end(code) for code in codes if code is not None] or ["SIGTERM"]
     running = [job.name for at, job in enumerate(jobs) if board[1 + 3 * at] == _RUNNING]
+    where = f" while it was at one of: {first_few(running)}" if running else ""
     return (
-        f"a worker process ended without a word ({', '.join(ends)}; out of memory?) while it was "
-        f"at one of: {first_few(running)}; what is finished is kept: run the same command again, "
-        "with a smaller -j if memory is short"
+        f"a worker process ended without a word ({', '.join(ends)}; out of memory?){where}; what "
+        "is finished is kept: run the same command again, with a smaller -j if memory is short"
     )
 
 

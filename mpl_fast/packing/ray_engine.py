@@ -25,7 +25,11 @@ def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remar
             "--engine ray: Ray is not installed; pip install 'mpl_fast[ray]'"
         ) from error
     root = str(Path(__file__).resolve().parents[2])
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, logging_level=logging.WARNING)
+    try:
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--engine ray: no cluster is reached or started ({reason})") from error
     try:
         # Tasks that a lost node took with it run again elsewhere; an error of a task is final.
         task = ray.remote(max_retries=3)(_ray_job)

@@ -16,7 +16,7 @@ _HEAD = struct.Struct("<IIIfQQ")
 _FRAME = struct.Struct("<II")
 _IMAGE_HEADER = _HEAD.size - _FRAME.size  # bytes
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")
 
 
 class FramedRecord(NamedTuple):

@@ -12,7 +12,7 @@ from mpl_fast.data.manifest import MANIFEST, sha256_of
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.cut import plan_digest
 from mpl_fast.packing.done import sync_file
-from mpl_fast.packing.inspection import load_pack
+from mpl_fast.packing.inspection import load_pack, require_table
 from mpl_fast.packing.out_folder import OutFolder
 from mpl_fast.packing.plan import splits
 from mpl_fast.packing.split import choose
@@ -48,6 +48,7 @@ def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabele
         folder.discard()  # what a resplit that was killed has left
         manifest = load_pack(root)
         _require_shared(root, manifest)
+        require_table(root, manifest)
         new = folder.work / _NEW
         _draw(root / TABLE, new, drawn)
         with reading(new) as table:

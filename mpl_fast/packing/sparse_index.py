@@ -7,6 +7,7 @@ cursor, which is how the lines of a sparse index are padded here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
@@ -49,7 +50,7 @@ def places(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Place]:
 
     sizes are the bytes of the joined files.
     """
-    starts = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+    starts = [0, *accumulate(sizes)]
     file = 0
     previous: int | None = None
     for offset in offsets:

@@ -183,18 +183,6 @@ class Table:
         row = self._connection.execute(query, (record_id,)).fetchone()
         return RecordRow(*row) if row else None
 
-    def written(self, shard: ShardRow) -> Iterator[tuple[RecordRow, WrittenRow]]:
-        """Yield the records that a shard holds, in order, with their places in it."""
-        query = (
-            "SELECT records.*, written.* FROM written JOIN records USING (id) "
-            "WHERE id BETWEEN ? AND ? ORDER BY id"
-        )
-        last = shard.first_id + shard.records - 1
-        width = len(RecordRow._fields)
-        for row in self._connection.execute(query, (shard.first_id, last)):
-            # USING gives one id column for `records.*` and again for `written.*`.
-            yield RecordRow(*row[:width]), WrittenRow(*row[width:])
-
     def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of any other question."""
         # Not `yield from`: a half-read answer may be closed after the connection.

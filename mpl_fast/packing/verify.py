@@ -57,8 +57,8 @@ class Report:
         files = list(dict.fromkeys(problem.file for problem in self.problems))
         shards = [file for file in files if file.endswith(".rec")]
         remedy = (
-            f"delete {first_few(shards, 3)} and run the same pack command again: only that is "
-            "packed anew"
+            f"delete {first_few(shards, 3)} and run its pack command again (info shows the "
+            "options): only that is packed anew"
             if shards == files and not all(p.text.startswith("undamaged") for p in self.problems)
             else "delete the folder's files and pack again"
         )

@@ -4,13 +4,16 @@ A job is told the work folder and the number of its shard and nothing else: no i
 one process to another, and no machine needs to know of the others.
 """
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mpl_fast.errors import DataError
+from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.done import Done, Remark
 from mpl_fast.packing.pool import Advance, Job, run_jobs
 from mpl_fast.packing.shard import StoppedError, write_shard
@@ -18,6 +21,7 @@ from mpl_fast.packing.table import TABLE, ShardRow, reading
 from mpl_fast.packing.treatment import Treatment
 
 _CHUNK = 8 << 20  # bytes hashed at a time
+_LOOK = 0.2  # seconds between two looks whether a shard is free
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,30 @@ def run_job(
     """
     with reading(work / TABLE) as table:
         shard = table.shard(number)
-    done = _whole(work, shard, lambda: advance(0, 0))
-    if done is not None:
-        advance(shard.records, shard.bytes)
-    else:
-        # A file that is not as it was noted must not be taken for finished if this fails.
-        (work / f"{shard.file}.done").unlink(missing_ok=True)
-        done = write_shard(work, number, treatment, read_threads, lambda size: advance(1, size))
+    with _held(work / f"{shard.file}.lock", lambda: advance(0, 0)):
+        done = _whole(work, shard, lambda: advance(0, 0))
+        if done is not None:
+            advance(shard.records, shard.bytes)
+        else:
+            # A file that is not as it was noted must not be taken for finished if this fails.
+            (work / f"{shard.file}.done").unlink(missing_ok=True)
+            done = write_shard(work, number, treatment, read_threads, lambda size: advance(1, size))
     return done.remarks
+
+
+@contextmanager
+def _held(path: Path, go_on: Callable[[], bool]) -> Iterator[None]:
+    """Wait until no other machine is at this shard: parts of 3 and parts of 4 overlap."""
+    with output_errors(path), path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not go_on():
+                    raise StoppedError from None
+                time.sleep(_LOOK)
+        yield
 
 
 def _whole(work: Path, shard: ShardRow, go_on: Callable[[], bool]) -> Done | None:
