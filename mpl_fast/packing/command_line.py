@@ -112,7 +112,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that sees the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
     add("--dry-run", action="store_true", help="tell the plan and its time, write nothing")
-    add("--force", action="store_true", help="replace another pack in OUT")
+    add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
 
 
 def _add_sources(command: Parser) -> None:
