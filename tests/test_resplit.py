@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -178,11 +179,11 @@ def test_folders_in_use_or_unfinished_are_refused(packed: Path, tmp_path: Path) 
             again(packed)
     (packed / ".pack").mkdir()
     (packed / ".pack" / "train.rec.done").write_bytes(b"")
+    (packed / ".pack" / TABLE).write_bytes(b"")
     with pytest.raises(OutputError, match="another pack into this folder is not finished"):
         again(packed)
     assert (packed / ".pack" / "train.rec.done").exists()
-    (packed / ".pack" / "train.rec.done").unlink()
-    (packed / ".pack").rmdir()
+    shutil.rmtree(packed / ".pack")
     assert hashes(packed) == before
     with pytest.raises(DataError, match="no such folder"):
         again(tmp_path / "absent")

@@ -227,7 +227,7 @@ def test_all_damage_is_collected(pack: SmallPack) -> None:
         "source": str(pack.root.parent / "rec-source" / "ant" / "train_6.jpg"),
     }
     assert len(report.lines()) == 5
-    with pytest.raises(DataError, match=r"4 problems: .* and 1 more; delete train-0.*again: only"):
+    with pytest.raises(DataError, match=r"4 problems: .* and 1 more; delete train-0.* only that"):
         report.require_sound()
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_shard_is_mended_as_the_message_says(tmp_path: Path, layout: s
     change(shard, shard.stat().st_size - 60, b"\x5a")
     error = run("verify", tmp_path / "rec", status=DataError.exit_code).stderr.splitlines()[-1]
     assert ": 1 problem: " in error
-    assert f"delete {shard.name} and run the same pack command again" in error
+    assert f"delete {shard.name} and run its pack command again" in error
     told = json.loads(run("verify", "--json", tmp_path / "rec", status=DataError.exit_code).stdout)
     (problem,) = told["problems"]
     assert problem["file"] == shard.name

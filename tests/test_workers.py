@@ -231,4 +231,5 @@ def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None
         f"{shard.file}; what is finished is kept: run the same command again, with a smaller -j if "
         "memory is short"
     )
-    assert sorted(path.name for path in work.iterdir()) == sorted([*left, f"{shard.file}.tmp"])
+    begun = [f"{shard.file}.lock", f"{shard.file}.tmp"]
+    assert sorted(path.name for path in work.iterdir()) == sorted([*left, *begun])

@@ -76,11 +76,13 @@ class OutFolder:
         trace: TracebackType | None,
     ) -> None:
         with self._stops, _stops_ignored(), output_errors(self.path):
-            if not self._shared:
-                self._clean()
-                if error is not None and self._created and self._names() == [_LOCK]:
-                    shutil.rmtree(self.path)
-            os.close(self._lock)
+            try:
+                if not self._shared:
+                    self._clean()
+                    if error is not None and self._created and self._names() == [_LOCK]:
+                        shutil.rmtree(self.path)
+            finally:
+                os.close(self._lock)
 
     def holdings(self) -> list[str]:
         """Return the names of the pack files that are here, sorted."""

@@ -6,6 +6,7 @@ one process to another, and no machine needs to know of the others.
 
 import fcntl
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,16 +62,29 @@ def run_job(
 @contextmanager
 def _held(path: Path, go_on: Callable[[], bool]) -> Iterator[None]:
     """Wait until no other machine is at this shard: parts of 3 and parts of 4 overlap."""
-    with output_errors(path), path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not go_on():
-                    raise StoppedError from None
-                time.sleep(_LOOK)
+    with output_errors(path):
+        while (lock := _try_lock(path)) is None:
+            if not go_on():
+                raise StoppedError
+            time.sleep(_LOOK)
+    try:
         yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return the descriptor of a locked file at path, None while another holds it."""
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino == path.stat().st_ino:  # else its holder has just removed it
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
 
 
 def _whole(work: Path, shard: ShardRow, go_on: Callable[[], bool]) -> Done | None:
