@@ -93,7 +93,9 @@ def test_pack_without_manifest(packed: PackOptions) -> None:
 )
 def test_other_options(packed: PackOptions, changed: dict[str, Any], told: str) -> None:
     other = replace(packed, division=replace(packed.division, **changed))
-    assert refusal(other) == f"holds another pack ({told}); {REMEDY}"
+    resplit = "make_rec.py resplit draws other labeled images for this one; else "
+    hint = resplit if changed.keys() <= {"labeled", "unlabeled"} else ""
+    assert refusal(other) == f"holds another pack ({told}); {hint}{REMEDY}"
 
 
 def test_other_treatment(packed: PackOptions) -> None:

@@ -62,7 +62,7 @@ def test_info_tells_how_far_an_unfinished_folder_is(tmp_path: Path) -> None:
     assert len(told["missing"]) == 2
     lines = info_lines(told)
     assert lines[0].startswith("state")
-    assert lines[0].endswith("not finished; run the same pack command again")
+    assert lines[0].endswith("not finished; run the same pack command again, for every part")
     assert f"2 of 4 done; missing: {told['missing'][0]}" in lines[1]
     with pytest.raises(DataError, match="its packing is not finished"):
         find(out, "1")

@@ -71,7 +71,8 @@ def test_parts_are_the_pack(tree: Path, tmp_path: Path) -> None:
     assert {name: now[name] for name in kept} == kept
     before = identities(out.iterdir())
     assert json.loads(run("finish", out, "--json").stdout) == {"already_complete": True, **stored}
-    line = refuse(*common, "--part", "1/2", "--out", out, status=3)
+    assert "already complete" in run("pack", *common, "--part", "1/2", "--out", out).stdout
+    line = refuse(*common[:-1], 4, "--part", "1/2", "--out", out, status=3)
     assert "holds a finished pack; choose another --out, or --force" in line
     assert identities(path for path in out.iterdir() if path.name in before) == before
 

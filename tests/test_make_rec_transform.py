@@ -44,6 +44,18 @@ def damage(train: Path) -> dict[str, str]:
     return {key: reason for key, (_, reason) in faults.items()}
 
 
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_skipped_labeled_images_are_told(tree: Path, tmp_path: Path, layout: str) -> None:
+    common = ("--src", tree / "train", "--labeled", "3", "--layout", layout)
+    drawn = read_split(pack(*common, out=tmp_path / "sound"), "train_label")[0][2]
+    (tree / "train" / drawn).write_bytes(b"words")
+    done = run("pack", *common, "--on-bad", "skip", "--out", tmp_path / "out")
+    assert (
+        "warning: 1 of the 3 labeled images were left out as bad; a class has none" in done.stderr
+    )
+    assert "1 images were skipped" in done.stdout
+
+
 def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None:
     bad = [tree / "train" / "ant" / f"bad{number:02d}.jpg" for number in range(15)]
     for path in bad:
@@ -70,7 +82,10 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     assert list(named) == [*(str(train / key) for key in faults), str(val / "ant" / "0.jpg")]
     for key, reason in faults.items():
         assert reason in named[str(train / key)]
-    assert advice == "mend or remove them, or leave them out with --on-bad skip"
+    assert advice == (
+        "mend or remove them, or leave them out with --on-bad skip, which keeps every "
+        "finished shard"
+    )
     assert not out.exists()
     # Looking only at the ends misses what is wrong in the middle, and nothing else.
     line = refuse(*common, "--check", "header", status=4)

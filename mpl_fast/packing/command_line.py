@@ -105,7 +105,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     _add_treatment(command.add_argument_group("images"))
     add = command.add_argument_group("work").add_argument
     cores = len(os.sched_getaffinity(0))
-    add("-j", type=int, default=cores, metavar="N", help=f"processes, one a shard ({cores})")
+    add("-j", type=int, default=cores, metavar="N", help=f"processes, each at a shard ({cores})")
     ahead = "threads of a process that open files ahead, more for disks that answer slowly (4)"
     add("--read-threads", type=int, default=4, metavar="N", help=ahead)
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
@@ -119,7 +119,7 @@ def _add_sources(command: Parser) -> None:
     add = command.add_argument
     add("--src", required=True, nargs="+", help="training images; several sources are joined")
     add("--out", required=True, type=_path, help="folder to write, made if missing")
-    add("--val", metavar="SRC", help="validation images")
+    add("--val", metavar="SRC", help="validation images, which training needs")
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
     add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
     add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
@@ -200,7 +200,7 @@ def _add_small_commands(parent: "argparse._SubParsersAction[Parser]") -> None:
     summary = "find the image that DALI tells of as `PATH at index OFFSET`"
     command = _command(parent, "locate", commands.run_locate, summary)
     command.add_argument("out", type=_path, metavar="OUT", help="a finished pack")
-    command.add_argument("where", nargs="+", help="DALI's words, or FILE OFFSET")
+    command.add_argument("where", nargs="+", help="DALI's words, or FILE.rec and an offset in it")
 
     summary = "write the image of a record to a file"
     command = _command(parent, "extract", commands.run_extract, summary)

@@ -165,7 +165,8 @@ def _summary(out: str, manifest: Json, *, finished: bool = False) -> list[str]:
             f"{name}: {split['records']} records, {_per_class(split)}, "
             f"{len(split['shards'])} shards"
         )
-    actions = [remark["action"] for remark in manifest["bad"]]
+    # An image may be in two .rec files.
+    actions = [action for _, action in {(r["source"], r["action"]) for r in manifest["bad"]}]
     for action in sorted(set(actions)):
         lines.append(f"{actions.count(action)} images were {action}; the manifest names them")
     totals = manifest["totals"]

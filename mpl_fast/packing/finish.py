@@ -273,6 +273,19 @@ def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
         yield group
 
 
+def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
+    """Return a warning when bad images were among those drawn as labeled; "" when none was."""
+    labeled = manifest["splits"]["labeled"]
+    if manifest["layout"] == "separate":
+        drawn = sum(shard.records for shard in table.shards() if shard.prefix == "train_label")
+    else:
+        ((drawn,),) = table.query("SELECT count(*) FROM records WHERE labeled")
+    if labeled["records"] == drawn:
+        return ""
+    none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or mend them"
+    return f"{drawn - labeled['records']} of the {drawn} labeled images were left out as bad{none}"
+
+
 def describe_duplicates(found: Mapping[str, Any]) -> str:
     """Return a warning about images that are there more than once; "" when there is none."""
     if not found["groups"]:

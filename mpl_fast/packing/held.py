@@ -12,6 +12,7 @@ from mpl_fast.packing.out_folder import OutFolder
 from mpl_fast.packing.table import TABLE, Table, reading
 
 Json = dict[str, Any]
+_DRAWN = {"labeled", "balance", "unlabeled", "split_seed"}  # options that resplit has
 _REMEDY = "choose another --out, or --force to replace it"
 
 
@@ -55,7 +56,11 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> Held:
         raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {_REMEDY}") from error
     if old.get("plan_sha256") != plan_digest(plan):
         what = changes(before, options) or "its source's files were others"
-        raise OutputError(f"{folder.path}: holds another pack ({what}); {_REMEDY}")
+        others = {name for name in options if options[name] != before.get(name)}
+        resplit = "make_rec.py resplit draws other labeled images for this one; else "
+        drawn_anew = others and others <= _DRAWN and old.get("layout") == "shared"
+        remedy = f"{resplit if drawn_anew else ''}{_REMEDY}"
+        raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
     changed = [shard.file for shard in plan.shards() if stamps.get(shard.file) != shard.stamps]
     if changed:
         raise OutputError(

@@ -133,7 +133,9 @@ def info_lines(told: Mapping[str, Any]) -> list[str]:
 
 
 def _unfinished_rows(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "state", "not finished; run the same pack command again"
+    again = "run the same pack command again, for every part"
+    ready = "all parts are there; run make_rec.py finish"
+    yield "state", f"not finished; {again if told['missing'] else ready}"
     shards = f"{told['shards_done']} of {told['shards_planned']} done"
     missing = f"; missing: {first_few(told['missing'], 3)}" if told["missing"] else ""
     yield "shards", shards + missing

@@ -53,7 +53,8 @@ def locate(root: Path, text: str) -> Found:
     match = _PLACE.search(text)
     if not match:
         raise DataError(
-            f"{text!r} names no record; give what DALI prints, `FILE.rec at index OFFSET`"
+            f"{text!r} names no record; give what DALI prints, `FILE.rec at index OFFSET`, where "
+            "the offset counts in that file"
         )
     file, offset = match[1], int(match[2])
     entry = next((entry for entry in manifest["shards"] if entry["file"] == file), None)

@@ -12,7 +12,12 @@ from typing import Any
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.archives import Spools
-from mpl_fast.packing.finish import describe_duplicates, finish, unfinished
+from mpl_fast.packing.finish import (
+    describe_duplicates,
+    describe_left_out,
+    finish,
+    unfinished,
+)
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.held import Held, changes, examine
 from mpl_fast.packing.out_folder import OutFolder
@@ -94,7 +99,9 @@ def conclude(folder: OutFolder, treatment: Treatment, started: float) -> Json:
     manifest = finish(folder.work, treatment)
     manifest["created"] = created
     manifest["totals"]["seconds"] = round(time.monotonic() - started, 3)
-    warn([describe_duplicates(manifest["duplicates"])])
+    with reading(folder.work / TABLE) as table:
+        left_out = describe_left_out(table, manifest)
+    warn([left_out, describe_duplicates(manifest["duplicates"])])
     write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     folder.publish()
     return manifest
@@ -200,7 +207,10 @@ def _plan(folder: OutFolder, options: PackOptions) -> None:
             if lost and not options.force:
                 _require_same_options(folder, options, len(lost), len(finished))
                 warn(
-                    [f"{len(lost)} of {len(finished)} finished shards are packed again: {lost[0]}"]
+                    [
+                        f"{len(lost)} of {len(finished)} finished shards are packed again: "
+                        f"{first_few(lost, 1)}"
+                    ]
                 )
             for name in lost:
                 (folder.work / f"{name}.done").unlink()
@@ -222,6 +232,10 @@ def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of
 def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -> Json:
     number, parts = part
     held = folder.holdings()
+    if MANIFEST in held and not options.force:
+        manifest = load_manifest(folder.path)
+        if not changes(manifest.get("options", {}), options.planned()):
+            return {"already_complete": True, **manifest}
     if held and not options.force:
         what = "a finished pack" if MANIFEST in held else f"{held[0]} of an unknown pack"
         raise OutputError(f"{folder.path}: holds {what}; choose another --out, or --force")
@@ -242,7 +256,8 @@ def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -
         except DataError as error:
             raise DataError(
                 f"{error} (then run this part with --force while no other is being packed: it "
-                "plans anew, and the finished shards stay)"
+                "plans anew and keeps the shards that fit; run the others again as well, with the "
+                "same options and without --force)"
             ) from error
         missing = unfinished(folder.work, everything)
     return {
@@ -312,7 +327,7 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
         raise DataError(
             f"{len(every)} images cannot be used, nothing was published: "
             f"{first_few(every, LISTED, '; ')}; mend or remove them, or leave them out with "
-            "--on-bad skip"
+            "--on-bad skip, which keeps every finished shard"
         )
 
 
