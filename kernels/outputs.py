@@ -1,7 +1,8 @@
 """What each loss returns: the same tuples from every implementation.
 
-Only ``loss`` carries a gradient. The rest is for logs: detached 0-dim float32 tensors that stay on
-the logits' device, so that reading none of them costs no synchronization.
+Loss terms carry gradients; in float32, or float64 for float64 logits. The rest is for logs:
+detached 0-dim float32 tensors that stay on the logits' device, so that reading none of them costs
+no synchronization.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
@@ -34,7 +35,7 @@ class StudentOut(NamedTuple):
     """The student's loss on pseudo labels, and how it does on labeled rows."""
 
     loss: Tensor
-    labeled_ce: Tensor  # without smoothing: the `old` of the feedback
+    labeled_ce: Tensor  # without smoothing and gradient: the `old` of the feedback
     labeled_accuracy: Tensor
 
 
@@ -42,7 +43,7 @@ class TeacherOut(NamedTuple):
     """The teacher's loss, its three unweighted terms, and what became of the unlabeled rows."""
 
     loss: Tensor  # sup + uda_weight * uda + feedback * mpl
-    sup: Tensor
+    sup: Tensor  # this and the next two carry gradients of their own
     uda: Tensor
     mpl: Tensor
     mask_rate: Tensor  # share of the unlabeled rows whose confidence reaches the threshold
@@ -50,3 +51,10 @@ class TeacherOut(NamedTuple):
     entropy: Tensor  # mean over the unlabeled rows, in nats
     pseudo_accuracy: Tensor  # share of the labels below that equal truth; 0 without truth
     label: Tensor  # (U,) int64, the pseudo labels that mpl used
+
+
+class CosineOut(NamedTuple):
+    """One minus the cosine between two distributions."""
+
+    loss: Tensor
+    mask_rate: Tensor  # share of the rows whose target's largest probability reaches the threshold

@@ -1,4 +1,4 @@
-"""Pieces of a kernel that works on a weak and a strong row of one image: sums, gradient, label.
+"""What a kernel does to the weak and the strong row of one image: sums, label, loss, gradient.
 
 Of the weak row w at temperature T and the strong row s, with d = x - max(x) and e_w = exp(d_w / T).
 """
@@ -6,13 +6,22 @@ Of the weak row w at temperature T and the strong row s, with d = x - max(x) and
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.rows import LOG2E
+from mpl_fast.kernels.rows import LOG2E, LOWEST, load_block, store_block
 
 
 @triton.jit
 def rescaled(total, shift, z_w, scale):
     """sum e_w (v + shift) on the new scale of e_w; 0 where that vanishes, even if v is -inf."""
     return tl.where(scale == 0.0, 0.0, scale * (total + shift * z_w))
+
+
+@triton.jit
+def start_pair():
+    """What `fold_pair` starts from."""
+    m = tl.full([], LOWEST, tl.float32)
+    zero = tl.full([], 0.0, tl.float32)
+    top = tl.full([], 0, tl.int32)
+    return m, zero, zero, top, m, zero, zero, top
 
 
 @triton.jit
@@ -47,25 +56,134 @@ def pair_gradient(w, s, offs, m_w, m_s, inv_t, y, c_p, c_q, c_y):
 
 
 @triton.jit
-def pair_label(
-    given_ptr,
-    label_ptr,
-    top_w,
-    top_s,
+def sum_pair(w_ptr, s_ptr, inv_t, C: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
+    """What `fold_pair` makes of two whole rows, block by block."""
+    m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = start_pair()
+    for i in range(0, W, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        w = load_block(w_ptr, offs, C, W)
+        s = load_block(s_ptr, offs, C, W)
+        m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = fold_pair(
+            w, s, i, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t
+        )
+    return m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s
+
+
+@triton.jit
+def store_pair_gradient(
+    w_ptr,
+    s_ptr,
+    g_ptr,
+    m_w,
+    m_s,
+    inv_t,
+    y,
+    c_p,
+    c_q,
+    c_y,
     C: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes `pair_gradient` of two whole rows, block by block."""
+    for i in range(0, W, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        w = load_block(w_ptr, offs, C, W)
+        s = load_block(s_ptr, offs, C, W)
+        g = pair_gradient(w, s, offs, m_w, m_s, inv_t, y, c_p, c_q, c_y)
+        store_block(g_ptr, offs, g, C, W)
+
+
+@triton.jit
+def known(given, C: tl.constexpr):
+    """A label to compute with, and a factor of its loss: NaN if there is no such class."""
+    bad = (given < 0) | (given >= C)
+    return tl.where(bad, 0, given).to(tl.int32), tl.where(bad, float("nan"), 1.0)
+
+
+@triton.jit
+def pair_program(
+    w_ptr,
+    s_ptr,
+    g_ptr,
+    weak_saved_ptr,
+    strong_saved_ptr,
+    n_rows,
+    given_ptr,
+    truth_ptr,
+    label_ptr,
+    inv_n,
+    uda_upstream,
+    mpl_upstream,
+    inv_t,
+    threshold,
+    C: tl.constexpr,
+    W: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
     GIVEN: tl.constexpr,
     FROM_STRONG: tl.constexpr,
+    HAS_TRUTH: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A pair's pseudo label, and a factor of the feedback: NaN if the given label is impossible."""
-    valid = 1.0
+    """A weak and a strong row of one image: shares of the statistics, the strong row's gradient.
+
+    Returns those of uda, mpl, mask rate, confidence, entropy and labels that are the truth.
+    """
+    m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = start_pair()
+    if SINGLE:
+        offs = tl.arange(0, BLOCK)
+        w = load_block(w_ptr, offs, C, W)
+        s = load_block(s_ptr, offs, C, W)
+    if STATS:
+        if SINGLE:
+            m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = fold_pair(
+                w, s, 0, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t
+            )
+        else:
+            m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = sum_pair(w_ptr, s_ptr, inv_t, C, W, BLOCK)
+        z_w = tl.where(z_w == 0.0, float("nan"), z_w)  # all classes at -inf
+        z_s = tl.where(z_s == 0.0, float("nan"), z_s)
+        if not GRAD:
+            tl.store(weak_saved_ptr, m_w)
+            tl.store(weak_saved_ptr + n_rows, z_w)
+            tl.store(strong_saved_ptr, m_s)
+            tl.store(strong_saved_ptr + n_rows, z_s)
+    else:
+        m_w = tl.load(weak_saved_ptr)
+        z_w = tl.load(weak_saved_ptr + n_rows)
+        m_s = tl.load(strong_saved_ptr)
+        z_s = tl.load(strong_saved_ptr + n_rows)
+
     if GIVEN:
-        given = tl.load(given_ptr)
-        bad = (given < 0) | (given >= C)
-        valid = tl.where(bad, float("nan"), 1.0)
-        y = tl.where(bad, 0, given).to(tl.int32)
-        tl.store(label_ptr, given)
+        label = tl.load(given_ptr)
     else:
         # A row of NaN has no arg-max: keep the index inside the row whatever came out.
-        y = tl.minimum(top_s if FROM_STRONG else top_w, C - 1)
-        tl.store(label_ptr, y.to(tl.int64))
-    return y, valid
+        label = tl.minimum(top_s if FROM_STRONG else top_w, C - 1).to(tl.int64)
+    y, valid = known(label, C)
+    conf = tl.div_rn(1.0, z_w)  # rounded as PyTorch's division: it is compared
+    mask = tl.where(conf >= threshold, 1.0, 0.0)
+    if GRAD:
+        a_u = uda_upstream * mask * inv_n
+        a_m = mpl_upstream * valid * inv_n
+        c_p = (a_u + a_m) / z_s
+        c_q = a_u * conf
+        if SINGLE:
+            g = pair_gradient(w, s, offs, m_w, m_s, inv_t, y, c_p, c_q, a_m)
+            store_block(g_ptr, offs, g, C, W)
+        else:
+            store_pair_gradient(w_ptr, s_ptr, g_ptr, m_w, m_s, inv_t, y, c_p, c_q, a_m, C, W, BLOCK)
+    uda = 0.0
+    mpl = 0.0
+    entropy = 0.0
+    hit = 0.0
+    if STATS:
+        tl.store(label_ptr, label)
+        log_z_s = tl.log(z_s)
+        uda = (log_z_s - dot * conf) * mask * inv_n  # times and not where: NaN must survive
+        mpl = (log_z_s - (tl.load(s_ptr + y).to(tl.float32) - m_s)) * valid * inv_n
+        entropy = (tl.log(z_w) - a_w * conf) * inv_n
+        if HAS_TRUTH:
+            hit = tl.where(tl.load(truth_ptr) == label, inv_n, 0.0)
+    return uda, mpl, mask * inv_n, conf * inv_n, entropy, hit

@@ -64,40 +64,49 @@ def labeled_gradient(x, offs, m, z, target, coef, smoothing, C: tl.constexpr):
 def labeled_row(
     x_ptr,
     g_ptr,
+    m,  # the row's maximum, if not STATS
+    z,  # its sum of exp(x - m), if not STATS
     target,
     coef,
     smoothing,
     C: tl.constexpr,
     W: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Smoothed cross-entropy of a row and its arg-max; writes coef times the gradient."""
-    m = tl.full([], LOWEST, tl.float32)
-    z = tl.full([], 0.0, tl.float32)
+    """STATS: smoothed cross-entropy, arg-max, m and z. GRAD: writes coef times the gradient."""
+    loss = tl.full([], 0.0, tl.float32)
     sum_d = tl.full([], 0.0, tl.float32)
     top = tl.full([], 0, tl.int32)
+    if STATS:
+        m = tl.full([], LOWEST, tl.float32)
+        z = tl.full([], 0.0, tl.float32)
     if SINGLE:
         offs = tl.arange(0, BLOCK)
         x = load_block(x_ptr, offs, C, W)
-        m, z, sum_d, top = fold_labeled(x, offs, 0, m, z, sum_d, top, C)
-        if HAS_GRAD:
+        if STATS:
+            m, z, sum_d, top = fold_labeled(x, offs, 0, m, z, sum_d, top, C)
+        if GRAD:
             g = labeled_gradient(x, offs, m, z, target, coef, smoothing, C)
             store_block(g_ptr, offs, g, C, W)
     else:
-        for i in range(0, W, BLOCK):
-            offs = i + tl.arange(0, BLOCK)
-            x = load_block(x_ptr, offs, C, W)
-            m, z, sum_d, top = fold_labeled(x, offs, i, m, z, sum_d, top, C)
-        if HAS_GRAD:
+        if STATS:
+            for i in range(0, W, BLOCK):
+                offs = i + tl.arange(0, BLOCK)
+                x = load_block(x_ptr, offs, C, W)
+                m, z, sum_d, top = fold_labeled(x, offs, i, m, z, sum_d, top, C)
+        if GRAD:
             for i in range(0, W, BLOCK):
                 offs = i + tl.arange(0, BLOCK)
                 x = load_block(x_ptr, offs, C, W)
                 g = labeled_gradient(x, offs, m, z, target, coef, smoothing, C)
                 store_block(g_ptr, offs, g, C, W)
-    z = tl.where(z == 0.0, float("nan"), z)  # all classes at -inf: NaN, as in PyTorch
-    loss = tl.log(z) - (1.0 - smoothing) * (tl.load(x_ptr + target).to(tl.float32) - m)
-    if smoothing > 0:  # 0 * -inf would be NaN
-        loss -= smoothing * (1.0 / C) * sum_d
-    return loss, top
+    if STATS:
+        # All classes at -inf are NaN, as in PyTorch.
+        loss = tl.log(tl.where(z == 0.0, float("nan"), z))
+        loss -= (1.0 - smoothing) * (tl.load(x_ptr + target).to(tl.float32) - m)
+        if smoothing > 0:  # 0 * -inf would be NaN
+            loss -= smoothing * (1.0 / C) * sum_d
+    return loss, top, m, z

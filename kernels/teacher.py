@@ -5,8 +5,14 @@ memory once where a row fits into registers (SINGLE), else twice. With d = x - m
 temperature, n the number of rows of a kind, and of a pair w and s:
 
     q = exp(d_w / T) / Z_w      conf = 1 / Z_w      mask = conf >= threshold
-    uda = mask (log Z_s - sum q d_s)                mpl = log Z_s - d_s[y]
-    dL/ds = (a_u + a_m) softmax(s) - a_u q - a_m 1[y]     a_u = uda_weight mask / n   a_m = h / n
+    uda = mask (log Z_s - sum q d_s) / n            mpl = (log Z_s - d_s[y]) / n
+    dL/ds = (a_u + a_m) softmax(s) - a_u q - a_m 1[y]
+
+    a_u = (u_loss uda_weight + u_uda) mask / n      a_m = (u_loss h + u_mpl) / n
+
+where u are the gradients that arrive from above. A program does what it is compiled for: STATS (it
+leaves each row's maximum and Z behind), GRAD (it takes them up again and reads each logit once,
+however long the row), or both at once.
 
 Statistics leave as one column of partial sums for each program, already divided by n, which the
 caller adds up: unlike atomics that is deterministic. Online softmax: arXiv 1805.02867.
@@ -15,10 +21,10 @@ caller adds up: unlike atomics that is deterministic. Online softmax: arXiv 1805
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.pairs import fold_pair, pair_gradient, pair_label
-from mpl_fast.kernels.rows import LOWEST, labeled_row, load_block, store_block, zero_row
+from mpl_fast.kernels.pairs import pair_program
+from mpl_fast.kernels.rows import labeled_row, zero_row
 
-# The rows of `part_ptr`.
+# The rows of `part_ptr`. The first four have a gradient.
 STATISTICS = (
     "loss",
     "sup",
@@ -52,15 +58,19 @@ def _store_column(
 def _labeled_program(
     x_ptr,
     g_ptr,
+    saved_ptr,
+    n_rows,
     part_ptr,
     pitch,
     target,
-    inv_n_l,
+    inv_n,
+    upstream,
     smoothing,
     ignore_index,
     C: tl.constexpr,
     W: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
     SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -68,95 +78,24 @@ def _labeled_program(
     ignored = target == ignore_index
     # Not checked on the host: a label out of range shows as NaN, never as a stray read.
     bad = (target < 0) | (target >= C)
-    coef = tl.where(ignored, 0.0, tl.where(bad, float("nan"), inv_n_l))
+    share = tl.where(bad, float("nan"), inv_n)
     safe = tl.where(ignored | bad, 0, target)
-    loss, top = labeled_row(x_ptr, g_ptr, safe, coef, smoothing, C, W, HAS_GRAD, SINGLE, BLOCK)
-    loss = tl.where(ignored, 0.0, loss * coef)
-    hit = tl.where(top == target, inv_n_l, 0.0)
-    _store_column(part_ptr, pitch, loss, loss, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, hit)
-
-
-@triton.jit
-def _pair_program(
-    w_ptr,
-    s_ptr,
-    g_ptr,
-    part_ptr,
-    pitch,
-    given_ptr,
-    truth_ptr,
-    label_ptr,
-    uda_weight,
-    feedback,
-    inv_n_u,
-    inv_t,
-    threshold,
-    C: tl.constexpr,
-    W: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    GIVEN: tl.constexpr,
-    FROM_STRONG: tl.constexpr,
-    HAS_TRUTH: tl.constexpr,
-    SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The weak and the strong row of one image: losses, the strong row's gradient, statistics."""
-    m_w = tl.full([], LOWEST, tl.float32)
-    m_s = tl.full([], LOWEST, tl.float32)
-    z_w = tl.full([], 0.0, tl.float32)
-    z_s = tl.full([], 0.0, tl.float32)
-    a_w = tl.full([], 0.0, tl.float32)
-    dot = tl.full([], 0.0, tl.float32)
-    top_w = tl.full([], 0, tl.int32)
-    top_s = tl.full([], 0, tl.int32)
-    if SINGLE:
-        offs = tl.arange(0, BLOCK)
-        w = load_block(w_ptr, offs, C, W)
-        s = load_block(s_ptr, offs, C, W)
-        m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = fold_pair(
-            w, s, 0, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t
-        )
-    else:
-        for i in range(0, W, BLOCK):
-            offs = i + tl.arange(0, BLOCK)
-            w = load_block(w_ptr, offs, C, W)
-            s = load_block(s_ptr, offs, C, W)
-            m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = fold_pair(
-                w, s, i, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t
-            )
-    z_w = tl.where(z_w == 0.0, float("nan"), z_w)  # all classes at -inf
-    z_s = tl.where(z_s == 0.0, float("nan"), z_s)
-
-    y, valid = pair_label(given_ptr, label_ptr, top_w, top_s, C, GIVEN, FROM_STRONG)
-    conf = tl.div_rn(1.0, z_w)  # rounded as PyTorch's division: it is compared
-    mask = tl.where(conf >= threshold, 1.0, 0.0)
-    a_u = uda_weight * mask * inv_n_u
-    a_m = feedback * valid * inv_n_u
-    if HAS_GRAD:
-        c_p = (a_u + a_m) / z_s
-        c_q = a_u * conf
-        if SINGLE:
-            g = pair_gradient(w, s, offs, m_w, m_s, inv_t, y, c_p, c_q, a_m)
-            store_block(g_ptr, offs, g, C, W)
-        else:
-            for i in range(0, W, BLOCK):
-                offs = i + tl.arange(0, BLOCK)
-                w = load_block(w_ptr, offs, C, W)
-                s = load_block(s_ptr, offs, C, W)
-                g = pair_gradient(w, s, offs, m_w, m_s, inv_t, y, c_p, c_q, a_m)
-                store_block(g_ptr, offs, g, C, W)
-
-    log_z_s = tl.log(z_s)
-    uda = (log_z_s - dot * conf) * mask * inv_n_u  # times and not where: NaN must survive
-    mpl = (log_z_s - (tl.load(s_ptr + y).to(tl.float32) - m_s)) * valid * inv_n_u
-    entropy = (tl.log(z_w) - a_w * conf) * inv_n_u
-    hit = 0.0
-    if HAS_TRUTH:
-        hit = tl.where(tl.load(truth_ptr) == y, inv_n_u, 0.0)
-    loss = uda_weight * uda + feedback * mpl
-    _store_column(
-        part_ptr, pitch, loss, 0.0, uda, mpl, mask * inv_n_u, conf * inv_n_u, entropy, hit, 0.0
+    coef = tl.where(ignored, 0.0, share * upstream)
+    m = 0.0
+    z = 0.0
+    if not STATS:
+        m = tl.load(saved_ptr)
+        z = tl.load(saved_ptr + n_rows)
+    loss, top, m, z = labeled_row(
+        x_ptr, g_ptr, m, z, safe, coef, smoothing, C, W, STATS, GRAD, SINGLE, BLOCK
     )
+    if STATS:
+        loss = tl.where(ignored, 0.0, loss * share)
+        hit = tl.where(top == target, inv_n, 0.0)
+        _store_column(part_ptr, pitch, loss, loss, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, hit)
+        if not GRAD:
+            tl.store(saved_ptr, m)
+            tl.store(saved_ptr + n_rows, z)
 
 
 # The counts must not be compiled in: every last, smaller batch would be a new kernel.
@@ -164,26 +103,31 @@ def _pair_program(
 def teacher_kernel(
     x_ptr,  # (n_l + 2 n_u, W) rows labeled | weak | strong
     x_stride,
-    g_ptr,  # like x; not touched without HAS_GRAD
+    g_ptr,  # like x, written if GRAD
     g_stride,
     target_ptr,  # (n_l,) int64
     given_ptr,  # (n_u,) int64 if GIVEN
     truth_ptr,  # (n_u,) int64 if HAS_TRUTH
-    label_ptr,  # (n_u,) int64, written
-    part_ptr,  # (len(STATISTICS), n_l + n_u) float32, written
-    uda_weight_ptr,  # float32
-    feedback_ptr,  # float32
+    label_ptr,  # (n_u,) int64, written if STATS
+    part_ptr,  # (len(STATISTICS), n_l + n_u) float32, written if STATS
+    saved_ptr,  # (2, n_l + 2 n_u) float32: maxima and Z, written if STATS alone, read if GRAD alone
+    uda_weight_ptr,  # float32, as the next five
+    feedback_ptr,
+    u_loss_ptr,  # if UPSTREAM: the gradient that arrives for the loss, else 1
+    u_sup_ptr,  # if UPSTREAM == 4: the same for its terms, else 0
+    u_uda_ptr,
+    u_mpl_ptr,
     n_l,
     n_u,
-    inv_n_l,
-    inv_n_u,
     inv_t,
     threshold,
     smoothing,
     ignore_index,
     C: tl.constexpr,
     W: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    STATS: tl.constexpr,
+    GRAD: tl.constexpr,
+    UPSTREAM: tl.constexpr,
     GIVEN: tl.constexpr,
     FROM_STRONG: tl.constexpr,
     HAS_TRUTH: tl.constexpr,
@@ -197,50 +141,80 @@ def teacher_kernel(
     # bfloat16 row of 1000 would be read two bytes at a time.
     x_stride = (x_stride // ALIGN) * ALIGN
     g_stride = (g_stride // ALIGN) * ALIGN
-    pitch = (n_l + n_u).to(tl.int64)
+    # tl.cast, since inductor hands floats over as float64, and a count of 1 as a constant.
+    n_l = tl.cast(n_l, tl.int64)
+    n_u = tl.cast(n_u, tl.int64)
+    inv_t = tl.cast(inv_t, tl.float32)
+    threshold = tl.cast(threshold, tl.float32)
+    smoothing = tl.cast(smoothing, tl.float32)
+    pitch = n_l + n_u
+    n_rows = pitch + n_u
     x_row = x_ptr + row * x_stride
     g_row = g_ptr + row * g_stride
+    inv_n = tl.div_rn(1.0, tl.where(row < n_l, n_l, n_u).to(tl.float32))
+    upstream = 1.0
+    if UPSTREAM > 0:
+        upstream = tl.load(u_loss_ptr)
     if row < n_l:
+        if UPSTREAM == 4:
+            upstream += tl.load(u_sup_ptr)
         _labeled_program(
             x_row,
             g_row,
+            saved_ptr + row,
+            n_rows,
             part_ptr + row,
             pitch,
             tl.load(target_ptr + row),
-            inv_n_l,
+            inv_n,
+            upstream,
             smoothing,
             ignore_index,
             C,
             W,
-            HAS_GRAD,
+            STATS,
+            GRAD,
             SINGLE,
             BLOCK,
         )
     else:
         u = row - n_l
-        down = n_u.to(tl.int64)  # rows from a weak view to its strong view
-        _pair_program(
+        uda_weight = tl.load(uda_weight_ptr)
+        feedback = tl.load(feedback_ptr)
+        uda_upstream = upstream * uda_weight
+        mpl_upstream = upstream * feedback
+        if UPSTREAM == 4:
+            uda_upstream += tl.load(u_uda_ptr)
+            mpl_upstream += tl.load(u_mpl_ptr)
+        uda, mpl, mask, confidence, entropy, hit = pair_program(
             x_row,
-            x_row + down * x_stride,
-            g_row + down * g_stride,
-            part_ptr + row,
-            pitch,
+            x_row + n_u * x_stride,
+            g_row + n_u * g_stride,
+            saved_ptr + row,
+            saved_ptr + row + n_u,
+            n_rows,
             given_ptr + u,
             truth_ptr + u,
             label_ptr + u,
-            tl.load(uda_weight_ptr),
-            tl.load(feedback_ptr),
-            inv_n_u,
+            inv_n,
+            uda_upstream,
+            mpl_upstream,
             inv_t,
             threshold,
             C,
             W,
-            HAS_GRAD,
+            STATS,
+            GRAD,
             GIVEN,
             FROM_STRONG,
             HAS_TRUTH,
             SINGLE,
             BLOCK,
         )
-        if HAS_GRAD:
+        if STATS:
+            loss = uda_weight * uda + feedback * mpl
+            _store_column(
+                part_ptr + row, pitch, loss, 0.0, uda, mpl, mask, confidence, entropy, hit, 0.0
+            )
+        if GRAD:
             zero_row(g_row, W, BLOCK)

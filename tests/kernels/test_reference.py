@@ -1,49 +1,50 @@
-"""The reference against arithmetic done by hand, number by number, and finite differences."""
+"""The teacher's loss in plain PyTorch against arithmetic done by hand and finite differences.
+
+Also what holds for all of the reference: float types, padding, and that nothing waits for a GPU.
+"""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mpl_fast import losses
+from tests.kernels.by_hand import (
+    DOUBLE,
+    LABELED,
+    LOGITS,
+    NONE,
+    STRONG,
+    TARGET,
+    WEAK,
+    cross_entropy,
+    gradient_of,
+    one_hot,
+    softmax,
+)
 
-DOUBLE = torch.float64
-
-
-def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
-    powers = [math.exp(x / temperature) for x in row]
-    return [p / sum(powers) for p in powers]
-
-
-def cross_entropy(target: list[float], row: list[float]) -> float:
-    return -sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True))
-
-
-def one_hot(index: int, classes: int, smoothing: float = 0.0) -> list[float]:
-    return [(1 - smoothing) * (c == index) + smoothing / classes for c in range(classes)]
-
-
-LABELED = [[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]
-WEAK = [[2.0, 0.0, -1.0], [0.3, 0.2, 0.1]]  # sure of class 0, unsure
-STRONG = [[0.5, 1.0, -0.5], [1.5, 0.0, -2.0]]  # arg-max 1 and 0
-TARGET = [2, 1]
-LOGITS = torch.tensor(LABELED + WEAK + STRONG, dtype=DOUBLE)
+TERMS = ("loss", "sup", "uda", "mpl")
+OPTIONS: dict[str, object] = {
+    "uda_weight": 8.0,
+    "feedback": -0.25,
+    "temperature": 0.7,
+    "threshold": 0.6,
+    "label_smoothing": 0.1,
+    "truth": torch.tensor([0, 1]),
+}
 
 
 def teacher(logits: Tensor = LOGITS, **options: object) -> losses.TeacherOut:
-    arguments: dict[str, object] = {
-        "uda_weight": 8.0,
-        "feedback": -0.25,
-        "temperature": 0.7,
-        "threshold": 0.6,
-        "label_smoothing": 0.1,
-        "truth": torch.tensor([0, 1]),
-        **options,
-    }
+    arguments = {**OPTIONS, **options}
     return losses.teacher_loss(logits, torch.tensor(TARGET), 2, **arguments)  # type: ignore[arg-type]
+
+
+def teacher_and_grad(
+    logits: Tensor = LOGITS, **options: object
+) -> tuple[losses.TeacherOut, Tensor]:
+    arguments = {**OPTIONS, **options}
+    return losses.teacher_loss_and_grad(logits, torch.tensor(TARGET), 2, **arguments)  # type: ignore[arg-type]
 
 
 def test_teacher_loss_by_hand() -> None:
@@ -71,12 +72,7 @@ def test_threshold_is_met_by_equality() -> None:
     logits = torch.zeros(2, 4)
     for threshold, rate in ((0.25, 1.0), (0.2500001, 0.0)):
         out = losses.teacher_loss(
-            logits,
-            torch.empty(0, dtype=torch.int64),
-            1,
-            uda_weight=1.0,
-            feedback=0.0,
-            threshold=threshold,
+            logits, NONE, 1, uda_weight=1.0, feedback=0.0, threshold=threshold
         )
         assert out.mask_rate.item() == rate
 
@@ -95,16 +91,79 @@ def test_pseudo_chooses_the_label_of_the_feedback_term(
 
 @pytest.mark.parametrize("feedback", [0.7, 0.0, -0.7])
 @pytest.mark.parametrize("pseudo", ["weak", "strong"])
-def test_teacher_gradient_is_that_of_finite_differences(feedback: float, pseudo: str) -> None:
+def test_gradients_of_all_terms_are_those_of_finite_differences(
+    feedback: float, pseudo: str
+) -> None:
     """Row by row, since weak rows are constants to the gradient but not to the value."""
     labeled, weak, strong = (x.clone() for x in LOGITS.split(2))
     labeled.requires_grad_()
     strong.requires_grad_()
 
-    def loss(labeled: Tensor, strong: Tensor) -> Tensor:
-        return teacher(torch.cat((labeled, weak, strong)), feedback=feedback, pseudo=pseudo).loss
+    def terms(labeled: Tensor, strong: Tensor) -> tuple[Tensor, ...]:
+        out = teacher(torch.cat((labeled, weak, strong)), feedback=feedback, pseudo=pseudo)
+        return out.loss, out.sup, out.uda, out.mpl
 
-    assert torch.autograd.gradcheck(loss, (labeled, strong))
+    assert torch.autograd.gradcheck(terms, (labeled, strong))
+
+
+def test_gradients_of_the_terms_by_hand() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    out = teacher(logits)
+    sup, uda, mpl = (torch.zeros(6, 3, dtype=DOUBLE) for _ in range(3))
+    for i in range(2):
+        for c in range(3):
+            wanted = one_hot(TARGET[i], 3, 0.1)[c]
+            sup[i, c] = (softmax(LABELED[i])[c] - wanted) / 2
+            mpl[4 + i, c] = (softmax(STRONG[i])[c] - one_hot(0, 3)[c]) / 2
+    for c in range(3):  # the second pair is masked out
+        uda[4, c] = (softmax(STRONG[0])[c] - softmax(WEAK[0], 0.7)[c]) / 2
+    for name, expected in {"sup": sup, "uda": uda, "mpl": mpl}.items():
+        torch.testing.assert_close(gradient_of(getattr(out, name), logits), expected)
+    torch.testing.assert_close(gradient_of(out.loss, logits), sup + 8.0 * uda - 0.25 * mpl)
+
+
+def test_any_upstream_gradients_add_up() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    out = teacher(logits)
+    terms = [getattr(out, name) for name in TERMS]
+    above = torch.tensor([0.5, -2.0, 3.0, 0.25], dtype=DOUBLE)
+    alone = [gradient_of(term, logits) for term in terms]
+    (together,) = torch.autograd.grad(terms, logits, list(above))
+    torch.testing.assert_close(
+        together, sum((a * g for a, g in zip(above, alone, strict=True)), torch.zeros(()))
+    )
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_one_pass_is_the_plain_loss_and_its_gradient(scale: float | None) -> None:
+    logits = LOGITS.clone().requires_grad_()
+    plain = teacher(logits)
+    out, gradient = teacher_and_grad(
+        logits, grad_scale=None if scale is None else torch.tensor(scale)
+    )
+    for name, value in out._asdict().items():
+        assert torch.equal(value, getattr(plain, name)), name
+        assert not value.requires_grad, name
+    torch.testing.assert_close(gradient, (scale or 1.0) * gradient_of(plain.loss, logits))
+    assert not gradient.requires_grad
+    assert logits.grad is None
+    logits.backward(gradient)
+    torch.testing.assert_close(logits.grad, gradient)
+    with torch.no_grad():
+        _, silent = teacher_and_grad(LOGITS)
+    torch.testing.assert_close(silent * (scale or 1.0), gradient)
+
+
+def test_the_scale_comes_before_rounding() -> None:
+    """float16 ends at 6e-8: scaled afterwards, these gradients would be 0."""
+    options: dict[str, object] = {"uda_weight": 0.0, "feedback": 1e-8, "label_smoothing": 0.0}
+    logits = LOGITS.half()
+    _, lost = teacher_and_grad(logits, **options)
+    _, kept = teacher_and_grad(logits, **options, grad_scale=torch.tensor(65536.0))
+    _, exact = teacher_and_grad(logits.double(), **options)
+    assert lost.dtype == kept.dtype == torch.float16
+    assert lost[4:].abs().max().item() == 0.0
+    torch.testing.assert_close(kept[4:].double(), exact[4:] * 65536, rtol=2**-11, atol=2**-25)
 
 
 def test_weak_rows_get_no_gradient() -> None:
@@ -138,22 +197,18 @@ def test_rows_of_a_kind_may_be_missing(labeled: int, unlabeled: int) -> None:
         assert getattr(out, name).item() == 0.0
 
 
-def test_smoothed_ce_by_hand() -> None:
-    out = losses.smoothed_ce(LOGITS[:2], torch.tensor(TARGET), label_smoothing=0.2)
-    rows = [cross_entropy(one_hot(y, 3, 0.2), row) for y, row in zip(TARGET, LABELED, strict=True)]
-    assert out.loss.item() == pytest.approx(sum(rows) / 2, rel=1e-12)
-    assert out.accuracy.item() == 0.5
-
-
-def test_ignored_rows_add_nothing_and_still_count() -> None:
-    out = losses.smoothed_ce(LOGITS[:2], torch.tensor([-100, 1]))
-    assert out.loss.item() == pytest.approx(cross_entropy(one_hot(1, 3), LABELED[1]) / 2)
-    assert out.accuracy.item() == 0.5
-
-
 @pytest.mark.parametrize("target", [-1, 3, 1 << 40])
 def test_a_label_out_of_range_is_nan(target: int) -> None:
     assert losses.smoothed_ce(LOGITS[:1], torch.tensor([target])).loss.isnan()
+    pseudo = torch.tensor([0, target])
+    _, gradient = teacher_and_grad(pseudo=pseudo)
+    assert teacher(pseudo=pseudo).mpl.isnan()
+    assert gradient.isnan().any(-1).tolist() == [False] * 5 + [True]
+
+
+def test_no_pseudo_label_is_ignored() -> None:
+    """The index that leaves out a target is no class, so as a pseudo label it is a mistake."""
+    assert teacher(pseudo=torch.tensor([0, -100])).mpl.isnan()
 
 
 def test_padding_columns_change_nothing() -> None:
@@ -164,58 +219,13 @@ def test_padding_columns_change_nothing() -> None:
     assert gradient[:, 3:].abs().max().item() == 0.0
 
 
-def test_student_loss_by_hand() -> None:
-    pseudo, weight = torch.tensor([1, 2]), torch.tensor([1.0, 0.25])
-    logits = LOGITS[[0, 1, 4, 5]].clone().requires_grad_()
-    out = losses.student_loss(
-        logits, pseudo, torch.tensor(TARGET), label_smoothing=0.1, weight=weight
-    )
-    rows = [cross_entropy(one_hot(y, 3, 0.1), row) for y, row in zip((1, 2), STRONG, strict=True)]
-    old = [cross_entropy(one_hot(y, 3), row) for y, row in zip(TARGET, LABELED, strict=True)]
-    assert out.loss.item() == pytest.approx((rows[0] + 0.25 * rows[1]) / 2, rel=1e-12)
-    assert out.labeled_ce.item() == pytest.approx(sum(old) / 2, rel=1e-6)
-    assert out.labeled_accuracy.item() == 0.5
-    (gradient,) = torch.autograd.grad(out.loss, logits)
-    assert gradient[:2].abs().max().item() == 0.0
-    alone = losses.student_loss(logits[2:], pseudo, label_smoothing=0.1, weight=weight)
-    assert alone.loss.item() == out.loss.item()
-    assert alone.labeled_ce.item() == 0.0
-
-
-def test_pseudo_labels_by_hand() -> None:
-    weak = torch.tensor(WEAK)
-    out = losses.pseudo_labels(weak, temperature=0.5)
-    q = [softmax(row, 0.5) for row in WEAK]
-    assert out.label.tolist() == [0, 0]
-    assert out.confidence.tolist() == pytest.approx([max(row) for row in q])
-    assert out.entropy.tolist() == pytest.approx(
-        [-sum(p * math.log(p) for p in row) for row in q], rel=1e-5
-    )
-
-
-def test_uniform_numbers_sample_the_label() -> None:
-    weak = torch.tensor([[0.0, math.log(2.0), math.log(5.0), -math.inf]]).expand(8, 4)
-    uniforms = torch.tensor([0.0, 0.12, 0.13, 0.3, 0.37, 0.38, 0.9, 1 - 2**-24])
-    out = losses.pseudo_labels(weak, uniforms=uniforms)
-    # p is 1/8, 2/8, 5/8, 0: the edges lie at 0.125 and 0.375.
-    assert out.label.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
-
-
 def test_impossible_classes_stay_finite() -> None:
     row = [1.0, -math.inf, 0.0]
     logits = torch.tensor([row, row], requires_grad=True)
-    none = torch.empty(0, dtype=torch.int64)
-    out = losses.teacher_loss(logits, none, 1, uda_weight=1.0, feedback=1.0)
+    out = losses.teacher_loss(logits, NONE, 1, uda_weight=1.0, feedback=1.0)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert out.uda.item() == pytest.approx(out.entropy.item())
     assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("temperature", [1e-2, 1e-8, 1e-38])
-def test_a_tiny_temperature_is_the_arg_max(temperature: float) -> None:
-    out = losses.pseudo_labels(torch.tensor([[80.0, 90.0, 90.0 - 1.0]]), temperature=temperature)
-    assert out.confidence.tolist() == [1.0]
-    assert out.entropy.item() == pytest.approx(0.0, abs=1e-30)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -228,56 +238,31 @@ def test_sixteen_bit_logits_are_lifted(dtype: torch.dtype) -> None:
     assert gradient.dtype == dtype
 
 
-def test_feedback_by_hand() -> None:
-    old, new = torch.tensor(2.0), torch.tensor(1.5)
-    assert losses.mpl_feedback(old, new).item() == 0.5
-    average = torch.tensor(0.1)
-    h = losses.mpl_feedback(old, new, average, momentum=0.75)
-    assert average.item() == pytest.approx(0.75 * 0.1 + 0.25 * 0.5)
-    assert h.item() == pytest.approx(0.5 - 0.2)
-
-
-finite = st.floats(-20, 20, width=32)
-ORDER = [2, 0, 3, 1]
-
-
-@given(st.lists(st.tuples(finite, finite, finite, finite), min_size=1, max_size=6), finite)
-def test_shift_and_order_of_classes_do_not_matter(
-    rows: list[tuple[float, ...]], shift: float
-) -> None:
-    """And each row of the gradient adds up to 0."""
-    weak = torch.tensor(rows, dtype=DOUBLE)
-    base = torch.cat((weak, weak.flip(0)))
-    label = weak.argmax(-1)  # given, since a tie would break otherwise in another order
-    none = torch.empty(0, dtype=torch.int64)
-
-    def run(x: Tensor, pseudo: Tensor) -> tuple[float, Tensor]:
-        x = x.clone().requires_grad_()
-        out = losses.teacher_loss(
-            x, none, len(rows), uda_weight=2.0, feedback=0.3, temperature=0.5, pseudo=pseudo
-        )
-        return out.loss.item(), torch.autograd.grad(out.loss, x)[0]
-
-    value, gradient = run(base, label)
-    assert gradient.sum(-1).abs().max().item() < 1e-12
-    assert run(base + shift, label)[0] == pytest.approx(value, rel=1e-9, abs=1e-9)
-    where = torch.tensor([ORDER.index(i) for i in range(4)])
-    other_value, other_gradient = run(base[:, ORDER], where[label])
-    assert other_value == pytest.approx(value, rel=1e-12, abs=1e-12)
-    torch.testing.assert_close(other_gradient, gradient[:, ORDER])
-
-
 def test_nothing_reads_a_value_on_the_host() -> None:
     """Meta tensors have no values: whatever would wait for a GPU raises here."""
     logits = torch.empty(20, 16, device="meta", requires_grad=True)  # 4 labeled, 8 pairs
     target = torch.empty(4, dtype=torch.int64, device="meta")
     scalar = torch.empty((), device="meta")
     uniforms = torch.empty(8, device="meta")
-    label = losses.pseudo_labels(logits[4:12], uniforms=uniforms).label
+    weak, strong = logits[4:12], logits[12:]
+    label = losses.pseudo_labels(weak, uniforms=uniforms).label
     student = losses.student_loss(logits[:12], label, target, weight=uniforms)
+    soft = losses.student_loss(logits[:12], strong, target, label_smoothing=0.1)
     h = losses.mpl_feedback(student.labeled_ce, losses.smoothed_ce(logits[:4], target).loss, scalar)
     out = losses.teacher_loss(
         logits, target, 8, uda_weight=scalar, feedback=h, pseudo=label, truth=label
     )
-    (gradient,) = torch.autograd.grad(out.loss + student.loss, logits)
-    assert gradient.shape == logits.shape
+    cosine = losses.cosine_loss(strong, weak, threshold=0.5).loss
+    cosine = cosine + losses.cosine_loss(strong, label).loss
+    exact = losses.exact_feedback(strong, weak, weight=scalar)
+    total = out.loss + student.loss + soft.loss + cosine + exact
+    results = [
+        gradient_of(total, logits),
+        losses.student_loss_and_grad(logits[:12], strong, target, grad_scale=scalar)[1],
+        losses.student_loss_and_grad(logits[:12], label, target)[1],
+        losses.teacher_loss_and_grad(
+            logits, target, 8, uda_weight=scalar, feedback=h, grad_scale=scalar
+        )[1],
+    ]
+    assert [x.shape[0] for x in results] == [20, 12, 12, 20]
+    assert all(x.device.type == "meta" for x in results)

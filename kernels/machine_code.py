@@ -1,0 +1,97 @@
+"""Reads a compiled kernel: registers, memory that it spills to, widths of its accesses to rows.
+
+A row is what a kernel loads or stores as a block (a tensor in Triton's intermediate code); single
+numbers such as a label are narrow by nature. Both kinds are told apart by the line of source that
+an access stands on, which the intermediate code and the PTX name alike.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+_NAMED_PLACE = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
+_PLACE = re.compile(r'"([^"]+)":(\d+):\d+')
+_BLOCK_ACCESS = re.compile(r"tt\.(?:load|store) .*: tensor<\d+x!tt\.ptr<.*loc\((#loc\d*)\)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', re.M)
+_LINE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
+_ACCESS = re.compile(r"\b(ld|st)(?:\.[a-z_]+)*\.global([\w.:]*)")
+_VECTOR = re.compile(r"\.v(\d)\b")
+_ELEMENT = re.compile(r"\.[busf](8|16|32|64|128)\b")
+_RESOURCE = re.compile(r"\b(REG|STACK|LOCAL):(\d+)")
+
+Line = tuple[str, str]  # name of a source file, number of a line
+
+
+class Code(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int  # of each thread
+    stack: int  # bytes of each thread; more than 0 is a spill
+    local: int  # bytes of local memory of each thread besides the stack
+    shared: int  # bytes of shared memory of each block
+    loads: dict[int, int]  # bytes that one instruction reads of a row: how many such instructions
+    stores: dict[int, int]
+
+
+def read(kernel: Any) -> Code:
+    """What Triton's compiled kernel takes; nothing is run."""
+    resources = _resources(kernel.asm["cubin"])
+    blocks = _lines_of_blocks(kernel.asm["ttgir"])
+    loads, stores = _widths(kernel.asm["ptx"], blocks)
+    shared = int(kernel.metadata.shared)
+    return Code(resources["REG"], resources["STACK"], resources["LOCAL"], shared, loads, stores)
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(binary)
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in _RESOURCE.findall(text)}
+
+
+def _lines_of_blocks(ttgir: str) -> set[Line]:
+    """Where the source loads or stores a block."""
+    named = dict(_NAMED_PLACE.findall(ttgir))
+
+    def innermost(name: str) -> Line | None:
+        """A place may be a call of a place, or a variable's name for one."""
+        text = named[name]
+        if found := _PLACE.search(text):
+            return Path(found[1]).name, found[2]
+        inner = re.search(r"#loc\d+", text)
+        return innermost(inner[0]) if inner else None
+
+    lines = {innermost(name) for name in _BLOCK_ACCESS.findall(ttgir)}
+    return {line for line in lines if line}
+
+
+def _widths(ptx: str, blocks: set[Line]) -> tuple[dict[int, int], dict[int, int]]:
+    """Bytes of each instruction that loads or stores on these lines, with their counts."""
+    files = {number: Path(name).name for number, name in _FILE.findall(ptx)}
+    found: dict[str, dict[int, int]] = {"ld": {}, "st": {}}
+    line: Line = ("", "")
+    # Inside of inline assembly only the first place is true: the compiler counts on from there.
+    inside = settled = False
+    for text in ptx.splitlines():
+        if "inline asm" in text:
+            settled = False
+            inside = "begin" in text
+        elif place := _LINE.match(text):
+            if not settled:
+                line = files.get(place[1], ""), place[2]
+            settled = inside
+        elif line in blocks and (access := _ACCESS.search(text)):
+            kind, form = access.groups()
+            vector, element = _VECTOR.search(form), _ELEMENT.search(form)
+            if element:
+                width = int(element[1]) // 8 * (int(vector[1]) if vector else 1)
+                found[kind][width] = found[kind].get(width, 0) + 1
+    return found["ld"], found["st"]

@@ -1,0 +1,133 @@
+"""What the measurements came to, as text and as Markdown."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tools.bench_losses.contestants import COMPILED
+
+Json = dict[str, Any]
+Row = tuple[str, ...]
+HEADER: Row = ("loss", "C", "width", "B", "type", "who", "graph us", "p20 to p80", "eager us")
+HEADER += ("launches", "extra MB", "minimal MB", "GB/s", "of a copy", "times torch.compile")
+COUNTS = ("loss", "C", "B", "type", "who", "launches", "loops", "MB", "minimal MB", "times minimal")
+
+
+def tables(result: Json, *, markdown: bool) -> str:
+    """Everything that is known, a section each."""
+    blocks: list[str] = []
+    for title, rows in _sections(result):
+        heading = f"### {title}" if markdown else title
+        lines = _piped(rows) if markdown else _aligned(rows)
+        blocks.append("\n".join([heading, "", *lines] if markdown else [heading, *lines]))
+    notes = [*_notes(result)]
+    blocks.append("\n".join(f"- {note}" for note in notes) if markdown else "\n".join(notes))
+    return "\n\n".join(blocks) + "\n"
+
+
+def ratios(cells: Sequence[Json], copy: float) -> None:
+    """Adds to each cell its share of the copy's bandwidth and its speed against torch.compile."""
+    base = {_key(c): c["graph_us"]["median"] for c in cells if _is_base(c)}
+    for cell in cells:
+        if "graph_us" in cell:
+            cell["share_of_copy"] = cell["gb_per_s"] / copy
+            if _key(cell) in base:
+                cell["times_compile"] = base[_key(cell)] / cell["graph_us"]["median"]
+
+
+def _is_base(cell: Json) -> bool:
+    return cell["contestant"] == COMPILED and "graph_us" in cell
+
+
+def _key(cell: Json) -> tuple[Any, ...]:
+    return tuple(cell[field] for field in ("loss", "classes", "width", "batch", "dtype"))
+
+
+def _sections(result: Json) -> Iterable[tuple[str, list[Row]]]:
+    cells = result["cells"]
+    if result["machine"]["gpu"]:
+        yield "Loss and gradient", [HEADER, *(_timed(cell) for cell in cells)]
+    else:
+        yield "Counted, not timed", [COUNTS, *(_counted(cell) for cell in cells)]
+    for one in result.get("sweep", []):
+        rows: list[Row] = [("block", "whole row", "warps", "us")]
+        for t in one["tried"]:
+            shown = f"{t['us']:.1f}" if "us" in t else t["failed"]
+            rows.append((str(t["block"]), "yes" if t["single"] else "no", str(t["warps"]), shown))
+        yield f"Launch configurations, {one['shape']}", rows
+
+
+def _timed(cell: Json) -> Row:
+    start: Row = (*map(str, (cell["loss"], cell["classes"], cell["width"], cell["batch"])),)
+    start += (cell["dtype"], cell["contestant"])
+    if "failed" in cell:
+        return (*start, f"failed: {cell['failed'][:60]}", *[""] * (len(HEADER) - len(start) - 1))
+    times = cell.get("graph_us")
+    return (
+        *start,
+        f"{times['median']:.1f}" if times else "not capturable",
+        f"{times['p20']:.1f} to {times['p80']:.1f}" if times else "",
+        f"{cell['wall_us']:.0f}",
+        str(cell["launches"]),
+        f"{cell['extra_bytes'] / 1e6:.1f}",
+        f"{cell['minimal_bytes'] / 1e6:.1f}",
+        f"{cell['gb_per_s']:.0f}" if times else "",
+        f"{100 * cell['share_of_copy']:.0f} %" if "share_of_copy" in cell else "",
+        f"{cell['times_compile']:.2f}" if "times_compile" in cell else "",
+    )
+
+
+def _counted(cell: Json) -> Row:
+    known = cell["bytes"] is not None
+    return (
+        *map(str, (cell["loss"], cell["classes"], cell["batch"], cell["dtype"])),
+        cell["contestant"],
+        str(cell["launches"]),
+        str(cell.get("loops", "")),
+        f"{cell['bytes'] / 1e6:.1f}" if known else "",
+        f"{cell['minimal_bytes'] / 1e6:.1f}",
+        f"{cell['times_minimal']:.1f}" if known else "",
+    )
+
+
+def _notes(result: Json) -> Iterable[str]:
+    machine = result["machine"]
+    yield ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+    if "copy_gb_per_s" in result:
+        yield f"A copy on the device: {result['copy_gb_per_s']:.0f} GB/s read and written."
+        cost = result["launch_cost"]
+        yield (
+            f"A kernel that does nothing: {cost['python_us']:.1f} us from Python, "
+            f"{cost['graph_node_us']:.1f} us in a graph."
+        )
+    if "noise" in result:
+        yield f"The same cell twice differs by {100 * result['noise']:.1f} %."
+    for one in result.get("sweep", []):
+        best = one["best"]
+        words = "the table's configuration is the fastest or as fast"
+        if not one["confirmed"]:
+            words = f"SUGGESTION: {best['block']} columns, {best['warps']} warps" if best else "?"
+        yield f"{one['shape']}: {words}."
+    if result.get("step", {}).get("share"):
+        step = result["step"]
+        shares = ", ".join(f"{who} {100 * part:.2f} %" for who, part in step["share"].items())
+        yield (
+            f"Share of the losses in a ResNet-50 MPL step ({step['step_ms_reference']:.0f} ms with "
+            f"plain PyTorch, {step['step_ms_triton']:.0f} ms with the kernels): {shares}."
+        )
+    for skipped in result["skipped"]:
+        yield f"Skipped: {skipped}"
+    if result["claim"]:
+        yield str(result["claim"])
+
+
+def _aligned(rows: list[Row]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _piped(rows: list[Row]) -> list[str]:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]]
