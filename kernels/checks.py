@@ -70,10 +70,13 @@ def momentum(value: float) -> None:
         raise ValueError(f"momentum must be in [0, 1], not {value}")
 
 
-def scalar(name: str, value: Scalar) -> None:
-    """A weight is a number or a 0-dim tensor."""
-    if isinstance(value, Tensor) and value.dim() != 0:
+def scalar(name: str, value: Scalar, like: Tensor) -> None:
+    """A weight is a number or a 0-dim tensor where the logits are: moving it would synchronize."""
+    if not isinstance(value, Tensor):
+        return
+    if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-dim tensor, not {tuple(value.shape)}")
+    _place(name, value, "the logits are", like)
 
 
 def grad_scale(value: Tensor | None, like: Tensor) -> None:
@@ -83,6 +86,24 @@ def grad_scale(value: Tensor | None, like: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"grad_scale must be None or a 0-dim tensor, not {value!r}")
     floats("grad_scale", value, (), like)
+
+
+def feedback(old: Tensor, new: Tensor, average: Tensor | None, factor: float) -> None:
+    """Two losses and their running mean; a number would be frozen into a captured graph."""
+    given = {"old": old, "new": new}
+    if average is not None:
+        given["average"] = average
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a 0-dim tensor, not {x!r}")
+        if x.dim() != 0:
+            raise ValueError(f"{name} must be a 0-dim tensor, not {tuple(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be floating point, not {x.dtype}")
+        _place(name, x, "old is", old)
+    if average is not None and average.dtype != torch.float32:
+        raise TypeError(f"average must be float32, as the feedback is, not {average.dtype}")
+    momentum(factor)
 
 
 def student(
@@ -115,7 +136,7 @@ def teacher(
     target: Tensor,
     n_unlabeled: int,
     uda_weight: Scalar,
-    feedback: Scalar,
+    h: Scalar,
     sharpening: float,
     least_confidence: float,
     label_smoothing: float,
@@ -135,8 +156,8 @@ def teacher(
     temperature(sharpening)
     threshold(least_confidence)
     smoothing(label_smoothing)
-    scalar("uda_weight", uda_weight)
-    scalar("feedback", feedback)
+    scalar("uda_weight", uda_weight, x)
+    scalar("feedback", h, x)
     if isinstance(pseudo, Tensor):
         labels("pseudo", pseudo, n_unlabeled, x)
     elif pseudo not in ("weak", "strong"):
@@ -149,8 +170,12 @@ def teacher(
 def _shape(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {tuple(x.shape)}")
+    _place(name, x, "the logits are", like)
+
+
+def _place(name: str, x: Tensor, others_are: str, like: Tensor) -> None:
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, but the logits are on {like.device}")
+        raise ValueError(f"{name} is on {x.device}, but {others_are} on {like.device}")
 
 
 def _number(name: str, value: float) -> None:

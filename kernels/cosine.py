@@ -15,7 +15,7 @@ f is taken to the base of 2, as 2 ** (rate (t - max(t))): one product less for e
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.rows import LOG2E, LOWEST, load_block, store_block
+from mpl_fast.kernels.rows import LOG2E, LOWEST, inverse, load_block, store_block
 
 
 @triton.jit
@@ -72,13 +72,17 @@ def _soft_row(s_ptr, t_ptr, rate, C: tl.constexpr, W: tl.constexpr, BLOCK: tl.co
     return m_s, m_t, z_t, ef, tl.sqrt_rn(ee * ff), ee
 
 
-# The count must not be compiled in: every last, smaller batch would be a new kernel.
-@triton.jit(do_not_specialize=["rows"])
+# Neither counts nor the alignment of single numbers are compiled in: see `teacher_kernel`.
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["label_ptr", "saved_ptr", "part_ptr"],
+)
 def cosine_kernel(
     x_ptr,  # (rows, W)
     x_stride,
-    target_ptr,  # (rows,) int64, or (rows, W) logits if SOFT
-    target_stride,  # if SOFT
+    label_ptr,  # (rows,) int64, unless SOFT
+    soft_ptr,  # (rows, W) logits if SOFT
+    soft_stride,
     saved_ptr,  # (4, rows) float32, written
     part_ptr,  # (2, rows) float32, written: shares of the loss and of the mask rate
     rows,
@@ -95,19 +99,18 @@ def cosine_kernel(
     # Tells the compiler that rows are aligned: see `student_kernel`.
     x_row = x_ptr + row * ((x_stride // ALIGN) * ALIGN)
     # tl.cast: inductor hands floats over as float64.
-    # Divided here: inductor takes a quotient of a changing batch size for an integer.
-    inv_rows = tl.div_rn(1.0, tl.cast(rows, tl.int64).to(tl.float32))
+    inv_rows = inverse(rows)
     inv_t = tl.cast(inv_t, tl.float32)
     threshold = tl.cast(threshold, tl.float32)
     conf = tl.full([], 1.0, tl.float32)  # a label is sure of itself
     m_t = tl.full([], 0.0, tl.float32)
     if SOFT:
-        t_row = target_ptr + row * ((target_stride // ALIGN) * ALIGN)
+        t_row = soft_ptr + row * ((soft_stride // ALIGN) * ALIGN)
         m_s, m_t, z_t, ef, lengths, ee = _soft_row(x_row, t_row, inv_t * LOG2E, C, W, BLOCK)
         z_t = tl.where(z_t == 0.0, float("nan"), z_t)  # all classes at -inf
         conf = tl.div_rn(1.0, z_t)  # rounded as PyTorch's division: it is compared
     else:
-        y = tl.load(target_ptr + row)
+        y = tl.load(label_ptr + row)
         # Not checked on the host: a label out of range shows as NaN, never as a stray read.
         bad = (y < 0) | (y >= C)
         m_s, ef, lengths, ee = _hard_row(x_row, tl.where(bad, 0, y), C, W, BLOCK)
@@ -123,12 +126,16 @@ def cosine_kernel(
     tl.store(saved_ptr + 3 * rows + row, mask * inv_rows * cos / ee)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["label_ptr", "saved_ptr", "upstream_ptr"],
+)
 def cosine_gradient_kernel(
     x_ptr,  # (rows, W)
     x_stride,
-    target_ptr,  # (rows,) int64, or (rows, W) logits if SOFT
-    target_stride,  # if SOFT
+    label_ptr,  # (rows,) int64, unless SOFT
+    soft_ptr,  # (rows, W) logits if SOFT
+    soft_stride,
     saved_ptr,  # (4, rows) float32, of `cosine_kernel`
     upstream_ptr,  # a number: the gradient from above
     g_ptr,  # (rows, W), written
@@ -154,8 +161,8 @@ def cosine_gradient_kernel(
         offs = i + tl.arange(0, BLOCK)
         e = tl.exp2((load_block(x_row, offs, C, W) - m_s) * LOG2E)
         if SOFT:
-            t_row = target_ptr + row * ((target_stride // ALIGN) * ALIGN)
+            t_row = soft_ptr + row * ((soft_stride // ALIGN) * ALIGN)
             f = tl.exp2((load_block(t_row, offs, C, W) - m_t) * (inv_t * LOG2E))
         else:
-            f = tl.where(offs == tl.load(target_ptr + row), 1.0, 0.0)
+            f = tl.where(offs == tl.load(label_ptr + row), 1.0, 0.0)
         store_block(g_row, offs, e * (c_e * e - c_f * f), C, W)

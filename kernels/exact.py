@@ -11,7 +11,7 @@ where mean = sum_k u_k q_k. A row's maximum, Z and mean are left behind for the 
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.rows import LOG2E, LOWEST, load_block, store_block
+from mpl_fast.kernels.rows import LOG2E, LOWEST, inverse, load_block, store_block
 
 
 @triton.jit
@@ -23,7 +23,11 @@ def _load_direction(u_ptr, offs, C: tl.constexpr, W: tl.constexpr):
     return u
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Neither counts nor the alignment of single numbers are compiled in: see `teacher_kernel`.
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["weight_ptr", "saved_ptr", "part_ptr"],
+)
 def exact_kernel(
     x_ptr,  # (rows, W)
     x_stride,
@@ -45,8 +49,7 @@ def exact_kernel(
     x_row = x_ptr + row * ((x_stride // ALIGN) * ALIGN)
     u_row = direction_ptr + row * ((direction_stride // ALIGN) * ALIGN)
     # tl.cast: inductor hands floats over as float64.
-    # Divided here: inductor takes a quotient of a changing batch size for an integer.
-    inv_rows = tl.div_rn(1.0, tl.cast(rows, tl.int64).to(tl.float32))
+    inv_rows = inverse(rows)
     inv_t = tl.cast(inv_t, tl.float32)
     rate = inv_t * LOG2E  # of exponents to the base of 2: one product less for each logit
     m = tl.full([], LOWEST, tl.float32)
@@ -68,7 +71,10 @@ def exact_kernel(
     tl.store(saved_ptr + 2 * rows + row, mean)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["weight_ptr", "saved_ptr", "upstream_ptr"],
+)
 def exact_gradient_kernel(
     x_ptr,  # (rows, W)
     x_stride,
@@ -89,7 +95,7 @@ def exact_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * ((x_stride // ALIGN) * ALIGN)
     u_row = direction_ptr + row * ((direction_stride // ALIGN) * ALIGN)
-    inv_rows = tl.div_rn(1.0, tl.cast(rows, tl.int64).to(tl.float32))
+    inv_rows = inverse(rows)
     inv_t = tl.cast(inv_t, tl.float32)
     rate = inv_t * LOG2E
     m = tl.load(saved_ptr + row)

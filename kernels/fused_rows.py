@@ -101,8 +101,10 @@ class _CosineLoss(torch.autograd.Function):
         return loss, mask_rate
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         no_second_derivative()
+        if upstream is None:
+            return (None,) * 5
         x, target, saved = ctx.saved_tensors
         gradient = row_ops.cosine_gradient(x, target, saved, upstream, *ctx.settings)
         return gradient, None, None, None, None

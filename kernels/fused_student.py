@@ -107,8 +107,10 @@ class _StudentLoss(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         no_second_derivative()
+        if upstream is None:
+            return (None,) * 8
         x, pseudo, target, weight, saved = ctx.saved_tensors
         outputs = _student(
             x,
@@ -136,26 +138,17 @@ def _targets(target: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.int64) if target is None else target.contiguous()
 
 
-def _empty_outputs(
-    x: Tensor,
-    pseudo: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    upstream: Tensor,
-    saved: Tensor,
-    weighted: bool,
-    scaled: bool,
-    stats: bool,
-    grad: bool,
-    label_smoothing: float,
-    temperature: float,
-    num_classes: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, pseudo: Tensor, stats: bool, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `_launch` returns, of unwritten memory."""
     rows, width = x.shape
     part = x.new_empty((len(STATISTICS), rows if stats else 0), dtype=torch.float32)
     kept = (4 if pseudo.dim() == 2 else 2, pseudo.shape[0] if stats and not grad else 0)
     return part, x.new_empty(kept, dtype=torch.float32), x.new_empty((rows if grad else 0, width))
+
+
+def _fake(x: Tensor, pseudo: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, stats, grad, _, _, _ = arguments
+    return _outputs(x, pseudo, stats, grad)
 
 
 def _launch(
@@ -178,21 +171,7 @@ def _launch(
     What is not asked for is empty. saved: the second of these, where only the gradient is asked
     for.
     """
-    part, kept, gradient = _empty_outputs(
-        x,
-        pseudo,
-        target,
-        weight,
-        upstream,
-        saved,
-        weighted,
-        scaled,
-        stats,
-        grad,
-        label_smoothing,
-        temperature,
-        num_classes,
-    )
+    part, kept, gradient = _outputs(x, pseudo, stats, grad)
     (rows, width), n_u = x.shape, pseudo.shape[0]
     if rows == 0:
         return part, kept, gradient
@@ -206,6 +185,7 @@ def _launch(
             gradient,
             target,
             pseudo,
+            pseudo if soft else x,
             pitch,
             weight,
             upstream,
@@ -229,4 +209,4 @@ def _launch(
     return part, kept, gradient
 
 
-_student = register("mpl_fast::student", _launch, _empty_outputs)
+_student = register("mpl_fast::student", _launch, _fake)

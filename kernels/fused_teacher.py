@@ -141,19 +141,21 @@ class _TeacherLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         no_second_derivative()
+        arrived = _arrived(upstream[:DIFFERENTIABLE])
+        if not arrived:
+            return (None,) * (1 + len(Request._fields))
         x, target, label, uda_weight, feedback, saved = ctx.saved_tensors
         request = Request(
             target, label, label, uda_weight, feedback, True, False, False, *ctx.numbers
         )
-        arrived = _arrived(upstream[:DIFFERENTIABLE])
         *_, gradient = teacher(x, *request, saved, arrived, False, True)
         return gradient, *(None for _ in request)
 
 
 def _arrived(upstream: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Gradients of loss, sup, uda and mpl, or of loss alone where no other is needed."""
+    """Gradients of loss, sup, uda and mpl; or of loss alone, or none, where no other came."""
     here = [u for u in upstream if u is not None]
-    if len(here) == 1 and upstream[0] is not None:
+    if len(here) in (0, len(upstream)) or (len(here) == 1 and upstream[0] is not None):
         return here
     zero = torch.zeros_like(here[0])
     return [zero if u is None else u for u in upstream]

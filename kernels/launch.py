@@ -56,9 +56,15 @@ def align(*strides: int) -> int:
 
 
 def on_device(value: Scalar, like: Tensor) -> Tensor:
-    """A 0-dim float32 on the device of `like`: filled there, since a copy would synchronize."""
+    """A 0-dim float32 on the device of `like`: filled there, since a copy would synchronize.
+
+    A tensor lies there already, or `checks.scalar` has refused it.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to(like.device, torch.float32, non_blocking=True)
+        return value.detach().to(torch.float32)
+    if torch.compiler.is_compiling():
+        # A product may take an input of the graph; a filled number would be compiled into it.
+        return torch.ones((), dtype=torch.float32, device=like.device) * value
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 

@@ -6,7 +6,7 @@ Of the weak row w at temperature T and the strong row s, with d = x - max(x) and
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.rows import LOG2E, LOWEST, load_block, store_block
+from mpl_fast.kernels.rows import LOG2E, LOWEST, inverse, load_block, store_block
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def pair_program(
     given_ptr,
     truth_ptr,
     label_ptr,
-    inv_n,
+    n,
     uda_upstream,
     mpl_upstream,
     inv_t,
@@ -162,6 +162,7 @@ def pair_program(
         # A row of NaN has no arg-max: keep the index inside the row whatever came out.
         label = tl.minimum(top_s if FROM_STRONG else top_w, C - 1).to(tl.int64)
     y, valid = known(label, C)
+    inv_n = inverse(n)  # only now: the loop over the rows needs the registers
     conf = tl.div_rn(1.0, z_w)  # rounded as PyTorch's division: it is compared
     mask = tl.where(conf >= threshold, 1.0, 0.0)
     if GRAD:

@@ -46,7 +46,10 @@ def _draw(x, offs, m, rate, below, height, label, last):
     return below + tl.sum(e, 0), label, last
 
 
-@triton.jit
+# Single numbers are read wherever they lie: see `teacher_kernel`.
+@triton.jit(
+    do_not_specialize_on_alignment=["uniform_ptr", "label_ptr", "confidence_ptr", "entropy_ptr"]
+)
 def pseudo_kernel(
     x_ptr,  # (rows, W)
     x_stride,

@@ -1,5 +1,7 @@
 """The student's loss, its gradient, and the feedback to its teacher, in plain PyTorch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,11 +85,13 @@ def mpl_feedback(
 ) -> Tensor:
     """h = old - new, less its running mean if given, which moves first and in place.
 
-    That is the official code's order (class MPL of its training_utils.py); the sign is the paper's
-    and not that code's.
+    It is not moved by what is not finite. The order is the official code's (class MPL of its
+    training_utils.py); the sign is the paper's and not that code's.
     """
-    h = old.detach().float() - new.detach().float()
+    dtype = torch.promote_types(old.dtype, torch.float32)  # where the difference is taken
+    h = (old.detach().to(dtype) - new.detach().to(dtype)).float()
     if average is None:
         return h
-    average.lerp_(h.to(average.dtype), 1.0 - momentum)
+    # What is not finite would stay in the mean for good. NaN is not less than infinity either.
+    average.lerp_(torch.where(h.abs() < math.inf, h, average), 1.0 - momentum)
     return h - average

@@ -3,7 +3,12 @@
 x: (rows, W) logits with neighbors in a row next to each other in memory. Targets that are logits,
 and directions, lie like that too; uniform numbers and labels are contiguous. The columns from
 num_classes on are padding.
+
+Each op names its kernel where it calls `wrap_triton`, and does not leave that to a function which
+they share: the compiler reads which kernels an op has from there (see `launch.wrap_triton`).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +19,11 @@ from mpl_fast.kernels.launch import align, launch_config, register, wrap_triton
 from mpl_fast.kernels.pseudo import pseudo_kernel
 
 
-def _pseudo_outputs(
-    x: Tensor, uniforms: Tensor, drawn: bool, temperature: float, num_classes: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_outputs(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _pseudo_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     floats = (x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32))
     return x.new_empty(rows, dtype=torch.int64), *floats
@@ -26,7 +33,7 @@ def _pseudo(
     x: Tensor, uniforms: Tensor, drawn: bool, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels, confidences and entropies, each (rows,). uniforms: any tensor unless drawn."""
-    label, confidence, entropy = _pseudo_outputs(x, uniforms, drawn, temperature, num_classes)
+    label, confidence, entropy = _pseudo_outputs(x)
     rows, width = x.shape
     if rows == 0:
         return label, confidence, entropy
@@ -51,9 +58,7 @@ def _pseudo(
     return label, confidence, entropy
 
 
-def _cosine_outputs(
-    x: Tensor, target: Tensor, temperature: float, threshold: float, num_classes: int
-) -> tuple[Tensor, Tensor]:
+def _cosine_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = x.shape[0]
     part = x.new_empty((2, rows), dtype=torch.float32)
     return part, x.new_empty((4, rows), dtype=torch.float32)
@@ -63,7 +68,7 @@ def _cosine(
     x: Tensor, target: Tensor, temperature: float, threshold: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Shares of loss and mask rate (2, rows), and what the gradient needs (4, rows)."""
-    part, saved = _cosine_outputs(x, target, temperature, threshold, num_classes)
+    part, saved = _cosine_outputs(x)
     rows, width = x.shape
     if rows == 0:
         return part, saved
@@ -74,6 +79,7 @@ def _cosine(
             x,
             x.stride(0),
             target,
+            target if soft else x,
             pitch,
             saved,
             part,
@@ -89,17 +95,6 @@ def _cosine(
     return part, saved
 
 
-def _cosine_gradient_outputs(
-    x: Tensor,
-    target: Tensor,
-    saved: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    num_classes: int,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _cosine_gradient(
     x: Tensor,
     target: Tensor,
@@ -109,7 +104,7 @@ def _cosine_gradient(
     num_classes: int,
 ) -> Tensor:
     """The gradient (rows, W). upstream: 0-dim, the gradient from above."""
-    gradient = x.new_empty(x.shape)
+    gradient = _gradient_outputs(x)
     rows, width = x.shape
     if rows == 0:
         return gradient
@@ -120,6 +115,7 @@ def _cosine_gradient(
             x,
             x.stride(0),
             target,
+            target if soft else x,
             pitch,
             saved,
             upstream,
@@ -135,9 +131,7 @@ def _cosine_gradient(
     return gradient
 
 
-def _exact_outputs(
-    x: Tensor, direction: Tensor, weight: Tensor, temperature: float, num_classes: int
-) -> tuple[Tensor, Tensor]:
+def _exact_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows = x.shape[0]
     part = x.new_empty(rows, dtype=torch.float32)
     return part, x.new_empty((3, rows), dtype=torch.float32)
@@ -147,7 +141,7 @@ def _exact(
     x: Tensor, direction: Tensor, weight: Tensor, temperature: float, num_classes: int
 ) -> tuple[Tensor, Tensor]:
     """Shares of the value (rows,), and what the gradient needs (3, rows). weight: 0-dim."""
-    part, saved = _exact_outputs(x, direction, weight, temperature, num_classes)
+    part, saved = _exact_outputs(x)
     rows, width = x.shape
     if rows == 0:
         return part, saved
@@ -171,18 +165,6 @@ def _exact(
     return part, saved
 
 
-def _exact_gradient_outputs(
-    x: Tensor,
-    direction: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    upstream: Tensor,
-    temperature: float,
-    num_classes: int,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _exact_gradient(
     x: Tensor,
     direction: Tensor,
@@ -193,7 +175,7 @@ def _exact_gradient(
     num_classes: int,
 ) -> Tensor:
     """The gradient (rows, W). upstream: 0-dim, the gradient from above."""
-    gradient = x.new_empty(x.shape)
+    gradient = _gradient_outputs(x)
     rows, width = x.shape
     if rows == 0:
         return gradient
@@ -220,6 +202,6 @@ def _exact_gradient(
 
 pseudo = register("mpl_fast::pseudo_labels", _pseudo, _pseudo_outputs)
 cosine = register("mpl_fast::cosine", _cosine, _cosine_outputs)
-cosine_gradient = register("mpl_fast::cosine_gradient", _cosine_gradient, _cosine_gradient_outputs)
+cosine_gradient = register("mpl_fast::cosine_gradient", _cosine_gradient, _gradient_outputs)
 exact = register("mpl_fast::exact", _exact, _exact_outputs)
-exact_gradient = register("mpl_fast::exact_gradient", _exact_gradient, _exact_gradient_outputs)
+exact_gradient = register("mpl_fast::exact_gradient", _exact_gradient, _gradient_outputs)

@@ -16,6 +16,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
+def inverse(count):
+    """1 / count in float32, divided here: inductor takes a changing batch's for an integer."""
+    return tl.div_rn(1.0, tl.cast(count, tl.int64).to(tl.float32))
+
+
+@triton.jit
 def load_block(row_ptr, offs, C: tl.constexpr, W: tl.constexpr):
     """A block of a row as float32, -inf beyond C."""
     x = tl.load(row_ptr + offs, mask=offs < W, other=float("-inf")).to(tl.float32)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from mpl_fast.kernels.pairs import rescaled
-from mpl_fast.kernels.rows import LOG2E, LOWEST, load_block, store_block
+from mpl_fast.kernels.rows import LOG2E, LOWEST, inverse, load_block, store_block
 
 
 @triton.jit
@@ -76,22 +76,44 @@ def _store_gradient(
 
 
 @triton.jit
+def row_share(n, weight_ptr, WEIGHTED: tl.constexpr):
+    """A row's part in a mean over n rows."""
+    share = inverse(n)
+    if WEIGHTED:
+        share *= tl.load(weight_ptr).to(tl.float32)
+    return share
+
+
+@triton.jit
+def arrived(upstream_ptr, SCALED: tl.constexpr):
+    """The gradient that arrives from above."""
+    upstream = 1.0
+    if SCALED:
+        upstream = tl.load(upstream_ptr).to(tl.float32)
+    return upstream
+
+
+@triton.jit
 def soft_row(
     s_ptr,
     t_ptr,
     g_ptr,
     saved_ptr,
     saved_pitch,
-    coef,
+    n,
+    weight_ptr,
+    upstream_ptr,
     rate,
     smoothing,
     C: tl.constexpr,
     W: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    SCALED: tl.constexpr,
     STATS: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """STATS: the loss, and what the gradient needs. GRAD: writes coef times the gradient.
+    """STATS: the row's share of the loss, and what its gradient needs. GRAD: writes this gradient.
 
     Of rows that are one block the compiler merges both readings; they stay in registers.
     """
@@ -112,8 +134,10 @@ def soft_row(
         z_s = tl.load(saved_ptr + saved_pitch)
         m_t = tl.load(saved_ptr + 2 * saved_pitch)
         z_t = tl.load(saved_ptr + 3 * saved_pitch)
+    share = row_share(n, weight_ptr, WEIGHTED)  # only now: the loop needs the registers
     if GRAD:
+        coef = share * arrived(upstream_ptr, SCALED)
         c_q = coef * (1.0 - smoothing) / z_t
         c_1 = coef * smoothing * (1.0 / C)
         _store_gradient(s_ptr, t_ptr, g_ptr, m_s, m_t, rate, coef / z_s, c_q, c_1, C, W, BLOCK)
-    return loss
+    return loss * share

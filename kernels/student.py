@@ -19,8 +19,8 @@ rows, which the caller adds up: unlike atomics that is deterministic.
 import triton
 import triton.language as tl
 
-from mpl_fast.kernels.rows import LOG2E, labeled_row, zero_row
-from mpl_fast.kernels.soft import soft_row
+from mpl_fast.kernels.rows import LOG2E, inverse, labeled_row, zero_row
+from mpl_fast.kernels.soft import arrived, row_share, soft_row
 
 # The rows of `part_ptr`.
 STATISTICS = ("loss", "labeled_ce", "labeled_accuracy")
@@ -98,15 +98,26 @@ def _hard_program(
             tl.store(saved_ptr + saved_pitch, z)
 
 
-# The counts must not be compiled in: every last, smaller batch would be a new kernel.
-@triton.jit(do_not_specialize=["n_l", "n_u"])
+# Neither counts nor the alignment of single numbers are compiled in: see `teacher_kernel`.
+@triton.jit(
+    do_not_specialize=["n_l", "n_u"],
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "label_ptr",
+        "weight_ptr",
+        "upstream_ptr",
+        "saved_ptr",
+        "part_ptr",
+    ],
+)
 def student_kernel(
     x_ptr,  # (n_l + n_u, W) rows labeled | strong
     x_stride,
     g_ptr,  # (n_l + n_u, W), written if GRAD
     target_ptr,  # (n_l,) int64
-    pseudo_ptr,  # (n_u,) int64, or (n_u, W) logits if SOFT
-    pseudo_stride,  # if SOFT
+    label_ptr,  # (n_u,) int64, unless SOFT
+    soft_ptr,  # (n_u, W) logits if SOFT
+    soft_stride,
     weight_ptr,  # (n_u,) if WEIGHTED
     upstream_ptr,  # a number if SCALED
     saved_ptr,  # (2 or 4 if SOFT, n_u) float32, written if STATS and not GRAD
@@ -131,49 +142,46 @@ def student_kernel(
     # Tells the compiler that rows are aligned: it looks by itself for multiples of 16 only, and a
     # bfloat16 row of 1000 would be read two bytes at a time.
     x_stride = (x_stride // ALIGN) * ALIGN
-    pseudo_stride = (pseudo_stride // ALIGN) * ALIGN
+    soft_stride = (soft_stride // ALIGN) * ALIGN
     # tl.cast: inductor hands floats over as float64, and a count of 1 as a constant.
     n_l = tl.cast(n_l, tl.int64)
     n_u = tl.cast(n_u, tl.int64)
     inv_t = tl.cast(inv_t, tl.float32)
     smoothing = tl.cast(smoothing, tl.float32)
     pitch = n_l + n_u
-    # Divided here: inductor takes a quotient of a changing batch size for an integer.
-    inv_n = tl.div_rn(1.0, tl.where(row < n_l, n_l, n_u).to(tl.float32))
     x_row = x_ptr + row * x_stride
     g_row = g_ptr + row * W
     if row < n_l:
         if STATS:
             target = tl.load(target_ptr + row)
+            inv_n = inverse(n_l)
             _labeled_program(x_row, part_ptr + row, pitch, target, inv_n, C, W, SINGLE, BLOCK)
         if GRAD:
             zero_row(g_row, W, BLOCK)
     else:
         u = row - n_l
-        share = inv_n
-        if WEIGHTED:
-            share *= tl.load(weight_ptr + u).to(tl.float32)
-        upstream = 1.0
-        if SCALED:
-            upstream = tl.load(upstream_ptr).to(tl.float32)
         if SOFT:
             loss = soft_row(
                 x_row,
-                pseudo_ptr + u * pseudo_stride,
+                soft_ptr + u * soft_stride,
                 g_row,
                 saved_ptr + u,
                 n_u,
-                share * upstream,
+                n_u,
+                weight_ptr + u,
+                upstream_ptr,
                 inv_t * LOG2E,
                 smoothing,
                 C,
                 W,
+                WEIGHTED,
+                SCALED,
                 STATS,
                 GRAD,
                 BLOCK,
             )
             if STATS:
-                _store_column(part_ptr + row, pitch, loss * share, 0.0, 0.0)
+                _store_column(part_ptr + row, pitch, loss, 0.0, 0.0)
         else:
             _hard_program(
                 x_row,
@@ -182,9 +190,9 @@ def student_kernel(
                 n_u,
                 part_ptr + row,
                 pitch,
-                tl.load(pseudo_ptr + u),
-                share,
-                upstream,
+                tl.load(label_ptr + u),
+                row_share(n_u, weight_ptr + u, WEIGHTED),
+                arrived(upstream_ptr, SCALED),
                 smoothing,
                 C,
                 W,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from mpl_fast.kernels.pairs import pair_program
-from mpl_fast.kernels.rows import labeled_row, zero_row
+from mpl_fast.kernels.rows import inverse, labeled_row, zero_row
 
 # The rows of `part_ptr`. The first four have a gradient.
 STATISTICS = (
@@ -98,8 +98,26 @@ def _labeled_program(
             tl.store(saved_ptr + n_rows, z)
 
 
-# The counts must not be compiled in: every last, smaller batch would be a new kernel.
-@triton.jit(do_not_specialize=["n_l", "n_u", "ignore_index"])
+# The counts must not be compiled in: every last, smaller batch would be a new kernel. Nor where
+# single numbers lie: 16-byte alignment widens accesses to rows alone, and a weight or labels that
+# are a view into a larger tensor would be a new kernel, in the middle of a run or a capture.
+@triton.jit(
+    do_not_specialize=["n_l", "n_u", "ignore_index"],
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "given_ptr",
+        "truth_ptr",
+        "label_ptr",
+        "part_ptr",
+        "saved_ptr",
+        "uda_weight_ptr",
+        "feedback_ptr",
+        "u_loss_ptr",
+        "u_sup_ptr",
+        "u_uda_ptr",
+        "u_mpl_ptr",
+    ],
+)
 def teacher_kernel(
     x_ptr,  # (n_l + 2 n_u, W) rows labeled | weak | strong
     x_stride,
@@ -151,7 +169,6 @@ def teacher_kernel(
     n_rows = pitch + n_u
     x_row = x_ptr + row * x_stride
     g_row = g_ptr + row * g_stride
-    inv_n = tl.div_rn(1.0, tl.where(row < n_l, n_l, n_u).to(tl.float32))
     upstream = 1.0
     if UPSTREAM > 0:
         upstream = tl.load(u_loss_ptr)
@@ -166,7 +183,7 @@ def teacher_kernel(
             part_ptr + row,
             pitch,
             tl.load(target_ptr + row),
-            inv_n,
+            inverse(n_l),
             upstream,
             smoothing,
             ignore_index,
@@ -179,10 +196,8 @@ def teacher_kernel(
         )
     else:
         u = row - n_l
-        uda_weight = tl.load(uda_weight_ptr)
-        feedback = tl.load(feedback_ptr)
-        uda_upstream = upstream * uda_weight
-        mpl_upstream = upstream * feedback
+        uda_upstream = upstream * tl.load(uda_weight_ptr)
+        mpl_upstream = upstream * tl.load(feedback_ptr)
         if UPSTREAM == 4:
             uda_upstream += tl.load(u_uda_ptr)
             mpl_upstream += tl.load(u_mpl_ptr)
@@ -196,7 +211,7 @@ def teacher_kernel(
             given_ptr + u,
             truth_ptr + u,
             label_ptr + u,
-            inv_n,
+            n_u,
             uda_upstream,
             mpl_upstream,
             inv_t,
@@ -212,7 +227,8 @@ def teacher_kernel(
             BLOCK,
         )
         if STATS:
-            loss = uda_weight * uda + feedback * mpl
+            # Loaded again: to hold them takes registers that the loop over the rows needs.
+            loss = tl.load(uda_weight_ptr) * uda + tl.load(feedback_ptr) * mpl
             _store_column(
                 part_ptr + row, pitch, loss, 0.0, uda, mpl, mask, confidence, entropy, hit, 0.0
             )

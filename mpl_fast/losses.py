@@ -18,10 +18,14 @@ What holds for all of them:
   loss, and its row of the gradient, into NaN; a NaN in the logits survives the threshold.
 - Means are over all rows of a kind, also over masked and ignored ones; over none they are 0.
 - Bytes are those of the fused kernels, in units of the logits', and launches are theirs: both by
-  design, not measured on a GPU. Rows of more than 8192 columns do not stay in registers: one pass
-  that also writes a gradient, or draws a label, reads them a second time. Plain PyTorch, counted
-  operation by operation by `tools/bench_kernels.py --smoke` (bfloat16, 1000 classes, 256 images):
-  teacher 117 launches and 71x, student 60 and 36x.
+  design, not measured on a GPU. The 3 launches of a plain form are kernel and sum forward, and a
+  kernel backward. Besides these PyTorch launches one for the 1 that ``loss.backward()`` starts
+  from, the kernels' backend one for each `Scalar` that is a number or no float32, and one for a 0
+  where the teacher's terms are differentiated, unless it is `loss` alone or all four.
+- Rows of more than 8192 columns do not stay in registers: one pass that also writes a gradient, or
+  draws a label, reads them a second time. Plain PyTorch, counted operation by operation by
+  `tools/bench_kernels.py --smoke` (bfloat16, 1000 classes, 256 images): teacher 117 launches and
+  71x, student 60 and 36x.
 """
 
 import os
@@ -392,14 +396,15 @@ def exact_feedback(
     The whole meta-gradient of one plain SGD step, without second derivatives, because the student's
     cross-entropy is linear in soft labels q. logits: (B, W), the teacher's. direction: (B, W)
     floating, a constant: the derivative of the student's log-softmax of these images along the
-    gradient of its labeled loss after the step. weight: scalar, the student's learning rate.
+    gradient of its labeled loss after the step. weight: scalar, the student's learning rate; what
+    weighs single rows (a mask, 1 - label smoothing) multiplies rows of `direction`: that is exact.
 
     3.0x in 3 launches; `direction` is read twice besides. Equation 3 of the derivation that starts
     from Meta Pseudo Labels, arXiv 2003.10580.
     """
     classes = checks.logits(logits, num_classes)
     checks.floats("direction", direction, (logits.shape[0], logits.shape[1]), logits)
-    checks.scalar("weight", weight)
+    checks.scalar("weight", weight, logits)
     checks.temperature(temperature)
     return backend(logits).exact_feedback(
         logits, direction, weight=weight, temperature=temperature, num_classes=classes
@@ -411,17 +416,16 @@ def mpl_feedback(
 ) -> Tensor:
     """How much the student's labeled loss fell, h = old - new, less its running mean if given.
 
-    old, new: 0-dim. average: 0-dim; it moves in place by (1 - momentum) of the way to old - new and
-    is then subtracted, in the official code's order, so that the part of h that every step has,
-    whatever the labels, is not credited to them. momentum: in [0, 1]. The sign is the paper's, not
-    the official code's: h > 0 means that the pseudo labels helped (docs/feedback.md).
-    Returns h, 0-dim float32 without gradient. Plain PyTorch on every device.
+    old, new: 0-dim floating tensors on one device. average: 0-dim float32 there; it moves in place
+    by (1 - momentum) of the way to old - new and is then subtracted, in the official code's order,
+    so that the part of h that every step has, whatever the labels, is not credited to them.
+    momentum: in [0, 1]. The sign is the paper's, not the official code's: h > 0 means that the
+    pseudo labels helped (docs/algorithms.md).
+    Returns h, 0-dim float32 without gradient. If old - new is NaN or infinite, so is h, and with it
+    the teacher's loss; `average` does not move then, so that the next step's h is sound again.
+    Plain PyTorch on every device: of float32 1 launch, 6 with `average`.
 
     Meta Pseudo Labels, arXiv 2003.10580.
     """
-    checks.scalar("old", old)
-    checks.scalar("new", new)
-    if average is not None:
-        checks.scalar("average", average)
-    checks.momentum(momentum)
+    checks.feedback(old, new, average, momentum)
     return reference.mpl_feedback(old, new, average, momentum=momentum)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tools import bench_kernels
-from tools.bench_losses import cells, report
-from tools.bench_losses.problems import Shape, draw
+from tools.bench_losses import cells, contestants, report
+from tools.bench_losses.problems import LOSSES, Shape, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "bench_kernels.py"
 SMALL = Shape("teacher", 10, 12, 16, torch.float32)
+ON_CPU = {"eager, plain", "eager, definition", "torch.compile", "torch.compile max-autotune"}
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +46,70 @@ def cell(result: dict[str, Any], loss: str, classes: int, who: str) -> dict[str,
 def test_smoke_counts_launches_and_bytes(smoke: tuple[dict[str, Any], str, str]) -> None:
     result, printed, page = smoke
     for classes in (100, 1000):
-        teacher = cell(result, "teacher", classes, "eager")
-        student = cell(result, "student", classes, "eager")
+        teacher = cell(result, "teacher", classes, "eager, definition")
+        student = cell(result, "student", classes, "eager, definition")
         assert teacher["rows"] == 32 + 2 * 256
         assert teacher["minimal_bytes"] == 2 * 544 * classes * 2  # read and written, bfloat16
         assert student["minimal_bytes"] == 2 * 288 * classes * 2
-        assert cell(result, "pseudo", classes, "eager")["minimal_bytes"] == 256 * classes * 2
-        # Plain PyTorch goes over the logits again and again.
-        assert 50 < teacher["launches"] < 150
+        pseudo, feedback = (
+            cell(result, loss, classes, "eager, plain") for loss in ("pseudo", "feedback")
+        )
+        assert pseudo["minimal_bytes"] == 256 * classes * 2
+        assert feedback["minimal_bytes"] == 2 * 32 * classes * 2  # labeled rows, old and new
+        # PyTorch goes over the logits again and again, least where nobody guards it.
+        plain = cell(result, "teacher", classes, "eager, plain")
+        assert 50 < plain["launches"] < teacher["launches"] < 150
         assert teacher["launches"] > student["launches"] > 25
         assert teacher["bytes"] == pytest.approx(
             teacher["times_minimal"] * teacher["minimal_bytes"]
         )
-        assert teacher["times_minimal"] > 8
-        assert f"| teacher | {classes} | 256 | bfloat16 | eager | {teacher['launches']} |" in page
+        assert teacher["times_minimal"] > plain["times_minimal"] > 8
+        row = f"| teacher | {classes} | 256 | bfloat16 | eager, plain | {plain['launches']} |"
+        assert row in page
     # What is launched does not depend on how many classes there are.
-    counts = {cell(result, "teacher", c, "eager")["launches"] for c in (100, 1000)}
-    assert len(counts) == 1
-    compiled = [c for c in result["cells"] if c["contestant"] == "torch.compile"]
-    assert len(compiled) + len(result["skipped"]) == 6
-    for one in compiled:
-        plain = cell(result, one["loss"], one["classes"], "eager")
-        assert 0 < one["launches"] < plain["launches"]
+    for who in ("eager, plain", "eager, definition"):
+        assert len({cell(result, "teacher", c, who)["launches"] for c in (100, 1000)}) == 1
     assert "teacher" in printed
+
+
+@pytest.mark.slow
+def test_smoke_covers_every_kind_of_contestant(smoke: tuple[dict[str, Any], str, str]) -> None:
+    result, _, page = smoke
+    covered = {c["contestant"] for c in result["cells"]}
+    assert covered >= ON_CPU
+    compiled = [c for c in result["cells"] if c["contestant"] in contestants.MODES]
+    for one in compiled:
+        definition = cell(result, one["loss"], one["classes"], "eager, definition")
+        assert 0 < one["launches"] < definition["launches"]
+        assert one["error"]["wrong"] == ""
+    # What is left out is said: either for want of time, or because it needs a GPU.
+    late = [line for line in result["skipped"] if line.startswith("no time")]
+    assert len(compiled) + len(late) == 5
+    for name in ("Liger", "apex"):
+        assert any(line.startswith(f"{name}: ") for line in result["skipped"])
+    assert all(f"Skipped: {line}" in page for line in result["skipped"])
+
+
+@pytest.mark.slow
+def test_smoke_runs_our_kernels_on_the_interpreter(
+    smoke: tuple[dict[str, Any], str, str],
+) -> None:
+    pytest.importorskip("triton")
+    ours = {
+        (c["loss"], c["contestant"]): c
+        for c in smoke[0]["cells"]
+        if c["contestant"] in contestants.OURS
+    }
+    assert len(ours) == 6  # four losses in one pass, two recomputed
+    assert all(one["error"]["wrong"] == "" for one in ours.values())
+    # By the design: a kernel and a sum; one kernel that labels.
+    assert ours["teacher", "ours one-pass"]["kernels"] == ["teacher_kernel"]
+    assert ours["teacher", "ours one-pass"]["launches"] == 2
+    assert ours["student", "ours one-pass"]["launches"] == 2
+    assert ours["pseudo", "ours one-pass"]["launches"] == 1
+    for loss in ("teacher", "student"):  # forward and backward
+        assert len(ours[loss, "ours recompute"]["kernels"]) == 2
+    assert len(ours["feedback", "ours one-pass"]["kernels"]) == 2  # old and new
 
 
 @pytest.mark.slow
@@ -83,10 +125,10 @@ def test_smoke_makes_no_claim_about_speed(smoke: tuple[dict[str, Any], str, str]
 @pytest.mark.slow
 def test_smoke_compares_with_float64(smoke: tuple[dict[str, Any], str, str]) -> None:
     rows = smoke[0]["correctness"]
-    assert len(rows) == 9  # three shapes of three losses
-    assert [row["wrong"] for row in rows] == [""] * 9
+    assert len(rows) == 3 * 4 * 2  # shapes, losses, contestants
+    assert [row["wrong"] for row in rows] == [""] * 24
     assert all(row["statistics"] < 2e-6 for row in rows)
-    assert sum("gradient" in row for row in rows) == 6  # pseudo labels have none
+    assert sum("gradient" in row for row in rows) == 12  # pseudo labels and feedback have none
 
 
 @pytest.mark.slow
@@ -111,16 +153,20 @@ def test_one_line_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_the_grid_is_whole() -> None:
-    """3 losses: ImageNet at 4 batches, ImageNet-21k padded and odd at 3; float32 at one of them."""
-    grid = [*cells.FIRST, *cells.rest()]
-    assert len(grid) == len(set(grid)) == 3 * (4 + 3 + 3) + 3 * 3
+    """4 losses: ImageNet at 4 batches, ImageNet-21k padded and odd at 3; float32 at one of them."""
+    classes = [cells.GOALS, cells.NEXT, *cells.rest()]
+    grid = [shape for shapes in classes for shape in shapes]
+    assert len(grid) == len(set(grid)) == 4 * (4 + 3 + 3) + 4 * 3
     assert {shape.width for shape in grid} == {1000, 21888, 21841}
     assert all(shape.batch == 4096 for shape in grid if shape.dtype == torch.float32)
     assert all(shape.batch <= 4096 for shape in grid if shape.width != 1000)
+    assert {shape.loss for shape in cells.GOALS} == {"teacher"}
+    assert "torch.compile max-autotune" in cells.entrants(cells.NEXT[0])
+    assert "torch.compile max-autotune" not in cells.entrants(classes[-1][0])
 
 
 def test_inputs_have_the_shape_that_is_counted() -> None:
-    for loss, rows in (("teacher", 2 + 2 * 16), ("student", 2 + 16), ("pseudo", 16)):
+    for loss, rows in zip(LOSSES, (2 + 2 * 16, 2 + 16, 16, 2 * 2), strict=True):
         shape = SMALL._replace(loss=loss)
         x = draw(shape, "cpu")
         assert x.logits.shape == (shape.rows, 12) == (rows, 12)
@@ -128,16 +174,19 @@ def test_inputs_have_the_shape_that_is_counted() -> None:
         assert int(x.target.max()) < 10
 
 
-def test_ratios_are_to_the_copy_and_to_torch_compile() -> None:
+def test_ratios_are_to_the_copy_to_torch_compile_and_to_plain_eager() -> None:
     def timed(who: str, batch: int, microseconds: float) -> dict[str, Any]:
         key = {"loss": "teacher", "classes": 10, "width": 12, "batch": batch, "dtype": "float32"}
         times = {"graph_us": {"median": microseconds}, "gb_per_s": 3000.0 / microseconds}
         return {**key, "contestant": who, **times}
 
     rows = [timed("torch.compile", 16, 4.0), timed("ours one-pass", 16, 2.0), timed("x", 32, 1.0)]
+    rows += [timed("eager, plain", 16, 8.0), timed("eager, definition", 16, 16.0)]
     report.ratios(rows, 3000.0)
-    assert [row.get("times_compile") for row in rows] == [1.0, 2.0, None]
-    assert [row["share_of_copy"] for row in rows] == [0.25, 0.5, 1.0]
+    assert [row.get("times_compile") for row in rows] == [1.0, 2.0, None, 0.5, 0.25]
+    assert [row.get("times_plain") for row in rows] == [2.0, 4.0, None, 1.0, 0.5]
+    assert [row["share_of_copy"] for row in rows] == [0.25, 0.5, 1.0, 0.125, 0.0625]
+    assert report.HEADER[-2:] == ("times torch.compile", "times eager, plain")
 
 
 def test_a_configuration_that_is_not_the_fastest_is_a_suggestion() -> None:

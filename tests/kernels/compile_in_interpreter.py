@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-Loss = Callable[[Tensor], tuple[Tensor, ...]]
+Loss = Callable[..., tuple[Tensor, ...]]
 CLASSES, WIDTH = 10, 16
 SCALAR = torch.tensor(0.5)
 
@@ -122,9 +122,9 @@ def labeled(logits: Tensor) -> tuple[Tensor, ...]:
     return out.loss * 3.0, out.accuracy
 
 
-def run(loss: Loss, logits: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+def run(loss: Loss, logits: Tensor, *rest: object) -> tuple[tuple[Tensor, ...], Tensor]:
     x = logits.clone().requires_grad_()
-    out = loss(x)
+    out = loss(x, *rest)
     return out, torch.autograd.grad(out[0], x)[0]
 
 
@@ -184,3 +184,30 @@ def test_two_derivatives_are_refused_when_compiled() -> None:
     (gradient,) = torch.autograd.grad(compiled(logits)[0], logits, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
+
+
+def numbers(logits: Tensor, weight: float, feedback: float, scale: Tensor) -> tuple[Tensor, ...]:
+    """What Python's numbers become in a graph that is not compiled anew for each of them."""
+    out = losses.teacher_loss(logits, labels(3, 10), 4, uda_weight=weight, feedback=feedback)
+    constant = logits.detach()
+    taught, gradient = losses.student_loss_and_grad(
+        constant, labels(11, 10), grad_scale=scale * weight
+    )
+    exact = losses.exact_feedback(logits, constant, weight=feedback)
+    return out.loss + exact, out.uda.detach(), taught.loss, gradient
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_numbers_that_change_are_no_new_graph(backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(numbers, fullgraph=True, dynamic=True, backend=counter)
+    logits = rows(11, 10, torch.float32)
+    compilations = []
+    for weight, feedback in [(0.7, -0.3), (8.1, 0.15), (1.0, 0.0), (2.5, -1e-3)]:
+        scale = torch.tensor(3.1, dtype=torch.float64)
+        rest = weight, feedback, scale
+        got, wanted = (run(f, logits, *rest) for f in (compiled, numbers))
+        for a, b in zip((*got[0], got[1]), (*wanted[0], wanted[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        compilations.append(counter.frame_count)
+    assert compilations[-1] <= 2  # the first may take numbers for constants

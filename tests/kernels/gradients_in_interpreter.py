@@ -6,6 +6,7 @@ On Triton's interpreter, in a process of its own, as `in_interpreter.py`.
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -290,3 +291,67 @@ def test_huge_logits_do_not_overflow(width: int) -> None:
         assert getattr(out, name).item() == pytest.approx(getattr(expected, name).item(), rel=1e-5)
     (gradient,) = torch.autograd.grad(out.loss, logits)
     assert gradient.isfinite().all()
+
+
+class Silent(torch.autograd.Function):
+    """Passes a number on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        return None
+
+
+def every_loss(logits: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """Each loss of 11 rows, and all of its terms that have a gradient."""
+    target = labels(len(logits), 10)
+    return {
+        "teacher": teacher(logits)[:4],
+        "smoothed_ce": losses.smoothed_ce(logits, target)[:1],
+        "hard student": losses.student_loss(logits, target)[:1],
+        "soft student": losses.student_loss(logits, logits.detach())[:1],
+        "cosine": losses.cosine_loss(logits, target)[:1],
+        "exact": (losses.exact_feedback(logits, logits.detach(), weight=1.0),),
+    }
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_no_gradient_may_arrive(backend: Literal["triton", "reference"]) -> None:
+    logits = rows(L + 2 * U, 10, torch.float32).requires_grad_()
+    with losses.use(backend):
+        found = every_loss(logits)
+    for name, terms in found.items():
+        for term in terms:
+            (gradient,) = torch.autograd.grad(
+                Silent.apply(term), logits, retain_graph=True, allow_unused=True
+            )
+            assert gradient is None or not gradient.any(), name
+        # One that is silent leaves the others as they are.
+        total = torch.stack([Silent.apply(terms[0]), *terms[1:], terms[-1]]).sum()
+        (gradient,) = torch.autograd.grad(total, logits, retain_graph=True)
+        (wanted,) = torch.autograd.grad(sum(terms[1:], terms[-1]), logits)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_float64_numbers_are_the_float32_ones() -> None:
+    """Inductor keeps a number of Python as a 0-dim float64."""
+    logits = rows(L + 2 * U, 10, torch.float32).requires_grad_()
+    target = labels(len(logits), 10)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        a, b, scale = (torch.tensor(x, dtype=dtype) for x in (0.7, -0.3, 3.1))
+        weights = {"uda_weight": a, "feedback": b}
+        with losses.use("triton"):
+            out = teacher(logits, **weights)
+            once = teacher_and_grad(logits, grad_scale=scale, **weights)
+            hard = losses.student_loss_and_grad(logits, target, grad_scale=scale)
+            soft = losses.student_loss_and_grad(logits, logits, grad_scale=scale)
+            exact = losses.exact_feedback(logits, logits.detach(), weight=a)
+        gradients = torch.autograd.grad((out.loss, exact), logits)
+        found.append([*out, *once[0], once[1], *hard[0], hard[1], *soft[0], soft[1], exact])
+        found[-1].extend(gradients)
+    assert all(x.dtype == y.dtype for x, y in zip(*found, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))

@@ -54,6 +54,25 @@ def test_every_variant_compiles_without_a_fault(arch: int) -> None:
         assert min(kernel.loads) == item if narrow else max(kernel.loads) <= 32
 
 
+@compiles
+@pytest.mark.parametrize(
+    ("variant", "width", "dtype"),
+    [
+        ("teacher_loss strong", 21848, "float32"),
+        ("teacher_loss_and_grad given", 21841, "float32"),
+        ("student_loss_and_grad soft", 21848, "bfloat16"),
+        ("student_loss_and_grad soft", 21848, "float16"),
+    ],
+)
+def test_no_number_is_held_through_a_loop_that_fills_all_registers(
+    variant: str, width: int, dtype: str
+) -> None:
+    """These spilled one for being computed before the loop over the row and not after it."""
+    found = aot.compile_job(aot.Job(90, variant, 21841, width, dtype))
+    assert isinstance(found, list), found
+    assert {(kernel.stack, kernel.local) for kernel in found} == {(0, 0)}
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def greedy(x_ptr: tl.tensor, y_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Holds a row that does not fit into a warp's registers."""

@@ -17,6 +17,7 @@ ONE = torch.ones(())
 STUDENT = losses.student_loss
 COSINE = losses.cosine_loss
 EXACT = losses.exact_feedback
+FEEDBACK = losses.mpl_feedback
 NEEDS = r"must have shape \(2,\), not \(3,\)"
 PLACE = "is on meta, but the logits are on cpu"
 
@@ -70,9 +71,15 @@ def teacher_and_grad(**options: object) -> None:
         (lambda: EXACT(SOFT, SOFT, weight=torch.ones(2)), "weight must be a number or a 0-dim"),
         (lambda: EXACT(SOFT, SOFT, weight=1.0, temperature=0.0), "temperature must be"),
         (lambda: EXACT(SOFT[0], SOFT, weight=1.0), "2 dimensions"),
-        (lambda: losses.mpl_feedback(torch.ones(1), ONE), "old must be a number or a 0-dim"),
-        (lambda: losses.mpl_feedback(ONE, ONE, torch.ones(2)), "average must be"),
-        (lambda: losses.mpl_feedback(ONE, ONE, ONE.clone(), momentum=1.5), "momentum must be in"),
+        (lambda: EXACT(SOFT, SOFT, weight=ONE.to("meta")), f"weight {PLACE}"),
+        (lambda: teacher(uda_weight=ONE.to("meta")), f"uda_weight {PLACE}"),
+        (lambda: teacher(feedback=ONE.to("meta")), f"feedback {PLACE}"),
+        (lambda: teacher_and_grad(feedback=ONE.to("meta")), f"feedback {PLACE}"),
+        (lambda: FEEDBACK(torch.ones(1), ONE), r"old must be a 0-dim tensor, not \(1,\)"),
+        (lambda: FEEDBACK(ONE, ONE, torch.ones(2)), r"average must be a 0-dim tensor, not \(2,\)"),
+        (lambda: FEEDBACK(ONE, ONE.to("meta")), "new is on meta, but old is on cpu"),
+        (lambda: FEEDBACK(ONE, ONE, ONE.to("meta")), "average is on meta, but old is on cpu"),
+        (lambda: FEEDBACK(ONE, ONE, ONE.clone(), momentum=1.5), "momentum must be in"),
     ],
 )
 def test_shapes_devices_and_numbers(call: Callable[[], object], says: str) -> None:
@@ -95,6 +102,12 @@ def test_shapes_devices_and_numbers(call: Callable[[], object], says: str) -> No
         (lambda: COSINE(SOFT, SOFT.bool()), "target must be floating point, not torch.bool"),
         (lambda: COSINE(SOFT, PSEUDO.bool()), "target must be int64, not torch.bool"),
         (lambda: EXACT(SOFT, SOFT.long(), weight=1.0), "direction must be floating point"),
+        (lambda: FEEDBACK(1.5, ONE), "old must be a 0-dim tensor, not 1.5"),  # type: ignore[arg-type]
+        (lambda: FEEDBACK(ONE, 1), "new must be a 0-dim tensor, not 1"),  # type: ignore[arg-type]
+        (lambda: FEEDBACK(ONE, ONE, 0.0), "average must be a 0-dim tensor, not 0.0"),  # type: ignore[arg-type]
+        (lambda: FEEDBACK(ONE, ONE.long()), "new must be floating point, not torch.int64"),
+        (lambda: FEEDBACK(ONE, ONE, ONE.double()), "average must be float32, as the feedback is"),
+        (lambda: FEEDBACK(ONE, ONE, ONE.half()), "average must be float32, .* not torch.float16"),
         (
             lambda: losses.pseudo_labels(SOFT, uniforms=PSEUDO),
             "uniforms must be floating point, not torch.int64",

@@ -176,11 +176,39 @@ def test_exact_feedback_is_the_meta_gradient_of_a_step() -> None:
     (exact,) = torch.autograd.grad(judged, teacher, retain_graph=True)
     (v,) = torch.autograd.grad(judged, moved)
 
-    seen = torch.func.jvp(lambda w: (images @ w).log_softmax(-1), (weights,), (v.detach(),))
-    direction = seen[1]
+    # The derivative of log softmax(images @ weights) along v, by hand.
+    change = images @ v
+    direction = change - ((images @ weights).softmax(-1) * change).sum(-1, keepdim=True)
     ours = losses.exact_feedback(teacher, direction, weight=rate)
     torch.testing.assert_close(gradient_of(ours, teacher), exact, rtol=1e-10, atol=1e-14)
     assert exact.abs().max().item() > 1e-3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_student_that_weighs_rows_is_met_by_weighing_directions(smoothing: float) -> None:
+    """A mask and smoothed labels, again through a step that autograd follows."""
+    generator = torch.Generator().manual_seed(1)
+    images, labeled, weights = (
+        torch.randn(*shape, dtype=DOUBLE, generator=generator) for shape in [(6, 5), (4, 5), (5, 3)]
+    )
+    mask = torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0, 1.0], dtype=DOUBLE)
+    teacher = torch.randn(6, 3, dtype=DOUBLE, generator=generator).requires_grad_()
+
+    student = weights.clone().requires_grad_()
+    q = (1.0 - smoothing) * teacher.softmax(-1) + smoothing / 3
+    loss = -(mask[:, None] * q * (images @ student).log_softmax(-1)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    moved = student - 0.7 * gradient
+    judged = torch.nn.functional.cross_entropy(labeled @ moved, torch.tensor([0, 1, 2, 1]))
+    (exact,) = torch.autograd.grad(judged, teacher, retain_graph=True)
+    (v,) = torch.autograd.grad(judged, moved)
+
+    change = images @ v
+    direction = change - ((images @ weights).softmax(-1) * change).sum(-1, keepdim=True)
+    share = (1.0 - smoothing) * mask[:, None]
+    ours = losses.exact_feedback(teacher, share * direction, weight=0.7)
+    torch.testing.assert_close(gradient_of(ours, teacher), exact, rtol=1e-10, atol=1e-14)
+    assert exact.abs().amax(-1).gt(1e-4).tolist() == mask.gt(0).tolist()
 
 
 def test_padding_columns_change_nothing() -> None:

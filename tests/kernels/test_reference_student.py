@@ -1,5 +1,7 @@
 """The student's loss and the feedback in plain PyTorch, against arithmetic done by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -184,3 +186,36 @@ def test_feedback_by_hand() -> None:
     h = losses.mpl_feedback(old, new, average, momentum=0.75)
     assert average.item() == pytest.approx(0.75 * 0.1 + 0.25 * 0.5)
     assert h.item() == pytest.approx(0.5 - 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, DOUBLE])
+def test_feedback_is_float32_whatever_the_losses_are(dtype: torch.dtype) -> None:
+    old, new = torch.tensor(2.0, dtype=dtype, requires_grad=True), torch.tensor(1.5, dtype=dtype)
+    for average in (None, torch.tensor(0.5)):
+        h = losses.mpl_feedback(old, new, average)
+        assert (h.dtype, h.requires_grad, h.item()) == (torch.float32, False, 0.5 * (not average))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        (2.0, math.nan, math.nan),
+        (math.nan, 2.0, math.nan),
+        (2.0, math.inf, -math.inf),
+        (math.inf, 2.0, math.inf),
+        (math.inf, math.inf, math.nan),
+    ],
+)
+def test_feedback_that_is_not_finite_is_told_and_forgotten(
+    old: float, new: float, wanted: float, momentum: float
+) -> None:
+    average = torch.tensor(0.3)
+    losses_of_a_step = torch.tensor(old), torch.tensor(new)
+    h = losses.mpl_feedback(*losses_of_a_step, average, momentum=momentum)
+    assert h.item() == pytest.approx(wanted, nan_ok=True)
+    assert losses.mpl_feedback(*losses_of_a_step).item() == pytest.approx(wanted, nan_ok=True)
+    assert torch.equal(average, torch.tensor(0.3))
+    sound = losses.mpl_feedback(torch.tensor(2.0), torch.tensor(1.0), average, momentum=momentum)
+    assert average.item() == pytest.approx(momentum * 0.3 + (1.0 - momentum))
+    assert sound.item() == pytest.approx(1.0 - average.item())

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch._dynamo.backends.common import aot_autograd
+from torch._library.triton import get_triton_kernels_for_op
 from triton.runtime import driver
 
 from mpl_fast import losses
@@ -132,3 +133,21 @@ def test_one_kernel_forward_one_backward_and_no_copies(
         values = [x.meta["val"] for x in given.values() if isinstance(x, Node)]
         # Inductor would hand 1 / n to the kernel as an integer.
         assert not [x for x in values if isinstance(x, torch.SymFloat)]
+
+
+@pytest.mark.parametrize(
+    ("op", "kernels"),
+    [
+        ("teacher", ["teacher_kernel"]),
+        ("student", ["student_kernel"]),
+        ("pseudo_labels", ["pseudo_kernel"]),
+        ("cosine", ["cosine_kernel"]),
+        ("cosine_gradient", ["cosine_gradient_kernel"]),
+        ("exact", ["exact_kernel"]),
+        ("exact_gradient", ["exact_gradient_kernel"]),
+    ],
+)
+def test_the_compilers_cache_knows_the_kernels_of_an_op(op: str, kernels: list[str]) -> None:
+    """Or it would serve the code of yesterday's kernel."""
+    found: Any = get_triton_kernels_for_op(f"mpl_fast::{op}")
+    assert [kernel.__name__ for kernel in found] == kernels

@@ -1,21 +1,28 @@
 """How long the GPU takes: graph replays over rotating inputs, host time, launches, memory."""
 
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tools.bench_losses.capture import captured
 from tools.bench_losses.contestants import Call
 from tools.bench_losses.problems import Inputs, Shape, draw
 
-REPLAYS = 30
+ROUNDS, WARM_ROUNDS = 30, 3
 CACHES = 4  # the inputs of a replay are so many times larger than the L2 cache
-FEWEST, MOST = 8, 400  # sets of inputs: a replay must dwarf its launch; a graph has its limits
-WALL_CALLS = 50
+FEWEST, ENOUGH, MOST = 3, 8, 200  # sets of inputs: a replay must dwarf its launch
+SET_BYTES = 2 * 10**9  # above FEWEST sets, they take no more memory than this
+FLUSHED = 256 * 2**20  # bytes written before each timing: no cache, no wait for the host
+WALL_CALLS = 10
+
+Work = Callable[[], Any]
 
 
 class Times(NamedTuple):
@@ -29,9 +36,14 @@ class Times(NamedTuple):
 
 def input_sets(shape: Shape) -> list[Inputs]:
     """Arguments so many and large that none is in the cache when its turn comes again."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    count = math.ceil(CACHES * cache / shape.logit_bytes) + 1
-    return [draw(shape, "cuda") for _ in range(min(max(count, FEWEST), MOST))]
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return [draw(shape, "cuda") for _ in range(set_count(shape.logit_bytes, l2))]
+
+
+def set_count(logit_bytes: int, l2_bytes: int) -> int:
+    """Several times the cache, and enough for a long replay, but not all of the memory."""
+    wanted = max(math.ceil(CACHES * l2_bytes / logit_bytes) + 1, ENOUGH)
+    return max(FEWEST, min(wanted, MOST, SET_BYTES // logit_bytes))
 
 
 def warm_up(call: Call, sets: list[Inputs]) -> None:
@@ -45,28 +57,53 @@ def warm_up(call: Call, sets: list[Inputs]) -> None:
     torch.cuda.synchronize()
 
 
-def replayed(call: Call, sets: list[Inputs]) -> Times:
-    """A graph of one call for each set, replayed; gradients are kept, so they rotate as well."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(x).gradient for x in sets]
-    times = [t / len(kept) for t in event_times(graph.replay, REPLAYS)]
+def graph_of(call: Call, sets: list[Inputs]) -> torch.cuda.CUDAGraph:
+    """One call for each set; gradients are kept till its end, so they rotate as well."""
+    kept: list[Tensor | None] = []
+    return captured(lambda: kept.extend(call(x).gradient for x in sets))
+
+
+def interleaved(
+    works: Sequence[Work], order: random.Random, rounds: int = ROUNDS
+) -> list[list[float]]:
+    """Microseconds on the device of each piece of work, in rounds of one another in new order.
+
+    What drifts, such as a clock that slows down as the chip gets warm, is then shared by all.
+    """
+    found: list[list[float]] = [[] for _ in works]
+    for number in range(-WARM_ROUNDS, rounds):
+        for turn in order.sample(range(len(works)), len(works)):
+            microseconds = _event_time(works[turn])
+            if number >= 0:
+                found[turn].append(microseconds)
+    return found
+
+
+def summary(microseconds: Sequence[float], calls: int) -> Times:
+    """Of one call, where each time is that of so many."""
+    times = [t / calls for t in microseconds]
     fifths = quantiles(times, n=5)
     return Times(median(times), fifths[0], fifths[-1], len(times))
 
 
-def event_times(work: Callable[[], Any], repetitions: int) -> list[float]:
+def event_times(work: Work, repetitions: int) -> list[float]:
     """Microseconds on the device of each repetition, after three for warming up."""
-    found = []
-    for number in range(-3, repetitions):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        if number >= 0:
-            found.append(start.elapsed_time(end) * 1e3)
-    return found
+    return interleaved([work], random.Random(0), repetitions)[0]
+
+
+def _event_time(work: Work) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _memory_to_flush().zero_()  # the host has put everything in the queue before this ends
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+@cache
+def _memory_to_flush() -> Tensor:
+    return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
 
 
 def wall(call: Call, sets: list[Inputs]) -> float:
@@ -87,7 +124,12 @@ def launches(call: Call, x: Inputs) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call(x)
         torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profiler.events() or ())
+    return sum(is_launch(event) for event in profiler.events() or ())
+
+
+def is_launch(event: Any) -> bool:
+    """Whether the profiler saw it on the device, other than as the shadow of a host's region."""
+    return event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
 
 
 def extra_memory(call: Call, x: Inputs) -> int:
@@ -123,7 +165,5 @@ def launch_cost() -> dict[str, float]:
     many()
     torch.cuda.synchronize()
     python = (time.perf_counter() - began) * 1e6 / 1000
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        many()
+    graph = captured(many)
     return {"python_us": python, "graph_node_us": median(event_times(graph.replay, 20)) / 1000}

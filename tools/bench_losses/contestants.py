@@ -1,65 +1,81 @@
-"""Who computes a loss and its gradient: PyTorch eager and compiled, the fused kernels, Liger."""
+"""Who computes a loss and its gradient: PyTorch eager and compiled, the fused kernels, others."""
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mpl_fast.kernels import reference
-from mpl_fast.losses import Backend, StudentOut
-from tools.bench_losses.problems import SMOOTHING, TEMPERATURE, THRESHOLD, Inputs, Shape
+from mpl_fast.losses import Backend
+from tools.bench_losses import others, plain
+from tools.bench_losses.problems import (
+    SMOOTHING,
+    TEMPERATURE,
+    THRESHOLD,
+    WITHOUT_GRADIENT,
+    FeedbackOut,
+    Inputs,
+    Shape,
+)
 
 
 class Done(NamedTuple):
     """What a contestant returns; all of it has to be computed."""
 
-    out: Any  # one of the tuples of `mpl_fast.losses`
-    gradient: Tensor | None  # like the logits; pseudo labels have none
+    out: Any  # a tuple of `mpl_fast.losses`, or FeedbackOut
+    gradient: Tensor | None  # like the logits, or like the last of them: those that have one
 
 
 Call = Callable[[Inputs], Done]
-EAGER, COMPILED, ONE_PASS, RECOMPUTE, LIGER = (
-    "eager",
-    "torch.compile",
-    "ours one-pass",
-    "ours recompute",
-    "Liger",
-)
+PLAIN, EAGER = "eager, plain", "eager, definition"
+COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
+ONE_PASS, RECOMPUTE = "ours one-pass", "ours recompute"
+LIGER, APEX = "Liger", "apex"
 OURS = (ONE_PASS, RECOMPUTE)
+MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}  # both of our definition
+SYNCHRONIZING = (LIGER,)  # no graph can hold it, and trying spoils what follows
+ROUGH = (LIGER, APEX)  # they may round their losses to the logits' type
 
 
 def names(shape: Shape) -> list[str]:
-    """Who can take part. Liger knows hard labels without padding, and has to be installed."""
-    found = [ONE_PASS, COMPILED, EAGER]
-    if shape.loss != "pseudo":
+    """Who can take part, in the order of preparation; the others know no padding.
+
+    Liger is the last: it writes over its inputs and synchronizes.
+    """
+    found = [ONE_PASS, COMPILED, PLAIN, EAGER]
+    if shape.loss not in WITHOUT_GRADIENT:
         found.append(RECOMPUTE)
-    if shape.loss == "student" and shape.width == shape.classes and find_spec("liger_kernel"):
-        found.append(LIGER)
+    found.append(AUTOTUNED)
+    if shape.loss == "student" and shape.width == shape.classes:
+        found += [APEX] if others.apex_cross_entropy() else []
+        found += [LIGER] if others.has_liger() else []
     return found
 
 
 def build(name: str, shape: Shape) -> Call:
     """The contestant, which compiles when it is first called."""
-    if name == LIGER:
-        return _liger(shape)
+    if name in (LIGER, APEX):
+        lesson = (others.liger if name == LIGER else others.apex)(shape)
+        return lambda x: Done(*lesson(x))
     if name == ONE_PASS:
         return _one_pass(shape)
-    if name == RECOMPUTE:
-        return of_backend(_fused(), shape)
-    return of_backend(reference, shape, compiled=name == COMPILED)
+    forward = _forward(_fused() if name == RECOMPUTE else reference, shape)
+    if name == PLAIN:
+        forward = plain.forward(shape)
+    if name in MODES:
+        forward = torch.compile(forward, fullgraph=True, dynamic=False, mode=MODES[name])
+    return _finished(forward, shape)
 
 
-def of_backend(backend: Backend, shape: Shape, *, compiled: bool = False) -> Call:
-    """The backend's plain function and, but for pseudo labels, autograd's gradient of its loss."""
-    forward = _forward(backend, shape)
-    if compiled:
-        torch._dynamo.reset()  # or the ninth shape would silently run eagerly
-        forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    return _undifferentiated(forward) if shape.loss == "pseudo" else _differentiated(forward)
+def definition(shape: Shape) -> Call:
+    """Our definition of the loss: in float64, it says who is right."""
+    return _finished(_forward(reference, shape), shape)
+
+
+def forget() -> None:
+    """Drops what torch.compile has made, or the ninth shape would silently run eagerly."""
+    torch._dynamo.reset()
 
 
 def _fused() -> Backend:
@@ -88,9 +104,19 @@ def _forward(backend: Backend, shape: Shape) -> Callable[[Inputs], Any]:
         return lambda x: backend.student_loss(
             x.logits, x.pseudo, x.target, label_smoothing=SMOOTHING, num_classes=classes
         )
+    if shape.loss == "feedback":
+        return lambda x: _feedback(backend, x, classes)
     return lambda x: backend.pseudo_labels(
         x.logits.detach(), temperature=TEMPERATURE, num_classes=classes
     )
+
+
+def _feedback(backend: Backend, x: Inputs, classes: int) -> FeedbackOut:
+    """As a step does it: the labeled loss before and after the student's update."""
+    labeled = x.target.shape[0]
+    old = backend.smoothed_ce(x.logits[:labeled].detach(), x.target, num_classes=classes).loss
+    new = backend.smoothed_ce(x.logits[labeled:].detach(), x.target, num_classes=classes).loss
+    return FeedbackOut(old, new, reference.mpl_feedback(old, new))
 
 
 def _one_pass(shape: Shape) -> Call:
@@ -117,36 +143,19 @@ def _one_pass(shape: Shape) -> Call:
         )
         return Done(out, gradient)
 
-    pseudo = _undifferentiated(_forward(backend, shape))
-    return {"teacher": teacher, "student": student, "pseudo": pseudo}[shape.loss]
+    if shape.loss in WITHOUT_GRADIENT:
+        return _finished(_forward(backend, shape), shape)
+    return {"teacher": teacher, "student": student}[shape.loss]
 
 
-def _differentiated(forward: Callable[[Inputs], Any]) -> Call:
-    def call(x: Inputs) -> Done:
+def _finished(forward: Callable[[Inputs], Any], shape: Shape) -> Call:
+    """With autograd's gradient of the loss, where it has one."""
+
+    def differentiated(x: Inputs) -> Done:
         out = forward(x)
         (gradient,) = torch.autograd.grad(out.loss, x.logits)
         return Done(out, gradient)
 
-    return call
-
-
-def _undifferentiated(forward: Callable[[Inputs], Any]) -> Call:
-    return lambda x: Done(forward(x), None)
-
-
-def _liger(shape: Shape) -> Call:
-    """Liger writes the gradient over the logits; the labeled rows' loss is PyTorch's."""
-    loss_of = import_module("liger_kernel.transformers").LigerCrossEntropyLoss(
-        label_smoothing=SMOOTHING
-    )
-
-    def call(x: Inputs) -> Done:
-        labeled = x.logits[: shape.labeled].detach()
-        strong = x.logits[shape.labeled :].detach().requires_grad_()
-        old = F.cross_entropy(labeled.float(), x.target)
-        hits = (labeled.argmax(-1) == x.target).float().mean()
-        loss = loss_of(strong, x.pseudo)
-        (gradient,) = torch.autograd.grad(loss, strong)
-        return Done(StudentOut(loss, old, hits), gradient)
-
-    return call
+    if shape.loss in WITHOUT_GRADIENT:
+        return lambda x: Done(forward(x), None)
+    return differentiated

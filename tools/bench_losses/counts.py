@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tools.bench_losses import contestants
+from tools.bench_losses import contestants, correctness
 from tools.bench_losses.problems import Shape, draw
 
 Json = dict[str, Any]
@@ -49,33 +49,38 @@ def _bytes(x: Tensor) -> int:
     return math.prod(sizes) * x.element_size()
 
 
-def eager(shape: Shape) -> Json:
-    """What plain PyTorch launches for a loss and its gradient."""
-    call, x = contestants.build(contestants.EAGER, shape), draw(shape, "cpu")
+def eager(shape: Shape, name: str) -> Json:
+    """What a contestant in plain PyTorch launches for a loss and its gradient."""
+    call, x = contestants.build(name, shape), draw(shape, "cpu")
     with Counter() as counter:
         call(x)
-    return _row(shape, contestants.EAGER, counter.launches, counter.bytes)
+    return row(shape, name, counter.launches, counter.bytes)
 
 
-def compiled(shape: Shape) -> Json:
+def compiled(shape: Shape, name: str) -> Json:
     """How many functions torch.compile makes of it for this CPU, and how many loops they hold.
 
-    Neither is a count of a GPU's kernels: there, other things can be fused.
+    Neither is a count of a GPU's kernels: there, other things can be fused. It is checked, too.
     """
     from torch._inductor import config, metrics
     from torch._inductor.utils import run_and_get_code
 
-    call, x = contestants.build(contestants.COMPILED, shape), draw(shape, "cpu")
+    contestants.forget()
+    one, call = correctness.case(shape, "cpu"), contestants.build(name, shape)
     metrics.reset()
     # What comes out of a cache is not counted; vectorized loops are counted twice, for their tails.
-    with config.patch({"force_disable_caches": True, "cpp.simdlen": 1}):
-        _, modules = run_and_get_code(call, x)
+    # Processes that compile in parallel take longer to start than there is to compile.
+    patched = {"force_disable_caches": True, "cpp.simdlen": 1, "compile_threads": 1}
+    with config.patch(patched):
+        error, modules = run_and_get_code(correctness.compare, one, call, name, "cpu")
     calls = sum(len(_CALL.findall(code.partition("def call(")[2])) for code in modules)
-    row = _row(shape, contestants.COMPILED, calls, None)
-    return {**row, "loops": metrics.generated_kernel_count}
+    found = row(shape, name, calls, None)
+    found |= {"loops": metrics.generated_kernel_count, "error": error}
+    return found | ({"wrong": error["wrong"]} if error["wrong"] else {})
 
 
-def _row(shape: Shape, name: str, launches: int, moved: int | None) -> Json:
+def row(shape: Shape, name: str, launches: int, moved: int | None) -> Json:
+    """A cell without times."""
     return {
         **shape._asdict(),
         "dtype": str(shape.dtype).removeprefix("torch."),

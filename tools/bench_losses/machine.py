@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tools.bench_losses.others import apex_cross_entropy
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,6 +20,7 @@ def describe(commit: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "liger_kernel": _version("liger-kernel"),
+        "apex": "installed" if apex_cross_entropy() else None,
         "commit": commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
     }
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What is measured: three losses, the rows that they get, and the bytes that they must move."""
+"""What is measured: four losses, the rows that they get, and the bytes that they must move."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,8 @@ from torch import Tensor
 UNLABELED_PER_LABELED = 8
 # Nothing is left out: sharpened, masked, smoothed, with feedback.
 TEMPERATURE, THRESHOLD, SMOOTHING = 0.7, 0.6, 0.1
-LOSSES = ("teacher", "student", "pseudo")
+LOSSES = ("teacher", "student", "pseudo", "feedback")  # all that a step of MPL computes
+WITHOUT_GRADIENT = ("pseudo", "feedback")
 
 
 class Shape(NamedTuple):
@@ -27,7 +28,9 @@ class Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of logits: labeled | weak | strong for the teacher, labeled | strong, weak."""
+        """labeled | weak | strong of the teacher, labeled | strong, weak; labeled, old and new."""
+        if self.loss == "feedback":
+            return 2 * self.labeled
         views = {"teacher": 2, "student": 1, "pseudo": 1}[self.loss] * self.batch
         return views if self.loss == "pseudo" else views + self.labeled
 
@@ -38,8 +41,8 @@ class Shape(NamedTuple):
 
     @property
     def minimal_bytes(self) -> int:
-        """Each logit read once and, but for pseudo labels, its gradient written once."""
-        return self.logit_bytes * (1 if self.loss == "pseudo" else 2)
+        """Each logit read once and, where there is one, its gradient written once."""
+        return self.logit_bytes * (1 if self.loss in WITHOUT_GRADIENT else 2)
 
     def __str__(self) -> str:
         padded = f" in {self.width}" if self.width != self.classes else ""
@@ -56,6 +59,14 @@ class Inputs(NamedTuple):
     truth: Tensor  # (U,) int64
     uda_weight: Tensor  # 0-dim float32
     feedback: Tensor  # 0-dim float32
+
+
+class FeedbackOut(NamedTuple):
+    """What a step learns of its student: two losses of labeled images, and their difference."""
+
+    old: Tensor
+    new: Tensor
+    h: Tensor
 
 
 def draw(shape: Shape, device: str, generator: torch.Generator | None = None) -> Inputs:

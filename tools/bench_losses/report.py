@@ -3,12 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tools.bench_losses.contestants import COMPILED
+from tools.bench_losses.contestants import COMPILED, PLAIN
 
 Json = dict[str, Any]
 Row = tuple[str, ...]
 HEADER: Row = ("loss", "C", "width", "B", "type", "who", "graph us", "p20 to p80", "eager us")
-HEADER += ("launches", "extra MB", "minimal MB", "GB/s", "of a copy", "times torch.compile")
+HEADER += ("launches", "extra MB", "minimal MB", "GB/s", "of a copy")
+# The baseline is torch.compile of the definition; plain eager is told besides.
+BASELINES = {"times_compile": COMPILED, "times_plain": PLAIN}
+HEADER += tuple(f"times {who}" for who in BASELINES.values())
 COUNTS = ("loss", "C", "B", "type", "who", "launches", "loops", "MB", "minimal MB", "times minimal")
 
 
@@ -25,17 +28,14 @@ def tables(result: Json, *, markdown: bool) -> str:
 
 
 def ratios(cells: Sequence[Json], copy: float) -> None:
-    """Adds to each cell its share of the copy's bandwidth and its speed against torch.compile."""
-    base = {_key(c): c["graph_us"]["median"] for c in cells if _is_base(c)}
-    for cell in cells:
-        if "graph_us" in cell:
-            cell["share_of_copy"] = cell["gb_per_s"] / copy
-            if _key(cell) in base:
-                cell["times_compile"] = base[_key(cell)] / cell["graph_us"]["median"]
-
-
-def _is_base(cell: Json) -> bool:
-    return cell["contestant"] == COMPILED and "graph_us" in cell
+    """Adds to each cell its share of the copy's bandwidth, and its speed against the baselines."""
+    timed = [cell for cell in cells if "graph_us" in cell]
+    known = {(_key(cell), cell["contestant"]): cell["graph_us"]["median"] for cell in timed}
+    for cell in timed:
+        cell["share_of_copy"] = cell["gb_per_s"] / copy
+        for field, who in BASELINES.items():
+            if (_key(cell), who) in known:
+                cell[field] = known[_key(cell), who] / cell["graph_us"]["median"]
 
 
 def _key(cell: Json) -> tuple[Any, ...]:
@@ -45,7 +45,9 @@ def _key(cell: Json) -> tuple[Any, ...]:
 def _sections(result: Json) -> Iterable[tuple[str, list[Row]]]:
     cells = result["cells"]
     if result["machine"]["gpu"]:
-        yield "Loss and gradient", [HEADER, *(_timed(cell) for cell in cells)]
+        # Shapes stand in random order in the JSON: it is the one that they were measured in.
+        ordered = sorted(cells, key=_key)
+        yield "Loss and gradient", [HEADER, *(_timed(cell) for cell in ordered)]
     else:
         yield "Counted, not timed", [COUNTS, *(_counted(cell) for cell in cells)]
     for one in result.get("sweep", []):
@@ -59,21 +61,28 @@ def _sections(result: Json) -> Iterable[tuple[str, list[Row]]]:
 def _timed(cell: Json) -> Row:
     start: Row = (*map(str, (cell["loss"], cell["classes"], cell["width"], cell["batch"])),)
     start += (cell["dtype"], cell["contestant"])
-    if "failed" in cell:
-        return (*start, f"failed: {cell['failed'][:60]}", *[""] * (len(HEADER) - len(start) - 1))
+    for word in ("failed", "wrong"):
+        if word in cell:
+            return _padded((*start, f"{word}: {cell[word][:60]}"))
+    if "launches" not in cell:
+        return _padded((*start, "not timed"))
     times = cell.get("graph_us")
     return (
         *start,
-        f"{times['median']:.1f}" if times else "not capturable",
+        f"{times['median']:.1f}" if times else "not capturable" * ("not_capturable" in cell),
         f"{times['p20']:.1f} to {times['p80']:.1f}" if times else "",
-        f"{cell['wall_us']:.0f}",
+        f"{cell['wall_us']:.0f}" if "wall_us" in cell else "",
         str(cell["launches"]),
         f"{cell['extra_bytes'] / 1e6:.1f}",
         f"{cell['minimal_bytes'] / 1e6:.1f}",
         f"{cell['gb_per_s']:.0f}" if times else "",
         f"{100 * cell['share_of_copy']:.0f} %" if "share_of_copy" in cell else "",
-        f"{cell['times_compile']:.2f}" if "times_compile" in cell else "",
+        *(f"{cell[field]:.2f}" if field in cell else "" for field in BASELINES),
     )
+
+
+def _padded(row: Row) -> Row:
+    return row + ("",) * (len(HEADER) - len(row))
 
 
 def _counted(cell: Json) -> Row:
@@ -92,6 +101,11 @@ def _counted(cell: Json) -> Row:
 def _notes(result: Json) -> Iterable[str]:
     machine = result["machine"]
     yield ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+    if "device" in result:
+        yield f"STOPPED: {result['device']}"
+    for row in result["correctness"]:
+        if row["wrong"]:
+            yield f"WRONG: {row['shape']}, {row['contestant']}: {row['wrong']}"
     if "copy_gb_per_s" in result:
         yield f"A copy on the device: {result['copy_gb_per_s']:.0f} GB/s read and written."
         cost = result["launch_cost"]

@@ -1,5 +1,6 @@
 """Is the table of launch configurations right? Blocks and warps tried at three shapes."""
 
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +8,10 @@ from itertools import product
 from typing import Any
 
 from mpl_fast.kernels.launch import Launch, launch_config
-from tools.bench_losses import clock, contestants
+from tools.bench_losses import capture, clock, contestants
 from tools.bench_losses.cells import BF16, IMAGENET, IMAGENET_21K
-from tools.bench_losses.problems import Inputs, Shape
+from tools.bench_losses.correctness import line
+from tools.bench_losses.problems import Shape
 
 Json = dict[str, Any]
 SHAPES = [
@@ -44,19 +46,25 @@ def forced(config: Launch) -> Iterator[None]:
             vars(module)["launch_config"] = launch_config
 
 
-def sweep(shape: Shape) -> Json:
+def sweep(shape: Shape, order: random.Random) -> Json:
     """Microseconds of every candidate, and whether the table's is as fast as the fastest."""
     sets = clock.input_sets(shape)
     tried: list[Json] = []
+    graphs = []
     for config in candidates(shape.width):
+        tried.append(config._asdict())
         try:
             with forced(config):
                 call = contestants.build(contestants.ONE_PASS, shape)
                 clock.warm_up(call, sets)
-                times = clock.replayed(call, sets)
-            tried.append({**config._asdict(), "us": times.median, "p20": times.p20})
+                graphs.append((tried[-1], clock.graph_of(call, sets)))
         except Exception as error:  # such as a configuration without enough registers
-            tried.append({**config._asdict(), "failed": f"{type(error).__name__}: {error}"[:200]})
+            tried[-1]["failed"] = line(error)
+            capture.require_device()
+    found = clock.interleaved([graph.replay for _, graph in graphs], order)
+    for (one, _), microseconds in zip(graphs, found, strict=True):
+        times = clock.summary(microseconds, len(sets))
+        one |= {"us": times.median, "p20": times.p20}
     return {"shape": str(shape), "table": launch_config(shape.width)._asdict(), **verdict(tried)}
 
 
@@ -70,9 +78,12 @@ def verdict(tried: list[Json]) -> Json:
     return {"tried": tried, "confirmed": confirmed, "best": best}
 
 
-def same_twice(shape: Shape, sets: list[Inputs]) -> float:
+def same_twice(shape: Shape, order: random.Random) -> float:
     """The share by which two measurements of the same thing differ: less is noise."""
+    sets = clock.input_sets(shape)
     call = contestants.build(contestants.ONE_PASS, shape)
     clock.warm_up(call, sets)
-    first, second = (clock.replayed(call, sets).median for _ in range(2))
+    graphs = [clock.graph_of(call, sets) for _ in range(2)]
+    found = clock.interleaved([graph.replay for graph in graphs], order)
+    first, second = (clock.summary(times, len(sets)).median for times in found)
     return abs(first - second) / min(first, second)
