@@ -52,8 +52,11 @@ setup(
     packages=[
         "mpl_fast",
         "mpl_fast.algorithms",
+        "mpl_fast.config",
         "mpl_fast.data",
+        "mpl_fast.experiments",
         "mpl_fast.kernels",
+        "mpl_fast.models",
         "mpl_fast.packing",
     ],
     install_requires=REQUIRES,

@@ -1,12 +1,15 @@
 """What a run consists of, built from its config and checked against its data."""
 
+import dataclasses
+import math
 from typing import Any
 
 import torch
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.algorithms.base import Algorithm, RunFacts
 from mpl_fast.config import LearnerConfig, RunConfig
+from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import Place
@@ -29,7 +32,7 @@ def count_classes(config: RunConfig, manifest: Manifest) -> int:
 def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
     """Every rank gets the same number of images, and no batch holds an image twice."""
     wanted = {"labeled": config.labeled_batch}
-    if config.recipe != "supervised":
+    if config.recipe not in LABELED_ONLY:
         wanted["unlabeled"] = config.unlabeled_batch
     for split, batch in wanted.items():
         records = manifest.splits[split].records
@@ -40,15 +43,31 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
+    held_out = getattr(config.algorithm, "held_out", 0.0)
+    if held_out and config.labeled_batch < 2 * place.world:
+        raise ConfigError(
+            f"labeled_batch {config.labeled_batch} gives a rank one image, which "
+            f"algorithm.held_out cannot share out: raise it to {2 * place.world} or more"
+        )
 
 
-def build_algorithm(config: RunConfig, classes: int, device: torch.device) -> Algorithm:
+def build_algorithm(
+    config: RunConfig, manifest: Manifest, classes: int, device: torch.device
+) -> Algorithm:
     """The configured algorithm with freshly initialised networks, the same on every rank."""
+    facts = RunFacts(config.seed, steps_in(1.0, config, manifest))
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model
         return Learner(
-            models.build(model.name, classes, learner.dropout, model.norm_momentum),
+            models.build(
+                model.name,
+                classes,
+                learner.dropout,
+                model.norm_momentum,
+                pretrained=model.pretrained,
+                frozen=model.frozen,
+            ),
             learner,
             steps=config.steps,
             device=device,
@@ -57,7 +76,7 @@ def build_algorithm(config: RunConfig, classes: int, device: torch.device) -> Al
         )
 
     torch.manual_seed(config.seed)
-    return algorithms.build(config.algorithm, new_learner)
+    return algorithms.build(config.algorithm, new_learner, facts)
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, place: Place) -> EvalLoader:
@@ -73,9 +92,28 @@ def eval_loader(config: RunConfig, manifest: Manifest, place: Place) -> EvalLoad
     )
 
 
+def steps_in(epochs: float, config: RunConfig, manifest: Manifest) -> int:
+    """Steps that pass so many times over the unlabeled images, or the labeled ones of a recipe that
+    reads no others; the last one may begin another pass."""
+    labeled_only = config.recipe in LABELED_ONLY
+    split = "labeled" if labeled_only else "unlabeled"
+    batch = config.labeled_batch if labeled_only else config.unlabeled_batch
+    return max(1, math.ceil(epochs * manifest.splits[split].records / batch))
+
+
+def settle_steps(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The config with the steps that follow from epochs, where these are given."""
+    steps, every = config.steps, config.eval_every
+    if config.epochs:
+        steps = steps_in(config.epochs, config, manifest)
+    if config.eval_epochs:
+        every = steps_in(config.eval_epochs, config, manifest)
+    return dataclasses.replace(config, steps=steps, eval_every=every)
+
+
 def images_per_step(config: RunConfig) -> int:
     """Distinct images that one step takes, over all ranks."""
-    return config.labeled_batch + (0 if config.recipe == "supervised" else config.unlabeled_batch)
+    return config.labeled_batch + (0 if config.recipe in LABELED_ONLY else config.unlabeled_batch)
 
 
 def uses_bf16(config: RunConfig, device: torch.device) -> bool:

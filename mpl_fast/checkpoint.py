@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 
-from mpl_fast.distributed import barrier, from_first, gather
+from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.config import FinetuneConfig
+from mpl_fast.distributed import Place, barrier, from_first, gather
 from mpl_fast.errors import CheckpointError
+from mpl_fast.learner import Learner
 
 FORMAT = "mpl_fast.checkpoint/1"
 
@@ -109,6 +112,61 @@ def step_of(checkpoint: Path) -> int:
 def read_shared(checkpoint: Path) -> dict[str, Any]:
     """What all ranks share of one checkpoint, for use outside training."""
     return _read(checkpoint / "state.pt")
+
+
+def restore(algorithm: Algorithm, shared: dict[str, Any], checkpoint: Path) -> None:
+    """Gives an algorithm what ranks share of its run's checkpoint, or raises `CheckpointError`."""
+    try:
+        for name, learner in algorithm.learners.items():
+            learner.load_state_dict(shared["learners"][name])
+        for name, value in algorithm.state.items():
+            value.copy_(shared["algorithm"][name])
+    except (KeyError, RuntimeError) as error:
+        if isinstance(error, KeyError) and error.args == ("algorithm",):
+            names = ", ".join(algorithm.state)
+            raise CheckpointError(
+                f"{checkpoint} is older than this program and lacks the {names} of its "
+                "algorithm: begin again in another --run-dir"
+            ) from None
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
+
+
+def load_start(
+    config: FinetuneConfig, learner: Learner, model: str, place: Place
+) -> tuple[str, list[str]]:
+    """Gives a fresh learner the weights that fine-tuning begins with, statistics included.
+
+    They are those of the network that the start run evaluates; of two, the last. Returns a line
+    that tells of it, and warnings of damaged checkpoints. `model` is this run's model.name. Raises
+    `CheckpointError` if there is no checkpoint or it does not fit.
+    """
+    folder = Path(config.start) / "checkpoints"
+    checkpoint, damage = from_first(newest(folder) if place.is_first else None)
+    if checkpoint is None:
+        why = "; ".join(damage) or "nothing has been saved there"
+        raise CheckpointError(
+            f"algorithm.start: {folder} holds no usable checkpoint ({why}): "
+            "give the run directory of a run that has trained"
+        )
+    try:
+        shared = read_shared(checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
+    name = shared.get("voters", [*shared["learners"]])[-1]
+    state = shared["learners"][name]
+    kind = "network" if state["average"] is None else config.weights
+    try:
+        for network in filter(None, (learner.network, learner.average)):
+            network.load_state_dict(state[kind])
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:120]
+        raise CheckpointError(
+            f"algorithm.start: {checkpoint} is of another network than model.name {model} "
+            f"({reason}): give the model.name in {config.start}/config.yaml"
+        ) from None
+    told = f"begins with the {kind} of {name} after step {step_of(checkpoint)}, {checkpoint}"
+    return told, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
 
 
 def _steps(folder: Path) -> list[Path]:

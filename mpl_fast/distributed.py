@@ -73,6 +73,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number among the ranks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def mean_over_ranks(x: Tensor) -> Tensor:
     """A tensor's average over all ranks, off the autograd graph; on CUDA nothing waits for it."""
     x = x.detach().clone()

@@ -31,6 +31,11 @@ def evaluate(
     return {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
 
 
+def accuracy_line(accuracy: dict[str, float]) -> str:
+    """What `evaluate` found, in words."""
+    return "top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images".format(**accuracy)
+
+
 def _hits(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Right first guesses, right among five guesses, and rows: ``(3,)`` int64 on the device."""
     guesses = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices

@@ -6,15 +6,17 @@ here and nowhere else, so that an algorithm reads as if there were one device.
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mpl_fast import losses
 from mpl_fast.config import LearnerConfig
+from mpl_fast.derivatives import EPSILON, Derivative, own_statistics
 from mpl_fast.distributed import mean_over_ranks_, world_size
 
 
@@ -41,13 +43,9 @@ class Learner:
         _compile(self.network, compiled)
         self._replica = _replicate(self.network, self.device)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            _groups(self.parameters, config.weight_decay),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=True,
-            fused=self.device.type == "cuda",
-        )
+        self.optimizer = _optimizer(_groups(self.network, config), config, self.device)
+        self._derivative = Derivative(self.network)
+        self._ended = -1
 
     def __call__(self, *views: Tensor) -> Tensor:
         """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
@@ -55,9 +53,16 @@ class Learner:
 
         `views` are ``(n, 3, H, W)`` each; the rows come back in their order.
         """
-        images = views[0] if len(views) == 1 else torch.cat(views)
         with self._autocast():
-            logits: Tensor = self._replica(images)
+            logits: Tensor = self._replica(_joined(views))
+        return logits
+
+    @torch.no_grad()
+    def preview(self, *views: Tensor) -> Tensor:
+        """What calling this would give, dropout included, without gradient or any trace of it in
+        the running statistics."""
+        with own_statistics(self.network), self._autocast():
+            logits: Tensor = self.network(_joined(views))
         return logits
 
     @torch.no_grad()
@@ -68,13 +73,65 @@ class Learner:
         The running statistics are neither read nor touched. They lag behind the weights, so right
         after an update they make any network look worse than it is.
         """
-        with _without_running_statistics(self.network):
-            return self._evaluate(self.network, images)
+        return self._judge(images)
+
+    def labeled_gradient(
+        self, images: Tensor, labels: Tensor, statistics: Literal["own", "running"] = "own"
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradient of the cross-entropy, a list like `parameters` averaged over ranks, and the
+        loss of this rank.
+
+        The logits are those of `judge`, or, with running statistics, those of `infer`.
+        """
+        run = statistics == "running"
+        logits = self._evaluate(self.network, images) if run else self._judge(images)
+        loss = losses.smoothed_ce(logits, labels).loss
+        gradient = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
+        mean_over_ranks_(gradient)
+        return gradient, loss.detach()
+
+    def weights(self) -> list[Tensor]:
+        """A copy of the trained parameters."""
+        return [p.detach().clone() for p in self.parameters]
+
+    def along(
+        self,
+        weights: Sequence[Tensor],
+        direction: Sequence[Tensor],
+        images: Tensor,
+        method: Literal["auto", "forward", "central"] = "auto",
+        epsilon: float = EPSILON,
+        *,
+        training: bool = True,
+    ) -> Tensor:
+        """``(N, C)``: how fast the logits change at `weights` along `direction`.
+
+        Those of a training pass, of which the running statistics show no trace and whose dropout
+        draws from the generators as they are; or those of `infer`.
+        """
+        if method != "auto":
+            self._derivative.method = method
+        own = own_statistics(self.network) if training else nullcontext()
+        self.network.train(training)
+        try:
+            with own, self._autocast():
+                return self._derivative.along(weights, direction, images, epsilon)
+        finally:
+            self.network.train()
+
+    @torch.no_grad()
+    def infer(self, images: Tensor) -> Tensor:
+        """Logits ``(N, C)`` of the weights, in evaluation mode."""
+        return self._evaluate(self.network, images)
 
     @torch.no_grad()
     def infer_average(self, images: Tensor) -> Tensor:
         """Logits ``(N, C)`` of the averaged weights, or of the weights if no average is kept."""
         return self._evaluate(self.average or self.network, images)
+
+    def _judge(self, images: Tensor) -> Tensor:
+        with own_statistics(self.network):
+            return self._evaluate(self.network, images)
 
     def _evaluate(self, network: nn.Module, images: Tensor) -> Tensor:
         was_training = network.training
@@ -86,13 +143,33 @@ class Learner:
             network.train(was_training)
         return logits
 
-    def descend(self, loss: Tensor) -> None:
-        """One clipped optimizer step down a scalar loss; the gradient is averaged over ranks."""
+    def descend(self, loss: Tensor) -> Tensor:
+        """One clipped optimizer step down a scalar loss; the gradient is averaged over ranks.
+
+        Returns, 0-dim on the device, how far SGD moved the weights for each unit of this gradient:
+        lr (1 + momentum) under Nesterov, else lr, times the clipping. (What older gradients moved
+        through the momentum is not this loss's doing.)
+        """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        clipping = self.parameters[0].new_ones(())
         if self.config.clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
+            clipping = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)  # as that function does
         self.optimizer.step()
+        ahead = 1.0 + self.config.momentum if self.config.nesterov else 1.0
+        rate: Tensor = clipping * (self.lr * ahead)
+        return rate
+
+    def rest(self) -> None:
+        """Sets the learning rate of this step to 0."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that `begin` has set."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def begin(self, step: int) -> None:
         """Sets the learning rate for a step: a function of its number, so there is nothing to
@@ -109,12 +186,19 @@ class Learner:
         """
         statistics = [b for b in self.network.buffers() if b.is_floating_point()]
         mean_over_ranks_(statistics)
+        if self._ended == step:  # an algorithm had a reason to move the average earlier
+            return
+        self._ended = step
         if self.average is None:
             return
         kept, mine = _tensors(self.average), _tensors(self.network)
         decay = min(self.config.ema, (1 + step) / (10 + step))
+        copied = list(zip(kept[1], mine[1], strict=True))  # counters
+        if self.config.conventions == "kekmodel":
+            decay = self.config.ema
+            copied = list(zip(self.average.buffers(), self.network.buffers(), strict=True))
         torch._foreach_lerp_(kept[0], mine[0], 1.0 - decay)
-        for k, m in zip(kept[1], mine[1], strict=True):  # counters
+        for k, m in copied:
             k.copy_(m)
 
     def finite(self) -> Tensor:
@@ -143,26 +227,16 @@ def _frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-@contextmanager
-def _without_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norm without running statistics normalizes by the batch, in evaluation mode too."""
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(m.running_mean, m.running_var) for m in norms]
-    for norm in norms:
-        norm.running_mean = norm.running_var = None
-    try:
-        yield
-    finally:
-        for norm, (mean, var) in zip(norms, kept, strict=True):
-            norm.running_mean, norm.running_var = mean, var
-
-
 def _compile(network: nn.Module, mode: str) -> None:
     """Compiles in place, which keeps the parameters' names and serves `infer` too."""
     if mode == "off":
         return
     # Otherwise DDP's bucket boundaries would split the network into several graphs.
     torch._dynamo.config.optimize_ddp = False
+    # Dropout as uncompiled code draws it, or exact feedback would follow another mask's student.
+    torch._inductor.config.fallback_random = True
+    # All networks share one count; two that swap roles and are judged too take more than 8 forms.
+    torch._dynamo.config.recompile_limit = 64
     # No CUDA graphs: a forward of the student between the teacher's forward and backward would
     # overwrite what the teacher's graph still needs.
     modes = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
@@ -182,12 +256,32 @@ def _replicate(network: nn.Module, device: torch.device) -> nn.Module:
     return replica
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _optimizer(
+    groups: list[dict[str, Any]], config: LearnerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    fused = device.type == "cuda"
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
+    return torch.optim.SGD(
+        groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+    )
+
+
+def _groups(network: nn.Module, config: LearnerConfig) -> list[dict[str, Any]]:
     """Norms and biases, the parameters of at most one dimension, are not decayed."""
-    decayed = [p for p in parameters if p.ndim > 1]
-    others = [p for p in parameters if p.ndim <= 1]
-    groups = [(decayed, weight_decay), (others, 0.0)]
-    return [{"params": list(ps), "weight_decay": wd} for ps, wd in groups if ps]
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return "bn" not in name if config.conventions == "kekmodel" else parameter.ndim > 1
+
+    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in named if decays(n, p)]
+    others = [p for n, p in named if not decays(n, p)]
+    groups = [(decayed, config.weight_decay), (others, 0.0)]
+    return [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
+
+
+def _joined(views: tuple[Tensor, ...]) -> Tensor:
+    return views[0] if len(views) == 1 else torch.cat(views)
 
 
 def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

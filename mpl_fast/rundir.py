@@ -13,16 +13,24 @@ from typing import Any
 import torch
 import yaml
 
+from mpl_fast import distributed
 from mpl_fast.command_line import as_yaml
 from mpl_fast.config import RunConfig
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, UserError
 from mpl_fast.metrics import Row
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
 # Keys that may change when a run is resumed, for they do not change its result.
 FREE = {"run_dir", "log_every", "checkpoint_every", "checkpoint_keep", "eval_every", "eval_batch"}
-FREE |= {"stop_at", "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
+FREE |= {
+    "eval_epochs",
+    "stop_at",
+    "data.root",
+    "data.threads",
+    "data.prefetch",
+    "data.hw_decoder_load",
+}
 
 
 class RunDir:
@@ -86,6 +94,24 @@ class RunDir:
         file = self.path / "env.json"
         sessions = _sessions(file) if file.exists() else []
         _replace(file, json.dumps(environment() | {"earlier_sessions": sessions}, indent=1) + "\n")
+
+
+def open_for(config: RunConfig, place: distributed.Place) -> RunDir | None:
+    """The run directory on rank 0; its refusal reaches every rank as the `ConfigError` it is."""
+    folder, refusal = None, None
+    if place.is_first:
+        try:
+            folder = RunDir(config)
+        except UserError as error:
+            refusal = error
+    if refusal := distributed.from_first(refusal):
+        raise refusal
+    if not all(distributed.gather((Path(config.run_dir) / "config.yaml").exists())):
+        raise ConfigError(
+            f"run_dir {config.run_dir} is not the same folder for all ranks: "
+            "give a path on a file system that all machines share"
+        )
+    return folder
 
 
 def _sessions(file: Path) -> list[Any]:
@@ -157,10 +183,12 @@ def _agree(file: Path, config: RunConfig) -> None:
     """A run directory belongs to one config, but for the keys that do not matter to the result.
 
     Until there is a checkpoint there is nothing to protect, and a mistake may be mended in place.
+    A key that did not exist when the run began had what is now its default.
     """
     if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
     old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(yaml.safe_load(as_yaml(config)))
+    old = _flat(yaml.safe_load(as_yaml(RunConfig(algorithm=type(config.algorithm)())))) | old
     keys = [k for k in {**old, **new} if k not in FREE and old.get(k) != new.get(k)]
     if keys:
         shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])

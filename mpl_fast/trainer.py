@@ -5,34 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast import distributed, models, randomness
-from mpl_fast.algorithms.base import Algorithm, train_step
+from mpl_fast.algorithms.base import train_step
 from mpl_fast.assembly import (
     build_algorithm,
     check_batches,
     count_classes,
     eval_loader,
     images_per_step,
+    settle_steps,
     train_loader,
 )
 from mpl_fast.batch import Batch
-from mpl_fast.checkpoint import Checkpoints, newest, read_shared, step_of
-from mpl_fast.config import RunConfig
+from mpl_fast.checkpoint import (
+    Checkpoints,
+    load_start,
+    newest,
+    read_shared,
+    restore,
+    step_of,
+)
+from mpl_fast.config import FinetuneConfig, RunConfig
 from mpl_fast.console import Console, duration
 from mpl_fast.data.loader import TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import Place, StopFlag
-from mpl_fast.errors import (
-    PREEMPTED,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    NonFiniteError,
-    UserError,
-)
-from mpl_fast.evaluate import evaluate
+from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
+from mpl_fast.evaluate import accuracy_line, evaluate
 from mpl_fast.interrupts import stopping_by
 from mpl_fast.metrics import Meter, non_finite
-from mpl_fast.rundir import RunDir
+from mpl_fast.rundir import RunDir, open_for
 
 
 def train(config: RunConfig) -> int:
@@ -41,10 +42,11 @@ def train(config: RunConfig) -> int:
     Raises `UserError` for what the user can mend, on every rank that meets it.
     """
     manifest = read_manifest(config.data.root)
+    config = settle_steps(config, manifest)
     classes = count_classes(config, manifest)
     place = distributed.start(config.device)
     check_batches(config, manifest, place)
-    folder = _open_folder(config, place)
+    folder = open_for(config, place)
     try:
         code = Run(config, place, manifest, classes, folder).go()
     finally:
@@ -62,6 +64,7 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
     Raises `UserError` as `train` does, and `CheckpointError` if there is none that fits.
     """
     manifest = read_manifest(config.data.root)
+    config = settle_steps(config, manifest)
     classes = count_classes(config, manifest)
     place = distributed.start(config.device)
     console = Console(config.steps, silent=not place.is_first)
@@ -71,12 +74,12 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
         raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
     for warning in damage:
         console.warn(f"{warning}; evaluating {checkpoint.name}")
-    algorithm = build_algorithm(config, classes, place.device)
+    algorithm = build_algorithm(config, manifest, classes, place.device)
     randomness.prepare(config, place)
-    _load(algorithm, read_shared(checkpoint), checkpoint)
+    restore(algorithm, read_shared(checkpoint), checkpoint)
     expected = manifest.splits["val"].records
     accuracy = evaluate(algorithm, eval_loader(config, manifest, place), expected)
-    console.say(f"{checkpoint}: {_accuracy_line(accuracy)}")
+    console.say(f"{checkpoint}: {accuracy_line(accuracy)}")
     distributed.stop()
     return accuracy
 
@@ -94,7 +97,7 @@ class Run:
     ) -> None:
         self.config, self.place, self.manifest, self.folder = config, place, manifest, folder
         self.console = Console(config.steps, silent=not place.is_first)
-        self.algorithm = build_algorithm(config, classes, place.device)
+        self.algorithm = build_algorithm(config, manifest, classes, place.device)
         randomness.prepare(config, place)
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / "checkpoints",
@@ -103,7 +106,8 @@ class Run:
             world=place.world,
         )
         self.meter, self.stop = Meter(), StopFlag()
-        self.done, self.saved, self.seconds, self.accuracy = 0, -1, 0.0, dict[str, float]()
+        self.done, self.saved, self.seconds = 0, -1, 0.0
+        self.accuracy, self.best = dict[str, float](), dict[str, float]()
 
     def go(self) -> int:
         """Resumes if there is something to resume, trains, and says how it ended."""
@@ -114,6 +118,8 @@ class Run:
         with stopping_by(self.stop.wish):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.place)
+            if self.done == 0 and isinstance(self.config.algorithm, FinetuneConfig):
+                self._evaluate()  # what tuning has to beat
             finished = self._loop(train_loader(self.config, self.manifest, self.place, data_state))
         if finished:
             self._summarize()
@@ -130,8 +136,7 @@ class Run:
         """Nothing is left to train; a kill may have come before the summary was written."""
         if self.folder and not (summary := self.folder.summary()):
             shared = read_shared(checkpoint)
-            self.done, self.seconds = shared["step"], shared["seconds"]
-            self.accuracy = shared["accuracy"]
+            self._take(shared)
             self._summarize()
         elif self.folder and summary:
             top1 = f"top-1 {summary['top1']:.2f} %"
@@ -192,15 +197,17 @@ class Run:
         expected = self.manifest.splits["val"].records
         self.accuracy = evaluate(self.algorithm, self.validation, expected)
         self.meter.pause(time.perf_counter() - began)
+        if self.accuracy["top1"] > self.best.get("best_top1", -1.0):
+            self.best = {"best_top1": self.accuracy["top1"], "best_step": self.done}
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.folder:
             self.folder.row(self.done, values)
-        self.console.say(f"step {self.done} | evaluated: {_accuracy_line(self.accuracy)}")
+        self.console.say(f"step {self.done} | evaluated: {accuracy_line(self.accuracy)}")
 
     def _save(self, loader: TrainLoader) -> None:
         self._log()  # a checkpoint ends a row: a stop loses none, and nothing non-finite is saved
         began = time.perf_counter()
-        learners = self.algorithm.learners
+        learners, voters = self.algorithm.learners, self.algorithm.voters.learners
         for name, learner in learners.items():
             if not learner.finite():
                 raise NonFiniteError(
@@ -210,7 +217,10 @@ class Run:
             "step": self.done,
             "seconds": self.seconds,
             "accuracy": self.accuracy,
+            "best": self.best,
             "learners": {name: learner.state_dict() for name, learner in learners.items()},
+            "voters": [name for name, learner in learners.items() if learner in voters],
+            "algorithm": dict(self.algorithm.state),
         }
         if self.folder:
             self.folder.sync()
@@ -245,17 +255,34 @@ class Run:
     def _resume(self, checkpoint: Path | None) -> dict[str, Any] | None:
         """Takes everything from a checkpoint; returns the data loader's part of it."""
         data_state = None
-        if checkpoint is not None:
+        if checkpoint is None:
+            self._begin()
+        else:
             shared, mine = self.checkpoints.load(checkpoint)
-            _load(self.algorithm, shared, checkpoint)
-            self.done = self.saved = shared["step"]
-            self.seconds, self.accuracy = shared["seconds"], shared["accuracy"]
+            restore(self.algorithm, shared, checkpoint)
+            self._take(shared)
+            self.saved = self.done
             randomness.restore(mine)
             data_state = mine["data"]
             self.console.say(f"resuming after step {self.done} from {checkpoint}")
         if self.folder:
-            self.folder.resume_at(self.done)
+            self.folder.resume_at(self.done if checkpoint else -1)
         return data_state
+
+    def _begin(self) -> None:
+        """A run without a checkpoint of its own; fine-tuning then begins with another run's."""
+        tuning = self.config.algorithm
+        if isinstance(tuning, FinetuneConfig):
+            learner = self.algorithm.learners["learner"]
+            told, warnings = load_start(tuning, learner, self.config.model.name, self.place)
+            for warning in warnings:
+                self.console.warn(warning)
+            self.console.say(told)
+
+    def _take(self, shared: dict[str, Any]) -> None:
+        """How far a checkpoint's run had come; older ones do not know their best evaluation."""
+        self.done, self.seconds = shared["step"], shared["seconds"]
+        self.accuracy, self.best = shared["accuracy"], shared.get("best", {})
 
     def _introduce(self) -> None:
         config, learners = self.config, self.algorithm.learners
@@ -263,7 +290,7 @@ class Run:
         self.console.say(
             f"{config.recipe} on {self.place.world} x {self.place.device.type}: "
             f"{config.model.name}, "
-            f"{max(sizes) / 1e6:.2f} M parameters, {len(self.manifest.classes)} classes, "
+            f"{max(sizes) / 1e6:.3g} M trained parameters, {len(self.manifest.classes)} classes, "
             f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
             f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
         )
@@ -281,44 +308,16 @@ class Run:
             "recipe": self.config.recipe,
             "steps": self.done,
             **self.accuracy,
+            **self.best,
             "seconds": self.seconds,
             "images_per_second": self.done * images_per_step(self.config) / self.seconds,
             "run_dir": self.config.run_dir,
         }
         if self.folder:
             self.folder.summarize(summary)
+        best = "best {best_top1:.2f} % at step {best_step}".format(**self.best) if self.best else ""
         self.console.say(
-            f"done: top-1 {self.accuracy['top1']:.2f} % in {duration(self.seconds)} of training, "
+            f"done: top-1 {self.accuracy['top1']:.2f} %{best and f' ({best})'} "
+            f"in {duration(self.seconds)} of training, "
             f"{summary['images_per_second']:.0f} images/s; {self.config.run_dir}/summary.json"
         )
-
-
-def _accuracy_line(accuracy: dict[str, float]) -> str:
-    return "top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images".format(**accuracy)
-
-
-def _load(algorithm: Algorithm, shared: dict[str, Any], checkpoint: Path) -> None:
-    try:
-        for name, learner in algorithm.learners.items():
-            learner.load_state_dict(shared["learners"][name])
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
-
-
-def _open_folder(config: RunConfig, place: Place) -> RunDir | None:
-    """The run directory on rank 0; its refusal reaches every rank."""
-    folder, refusal = None, None
-    if place.is_first:
-        try:
-            folder = RunDir(config)
-        except UserError as error:
-            refusal = error
-    if refusal := distributed.from_first(refusal):
-        raise refusal
-    if not all(distributed.gather((Path(config.run_dir) / "config.yaml").exists())):
-        raise ConfigError(
-            f"run_dir {config.run_dir} is not the same folder for all ranks: "
-            "give a path on a file system that all machines share"
-        )
-    return folder

@@ -2,9 +2,9 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
-          -> algorithms | metrics | randomness -> learner
-          -> losses | models | command_line | packing
+    train | experiments -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
+          -> algorithms | metrics | randomness -> learner -> derivatives
+          -> losses | models | command_line | packing | draws
           -> kernels | distributed | data -> batch | config -> errors | interrupts | launcher
 """
 
@@ -17,12 +17,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
-    {"train"},
+    {"train", "experiments"},
     {"trainer"},
     {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves"},
     {"algorithms", "metrics", "randomness"},
     {"learner"},
-    {"losses", "models", "command_line", "packing"},
+    {"derivatives"},
+    {"losses", "models", "command_line", "packing", "draws"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},
     {"errors", "interrupts", "launcher"},
@@ -39,7 +40,7 @@ NEVER_IN_ALGORITHMS = (
     "triton",
 )
 # Behind a command line that answers --help at once: these wait until they are needed.
-LIGHT = ["config", "errors", "data/manifest", "data/records"]
+LIGHT = ["config/__init__", "errors", "data/manifest", "data/records"]
 LIGHT += [
     "packing/__init__",
     "packing/pack",

@@ -74,6 +74,32 @@ def test_unknown_model(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
     assert code == 2 and text.count("\n") == 1 and "resnet51" in text and "resnet50" in text
 
 
+def test_pretrained_weights_that_are_not_there(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "nowhere.pth")
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.pretrained", file])
+    assert code == 2 and text.count("\n") == 1 and f"there is no file {file}" in text
+
+
+def test_fine_tuning_of_a_run_that_is_not_there(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+    """Nothing is left behind that would stand in the way of the right command."""
+    start = tmp_path / "nowhere"
+    options = ["--data.root", str(tiny_rec), "--run-dir", str(tmp_path / "run"), "--epochs", "1"]
+    options += ["--recipe", "finetune", "--algorithm.start", str(start), "--device", "cpu"]
+    options += ["--model.name", "wrn_10_1", "--labeled-batch", "4", "--data.image-size", "16"]
+    code, text = say(options)
+    assert code == 6 and text.count("\n") == 1
+    assert f"algorithm.start: {start}/checkpoints holds no usable checkpoint" in text
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_labeled_batch_too_small_to_be_shared_out(
+    say: Say, tiny_rec: Path, tmp_path: Path
+) -> None:
+    options = [*arguments(tmp_path / "run", tiny_rec), "--algorithm.held-out", "0.5"]
+    code, text = say([*options, "--labeled-batch", "1"])
+    assert code == 2 and text.count("\n") == 1 and "labeled_batch 1 gives a rank one image" in text
+
+
 def test_cuda_asked_for_and_absent(
     say: Say, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

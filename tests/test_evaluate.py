@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpl_fast.algorithms.base import Voters
 from mpl_fast.errors import DataError
 from mpl_fast.evaluate import evaluate
 from mpl_fast.metrics import Meter, non_finite
@@ -20,7 +21,7 @@ class One:
     """An algorithm with that voter."""
 
     learners: dict[str, object] = {}  # noqa: RUF012
-    voters = (Fixed(),)
+    voters = Voters([Fixed()])  # type: ignore[list-item]
 
 
 def images(*rows: list[float]) -> Tensor:

@@ -10,17 +10,16 @@ import torch
 from mpl_fast import algorithms
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
-from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig, SupervisedConfig, UDAConfig
+from mpl_fast.config import MPLConfig
 from mpl_fast.learner import Learner
 from mpl_fast.models import build
 from tests.tiny_run import arguments, command, environment, run
+from tests.two_ranks import CONFIGS, LEARNER
 
 pytestmark = pytest.mark.gpu
-FAST = LearnerConfig(lr=0.05, warmup=0, ema=0.9, dropout=0.1)
-CONFIGS: dict[str, AlgorithmConfig] = {
-    "supervised": SupervisedConfig(learner=FAST),
-    "uda": UDAConfig(learner=FAST),
-    "mpl": MPLConfig(teacher=FAST, student=FAST),
+VARIANTS = {
+    **CONFIGS,
+    "mpl parity_kekmodel": MPLConfig(teacher=LEARNER, student=LEARNER, feedback="parity_kekmodel"),
 }
 
 
@@ -32,12 +31,12 @@ def batch(device: str) -> Batch:
     return Batch(images[:8], labels[:8], images[8:], images[8:].flip(0), labels[8:])
 
 
-@pytest.mark.parametrize("recipe", CONFIGS)
+@pytest.mark.parametrize("recipe", VARIANTS)
 def test_a_step_never_waits_for_the_device(recipe: str) -> None:
     algorithm = algorithms.build(
-        CONFIGS[recipe],
+        VARIANTS[recipe],
         lambda c: Learner(
-            build("wrn_10_1", 10, c.dropout), c, steps=100, device="cuda:0", bf16=True
+            build("wrn_10_1", 10, dropout=0.1), c, steps=100, device="cuda:0", bf16=True
         ),
     )
     data = batch("cuda")

@@ -1,21 +1,56 @@
-"""Networks by name have the published shape."""
+"""Networks by name have the published shape, and can be differentiated and compiled as training
+does."""
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call, jvp, vjp
 
 from mpl_fast import models
 from mpl_fast.errors import ConfigError
+from mpl_fast.models.shake_shake import shake
+
+# One of each kind, small enough for two cores; images of 16 pixels are enough for all.
+SMALL = ["wrn_10_1", "shake_shake_8_8", "convlarge"]
+Weights = dict[str, Tensor]
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # kekmodel/MPL-pytorch's WideResNet has 1,467,610 parameters at depth 28, width 2, 10 classes.
-    [("wrn_28_2", 1_467_610), ("wrn_28_8", 23_354_842), ("wrn_10_1", 77_850)],
+    [
+        # kekmodel/MPL-pytorch's WideResNet has 1,467,610 at depth 28, width 2, 10 classes.
+        ("wrn_28_2", 1_467_610),
+        ("wrn_28_8", 23_354_842),
+        ("wrn_10_1", 77_850),
+        # MetaSemi's two networks, counted by running its definitions.
+        ("convlarge", 3_121_802),
+        ("shake_shake_26", 26_193_466),
+    ],
 )
-def test_wide_resnets_have_the_published_size(name: str, parameters: int) -> None:
+def test_networks_have_the_published_size(name: str, parameters: int) -> None:
     network = models.build(name, 10)
     assert models.count_parameters(network) == parameters
-    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    with torch.no_grad():
+        assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "first", "middle", "last"),
+    [
+        ("wrn_10_1", 46, "stem.weight", "blocks.0.norm1.weight", "head.bias"),
+        ("shake_shake_8_8", 95, "stem.weight", "blocks.1.second.5.running_var", "head.bias"),
+        ("convlarge", 56, "features.0.0.weight", "features.5.1.bias", "head.bias"),
+    ],
+)
+def test_names_in_checkpoints_stay(
+    name: str, size: int, first: str, middle: str, last: str
+) -> None:
+    names = [*models.build(name, 10).state_dict()]
+    assert (len(names), names[0], names[-1]) == (size, first, last)
+    assert middle in names
 
 
 def test_timm_names_work() -> None:
@@ -25,20 +60,136 @@ def test_timm_names_work() -> None:
     assert norms and all(m.momentum == 0.05 for m in norms)
 
 
-def test_dropout_is_on_the_features() -> None:
+@pytest.mark.parametrize("name", ["wrn_10_1", "shake_shake_8_8"])
+def test_dropout_is_on_the_features(name: str) -> None:
     torch.manual_seed(0)
-    network = models.build("wrn_10_1", 10, dropout=0.5)
-    network.train()
-    images = torch.randn(4, 3, 32, 32)
+    network = models.build(name, 10, dropout=0.5)
+    images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        for m in network.modules():
-            if isinstance(m, torch.nn.BatchNorm2d):
-                m.eval()
+        network.eval()
+        features = network.get_submodule("blocks")(network.get_submodule("stem")(images))
+        assert torch.equal(network(images), network(images))
+        network.get_submodule("dropout").train()
+        assert not torch.equal(network(images), network(images))
+    assert features.shape[1] == network.get_parameter("head.weight").shape[1]
+
+
+@pytest.mark.parametrize("name", ["convlarge", "shake_shake_8_8"])
+def test_own_noise_is_there_in_training_only(name: str) -> None:
+    torch.manual_seed(0)
+    network, images = models.build(name, 10), torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        network.train()
         assert not torch.equal(network(images), network(images))
         network.eval()
         assert torch.equal(network(images), network(images))
 
 
-def test_unknown_name_is_told_with_names_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet51' is unknown to timm; names like .*resnet50"):
-        models.build("resnet51", 10)
+@pytest.mark.parametrize("name", ["resnet51", "resnet50.no_such_weights", "wrn_28_3"])
+def test_unknown_name_is_told_with_names_that_exist(name: str) -> None:
+    near = {"wrn_28_3": "wrn_28_2"}.get(name, "resnet50")
+    with pytest.raises(ConfigError, match=rf"'{name}' is unknown to timm; names like .*{near}"):
+        models.build(name, 10)
+
+
+def test_shake_mixes_by_one_draw_forward_and_another_backward() -> None:
+    """The coefficients that come out are uniform in [0, 1), one for each image, independent."""
+    torch.manual_seed(1)
+    images = 4000
+    first, second = torch.randn(2, images, 2, 3, 1, dtype=torch.float64)
+    first.requires_grad_(), second.requires_grad_()
+    mixed = shake(first, second)
+    alphas = (mixed - second) / (first - second)  # (images, 2, 3, 1)
+    to_first, to_second = torch.autograd.grad(mixed.sum(), (first, second))
+    alpha, beta = alphas[:, 0, 0, 0].detach(), to_first[:, 0, 0, 0]
+    assert (alphas - alpha[:, None, None, None]).abs().max() < 1e-8
+    assert torch.equal(to_first, beta[:, None, None, None].expand_as(to_first))
+    assert (to_first + to_second - 1).abs().max() < 1e-12
+    for draw in (alpha, beta):  # standard errors: mean 0.0046, variance 0.0012
+        assert 0 <= draw.min() < 0.01 and 0.99 < draw.max() < 1
+        assert abs(draw.mean() - 1 / 2) < 0.02 and abs(draw.var() - 1 / 12) < 0.005
+    assert abs(torch.corrcoef(torch.stack((alpha, beta)))[0, 1]) < 0.06
+
+
+def test_shake_repeats_from_the_same_random_state() -> None:
+    """Value and gradient both, so that a resumed or recomputed step is the same step."""
+    network, images = models.build("shake_shake_8_8", 10), torch.randn(4, 3, 16, 16)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(3)
+        replica = copy.deepcopy(network).train()
+        return [*torch.autograd.grad(replica(images).square().sum(), [*replica.parameters()])]
+
+    one, other = gradients(), gradients()
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def problem(name: str, *, training: bool) -> tuple[Callable[[Weights], Tensor], Weights, Weights]:
+    """Logits in float64 as a function of the weights, with the same noise at each call; weights
+    and a direction."""
+    torch.manual_seed(5)
+    network = models.build(name, 10, dropout=0.2).double().train(training)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    weights = {key: p.detach() for key, p in network.named_parameters()}
+    direction = {key: torch.randn_like(p) / p.numel() ** 0.5 for key, p in weights.items()}
+
+    def logits(given: Weights) -> Tensor:
+        torch.manual_seed(11)
+        statistics = {key: b.clone() for key, b in network.named_buffers()}
+        out: Tensor = functional_call(network, {**given, **statistics}, (images,))
+        return out
+
+    return logits, weights, direction
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    # Not shake-shake in training, where values are of another mix than derivatives.
+    [("wrn_10_1", True), ("convlarge", True), ("shake_shake_8_8", False)],
+)
+def test_forward_derivatives_are_those_of_finite_differences(name: str, training: bool) -> None:
+    logits, weights, direction = problem(name, training=training)
+    value, slope = jvp(logits, (weights,), (direction,))[:2]
+    step = 1e-7
+    ahead, behind = (
+        logits({key: w + sign * step * direction[key] for key, w in weights.items()})
+        for sign in (1, -1)
+    )
+    assert torch.equal(value, logits(weights))
+    assert ((ahead - behind) / (2 * step) - slope).norm() < 1e-4 * slope.norm()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_derivatives_are_the_transpose_of_backward_ones(name: str) -> None:
+    """In training, with the same noise: what exact feedback rests on, for shake-shake too."""
+    logits, weights, direction = problem(name, training=True)
+    value, slope = jvp(logits, (weights,), (direction,))[:2]
+    wish = torch.randn_like(value)
+    (pulled,) = vjp(logits, weights)[1](wish)
+    along = sum((pulled[key] * direction[key]).sum() for key in weights)
+    assert torch.allclose((slope * wish).sum(), torch.as_tensor(along), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    # Without a code generator the values are eager's own; with it, once: it takes a C++ compiler.
+    [
+        ("convlarge", "aot_eager"),
+        ("shake_shake_8_8", "aot_eager"),
+        pytest.param("shake_shake_8_8", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_training_is_one_compiled_graph(name: str, backend: str) -> None:
+    """`fullgraph` raises at a graph break."""
+    network, images = models.build(name, 10).train(), torch.randn(4, 3, 16, 16)
+    replica = copy.deepcopy(network)
+    replica.compile(fullgraph=True, backend=backend)
+    results = []
+    with torch._inductor.config.patch(fallback_random=True):  # eager's random numbers
+        for each in (network, replica):
+            torch.manual_seed(2)
+            logits = each(images)
+            loss = logits.square().sum()
+            results.append([logits, *torch.autograd.grad(loss, [*each.parameters()])])
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).norm() <= 1e-4 * wanted.norm() + 1e-4

@@ -3,14 +3,28 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from torch import nn
 
+from mpl_fast import algorithms
+from mpl_fast.algorithms import Algorithm
+from mpl_fast.checkpoint import restore
+from mpl_fast.command_line import as_yaml
+from mpl_fast.config import MPLConfig, RunConfig
+from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.learner import Learner
+from mpl_fast.rundir import RunDir
 from tests.tiny_run import (
+    ALGORITHMS,
     arguments,
     assert_same,
     command,
@@ -20,6 +34,8 @@ from tests.tiny_run import (
     run,
     run_in_turn,
 )
+
+OTHERS = [name for name in ALGORITHMS if name != "mpl"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -152,9 +168,58 @@ def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(
     assert json.loads(file.read_text())["top1"] == json.loads(before)["top1"]
 
 
-@pytest.mark.parametrize("recipe", ["supervised", "uda"])
-def test_other_recipes_resume_too(recipe: str, tiny_rec: Path, tmp_path: Path) -> None:
-    one, two = (arguments(tmp_path / name, tiny_rec, recipe=recipe, policy="mpl") for name in "ab")
-    done = run_in_turn(one, [*two, "--stop-at", "3"], two)
-    assert done.returncode == 0 and "resuming after step 3" in done.stdout, done.stderr
-    assert_same(final_state(tmp_path / "a"), final_state(tmp_path / "b"))
+def test_every_recipe_trains_under_torchrun_and_resumes(tiny_rec: Path, tmp_path: Path) -> None:
+    """On two ranks, from the middle of a role player's period too: the last checkpoint is lost.
+
+    Fine-tuning is in test_finetune.py.
+    """
+    sessions = {}
+    for name in OTHERS:
+        folder = tmp_path / name.replace(" ", "_") / "run"
+        sessions[folder] = [*arguments(folder, tiny_rec, recipe=name), "--checkpoint-every", "3"]
+    done = run_in_turn(*sessions.values(), ranks=2)
+    assert done.returncode == 0, done.stderr
+    straight = {folder: final_state(folder) for folder in sessions}
+    for folder, state in straight.items():
+        shutil.rmtree(folder / "checkpoints" / "step_00000006")
+        if "baseline" in state["algorithm"]:
+            assert state["algorithm"]["baseline"] != 0  # or it would prove nothing
+    done = run_in_turn(*sessions.values(), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resuming after step 3") == len(OTHERS)
+    for folder, state in straight.items():
+        assert_same(state, final_state(folder), folder.parent.name)
+
+
+def algorithm_of(config: MPLConfig) -> Algorithm:
+    return algorithms.build(config, lambda c: Learner(nn.Linear(3, 2), c, steps=6))
+
+
+def test_a_checkpoint_without_the_algorithms_state(tmp_path: Path) -> None:
+    """As versions before the state wrote it: used where there is no state, else refused."""
+    plain, moving = algorithm_of(MPLConfig()), algorithm_of(MPLConfig(baseline=0.9))
+    with torch.no_grad():
+        moving.learners["teacher"].parameters[0].fill_(7.0)
+    old = {"learners": {name: made.state_dict() for name, made in moving.learners.items()}}
+    restore(plain, old, tmp_path)
+    assert (plain.learners["teacher"].parameters[0] == 7.0).all()
+    with pytest.raises(CheckpointError, match="older than this program and lacks the baseline"):
+        restore(moving, old, tmp_path)
+    moving.state["baseline"].fill_(3.0)
+    new = old | {"algorithm": {"baseline": torch.tensor(0.5)}}
+    restore(moving, new, tmp_path)
+    assert moving.state["baseline"].item() == 0.5
+
+
+def test_a_key_that_an_older_run_did_not_know_had_its_default(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step_00000002").mkdir(parents=True)
+    config = RunConfig(run_dir=str(folder))
+    known = yaml.safe_load(as_yaml(config))
+    del known["algorithm"]["held_out"]
+    for text in (yaml.safe_dump(known), as_yaml(config)):
+        (folder / "config.yaml").write_text(text)
+        RunDir(config).close()
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"algorithm\.held_out was 0\.0 and is 0\.5"):
+            RunDir(replace(config, algorithm=MPLConfig(held_out=0.5)))

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "mpl_fast" / "train.py"
@@ -31,11 +33,25 @@ model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
 """
 LEARNER = "{lr: 0.05, wait: 1, warmup: 2, ema: 0.9, dropout: 0.2}"
-ALGORITHMS = {
+MPL = f"  teacher: {LEARNER}\n  student: {LEARNER}\n"
+MPL += "  consistency: {ramp: 2, threshold: 0.1}\n"
+ALGORITHMS = {  # the first word is the recipe; fine-tuning needs another run: test_finetune.py
     "supervised": f"  learner: {LEARNER}\n",
+    "supervised mixup": f"  learner: {LEARNER}\n  mixup: 1.0\n",
     "uda": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
-    "mpl": f"  teacher: {LEARNER}\n  student: {LEARNER}\n"
-    "  consistency: {ramp: 2, threshold: 0.1}\n",
+    "fixmatch": f"  learner: {LEARNER}\n  threshold: 0.1\n",
+    "mpl": MPL,
+    "mpl sampled": MPL + "  feedback: sampled\n  baseline: 0.9\n",
+    "mpl per_example": MPL + "  feedback: per_example\n",
+    "mpl exact": MPL + "  feedback: exact\n  held_out: 0.5\n",
+    "mpl exact split recompute": MPL
+    + "  feedback: exact\n  bn_batches: split\n  teacher_graph: recompute\n",
+    "mpl parity_kekmodel": MPL + "  feedback: parity_kekmodel\n",
+    "mpl parity_google": MPL + "  feedback: parity_google\n  baseline: 0.9\n",
+    "mpl_roleplay": MPL + "  swap_every: 2\n  student_wait: 1\n",
+    "smpl": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
+    "smpl exact": f"  learner: {LEARNER}\n  feedback: exact\n",
+    "metasemi": f"  learner: {LEARNER}\n",
 }
 
 
@@ -66,10 +82,12 @@ def write_digits(folder: Path, train: int = 60, val: int = 50) -> None:
 
 
 def arguments(folder: Path, rec: Path, *, recipe: str = "mpl", policy: str = "dali") -> list[str]:
-    """Options of a run in `folder`; DALI's own policy starts fastest."""
+    """Options of a run in `folder`, `recipe` a key of ALGORITHMS; DALI's own policy starts
+    fastest."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config = folder.parent / f"{recipe}_{policy}.yaml"
-    config.write_text(CONFIG.format(recipe=recipe, policy=policy) + ALGORITHMS[recipe])
+    config = folder.parent / f"{recipe.replace(' ', '_')}_{policy}.yaml"
+    name = recipe.split()[0]
+    config.write_text(CONFIG.format(recipe=name, policy=policy) + ALGORITHMS[recipe])
     return ["--config", str(config), "--data.root", str(rec), "--run-dir", str(folder)]
 
 
@@ -100,15 +118,18 @@ def run(
     )
 
 
-def run_in_turn(*sessions: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs one-rank sessions one after the other in one process, which saves their imports."""
-    code = "import json, sys; from mpl_fast import command_line, trainer; "
-    code += "[trainer.train(command_line.parse(s)) for s in json.loads(sys.argv[1])]"
+def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs sessions one after the other in one process a rank, which saves their imports."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.run(
-        [sys.executable, "-c", code, json.dumps(sessions)],
+        [
+            *(sys.executable, "-m", *(launcher if ranks > 1 else []), "tests.tiny_run"),
+            json.dumps(sessions),
+        ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
+        cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
@@ -142,3 +163,26 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
         assert one.dtype == other.dtype and torch.equal(one, other), where
     else:
         assert one == other, where
+
+
+def _train_in_turn(sessions: list[list[str]]) -> None:
+    """Ranks that have met stay together: a group cannot be left and joined again."""
+    from mpl_fast import command_line, distributed, trainer
+
+    leave, join = distributed.stop, dist.init_process_group
+
+    def join_once(*options: Any, **named: Any) -> None:
+        if not dist.is_initialized():
+            join(*options, **named)
+
+    with (
+        mock.patch.object(distributed, "stop"),
+        mock.patch.object(dist, "init_process_group", join_once),
+    ):
+        for session in sessions:
+            trainer.train(command_line.parse(session))
+    leave()
+
+
+if __name__ == "__main__":
+    _train_in_turn(json.loads(sys.argv[1]))

@@ -1,9 +1,10 @@
 """Trains on made-up batches and saves the weights: run by test_two_ranks.py, alone and by torchrun.
 
-usage: two_ranks.py OUT RECIPE [RECIPE ...] [--compile]
+usage: two_ranks.py OUT NAME [NAME ...] [--compile]
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,8 +18,13 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import (
     AlgorithmConfig,
     ConsistencyConfig,
+    FinetuneConfig,
+    FixMatchConfig,
     LearnerConfig,
+    MetaSemiConfig,
     MPLConfig,
+    RolePlayConfig,
+    SMPLConfig,
     SupervisedConfig,
     UDAConfig,
 )
@@ -26,10 +32,32 @@ from mpl_fast.learner import Learner
 
 LEARNER = LearnerConfig(lr=0.1, warmup=2, ema=0.9, dropout=0.0, clip=1.0)
 CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.3)
+MPL = MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY)
+SMPL = SMPLConfig(learner=LEARNER, consistency=CONSISTENCY)
+# parity_kekmodel is not here: like that code it hears each rank's own difference.
 CONFIGS: dict[str, AlgorithmConfig] = {
     "supervised": SupervisedConfig(learner=LEARNER),
+    "supervised mixup": SupervisedConfig(learner=LEARNER, mixup=1.0),
+    "finetune": FinetuneConfig(learner=LEARNER, smoothing=0.1),
     "uda": UDAConfig(learner=LEARNER, consistency=CONSISTENCY),
-    "mpl": MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY),
+    "uda cosine": UDAConfig(learner=LEARNER, consistency=replace(CONSISTENCY, measure="cosine")),
+    "fixmatch": FixMatchConfig(learner=LEARNER, threshold=0.3),
+    "mpl": MPL,
+    "mpl baseline held_out": replace(MPL, baseline=0.9, held_out=0.5, label_threshold=0.3),
+    "mpl sampled": replace(MPL, feedback="sampled"),
+    "mpl per_example": replace(MPL, feedback="per_example"),
+    "mpl exact": replace(MPL, feedback="exact", label_threshold=0.3, feedback_weight=10.0),
+    "mpl exact split recompute": replace(
+        MPL, feedback="exact", bn_batches="split", teacher_graph="recompute"
+    ),
+    "mpl parity_google": replace(MPL, feedback="parity_google", baseline=0.9),
+    "mpl_roleplay": RolePlayConfig(
+        teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY, swap_every=3, student_wait=1
+    ),
+    "smpl": SMPL,
+    "smpl exact": replace(SMPL, feedback="exact"),
+    "metasemi": MetaSemiConfig(learner=LEARNER),
+    "metasemi plain": MetaSemiConfig(learner=LEARNER, mixup=0.0, derivative="forward"),
 }
 
 
@@ -61,6 +89,7 @@ def train(recipe: str, out: str, compiled: str, place: distributed.Place) -> Non
         metrics = train_step(algorithm, mine, t)
     h = metrics.get("h", torch.zeros(()))
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
+    state["algorithm"] = dict(algorithm.state)
     torch.save({"learners": state, "h": h}, f"{out}.{recipe}.{place.rank}")
 
 

@@ -1,7 +1,8 @@
 """The interface that every algorithm has."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +17,28 @@ Metrics = dict[
 NewLearner = Callable[[LearnerConfig], Learner]
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What an algorithm needs to know of its run."""
+
+    seed: int = 0
+    epoch: int = 1  # steps in a pass over the unlabeled images
+
+
+@dataclass(frozen=True)
+class Voters:
+    """The networks whose averaged weights are evaluated, together."""
+
+    learners: Sequence[Learner]
+    mean_of: Literal["probability", "logits"] = "probability"
+
+
 class Algorithm(Protocol):
     """A way to train; structural, so there is no base class to inherit from."""
 
     learners: dict[str, Learner]  # all that is scheduled, averaged, saved and resumed
-    voters: list[Learner]  # whose averaged weights are evaluated, together
+    voters: Voters
+    state: dict[str, Tensor]  # what else must be saved; moves in place, alike on every rank
 
     def step(self, batch: Batch, t: int) -> Metrics:
         """Updates the learners once, in step number `t` (from 0)."""
@@ -38,6 +56,9 @@ def train_step(algorithm: Algorithm, batch: Batch, t: int) -> Metrics:
 
 @torch.no_grad()
 def predict(algorithm: Algorithm, images: Tensor) -> Tensor:
-    """The mean probability that the voters give each class, ``(N, C)`` float32."""
-    votes = [voter.infer_average(images).float().softmax(-1) for voter in algorithm.voters]
-    return torch.stack(votes).mean(0)
+    """The probability that the voters give each class, ``(N, C)`` float32."""
+    voters = algorithm.voters
+    logits = torch.stack([voter.infer_average(images).float() for voter in voters.learners])
+    if voters.mean_of == "logits":
+        return logits.mean(0).softmax(-1)
+    return logits.softmax(-1).mean(0)

@@ -1,45 +1,9 @@
-"""Networks by name: any of timm's, and the wide ResNets of the semi-supervised CIFAR literature."""
+"""The wide ResNets of the semi-supervised CIFAR literature, for 32-pixel images."""
 
-import difflib
-import math
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from mpl_fast.errors import ConfigError
-
-WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
-
-
-def build(name: str, classes: int, dropout: float = 0.0, norm_momentum: float = 0.0) -> nn.Module:
-    """A freshly initialised network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
-
-    `dropout` drops pooled features; `norm_momentum` above 0 replaces the batch norms' own. Raises
-    `ConfigError` for a name that neither timm nor this file knows.
-    """
-    if name in WIDE:
-        depth, width = WIDE[name]
-        network: nn.Module = WideResNet(depth, width, classes, dropout)
-    else:
-        network = _timm(name, classes, dropout)
-    if norm_momentum:
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.momentum = norm_momentum
-    return network
-
-
-def _timm(name: str, classes: int, dropout: float) -> nn.Module:
-    import timm  # takes a second: only for those who need it
-
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*WIDE, *timm.list_models()], n=4) or [*WIDE]
-        raise ConfigError(
-            f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
-        )
-    network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
-    return network
 
 
 class WideResNet(nn.Module):
@@ -82,6 +46,10 @@ class WideResNet(nn.Module):
         logits: Tensor = self.head(self.dropout(features.mean((2, 3))))
         return logits
 
+    def get_classifier(self) -> nn.Module:
+        """The last layer, by timm's name for it."""
+        return self.head
+
 
 class _Block(nn.Module):
     """Norm, activation, convolution, twice, around a shortcut.
@@ -113,8 +81,3 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 def _activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, WideResNet.SLOPE)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Number of trained values."""
-    return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)

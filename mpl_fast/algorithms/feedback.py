@@ -1,0 +1,144 @@
+"""How a teacher hears what its labels did for the student (derivations: docs/algorithms.md)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mpl_fast import losses
+from mpl_fast.algorithms.base import Metrics
+from mpl_fast.algorithms.labels import Labels
+from mpl_fast.config.algorithms import Derivative
+from mpl_fast.derivatives import log_softmax_along
+from mpl_fast.distributed import mean_over_ranks
+from mpl_fast.draws import again, dropouts
+from mpl_fast.learner import Learner
+
+
+class Feedback(Protocol):
+    """Listens to one step of a student: made before it, asked after it."""
+
+    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        """The student of these logits ``(U, C)`` has just moved `rate` along their gradient."""
+
+    def term(self, view: Tensor, labels: Labels) -> Tensor:
+        """A term of the teacher's loss; `view` is ``(U, C)``, its logits with gradient."""
+
+    def metrics(self) -> Metrics:
+        """`h`, by how much the labels are held to have lowered the labeled loss, and others."""
+
+
+class Silence:
+    """No feedback; the labeled loss is told all the same."""
+
+    def __init__(self, student: Learner, images: Tensor, labels: Tensor) -> None:
+        self._student, self._images, self._labels = student, images, labels
+
+    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        self.new = labeled_loss(self._student, self._images, self._labels)
+
+    def term(self, view: Tensor, labels: Labels) -> Tensor:
+        return view.new_zeros(())
+
+    def metrics(self) -> Metrics:
+        return {"h": torch.zeros_like(self.new), "loss/student_labeled": self.new}
+
+
+class Difference:
+    """h = labeled loss before minus after the student's step, a number for the whole batch.
+
+    The first-order derivative of Meta Pseudo Labels (arXiv 2003.10580), without bias if the labels
+    were drawn from the teacher. `baseline` (0-dim) is the moving average that is subtracted.
+    """
+
+    def __init__(
+        self,
+        student: Learner,
+        images: Tensor,
+        labels: Tensor,
+        baseline: Tensor | None = None,
+        momentum: float = 0.99,
+    ) -> None:
+        self._student, self._images, self._labels = student, images, labels
+        self._baseline, self._momentum = baseline, momentum
+        self._old = labeled_loss(student, images, labels)
+
+    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        self.new = labeled_loss(self._student, self._images, self._labels)
+        old, new = mean_over_ranks(torch.stack([self._old, self.new]))
+        self.h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
+
+    def term(self, view: Tensor, labels: Labels) -> Tensor:
+        return self.h * losses.student_loss(view, labels.target, weight=labels.weight).loss
+
+    def metrics(self) -> Metrics:
+        return {"h": self.h, "loss/student_labeled": self.new}
+
+
+def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
+    """The student's cross-entropy on labels, without gradient.
+
+    Before and after its update it normalizes by the labeled batch alone, so that a student that
+    does not move has a difference of exactly 0. (The published codes take the first from the joint
+    batch and the second from the labeled one. Running statistics would be the same for both, but
+    they fit the weights before the update and not those after it: h is then negative whatever was
+    learned.)
+    """
+    return losses.smoothed_ce(student.judge(images), labels).loss
+
+
+class _Directional:
+    """u = d log softmax(student) along the gradient of the labeled loss after the student's step.
+
+    The cross-entropy of a student is linear in the label, so that the labeled loss after a plain
+    step of rate r changes by r/U * sum u * (change of the labels): without second derivatives.
+    """
+
+    def __init__(
+        self,
+        student: Learner,
+        images: Tensor,
+        labels: Tensor,
+        unlabeled: Tensor,
+        smoothing: float,
+        derivative: Derivative,
+    ) -> None:
+        self._student, self._images, self._labels = student, images, labels
+        self._unlabeled, self._smoothing, self._derivative = unlabeled, smoothing, derivative
+        self._before = student.weights()
+        self._dropouts = dropouts(student.device)  # those of the student's pass, which comes next
+
+    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        student = self._student
+        direction, self.new = student.labeled_gradient(self._images, self._labels)
+        with again(self._dropouts, student.device):
+            change = student.along(self._before, direction, self._unlabeled, self._derivative)
+        self.u = log_softmax_along(strong, change)
+        if labels.weight is not None:
+            self.u = self.u * labels.weight[:, None]
+        self.rate = rate * (1.0 - self._smoothing)
+        self._before = []
+
+
+class Exact(_Directional):
+    """The whole derivative for soft labels: rate/U * sum u * softmax(teacher), without noise."""
+
+    def term(self, view: Tensor, labels: Labels) -> Tensor:
+        value = losses.exact_feedback(view, self.u, weight=self.rate)
+        self.h = -value.detach()
+        return value
+
+    def metrics(self) -> Metrics:
+        return {"h": self.h, "loss/student_labeled": self.new}
+
+
+class PerExample(_Directional):
+    """For each drawn label its own h = -rate/U * u[label]; without bias, and less noise."""
+
+    def term(self, view: Tensor, labels: Labels) -> Tensor:
+        h = -self.rate * self.u.gather(-1, labels.target[:, None])[:, 0]
+        self.h = h.mean()
+        return losses.student_loss(view, labels.target, weight=h).loss
+
+    def metrics(self) -> Metrics:
+        return {"h": self.h, "loss/student_labeled": self.new}

@@ -1,0 +1,38 @@
+"""FixMatch (https://arxiv.org/abs/2001.07685)."""
+
+from torch import Tensor
+
+from mpl_fast import losses
+from mpl_fast.algorithms.base import Metrics, NewLearner, Voters
+from mpl_fast.algorithms.views import Views
+from mpl_fast.batch import Batch
+from mpl_fast.config import FixMatchConfig
+
+
+class FixMatch:
+    """Learns the labels, and on strong views the weak views' labels where they are confident."""
+
+    def __init__(self, config: FixMatchConfig, new_learner: NewLearner) -> None:
+        self.config = config
+        self.learner = new_learner(config.learner)
+        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.state: dict[str, Tensor] = {}
+
+    def step(self, batch: Batch, t: int) -> Metrics:
+        config, n = self.config, len(batch.weak)
+        logits = Views(self.learner, batch, config.bn_batches).logits()
+        weak = logits[-2 * n : -n].detach()
+        found = losses.pseudo_labels(weak)
+        sure = (found.confidence >= config.threshold).to(found.confidence.dtype)
+        labeled = losses.smoothed_ce(
+            logits[: -2 * n], batch.labels, label_smoothing=config.smoothing
+        )
+        unlabeled = losses.student_loss(logits[-n:], found.label, weight=sure)
+        self.learner.descend(labeled.loss + config.weight * unlabeled.loss)
+        return {
+            "loss/labeled": labeled.loss.detach(),
+            "loss/consistency": unlabeled.loss.detach(),
+            "mask_rate": sure.mean(),
+            "confidence": found.confidence.mean(),
+            "accuracy/pseudo": (found.label == batch.truth).float().mean(),
+        }

@@ -1,0 +1,35 @@
+"""Meta Pseudo Labels whose networks change roles (after saarst/TransferMPL, --switch_mode)."""
+
+from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.mpl import MetaPseudoLabels
+from mpl_fast.batch import Batch
+from mpl_fast.config import RolePlayConfig
+from mpl_fast.learner import Learner
+
+
+class RolePlay:
+    """Two networks teach each other in turn and are evaluated together.
+
+    Learners "first" and "second" begin as teacher and as student. A learner is network, optimizer,
+    schedule and average in one, so that nothing is left behind in a role. Whose turn it is follows
+    from the step's number: there is nothing to resume.
+    """
+
+    def __init__(self, config: RolePlayConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+        self.config = config
+        self.period = config.swap_every or facts.epoch
+        self.game = MetaPseudoLabels(config, new_learner, facts)
+        self.learners = {"first": self.game.teacher, "second": self.game.student}
+        self.voters = Voters([*self.learners.values()], config.ensemble)
+        self.state = self.game.state
+
+    def roles(self, t: int) -> tuple[Learner, Learner]:
+        """Teacher and student of step `t`."""
+        first, second = self.learners.values()
+        return (first, second) if (t // self.period) % 2 == 0 else (second, first)
+
+    def step(self, batch: Batch, t: int) -> Metrics:
+        self.game.teacher, self.game.student = self.roles(t)
+        if t < self.config.student_wait:
+            self.game.student.rest()
+        return self.game.step(batch, t)

@@ -1,0 +1,61 @@
+"""Self Meta Pseudo Labels (https://arxiv.org/abs/2212.13420)."""
+
+from torch import Tensor
+
+from mpl_fast import losses
+from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.feedback import Difference, Exact, Silence
+from mpl_fast.algorithms.labels import label
+from mpl_fast.algorithms.uda import uda_loss, uda_metrics
+from mpl_fast.batch import Batch
+from mpl_fast.config import SMPLConfig
+
+
+class SelfMetaPseudoLabels:
+    """One network learns its own pseudo labels, and then, knowing what that did, labels better.
+
+    Two updates a step. Unlike the published code: the gradients of the first are gone before the
+    second, h is old - new, and nothing that should have a gradient is detached.
+    """
+
+    def __init__(self, config: SMPLConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+        self.config = config
+        self.learner = new_learner(config.learner)
+        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.state: dict[str, Tensor] = {}
+
+    def step(self, batch: Batch, t: int) -> Metrics:
+        config, learner = self.config, self.learner
+
+        # First update: the network's own labels of the weak views, learned on the strong ones.
+        kind = "soft" if config.feedback == "exact" else "argmax"
+        labels = label(learner.preview(batch.weak), kind)
+        feedback = self._listen(batch)
+        strong = learner(batch.strong)  # (U, C)
+        lesson = losses.student_loss(strong, labels.target, label_smoothing=config.smoothing)
+        rate = learner.descend(lesson.loss)
+        feedback.ask(strong.detach(), labels, rate)
+
+        # Second update: the labels, agreement between the views, and the labels that helped.
+        logits = learner(batch.labeled, batch.weak, batch.strong)  # (L + 2U, C)
+        weight, n = config.feedback_weight_at(t), len(batch.weak)
+        h = feedback.h if isinstance(feedback, Difference) else 0.0
+        loss, out = uda_loss(
+            logits, batch, t, config.consistency, config.smoothing, feedback=weight * h
+        )
+        term = h * out.mpl.detach()
+        if isinstance(feedback, Exact):
+            term = feedback.term(logits[-2 * n : -n], labels)
+            loss = loss + weight * term
+        learner.descend(loss)
+        lessons = {"loss/student": lesson.loss.detach(), "loss/feedback": term.detach()}
+        return {**uda_metrics(out), **lessons, **feedback.metrics()}
+
+    def _listen(self, batch: Batch) -> Difference | Exact | Silence:
+        config, learner = self.config, self.learner
+        images, labels = batch.labeled, batch.labels
+        if config.feedback == "off" or learner.lr == 0.0:
+            return Silence(learner, images, labels)
+        if config.feedback == "difference":
+            return Difference(learner, images, labels)
+        return Exact(learner, images, labels, batch.strong, config.smoothing, config.derivative)

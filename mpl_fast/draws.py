@@ -1,0 +1,69 @@
+"""Random numbers that all ranks agree on, and forward passes whose dropout can be drawn again."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpl_fast.distributed import rank, world_size
+
+UNIFORM, BETA = 1, 2  # separate streams of one seed and step
+
+
+def uniform(count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
+    """This rank's ``(count,)`` float32 numbers in [0, 1), the same on a CPU and on a GPU.
+
+    All ranks draw for the whole batch and each keeps every world-th row, so that they have together
+    what one would have alone; a function of seed and step, so there is nothing to resume.
+    """
+    numbers = _stream(seed, step, UNIFORM).random(count * world_size(), dtype=np.float32)
+    return _mine(numbers, device)
+
+
+def beta(count: int, alpha: float, *, seed: int, step: int, device: torch.device) -> Tensor:
+    """This rank's ``(count,)`` float32 draws from Beta(alpha, alpha), shared out like `uniform`."""
+    numbers = _stream(seed, step, BETA).beta(alpha, alpha, count * world_size())
+    return _mine(numbers.astype(np.float32), device)
+
+
+def _stream(seed: int, step: int, kind: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox([seed, step, kind]))
+
+
+def _mine(numbers: np.ndarray, device: torch.device) -> Tensor:
+    mine = torch.from_numpy(np.ascontiguousarray(numbers[rank() :: world_size()]))
+    # Pinned, so that the copy does not wait for what the device is doing.
+    return mine.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else mine
+
+
+class Dropouts(NamedTuple):
+    """The state of the generators that a network's dropout draws from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+def dropouts(device: torch.device) -> Dropouts:
+    """The present state; on CUDA it lives on the host, so nothing waits."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return Dropouts(torch.get_rng_state(), cuda)
+
+
+@contextmanager
+def again(state: Dropouts, device: torch.device) -> Iterator[None]:
+    """Inside, dropout draws what it drew after `state`; afterwards all is as before."""
+    present = dropouts(device)
+    _set(state, device)
+    try:
+        yield
+    finally:
+        _set(present, device)
+
+
+def _set(state: Dropouts, device: torch.device) -> None:
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)

@@ -1,0 +1,87 @@
+"""Networks by name: any of timm's, and those of the semi-supervised CIFAR literature."""
+
+import difflib
+import math
+
+from torch import nn
+
+from mpl_fast.errors import ConfigError
+from mpl_fast.models import pretrained as weights
+from mpl_fast.models.conv_large import ConvLarge
+from mpl_fast.models.frozen import freeze
+from mpl_fast.models.shake_shake import ShakeShake
+from mpl_fast.models.wide_resnet import WideResNet
+
+__all__ = ["build", "count_parameters"]
+
+WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
+SHAKE = {  # depth, channels of each branch in the first stage
+    "shake_shake_26": (26, 96),
+    "shake_shake_26_32": (26, 32),
+    "shake_shake_8_8": (8, 8),
+}
+OWN = [*WIDE, *SHAKE, "convlarge"]
+
+
+def build(
+    name: str,
+    classes: int,
+    dropout: float = 0.0,
+    norm_momentum: float = 0.0,
+    *,
+    pretrained: str = "",
+    frozen: bool = False,
+) -> nn.Module:
+    """A network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
+
+    `dropout` drops pooled features; `norm_momentum` above 0 replaces the batch norms' own.
+    `pretrained` is empty for fresh weights, ``timm`` for those that timm publishes, or a file
+    (`pretrained.load`). `frozen` leaves only the classifier head to be trained (`frozen.freeze`).
+    Raises `ConfigError` for a name that neither timm nor this package knows, and for weights
+    that cannot be had or do not fit.
+    """
+    if name in OWN:
+        network = _own(name, classes, dropout, pretrained)
+    else:
+        network = _timm(name, classes, dropout, pretrained)
+    if pretrained not in ("", "timm"):
+        weights.load(network, pretrained)
+    if norm_momentum:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = norm_momentum
+    if frozen:
+        freeze(network)
+    return network
+
+
+def _own(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
+    if pretrained == "timm":
+        raise ConfigError(f"model.pretrained: timm has no network {name!r}; give a local file")
+    if name in WIDE:
+        return WideResNet(*WIDE[name], classes, dropout)
+    if name in SHAKE:
+        return ShakeShake(*SHAKE[name], classes, dropout)
+    return ConvLarge(classes, dropout)
+
+
+def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
+    import timm  # takes a second: only for those who need it
+
+    shape, dot, _ = name.partition(".")  # timm's resnet50.a1_in1k: the weights' name after the dot
+    tagged = timm.list_models(shape, include_tags=True) if dot else []
+    if not timm.is_model(name) or (dot and name not in tagged):
+        names = [*OWN, *timm.list_models(), *tagged]
+        near = difflib.get_close_matches(name, names, n=4) or OWN
+        raise ConfigError(
+            f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
+        )
+    if pretrained == "timm":
+        return weights.from_timm(name, classes, dropout)
+    network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
+    return network
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)

@@ -1,0 +1,110 @@
+"""Shake-shake networks: two residual branches in a random mix, another forward than backward."""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class ShakeShake(nn.Module):
+    """Residual network with shake-shake regularization (arXiv 1705.07485), for 32-pixel images.
+
+    As Mean Teacher's PyTorch code has it, which MetaSemi took over: a stem of 16 channels without
+    norm, a shifted 1x1 convolution where the resolution halves, no norm or activation before
+    the pooling. Unlike there, one linear layer. `dropout` drops pooled features and is 0 in
+    the literature. Images ``(N, 3, H, W)`` need sides divisible by 4.
+    """
+
+    def __init__(self, depth: int, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        channels = [16, width, 2 * width, 4 * width]
+        self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        stages = []
+        for stage, (before, after) in enumerate(pairwise(channels)):
+            stages.append(_Block(before, after, halve=stage > 0))
+            stages += [_Block(after, after, halve=False) for _ in range(blocks - 1)]
+        self.blocks = nn.Sequential(*stages)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels[-1], classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(self.stem(images))  # (N, 4 * width, H / 4, W / 4)
+        logits: Tensor = self.head(self.dropout(features.mean((2, 3))))
+        return logits
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer, by timm's name for it."""
+        return self.head
+
+
+def shake(first: Tensor, second: Tensor) -> Tensor:
+    """Mixes two tensors ``(N, C, H, W)`` by `alpha` and has the derivatives of a mix by `beta`.
+
+    Both are drawn for each image, uniform in [0, 1) and independent. Of the value ``beta first +
+    (1 - beta) second + (alpha - beta) (first - second)`` the last term is detached, so that no
+    gradient function of our own is needed: the network stays one graph under `torch.compile`;
+    forward-mode differentiation has the same `beta`, so that a JVP is the exact transpose of the
+    backward pass; and as both are drawn in the forward pass, repeating that from the same random
+    state repeats the gradient too.
+    """
+    shape = (2, len(first), 1, 1, 1)
+    alpha, beta = torch.rand(shape, dtype=first.dtype, device=first.device)
+    difference = first - second
+    mixed: Tensor = second + beta * difference + (alpha - beta) * difference.detach()
+    return mixed
+
+
+class _Block(nn.Module):
+    """Two branches, shaken in training and averaged in evaluation, beside a shortcut."""
+
+    def __init__(self, before: int, after: int, *, halve: bool) -> None:
+        super().__init__()
+        self.first = _branch(before, after, 2 if halve else 1)
+        self.second = _branch(before, after, 2 if halve else 1)
+        self.shortcut = _shortcut(before, after, halve)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(x), self.second(x)
+        mixed = shake(first, second) if self.training else (first + second) / 2
+        shortcut: Tensor = self.shortcut(x)
+        return shortcut + mixed
+
+
+def _branch(before: int, after: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(),
+        nn.Conv2d(after, after, 3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+    )
+
+
+def _shortcut(before: int, after: int, halve: bool) -> nn.Module:
+    if halve:
+        return nn.Sequential(
+            _Shifted(),
+            nn.ReLU(),
+            nn.Conv2d(2 * before, after, 1, groups=2),
+            nn.BatchNorm2d(after),
+        )
+    if before != after:
+        return nn.Sequential(nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
+    return nn.Identity()
+
+
+class _Shifted(nn.Module):
+    """Every second pixel, and its lower right neighbor as more channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x[..., ::2, ::2], x[..., 1::2, 1::2]), 1)

@@ -1,0 +1,103 @@
+"""Random numbers of several ranks are those of one, and generators come back as they were."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpl_fast import draws
+
+CPU = torch.device("cpu")
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(draws, "rank", lambda: rank)
+    monkeypatch.setattr(draws, "world_size", lambda: world)
+
+
+def drawn(kind: str, count: int, **at: int) -> Tensor:
+    if kind == "uniform":
+        return draws.uniform(count, device=CPU, **at)
+    return draws.beta(count, 0.75, device=CPU, **at)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["uniform", "beta"])
+def test_ranks_together_have_what_one_has(
+    kind: str, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = drawn(kind, 12, seed=5, step=9)
+    together = torch.empty(12)
+    for rank in range(world):
+        as_rank(monkeypatch, rank, world)
+        together[rank::world] = drawn(kind, 12 // world, seed=5, step=9)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "beta"])
+def test_numbers_depend_on_seed_and_step_and_on_nothing_else(kind: str) -> None:
+    first = drawn(kind, 50, seed=1, step=2)
+    torch.rand(3)
+    assert torch.equal(drawn(kind, 50, seed=1, step=2), first)  # as after a resume
+    for other in ({"seed": 2, "step": 2}, {"seed": 1, "step": 3}, {"seed": 2, "step": 1}):
+        assert not torch.isclose(drawn(kind, 50, **other), first, atol=1e-4).any(), other
+
+
+def test_streams_of_one_step_are_separate() -> None:
+    uniform = draws.uniform(200, seed=1, step=2, device=CPU)
+    flat = draws.beta(200, 1.0, seed=1, step=2, device=CPU)  # Beta(1, 1) is uniform as well
+    both = torch.stack([uniform.sort().values, flat.sort().values])
+    assert (both[0] - both[1]).abs().max() < 0.2
+    assert abs(torch.corrcoef(torch.stack([uniform, flat]))[0, 1]) < 0.25
+
+
+def test_uniforms_are_uniform_below_one() -> None:
+    found = torch.cat([draws.uniform(1000, seed=0, step=t, device=CPU) for t in range(100)])
+    assert found.dtype == torch.float32
+    assert found.min() >= 0.0 and found.max() < 1.0
+    assert abs(found.mean() - 0.5) < 4.5 * (1 / 12 / 1e5) ** 0.5
+    assert ((found.double().sort().values - torch.arange(1e5) / 1e5).abs() < 0.01).all()
+
+
+def test_betas_have_their_moments() -> None:
+    found = torch.cat([draws.beta(1000, 0.75, seed=0, step=t, device=CPU) for t in range(50)])
+    assert found.dtype == torch.float32 and found.min() >= 0.0 and found.max() <= 1.0
+    assert found.mean().item() == pytest.approx(0.5, abs=0.008)
+    assert found.var().item() == pytest.approx(1 / (4 * (2 * 0.75 + 1)), abs=0.004)
+
+
+def test_again_repeats_dropout_and_puts_the_generator_back() -> None:
+    layer, ones = nn.Dropout(0.5), torch.ones(4, 50)
+    before = draws.dropouts(CPU)
+    first, second = layer(ones), layer(ones)
+    present = torch.get_rng_state()
+    with draws.again(before, CPU):
+        assert torch.equal(layer(ones), first)
+        assert torch.equal(layer(ones), second)
+        torch.rand(7)
+    assert torch.equal(torch.get_rng_state(), present)
+    assert not torch.equal(first, second)
+
+
+def test_again_puts_the_generator_back_after_an_error() -> None:
+    before = draws.dropouts(CPU)
+    torch.rand(3)
+    present = torch.get_rng_state()
+    with pytest.raises(KeyError), draws.again(before, CPU):
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), present)
+
+
+@pytest.mark.gpu
+def test_again_repeats_dropout_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    layer, ones = nn.Dropout(0.5), torch.ones(4, 50, device=device)
+    before = draws.dropouts(device)
+    first = layer(ones)
+    present: Any = torch.cuda.get_rng_state(device)
+    with draws.again(before, device):
+        assert torch.equal(layer(ones), first)
+    assert torch.equal(torch.cuda.get_rng_state(device), present)
+    uniform = draws.uniform(64, seed=1, step=2, device=device)
+    assert torch.equal(uniform.cpu(), draws.uniform(64, seed=1, step=2, device=CPU))

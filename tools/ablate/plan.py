@@ -1,0 +1,136 @@
+"""Which runs an ablation consists of: variants of one config, each with every seed."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpl_fast.command_line import as_yaml, parse
+from mpl_fast.config import RECIPES, RunConfig
+from mpl_fast.errors import ConfigError
+
+Json = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A name, and options of train.py as ``key=value`` that set it apart from the config.
+
+    `against`: a variant that it is compared with besides the first one.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    against: str = ""
+
+
+# The feedbacks, and as anchors what their teacher is without a student and without unlabeled
+# images. Feedback exact has soft labels, so it differs from off in two things.
+DEFAULTS = (
+    Variant("off", ("algorithm.feedback=off",)),
+    Variant("difference", ("algorithm.feedback=difference",)),
+    Variant("off_soft", ("algorithm.feedback=off", "algorithm.labels=soft")),
+    Variant("exact", ("algorithm.feedback=exact",), against="off_soft"),
+    Variant("labeled_only", ("recipe=supervised",)),
+    Variant("uda", ("recipe=uda",)),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant with a seed."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+    arguments: tuple[str, ...]  # of train.py
+    config: RunConfig
+
+    @property
+    def complete(self) -> bool:
+        """Whether this very run has ended already, which its folder knows."""
+        wanted = yaml.safe_load(as_yaml(self.config))
+        try:
+            summary = json.loads((self.folder / "summary.json").read_text())
+            config = yaml.safe_load((self.folder / "config.yaml").read_text())
+            return _result_keys(config) == _result_keys(wanted) and (
+                summary["steps"] == config["steps"]
+            )
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return False  # train.py says what is wrong, or goes on
+
+
+def jobs(
+    variants: tuple[Variant, ...], seeds: list[int], config: Path, rec: Path, out: Path, steps: int
+) -> list[Job]:
+    """All runs, seed by seed, so that an ablation cut short still has pairs.
+
+    Writes a config into `out` for each variant of another recipe. Raises `ConfigError` for a
+    variant that train.py would refuse.
+    """
+    common = ["--data.root", str(rec), *(["--steps", str(steps)] if steps else [])]
+    files = {v.name: _config_file(v, config, common, out) for v in variants}
+    found = []
+    for seed in seeds:
+        for variant in variants:
+            folder = out / variant.name / f"seed{seed}"
+            arguments = ["--config", str(files[variant.name]), *common]
+            arguments += [f"--{s}" for s in variant.settings if not s.startswith("recipe=")]
+            arguments += ["--run-dir", str(folder), "--seed", str(seed)]
+            parsed = _parsed(variant, arguments)
+            found.append(Job(variant, seed, folder, tuple(arguments), parsed))
+    return found
+
+
+def _parsed(variant: Variant, arguments: list[str]) -> RunConfig:
+    try:
+        return parse(arguments)
+    except ConfigError as error:
+        raise ConfigError(f"variant {variant.name}: {error}") from None
+
+
+def _config_file(variant: Variant, config: Path, common: list[str], out: Path) -> Path:
+    """The given config, or one of another recipe with as much of it as that recipe knows."""
+    recipes = [s.partition("=")[2] for s in variant.settings if s.startswith("recipe=")]
+    base = _parsed(variant, ["--config", str(config), *common, "--run-dir", str(out)])
+    if not recipes or recipes[-1] == base.recipe:
+        return config
+    if recipes[-1] not in RECIPES:
+        raise ConfigError(f"variant {variant.name}: recipe {recipes[-1]!r} does not exist")
+    tree = yaml.safe_load(as_yaml(base))
+    tree["algorithm"] = _carried_over(tree["algorithm"], recipes[-1])
+    tree["recipe"] = recipes[-1]
+    del tree["run_dir"]
+    file = out / "configs" / f"{variant.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace(file, yaml.safe_dump(tree, sort_keys=False))
+    return file
+
+
+def _carried_over(algorithm: Json, recipe: str) -> Json:
+    """The settings that `recipe` has too; a single network is trained as the teacher was, and
+    averaged, as the student was, for evaluation."""
+    known = [field.name for field in dataclasses.fields(RECIPES[recipe])]
+    settings = dict(algorithm)
+    if "teacher" in algorithm:
+        settings["learner"] = algorithm["teacher"] | {"ema": algorithm["student"]["ema"]}
+    elif "learner" in algorithm:
+        settings["teacher"] = settings["student"] = algorithm["learner"]
+    return {name: settings[name] for name in known if name in settings}
+
+
+def _result_keys(tree: Json) -> Json:
+    """What a result depends on: not on how paths are spelled."""
+    data = {k: v for k, v in tree["data"].items() if k != "root"}
+    return {k: v for k, v in tree.items() if k != "run_dir"} | {"data": data}
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    aside = file.with_name(f".{file.name}.writing")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(file)
