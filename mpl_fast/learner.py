@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpl_fast import losses
+from mpl_fast import losses, optimizers
 from mpl_fast.config import LearnerConfig
 from mpl_fast.derivatives import EPSILON, Derivative, own_statistics
 from mpl_fast.distributed import mean_over_ranks_, world_size
@@ -43,7 +43,7 @@ class Learner:
         _compile(self.network, compiled)
         self._replica = _replicate(self.network, self.device)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(_groups(self.network, config), config, self.device)
+        self.optimizer = optimizers.build(self.network, config, self.device)
         self._derivative = Derivative(self.network)
         self._ended = -1
 
@@ -254,30 +254,6 @@ def _replicate(network: nn.Module, device: torch.device) -> nn.Module:
     wrap: Any = DistributedDataParallel
     replica: nn.Module = wrap(network, device_ids=ids, gradient_as_bucket_view=True, **sync)
     return replica
-
-
-def _optimizer(
-    groups: list[dict[str, Any]], config: LearnerConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    fused = device.type == "cuda"
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
-    return torch.optim.SGD(
-        groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
-    )
-
-
-def _groups(network: nn.Module, config: LearnerConfig) -> list[dict[str, Any]]:
-    """Norms and biases, the parameters of at most one dimension, are not decayed."""
-
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return "bn" not in name if config.conventions == "kekmodel" else parameter.ndim > 1
-
-    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in named if decays(n, p)]
-    others = [p for n, p in named if not decays(n, p)]
-    groups = [(decayed, config.weight_decay), (others, 0.0)]
-    return [{"params": ps, "weight_decay": decay} for ps, decay in groups if ps]
 
 
 def _joined(views: tuple[Tensor, ...]) -> Tensor:

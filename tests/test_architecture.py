@@ -3,7 +3,7 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train | experiments -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
-          -> algorithms | metrics | randomness -> learner -> derivatives
+          -> algorithms | metrics | randomness -> learner -> derivatives | optimizers
           -> losses | models | command_line | packing | draws
           -> kernels | distributed | data -> batch | config -> errors | interrupts | launcher
 """
@@ -22,7 +22,7 @@ LAYERS = [
     {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves"},
     {"algorithms", "metrics", "randomness"},
     {"learner"},
-    {"derivatives"},
+    {"derivatives", "optimizers"},
     {"losses", "models", "command_line", "packing", "draws"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},

@@ -90,7 +90,7 @@ def test_the_cases_are_what_they_are_called() -> None:
 
 @pytest.mark.parametrize("derivative, right", [("forward", True), ("central", False)])
 def test_shake_shake_is_exact_in_forward_mode(derivative: str, right: bool) -> None:
-    """Its gradient is of another mix of the branches than its pass, which only that mode follows."""
+    """Its gradient mixes the branches otherwise than its pass does; only that mode follows it."""
     chosen = config("exact", derivative=derivative)
     algorithm = mpl_of(lambda: ShakeShake(8, 4, CLASSES, dropout=0.0).double(), chosen)
     data = batch(side=16)
