@@ -233,10 +233,10 @@ def _compile(network: nn.Module, mode: str) -> None:
         return
     # Otherwise DDP's bucket boundaries would split the network into several graphs.
     torch._dynamo.config.optimize_ddp = False
+    # A form for each mode and shape that a recipe calls it in; past the limit it runs uncompiled.
+    torch._dynamo.config.recompile_limit = 32
     # Dropout as uncompiled code draws it, or exact feedback would follow another mask's student.
     torch._inductor.config.fallback_random = True
-    # All networks share one count; two that swap roles and are judged too take more than 8 forms.
-    torch._dynamo.config.recompile_limit = 64
     # No CUDA graphs: a forward of the student between the teacher's forward and backward would
     # overwrite what the teacher's graph still needs.
     modes = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}

@@ -1,6 +1,7 @@
 """One pass or two, now or later: the same numbers, and as many passes as are promised."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -87,6 +88,14 @@ def test_passes_are_those_of_the_table(norms: str, graph: str, feedback: str) ->
     heard = name in ("sampled", "per_example", "exact")
     assert teacher == TEACHER[norms, graph, heard]
     assert student == STUDENTS[feedback]
+
+
+@pytest.mark.parametrize("feedback", ["difference", "exact"])
+def test_a_waiting_student_is_asked_for_no_more_than_without_feedback(feedback: str) -> None:
+    algorithm = mpl(config(feedback, replace(STUDENT, wait=1)), norm=True)
+    student = counted(algorithm.student.network)
+    train_step(algorithm, batch(0, L, U), 0)
+    assert student == STUDENTS["off"]
 
 
 @pytest.mark.parametrize("feedback", ["parity_kekmodel", "parity_google"])
