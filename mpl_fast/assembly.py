@@ -43,6 +43,12 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
+    mixup, rows = getattr(config.algorithm, "mixup", 0.0), config.labeled_batch // place.world
+    if mixup and config.recipe == "supervised" and rows % 2:
+        raise ConfigError(
+            f"labeled_batch {config.labeled_batch} gives a rank {rows} images, which "
+            f"algorithm.mixup cannot pair: take a multiple of {2 * place.world}"
+        )
     held_out = getattr(config.algorithm, "held_out", 0.0)
     if held_out and config.labeled_batch < 2 * place.world:
         raise ConfigError(
@@ -52,9 +58,17 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
 
 
 def build_algorithm(
-    config: RunConfig, manifest: Manifest, classes: int, device: torch.device
+    config: RunConfig,
+    manifest: Manifest,
+    classes: int,
+    device: torch.device,
+    *,
+    fresh: bool = True,
 ) -> Algorithm:
-    """The configured algorithm with freshly initialised networks, the same on every rank."""
+    """The configured algorithm with freshly initialised networks, the same on every rank.
+
+    Pretrained weights are read if it is `fresh`: a checkpoint replaces them all.
+    """
     facts = RunFacts(config.seed, steps_in(1.0, config, manifest))
 
     def new_learner(learner: LearnerConfig) -> Learner:
@@ -65,7 +79,7 @@ def build_algorithm(
                 classes,
                 learner.dropout,
                 model.norm_momentum,
-                pretrained=model.pretrained,
+                pretrained=model.pretrained if fresh else "",
                 frozen=model.frozen,
             ),
             learner,

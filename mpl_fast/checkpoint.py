@@ -162,8 +162,8 @@ def load_start(
     except RuntimeError as error:
         reason = " ".join(str(error).partition(":")[2].split())[:120]
         raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of another network than model.name {model} "
-            f"({reason}): give the model.name in {config.start}/config.yaml"
+            f"algorithm.start: {checkpoint} is of another network or number of classes than "
+            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
         ) from None
     told = f"begins with the {kind} of {name} after step {step_of(checkpoint)}, {checkpoint}"
     return told, [f"{warning}; starting from {checkpoint.name}" for warning in damage]

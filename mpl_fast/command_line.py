@@ -23,6 +23,7 @@ Trains one recipe. Options override the YAML file, which overrides the defaults 
 The --algorithm.* options are those of one recipe: see them by --recipe uda --help.
 The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
 
+LENGTHS = ("steps", "epochs", "eval_every", "eval_epochs")
 BARE = ("config", "help", "print_config")  # options of the parser itself, not of the config
 
 
@@ -38,10 +39,21 @@ def parse(argv: Sequence[str]) -> RunConfig:
     known = list(_keys(RunConfig, RECIPES[recipe]))
     lines = _check_yaml_keys(file or "", tree, known, recipe) if tree else {}
     _check_options(arguments, known, recipe)
-    config = _parse_types(arguments, recipe, lines)
+    config = _lengths(_parse_types(arguments, recipe, lines), arguments)
     if found := problems(config):
         raise ConfigError(found[0])
     return config
+
+
+def _lengths(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
+    """A length in steps on the command line wins over one in epochs from the file."""
+    given = {key for key in LENGTHS if _option(arguments, key) is not None}
+    for steps, epochs in (LENGTHS[:2], LENGTHS[2:]):
+        if {steps, epochs} <= given:
+            raise ConfigError(f"--{steps} and --{epochs} say the same thing twice: give one")
+    if "steps" in given:
+        config = dataclasses.replace(config, epochs=0.0)
+    return dataclasses.replace(config, eval_epochs=0.0) if "eval_every" in given else config
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -4,6 +4,8 @@ The network is called with other weights in their place, so nothing has to be pu
 perturbation and taking it away again does not restore float32 weights, and replicas drift apart.
 """
 
+import functools
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +97,7 @@ class Derivative:
     def _forward(
         self, weights: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor
     ) -> Tensor:
+        _load_rules()
         # Not torch.func.jvp: dropout of channels_last images draws another mask in there.
         with forward_ad.dual_level():
             pairs = zip(weights, direction, strict=True)
@@ -117,6 +120,14 @@ class Derivative:
             below = self.function.at(torch._foreach_sub(list(weights), scaled), images)
         change: Tensor = (above - below) / (2.0 * step)
         return change
+
+
+@functools.cache
+def _load_rules() -> None:
+    """PyTorch makes some forward rules when they are first needed, and warns of how it does it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def log_softmax_along(logits: Tensor, change: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from mpl_fast import losses, optimizers
 from mpl_fast.config import LearnerConfig
 from mpl_fast.derivatives import EPSILON, Derivative, own_statistics
 from mpl_fast.distributed import mean_over_ranks_, world_size
+from mpl_fast.draws import DrawnAs
+from mpl_fast.models.frozen import FrozenNorm
 
 
 class Learner:
@@ -45,7 +47,7 @@ class Learner:
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = optimizers.build(self.network, config, self.device)
         self._derivative = Derivative(self.network)
-        self._ended = -1
+        self._ended, self._resting = -1, False
 
     def __call__(self, *views: Tensor) -> Tensor:
         """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
@@ -112,9 +114,10 @@ class Learner:
         if method != "auto":
             self._derivative.method = method
         own = own_statistics(self.network) if training else nullcontext()
+        drawn = DrawnAs(torch.bfloat16) if self.bf16 else nullcontext()
         self.network.train(training)
         try:
-            with own, self._autocast():
+            with own, drawn:
                 return self._derivative.along(weights, direction, images, epsilon)
         finally:
             self.network.train()
@@ -156,13 +159,15 @@ class Learner:
         if self.config.clip:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
             clipping = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)  # as that function does
-        self.optimizer.step()
+        if not self._resting:
+            self.optimizer.step()
         ahead = 1.0 + self.config.momentum if self.config.nesterov else 1.0
         rate: Tensor = clipping * (self.lr * ahead)
         return rate
 
     def rest(self) -> None:
-        """Sets the learning rate of this step to 0."""
+        """Until the next `begin`, `descend` moves nothing, and gathers no momentum either."""
+        self._resting = True
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
 
@@ -175,6 +180,7 @@ class Learner:
         """Sets the learning rate for a step: a function of its number, so there is nothing to
         resume."""
         self.network.train()
+        self._resting = False
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(step, self.steps)
 
@@ -184,8 +190,7 @@ class Learner:
 
         The decay warms up as ``min(ema, (1 + t) / (10 + t))``, as the official code has it.
         """
-        statistics = [b for b in self.network.buffers() if b.is_floating_point()]
-        mean_over_ranks_(statistics)
+        mean_over_ranks_(_statistics(self.network))
         if self._ended == step:  # an algorithm had a reason to move the average earlier
             return
         self._ended = step
@@ -258,6 +263,12 @@ def _replicate(network: nn.Module, device: torch.device) -> nn.Module:
 
 def _joined(views: tuple[Tensor, ...]) -> Tensor:
     return views[0] if len(views) == 1 else torch.cat(views)
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    """What training passes move: floating-point buffers, but not those of frozen norms."""
+    moving = (m for m in network.modules() if not isinstance(m, FrozenNorm))
+    return [b for m in moving for b in m.buffers(recurse=False) if b.is_floating_point()]
 
 
 def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -74,7 +74,7 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
         raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
     for warning in damage:
         console.warn(f"{warning}; evaluating {checkpoint.name}")
-    algorithm = build_algorithm(config, manifest, classes, place.device)
+    algorithm = build_algorithm(config, manifest, classes, place.device, fresh=False)
     randomness.prepare(config, place)
     restore(algorithm, read_shared(checkpoint), checkpoint)
     expected = manifest.splits["val"].records
@@ -97,21 +97,23 @@ class Run:
     ) -> None:
         self.config, self.place, self.manifest, self.folder = config, place, manifest, folder
         self.console = Console(config.steps, silent=not place.is_first)
-        self.algorithm = build_algorithm(config, manifest, classes, place.device)
-        randomness.prepare(config, place)
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint_keep,
             rank=place.rank,
             world=place.world,
         )
+        self.checkpoint = self._newest()
+        fresh = self.checkpoint is None
+        self.algorithm = build_algorithm(config, manifest, classes, place.device, fresh=fresh)
+        randomness.prepare(config, place)
         self.meter, self.stop = Meter(), StopFlag()
         self.done, self.saved, self.seconds = 0, -1, 0.0
         self.accuracy, self.best = dict[str, float](), dict[str, float]()
 
     def go(self) -> int:
         """Resumes if there is something to resume, trains, and says how it ended."""
-        checkpoint = self._newest()
+        checkpoint = self.checkpoint
         if checkpoint and step_of(checkpoint) >= self.config.steps:
             return self._complete(checkpoint)
         data_state = self._resume(checkpoint)
@@ -187,7 +189,7 @@ class Run:
             )
         row["images_per_second"] = row["steps"] * images_per_step(self.config) / row["seconds"]
         for name, learner in self.algorithm.learners.items():
-            row[f"lr/{name}"] = learner.config.lr_at(self.done - 1, self.config.steps)
+            row[f"lr/{name}"] = learner.lr
         if self.folder:
             self.folder.row(self.done, row)
         self.console.row(self.done, row)

@@ -139,6 +139,23 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
             r"algorithm\.student\.milestones must be the rising steps of schedule step",
         ),
         ([*ROLES, "--algorithm.swap-every=-1"], r"algorithm\.swap_every must be at least 0"),
+        (
+            ["--algorithm.labels=sampled"],
+            "algorithm.labels sampled need feedback sampled, which credits the view they come from",
+        ),
+        (
+            ["--algorithm.feedback=off", "--algorithm.held-out=0.5"],
+            "algorithm.held_out is for a feedback to judge by: feedback is off",
+        ),
+        (
+            ["--algorithm.label-threshold=1.5"],
+            r"algorithm\.label_threshold must be in \[0, 1\], not 1\.5",
+        ),
+        (
+            ["--algorithm.consistency.threshold=1.5"],
+            r"algorithm\.consistency\.threshold must be in \[0, 1\], not 1\.5",
+        ),
+        (["--steps=3", "--epochs=2"], "--steps and --epochs say the same thing twice: give one"),
         (["--algorithm.held-out=1"], r"algorithm\.held_out must be in \[0, 1\)"),
         (["--recipe=metasemi", "--algorithm.epsilon=0"], r"algorithm\.epsilon must be above 0"),
         (["--recipe=fixmatch", "--unlabeled-batch=0"], "unlabeled_batch must be at least 1"),
@@ -149,6 +166,15 @@ def test_a_slip_is_one_clear_line(options: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as told:
         parse([*HERE, *options])
     assert "\n" not in str(told.value)
+
+
+def test_steps_on_the_command_line_win_over_epochs_of_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, "epochs: 9\neval_epochs: 2\n")
+    assert parse(["--config", file, *HERE]).epochs == 9
+    short = parse(["--config", file, *HERE, "--steps", "10", "--eval-every", "5"])
+    assert (short.steps, short.epochs, short.eval_every, short.eval_epochs) == (10, 0, 5, 0)
+    longer = parse(["--config", file, *HERE, "--epochs", "20"])
+    assert (longer.epochs, longer.eval_epochs) == (20, 2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpl_fast import draws
@@ -87,6 +88,21 @@ def test_again_puts_the_generator_back_after_an_error() -> None:
     with pytest.raises(KeyError), draws.again(before, CPU):
         raise KeyError
     assert torch.equal(torch.get_rng_state(), present)
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param("cuda", marks=pytest.mark.gpu)], ids=str)
+def test_dropout_drawn_as_another_type_keeps_what_that_type_keeps(device: Any) -> None:
+    """On a GPU float32 numbers would not keep what 16-bit ones do."""
+    x = torch.rand(64, 130, device=device) + 0.5
+    torch.manual_seed(3)
+    kept = F.dropout(x.bfloat16(), 0.3) != 0
+    torch.manual_seed(3)
+    with draws.DrawnAs(torch.bfloat16):
+        y = nn.Dropout(0.3)(x)
+    assert y.dtype == torch.float32 and torch.equal(y != 0, kept)
+    torch.testing.assert_close(y[kept], x[kept] / 0.7)
+    with draws.DrawnAs(torch.bfloat16):
+        assert torch.equal(nn.Dropout(0.3).eval()(x), x)
 
 
 @pytest.mark.gpu

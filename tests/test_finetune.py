@@ -199,6 +199,10 @@ def test_transfer_trains_the_head_alone(tiny_rec: Path, tmp_path: Path) -> None:
         made = arguments(tmp_path / name.replace(" ", "_"), tiny_rec, recipe=name)
         model = ["--model.pretrained", str(tmp_path / file), "--model.frozen", "true"]
         sessions.append([*made, *model])
+    done = run_in_turn(*([*s, "--stop-at", "3"] for s in sessions))
+    assert done.returncode == 0, done.stderr
+    for file in names.values():
+        (tmp_path / file).unlink()  # a checkpoint holds all of it
     done = run_in_turn(*sessions)
     assert done.returncode == 0, done.stderr
     for name in names:

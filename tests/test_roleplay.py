@@ -164,6 +164,28 @@ def test_whoever_is_the_student_rests_while_students_wait() -> None:
     ]
 
 
+def test_a_rest_leaves_no_momentum_behind() -> None:
+    """After a rest as student, the first step as teacher is that of a network never trained."""
+    game = players(replace(CONFIG, student_wait=2))
+    for t in range(2):
+        train_step(game, batch(t), t)
+    assert not game.learners["second"].optimizer.state  # nothing was gathered
+    assert game.learners["first"].optimizer.state
+    train_step(game, batch(2), 2)
+    assert game.learners["second"].optimizer.state
+
+
+def test_each_student_has_a_moving_average_of_its_own() -> None:
+    game = players(replace(CONFIG, baseline=0.5))
+    assert set(game.state) == {"baseline/first", "baseline/second"}
+    for t in range(2):
+        train_step(game, batch(t), t)
+    assert game.state["baseline/second"] != 0 and game.state["baseline/first"] == 0
+    kept = game.state["baseline/second"].clone()
+    train_step(game, batch(2), 2)
+    assert game.state["baseline/first"] != 0 and game.state["baseline/second"] == kept
+
+
 @pytest.mark.parametrize("mean_of", ["probability", "logits"])
 def test_both_networks_averages_are_evaluated_together(
     mean_of: Literal["probability", "logits"],

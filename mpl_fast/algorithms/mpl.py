@@ -22,7 +22,7 @@ class MetaPseudoLabels:
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.voters = Voters([self.student])
         self.state: dict[str, Tensor] = {}
-        if config.baseline:
+        if config.baseline or config.feedback == "parity_google":
             self.state["baseline"] = torch.zeros((), device=self.student.device)
 
     def step(self, batch: Batch, t: int) -> Metrics:

@@ -21,7 +21,12 @@ class RolePlay:
         self.game = MetaPseudoLabels(config, new_learner, facts)
         self.learners = {"first": self.game.teacher, "second": self.game.student}
         self.voters = Voters([*self.learners.values()], config.ensemble)
-        self.state = self.game.state
+        # A moving average for each network as a student.
+        self.state = {
+            f"{key}/{name}": value.clone()
+            for key, value in self.game.state.items()
+            for name in self.learners
+        }
 
     def roles(self, t: int) -> tuple[Learner, Learner]:
         """Teacher and student of step `t`."""
@@ -30,6 +35,8 @@ class RolePlay:
 
     def step(self, batch: Batch, t: int) -> Metrics:
         self.game.teacher, self.game.student = self.roles(t)
+        student = "second" if self.game.student is self.learners["second"] else "first"
+        self.game.state = {k: self.state[f"{k}/{student}"] for k in self.game.state}
         if t < self.config.student_wait:
             self.game.student.rest()
         return self.game.step(batch, t)

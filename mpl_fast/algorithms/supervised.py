@@ -31,7 +31,8 @@ class Supervised:
     def _mixed_step(self, batch: Batch, t: int) -> Metrics:
         """Each image mixed with the one half a batch away (arXiv 1710.09412).
 
-        Half a batch away it is the same image on one rank and, of every second image, on two.
+        A rank has every world-th image of the whole batch, so that half of an even number of its
+        own images away is half of the whole batch away: the same partner on any number of ranks.
         """
         labels, far = batch.labels, len(batch.labels) // 2
         share = draws.beta(len(labels), self.mixup, seed=self.seed, step=t, device=labels.device)

@@ -55,7 +55,8 @@ class FinetuneConfig:
     """A trained network goes on with labeled images only, as the last phase of any recipe."""
 
     start: str = ""
-    """Run directory whose newest checkpoint is the start."""
+    """Run directory whose newest checkpoint is the start; of role playing, the network that began
+    as the student."""
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
             lr=3e-5, warmup=0, clip=0.0, weight_decay=0.0, schedule="constant", dropout=0.0

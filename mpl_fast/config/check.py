@@ -19,14 +19,13 @@ Range = tuple[str, Any, str, bool]  # key, value, the rule in words, and whether
 AT_LEAST_0 = (
     "weight",
     "ramp",
-    "threshold",
     "feedback_ramp",
-    "label_threshold",
     "label_rate",
     "mixup",
     "swap_every",
     "student_wait",
 )
+SHARES = ("threshold", "label_threshold")
 BELOW_1 = ("smoothing", "baseline", "held_out")
 
 
@@ -86,6 +85,8 @@ def _algorithm_ranges(part: Any, at: str = "algorithm") -> list[Range]:
         elif isinstance(value, ConsistencyConfig):
             rows.append((f"{key}.temperature", value.temperature, "above 0", value.temperature > 0))
             rows += _algorithm_ranges(value, key)
+        elif item.name in SHARES:
+            rows.append((key, value, "in [0, 1]", 0 <= value <= 1))
         elif item.name in AT_LEAST_0:
             rows.append((key, value, "at least 0", value >= 0))
         elif item.name in BELOW_1:
@@ -146,8 +147,12 @@ def _contradictions(a: AlgorithmConfig) -> list[str]:
     if a.feedback == "difference" and a.label_kind == "soft":
         found.append(
             "feedback difference has no gradient for labels soft: take feedback exact, or labels "
-            "argmax or sampled"
+            "argmax"
         )
+    if a.feedback == "difference" and a.label_kind == "sampled":
+        found.append("labels sampled need feedback sampled, which credits the view they come from")
+    if a.feedback == "off" and a.held_out:
+        found.append("held_out is for a feedback to judge by: feedback is off")
     if a.feedback.startswith("parity_"):
         found += _parity(a)
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpl_fast.command_line import fail
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
-from mpl_fast.experiments.two_moons import Parser
+from mpl_fast.experiments.command import AtLeast, Parser
 
 PROGRAM = "feedbacks"
 INTERRUPTED = 130  # as shells have it after Ctrl-C
@@ -85,7 +85,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("rounds", 2, 25, "steps of each feedback that are clocked"),
         ("seed", 0, 0, "of all that is random"),
     ):
-        read = _at_least(least)
+        read = AtLeast(least)
         parser.add_argument(f"--{name}", type=read, default=default, help=f"{words} ({default})")
     parser.add_argument(
         "--scale",
@@ -95,23 +95,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--smoke", action="store_true", help="a few seconds, to see that it runs")
     return parser.parse_args(arguments)
-
-
-class _at_least:  # noqa: N801  argparse calls a type by its name
-    """Reads a whole number that has a lower bound."""
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = self.least - 1
-        if value < self.least:
-            message = f"must be a whole number of at least {self.least}, not {text!r}"
-            raise argparse.ArgumentTypeError(message)
-        return value
 
 
 def _above_0(text: str) -> float:

@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mpl_fast.command_line import fail
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.errors import UserError
+from mpl_fast.experiments.command import Parser
 
 if TYPE_CHECKING:
     from mpl_fast.experiments.replay_difference import Difference
@@ -19,13 +20,6 @@ INTERRUPTED = 130  # as shells have it after Ctrl-C
 ABOUT = f"""Runs feedback parity_kekmodel in float64 on the weights and batches of a JSON file, and
 compares all that the file has logged of kekmodel/MPL-pytorch's step, and its last weights. Exit
 code 0: no relative difference is above {LIMIT:g}; 1: one is; 2: the file is not such a file."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

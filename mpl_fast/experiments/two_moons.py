@@ -7,10 +7,11 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mpl_fast.command_line import fail
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
+from mpl_fast.experiments.command import AtLeast, Parser
 
 if TYPE_CHECKING:
     from mpl_fast.experiments.moons_data import Setting
@@ -21,13 +22,6 @@ INTERRUPTED = 130  # as shells have it after Ctrl-C
 ABOUT = """Does feedback help? Labels only, MPL with each feedback and SMPL on two moons with six
 labels, over many label draws and initial weights, paired. Writes two_moons.json, two_moons.md and
 two_moons.png."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake on one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,10 +87,10 @@ def run(chosen: argparse.Namespace) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=ABOUT, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for the three files")
-    parser.add_argument("--draws", type=_at_least(2), default=20, help="label draws (20)")
-    parser.add_argument("--inits", type=_at_least(1), default=10, help="weights for each (10)")
-    parser.add_argument("--steps", type=_at_least(1), default=1000, help="training steps (1000)")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of all that is random (0)")
+    parser.add_argument("--draws", type=AtLeast(2), default=20, help="label draws (20)")
+    parser.add_argument("--inits", type=AtLeast(1), default=10, help="weights for each (10)")
+    parser.add_argument("--steps", type=AtLeast(1), default=1000, help="training steps (1000)")
+    parser.add_argument("--seed", type=AtLeast(0), default=0, help="of all that is random (0)")
     parser.add_argument(
         "--labels",
         choices=("spread", "random"),
@@ -110,23 +104,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only these, and what they are compared with (all)",
     )
     return parser.parse_args(arguments)
-
-
-class _at_least:  # noqa: N801  argparse calls a type by its name
-    """Reads a whole number that has a lower bound."""
-
-    def __init__(self, least: int) -> None:
-        self.least = least
-
-    def __call__(self, text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = self.least - 1
-        if value < self.least:
-            message = f"must be a whole number of at least {self.least}, not {text!r}"
-            raise argparse.ArgumentTypeError(message)
-        return value
 
 
 def _known(text: str, names: list[str]) -> list[str]:

@@ -57,7 +57,9 @@ def shake(first: Tensor, second: Tensor) -> Tensor:
     state repeats the gradient too.
     """
     shape = (2, len(first), 1, 1, 1)
-    alpha, beta = torch.rand(shape, dtype=first.dtype, device=first.device)
+    # Never drawn in 16 bits, so that a pass in another precision has the same mix.
+    wide = torch.promote_types(first.dtype, torch.float32)
+    alpha, beta = torch.rand(shape, dtype=wide, device=first.device).to(first.dtype)
     difference = first - second
     mixed: Tensor = second + beta * difference + (alpha - beta) * difference.detach()
     return mixed
