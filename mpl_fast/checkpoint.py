@@ -22,7 +22,7 @@ import torch
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.distributed import Place, barrier, from_first, gather
-from mpl_fast.errors import CheckpointError
+from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 
 FORMAT = "mpl_fast.checkpoint/1"
@@ -142,6 +142,8 @@ def load_start(
     `CheckpointError` if there is no checkpoint or it does not fit.
     """
     folder = Path(config.start) / "checkpoints"
+    if not Path(config.start).is_dir():
+        raise ConfigError(f"algorithm.start: there is no folder {config.start}")
     checkpoint, damage = from_first(newest(folder) if place.is_first else None)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -23,12 +24,16 @@ Trains one recipe. Options override the YAML file, which overrides the defaults 
 The --algorithm.* options are those of one recipe: see them by --recipe uda --help.
 The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
 
+PATIENCE = 5.0  # seconds
 LENGTHS = ("steps", "epochs", "eval_every", "eval_epochs")
 BARE = ("config", "help", "print_config")  # options of the parser itself, not of the config
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
-    """The run that the arguments ask for. Raises `ConfigError` for anything wrong with them."""
+def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
+    """The run that the arguments ask for. Raises `ConfigError` for anything wrong with them.
+
+    Who does not train has no need of an algorithm whose values go together.
+    """
     arguments = [_underscored(a) for a in argv]
     file = _option(arguments, "config")
     tree = _read_yaml(file) if file else None
@@ -40,8 +45,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
     lines = _check_yaml_keys(file or "", tree, known, recipe) if tree else {}
     _check_options(arguments, known, recipe)
     config = _lengths(_parse_types(arguments, recipe, lines), arguments)
-    if found := problems(config):
-        raise ConfigError(found[0])
+    for problem in problems(config):
+        if for_training or not problem.startswith("algorithm."):
+            raise ConfigError(problem)
     return config
 
 
@@ -78,6 +84,7 @@ def _parse_types(arguments: list[str], recipe: str, lines: dict[str, str]) -> Ru
 
 
 TYPES = {"<class 'int'>": "a whole number", "<class 'float'>": "a number"}
+TYPES |= {"<class 'tuple'>": "a list such as [1,2,3]"}
 TYPES |= {"<class 'bool'>": "true or false", "<class 'str'>": "a text"}
 
 
@@ -176,14 +183,16 @@ def _yaml_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, 
             yield from _yaml_keys(value, f"{prefix}{key.value}.")
 
 
-def _read_yaml(file: str) -> yaml.MappingNode | None:
+def _read_yaml(file: str) -> yaml.MappingNode:
     try:
         tree = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if tree is not None and not isinstance(tree, yaml.MappingNode):
+    if tree is None:
+        raise ConfigError(f"{file} is empty")
+    if not isinstance(tree, yaml.MappingNode):
         raise ConfigError(f"{file} must hold keys and values, such as 'steps: 1000'")
     return tree
 
@@ -216,4 +225,7 @@ def fail(program: str, error: UserError) -> NoReturn:
     """Ends a command with one clear line, which one rank tells for all that met the error."""
     if error.alone or os.environ.get("RANK", "0") == "0":
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all ranks when the first one has failed: let it be the one that tells.
+        time.sleep(PATIENCE)
     sys.exit(error.exit_code)

@@ -10,7 +10,7 @@ from mpl_fast.metrics import Row
 SECONDS = 5.0  # between two lines, at the least
 SHOWN = {
     "loss/labeled": "labeled",
-    "loss/consistency": "uda",
+    "loss/consistency": "consistency",
     "loss/student": "student",
     "mask_rate": "mask",
     "h": "h",
@@ -40,9 +40,9 @@ class Console:
     def row(self, done: int, row: Row) -> None:
         """Remembers a row of metrics and shows it if the last line is some seconds old."""
         wanted = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
-        rates = [f"lr {row[name]:.3g}" for name in ("lr/student", "lr/learner") if name in row]
+        rates = _rates({k.removeprefix("lr/"): v for k, v in row.items() if k.startswith("lr/")})
         speed = f"{row['images_per_second']:.0f} img/s, data wait {100 * row['data_wait']:.0f} %"
-        self._latest = " | ".join([speed, *wanted, *rates])
+        self._latest = " | ".join([speed, *wanted, rates])
         if time.perf_counter() - self._spoke >= SECONDS or done == self.steps:
             self.say(f"{self._progress(done)} | {self._latest}")
             self._spoke = time.perf_counter()
@@ -78,6 +78,21 @@ class Console:
             return "?"
         begun, at = self._first
         return duration((self.steps - done) * (time.perf_counter() - at) / (done - begun))
+
+
+def _rates(rates: Row) -> str:
+    """``lr 0.1``, or ``lr teacher 0.2, student 0.1``."""
+    if len(rates) == 1:
+        return f"lr {next(iter(rates.values())):.3g}"
+    return "lr " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items())
+
+
+def quantity(count: int) -> str:
+    """``940``, ``77.9 k`` or ``1.47 M``."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def duration(seconds: float) -> str:

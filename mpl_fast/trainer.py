@@ -24,8 +24,8 @@ from mpl_fast.checkpoint import (
     restore,
     step_of,
 )
-from mpl_fast.config import FinetuneConfig, RunConfig
-from mpl_fast.console import Console, duration
+from mpl_fast.config import FinetuneConfig, RolePlayConfig, RunConfig
+from mpl_fast.console import Console, duration, quantity
 from mpl_fast.data.loader import TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import Place, StopFlag
@@ -292,14 +292,22 @@ class Run:
         self.console.say(
             f"{config.recipe} on {self.place.world} x {self.place.device.type}: "
             f"{config.model.name}, "
-            f"{max(sizes) / 1e6:.3g} M trained parameters, {len(self.manifest.classes)} classes, "
+            f"{quantity(max(sizes))} trained parameters, {len(self.manifest.classes)} classes, "
             f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
             f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
         )
-        for name, learner in learners.items():
-            if learner.config.wait >= config.steps:
+        if config.model.pretrained and self.checkpoint is None:
+            self.console.say(
+                f"begins with the weights of {config.model.pretrained}; those of the last layer "
+                f"are taken if they are for {len(self.manifest.classes)} classes"
+            )
+        waits = {name: learner.config.wait for name, learner in learners.items()}
+        if isinstance(config.algorithm, RolePlayConfig):
+            waits["student"] = config.algorithm.student_wait
+        for name, wait in waits.items():
+            if wait >= config.steps:
                 self.console.warn(
-                    f"the {name} never moves: its wait of {learner.config.wait} steps "
+                    f"the {name} never moves: its wait of {wait} steps "
                     f"is not over in a run of {config.steps}"
                 )
         if config.compile != "off" and self.done < config.steps:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, arguments, environment, rows
 from tools.ablate.picture import curve
+from tools.ablate.plan import Variant, jobs
 
 STEPS = 12
 # Of a recipe that starts faster than the config's own.
@@ -163,15 +165,60 @@ def test_asked_again_it_trains_nothing(
         (["--variant", "a", "steps"], "variant a: 'steps' is not KEY=VALUE"),
         (["--variant", "a", "against=b"], "variant a: there is no variant 'b'"),
         (["--variant", "a", "recipe=mpll"], "variant a: recipe 'mpll' does not exist"),
+        (["--variant", "a", "seed=4"], "variant a: seed is set by --seeds"),
+        (["--variant", "a", "run-dir=b"], "variant a: run-dir is set by --out"),
+        (["--variant", "a", "run_dir=b"], "variant a: run_dir is set by --out"),
+        (["--variant", "a", "data.root=b"], "variant a: data.root is set by --rec"),
+        (["--variant", "a", "config=b"], "variant a: config is set by --config"),
+        (["--variant", "a", "steps=5"], "variant a: steps is set by --steps"),
     ],
 )
 def test_a_wrong_variant_is_refused_before_anything_runs(
-    more: list[str], told: str, tmp_path: Path
+    more: list[str], told: str, tiny_rec: Path, tmp_path: Path
 ) -> None:
-    done = ablation(tmp_path / "out", tmp_path, "--seeds", "0", *more)
-    assert done.returncode == 2
+    done = ablation(tmp_path / "out", tiny_rec, "--seeds", "0", *more)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("ablation: error: ") and told in done.stderr
     assert not list((tmp_path / "out").glob("*/seed*"))
+
+
+def test_variants_may_differ_in_steps_where_the_command_does_not_say(tmp_path: Path) -> None:
+    config = Path(arguments(tmp_path / "unused", tmp_path)[1])
+    longer = Variant("longer", ("steps=9",))
+    (job,) = jobs((longer,), [0], config, tmp_path, tmp_path, 0)
+    assert job.config.steps == 9
+    with pytest.raises(ConfigError, match="^variant longer: steps is set by --steps$"):
+        jobs((longer,), [0], config, tmp_path, tmp_path, 12)
+
+
+def test_missing_records_are_told_once_and_before_anything_runs(tmp_path: Path) -> None:
+    done = ablation(tmp_path / "out", tmp_path / "nope", "--seeds", "0", "1", *VARIANTS)
+    assert done.returncode == 4 and done.stdout == ""
+    assert done.stderr.startswith("ablation: error: ") and done.stderr.count("\n") == 1
+    assert f"{tmp_path / 'nope'}: no such folder of records" in done.stderr
+    assert not list((tmp_path / "out").glob("*/"))
+
+
+def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
+    """A log that tells of an older, shorter run, too: its warning is none of this one."""
+    idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.wait=2"]
+    asked = ["--steps", "2", "--seeds", "3", "5", *idle]
+    log = tmp_path / "out" / "logs" / "idle_seed3.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("warning: the learner never moves: of old\nstep 1/")
+    done = ablation(tmp_path / "out", tiny_rec, *asked)
+    assert done.returncode == 0, done.stderr
+    warning = "the learner never moves: its wait of 2 steps is not over in a run of 2"
+    shown = [line for line in done.stdout.splitlines() if "warning: " in line]
+    assert shown == [f"  idle, seed 3: warning: {warning}"]
+    assert all(f"\nwarning: {warning}\n" in f.read_text() for f in log.parent.iterdir())
+    table = (tmp_path / "out" / "ablation.md").read_text()
+    assert [line for line in table.splitlines() if "never moves" in line] == [
+        f"- `idle`: {warning}"
+    ]
+    again = ablation(tmp_path / "out", tiny_rec, *asked)
+    assert again.stdout.count("complete already") == 2
+    assert (tmp_path / "out" / "ablation.md").read_text() == table
 
 
 def test_seconds_of_an_evaluation_between_two_rows(tmp_path: Path) -> None:

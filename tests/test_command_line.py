@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from mpl_fast.command_line import as_yaml, parse
+from mpl_fast.command_line import as_yaml, fail, parse
 from mpl_fast.config import RECIPES, MPLConfig, UDAConfig
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, TRAIN
@@ -168,6 +168,32 @@ def test_a_slip_is_one_clear_line(options: list[str], says: str) -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(("rank", "alone"), [("0", False), ("1", False), ("1", True)])
+def test_the_rank_that_tells_of_an_error_ends_first(
+    rank: str, alone: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise torchrun may end it before it has told."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("time.sleep", waited.append)
+    error = ConfigError("wrong")
+    error.alone = alone
+    with pytest.raises(SystemExit) as ended:
+        fail("train", error)
+    tells = rank == "0" or alone
+    assert ended.value.code == 2 and bool(waited) is not tells
+    assert capsys.readouterr().err == ("train: error: wrong\n" if tells else "")
+
+
+def test_who_does_not_train_needs_no_algorithm(tmp_path: Path) -> None:
+    file = written(tmp_path, "recipe: finetune\ndata: {image_size: 32}\n")
+    with pytest.raises(ConfigError, match="start is missing"):
+        parse(["--config", file, *HERE])
+    assert parse(["--config", file, *HERE], for_training=False).data.image_size == 32
+    with pytest.raises(ConfigError, match=r"data\.layers"):
+        parse(["--config", file, *HERE, "--data.layers=-1"], for_training=False)
+
+
 def test_steps_on_the_command_line_win_over_epochs_of_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "epochs: 9\neval_epochs: 2\n")
     assert parse(["--config", file, *HERE]).epochs == 9
@@ -187,6 +213,11 @@ def test_steps_on_the_command_line_win_over_epochs_of_the_file(tmp_path: Path) -
         ("recipe: uda\nalgorithm: {student: {lr: 1}}\n", "c.yaml:2: unknown key algorithm.student"),
         ("steps: [3\n", "c.yaml is not YAML"),
         ("- 3\n", "must hold keys and values"),
+        ("# nothing\n", "c.yaml is empty"),
+        (
+            "data: {mean: 0.5}\n",
+            r"c.yaml:1: data.mean must be a list such as \[1,2,3\], not 0.5",
+        ),
         ("steps: 3.5\n", r"c.yaml:1: steps must be a whole number, not 3.5"),
         ("seed: 1\ndata:\n  weak: cifr\n", "c.yaml:3: data.weak must be imagenet or cifar"),
         ("recipe: [1]\n", "recipe"),

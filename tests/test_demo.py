@@ -1,5 +1,7 @@
-"""The demo can be stopped as a person stops it. (Its results: `make demo`, which CI runs.)"""
+"""The demo can be stopped as a person stops it, and claims no more than it measured. (Its results:
+`make demo`, which CI runs.)"""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.tiny_run import ROOT
+from tools.demo import table
 
 
 def test_ctrl_c_saves_and_ends_with_one_line(tmp_path: Path) -> None:
@@ -34,3 +37,13 @@ def test_seeds_must_be_positive() -> None:
     demo = [sys.executable, str(ROOT / "tools" / "demo.py"), "--seeds", "0"]
     done = subprocess.run(demo, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "--seeds must be at least 1" in done.stderr
+
+
+def test_a_shortened_demo_compares_nothing() -> None:
+    row = {"top1": 50.0, "top1_sd": None, "seconds": 1.0, "images_per_second": 9.0}
+    summary = {"supervised": row, "uda": row, "mpl": row | {"top1": 51.0}}
+    whole, short = (table(summary, argparse.Namespace(seeds=1, steps=n)) for n in (0, 20))
+    assert whole.endswith("\n\nMPL is +1.0 points against labeled only.")
+    assert "points" not in short
+    assert short.endswith("\n\n--steps 20: a shortened run says nothing about accuracy.")
+    assert whole.rpartition("\n")[0] == short.rpartition("\n")[0]

@@ -71,6 +71,13 @@ def test_batch_norms_counters_may_be_absent(tmp_path: Path) -> None:
     assert torch.equal(loaded["norm.running_var"], source["norm.running_var"])
 
 
+def test_weights_of_a_saved_ddp_are_taken(tmp_path: Path) -> None:
+    source = trained("wrn_10_1", 10).state_dict()
+    file = write(tmp_path / "ddp.pth", {f"module.{key}": value for key, value in source.items()})
+    loaded = models.build("wrn_10_1", 10, pretrained=file).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in source.items())
+
+
 def test_one_entry_of_a_larger_file(tmp_path: Path) -> None:
     network, average = trained("wrn_10_1", 10).state_dict(), models.build("wrn_10_1", 10)
     learners = {
@@ -88,6 +95,9 @@ def test_one_entry_of_a_larger_file(tmp_path: Path) -> None:
     assert torch.equal(stem(f"{other}:state_dict"), network["stem.weight"])
     with pytest.raises(ConfigError, match=r"state.pt:pupil has no entry 'pupil', but teacher, st"):
         stem(f"{checkpoint}:pupil")
+    says = r"state.pt is a checkpoint of teacher and student: name one as .*state\.pt:ENTRY"
+    with pytest.raises(ConfigError, match=says):
+        stem(checkpoint)
     with pytest.raises(ConfigError, match=r"b.pth is no state dict \(epoch, state_dict\); name on"):
         stem(other)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpl_fast.experiments.moons_contestants import CONTESTANTS, MPL, SMPL, Labeled
 from mpl_fast.experiments.moons_data import BATCH, Options, Problem, problem, stacked
 from mpl_fast.experiments.moons_nets import Net, cross_entropy, descend, gradient, leaf, log_probs
-from mpl_fast.experiments.moons_report import as_json, write
+from mpl_fast.experiments.moons_report import as_json, as_markdown, write
 from mpl_fast.experiments.moons_steps import (
     RATE,
     batch_at,
@@ -354,7 +354,8 @@ def test_command_writes_numbers_table_and_figure(tmp_path: Path) -> None:
     assert f"{len(CONTESTANTS)}/{len(CONTESTANTS)}" in done.stdout
     for setting in ("3/3", "5/1"):
         rows = numbers["results"][setting]
-        assert list(rows) == [n for n, c in CONTESTANTS.items() if setting in c.settings]
+        here = [n for n, c in CONTESTANTS.items() if setting in c.settings]
+        assert list(rows) == [n for n in here if n != "labeled_100"]  # 20 steps are all it has
         section = table.split(f"### {setting} labels")[1].split("###")[0]
         for row in rows.values():
             (line,) = [text for text in section.splitlines() if f"| {row['title']} |" in text[:60]]
@@ -367,6 +368,19 @@ def test_command_writes_numbers_table_and_figure(tmp_path: Path) -> None:
 
 
 DIFFERENCE = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
+
+
+@pytest.mark.parametrize(("steps", "there"), [(100, False), (101, True)])
+def test_a_row_that_stops_early_is_left_out_of_a_run_as_short(steps: int, there: bool) -> None:
+    options = Options(draws=2, inits=1, steps=steps)
+    found = study(with_baselines(["labeled_100"]), options, lambda name, result: None)
+    numbers = json.loads(as_json(found, options))["results"]
+    names = ["labeled", "labeled_100"] if there else ["labeled"]
+    assert [list(numbers[setting]) for setting in ("3/3", "5/1")] == [names, names]
+    table = as_markdown(found, options)
+    assert table.count("| labeled only, 100 steps |") == 2 * there
+    # In its own row, and as what the other is compared with.
+    assert table.count("| labeled only |") == 2 + 2 * there
 
 
 def test_difference_is_paired_with_its_own_baseline() -> None:

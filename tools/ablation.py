@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.command_line import fail
+from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, UserError, output_errors
 from tools.ablate.picture import draw
 from tools.ablate.plan import DEFAULTS, Job, Variant, jobs
@@ -28,6 +29,7 @@ def main() -> int:
     began = time.perf_counter()
     try:
         variants = _variants(options.variant)
+        read_manifest(options.rec)  # else every run would find the same fault
         with output_errors(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
             planned = jobs(
@@ -99,18 +101,16 @@ def _train(
     planned: list[Job], variants: tuple[Variant, ...], options: argparse.Namespace
 ) -> list[Result]:
     results: list[Result] = []
+    told: set[tuple[str, str]] = set()
     for number, job in enumerate(planned, 1):
-        name = f"[{number}/{len(planned)}] {job.variant.name}, seed {job.seed}"
+        name = f"[{number}/{len(planned)}] {job.name}"
         print(f"{name}: {'complete already' if job.complete else 'training'}", flush=True)
-        result = run(job, options.ranks, options.out / "logs" / f"{_file_name(job)}.log")
+        log = options.out / "logs" / f"{job.variant.name}_seed{job.seed}.log"
+        result = run(job, options.ranks, log, told)
         results.append(result)
         print(f"{name}: {_outcome(result)}", flush=True)
         _write(results, variants, options)
     return results
-
-
-def _file_name(job: Job) -> str:
-    return f"{job.variant.name}_seed{job.seed}"
 
 
 def _outcome(result: Result) -> str:

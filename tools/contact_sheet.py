@@ -26,7 +26,8 @@ def main() -> None:
     if own.config:
         options = ["--config", own.config, *options]
     try:
-        config = parse([*options, "--data.root", own.rec, "--run-dir", "none"])
+        parts = [*options, "--data.root", own.rec, "--run-dir", "none"]
+        config = parse(parts, for_training=False)
         _check(own)
         # DALI takes seconds to load: only once there is something to do.
         from mpl_fast.data.contact_sheet import contact_sheet

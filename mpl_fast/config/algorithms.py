@@ -215,7 +215,8 @@ class MetaSemiConfig:
     mixup: float = 1.0
     """Alpha of the Beta distribution that mixes labeled with unlabeled images; 0: no mixing."""
     derivative: Derivative = "central"
-    """central: two more forward passes, as published; forward: forward-mode differentiation."""
+    """central: two more forward passes, as published; forward: forward-mode differentiation. auto:
+    forward, or central where a layer has none."""
     epsilon: float = 0.01
     """Length of the step in weight space of the central difference."""
     label_rate: float = 0.0

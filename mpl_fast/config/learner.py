@@ -7,14 +7,14 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """How one network is trained: Nesterov SGD, linear warm-up, cosine decay, moving average."""
+    """How this network is trained: optimizer, learning rate over time, moving average."""
 
     lr: float = 0.4
     """Peak learning rate for the whole (global) batch."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """adamw takes `momentum` for its first decay rate and 0.999 for the second."""
+    """adamw's second decay rate is 0.999."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Of SGD; adamw's first decay rate."""
     nesterov: bool = True
     """Look ahead along the momentum."""
     weight_decay: float = 1e-4

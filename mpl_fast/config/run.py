@@ -145,8 +145,7 @@ class RunConfig:
     checkpoint_keep: int = 2
     """Newest checkpoints to keep."""
     stop_at: int = 0
-    """Save and pause after this step, to be resumed by the same command without it (0: run to the
-    end)."""
+    """Save and pause after this step; a run that is there already goes on (0: run to the end)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=MPLConfig)

@@ -15,7 +15,7 @@ class Labeled:
 
     truth: bool = False
     stop: int | None = None
-    """Ends after this many steps, if the others take more."""
+    """Ends after this many steps, if the others take more; else it is not reported."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,8 @@ def as_json(results: Results, options: Options) -> str:
         "network": list(WIDTHS),
     }
     rows = {
-        setting: {name: _row(found, name) for name in found} for setting, found in results.items()
+        setting: {name: _row(found, name) for name in _reported(found, options)}
+        for setting, found in results.items()
     }
     whole = {"format": FORMAT, "settings": settings, "versions": _versions(), "results": rows}
     return json.dumps(whole, indent=1) + "\n"
@@ -67,8 +68,14 @@ def as_markdown(results: Results, options: Options) -> str:
     ]
     for setting, found in results.items():
         lines += ["", f"### {setting} labels", "", HEAD, "| --- | --- | --- | --- | --- | --- |"]
-        lines += [_line(found, name) for name in found]
+        lines += [_line(found, name) for name in _reported(found, options)]
     return "\n".join(lines) + "\n"
+
+
+def _reported(found: Mapping[str, Result], options: Options) -> list[str]:
+    """Not who was to stop earlier than the others and did not: that would be a row twice."""
+    stops = {name: getattr(CONTESTANTS[name].recipe, "stop", None) for name in found}
+    return [name for name, stop in stops.items() if stop is None or stop < options.steps]
 
 
 def _row(found: Mapping[str, Result], name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mpl_fast.errors import ConfigError
 from mpl_fast.models.head import head_prefixes
 
 COUNTER = "num_batches_tracked"  # of a batch norm: some formats leave it out, and nothing needs it
+WRAPPED = "module."  # before every key, if a DistributedDataParallel was saved
 SHOWN = 3  # keys in an error's one line
 
 
@@ -63,12 +64,19 @@ def _read(source: str) -> dict[str, Tensor]:
             ".safetensors file, or what torch.save made of network.state_dict()"
         ) from error
     tensors: dict[str, Tensor] = _entry(loaded, entry, source) if entry else loaded
+    if isinstance(tensors, dict) and isinstance(networks := tensors.get("learners"), dict):
+        names = " and ".join(map(str, networks))
+        raise ConfigError(
+            f"model.pretrained: {source} is a checkpoint of {names}: name one as {file}:ENTRY"
+        )
     if not _is_state_dict(tensors):
         names = list(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
         raise ConfigError(
             f"model.pretrained: {source} is no state dict ({_some(names)}); name one of its "
             f"entries as {file}:ENTRY, or save network.state_dict() alone"
         )
+    if all(key.startswith(WRAPPED) for key in tensors):
+        return {key.removeprefix(WRAPPED): value for key, value in tensors.items()}
     return tensors
 
 

@@ -51,6 +51,11 @@ class Job:
     config: RunConfig
 
     @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return f"{self.variant.name}, seed {self.seed}"
+
+    @property
     def complete(self) -> bool:
         """Whether this very run has ended already, which its folder knows."""
         wanted = yaml.safe_load(as_yaml(self.config))
@@ -70,8 +75,10 @@ def jobs(
     """All runs, seed by seed, so that an ablation cut short still has pairs.
 
     Writes a config into `out` for each variant of another recipe. Raises `ConfigError` for a
-    variant that train.py would refuse.
+    variant that train.py would refuse, or that sets what an option of the ablation sets.
     """
+    for variant in variants:
+        _refuse_common(variant, steps)
     common = ["--data.root", str(rec), *(["--steps", str(steps)] if steps else [])]
     files = {v.name: _config_file(v, config, common, out) for v in variants}
     found = []
@@ -84,6 +91,17 @@ def jobs(
             parsed = _parsed(variant, arguments)
             found.append(Job(variant, seed, folder, tuple(arguments), parsed))
     return found
+
+
+def _refuse_common(variant: Variant, steps: int) -> None:
+    """Seeds would no longer pair the runs, nor would variants share records and folders."""
+    options = {"seed": "--seeds", "run_dir": "--out", "data.root": "--rec", "config": "--config"}
+    if steps:
+        options["steps"] = "--steps"
+    for setting in variant.settings:
+        key = setting.partition("=")[0]
+        if option := options.get(key.replace("-", "_")):
+            raise ConfigError(f"variant {variant.name}: {key} is set by {option}")
 
 
 def _parsed(variant: Variant, arguments: list[str]) -> RunConfig:

@@ -33,6 +33,8 @@ def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Js
         if variant.against:
             told = _paired(variant.name, variant.against, results)
             row["besides"] = {"against": variant.against, **told}
+        notes = [w for r in mine for w in r.warnings if "never moves" in w]
+        row["notes"] = list(dict.fromkeys(notes))  # each once: seeds share them
         rows.append({**row, "runs": [_run(r) for r in mine]})
     return rows
 
@@ -79,6 +81,7 @@ def table(rows: Sequence[Json], asked: int) -> str:
     lines += [
         f"- `{row['variant']}`: `{' '.join(row['settings']) or 'as configured'}`" for row in rows
     ]
+    lines += [f"- `{row['variant']}`: {note}" for row in rows for note in row["notes"]]
     return "\n".join(lines)
 
 

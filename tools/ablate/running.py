@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from typing import Any
 from tools.ablate.plan import ROOT, Job
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-LINES_SHOWN = ("evaluated:", "resuming after", "train: error:", "train: warning:")
+LINES_SHOWN = ("evaluated:", "resuming after", "train: error:")
+WARNING = "warning: "  # how a line of such begins
+SESSION = "\n$ "  # before the command, in a log
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Result:
     job: Job
     summary: dict[str, Any] | None
     reason: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def command(job: Job, ranks: int) -> list[str]:
@@ -34,21 +38,28 @@ def command(job: Job, ranks: int) -> list[str]:
     return [sys.executable, *launcher, *train]
 
 
-def run(job: Job, ranks: int, log: Path) -> Result:
-    """Trains to the end, or on from where it was stopped; shows evaluations and writes all to
-    `log`. Ctrl-C is raised anew once the run has saved what it had."""
+def run(job: Job, ranks: int, log: Path, told: set[tuple[str, str]]) -> Result:
+    """Trains to the end, or on from where it was stopped; shows evaluations and warnings and writes
+    all to `log`. Ctrl-C is raised anew once the run has saved what it had.
+
+    `told`: variants with a warning that was shown already; grows.
+    """
     if not job.complete:
         log.parent.mkdir(parents=True, exist_ok=True)
-        code, reason = _watched(command(job, ranks), log)
+        code, reason = _watched(job, command(job, ranks), log, told)
         if code:
-            return Result(job, None, reason or f"ended with exit code {code}, see {log.name}")
+            reason = reason or f"ended with exit code {code}, see {log.name}"
+            return Result(job, None, reason, _warnings(log))
     try:
-        return Result(job, json.loads((job.folder / "summary.json").read_text()))
+        summary = json.loads((job.folder / "summary.json").read_text())
+        return Result(job, summary, warnings=_warnings(log))
     except (OSError, ValueError):
-        return Result(job, None, f"ended without a summary, see {log.name}")
+        return Result(job, None, f"ended without a summary, see {log.name}", _warnings(log))
 
 
-def _watched(arguments: list[str], log: Path) -> tuple[int, str]:
+def _watched(
+    job: Job, arguments: list[str], log: Path, told: set[tuple[str, str]]
+) -> tuple[int, str]:
     """Exit code, and the error that the run told."""
     process = subprocess.Popen(
         arguments,
@@ -62,13 +73,13 @@ def _watched(arguments: list[str], log: Path) -> tuple[int, str]:
     assert process.stdout is not None
     interrupted, reason = False, ""
     with log.open("a", encoding="utf-8") as lines:
+        lines.write(f"{SESSION}{shlex.join(arguments)}\n")
         while True:
             try:
                 for line in process.stdout:
                     lines.write(line)
                     lines.flush()
-                    if any(word in line for word in LINES_SHOWN):
-                        print(f"  {line.strip()}", flush=True)
+                    _show(line.strip(), job, told)
                     if "train: error:" in line:
                         reason = line.partition("train: error:")[2].strip()
                 code = process.wait()
@@ -78,6 +89,25 @@ def _watched(arguments: list[str], log: Path) -> tuple[int, str]:
     if interrupted:
         raise KeyboardInterrupt
     return code, reason
+
+
+def _show(line: str, job: Job, told: set[tuple[str, str]]) -> None:
+    """A warning once for all seeds of a variant, which mostly share it."""
+    if line.startswith(WARNING) and (job.variant.name, line) not in told:
+        told.add((job.variant.name, line))
+        print(f"  {job.name}: {line}", flush=True)
+    elif any(word in line for word in LINES_SHOWN):
+        print(f"  {line}", flush=True)
+
+
+def _warnings(log: Path) -> tuple[str, ...]:
+    """Of the last session: those before it may have been of other settings."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    session = text.rpartition(SESSION)[2].splitlines()
+    return tuple(line.removeprefix(WARNING) for line in session if line.startswith(WARNING))
 
 
 def _stop_with_parent() -> None:
