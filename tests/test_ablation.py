@@ -187,7 +187,7 @@ def test_variants_may_differ_in_steps_where_the_command_does_not_say(tmp_path: P
     longer = Variant("longer", ("steps=9",))
     (job,) = jobs((longer,), [0], config, tmp_path, tmp_path, 0)
     assert job.config.steps == 9
-    with pytest.raises(ConfigError, match="^variant longer: steps is set by --steps$"):
+    with pytest.raises(ConfigError, match=r"^variant longer: steps is set by --steps$"):
         jobs((longer,), [0], config, tmp_path, tmp_path, 12)
 
 
