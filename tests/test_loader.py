@@ -155,6 +155,17 @@ def test_a_state_of_another_run_is_refused(
         train_loader(manifest, config, **sizes, state=state)  # type: ignore[arg-type]
 
 
+def test_a_state_of_another_version_of_the_graph_is_refused(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI would restore it into whatever graph is there."""
+    monkeypatch.setattr("mpl_fast.data.loader.GRAPH", 1)
+    state = train_loader(manifest).state()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="by another version of the input pipeline"):
+        train_loader(manifest, state=state)
+
+
 def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
     """As many records, but others: another draw, order or image."""
     state = train_loader(manifest).state()

@@ -213,7 +213,7 @@ def test_gray_images_become_three_channels(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - np.asarray(gray)[:, :, None]).max() <= 3
 
 
-@pytest.mark.parametrize("policy", ["mpl", "dali"])
+@pytest.mark.parametrize("policy", ["mpl", "mpl_branched", "dali"])
 @pytest.mark.parametrize("weak", ["imagenet", "cifar"])
 def test_gpu_graph_keeps_images_on_the_gpu(ramps: Manifest, weak: str, policy: str) -> None:
     """Checked on the graph's description, without a GPU: no operator there takes its data from

@@ -1,122 +1,31 @@
-"""Policy mpl: each operation beside Pillow's on real photographs, and how operations are drawn."""
+"""Policy mpl, a branch each: every operation beside Pillow's, and how operations are drawn."""
 
-import io
-import tarfile
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from sklearn.datasets import load_sample_images
+from PIL import Image, ImageOps
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data import randaugment
-from mpl_fast.data.randaugment import (
-    Operation,
-    operations,
-    own_deprecations_hidden,
-    strengthen,
+from mpl_fast.data.operations import Operation, operations
+from mpl_fast.data.randaugment import own_deprecations_hidden
+from tests.operations_by_pillow import (
+    CIFAR,
+    NAMES,
+    by_dali,
+    by_pillow,
+    photographs,
+    strong_views,
 )
 
-Pixels = NDArray[np.uint8]
-IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet-1000.tar"
-GRAY = (128, 128, 128)
-NAMES = [
-    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast",
-    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout",
-]  # fmt: skip
 EXACT = {
     "Invert", "Posterize", "Solarize", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout",
 }  # fmt: skip
-CIFAR = DataConfig(image_size=32, translate=4.0, cutout=4)
 GPU = pytest.param(True, marks=pytest.mark.gpu)
-CENTER = (0.25, 0.9)  # (y, x) as shares of the size, so near an edge that squares stick out
-
-
-@cache
-def photographs(size: int) -> list[Pixels]:
-    """Two photographs of scikit-learn's, and six of ImageNet where it is at hand."""
-    images = [Image.fromarray(array) for array in load_sample_images().images]
-    if IMAGENET.exists():
-        with tarfile.open(IMAGENET) as tar:
-            members = [next(m for m in tar if m.isfile()) for _ in range(6)]
-            for member in members:
-                file = tar.extractfile(member)
-                assert file is not None
-                images.append(Image.open(io.BytesIO(file.read())).convert("RGB"))
-    return [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
-
-
-def pixel(share: tuple[float, float], config: DataConfig) -> tuple[int, int]:
-    return int(share[0] * config.image_size), int(share[1] * config.image_size)
-
-
-def by_pillow(name: str, image: Image.Image, config: DataConfig, sign: int) -> Image.Image:
-    """The operation at the configured magnitude, from the published table and Pillow alone."""
-    level = config.magnitude / 10
-    factor = 1.8 * level + 0.1
-    shear, shift = sign * 0.3 * level, sign * config.translate * level
-    half, (y, x) = int(config.cutout * level), pixel(CENTER, config)
-
-    def affine(*matrix: float) -> Image.Image:
-        return image.transform(
-            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=GRAY
-        )
-
-    def cutout() -> Image.Image:
-        cut = image.copy()
-        ImageDraw.Draw(cut).rectangle((x - half, y - half, x + half - 1, y + half - 1), GRAY)
-        return cut
-
-    table: dict[str, Callable[[], Image.Image]] = {
-        "AutoContrast": lambda: ImageOps.autocontrast(image),
-        "Equalize": lambda: ImageOps.equalize(image),
-        "Invert": lambda: ImageOps.invert(image),
-        "Rotate": lambda: image.rotate(sign * 30 * level, fillcolor=GRAY),
-        "Posterize": lambda: ImageOps.posterize(image, int(4 * level)),
-        "Solarize": lambda: ImageOps.solarize(image, min(int(256 * level), 256)),
-        "Color": lambda: ImageEnhance.Color(image).enhance(factor),
-        "Contrast": lambda: ImageEnhance.Contrast(image).enhance(factor),
-        "Brightness": lambda: ImageEnhance.Brightness(image).enhance(factor),
-        "Sharpness": lambda: ImageEnhance.Sharpness(image).enhance(factor),
-        "ShearX": lambda: affine(1, shear, 0, 0, 1, 0),
-        "ShearY": lambda: affine(1, 0, 0, shear, 1, 0),
-        "TranslateX": lambda: affine(1, 0, shift, 0, 1, 0),
-        "TranslateY": lambda: affine(1, 0, 0, 0, 1, shift),
-        "Cutout": cutout,
-    }
-    return table[name]()
-
-
-@cache
-def by_dali(config: DataConfig, sign: int, gpu: bool = False) -> dict[str, list[Pixels]]:
-    """All 15 operations on the photographs, each applied for certain."""
-    images = photographs(config.image_size)
-
-    def graph() -> tuple[DataNode, ...]:
-        image = fn.external_source(source=lambda: images, layout="HWC")
-        image = image.gpu() if gpu else image
-        fixed_sign = fn.random.uniform(values=[float(sign)])
-        center = types.Constant([float(value) for value in pixel(CENTER, config)])
-        table = operations(config, fixed_sign, center)
-        assert list(table) == NAMES
-        return tuple(operation(image) for operation in table.values())
-
-    pipeline = pipeline_def(graph)(
-        batch_size=len(images), num_threads=1, device_id=0 if gpu else None
-    )
-    outputs = [output.as_cpu() for output in pipeline.run()]
-    return {
-        name: [np.asarray(output.at(row)) for row in range(len(images))]
-        for name, output in zip(NAMES, outputs, strict=True)
-    }
 
 
 @pytest.mark.parametrize("gpu", [False, GPU], ids=["cpu", "gpu"])
@@ -172,21 +81,6 @@ def test_equalize_of_few_values() -> None:
         assert np.abs(np.asarray(output.at(row)) - expected).max() <= 1
 
 
-def strong_views(image: Pixels, config: DataConfig, rounds: int, seed: int = 1) -> Pixels:
-    """Strong views of 500 x rounds copies of one image: (n, H, W, 3)."""
-
-    def graph() -> DataNode:
-        constant = types.Constant(image, layout="HWC")
-        return strengthen(constant, config)
-
-    with own_deprecations_hidden():
-        pipeline = pipeline_def(graph, enable_conditionals=True)(
-            batch_size=500, num_threads=2, device_id=None, seed=seed
-        )
-        batches = [np.array(pipeline.run()[0].as_tensor()) for _ in range(rounds)]
-    return np.concatenate(batches)
-
-
 def mark(index: int) -> Operation:
     """An operation that appends its number to the image's gray level as a digit of base 16."""
     return lambda image: fn.cast_like(image * 16 + (index + 1), image)
@@ -197,7 +91,7 @@ def test_operations_are_drawn_evenly_and_share_one_probability_per_image(
 ) -> None:
     marks = {name: mark(index) for index, name in enumerate(NAMES)}
     monkeypatch.setattr(randaugment, "operations", lambda config, sign, center: marks)
-    config = DataConfig(layers=2, image_size=1)
+    config = DataConfig(policy="mpl_branched", layers=2, image_size=1)
     codes = strong_views(np.zeros((1, 1, 3), np.uint8), config, rounds=40)[:, 0, 0, 0].astype(int)
     none, both = (codes == 0).mean(), (codes >= 16).mean()
     # E[p^2] of p ~ U(0.2, 0.8) is 0.28; two independent probabilities would give 0.25.
@@ -216,7 +110,7 @@ def test_signs_and_centers_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> 
         return {"reveal": lambda image: fn.cast_like(image * 0 + 100 + 50 * sign + center, image)}
 
     monkeypatch.setattr(randaugment, "operations", reveal)
-    config = DataConfig(layers=1, image_size=8)
+    config = DataConfig(policy="mpl_branched", layers=1, image_size=8)
     seen = strong_views(np.zeros((1, 1, 2), np.uint8), config, rounds=12)[:, 0, 0].astype(int)
     applied = seen[seen[:, 0] > 0]
     assert abs(len(applied) / len(seen) - 0.5) < 0.03
@@ -229,7 +123,7 @@ def test_signs_and_centers_are_drawn_evenly(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_final_cutout_grays_one_square(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(randaugment, "operations", lambda *_: {"none": lambda x: x})
-    config = DataConfig(layers=1, image_size=32, final_cutout=8)
+    config = DataConfig(policy="mpl_branched", layers=1, image_size=32, final_cutout=8)
     views = strong_views(np.zeros((32, 32, 3), np.uint8), config, rounds=1)
     for view in views:
         rows, columns = np.nonzero(view[:, :, 0] == 128)

@@ -27,8 +27,9 @@ class DataConfig:
     """Weak view: random resized crop, or the image padded by 4 pixels and cropped back."""
     flip: bool = True
     """Mirror at random; switch off where left and right differ in meaning, as in digits."""
-    policy: Literal["mpl", "dali"] = "mpl"
-    """Strong view: the official code's 15 operations, or DALI's own RandAugment."""
+    policy: Literal["mpl", "mpl_branched", "dali"] = "mpl"
+    """Strong view: the official code's 15 operations, the same as a slower reference, or DALI's own
+    RandAugment."""
     layers: int = 2
     """RandAugment operations in a row."""
     magnitude: float = 17.0

@@ -16,6 +16,7 @@ from mpl_fast.data.stream import Stream, cpu_threads, dali_gpu
 from mpl_fast.errors import CheckpointError, ConfigError, DataError
 
 HALF = (torch.float16, torch.bfloat16)
+GRAPH = 2  # to be counted up with every change of the pipelines: older positions do not fit then
 
 
 class TrainLoader:
@@ -186,6 +187,7 @@ def _identity(
     """What shapes the graph and its data; DALI would restore a state into any other unasked."""
     return {
         "data": manifest.content[:16],
+        "graph": GRAPH,
         "data.device": "cpu" if dali_gpu(config, device) is None else "gpu",
         "data.image_size": config.image_size,
         "data.weak": config.weak,
@@ -212,6 +214,11 @@ def _fitting(
         )
     for key in sorted(identity.keys() | made_with.keys()):
         before, now = made_with.get(key), identity.get(key)
+        if before != now and key == "graph":
+            raise CheckpointError(
+                "the data position was saved by another version of the input pipeline: "
+                "finish the run with that version or start a new run"
+            )
         if before != now:
             raise CheckpointError(
                 f"the data position was saved with {key}={before}, this run has {key}={now}: "

@@ -16,7 +16,8 @@ from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
-from mpl_fast.data.randaugment import FILL, own_deprecations_hidden, strengthen
+from mpl_fast.data.operations import FILL
+from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
 
 READER = "reader"
 CIFAR_PADDING = 4  # pixels

@@ -3,8 +3,9 @@
 Policy ``mpl`` follows google-research/meta_pseudo_labels/augment.py (class RandAugment): every
 layer draws one of 15 operations uniformly and applies it with a probability that each image draws
 once from U(0.2, 0.8). Level M means M/10 of an operation's nominal strength and may exceed 10.
+``mpl_branched`` is the same policy with a branch for every operation, as a reference.
 
-Where it deviates from that code:
+Where they deviate from that code:
 
 - Solarize: the threshold int(25.6 M) is at most 256. The code casts it to uint8, where it wraps: at
   M = 16 it inverts what is above 153, at M = 10 everything. Here M >= 10 inverts nothing.
@@ -21,57 +22,25 @@ Where it deviates from that code:
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
-from nvidia.dali import fn, math, types
-from nvidia.dali.auto_aug import augmentations, rand_augment
+from nvidia.dali import fn, types
+from nvidia.dali.auto_aug import rand_augment
 from nvidia.dali.auto_aug.core import select
 from nvidia.dali.data_node import DataNode
 
 from mpl_fast.config import DataConfig
-
-FILL = 128
-"""Gray level of what an operation uncovers or cuts out."""
-
-Operation = Callable[[DataNode], DataNode]
-"""An image (H, W, 3) uint8 to one of the same shape and type."""
+from mpl_fast.data.grouped import NAMES, apply_code
+from mpl_fast.data.operations import FILL, cut, operations
 
 
 def strengthen(image: DataNode, config: DataConfig) -> DataNode:
     """The policy, then the final cutout if any; images are (image_size, image_size, 3) uint8."""
     image = _dali_policy(image, config) if config.policy == "dali" else _mpl_policy(image, config)
     if config.final_cutout > 0:
-        image = _cut(image, _random_center(config.image_size), config.final_cutout)
+        image = cut(image, _random_center(config.image_size), config.final_cutout)
     return image
-
-
-def operations(config: DataConfig, sign: DataNode, center: DataNode) -> dict[str, Operation]:
-    """The 15 operations of policy ``mpl`` at ``config.magnitude``, by the official code's names.
-
-    ``sign`` is -1 or 1, for what moves; ``center`` is a pixel (y, x), for what is cut out.
-    """
-    level = config.magnitude / 10
-    factor = 1.8 * level + 0.1
-    shear, shift, half = 0.3 * level, config.translate * level, int(config.cutout * level)
-    return {
-        "AutoContrast": lambda image: augmentations.auto_contrast.op(image, None),
-        "Equalize": lambda image: _equalize(image),
-        "Invert": lambda image: augmentations.invert.op(image, None),
-        "Rotate": lambda image: _rotate(image, sign * (30 * level)),
-        "Posterize": lambda image: _posterize(image, int(4 * level)),
-        "Solarize": lambda image: _solarize(image, int(256 * level)),
-        "Color": lambda image: fn.saturation(image, saturation=factor),
-        "Contrast": lambda image: augmentations.contrast.op(image, factor),
-        "Brightness": lambda image: fn.brightness(image, brightness=factor),
-        "Sharpness": lambda image: _sharpness(image, factor, config.image_size),
-        "ShearX": lambda image: _shear(image, sign, (shear, 0.0)),
-        "ShearY": lambda image: _shear(image, sign, (0.0, shear)),
-        "TranslateX": lambda image: _translate(image, sign, (shift, 0.0)),
-        "TranslateY": lambda image: _translate(image, sign, (0.0, shift)),
-        "Cutout": lambda image: _cut(image, center, half),
-    }
 
 
 @contextmanager
@@ -92,14 +61,28 @@ def own_deprecations_hidden() -> Iterator[None]:
 def _mpl_policy(image: DataNode, config: DataConfig) -> DataNode:
     """``config.layers`` operations in a row, each applied with the image's own probability."""
     probability = fn.random.uniform(range=(0.2, 0.8))
-    applied = fn.random.coin_flip(probability=probability, shape=(config.layers,), dtype=types.BOOL)
-    signs = fn.random.uniform(values=[-1.0, 1.0], shape=(config.layers,))
-    for layer in range(config.layers):
+    for _ in range(config.layers):
         # Everything random is drawn before the batch is split among the operations.
-        table = list(operations(config, signs[layer], _random_center(config.image_size)).values())
-        chosen = fn.random.uniform(values=list(range(len(table))), dtype=types.INT32)
-        if applied[layer]:
-            image = select(table, chosen, image)
+        applied = fn.random.coin_flip(probability=probability, dtype=types.BOOL)
+        center = _random_center(config.image_size)
+        if config.policy == "mpl_branched":
+            image = _branched_layer(image, applied, center, config)
+        else:
+            code = fn.random.uniform(values=list(range(2 * len(NAMES))), dtype=types.INT32)
+            if applied:
+                image = apply_code(image, code, center, config)
+    return image
+
+
+def _branched_layer(
+    image: DataNode, applied: DataNode, center: DataNode, config: DataConfig
+) -> DataNode:
+    """One layer with a branch for each of the 15 operations."""
+    sign = fn.random.uniform(values=[-1.0, 1.0])
+    table = list(operations(config, sign, center).values())
+    chosen = fn.random.uniform(values=list(range(len(table))), dtype=types.INT32)
+    if applied:
+        image = select(table, chosen, image)
     return image
 
 
@@ -117,71 +100,3 @@ def _dali_policy(image: DataNode, config: DataConfig) -> DataNode:
 def _random_center(size: int) -> DataNode:
     """(y, x) of a pixel drawn uniformly from the image."""
     return fn.random.uniform(values=[float(pixel) for pixel in range(size)], shape=(2,))
-
-
-def _cut(image: DataNode, center: DataNode, half: int) -> DataNode:
-    """Grays out the square of ``2 * half`` pixels around the center, as far as it lies inside."""
-    return fn.erase(
-        image, anchor=center - half, shape=(2 * half, 2 * half), axis_names="HW", fill_value=FILL
-    )
-
-
-def _rotate(image: DataNode, degrees: DataNode) -> DataNode:
-    return fn.rotate(
-        image, angle=degrees, keep_size=True, fill_value=FILL, interp_type=types.INTERP_NN
-    )
-
-
-def _shear(image: DataNode, sign: DataNode, shear: tuple[float, float]) -> DataNode:
-    return _warp(image, fn.transforms.shear(shear=sign * types.Constant(shear, dtype=types.FLOAT)))
-
-
-def _translate(image: DataNode, sign: DataNode, pixels: tuple[float, float]) -> DataNode:
-    offset = sign * types.Constant(pixels, dtype=types.FLOAT)
-    return _warp(image, fn.transforms.translation(offset=offset))
-
-
-def _warp(image: DataNode, matrix: DataNode) -> DataNode:
-    """Reads every pixel where the affine matrix sends it; the nearest source pixel counts."""
-    return fn.warp_affine(image, matrix=matrix, fill_value=FILL, interp_type=types.INTERP_NN)
-
-
-def _posterize(image: DataNode, bits: int) -> DataNode:
-    """Keeps the upper bits of every value."""
-    mask = 0xFF & ~(0xFF >> min(max(bits, 0), 8))
-    return image & types.Constant(mask, dtype=types.UINT8)
-
-
-def _solarize(image: DataNode, threshold: int) -> DataNode:
-    """Inverts values from the threshold on."""
-    return image if threshold >= 256 else augmentations.solarize.op(image, threshold)
-
-
-def _sharpness(image: DataNode, factor: float, size: int) -> DataNode:
-    """Blends with the image smoothed by Pillow's 3 x 3 kernel; the outermost pixels stay."""
-    kernel = augmentations.sharpness_kernel_shifted(factor)
-    sharp = fn.filter(image, types.Constant(kernel, device=image.device))
-    inside = np.pad(np.ones((size - 2, size - 2, 1), np.uint8), ((1, 1), (1, 1), (0, 0)))
-    inner = types.Constant(inside, device=image.device)
-    border = types.Constant(1 - inside, device=image.device)
-    return fn.cast_like(inner * sharp + border * image, image)
-
-
-def _equalize(image: DataNode) -> DataNode:
-    """Pillow's histogram equalization of each channel, made from OpenCV's, which DALI has.
-
-    Pillow maps a value to round(darker / step): darker counts the pixels below the value, step is
-    the whole part of 1/255 of the pixels below the maximum. OpenCV's formula applied to the
-    negative gives 255 * darker / (pixels below the maximum); the rest is to scale by the fraction
-    that step lost, which on 32 x 32 images is up to a third.
-    """
-    white = types.Constant(255, dtype=types.UINT8)
-    spread = white - fn.equalize(white - image)
-    top = fn.reductions.max(image, axis_names="HW", keep_dims=True)
-    below = fn.reductions.sum(
-        fn.cast(image < top, dtype=types.FLOAT), axis_names="HW", keep_dims=True
-    )
-    step = math.floor(below / 255.0)
-    usable = step > 0.0
-    scaled = fn.cast_like(spread * (below / (255.0 * math.max(step, 1.0))), image)
-    return usable * scaled + (usable ^ True) * image

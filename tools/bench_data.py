@@ -1,0 +1,152 @@
+"""Measures DALI's training input against torchvision v2 in a DataLoader, on the same records.
+
+All contestants are open at once and take turns in short rounds, so that what else the machine does
+meets them alike. Each delivers normalized float32 batches with equal threads, or worker processes.
+`--smoke` runs everything once on generated images and claims nothing about speed.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import read_manifest
+from mpl_fast.errors import DataError
+from mpl_fast.packing.pack import PackOptions, pack
+from mpl_fast.packing.plan import Division
+from tools.bench_input.clock import rounds
+from tools.bench_input.contestants import Setting, all_contestants
+from tools.bench_input.report import rows, table
+
+Json = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 2: there are no records, or no CUDA for --device gpu."""
+    options = _options(arguments)
+    if options.device == "gpu" and not torch.cuda.is_available():
+        print("bench_data: there is no CUDA device for --device gpu", file=sys.stderr)
+        return 2
+    if not (options.rec or options.smoke):
+        print("bench_data: --rec names a folder of records; --smoke makes some", file=sys.stderr)
+        return 2
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = _measured(options, options.rec or _generated(Path(folder)))
+    except DataError as error:
+        print(f"bench_data: {error}", file=sys.stderr)
+        return 2
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(result["claim"])
+    print(table(result["rows"]))
+    print(f"load average before and after: {result['load_average']}; written: {options.out}")
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--rec", type=Path, metavar="DIR", help="records that make_rec.py packed")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="where DALI works (cpu)")
+    add("--threads", type=int, default=2, metavar="N", help="DALI threads or worker processes (2)")
+    add("--batch", type=int, default=64, metavar="N", help="images in a batch (64)")
+    add("--batches", type=int, default=8, metavar="N", help="timed batches in a round (8)")
+    add("--rounds", type=int, default=5, metavar="N", help="(5)")
+    add("--only", default="", metavar="TEXT", help="contestants with this in 'views name'")
+    add("--seed", type=int, default=0, metavar="N", help="of the order of measuring (0)")
+    add("--smoke", action="store_true", help="everything once, tiny; nothing of speed")
+    add("--out", type=Path, default=Path("runs/bench_data.json"), help="JSON file")
+    add("--commit", metavar="NAME", help="where there is no git to ask")
+    return parser.parse_args(arguments)
+
+
+def _measured(options: argparse.Namespace, folder: Path) -> Json:
+    if options.smoke:
+        options.batch, options.batches, options.rounds = 8, 1, 1
+    config = DataConfig(image_size=64) if options.smoke else DataConfig()
+    device = torch.device("cuda" if options.device == "gpu" else "cpu")
+    split = read_manifest(folder).splits["unlabeled"]
+    setting = Setting(config, split, options.batch, options.threads, device)
+    contestants = [
+        one for one in all_contestants(setting) if options.only in f"{one.task} {one.name}"
+    ]
+    load = [os.getloadavg()[0]]
+    found = rounds(
+        contestants,
+        batch=options.batch,
+        batches=options.batches,
+        repeats=options.rounds,
+        seed=options.seed,
+    )
+    load.append(os.getloadavg()[0])
+    claim = "a smoke test: no number here is a claim" if options.smoke else _claim(options)
+    settings = {key: str(value) for key, value in vars(options).items()}
+    return {
+        "claim": claim,
+        "machine": _machine(options.commit),
+        "settings": settings,
+        "records": split.records,
+        "load_average": [round(value, 2) for value in load],
+        "rows": rows(contestants, found),
+    }
+
+
+def _claim(options: argparse.Namespace) -> str:
+    return (
+        f"median (lowest to highest) of {options.rounds} interleaved rounds of {options.batches} "
+        f"batches of {options.batch}; {options.threads} threads or workers each"
+    )
+
+
+def _machine(commit: str | None) -> Json:
+    packages = ("torch", "torchvision", "nvidia-dali-cuda120", "pillow")
+    return {
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": commit or _commit(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _generated(folder: Path) -> Path:
+    """Records of 24 smooth images of different sizes."""
+    chance = np.random.default_rng(0)
+    (folder / "images" / "one").mkdir(parents=True)
+    for number in range(24):
+        seed = Image.fromarray(chance.integers(0, 256, (8, 8, 3), np.uint8))
+        image = seed.resize((80 + number, 100 - number), Image.Resampling.BICUBIC)
+        image.save(folder / "images" / "one" / f"{number}.jpg")
+    images = str(folder / "images")
+    division = Division(labeled="8")
+    pack(PackOptions(src=(images,), val=images, out=folder / "rec", division=division, quiet=True))
+    return folder / "rec"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""The peer: torchvision v2 in a DataLoader's worker processes, on PIL images or on tensors."""
+
+import io
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import Split
+from tools.bench_input.records import Records
+
+Kind = Literal["pil", "tensor"]
+AHEAD = 2  # batches that each worker prepares ahead, PyTorch's default
+
+
+class Views(Dataset[tuple[Tensor, ...]]):
+    """(weak, [strong,] label) of a record; both views come from one decode and one crop."""
+
+    def __init__(self, config: DataConfig, split: Split, kind: Kind, *, strong: bool) -> None:
+        self._records, self._kind, self._strong = Records(split), kind, strong
+        self._crop = v2.RandomResizedCrop(
+            config.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        # Its strength ends at level 10; how long an operation takes does not depend on it.
+        bins = 31
+        magnitude = min(round(3 * config.magnitude), bins - 1)
+        self._policy = v2.RandAugment(config.layers, magnitude, bins, fill=[128, 128, 128])
+        self._end = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(config.mean), list(config.std)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
+        content, label = self._records[number]
+        crop = self._crop(self._decode(content))
+        views = [crop, self._policy(crop)] if self._strong else [crop]
+        return (*[self._end(view) for view in views], torch.tensor(label))
+
+    def _decode(self, content: bytes) -> Image.Image | Tensor:
+        if self._kind == "pil":
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        image: Tensor = decode_image(buffer, ImageReadMode.RGB)
+        return image
+
+
+class Endless(Sampler[int]):
+    """Shuffled numbers, pass after pass."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(self._count).tolist()
+
+
+def loader(data: Views, batch: int, workers: int) -> DataLoader[tuple[Tensor, ...]]:
+    """An endless loader with its own worker processes."""
+    return DataLoader(
+        data,
+        batch,
+        sampler=Endless(len(data)),
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+    )
