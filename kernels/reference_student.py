@@ -88,8 +88,8 @@ def mpl_feedback(
     It is not moved by what is not finite. The order is the official code's (class MPL of its
     training_utils.py); the sign is the paper's and not that code's.
     """
-    dtype = torch.promote_types(old.dtype, torch.float32)  # where the difference is taken
-    h = (old.detach().to(dtype) - new.detach().to(dtype)).float()
+    wide = torch.float64 if old.dtype == torch.float64 else torch.float32
+    h = (old.detach().to(wide) - new.detach().to(wide)).float()
     if average is None:
         return h
     # What is not finite would stay in the mean for good. NaN is not less than infinity either.

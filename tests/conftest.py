@@ -1,5 +1,6 @@
 """What all tests share: where things are, and when a test cannot run here."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Two busy cores make any time limit a coin toss.
 settings.register_profile("default", deadline=None, max_examples=30)
 settings.load_profile("default")
+
+
+# A shell starts background jobs deaf to Ctrl-C, which processes of the tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
