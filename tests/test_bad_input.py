@@ -87,8 +87,8 @@ def test_fine_tuning_of_a_run_that_is_not_there(say: Say, tiny_rec: Path, tmp_pa
     options += ["--recipe", "finetune", "--algorithm.start", str(start), "--device", "cpu"]
     options += ["--model.name", "wrn_10_1", "--labeled-batch", "4", "--data.image-size", "16"]
     code, text = say(options)
-    assert code == 6 and text.count("\n") == 1
-    assert f"algorithm.start: {start}/checkpoints holds no usable checkpoint" in text
+    assert code == 2 and text.count("\n") == 1
+    assert f"algorithm.start: there is no folder {start}" in text
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
