@@ -36,7 +36,8 @@ def draw(results: Sequence[Result], out: Path) -> bool:
     axes[1].set(xlabel="seconds of training")
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    # Beside the curves: six names would cover some of them.
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     seeds = max(len(runs) for runs in curves.values())
     figure.suptitle(f"mean of {seeds} seed(s); bands are ± one standard deviation", fontsize=10)
     figure.tight_layout()
