@@ -8,6 +8,7 @@ import torch
 
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, RunFacts
+from mpl_fast.algorithms.mpl import count_held_out
 from mpl_fast.config import LearnerConfig, RunConfig
 from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.loader import EvalLoader, TrainLoader
@@ -43,6 +44,7 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
+    _check_parts(config, place)
     mixup, rows = getattr(config.algorithm, "mixup", 0.0), config.labeled_batch // place.world
     if mixup and config.recipe == "supervised" and rows % 2:
         raise ConfigError(
@@ -57,6 +59,21 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
         )
 
 
+def _check_parts(config: RunConfig, place: Place) -> None:
+    """Parts must be equal, or the mean over them would not be the whole batch's."""
+    labeled = config.labeled_batch // place.world
+    held_out = getattr(config.algorithm, "held_out", 0.0)
+    rows = {"labeled": labeled - count_held_out(labeled, held_out)}
+    if config.recipe not in LABELED_ONLY:
+        rows["unlabeled"] = config.unlabeled_batch // place.world
+    for split, count in rows.items():
+        if count % config.microbatches:
+            raise ConfigError(
+                f"microbatches {config.microbatches} does not divide the {count} {split} images "
+                f"that a rank learns from in a step: change {split}_batch"
+            )
+
+
 def build_algorithm(
     config: RunConfig,
     manifest: Manifest,
@@ -69,7 +86,7 @@ def build_algorithm(
 
     Pretrained weights are read if it is `fresh`: a checkpoint replaces them all.
     """
-    facts = RunFacts(config.seed, steps_in(1.0, config, manifest))
+    facts = RunFacts(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model
@@ -87,6 +104,8 @@ def build_algorithm(
             device=device,
             bf16=uses_bf16(config, device),
             compiled=config.compile,
+            graphs=config.cuda_graphs,
+            gradients=config.gradients,
         )
 
     torch.manual_seed(config.seed)

@@ -88,14 +88,22 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
-    """Averages many tensors of one dtype in place with a single all-reduce."""
+    """Averages many tensors in place with a single all-reduce; of one type, or it is the widest."""
     if world_size() == 1 or not tensors:
         return
-    flat = mean_over_ranks(torch.cat([t.flatten() for t in tensors]))
-    chunks = torch.split(flat, [t.numel() for t in tensors])
-    torch._foreach_copy_(
-        list(tensors), [c.view_as(t) for c, t in zip(chunks, tensors, strict=True)]
-    )
+    rows = [_in_memory_order(t) for t in tensors]
+    flat = torch.cat([row.flatten() for row in rows])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    chunks = flat.split([row.numel() for row in rows])
+    torch._foreach_copy_(rows, [c.view(row.shape) for c, row in zip(chunks, rows, strict=True)])
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """The same memory with its dimensions in an order in which flattening is no copy."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.detach().permute(0, 2, 3, 1)
+    return x.detach()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -7,25 +7,32 @@ here and nowhere else, so that an algorithm reads as if there were one device.
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpl_fast import losses, optimizers
+from mpl_fast import compilation, losses, optimizers
+from mpl_fast.batch import joined
 from mpl_fast.config import LearnerConfig
+from mpl_fast.config.run import GradientSync, Graphs
 from mpl_fast.derivatives import EPSILON, Derivative, own_statistics
 from mpl_fast.distributed import mean_over_ranks_, world_size
 from mpl_fast.draws import DrawnAs
-from mpl_fast.models.frozen import FrozenNorm
+from mpl_fast.running import RunningStatistics
+
+Term = Tensor | tuple[Tensor, Tensor]
+Pairs = tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Learner:
     """Runs forward passes, takes gradient steps and keeps an average of its weights.
 
-    Replicas stay identical: DDP averages the gradients, `end` averages the batch-norm statistics.
+    Replicas stay identical: each update averages gradients and batch-norm statistics over ranks.
+    A gradient that is not finite on any rank moves nothing on all of them: neither weights nor
+    momentum, statistics or average. `skipped` tells.
     """
 
     def __init__(
@@ -36,18 +43,24 @@ class Learner:
         steps: int,
         device: torch.device | str = "cpu",
         bf16: bool = False,
-        compiled: str = "off",
+        compiled: compilation.Mode = "off",
+        graphs: Graphs = "off",
+        gradients: GradientSync = "flat",
     ) -> None:
         self.config, self.steps = config, steps
         self.device, self.bf16 = torch.device(device), bf16
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = _frozen_copy(self.network) if config.ema else None
-        _compile(self.network, compiled)
-        self._replica = _replicate(self.network, self.device)
+        compilation.compile_in_place(self.network, compiled, graphs=graphs == "model")
+        self._replica = _replicate(self.network, self.device, gradients)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = optimizers.build(self.network, config, self.device)
+        self._descent = optimizers.Descent(self.network, config, fixed=graphs == "step")
+        self.optimizer = self._descent.optimizer
+        self._running = RunningStatistics(self.network)
+        self._averaged = _pairs(self.average, self.network, config) if self.average else ([], [])
         self._derivative = Derivative(self.network)
-        self._ended, self._resting = -1, False
+        self._ended, self._resting, self._moved = -1, False, False
+        self.skipped = torch.zeros((), device=self.device)  # updates left out, one after another
 
     def __call__(self, *views: Tensor) -> Tensor:
         """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
@@ -55,8 +68,9 @@ class Learner:
 
         `views` are ``(n, 3, H, W)`` each; the rows come back in their order.
         """
+        self._moved = True
         with self._autocast():
-            logits: Tensor = self._replica(_joined(views))
+            logits: Tensor = self._replica(joined(views))
         return logits
 
     @torch.no_grad()
@@ -64,7 +78,7 @@ class Learner:
         """What calling this would give, dropout included, without gradient or any trace of it in
         the running statistics."""
         with own_statistics(self.network), self._autocast():
-            logits: Tensor = self.network(_joined(views))
+            logits: Tensor = self.network(joined(views))
         return logits
 
     @torch.no_grad()
@@ -146,75 +160,100 @@ class Learner:
             network.train(was_training)
         return logits
 
-    def descend(self, loss: Tensor) -> Tensor:
-        """One clipped optimizer step down a scalar loss; the gradient is averaged over ranks.
+    def descend(self, *terms: Term) -> Tensor:
+        """One clipped optimizer step down a sum of `push`'s terms; returns what `update` does."""
+        self.push(*terms)
+        return self.update()
+
+    def push(self, *terms: Term, last: bool = True) -> None:
+        """Adds the gradient of a sum to what the next `update` goes down.
+
+        A term is a scalar loss, or logits together with a loss's gradient by them. `last`: nothing
+        else will come before the update, so that DDP may begin to exchange gradients.
+        """
+        roots = [term if isinstance(term, Tensor) else term[0] for term in terms]
+        slopes = [None if isinstance(term, Tensor) else term[1] for term in terms]
+        moved = [i for i, root in enumerate(roots) if root.requires_grad]  # not by constants
+        with nullcontext() if last else _unsynced(self._replica):
+            torch.autograd.backward([roots[i] for i in moved], [slopes[i] for i in moved])
+
+    def update(self) -> Tensor:
+        """One clipped optimizer step down all that was pushed.
 
         Returns, 0-dim on the device, how far SGD moved the weights for each unit of this gradient:
-        lr (1 + momentum) under Nesterov, else lr, times the clipping. (What older gradients moved
-        through the momentum is not this loss's doing.)
+        lr (1 + momentum) under Nesterov, else lr, times the clipping; NaN if it was left out. (What
+        older gradients moved through the momentum is not this loss's doing.)
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        clipping = self.parameters[0].new_ones(())
-        if self.config.clip:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip, foreach=True)
-            clipping = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)  # as that function does
-        if not self._resting:
-            self.optimizer.step()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self._exchange(gradients)
+        clipping, finite = self._descent.step(gradients, moves=not self._resting)
+        self._running.settle(finite)
+        for parameter in self.parameters:
+            parameter.grad = None
+        # In place, here and in `settle`: a CUDA graph of the step knows addresses.
+        self.skipped.copy_(torch.where(finite, 0.0, self.skipped + 1.0))
         ahead = 1.0 + self.config.momentum if self.config.nesterov else 1.0
-        rate: Tensor = clipping * (self.lr * ahead)
-        return rate
+        return torch.where(finite, clipping * (self._descent.rate * ahead), torch.nan)
+
+    def _exchange(self, gradients: list[Tensor]) -> None:
+        """The one collective of an update; DDP has exchanged the gradients already."""
+        statistics = self._running.tensors if self._moved else []
+        mine = isinstance(self._replica, DistributedDataParallel)
+        mean_over_ranks_(statistics if mine else [*gradients, *statistics])
+        self._moved = False
 
     def rest(self) -> None:
         """Until the next `begin`, `descend` moves nothing, and gathers no momentum either."""
         self._resting = True
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+        self._descent.lr = 0.0
 
     @property
     def lr(self) -> float:
         """The learning rate that `begin` has set."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self._descent.lr
 
     def begin(self, step: int) -> None:
         """Sets the learning rate for a step: a function of its number, so there is nothing to
         resume."""
         self.network.train()
+        if self._ended < 0:
+            self._running.keep()
         self._resting = False
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(step, self.steps)
+        self._descent.lr = self.config.lr_at(step, self.steps)
 
     @torch.no_grad()
     def end(self, step: int) -> None:
-        """Averages batch-norm statistics over ranks and moves the average towards the new weights.
+        """Moves the average towards the new weights.
 
         The decay warms up as ``min(ema, (1 + t) / (10 + t))``, as the official code has it.
         """
-        mean_over_ranks_(_statistics(self.network))
+        if self._moved:  # a pass after the last update
+            mean_over_ranks_(self._running.tensors)
+            self._running.settle()
+            self._moved = False
         if self._ended == step:  # an algorithm had a reason to move the average earlier
             return
         self._ended = step
         if self.average is None:
             return
-        kept, mine = _tensors(self.average), _tensors(self.network)
         decay = min(self.config.ema, (1 + step) / (10 + step))
-        copied = list(zip(kept[1], mine[1], strict=True))  # counters
         if self.config.conventions == "kekmodel":
             decay = self.config.ema
-            copied = list(zip(self.average.buffers(), self.network.buffers(), strict=True))
-        torch._foreach_lerp_(kept[0], mine[0], 1.0 - decay)
-        for k, m in copied:
-            k.copy_(m)
+        (kept, mine), (copies, originals) = self._averaged
+        torch._foreach_lerp_(kept, mine, 1.0 - decay)
+        if copies:
+            torch._foreach_copy_(copies, originals)
 
     def finite(self) -> Tensor:
         """Whether every weight and statistic is a finite number: 0-d bool on the device."""
-        norms = torch._foreach_norm(_tensors(self.network)[0])
+        everything = [*self.network.parameters(), *self.network.buffers()]
+        norms = torch._foreach_norm([t for t in everything if t.is_floating_point()])
         return torch.stack(list(norms)).sum().isfinite()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continued run needs of this learner."""
         average = self.average.state_dict() if self.average is not None else None
-        optimizer = self.optimizer.state_dict()
+        optimizer = self._descent.state_dict()
         return {"network": self.network.state_dict(), "average": average, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -222,7 +261,8 @@ class Learner:
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._descent.load_state_dict(state["optimizer"])
+        self._running.keep()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -232,49 +272,31 @@ def _frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
-def _compile(network: nn.Module, mode: str) -> None:
-    """Compiles in place, which keeps the parameters' names and serves `infer` too."""
-    if mode == "off":
-        return
-    # Otherwise DDP's bucket boundaries would split the network into several graphs.
-    torch._dynamo.config.optimize_ddp = False
-    # A form for each mode and shape that a recipe calls it in; past the limit it runs uncompiled.
-    torch._dynamo.config.recompile_limit = 32
-    # Dropout as uncompiled code draws it, or exact feedback would follow another mask's student.
-    torch._inductor.config.fallback_random = True
-    # No CUDA graphs: a forward of the student between the teacher's forward and backward would
-    # overwrite what the teacher's graph still needs.
-    modes = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-    network.compile(dynamic=False, mode=modes[mode])
-
-
-def _replicate(network: nn.Module, device: torch.device) -> nn.Module:
-    if world_size() == 1:
+def _replicate(network: nn.Module, device: torch.device, gradients: GradientSync) -> nn.Module:
+    if world_size() == 1 or gradients == "flat":
         return network
-    # Batch-norm statistics are averaged in `end`; the option's name changed in torch 2.13.
+    # Batch-norm statistics are averaged in `update`; the option's name changed in torch 2.13.
     options = inspect.signature(DistributedDataParallel.__init__).parameters
     modern = "forward_sync_buffers" in options
     sync = {"forward_sync_buffers" if modern else "broadcast_buffers": False}
     ids = [device.index] if device.type == "cuda" else None
     wrap: Any = DistributedDataParallel
-    replica: nn.Module = wrap(network, device_ids=ids, gradient_as_bucket_view=True, **sync)
+    replica: nn.Module = wrap(network, device_ids=ids, **sync)
     return replica
 
 
-def _joined(views: tuple[Tensor, ...]) -> Tensor:
-    return views[0] if len(views) == 1 else torch.cat(views)
+def _unsynced(replica: nn.Module) -> AbstractContextManager[None]:
+    return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
-def _statistics(network: nn.Module) -> list[Tensor]:
-    """What training passes move: floating-point buffers, but not those of frozen norms."""
-    moving = (m for m in network.modules() if not isinstance(m, FrozenNorm))
-    return [b for m in moving for b in m.buffers(recurse=False) if b.is_floating_point()]
-
-
-def _tensors(network: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point weights and statistics, and integer counters."""
-    everything: list[Tensor] = [*network.parameters(), *network.buffers()]
-    return (
-        [t for t in everything if t.is_floating_point()],
-        [t for t in everything if not t.is_floating_point()],
-    )
+def _pairs(average: nn.Module, network: nn.Module, config: LearnerConfig) -> Pairs:
+    """What moves towards the network's values, and what copies them: each the average's tensors and
+    the network's."""
+    kept, mine = ([*n.parameters(), *n.buffers()] for n in (average, network))
+    moving = [p.is_floating_point() for p in mine]
+    if config.conventions == "kekmodel":  # which copies statistics
+        parameters = len(list(network.parameters()))
+        moving = [i < parameters for i in range(len(mine))]
+    together = list(zip(moving, kept, mine, strict=True))
+    moved, copied = ([(k, m) for yes, k, m in together if yes is w] for w in (True, False))
+    return tuple(([k for k, _ in some], [m for _, m in some]) for some in (moved, copied))  # type: ignore[return-value]

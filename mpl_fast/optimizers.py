@@ -1,21 +1,117 @@
-"""The optimizer of a network, and which of its parameters are decayed."""
+"""How a gradient moves weights: the optimizer, what it decays, clipping, and what is left undone.
 
+Nothing here waits for the device. Whether a gradient is finite is a tensor there, and PyTorch's
+fused optimizers read it, with the clipping, in the one pass that they make over the weights.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpl_fast.config import LearnerConfig
 
 
-def build(network: nn.Module, config: LearnerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trained parameters; fused on CUDA."""
-    groups, fused = _groups(network, config), device.type == "cuda"
+class Descent:
+    """SGD or AdamW over the trained parameters of a network.
+
+    A step whose gradient has an infinity or a NaN is left out whole: weights, momentum and step
+    counters stay as they were.
+    """
+
+    def __init__(self, network: nn.Module, config: LearnerConfig, *, fixed: bool = False) -> None:
+        """`fixed`: the learning rate is a tensor at a fixed address, as a CUDA graph wants it."""
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = _build(_groups(network, config), config)
+        self._clip = config.clip
+        groups = self.optimizer.param_groups
+        self._rates = [self._fixed_rate() for _ in groups] if fixed else []
+        self.lr = config.lr
+        _begin_momentum(self.optimizer)
+
+    @property
+    def lr(self) -> float:
+        """Of all groups."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self._lr = value
+        for rate in self._rates:
+            rate.fill_(value)
+        groups = self.optimizer.param_groups
+        for number, group in enumerate(groups):
+            group["lr"] = self._rates[number] if self._rates else value
+
+    @property
+    def rate(self) -> Tensor | float:
+        """The same, as what a CUDA graph may read."""
+        return self._rates[0] if self._rates else self._lr
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], *, moves: bool = True) -> tuple[Tensor, Tensor]:
+        """Goes down `gradients`, those of the parameters that have one.
+
+        Returns 0-dim tensors on the device: by what clipping multiplied the gradient, and whether
+        it was finite. Unless it `moves`, that is all that happens.
+        """
+        norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
+        finite = norm.isfinite()
+        clipping = torch.ones_like(norm)
+        if self._clip:
+            clipping = (self._clip / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
+        if moves:
+            self._move(gradients, clipping, finite)
+        return clipping, finite
+
+    def _move(self, gradients: Sequence[Tensor], clipping: Tensor, finite: Tensor) -> None:
+        optimizer: Any = self.optimizer
+        optimizer.grad_scale = None
+        if self._clip and clipping.dtype == torch.float32:
+            optimizer.grad_scale = 1.0 / clipping  # which the fused step divides by
+        elif self._clip:  # it knows scales of float32 only
+            torch._foreach_mul_(list(gradients), clipping)
+        optimizer.found_inf = (~finite).to(torch.float32)
+        optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Momentum and step counters."""
+        state: dict[str, Any] = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = self.lr
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.optimizer.load_state_dict(state)
+        _begin_momentum(self.optimizer)
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
+
+    def _fixed_rate(self) -> Tensor:
+        device = self.parameters[0].device
+        # The fused kernels read float32 on a GPU; on a CPU any.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+def _build(groups: list[dict[str, Any]], config: LearnerConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=fused)
+        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=True)
     return torch.optim.SGD(
-        groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+        groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros, where PyTorch would make room at the first step: if that step is then left out for a
+    gradient that is not finite, whatever lies in that memory is taken for momentum."""
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _groups(network: nn.Module, config: LearnerConfig) -> list[dict[str, Any]]:

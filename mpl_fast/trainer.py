@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mpl_fast import distributed, models, randomness
 from mpl_fast.algorithms.base import train_step
@@ -32,8 +32,11 @@ from mpl_fast.distributed import Place, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.evaluate import accuracy_line, evaluate
 from mpl_fast.interrupts import stopping_by
-from mpl_fast.metrics import Meter, non_finite
+from mpl_fast.metrics import Meter, Row, non_finite
 from mpl_fast.rundir import RunDir, open_for
+
+PATIENCE = 10  # updates in a row that may be left out for a gradient that is not finite
+IN_A_ROW = "skipped_in_a_row/"
 
 
 def train(config: RunConfig) -> int:
@@ -158,7 +161,7 @@ class Run:
             self.done += 1
             last = self.done == config.steps
             if last or self.done % config.log_every == 0:
-                self._log()
+                self._log(late=not last)
             self.console.tick(self.done)
             pausing = self.stop.agreed() or self.done == config.stop_at
             if last or (config.eval_every and self.done % config.eval_every == 0):
@@ -170,31 +173,48 @@ class Run:
                 return False
         return True
 
-    def _log(self) -> None:
-        """The one place where a running loop waits for the device."""
-        if self.meter.empty:
-            return
-        row = self.meter.row()
+    def _log(self, *, late: bool = False) -> None:
+        """Ends a row and writes those that have arrived: the one place where the loop waits.
+
+        `late`: not for the newest row, which a GPU is still working on.
+        """
+        learners = self.algorithm.learners
+        if not self.meter.empty:
+            rates = {f"lr/{name}": learner.lr for name, learner in learners.items()}
+            skipped = {f"{IN_A_ROW}{name}": learner.skipped for name, learner in learners.items()}
+            self.meter.close(self.done, rates, skipped)
+        for step, row in self.meter.rows(late=int(late and self.place.device.type == "cuda")):
+            self._write(step, row)
+
+    def _write(self, step: int, row: Row) -> None:
         self.seconds += row["seconds"]
-        if bad := non_finite(row):
-            kept = (
-                f"the checkpoint of step {self.saved} is kept"
-                if self.saved > 0
-                else "none was saved"
-            )
-            raise NonFiniteError(
-                f"{bad} became {row[bad]} in the {row['steps']:.0f} steps up to {self.done} "
-                f"({kept}): "
-                "lower the learning rate, lengthen its warm-up or lower algorithm.*.clip"
-            )
+        skipped = {name: row.pop(f"{IN_A_ROW}{name}") for name in self.algorithm.learners}
+        for name, in_a_row in skipped.items():
+            if in_a_row >= PATIENCE:
+                self._spoilt(f"the last {in_a_row:.0f} updates of the {name} up to step {step}")
+            if share := row[f"skipped/{name}"]:
+                self.console.warn(
+                    f"{round(share * row['steps'])} of {row['steps']} updates of the {name} up to "
+                    f"step {step} were skipped: their gradient was not finite"
+                )
+        while bad := non_finite(row):
+            if not any(row[f"skipped/{name}"] for name in skipped):
+                self._spoilt(f"{bad} in all of the {row['steps']} steps up to {step}")
+            del row[bad]  # no step of the interval had a value
         row["images_per_second"] = row["steps"] * images_per_step(self.config) / row["seconds"]
-        for name, learner in self.algorithm.learners.items():
-            row[f"lr/{name}"] = learner.lr
         if self.folder:
-            self.folder.row(self.done, row)
-        self.console.row(self.done, row)
+            self.folder.row(step, row)
+        self.console.row(step, row)
+
+    def _spoilt(self, what: str) -> NoReturn:
+        kept = f"the checkpoint of step {self.saved} is kept" if self.saved > 0 else "none is kept"
+        raise NonFiniteError(
+            f"not finite: {what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
+            "algorithm.*.clip"
+        )
 
     def _evaluate(self) -> None:
+        self._log()
         began = time.perf_counter()
         expected = self.manifest.splits["val"].records
         self.accuracy = evaluate(self.algorithm, self.validation, expected)
@@ -212,9 +232,7 @@ class Run:
         learners, voters = self.algorithm.learners, self.algorithm.voters.learners
         for name, learner in learners.items():
             if not learner.finite():
-                raise NonFiniteError(
-                    f"a weight of the {name} is not finite at step {self.done}: lower its lr"
-                )
+                self._spoilt(f"a weight of the {name} at step {self.done}")
         shared = {
             "step": self.done,
             "seconds": self.seconds,

@@ -14,6 +14,7 @@ from mpl_fast.algorithms import RunFacts, build
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
+from mpl_fast.compilation import Mode
 from mpl_fast.config import ConsistencyConfig, LearnerConfig, MPLConfig
 from mpl_fast.learner import Learner
 
@@ -54,14 +55,14 @@ def config(feedback: Any, student: LearnerConfig = STUDENT, **options: Any) -> M
 
 
 def mpl(
-    config: MPLConfig, norm: bool = False, dropout: float = 0.0, compiled: str = "off"
+    config: MPLConfig, norm: bool = False, dropout: float = 0.0, compiled: Mode = "off"
 ) -> MetaPseudoLabels:
     """The algorithm with networks that are surer of themselves than new ones."""
     return mpl_of(lambda: _surer(network(norm, dropout), norm), config, compiled)
 
 
 def mpl_of(
-    new: Callable[[], nn.Module], config: MPLConfig, compiled: str = "off"
+    new: Callable[[], nn.Module], config: MPLConfig, compiled: Mode = "off"
 ) -> MetaPseudoLabels:
     """The algorithm with two networks of any kind."""
     torch.manual_seed(0)
@@ -118,8 +119,8 @@ def by_autograd(algorithm: MetaPseudoLabels, data: Batch) -> Tensor:
 
     torch.manual_seed(SEED)
     if config.bn_batches == "joint":
-        logits = teacher(torch.cat([data.labeled[:kept], data.weak, data.strong]))
-        weak, strong = logits[kept:].chunk(2)
+        logits = teacher(torch.cat([data.weak, data.labeled[:kept], data.strong]))
+        weak, strong = logits[: len(data.weak)], logits[-len(data.strong) :]
     elif config.pseudo == "weak":
         weak = teacher(data.weak)
     else:

@@ -1,5 +1,7 @@
 """Top-1, top-5 and the count, by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,9 +57,26 @@ def test_meter_means_over_its_steps() -> None:
     assert meter.empty
     for value in (1.0, 2.0, 6.0):
         meter.add({"a": torch.tensor(value), "b": torch.tensor(-value)}, waited=0.0)
-    row = meter.row()
-    assert row["a"] == 3.0 and row["b"] == -3.0 and row["steps"] == 3
+    meter.close(3, {"lr": 0.5}, {"last": torch.tensor(7.0)})
+    ((step, row),) = meter.rows()
+    assert step == 3 and row["a"] == 3.0 and row["b"] == -3.0 and row["steps"] == 3
+    assert row["lr"] == 0.5 and row["last"] == 7.0 and non_finite(row) is None
     assert meter.empty
-    meter.add({"a": torch.tensor(float("nan")), "b": torch.tensor(1.0)}, waited=0.0)
-    assert non_finite(meter.row()) == "a"
-    assert non_finite(row) is None
+
+
+def test_meter_leaves_out_what_is_not_finite() -> None:
+    meter = Meter()
+    for a, b in ((1.0, math.nan), (math.inf, math.nan), (3.0, math.nan)):
+        meter.add({"a": torch.tensor(a), "b": torch.tensor(b)}, waited=0.0)
+    meter.close(3, {}, {})
+    ((_, row),) = meter.rows()
+    assert row["a"] == 2.0 and non_finite(row) == "b"
+
+
+def test_late_rows_come_in_order() -> None:
+    meter = Meter()
+    for value in (1.0, 2.0):
+        meter.add({"a": torch.tensor(value)}, waited=0.0)
+        meter.close(int(value), {}, {})
+        assert [(s, r["a"]) for s, r in meter.rows(late=1)] == ([(1, 1.0)] if value == 2 else [])
+    assert [(s, r["a"]) for s, r in meter.rows()] == [(2, 2.0)]

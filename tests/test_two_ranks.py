@@ -78,3 +78,21 @@ def test_compiled_networks_under_ddp_equal_eager_ones(alone: Path, tmp_path: Pat
     train(2, tmp_path / "compiled", "mpl", "--compile")
     compiled = ended(tmp_path / "compiled", "mpl", 0)
     assert_close(ended(alone, "mpl", 0)["learners"], compiled["learners"])
+
+
+def test_a_step_is_at_most_three_collectives(pair: Path) -> None:
+    """Gradients and statistics of a learner together, one for each update, and the feedback's."""
+    found = {name: ended(pair, name, 0)["collectives"] for name in CONFIGS}
+    for name, count in found.items():
+        recipe = name.split()[0]
+        updates = {"mpl": 2, "mpl_roleplay": 2, "smpl": 2}.get(recipe, 1)
+        heard = recipe in ("mpl", "mpl_roleplay", "smpl", "metasemi")
+        assert count == updates + heard, name
+
+
+def test_ddp_and_the_flat_exchange_end_alike(pair: Path, tmp_path: Path) -> None:
+    names = ["mpl", "uda", "smpl", "mpl exact"]
+    train(2, tmp_path / "ddp", *names, "--ddp")
+    for name in names:
+        flat, ddp = ended(pair, name, 0), ended(tmp_path / "ddp", name, 0)
+        assert_close(flat["learners"], ddp["learners"])

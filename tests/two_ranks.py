@@ -1,15 +1,17 @@
 """Trains on made-up batches and saves the weights: run by test_two_ranks.py, alone and by torchrun.
 
-usage: two_ranks.py OUT NAME [NAME ...] [--compile]
+usage: two_ranks.py OUT NAME [NAME ...] [--compile] [--ddp]
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mpl_fast import algorithms, distributed
@@ -79,26 +81,34 @@ def network() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(32, 4)).double()
 
 
-def train(recipe: str, out: str, compiled: str, place: distributed.Place) -> None:
+def train(recipe: str, out: str, options: set[str], place: distributed.Place) -> None:
     torch.manual_seed(0)
     algorithm = algorithms.build(
-        CONFIGS[recipe], lambda c: Learner(network(), c, steps=8, compiled=compiled)
+        CONFIGS[recipe],
+        lambda c: Learner(
+            network(),
+            c,
+            steps=8,
+            compiled="default" if "--compile" in options else "off",
+            gradients="ddp" if "--ddp" in options else "flat",
+        ),
     )
     for t, whole in enumerate(batches(8)):
         mine = Batch(*(field[place.rank :: place.world] for field in whole))
-        metrics = train_step(algorithm, mine, t)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            metrics = train_step(algorithm, mine, t)
     h = metrics.get("h", torch.zeros(()))
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
     state["algorithm"] = dict(algorithm.state)
-    torch.save({"learners": state, "h": h}, f"{out}.{recipe}.{place.rank}")
+    ended = {"learners": state, "h": h, "collectives": reduced.call_count}
+    torch.save(ended, f"{out}.{recipe}.{place.rank}")
 
 
 def main(out: str, *options: str) -> None:
     place = distributed.start("cpu")
-    compiled = "default" if "--compile" in options else "off"
     for recipe in options:
-        if recipe != "--compile":
-            train(recipe, out, compiled, place)
+        if not recipe.startswith("--"):
+            train(recipe, out, {*options}, place)
     distributed.stop()
 
 

@@ -33,9 +33,9 @@ def build(
         case SupervisedConfig() | FinetuneConfig():
             return Supervised(config, new_learner, facts)
         case UDAConfig():
-            return UDA(config, new_learner)
+            return UDA(config, new_learner, facts)
         case FixMatchConfig():
-            return FixMatch(config, new_learner)
+            return FixMatch(config, new_learner, facts)
         case RolePlayConfig():  # before MPLConfig, of which it is one
             return RolePlay(config, new_learner, facts)
         case MPLConfig():

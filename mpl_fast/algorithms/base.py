@@ -23,6 +23,7 @@ class RunFacts:
 
     seed: int = 0
     epoch: int = 1  # steps in a pass over the unlabeled images
+    microbatches: int = 1  # parts of a rank's batch that are computed one after the other
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ class Algorithm(Protocol):
 
 
 def train_step(algorithm: Algorithm, batch: Batch, t: int) -> Metrics:
-    """Wraps a step in what all algorithms share: learning rates before, averages after."""
+    """Wraps a step in what all algorithms share: learning rates before, averages after.
+
+    ``skipped/NAME`` is 1 where a learner's update was left out, for its gradient was not finite.
+    """
     for learner in algorithm.learners.values():
         learner.begin(t)
     metrics = algorithm.step(batch, t)
-    for learner in algorithm.learners.values():
+    for name, learner in algorithm.learners.items():
         learner.end(t)
+        metrics[f"skipped/{name}"] = learner.skipped.clamp(max=1.0)
     return metrics
 
 

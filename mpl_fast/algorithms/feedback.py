@@ -1,5 +1,6 @@
 """How a teacher hears what its labels did for the student (derivations: docs/algorithms.md)."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -14,15 +15,19 @@ from mpl_fast.distributed import mean_over_ranks
 from mpl_fast.draws import again, dropouts
 from mpl_fast.learner import Learner
 
+ALL = slice(None)
+
 
 class Feedback(Protocol):
     """Listens to one step of a student: made before it, asked after it."""
 
     def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        """The student of these logits ``(U, C)`` has just moved `rate` along their gradient."""
+        """The student of these logits ``(U, C)`` has just moved `rate` along their gradient (NaN:
+        its step was left out)."""
 
-    def term(self, view: Tensor, labels: Labels) -> Tensor:
-        """A term of the teacher's loss; `view` is ``(U, C)``, its logits with gradient."""
+    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
+        """A term of the teacher's loss; `view` is ``(U, C)``, its logits with gradient, or some
+        `rows` of them, as are the `labels`."""
 
     def metrics(self) -> Metrics:
         """`h`, by how much the labels are held to have lowered the labeled loss, and others."""
@@ -37,7 +42,7 @@ class Silence:
     def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self.new = labeled_loss(self._student, self._images, self._labels)
 
-    def term(self, view: Tensor, labels: Labels) -> Tensor:
+    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
         return view.new_zeros(())
 
     def metrics(self) -> Metrics:
@@ -65,10 +70,12 @@ class Difference:
 
     def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self.new = labeled_loss(self._student, self._images, self._labels)
-        old, new = mean_over_ranks(torch.stack([self._old, self.new]))
+        # Of a step that was left out nothing is known: the teacher's is left out with it.
+        after = torch.where(rate.isfinite(), self.new, torch.nan)
+        old, new = mean_over_ranks(torch.stack([self._old, after]))
         self.h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
 
-    def term(self, view: Tensor, labels: Labels) -> Tensor:
+    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
         return self.h * losses.student_loss(view, labels.target, weight=labels.weight).loss
 
     def metrics(self) -> Metrics:
@@ -92,6 +99,7 @@ class _Directional:
 
     The cross-entropy of a student is linear in the label, so that the labeled loss after a plain
     step of rate r changes by r/U * sum u * (change of the labels): without second derivatives.
+    `unlabeled` is what the student's passes of this step see, in their order.
     """
 
     def __init__(
@@ -99,46 +107,47 @@ class _Directional:
         student: Learner,
         images: Tensor,
         labels: Tensor,
-        unlabeled: Tensor,
+        unlabeled: Sequence[Tensor],
         smoothing: float,
         derivative: Derivative,
     ) -> None:
         self._student, self._images, self._labels = student, images, labels
         self._unlabeled, self._smoothing, self._derivative = unlabeled, smoothing, derivative
         self._before = student.weights()
-        self._dropouts = dropouts(student.device)  # those of the student's pass, which comes next
+        self._dropouts = dropouts(student.device)  # of the student's passes, which come next
+        self.heard: list[Tensor] = []  # h of the rows of each term
 
     def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         student = self._student
         direction, self.new = student.labeled_gradient(self._images, self._labels)
         with again(self._dropouts, student.device):
-            change = student.along(self._before, direction, self._unlabeled, self._derivative)
-        self.u = log_softmax_along(strong, change)
+            change = [
+                student.along(self._before, direction, images, self._derivative)
+                for images in self._unlabeled
+            ]
+        self.u = log_softmax_along(strong, torch.cat(change))
         if labels.weight is not None:
             self.u = self.u * labels.weight[:, None]
         self.rate = rate * (1.0 - self._smoothing)
         self._before = []
 
+    def metrics(self) -> Metrics:
+        return {"h": torch.stack(self.heard).mean(), "loss/student_labeled": self.new}
+
 
 class Exact(_Directional):
     """The whole derivative for soft labels: rate/U * sum u * softmax(teacher), without noise."""
 
-    def term(self, view: Tensor, labels: Labels) -> Tensor:
-        value = losses.exact_feedback(view, self.u, weight=self.rate)
-        self.h = -value.detach()
+    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
+        value = losses.exact_feedback(view, self.u[rows], weight=self.rate)
+        self.heard.append(-value.detach())
         return value
-
-    def metrics(self) -> Metrics:
-        return {"h": self.h, "loss/student_labeled": self.new}
 
 
 class PerExample(_Directional):
     """For each drawn label its own h = -rate/U * u[label]; without bias, and less noise."""
 
-    def term(self, view: Tensor, labels: Labels) -> Tensor:
-        h = -self.rate * self.u.gather(-1, labels.target[:, None])[:, 0]
-        self.h = h.mean()
+    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
+        h = -self.rate * self.u[rows].gather(-1, labels.target[:, None])[:, 0]
+        self.heard.append(h.mean())
         return losses.student_loss(view, labels.target, weight=h).loss
-
-    def metrics(self) -> Metrics:
-        return {"h": self.h, "loss/student_labeled": self.new}

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, Voters
+from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.parts import mean_of, parts, shared
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import FixMatchConfig
@@ -12,13 +13,22 @@ from mpl_fast.config import FixMatchConfig
 class FixMatch:
     """Learns the labels, and on strong views the weak views' labels where they are confident."""
 
-    def __init__(self, config: FixMatchConfig, new_learner: NewLearner) -> None:
-        self.config = config
+    def __init__(self, config: FixMatchConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+        self.config, self.microbatches = config, facts.microbatches
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, t: int) -> Metrics:
+        count, told = self.microbatches, []
+        for number, part in enumerate(parts(batch, count), start=1):
+            loss, metrics = self._loss(part)
+            self.learner.push(*shared([loss], count), last=number == count)
+            told.append(metrics)
+        self.learner.update()
+        return mean_of(told)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config, n = self.config, len(batch.weak)
         logits = Views(self.learner, batch, config.bn_batches).logits()
         weak = logits[-2 * n : -n].detach()
@@ -28,8 +38,7 @@ class FixMatch:
             logits[: -2 * n], batch.labels, label_smoothing=config.smoothing
         )
         unlabeled = losses.student_loss(logits[-n:], found.label, weight=sure)
-        self.learner.descend(labeled.loss + config.weight * unlabeled.loss)
-        return {
+        return labeled.loss + config.weight * unlabeled.loss, {
             "loss/labeled": labeled.loss.detach(),
             "loss/consistency": unlabeled.loss.detach(),
             "mask_rate": sure.mean(),

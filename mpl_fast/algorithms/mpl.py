@@ -1,5 +1,7 @@
 """Meta Pseudo Labels (https://arxiv.org/abs/2003.10580)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,17 +9,19 @@ from mpl_fast import draws, losses
 from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
 from mpl_fast.algorithms.feedback import Difference, Exact, Feedback, PerExample, Silence
 from mpl_fast.algorithms.labels import Labels, label
+from mpl_fast.algorithms.parts import mean_of, parts, shared, slices
 from mpl_fast.algorithms.uda import uda_loss, uda_metrics
 from mpl_fast.algorithms.views import Views
-from mpl_fast.batch import Batch
+from mpl_fast.batch import Batch, joined
 from mpl_fast.config import MPLConfig
+from mpl_fast.learner import Term
 
 
 class MetaPseudoLabels:
     """A teacher learns to label unlabeled images so that a student of those labels does well."""
 
     def __init__(self, config: MPLConfig, new_learner: NewLearner, facts: RunFacts) -> None:
-        self.config, self.seed = config, facts.seed
+        self.config, self.seed, self.microbatches = config, facts.seed, facts.microbatches
         self.teacher, self.student = new_learner(config.teacher), new_learner(config.student)
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.voters = Voters([self.student])
@@ -26,45 +30,73 @@ class MetaPseudoLabels:
             self.state["baseline"] = torch.zeros((), device=self.student.device)
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        config, teacher, student = self.config, self.teacher, self.student
-        own, judging = _share_out(batch, config.held_out)
-        views = Views(
-            teacher,
-            own,
-            config.bn_batches,
-            weak_gradient=self._view_heard == "weak",
-            recompute=config.teacher_graph == "recompute",
-        )
+        student, teacher, count = self.student, self.teacher, self.microbatches
+        own, judging = _share_out(batch, self.config.held_out)
+        batches, rows = parts(own, count), slices(len(batch.weak), count)
+        views = [self._views(part) for part in batches]
 
         # The teacher labels the unlabeled images ...
-        labels = self._label(views.peek(config.pseudo), t)
+        labels = self._label(joined([view.peek(self.config.pseudo) for view in views]), t)
 
         # ... the student learns from nothing but those labels ...
-        feedback = self._listen(batch, judging)
-        strong = student(batch.strong)  # (U, C)
-        lesson = losses.student_loss(
-            strong, labels.target, label_smoothing=config.smoothing, weight=labels.weight
-        )
-        rate = student.descend(lesson.loss)
+        feedback = self._listen([part.strong for part in batches], judging)
+        lessons = []
+        for number, (part, mine) in enumerate(zip(batches, rows, strict=True), start=1):
+            lessons.append(self._learn(part.strong, labels.of(mine), last=number == count))
+        rate = student.update()
 
         # ... what that did for it on labeled images tells how good they were ...
-        feedback.ask(strong.detach(), labels, rate)
+        feedback.ask(joined([logits for logits, _ in lessons]), labels, rate)
 
         # ... and the teacher makes helpful ones likelier, while it learns by UDA itself.
-        loss, metrics = self._teach(views.logits(), own, labels, feedback, t)
-        teacher.descend(loss)
-        return {**metrics, "loss/student": lesson.loss.detach(), **feedback.metrics()}
+        told = []
+        for number, (view, part, mine) in enumerate(zip(views, batches, rows, strict=True), 1):
+            terms, metrics = self._teach(view.logits(), part, labels, mine, feedback, t)
+            teacher.push(*shared(terms, count), last=number == count)
+            view.forget()
+            told.append({**metrics, "loss/student": lessons[number - 1][1]})
+        teacher.update()
+        return {**mean_of(told), **feedback.metrics()}
+
+    def _views(self, batch: Batch) -> Views:
+        return Views(
+            self.teacher,
+            batch,
+            self.config.bn_batches,
+            weak_gradient=self._view_heard == "weak",
+            recompute=self.config.teacher_graph == "recompute",
+        )
+
+    def _learn(self, strong: Tensor, labels: Labels, *, last: bool) -> tuple[Tensor, Tensor]:
+        """The student's lesson of one part: its logits, as constants, and the loss."""
+        logits = self.student(strong)  # (U, C)
+        lesson, slope = losses.student_loss_and_grad(
+            logits,
+            labels.target,
+            label_smoothing=self.config.smoothing,
+            weight=labels.weight,
+        )
+        self.student.push(*shared([(logits, slope)], self.microbatches), last=last)
+        return logits.detach(), lesson.loss
 
     def _teach(
-        self, logits: Tensor, batch: Batch, labels: Labels, feedback: Feedback, t: int
-    ) -> tuple[Tensor, Metrics]:
-        """The teacher's loss on labeled | weak | strong views, and what it tells."""
+        self,
+        logits: Tensor,
+        batch: Batch,
+        labels: Labels,
+        rows: slice,
+        feedback: Feedback,
+        t: int,
+    ) -> tuple[list[Term], Metrics]:
+        """The teacher's loss on labeled | weak | strong views, whose labels are some `rows` of all,
+        and what it tells."""
+        labels = labels.of(rows)
         config, n, weight = self.config, len(batch.weak), self.config.feedback_weight_at(t)
         heard = self._view_heard
         # The plain difference is one more term of the same pass over the logits.
         plain = heard == "strong" and labels.weight is None
         h = feedback.h if plain and isinstance(feedback, Difference) else None
-        loss, out = uda_loss(
+        terms, out = uda_loss(
             logits,
             batch,
             t,
@@ -74,10 +106,11 @@ class MetaPseudoLabels:
             pseudo=labels.hard,
         )
         if h is not None:
-            return loss, {**uda_metrics(out), "loss/feedback": h * out.mpl.detach()}
-        term = feedback.term(logits[-n:] if heard == "strong" else logits[-2 * n : -n], labels)
-        loss = loss + weight * term
-        return loss, {**uda_metrics(out), "loss/feedback": term.detach()}
+            return terms, {**uda_metrics(out), "loss/feedback": h * out.mpl.detach()}
+        view = logits[-n:] if heard == "strong" else logits[-2 * n : -n]
+        term = feedback.term(view, labels, rows)
+        terms.append(weight * term)
+        return terms, {**uda_metrics(out), "loss/feedback": term.detach()}
 
     @property
     def _view_heard(self) -> str:
@@ -95,7 +128,7 @@ class MetaPseudoLabels:
             uniforms = draws.uniform(len(logits), seed=self.seed, step=t, device=logits.device)
         return label(logits, kind, uniforms=uniforms, threshold=self.config.label_threshold)
 
-    def _listen(self, batch: Batch, judging: Batch) -> Feedback:
+    def _listen(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
         """What hears of the student's next step; silence, if it is not going to move."""
         config, student = self.config, self.student
         images, labels = judging.labeled, judging.labels
@@ -105,13 +138,18 @@ class MetaPseudoLabels:
             baseline = self.state.get("baseline")
             return Difference(student, images, labels, baseline, config.baseline)
         kind = Exact if config.feedback == "exact" else PerExample
-        return kind(student, images, labels, batch.strong, config.smoothing, config.derivative)
+        return kind(student, images, labels, strong, config.smoothing, config.derivative)
+
+
+def count_held_out(labeled: int, share: float) -> int:
+    """Labeled images of a rank that only judge; at least one of each kind, if any are held out."""
+    return labeled - min(max(1, round(labeled * (1.0 - share))), labeled - 1) if share else 0
 
 
 def _share_out(batch: Batch, held_out: float) -> tuple[Batch, Batch]:
     """The batch for the teacher's own loss, and the one whose labeled part judges the student."""
     if not held_out:
         return batch, batch
-    kept = min(max(1, round(len(batch.labels) * (1.0 - held_out))), len(batch.labels) - 1)
+    kept = len(batch.labels) - count_held_out(len(batch.labels), held_out)
     own = batch._replace(labeled=batch.labeled[:kept], labels=batch.labels[:kept])
     return own, batch._replace(labeled=batch.labeled[kept:], labels=batch.labels[kept:])

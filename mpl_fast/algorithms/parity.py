@@ -38,10 +38,10 @@ class Kekmodel(MetaPseudoLabels):
         with torch.no_grad():
             new = losses.smoothed_ce(student(batch.labeled), batch.labels).loss
         h = config.feedback_weight_at(t) * (new - old)
-        loss, out = uda_loss(
+        terms, out = uda_loss(
             logits, batch, t, config.consistency, config.smoothing, feedback=h, pseudo="strong"
         )
-        teacher.descend(loss)
+        teacher.descend(*terms)
         return {
             **uda_metrics(out),
             "loss/student": lesson.loss.detach(),
@@ -49,7 +49,7 @@ class Kekmodel(MetaPseudoLabels):
             "loss/student_old": old,
             "loss/student_labeled": new,
             "loss/feedback": h * out.mpl.detach(),
-            "loss/teacher": loss.detach(),
+            "loss/teacher": out.loss,
         }
 
 
@@ -79,9 +79,9 @@ class Google(MetaPseudoLabels):
             new, old, self.state.get("baseline"), momentum=config.baseline or 0.99
         )
         before = t - 1  # the ramp of that code begins at 0
-        loss, out = uda_loss(logits, batch, before, config.consistency, config.smoothing)
+        terms, out = uda_loss(logits, batch, before, config.consistency, config.smoothing)
         feedback = losses.student_loss(logits[-n:], soft).loss
-        teacher.descend(loss + config.feedback_weight_at(t) * h * feedback)
+        teacher.descend(*terms, config.feedback_weight_at(t) * h * feedback)
         return {
             **uda_metrics(out),
             "loss/student": lesson.loss.detach(),

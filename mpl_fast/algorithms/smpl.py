@@ -7,6 +7,7 @@ from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
 from mpl_fast.algorithms.feedback import Difference, Exact, Silence
 from mpl_fast.algorithms.labels import label
 from mpl_fast.algorithms.uda import uda_loss, uda_metrics
+from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import SMPLConfig
 
@@ -32,23 +33,25 @@ class SelfMetaPseudoLabels:
         labels = label(learner.preview(batch.weak), kind)
         feedback = self._listen(batch)
         strong = learner(batch.strong)  # (U, C)
-        lesson = losses.student_loss(strong, labels.target, label_smoothing=config.smoothing)
-        rate = learner.descend(lesson.loss)
+        lesson, slope = losses.student_loss_and_grad(
+            strong, labels.target, label_smoothing=config.smoothing
+        )
+        rate = learner.descend((strong, slope))
         feedback.ask(strong.detach(), labels, rate)
 
         # Second update: the labels, agreement between the views, and the labels that helped.
-        logits = learner(batch.labeled, batch.weak, batch.strong)  # (L + 2U, C)
+        logits = Views(learner, batch).logits()  # (L + 2U, C)
         weight, n = config.feedback_weight_at(t), len(batch.weak)
         h = feedback.h if isinstance(feedback, Difference) else 0.0
-        loss, out = uda_loss(
+        terms, out = uda_loss(
             logits, batch, t, config.consistency, config.smoothing, feedback=weight * h
         )
         term = h * out.mpl.detach()
         if isinstance(feedback, Exact):
             term = feedback.term(logits[-2 * n : -n], labels)
-            loss = loss + weight * term
-        learner.descend(loss)
-        lessons = {"loss/student": lesson.loss.detach(), "loss/feedback": term.detach()}
+            terms.append(weight * term)
+        learner.descend(*terms)
+        lessons = {"loss/student": lesson.loss, "loss/feedback": term.detach()}
         return {**uda_metrics(out), **lessons, **feedback.metrics()}
 
     def _listen(self, batch: Batch) -> Difference | Exact | Silence:
@@ -58,4 +61,4 @@ class SelfMetaPseudoLabels:
             return Silence(learner, images, labels)
         if config.feedback == "difference":
             return Difference(learner, images, labels)
-        return Exact(learner, images, labels, batch.strong, config.smoothing, config.derivative)
+        return Exact(learner, images, labels, [batch.strong], config.smoothing, config.derivative)

@@ -4,8 +4,11 @@ from torch import Tensor
 
 from mpl_fast import draws, losses
 from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.parts import mean_of, shared, slices
 from mpl_fast.batch import Batch
 from mpl_fast.config import FinetuneConfig, SupervisedConfig
+
+Weighed = tuple[Tensor, Tensor]  # (L,) int64 labels and (L,) float weights
 
 
 class Supervised:
@@ -14,22 +17,43 @@ class Supervised:
     def __init__(
         self, config: SupervisedConfig | FinetuneConfig, new_learner: NewLearner, facts: RunFacts
     ) -> None:
-        self.config, self.seed = config, facts.seed
+        self.config, self.seed, self.microbatches = config, facts.seed, facts.microbatches
         self.mixup = config.mixup if isinstance(config, SupervisedConfig) else 0.0
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        if self.mixup:
-            return self._mixed_step(batch, t)
-        logits = self.learner(batch.labeled)
-        out = losses.smoothed_ce(logits, batch.labels, label_smoothing=self.config.smoothing)
-        self.learner.descend(out.loss)
-        return {"loss/labeled": out.loss.detach(), "accuracy/labeled": out.accuracy}
+        images, targets = self._mixed(batch, t) if self.mixup else (batch.labeled, [])
+        count, told = self.microbatches, []
+        for number, rows in enumerate(slices(len(images), count), start=1):
+            labels = batch.labels[rows]
+            weighed = [(target[rows], weight[rows]) for target, weight in targets]
+            loss, metrics = self._loss(images[rows], labels, weighed)
+            self.learner.push(*shared([loss], count), last=number == count)
+            told.append(metrics)
+        self.learner.update()
+        return mean_of(told)
 
-    def _mixed_step(self, batch: Batch, t: int) -> Metrics:
-        """Each image mixed with the one half a batch away (arXiv 1710.09412).
+    def _loss(
+        self, images: Tensor, labels: Tensor, targets: list[Weighed]
+    ) -> tuple[Tensor, Metrics]:
+        """Of labels, or of weighed `targets` where there are any."""
+        logits, smoothing = self.learner(images), self.config.smoothing
+        if not targets:
+            out = losses.smoothed_ce(logits, labels, label_smoothing=smoothing)
+            return out.loss, {"loss/labeled": out.loss.detach(), "accuracy/labeled": out.accuracy}
+        loss = logits.new_zeros(())
+        for target, weight in targets:
+            loss = (
+                loss
+                + losses.student_loss(logits, target, label_smoothing=smoothing, weight=weight).loss
+            )
+        accuracy = losses.smoothed_ce(logits.detach(), labels).accuracy
+        return loss, {"loss/labeled": loss.detach(), "accuracy/labeled": accuracy}
+
+    def _mixed(self, batch: Batch, t: int) -> tuple[Tensor, list[Weighed]]:
+        """Each image mixed with the one half a batch away (arXiv 1710.09412), and its two labels.
 
         A rank has every world-th image of the whole batch, so that half of an even number of its
         own images away is half of the whole batch away: the same partner on any number of ranks.
@@ -37,12 +61,5 @@ class Supervised:
         labels, far = batch.labels, len(batch.labels) // 2
         share = draws.beta(len(labels), self.mixup, seed=self.seed, step=t, device=labels.device)
         part = share.to(batch.labeled.dtype).view(-1, *(1,) * (batch.labeled.ndim - 1))
-        logits = self.learner(batch.labeled * part + batch.labeled.roll(far, 0) * (1 - part))
-        loss = logits.new_zeros(())
-        for target, weight in ((labels, share), (labels.roll(far, 0), 1 - share)):
-            smoothing = self.config.smoothing
-            out = losses.student_loss(logits, target, label_smoothing=smoothing, weight=weight)
-            loss = loss + out.loss
-        self.learner.descend(loss)
-        accuracy = losses.smoothed_ce(logits.detach(), labels).accuracy
-        return {"loss/labeled": loss.detach(), "accuracy/labeled": accuracy}
+        images = batch.labeled * part + batch.labeled.roll(far, 0) * (1 - part)
+        return images, [(labels, share), (labels.roll(far, 0), 1 - share)]

@@ -5,26 +5,32 @@ from typing import Literal
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, Voters
+from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.parts import mean_of, parts, shared
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, UDAConfig
+from mpl_fast.learner import Term
 
 
 class UDA:
     """Learns the labels, and to answer the strong view as it answers the weak one."""
 
-    def __init__(self, config: UDAConfig, new_learner: NewLearner) -> None:
-        self.config = config
+    def __init__(self, config: UDAConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+        self.config, self.microbatches = config, facts.microbatches
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        logits = Views(self.learner, batch, self.config.bn_batches).logits()
-        loss, out = uda_loss(logits, batch, t, self.config.consistency, self.config.smoothing)
-        self.learner.descend(loss)
-        return uda_metrics(out)
+        config, count, told = self.config, self.microbatches, []
+        for number, part in enumerate(parts(batch, count), start=1):
+            logits = Views(self.learner, part, config.bn_batches).logits()
+            terms, out = uda_loss(logits, part, t, config.consistency, config.smoothing)
+            self.learner.push(*shared(terms, count), last=number == count)
+            told.append(uda_metrics(out))
+        self.learner.update()
+        return mean_of(told)
 
 
 def uda_loss(
@@ -36,14 +42,15 @@ def uda_loss(
     *,
     feedback: Tensor | float = 0.0,
     pseudo: Literal["weak", "strong"] | Tensor = "weak",
-) -> tuple[Tensor, losses.TeacherOut]:
-    """The loss of step `t` on logits of labeled | weak | strong views, and what it is made of.
+) -> tuple[list[Term], losses.TeacherOut]:
+    """The loss of step `t` on logits of labeled | weak | strong views, as terms that a learner
+    descends, and what it is made of.
 
     `feedback` weighs the cross-entropy of the strong views with the `pseudo` labels.
     """
     weight, n = consistency.weight_at(t), len(batch.weak)
     cosine = consistency.measure == "cosine"
-    out = losses.teacher_loss(
+    out, slope = losses.teacher_loss_and_grad(
         logits,
         batch.labels,
         n,
@@ -56,14 +63,15 @@ def uda_loss(
         truth=batch.truth,
     )
     if not cosine:
-        return out.loss, out
+        return [(logits, slope)], out
     angle = losses.cosine_loss(
         logits[-n:],
         logits[-2 * n : -n].detach(),
         temperature=consistency.temperature,
         threshold=consistency.threshold,
     )
-    return out.loss + weight * angle.loss, out._replace(uda=angle.loss)
+    told = out._replace(loss=out.loss + weight * angle.loss.detach(), uda=angle.loss)
+    return [(logits, slope), weight * angle.loss], told
 
 
 def uda_metrics(out: losses.TeacherOut) -> Metrics:

@@ -8,7 +8,7 @@ from mpl_fast.config.algorithms import NormBatches
 from mpl_fast.draws import Dropouts, again, dropouts
 from mpl_fast.learner import Learner
 
-JOINT = (("labeled", "weak", "strong"),)
+JOINT = (("weak", "labeled", "strong"),)  # as they lie in memory
 SPLIT = (("weak",), ("labeled", "strong"))
 
 
@@ -47,13 +47,15 @@ class Views:
 
     def logits(self) -> Tensor:
         """Rows labeled | weak | strong, ``(L + 2U, C)``, with gradient."""
-        if self._passes == JOINT:
-            return self._run(JOINT[0])
         rows = {}
         # In the order of `hold`, what was peeked at first: running statistics remember the order.
-        for names in sorted(SPLIT, key=lambda names: names not in self._dropouts):
+        for names in sorted(self._passes, key=lambda names: names not in self._dropouts):
             rows.update(self._rows(names, self._run(names)))
-        return torch.cat([rows[name] for name in JOINT[0]])
+        return torch.cat([rows[name] for name in ("labeled", "weak", "strong")])
+
+    def forget(self) -> None:
+        """Frees what was computed."""
+        self._done.clear()
 
     def _run(self, names: tuple[str, ...]) -> Tensor:
         if names not in self._done:

@@ -26,6 +26,7 @@ AT_LEAST_0 = (
     "student_wait",
 )
 SHARES = ("threshold", "label_threshold")
+WHOLE = ("smpl", "metasemi")  # recipes that do not compute a batch in parts
 BELOW_1 = ("smoothing", "baseline", "held_out")
 
 
@@ -37,7 +38,7 @@ def problems(config: RunConfig) -> list[str]:
         if not fine
     ]
     found += [f"algorithm.{words}" for words in _contradictions(config.algorithm)]
-    found += _about_weights(config)
+    found += _about_weights(config) + _about_parts(config)
     if not config.run_dir:
         found.append("run_dir is missing: give --run-dir FOLDER")
     if not config.data.root:
@@ -45,8 +46,23 @@ def problems(config: RunConfig) -> list[str]:
     return found
 
 
+def _about_parts(config: RunConfig) -> list[str]:
+    parity = getattr(config.algorithm, "feedback", "").startswith("parity_")
+    if config.microbatches > 1 and (config.recipe in WHOLE or parity):
+        who = f"feedback {config.algorithm.feedback}" if parity else f"recipe {config.recipe}"  # type: ignore[union-attr]
+        return [f"microbatches must be 1 for {who}, whose step takes its batch whole"]
+    return []
+
+
 def _ranges(config: RunConfig) -> list[Range]:
-    least = {"steps": 1, "labeled_batch": 1, "eval_batch": 1, "log_every": 1, "checkpoint_keep": 2}
+    least = {
+        "steps": 1,
+        "microbatches": 1,
+        "labeled_batch": 1,
+        "eval_batch": 1,
+        "log_every": 1,
+        "checkpoint_keep": 2,
+    }
     at_zero = ("epochs", "eval_every", "eval_epochs", "checkpoint_every", "stop_at", "seed")
     rows: list[Range] = []
     for key in (*least, *at_zero):

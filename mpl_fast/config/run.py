@@ -14,6 +14,9 @@ from mpl_fast.config.algorithms import (
     UDAConfig,
 )
 
+GradientSync = Literal["flat", "ddp"]
+Graphs = Literal["off", "model", "step"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -131,6 +134,15 @@ class RunConfig:
     CPU."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile the networks."""
+    cuda_graphs: Graphs = "off"
+    """Launch kernels together, for small networks on a GPU: those of each compiled pass (model), or
+    of all of a step but the average, once its ramps and waits are over (step)."""
+    microbatches: int = 1
+    """Parts in which a rank computes its batch, one after the other, to need less memory (for mpl
+    together with --algorithm.teacher_graph recompute); batch norm sees each by itself."""
+    gradients: GradientSync = "flat"
+    """How gradients cross ranks: flat, all of a network's in one exchange after the backward pass;
+    ddp, in DistributedDataParallel's buckets during it, which pays between machines."""
     deterministic: bool = False
     """Bitwise repeatable, at some cost in speed."""
     eval_every: int = 5000

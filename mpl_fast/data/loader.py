@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mpl_fast.batch import Batch
+from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.data.pipelines import Engine, eval_pipeline, train_pipeline
@@ -60,7 +61,7 @@ class TrainLoader:
                 shard=rank,
                 shards=world,
                 seed=_seed(seed, rank, name),
-                half=dtype in HALF,
+                half=_half(dtype, device),
                 checkpoint=checkpoints.get(name),
             )
             split = _split(manifest, name)
@@ -72,14 +73,18 @@ class TrainLoader:
 
         self._labeled = stream("labeled", labeled, labeled_threads)
         self._unlabeled = stream("unlabeled", unlabeled, unlabeled_threads) if unlabeled else None
-        self._nothing = _no_views(config.image_size, device, dtype)
+        self._none = torch.empty(0, device=device, dtype=torch.int64)
+        self._room = partial(
+            image_buffer, labeled, unlabeled, config.image_size, dtype=dtype, device=device
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        images, labels = next(self._labeled)
-        weak, strong, truth = next(self._unlabeled) if self._unlabeled else self._nothing
+        images, weak, strong = self._room()
+        labels = self._labeled.into(images)
+        truth = self._unlabeled.into(weak, strong) if self._unlabeled else self._none
         return Batch(images, labels, weak, strong, truth)
 
     def state(self) -> dict[str, str | bytes]:
@@ -118,7 +123,7 @@ class EvalLoader:
             threads=cpu_threads(config),
             shard=min(rank, shards - 1),
             shards=shards,
-            half=dtype in HALF,
+            half=_half(dtype, device),
         )
         self._stream = Stream(lambda: eval_pipeline(config, split, engine), split, device, dtype)
         first, end = (split.records * (rank + step) // shards for step in (0, 1))  # as DALI cuts
@@ -143,10 +148,9 @@ class EvalLoader:
         return next(self._stream)
 
 
-def _no_views(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What takes the place of weak views, strong views and labels where there are none."""
-    views = torch.empty((0, 3, size, size), device=device, dtype=dtype)
-    return views, views, torch.empty(0, device=device, dtype=torch.int64)
+def _half(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether DALI makes 16-bit numbers: on a CPU that is slower than a cast of 32-bit ones."""
+    return dtype in HALF and device.type == "cuda"
 
 
 def _split(manifest: Manifest, name: str) -> Split:

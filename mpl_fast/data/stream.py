@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.pipelines import READER
 from mpl_fast.errors import ConfigError, DataError
+
+Output = TensorListCPU | TensorListGPU
 
 
 class Stream:
@@ -45,29 +47,50 @@ class Stream:
 
     def __next__(self) -> tuple[Tensor, ...]:
         """Images as (B, 3, H, W) in channels_last of the training dtype, labels as (B,) int64."""
-        with _told_in_one_line(self._split):
-            if self._pipeline.device_id is None:
-                outputs = self._pipeline.run()
-            else:
-                outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
-        *images, labels = [self._take(output) for output in outputs]
-        views = [image.permute(0, 3, 1, 2).to(self._dtype) for image in images]
-        return (*views, labels.flatten())
+        *images, labels = self._outputs()
+        views = [self._room(image.as_tensor().shape()) for image in images]
+        return (*views, self._handed(images, labels, views))
+
+    def into(self, *views: Tensor) -> Tensor:
+        """Puts the next images into tensors such as `next` gives, and returns their labels."""
+        *images, labels = self._outputs()
+        return self._handed(images, labels, views)
 
     def state(self) -> bytes:
         """What an equal pipeline needs to go on after the last batch taken, prefetch or not."""
         checkpoint: bytes = self._pipeline.checkpoint()
         return checkpoint
 
-    def _take(self, output: TensorListCPU | TensorListGPU) -> Tensor:
-        """Copies an output out of DALI's buffer, which a later run may write to."""
+    def _outputs(self) -> Sequence[Output]:
+        """Of the next run; they are DALI's memory, which a later run may write to."""
+        with _told_in_one_line(self._split):
+            if self._pipeline.device_id is None:
+                outputs: Sequence[Output] = self._pipeline.run()
+            else:
+                outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
+        return outputs
+
+    def _handed(self, images: Sequence[Output], labels: Output, views: Sequence[Tensor]) -> Tensor:
+        for image, view in zip(images, views, strict=True):
+            view.permute(0, 2, 3, 1).copy_(self._seen(image))
+        taken = self._seen(labels)
+        return taken.flatten().clone() if taken.device.type == "cpu" else taken.flatten()
+
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
+
+    def _seen(self, output: Output) -> Tensor:
+        """An output on the training device; on a CPU it is DALI's own memory."""
         source = output.as_tensor()
+        if self._device.type == "cpu":
+            seen: Tensor = torch.utils.dlpack.from_dlpack(source)
+            return seen
         on_gpu = isinstance(output, TensorListGPU)
         taken = torch.empty(
             source.shape(),
             dtype=to_torch_type[source.dtype],
             device=self._device if on_gpu else "cpu",
-            pin_memory=self._device.type == "cuda" and not on_gpu,
+            pin_memory=not on_gpu,
         )
         feed_ndarray(source, taken, torch.cuda.current_stream(self._device) if on_gpu else None)
         return taken.to(self._device, non_blocking=True)
