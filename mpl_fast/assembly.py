@@ -45,6 +45,10 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{manifest.root}: lower it to {records} or less"
             )
     _check_parts(config, place)
+    if config.cuda_graphs != "off" and place.device.type != "cuda":
+        raise ConfigError(
+            f"cuda_graphs is {config.cuda_graphs}, but this trains on {place.device.type}: set off"
+        )
     mixup, rows = getattr(config.algorithm, "mixup", 0.0), config.labeled_batch // place.world
     if mixup and config.recipe == "supervised" and rows % 2:
         raise ConfigError(

@@ -15,7 +15,7 @@ def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) ->
     """Compiles a network's `forward` for the shapes that it meets; parameters keep their names.
 
     `graphs` lets every pass replay CUDA graphs (nothing, on a CPU). Whoever runs such a network
-    calls `torch.compiler.cudagraph_mark_step_begin()` before every training step and before every
+    calls `mark_step` before every training step and before every
     evaluation batch, and clones what it keeps of an output beyond that.
     """
     if mode == "off":
@@ -45,6 +45,12 @@ def _inductor_mode(mode: Mode, graphs: bool) -> str:
     if mode == "max-autotune":
         return "max-autotune" if graphs else "max-autotune-no-cudagraphs"
     return "reduce-overhead" if graphs else "default"
+
+
+def mark_step() -> None:
+    """Tells CUDA graphs of compiled networks that outputs of earlier passes are not needed."""
+    if torch.cuda.is_available():
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def keep_caches(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Random numbers that all ranks agree on, and forward passes whose dropout can be drawn again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,30 +15,90 @@ from mpl_fast.distributed import rank, world_size
 UNIFORM, BETA = 1, 2  # separate streams of one seed and step
 
 
+class Draw(NamedTuple):
+    """A wish for random numbers, all but the step."""
+
+    kind: int
+    rows: int  # for this rank
+    alpha: float
+    seed: int
+
+
 def uniform(count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
     """This rank's ``(count,)`` float32 numbers in [0, 1), the same on a CPU and on a GPU.
 
     All ranks draw for the whole batch and each keeps every world-th row, so that they have together
     what one would have alone; a function of seed and step, so there is nothing to resume.
     """
-    numbers = _stream(seed, step, UNIFORM).random(count * world_size(), dtype=np.float32)
-    return _mine(numbers, device)
+    return _source(Draw(UNIFORM, count, 0.0, seed), step, device)
 
 
 def beta(count: int, alpha: float, *, seed: int, step: int, device: torch.device) -> Tensor:
     """This rank's ``(count,)`` float32 draws from Beta(alpha, alpha), shared out like `uniform`."""
-    numbers = _stream(seed, step, BETA).beta(alpha, alpha, count * world_size())
-    return _mine(numbers.astype(np.float32), device)
+    return _source(Draw(BETA, count, alpha, seed), step, device)
 
 
-def _stream(seed: int, step: int, kind: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox([seed, step, kind]))
-
-
-def _mine(numbers: np.ndarray, device: torch.device) -> Tensor:
-    mine = torch.from_numpy(np.ascontiguousarray(numbers[rank() :: world_size()]))
+def _fresh(draw: Draw, step: int, device: torch.device) -> Tensor:
+    numbers = np.random.Generator(np.random.Philox([draw.seed, step, draw.kind]))
+    count = draw.rows * world_size()
+    if draw.kind == BETA:
+        found = numbers.beta(draw.alpha, draw.alpha, count).astype(np.float32)
+    else:
+        found = numbers.random(count, dtype=np.float32)
+    mine = torch.from_numpy(np.ascontiguousarray(found[rank() :: world_size()]))
     # Pinned, so that the copy does not wait for what the device is doing.
     return mine.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else mine
+
+
+_source: Callable[[Draw, int, torch.device], Tensor] = _fresh
+
+
+class FixedDraws:
+    """The random numbers of a step in tensors that stay where they are, for a CUDA graph of it."""
+
+    def __init__(self) -> None:
+        self._drawn: list[tuple[Draw, Tensor]] = []
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside, a step draws as ever, and this remembers what; anew each time."""
+        self._drawn = []
+
+        def noted(draw: Draw, step: int, device: torch.device) -> Tensor:
+            self._drawn.append((draw, _fresh(draw, step, device)))
+            return self._drawn[-1][1]
+
+        with _drawing(noted):
+            yield
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, a step that draws the same in the same order is given those tensors."""
+        turn = iter(self._drawn)
+
+        def known(draw: Draw, step: int, device: torch.device) -> Tensor:
+            expected, numbers = next(turn)
+            if draw != expected:
+                raise AssertionError(f"a step drew {draw} where it had drawn {expected}")
+            return numbers
+
+        with _drawing(known):
+            yield
+
+    def fill(self, step: int) -> None:
+        """Puts the numbers of another step into them."""
+        for draw, numbers in self._drawn:
+            numbers.copy_(_fresh(draw, step, numbers.device))
+
+
+@contextmanager
+def _drawing(source: Callable[[Draw, int, torch.device], Tensor]) -> Iterator[None]:
+    global _source
+    before, _source = _source, source
+    try:
+        yield
+    finally:
+        _source = before
 
 
 class Dropouts(NamedTuple):

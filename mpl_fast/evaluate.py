@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mpl_fast.algorithms.base import Algorithm, predict
+from mpl_fast.compilation import mark_step
 from mpl_fast.distributed import sum_over_ranks
 from mpl_fast.errors import DataError
 
@@ -21,6 +22,7 @@ def evaluate(
     """
     hits: Tensor | None = None
     for images, labels, count in batches:
+        mark_step()
         correct = _hits(predict(algorithm, images)[:count], labels[:count])
         hits = correct if hits is None else hits + correct
     if hits is None:

@@ -208,6 +208,11 @@ class Learner:
         self._descent.lr = 0.0
 
     @property
+    def resting(self) -> bool:
+        """Whether this is a step after `rest`."""
+        return self._resting
+
+    @property
     def lr(self) -> float:
         """The learning rate that `begin` has set."""
         return self._descent.lr

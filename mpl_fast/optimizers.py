@@ -4,6 +4,7 @@ Nothing here waits for the device. Whether a gradient is finite is a tensor ther
 fused optimizers read it, with the clipping, in the one pass that they make over the weights.
 """
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ class Descent:
     def __init__(self, network: nn.Module, config: LearnerConfig, *, fixed: bool = False) -> None:
         """`fixed`: the learning rate is a tensor at a fixed address, as a CUDA graph wants it."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = _build(_groups(network, config), config)
+        self.optimizer = _build(_groups(network, config), config, fixed=fixed)
         self._clip = config.clip
         groups = self.optimizer.param_groups
         self._rates = [self._fixed_rate() for _ in groups] if fixed else []
@@ -37,17 +38,18 @@ class Descent:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = value
+        # A graph of the step reads float32 numbers on a GPU; without one it is to move alike.
+        self._lr = _float32(value) if self.parameters[0].is_cuda else value
         for rate in self._rates:
-            rate.fill_(value)
+            rate.fill_(self._lr)
         groups = self.optimizer.param_groups
         for number, group in enumerate(groups):
-            group["lr"] = self._rates[number] if self._rates else value
+            group["lr"] = self._rates[number] if self._rates else self._lr
 
     @property
     def rate(self) -> Tensor | float:
         """The same, as what a CUDA graph may read."""
-        return self._rates[0] if self._rates else self._lr
+        return self._rates[0].to(self.parameters[0].dtype) if self._rates else self._lr
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], *, moves: bool = True) -> tuple[Tensor, Tensor]:
@@ -95,9 +97,17 @@ class Descent:
         return torch.zeros((), dtype=dtype, device=device)
 
 
-def _build(groups: list[dict[str, Any]], config: LearnerConfig) -> torch.optim.Optimizer:
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+def _build(
+    groups: list[dict[str, Any]], config: LearnerConfig, *, fixed: bool
+) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=True)
+        betas = (config.momentum, 0.999)
+        return torch.optim.AdamW(groups, config.lr, betas=betas, fused=True, capturable=fixed)
     return torch.optim.SGD(
         groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mpl_fast import compilation
 from mpl_fast.config import RunConfig
 from mpl_fast.distributed import Place
 
@@ -19,6 +20,8 @@ def prepare(config: RunConfig, place: Place) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        if config.compile != "off":
+            compilation.deterministic()
     torch.manual_seed(config.seed * 1_000_003 + place.rank + 1)  # dropout differs between ranks
 
 

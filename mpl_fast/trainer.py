@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpl_fast import distributed, models, randomness
+from mpl_fast import compilation, distributed, models, randomness
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.assembly import (
     build_algorithm,
@@ -34,6 +34,7 @@ from mpl_fast.evaluate import accuracy_line, evaluate
 from mpl_fast.interrupts import stopping_by
 from mpl_fast.metrics import Meter, Row, non_finite
 from mpl_fast.rundir import RunDir, open_for
+from mpl_fast.step_graph import StepGraph
 
 PATIENCE = 10  # updates in a row that may be left out for a gradient that is not finite
 IN_A_ROW = "skipped_in_a_row/"
@@ -106,10 +107,14 @@ class Run:
             rank=place.rank,
             world=place.world,
         )
+        if config.compile != "off":
+            compilation.keep_caches(Path(config.run_dir) / "compile_cache")
         self.checkpoint = self._newest()
         fresh = self.checkpoint is None
         self.algorithm = build_algorithm(config, manifest, classes, place.device, fresh=fresh)
         randomness.prepare(config, place)
+        graphs = config.cuda_graphs
+        self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
         self.meter, self.stop = Meter(), StopFlag()
         self.done, self.saved, self.seconds = 0, -1, 0.0
         self.accuracy, self.best = dict[str, float](), dict[str, float]()
@@ -156,7 +161,8 @@ class Run:
             asked = time.perf_counter()
             batch = self._next(loader)
             waited = time.perf_counter() - asked
-            metrics = train_step(self.algorithm, batch, self.done)
+            compilation.mark_step()
+            metrics = train_step(self.algorithm, batch, self.done, self.step)
             self.meter.add(metrics, waited)
             self.done += 1
             last = self.done == config.steps

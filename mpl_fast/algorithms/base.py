@@ -1,6 +1,6 @@
 """The interface that every algorithm has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,6 +14,7 @@ from mpl_fast.learner import Learner
 Metrics = dict[
     str, Tensor
 ]  # zero-dimensional, detached and still on the device: no step ever waits
+Step = Callable[[Batch, int], Metrics]
 NewLearner = Callable[[LearnerConfig], Learner]
 
 
@@ -44,15 +45,21 @@ class Algorithm(Protocol):
     def step(self, batch: Batch, t: int) -> Metrics:
         """Updates the learners once, in step number `t` (from 0)."""
 
+    def phase(self, t: int) -> Hashable | None:
+        """Equal for steps that differ in nothing but images, draws, learning rates and what the
+        step itself has moved on the device, so that a CUDA graph may repeat one for another; None
+        for a step that is like no other, since a ramp is on its way."""
 
-def train_step(algorithm: Algorithm, batch: Batch, t: int) -> Metrics:
+
+def train_step(algorithm: Algorithm, batch: Batch, t: int, step: Step | None = None) -> Metrics:
     """Wraps a step in what all algorithms share: learning rates before, averages after.
 
+    `step` takes the place of the algorithm's own, which it repeats in another way.
     ``skipped/NAME`` is 1 where a learner's update was left out, for its gradient was not finite.
     """
     for learner in algorithm.learners.values():
         learner.begin(t)
-    metrics = algorithm.step(batch, t)
+    metrics = dict((step or algorithm.step)(batch, t))
     for name, learner in algorithm.learners.items():
         learner.end(t)
         metrics[f"skipped/{name}"] = learner.skipped.clamp(max=1.0)

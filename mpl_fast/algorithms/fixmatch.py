@@ -1,5 +1,7 @@
 """FixMatch (https://arxiv.org/abs/2001.07685)."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from mpl_fast import losses
@@ -18,6 +20,9 @@ class FixMatch:
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
+
+    def phase(self, t: int) -> Hashable | None:
+        return ""
 
     def step(self, batch: Batch, t: int) -> Metrics:
         count, told = self.microbatches, []

@@ -1,5 +1,7 @@
 """MetaSemi: soft labels corrected by the meta-gradient (after Sakura03/SemiMeta, 9f16a1f)."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,9 @@ class MetaSemi:
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
+
+    def phase(self, t: int) -> Hashable | None:
+        return None  # it sets the state of random generators, which no graph can
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, learner = self.config, self.learner

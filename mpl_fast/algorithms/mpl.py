@@ -1,6 +1,6 @@
 """Meta Pseudo Labels (https://arxiv.org/abs/2003.10580)."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,15 @@ class MetaPseudoLabels:
         self.state: dict[str, Tensor] = {}
         if config.baseline or config.feedback == "parity_google":
             self.state["baseline"] = torch.zeros((), device=self.student.device)
+
+    def phase(self, t: int) -> Hashable | None:
+        config = self.config
+        ramps = t < max(config.consistency.ramp, config.feedback_ramp)
+        # What repeats a pass's dropout sets the generator's state, which no graph can.
+        repeats = config.teacher_graph == "recompute"
+        if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
+            return None
+        return self.student.lr == 0.0, self.student.resting
 
     def step(self, batch: Batch, t: int) -> Metrics:
         student, teacher, count = self.student, self.teacher, self.microbatches

@@ -1,5 +1,7 @@
 """Meta Pseudo Labels whose networks change roles (after saarst/TransferMPL, --switch_mode)."""
 
+from collections.abc import Hashable
+
 from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
@@ -33,10 +35,19 @@ class RolePlay:
         first, second = self.learners.values()
         return (first, second) if (t // self.period) % 2 == 0 else (second, first)
 
+    def phase(self, t: int) -> Hashable | None:
+        self._cast(t)
+        game = self.game.phase(t)
+        return None if game is None else (game, self.game.student is self.learners["second"])
+
     def step(self, batch: Batch, t: int) -> Metrics:
+        self._cast(t)
+        return self.game.step(batch, t)
+
+    def _cast(self, t: int) -> None:
+        """Gives out the roles of a step."""
         self.game.teacher, self.game.student = self.roles(t)
         student = "second" if self.game.student is self.learners["second"] else "first"
         self.game.state = {k: self.state[f"{k}/{student}"] for k in self.game.state}
         if t < self.config.student_wait:
             self.game.student.rest()
-        return self.game.step(batch, t)

@@ -1,5 +1,7 @@
 """Self Meta Pseudo Labels (https://arxiv.org/abs/2212.13420)."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from mpl_fast import losses
@@ -24,6 +26,12 @@ class SelfMetaPseudoLabels:
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
+
+    def phase(self, t: int) -> Hashable | None:
+        config = self.config
+        if t < config.consistency.ramp or t < config.feedback_ramp or config.feedback == "exact":
+            return None
+        return self.learner.lr == 0.0
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, learner = self.config, self.learner

@@ -1,5 +1,7 @@
 """Labeled images only: the baseline that every other algorithm must beat, and fine-tuning."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 
 from mpl_fast import draws, losses
@@ -22,6 +24,9 @@ class Supervised:
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
+
+    def phase(self, t: int) -> Hashable | None:
+        return ""
 
     def step(self, batch: Batch, t: int) -> Metrics:
         images, targets = self._mixed(batch, t) if self.mixup else (batch.labeled, [])

@@ -1,5 +1,6 @@
 """Unsupervised Data Augmentation (https://arxiv.org/abs/1904.12848)."""
 
+from collections.abc import Hashable
 from typing import Literal
 
 from torch import Tensor
@@ -21,6 +22,9 @@ class UDA:
         self.learner = new_learner(config.learner)
         self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
         self.state: dict[str, Tensor] = {}
+
+    def phase(self, t: int) -> Hashable | None:
+        return "" if t >= self.config.consistency.ramp else None
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, count, told = self.config, self.microbatches, []

@@ -38,12 +38,30 @@ def problems(config: RunConfig) -> list[str]:
         if not fine
     ]
     found += [f"algorithm.{words}" for words in _contradictions(config.algorithm)]
-    found += _about_weights(config) + _about_parts(config)
+    found += _about_weights(config) + _about_parts(config) + _about_graphs(config)
     if not config.run_dir:
         found.append("run_dir is missing: give --run-dir FOLDER")
     if not config.data.root:
         found.append("data.root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it")
     return found
+
+
+def _about_graphs(config: RunConfig) -> list[str]:
+    kind, feedback = config.cuda_graphs, getattr(config.algorithm, "feedback", "off")
+    if kind == "model" and config.compile == "off":
+        return ["cuda_graphs model is of compiled networks: give --compile default as well"]
+    if kind != "step":
+        return []
+    held = getattr(config.algorithm, "teacher_graph", "hold") == "hold"
+    plain = feedback in ("off", "difference", "sampled") and config.recipe != "metasemi" and held
+    if not plain:
+        return [
+            "cuda_graphs step cannot repeat a step that draws its dropout again: take model, or "
+            "another feedback (off, difference, sampled) with teacher_graph hold"
+        ]
+    if config.gradients == "ddp":
+        return ["cuda_graphs step needs gradients flat: DDP's buckets cannot be captured"]
+    return []
 
 
 def _about_parts(config: RunConfig) -> list[str]:
