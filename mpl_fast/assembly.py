@@ -45,6 +45,10 @@ def check_batches(config: RunConfig, manifest: Manifest, place: Place) -> None:
                 f"{manifest.root}: lower it to {records} or less"
             )
     _check_parts(config, place)
+    if config.model.norm == "sync" and place.device.type != "cuda" and place.world > 1:
+        raise ConfigError(
+            "model.norm is sync, which PyTorch has for CUDA alone: set batch, or train on GPUs"
+        )
     if config.cuda_graphs != "off" and place.device.type != "cuda":
         raise ConfigError(
             f"cuda_graphs is {config.cuda_graphs}, but this trains on {place.device.type}: set off"
@@ -94,15 +98,18 @@ def build_algorithm(
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model
+        network = models.build(
+            model.name,
+            classes,
+            learner.dropout,
+            model.norm_momentum,
+            pretrained=model.pretrained if fresh else "",
+            frozen=model.frozen,
+        )
+        if model.norm == "sync":
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return Learner(
-            models.build(
-                model.name,
-                classes,
-                learner.dropout,
-                model.norm_momentum,
-                pretrained=model.pretrained if fresh else "",
-                frozen=model.frozen,
-            ),
+            network,
             learner,
             steps=config.steps,
             device=device,

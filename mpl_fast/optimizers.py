@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpl_fast import nvidia_apex
 from mpl_fast.config import LearnerConfig
 
 
@@ -24,6 +25,7 @@ class Descent:
     def __init__(self, network: nn.Module, config: LearnerConfig, *, fixed: bool = False) -> None:
         """`fixed`: the learning rate is a tensor at a fixed address, as a CUDA graph wants it."""
         self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self._apex = config.optimizer_backend == "apex"
         self.optimizer = _build(_groups(network, config), config, fixed=fixed)
         self._clip = config.clip
         groups = self.optimizer.param_groups
@@ -69,6 +71,13 @@ class Descent:
 
     def _move(self, gradients: Sequence[Tensor], clipping: Tensor, finite: Tensor) -> None:
         optimizer: Any = self.optimizer
+        if self._apex:
+            if self._clip:
+                torch._foreach_mul_(list(gradients), clipping)
+            # Its kernels return at once where this is not 0; no argument of `step` is for it.
+            optimizer._dummy_overflow_buf.copy_(~finite)
+            optimizer.step()
+            return
         optimizer.grad_scale = None
         if self._clip and clipping.dtype == torch.float32:
             optimizer.grad_scale = 1.0 / clipping  # which the fused step divides by
@@ -108,6 +117,10 @@ def _build(
     if config.optimizer == "adamw":
         betas = (config.momentum, 0.999)
         return torch.optim.AdamW(groups, config.lr, betas=betas, fused=True, capturable=fixed)
+    if config.optimizer_backend == "apex":
+        return nvidia_apex.fused_sgd(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+        )
     return torch.optim.SGD(
         groups, config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
@@ -117,7 +130,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Zeros, where PyTorch would make room at the first step: if that step is then left out for a
     gradient that is not finite, whatever lies in that memory is taken for momentum."""
     for group in optimizer.param_groups:
-        if isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+        if "nesterov" in group and group["momentum"]:
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
                 if state.get("momentum_buffer") is None:

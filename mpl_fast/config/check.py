@@ -38,11 +38,31 @@ def problems(config: RunConfig) -> list[str]:
         if not fine
     ]
     found += [f"algorithm.{words}" for words in _contradictions(config.algorithm)]
-    found += _about_weights(config) + _about_parts(config) + _about_graphs(config)
+    found += _about_weights(config) + _about_parts(config)
+    found += _about_graphs(config) + _about_apex(config) + _about_norms(config)
     if not config.run_dir:
         found.append("run_dir is missing: give --run-dir FOLDER")
     if not config.data.root:
         found.append("data.root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it")
+    return found
+
+
+def _about_norms(config: RunConfig) -> list[str]:
+    if config.model.norm == "sync" and config.compile != "off":
+        return ["model.norm sync cannot be compiled: set --compile off, or norm batch"]
+    return []
+
+
+def _about_apex(config: RunConfig) -> list[str]:
+    found = []
+    for part in dataclasses.fields(config.algorithm):
+        learner = getattr(config.algorithm, part.name)
+        if isinstance(learner, LearnerConfig) and learner.optimizer_backend == "apex":
+            key = f"algorithm.{part.name}.optimizer_backend apex"
+            if learner.optimizer != "sgd":
+                found.append(f"{key} is for optimizer sgd: take torch")
+            if config.cuda_graphs == "step":
+                found.append(f"{key} takes its learning rate by value: set cuda_graphs model")
     return found
 
 

@@ -13,6 +13,9 @@ class LearnerConfig:
     """Peak learning rate for the whole (global) batch."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """adamw's second decay rate is 0.999."""
+    optimizer_backend: Literal["auto", "torch", "apex"] = "auto"
+    """Whose fused kernels: PyTorch's, or those of NVIDIA's apex where it is installed (sgd only).
+    auto is torch: the same numbers, with clipping in the same pass."""
     momentum: float = 0.9
     """Of SGD; adamw's first decay rate."""
     nesterov: bool = True
