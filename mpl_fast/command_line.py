@@ -1,6 +1,7 @@
 """From a command line and a YAML file to one checked `RunConfig`; torch-free, so that --help is
 instant."""
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -22,11 +23,13 @@ USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.y
 
 Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
 The --algorithm.* options are those of one recipe: see them by --recipe uda --help.
-The same command with the same --run-dir resumes. Words in option names join with - or _ alike."""
+The same command with the same --run-dir resumes; with --dry-run it only tells what it would take.
+Words in option names join with - or _ alike."""
 
 PATIENCE = 5.0  # seconds
 LENGTHS = ("steps", "epochs", "eval_every", "eval_epochs")
-BARE = ("config", "help", "print_config")  # options of the parser itself, not of the config
+DRY_RUN = "dry_run"
+BARE = ("config", "help", "print_config", DRY_RUN)  # the parser's own, not the config's
 
 
 def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
@@ -51,6 +54,11 @@ def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
     return config
 
 
+def wants_dry_run(argv: Sequence[str]) -> bool:
+    """Whether the arguments, which `parse` has found right, ask for a dry run only."""
+    return f"--{DRY_RUN}" in map(_underscored, argv)
+
+
 def _lengths(config: RunConfig, arguments: Sequence[str]) -> RunConfig:
     """A length in steps on the command line wins over one in epochs from the file."""
     given = {key for key in LENGTHS if _option(arguments, key) is not None}
@@ -70,15 +78,16 @@ def as_yaml(config: RunConfig) -> str:
 def _parse_types(arguments: list[str], recipe: str, lines: dict[str, str]) -> RunConfig:
     """`lines` says where in the YAML file a key stands."""
     parser = _parser(RECIPES[recipe])
+    given = [a for a in arguments if a != f"--{DRY_RUN}"]  # which --print_config would print
     try:
-        found = parser.instantiate(parser.parse_args(arguments)).as_dict()
+        found = parser.instantiate(parser.parse_args(given)).as_dict()
     except SystemExit:
         raise
     except (
         Exception
     ) as error:  # jsonargparse raises many kinds; each carries the reason in its text
         raise ConfigError(_reworded(" ".join(str(error).split()), arguments, lines)) from None
-    for name in ("config", "print_config"):
+    for name in BARE:
         found.pop(name, None)
     return RunConfig(**found)
 
@@ -110,6 +119,12 @@ def _parser(algorithm: type[AlgorithmConfig]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(prog="train.py", usage=USAGE)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
+    parser.add_argument(
+        f"--{DRY_RUN}",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Print memory, operations, time and data rate that the run would need, and exit.",
+    )
     parser.add_class_arguments(RunConfig, skip={"algorithm"})
     parser.add_class_arguments(algorithm, "algorithm")
     return parser

@@ -8,7 +8,7 @@ from pathlib import Path
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.command_line import fail, parse
+from mpl_fast.command_line import fail, parse, wants_dry_run
 from mpl_fast.errors import UserError
 from mpl_fast.launcher import die_with_launcher
 
@@ -18,6 +18,10 @@ def main() -> int:
     die_with_launcher()
     try:
         config = parse(sys.argv[1:])
+        if wants_dry_run(sys.argv[1:]):
+            from mpl_fast.dry_run.command import dry_run
+
+            return dry_run(config)
         from mpl_fast import trainer
 
         return trainer.train(config)

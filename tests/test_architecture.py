@@ -2,10 +2,12 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train | experiments -> trainer -> assembly | evaluate | checkpoint | rundir | console | curves
-          -> algorithms | metrics | randomness -> learner -> derivatives | optimizers
+    train | experiments -> trainer | dry_run
+          -> assembly | evaluate | checkpoint | rundir | console | curves | step_graph
+          -> algorithms | metrics | randomness -> learner -> derivatives | optimizers | running
           -> losses | models | command_line | packing | draws
-          -> kernels | distributed | data -> batch | config -> errors | interrupts | launcher
+          -> kernels | distributed | data -> batch | config | nvidia_apex
+          -> errors | interrupts | launcher | compilation
 """
 
 import ast
@@ -18,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train", "experiments"},
-    {"trainer"},
-    {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves"},
+    {"trainer", "dry_run"},
+    {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves", "step_graph"},
     {"algorithms", "metrics", "randomness"},
     {"learner"},
-    {"derivatives", "optimizers"},
+    {"derivatives", "optimizers", "running"},
     {"losses", "models", "command_line", "packing", "draws"},
     {"kernels", "distributed", "data"},
-    {"batch", "config"},
-    {"errors", "interrupts", "launcher"},
+    {"batch", "config", "nvidia_apex"},
+    {"errors", "interrupts", "launcher", "compilation"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

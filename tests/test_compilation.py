@@ -23,10 +23,17 @@ import torch._dynamo  # writes PyTorch's own choice of a folder into the environ
 from torch import nn
 from mpl_fast.compilation import compile_in_place, keep_caches
 
+class Network(nn.Module):  # PyTorch 2.11 compiles no plain nn.Sequential in place
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(64, 2)
+
+    def forward(self, images):
+        return self.head(self.norm(self.conv(images)).relu().flatten(1))
+
 keep_caches(Path(sys.argv[1]))
 torch.manual_seed(0)
-network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-                        nn.Linear(64, 2))
+network = Network()
 names = list(network.state_dict())
 images = torch.randn(2, 3, 6, 6)
 plain = network(images).sum().item()

@@ -1,0 +1,104 @@
+"""From rows and a network's costs to operations, memory and time; arithmetic only."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mpl_fast.config import (
+    AlgorithmConfig,
+    LearnerConfig,
+    MetaSemiConfig,
+    MPLConfig,
+    SMPLConfig,
+)
+from mpl_fast.dry_run.network import NetworkCost
+from mpl_fast.dry_run.rows import StepRows
+
+# Forward-mode differentiation of a product w x computes w x, dw x and w dx.
+PRODUCTS_OF_A_TANGENT = 3
+IN_FLIGHT = 2  # activations that a layer reads and writes, besides what is saved
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank's device at the peak of a step, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    copies: float
+    """Of weights, for a derivative along the labeled gradient."""
+    images: float
+    activations: float
+    in_flight: float
+    """What a layer reads and writes, besides what is saved."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the costs of a step depend on besides its rows and its network."""
+
+    algorithm: AlgorithmConfig
+    labeled: int
+    """Images on this rank."""
+    unlabeled: int
+    """Images on this rank, of which there are two views."""
+    side: int
+    """Pixels."""
+    bf16: bool
+    graphs: bool = False
+    """CUDA graphs, which read images from places of their own."""
+
+
+def learners(algorithm: AlgorithmConfig) -> list[LearnerConfig]:
+    """Of each network that is trained."""
+    if isinstance(algorithm, MPLConfig):
+        return [algorithm.teacher, algorithm.student]
+    return [algorithm.learner]
+
+
+def step_flops(rows: StepRows, cost: NetworkCost) -> int:
+    """Of one rank's step; those of losses and optimizers are left out, being under a percent."""
+    forward = rows.forward + PRODUCTS_OF_A_TANGENT * rows.tangent
+    return forward * cost.forward + rows.backward * cost.backward
+
+
+def memory(setting: Setting, rows: StepRows, cost: NetworkCost) -> Memory:
+    """At the peak of a step."""
+    trained = learners(setting.algorithm)
+    number = 2 if setting.bf16 else 4  # bytes
+    image = 3 * setting.side**2 * number
+    return Memory(
+        weights=cost.bytes * len(trained),
+        gradients=cost.trained_bytes * len(trained),
+        optimizer=cost.trained_bytes * sum(map(_moments, trained)),
+        average=cost.bytes * sum(learner.ema > 0 for learner in trained),
+        copies=cost.trained_bytes * _copies(setting.algorithm),
+        images=image * (setting.labeled + 2 * setting.unlabeled) * (2 if setting.graphs else 1),
+        activations=rows.held * cost.saved + rows.held_passes * cost.saved_once,
+        in_flight=IN_FLIGHT * rows.largest * cost.largest,
+    )
+
+
+def checkpoint_bytes(algorithm: AlgorithmConfig, cost: NetworkCost) -> int:
+    """Weights, averages and the optimizers' moments; generators and data positions are small."""
+    return sum(
+        cost.bytes * (2 if learner.ema else 1) + cost.trained_bytes * _moments(learner)
+        for learner in learners(algorithm)
+    )
+
+
+def _moments(learner: LearnerConfig) -> int:
+    if learner.optimizer == "adamw":
+        return 2
+    return 1 if learner.momentum else 0
+
+
+def _copies(algorithm: AlgorithmConfig) -> int:
+    """The weights before the student's step and the labeled gradient; for a difference also the
+    latter scaled, and the weights moved by that."""
+    if isinstance(algorithm, MPLConfig | SMPLConfig):
+        if algorithm.feedback not in ("exact", "per_example"):
+            return 0
+    elif not isinstance(algorithm, MetaSemiConfig):
+        return 0
+    return 4 if algorithm.derivative == "central" else 2

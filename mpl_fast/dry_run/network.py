@@ -1,0 +1,139 @@
+"""What one network costs an image: operations, and memory that waits for the backward pass."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from mpl_fast.models import count_parameters
+
+ROWS = (2, 4)  # two sizes, for what grows with the rows and what does not; batch norm wants two
+SECONDS = 2.0  # of timing, about
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """Of one network in training; FLOPs count a multiplication and its addition as two."""
+
+    parameters: int
+    """Trained values."""
+    trained_bytes: int
+    bytes: int
+    """All weights and statistics."""
+    forward: int
+    """FLOPs of an image's forward pass."""
+    backward: int
+    """FLOPs of an image's backward pass."""
+    saved: float
+    """Bytes that an image's forward pass keeps for the backward pass."""
+    saved_once: float
+    """Bytes that a pass keeps whatever its rows are, such as weights in bfloat16."""
+    largest: float
+    """Bytes of an image's largest activation."""
+
+
+def measure(
+    network: nn.Module, side: int, *, device: torch.device, bf16: bool, compiled: bool = False
+) -> NetworkCost:
+    """Runs a network on the device, on a few images of `side` pixels.
+
+    `compiled` counts what is saved after PyTorch's partition of the compiled graph, which computes
+    some activations anew; that takes seconds. The network is compiled and has gradients afterwards.
+    """
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    few, many = (_images(rows, side, device, bf16) for rows in ROWS)
+    forward, backward = _flops(network, few, bf16)
+    if compiled:
+        network.compile(backend="aot_eager_decomp_partition", dynamic=False)
+    less, more = (_saved(network, images, bf16) for images in (few, many))
+    each = (sum(more) - sum(less)) / (ROWS[1] - ROWS[0])
+    return NetworkCost(
+        parameters=count_parameters(network),
+        trained_bytes=sum(p.nbytes for p in network.parameters() if p.requires_grad),
+        bytes=sum(t.nbytes for t in (*network.parameters(), *network.buffers())),
+        forward=forward // ROWS[0],
+        backward=backward // ROWS[0],
+        saved=each,
+        saved_once=max(0.0, sum(less) - ROWS[0] * each),
+        largest=max((n for n in more if n not in less), default=0) / ROWS[1],
+    )
+
+
+def seconds_per_image(
+    network: nn.Module, side: int, rows: int, *, device: torch.device, bf16: bool
+) -> float:
+    """Median wall time of a forward and backward pass over `rows` images, by the image."""
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images = _images(rows, side, device, bf16)
+
+    def work() -> None:
+        network.zero_grad(set_to_none=True)
+        _logits(network, images, bf16).float().sum().backward()
+
+    _seconds(work, device)  # the first one is slower
+    found = [_seconds(work, device)]
+    while sum(found) < SECONDS and len(found) < 50:
+        found.append(_seconds(work, device))
+    return median(found) / rows
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    _wait(device)
+    began = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _images(rows: int, side: int, device: torch.device, bf16: bool) -> Tensor:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    images = torch.randn(rows, 3, side, side, device=device, dtype=dtype)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _logits(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits: Tensor = network(images)
+    return logits
+
+
+def _flops(network: nn.Module, images: Tensor, bf16: bool) -> tuple[int, int]:
+    """Of a forward and of a backward pass over all images."""
+    found = []
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = _logits(network, images, bf16).float().sum()
+    found.append(counter.get_total_flops())
+    with counter:
+        loss.backward()
+    found.append(counter.get_total_flops())
+    return found[0], found[1]
+
+
+def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:
+    """Bytes of each piece of memory that a pass keeps, other than the weights and the images."""
+    kept = (*network.parameters(), *network.buffers(), images)
+    known = {t.untyped_storage().data_ptr() for t in kept}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in known:
+            found[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = _logits(network, images, bf16).float().sum()
+    pieces = list(found.values())
+    del loss  # only now: memory of what was freed may be given out again under the same address
+    return pieces

@@ -1,0 +1,132 @@
+"""How many images pass through the networks in one step: counted in a step of the real algorithm.
+
+Its networks are stand-ins of a few weights, so that a batch of any size takes a moment; there is no
+table of recipes that could drift from what they do.
+"""
+
+import weakref
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from mpl_fast import algorithms
+from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.batch import Batch
+from mpl_fast.config import AlgorithmConfig, LearnerConfig
+from mpl_fast.learner import Learner
+
+SIDE = 2  # of the stand-ins' images
+CLASSES = 2
+
+
+@dataclass
+class StepRows:
+    """Images in the passes of one step, of all networks together."""
+
+    forward: int = 0
+    """Of forward passes, those that a backward pass follows included."""
+    backward: int = 0
+    """Of backward passes."""
+    tangent: int = 0
+    """Of passes of forward-mode differentiation, not counted as forward."""
+    largest: int = 0
+    """In the largest pass."""
+    held: int = 0
+    """Whose activations wait for a backward pass at the same time, at the most."""
+    held_passes: int = 0
+    """Passes that these belong to."""
+
+
+def count(
+    config: AlgorithmConfig,
+    labeled: int,
+    unlabeled: int,
+    *,
+    steps: int,
+    step: int | None = None,
+    microbatches: int = 1,
+) -> StepRows:
+    """Rows of step number `step` (the last one of `steps`) on a rank's share of a batch."""
+    counter = _Counter()
+
+    def new_learner(learner: LearnerConfig) -> Learner:
+        # Whose kernels move the weights changes no row, and some are for a GPU alone.
+        learner = replace(learner, optimizer_backend="torch")
+        return Learner(_StandIn(counter), learner, steps=steps)
+
+    algorithm = algorithms.build(config, new_learner, RunFacts(microbatches=microbatches))
+    train_step(algorithm, _batch(labeled, unlabeled), steps - 1 if step is None else step)
+    return counter.found
+
+
+class _Counter:
+    """Notes passes as they come, and how long what they save is kept."""
+
+    def __init__(self) -> None:
+        self.found = StepRows()
+        self._now, self._passes = 0, 0
+
+    def passes(self, rows: int) -> "_Pass":
+        self.found.largest = max(self.found.largest, rows)
+        return _Pass(self, rows)
+
+    def hold(self, rows: int) -> None:
+        found = self.found
+        self._now, self._passes = self._now + rows, self._passes + 1
+        if self._now > found.held:
+            found.held, found.held_passes = self._now, self._passes
+
+    def release(self, rows: int) -> None:
+        self._now, self._passes = self._now - rows, self._passes - 1
+
+    def back(self, rows: int) -> None:
+        self.found.backward += rows
+
+    def __deepcopy__(self, memo: object) -> "_Counter":
+        """The copy that a learner averages its weights in reports to the same counter."""
+        return self
+
+
+class _Pass:
+    """One forward pass; it is held as long as the backward pass may ask for what it saved."""
+
+    def __init__(self, counter: _Counter, rows: int) -> None:
+        self._counter, self._rows, self._held = counter, rows, False
+
+    def save(self, tensor: Tensor) -> "tuple[_Pass, Tensor]":
+        if not self._held:
+            self._held = True
+            self._counter.hold(self._rows)
+            weakref.finalize(self, self._counter.release, self._rows)
+        return self, tensor
+
+
+class _StandIn(nn.Module):
+    """A linear network that counts: its one product saves its input, once in a pass."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self.counter = counter
+        self.weight = nn.Parameter(torch.randn(3 * SIDE * SIDE, CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, 2)`` of ``(N, 3, 2, 2)`` images."""
+        counter, rows = self.counter, len(images)
+        this = counter.passes(rows)
+        if forward_ad.unpack_dual(self.weight).tangent is not None:
+            counter.found.tangent += rows
+        else:
+            counter.found.forward += rows
+        with torch.autograd.graph.saved_tensors_hooks(this.save, lambda saved: saved[1]):
+            logits = images.flatten(1) @ self.weight
+        if logits.requires_grad:
+            logits.register_hook(lambda _: counter.back(rows))
+        return logits
+
+
+def _batch(labeled: int, unlabeled: int) -> Batch:
+    views = [torch.randn(n, 3, SIDE, SIDE) for n in (labeled, unlabeled, unlabeled)]
+    labels = [torch.arange(n) % CLASSES for n in (labeled, unlabeled)]
+    return Batch(views[0], labels[0], views[1], views[2], labels[1])

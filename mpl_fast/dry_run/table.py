@@ -1,0 +1,180 @@
+"""What a dry run prints: names, and a sentence on each."""
+
+import textwrap
+from dataclasses import dataclass
+
+from mpl_fast.config import RunConfig
+from mpl_fast.config.run import LABELED_ONLY
+from mpl_fast.console import duration, quantity
+from mpl_fast.dry_run.estimate import Memory
+from mpl_fast.dry_run.network import NetworkCost
+from mpl_fast.dry_run.rows import StepRows
+
+WIDTH, GAP = 100, 14  # of lines, and of the names they begin with
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is told of a run."""
+
+    config: RunConfig
+    world: int
+    device: str
+    """Name of a rank's device; empty if this machine does not have it."""
+    device_bytes: int
+    """Its memory; 0 if that is the machine's own."""
+    bf16: bool
+    cost: NetworkCost
+    rows: StepRows
+    """Of one rank."""
+    flops: int
+    """Of one rank's step."""
+    memory: Memory
+    checkpoint: int
+    """Bytes."""
+    records: int
+    """Images in a pass over what `epochs` counts."""
+    validation: int
+    """Images."""
+    rate: float
+    """FLOP/s that the network reached on this device just now; 0 where it is not here."""
+    probed: int
+    """Images in that pass."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; 0 if unknown."""
+        return self.flops / self.rate if self.rate else 0.0
+
+
+def table(plan: Plan) -> str:
+    """A paragraph for each name."""
+    told = {
+        "recipe": plan.config.recipe,
+        "network": _network(plan),
+        "ranks": _ranks(plan),
+        "a step": _images(plan),
+        "its passes": _passes(plan),
+        "length": _length(plan),
+        "operations": _operations(plan),
+        "memory": _memory(plan),
+        "checkpoint": f"{_amount(plan.checkpoint)}B each, {plan.config.checkpoint_keep} are kept",
+        "time": _time(plan),
+        "decoding": _decoding(plan),
+    }
+    lines = [
+        textwrap.fill(f"{name:<{GAP}}{text}", WIDTH, subsequent_indent=" " * GAP)
+        for name, text in told.items()
+    ]
+    return "\n".join(["dry run: nothing is trained or written", *lines])
+
+
+def _network(plan: Plan) -> str:
+    count = len({"teacher", "student"} & set(vars(plan.config.algorithm))) or 1
+    each = " each" if count > 1 else ""
+    return (
+        f"{count} x {plan.config.model.name}, {quantity(plan.cost.parameters)} trained "
+        f"parameters{each}, {plan.config.data.image_size}-pixel images"
+    )
+
+
+def _ranks(plan: Plan) -> str:
+    where = plan.device or "a GPU that this machine does not have"
+    precision = "bfloat16" if plan.bf16 else "float32"
+    return f"{plan.world} x {where}, {precision}, compile {plan.config.compile}"
+
+
+def _images(plan: Plan) -> str:
+    config, world = plan.config, plan.world
+    unlabeled = 0 if config.recipe in LABELED_ONLY else config.unlabeled_batch
+    parts = f", in {config.microbatches} parts" if config.microbatches > 1 else ""
+    return (
+        f"{config.labeled_batch:,} labeled + {unlabeled:,} unlabeled images, "
+        f"{config.labeled_batch // world:,} + {unlabeled // world:,} on a rank{parts}"
+    )
+
+
+def _passes(plan: Plan) -> str:
+    rows = plan.rows
+    along = f", {rows.tangent:,} in forward mode" if rows.tangent else ""
+    return (
+        f"on a rank {rows.forward:,} images forward, {rows.backward:,} backward{along}; "
+        f"the largest has {rows.largest:,}"
+    )
+
+
+def _length(plan: Plan) -> str:
+    config = plan.config
+    only = config.recipe in LABELED_ONLY
+    batch, of = (config.labeled_batch, "labeled") if only else (config.unlabeled_batch, "unlabeled")
+    epochs = config.steps * batch / plan.records
+    return f"{config.steps:,} steps, {_count(epochs)} passes over {plan.records:,} {of} images"
+
+
+def _operations(plan: Plan) -> str:
+    forwards = plan.flops / plan.cost.forward
+    a_labeled = forwards * plan.world / plan.config.labeled_batch
+    total = plan.flops * plan.world
+    return (
+        f"{_amount(total)}FLOP a step, {a_labeled:.1f} forward passes ({_amount(plan.cost.forward)}"
+        f"FLOP each) for a labeled image; {_amount(total * plan.config.steps)}FLOP in all"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    parts = [
+        f"{name.replace('_', ' ')} {_amount(size)}B"
+        for name, size in plan.memory._asdict().items()
+        if size
+    ]
+    total = sum(plan.memory)
+    have = plan.device_bytes
+    of = f" of {_amount(have)}B" if have else ""
+    over = "; TOO MUCH: lower the batches" if have and total > have else ""
+    return (
+        f"{_amount(total)}B on a rank{of} at the peak ({', '.join(parts)}), besides what CUDA, "
+        f"NCCL and DALI take{over}"
+    )
+
+
+def _time(plan: Plan) -> str:
+    if not plan.rate:
+        return "unknown: the network could not be timed, for the device is not here"
+    validating = plan.validation * plan.cost.forward / plan.world / plan.rate
+    every = plan.config.eval_every
+    evaluations = 1 + (plan.config.steps - 1) // every if every else 1
+    total = plan.config.steps * plan.seconds + evaluations * validating
+    return (
+        f"about {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, at the "
+        f"{_amount(plan.rate)}FLOP/s that this network just reached here, forward and backward, "
+        f"on {plan.probed} images, not compiled"
+    )
+
+
+def _decoding(plan: Plan) -> str:
+    config = plan.config
+    images = config.labeled_batch
+    images += 0 if config.recipe in LABELED_ONLY else config.unlabeled_batch
+    if not plan.rate:
+        return f"{images:,} images a step, over its seconds, are what keeps up with it"
+    rate = images / plan.seconds
+    return (
+        f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) keep up with such a step "
+        f"of {images:,} images, or {images:,} over its seconds"
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 10 else f"{value:,.0f} s"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _amount(value: float) -> str:
+    """A number, a space and the letter of its size: ``4.09 G``."""
+    for letter, size in zip("EPTGMk", (1e18, 1e15, 1e12, 1e9, 1e6, 1e3), strict=True):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g} "
