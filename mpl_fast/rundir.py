@@ -26,6 +26,7 @@ FREE = {"run_dir", "log_every", "checkpoint_every", "checkpoint_keep", "eval_eve
 FREE |= {
     "eval_epochs",
     "stop_at",
+    "cuda_graphs",
     "data.root",
     "data.threads",
     "data.prefetch",

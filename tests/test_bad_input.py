@@ -141,6 +141,28 @@ def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     assert "warning: the student never moves: its wait of 9 steps" in mended.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--cuda-graphs", "step"], "cuda_graphs is step, but this trains on cpu: set off"),
+        (["--microbatches", "3"], "microbatches 3 does not divide the 4 labeled images"),
+        (
+            ["--microbatches", "2", "--algorithm.held_out", "0.25"],
+            "microbatches 2 does not divide the 3 labeled images that a rank learns from",
+        ),
+        (
+            ["--algorithm.teacher.optimizer_backend", "apex"],
+            "optimizer_backend apex needs NVIDIA's apex, which is not installed",
+        ),
+    ],
+)
+def test_what_this_machine_or_batch_cannot_do(
+    options: list[str], says: str, say: Say, tiny_rec: Path, tmp_path: Path
+) -> None:
+    code, text = say([*arguments(tmp_path / "run", tiny_rec), *options])
+    assert code == 2 and says in text
+
+
 def test_two_runs_in_one_directory(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
     import fcntl
 

@@ -120,6 +120,37 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
             ["--algorithm.feedback=exact", "--algorithm.baseline=0.9"],
             r"algorithm\.baseline is subtracted from a difference: feedback exact has none",
         ),
+        (["--cuda-graphs=model"], "cuda_graphs model is of compiled networks: give --compile"),
+        (
+            ["--cuda-graphs=step", "--algorithm.feedback=exact"],
+            "cuda_graphs step cannot repeat a step that draws its dropout again",
+        ),
+        (
+            ["--cuda-graphs=step", "--algorithm.teacher-graph=recompute"],
+            "cuda_graphs step cannot repeat a step that draws its dropout again",
+        ),
+        (["--cuda-graphs=step", "--gradients=ddp"], "cuda_graphs step needs gradients flat"),
+        (["--microbatches=0"], "microbatches must be at least 1, not 0"),
+        (
+            ["--recipe=smpl", "--microbatches=2"],
+            "microbatches must be 1 for recipe smpl, whose step takes its batch whole",
+        ),
+        (
+            ["--algorithm.feedback=parity_google", "--microbatches=2"],
+            "microbatches must be 1 for feedback parity_google",
+        ),
+        (
+            [
+                "--algorithm.teacher.optimizer-backend=apex",
+                "--algorithm.teacher.optimizer=adamw",
+            ],
+            r"algorithm\.teacher\.optimizer_backend apex is for optimizer sgd: take torch",
+        ),
+        (
+            ["--cuda-graphs=step", "--algorithm.student.optimizer-backend=apex"],
+            r"algorithm\.student\.optimizer_backend apex takes its learning rate by value",
+        ),
+        (["--model.norm=sync", "--compile=default"], r"model\.norm sync cannot be compiled"),
         (["--recipe=finetune"], r"algorithm\.start is missing: give --algorithm\.start RUN_DIR"),
         (
             ["--recipe=finetune", "--algorithm.start=s", "--model.pretrained=timm"],

@@ -11,13 +11,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -29,12 +25,13 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.pack import PackOptions, pack
 from mpl_fast.packing.plan import Division
+from tools.bench.report import add_options, table, write
+from tools.bench.report import result as form
 from tools.bench_input.clock import rounds
-from tools.bench_input.contestants import Setting, all_contestants
-from tools.bench_input.report import rows, table
+from tools.bench_input.contestants import Setting, all_contestants, swept
+from tools.bench_input.report import rows
 
 Json = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"bench_data: {error}", file=sys.stderr)
         return 2
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
     print(result["claim"])
     print(table(result["rows"]))
     print(f"load average before and after: {result['load_average']}; written: {options.out}")
@@ -68,12 +64,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=2, metavar="N", help="DALI threads or worker processes (2)")
     add("--batch", type=int, default=64, metavar="N", help="images in a batch (64)")
     add("--batches", type=int, default=8, metavar="N", help="timed batches in a round (8)")
-    add("--rounds", type=int, default=5, metavar="N", help="(5)")
     add("--only", default="", metavar="TEXT", help="contestants with this in 'views name'")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of measuring (0)")
-    add("--smoke", action="store_true", help="everything once, tiny; nothing of speed")
-    add("--out", type=Path, default=Path("runs/bench_data.json"), help="JSON file")
-    add("--commit", metavar="NAME", help="where there is no git to ask")
+    add("--sweep", action="store_true", help="our own settings against each other instead")
+    add_options(parser, "bench_data", rounds=5)
     return parser.parse_args(arguments)
 
 
@@ -84,9 +77,8 @@ def _measured(options: argparse.Namespace, folder: Path) -> Json:
     device = torch.device("cuda" if options.device == "gpu" else "cpu")
     split = read_manifest(folder).splits["unlabeled"]
     setting = Setting(config, split, options.batch, options.threads, device)
-    contestants = [
-        one for one in all_contestants(setting) if options.only in f"{one.task} {one.name}"
-    ]
+    everybody = swept(setting) if options.sweep else all_contestants(setting)
+    contestants = [one for one in everybody if options.only in f"{one.task} {one.name}"]
     load = [os.getloadavg()[0]]
     found = rounds(
         contestants,
@@ -94,17 +86,14 @@ def _measured(options: argparse.Namespace, folder: Path) -> Json:
         batches=options.batches,
         repeats=options.rounds,
         seed=options.seed,
+        seconds=60 * options.minutes if options.minutes else float("inf"),
     )
     load.append(os.getloadavg()[0])
-    claim = "a smoke test: no number here is a claim" if options.smoke else _claim(options)
-    settings = {key: str(value) for key, value in vars(options).items()}
+    made = rows(contestants, found)
     return {
-        "claim": claim,
-        "machine": _machine(options.commit),
-        "settings": settings,
+        **form("bench_data", options, _claim(options), made),
         "records": split.records,
         "load_average": [round(value, 2) for value in load],
-        "rows": rows(contestants, found),
     }
 
 
@@ -113,25 +102,6 @@ def _claim(options: argparse.Namespace) -> str:
         f"median (lowest to highest) of {options.rounds} interleaved rounds of {options.batches} "
         f"batches of {options.batch}; {options.threads} threads or workers each"
     )
-
-
-def _machine(commit: str | None) -> Json:
-    packages = ("torch", "torchvision", "nvidia-dali-cuda120", "pillow")
-    return {
-        "python": platform.python_version(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit or _commit(),
-        **{name: version(name) for name in packages},
-    }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _generated(folder: Path) -> Path:

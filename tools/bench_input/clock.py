@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,15 +23,26 @@ class Round(NamedTuple):
 
 
 def rounds(
-    contestants: Sequence[Contestant], *, batch: int, batches: int, repeats: int, seed: int
+    contestants: Sequence[Contestant],
+    *,
+    batch: int,
+    batches: int,
+    repeats: int,
+    seed: int,
+    seconds: float = float("inf"),
 ) -> dict[Key, list[Round]]:
-    """All contestants once in every round, in an order of its own, all of them open throughout."""
-    order = random.Random(seed)
+    """All contestants once in every round, in an order of its own, all of them open throughout.
+
+    After `seconds` no further round begins.
+    """
+    order, began = random.Random(seed), time.perf_counter()
     running = [(contestant, contestant.open()) for contestant in contestants]
     for contestant, source in running:
         _check(contestant, next(source), batch)
     found: dict[Key, list[Round]] = {(one.task, one.name): [] for one in contestants}
-    for _ in range(repeats):
+    for number in range(repeats):
+        if number and time.perf_counter() - began > seconds:
+            break
         for contestant, source in order.sample(running, len(running)):
             _settle()
             measured = _measure(source, contestant.ahead + 1, batches, batch)
@@ -85,11 +96,3 @@ def _cpu_seconds() -> float:
         fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / TICK
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median and extremes."""
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    median = (ordered[middle] + ordered[-middle - 1]) / 2
-    return {"median": median, "low": ordered[0], "high": ordered[-1], "n": len(ordered)}

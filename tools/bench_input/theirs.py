@@ -1,13 +1,16 @@
-"""The peer: torchvision v2 in a DataLoader's worker processes, on PIL images or on tensors."""
+"""The peers: torchvision v2, on PIL images or on tensors, in a DataLoader's processes or in the
+threads of Meta's SPDL (optional: pip install spdl spdl-core spdl-io)."""
 
 import io
 from collections.abc import Iterator
-from typing import Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -77,3 +80,19 @@ def loader(data: Views, batch: int, workers: int) -> DataLoader[tuple[Tensor, ..
         num_workers=workers,
         prefetch_factor=AHEAD,
     )
+
+
+def has_spdl() -> bool:
+    """Whether Meta's loader is installed."""
+    return find_spec("spdl") is not None
+
+
+def threads(data: Views, batch: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
+    """Endless batches out of SPDL's threads, each of which makes whole images."""
+    pipeline: Any = import_module("spdl.pipeline")
+    builder = pipeline.PipelineBuilder().add_source(iter(Endless(len(data))))
+    builder = builder.pipe(data.__getitem__, concurrency=workers).aggregate(batch)
+    running = builder.pipe(default_collate).add_sink(AHEAD).build(num_threads=workers + 1)
+    with running.auto_stop():
+        for views in running:
+            yield tuple(views)
