@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test demo lock clean
+.PHONY: help venv lint format test demo bench lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ test: $(STAMP) ## The whole test suite, at most 10 minutes on 2 cores
 
 demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=3 for mean and sd)
 	$(DEMO)
+
+bench: $(STAMP) ## Every benchmark once, tiny, in about five minutes: proves that they run, not speed
+	$(PY) tools/bench_all.py --smoke --out runs/bench
 
 lock: ## Resolves setup.py anew into requirements.lock, for every Python that it allows
 	$(PYTHON) -m venv build/lock

@@ -13,9 +13,10 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -53,12 +54,13 @@ class Checkpoints:
             aside.mkdir()
         barrier()
         files = {f"rank_{self.rank}.pt": mine} | ({"state.pt": shared} if self.rank == 0 else {})
-        written = {name: _write(aside / name, _packed(value)) for name, value in files.items()}
+        written = {name: _write(aside / name, partial(torch.save, v)) for name, v in files.items()}
         everyones = gather(written)
         if self.rank == 0:
             about = {"format": FORMAT, "step": step, "world": self.world}
             about["files"] = {name: facts for part in everyones for name, facts in part.items()}
-            _write(aside / "checkpoint.json", json.dumps(about, indent=1).encode())
+            text = json.dumps(about, indent=1).encode()
+            _write(aside / "checkpoint.json", lambda file: file.write(text))
             _sync_folder(aside)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
@@ -176,18 +178,29 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def _packed(value: dict[str, Any]) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getbuffer()
+class _Hashed(io.RawIOBase):
+    """A file that is hashed while it is written, so that nothing of it is held in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, block: Any) -> int:
+        self._file.write(block)
+        self._digest.update(block)
+        self._bytes += len(block)
+        return len(block)
+
+    def facts(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
-def _write(path: Path, content: bytes | memoryview) -> dict[str, Any]:
+def _write(path: Path, content: Callable[[BinaryIO], Any]) -> dict[str, Any]:
     with path.open("wb") as file:
-        file.write(content)
+        hashed = _Hashed(file)
+        content(cast(BinaryIO, hashed))
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return hashed.facts()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _split(found: Found, scene: Scene) -> Iterator[Row]:
     for name in found.seconds:
         joint = name.replace("split", "joint")
         if joint != name and joint in found.seconds:
-            wanted = scene.recipe == "mpl" and (scene.hopper or scene.on_cpu)
+            wanted = scene.recipe == "mpl" and scene.hopper
             target = 1.25 if wanted else None
             yield _speedup(found, scene, joint, name, f"{joint} / split", target)
 
