@@ -1,5 +1,6 @@
 """The only file that talks to other ranks. With one process every function is the identity."""
 
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ def start(device: str) -> Place:
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
     if launched:
+        # Optimizers import it at their first step. Imported after the group is made it holds on to
+        # it: gloo's threads then outlive `stop`, and sometimes abort the process as Python ends.
+        importlib.import_module("torch._dynamo")
         cuda = place.device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     return place

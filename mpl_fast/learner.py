@@ -7,7 +7,7 @@ here and nowhere else, so that an algorithm reads as if there were one device.
 import copy
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -165,17 +165,15 @@ class Learner:
         self.push(*terms)
         return self.update()
 
-    def push(self, *terms: Term, last: bool = True) -> None:
+    def push(self, *terms: Term) -> None:
         """Adds the gradient of a sum to what the next `update` goes down.
 
-        A term is a scalar loss, or logits together with a loss's gradient by them. `last`: nothing
-        else will come before the update, so that DDP may begin to exchange gradients.
+        A term is a scalar loss, or logits together with a loss's gradient by them.
         """
         roots = [term if isinstance(term, Tensor) else term[0] for term in terms]
         slopes = [None if isinstance(term, Tensor) else term[1] for term in terms]
         moved = [i for i, root in enumerate(roots) if root.requires_grad]  # not by constants
-        with nullcontext() if last else _unsynced(self._replica):
-            torch.autograd.backward([roots[i] for i in moved], [slopes[i] for i in moved])
+        torch.autograd.backward([roots[i] for i in moved], [slopes[i] for i in moved])
 
     def update(self) -> Tensor:
         """One clipped optimizer step down all that was pushed.
@@ -288,10 +286,6 @@ def _replicate(network: nn.Module, device: torch.device, gradients: GradientSync
     wrap: Any = DistributedDataParallel
     replica: nn.Module = wrap(network, device_ids=ids, **sync)
     return replica
-
-
-def _unsynced(replica: nn.Module) -> AbstractContextManager[None]:
-    return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
 
 def _pairs(average: nn.Module, network: nn.Module, config: LearnerConfig) -> Pairs:

@@ -107,7 +107,7 @@ class Run:
             rank=place.rank,
             world=place.world,
         )
-        if config.compile != "off":
+        if config.compile != "off" or place.device.type == "cuda":  # where Triton compiles losses
             compilation.keep_caches(Path(config.run_dir) / "compile_cache")
         self.checkpoint = self._newest()
         fresh = self.checkpoint is None

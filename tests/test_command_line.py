@@ -130,6 +130,7 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
             "cuda_graphs step cannot repeat a step that draws its dropout again",
         ),
         (["--cuda-graphs=step", "--gradients=ddp"], "cuda_graphs step needs gradients flat"),
+        (["--microbatches=2", "--gradients=ddp"], "microbatches above 1 need gradients flat"),
         (["--microbatches=0"], "microbatches must be at least 1, not 0"),
         (
             ["--recipe=smpl", "--microbatches=2"],

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -167,26 +167,35 @@ def test_evaluation_of_stored_size_changes_nothing(small: tuple[Manifest, Pixels
     assert (images == noise).all()
 
 
-def by_pillow(image: Image.Image, side: int, crop: int) -> NDArray[np.int64]:
-    """Shorter side to ``side``, bicubic, and the center; halves of a pixel are rounded up."""
+def by_pillow(
+    image: Image.Image, side: int, crop: int, kind: Image.Resampling = Image.Resampling.BICUBIC
+) -> NDArray[np.int64]:
+    """Shorter side to ``side``, and the center; halves of a pixel are rounded up."""
     scale = side / min(image.size)
     size = [round(scale * length) for length in image.size]
-    resized = np.asarray(image.resize((size[0], size[1]), Image.Resampling.BICUBIC))
+    resized = np.asarray(image.resize((size[0], size[1]), kind))
     left, top = ((length - crop + 1) // 2 for length in size)
     return resized[top : top + crop, left : left + crop].astype(np.int64)
 
 
-def test_imagenet_evaluation_is_pillows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_imagenet_evaluation_is_pillows(
+    interpolation: Literal["bicubic", "bilinear"], tmp_path: Path
+) -> None:
     """64 / 0.875 = 73 pixels, center 64 x 64; within a gray level on average, wide and high."""
     wide, flower = (Image.fromarray(array) for array in load_sample_images().images)
     high = wide.rotate(90, expand=True)
     files = [encoded(image, "JPEG", quality=95) for image in (wide, flower, high)]
-    expected = [by_pillow(Image.open(io.BytesIO(file)), 73, 64) for file in files]
+    kind = Image.Resampling[interpolation.upper()]
+    expected = [by_pillow(Image.open(io.BytesIO(file)), 73, 64, kind) for file in files]
     manifest = packed(tmp_path, {f"{number}.jpg": file for number, file in enumerate(files)})
     found = set()
-    for image in evaluated(manifest, replace(RAW, image_size=64)):
+    other_kind = Image.Resampling["BILINEAR" if interpolation == "bicubic" else "BICUBIC"]
+    for image in evaluated(manifest, replace(RAW, image_size=64, interpolation=interpolation)):
         off = [np.abs(image - other).mean() for other in expected]
         assert min(off) < 1.0
+        wrong = by_pillow(Image.open(io.BytesIO(files[int(np.argmin(off))])), 73, 64, other_kind)
+        assert min(off) < 0.5 * np.abs(image - wrong).mean()
         found.add(int(np.argmin(off)))
     assert found == {0, 1, 2}
 

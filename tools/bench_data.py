@@ -64,6 +64,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=2, metavar="N", help="DALI threads or worker processes (2)")
     add("--batch", type=int, default=64, metavar="N", help="images in a batch (64)")
     add("--batches", type=int, default=8, metavar="N", help="timed batches in a round (8)")
+    add(
+        "--interpolation",
+        choices=("bicubic", "bilinear"),
+        default="bicubic",
+        help="of all contestants; bilinear is torchvision's default (%(default)s)",
+    )
     add("--only", default="", metavar="TEXT", help="contestants with this in 'views name'")
     add("--sweep", action="store_true", help="our own settings against each other instead")
     add_options(parser, "bench_data", rounds=5)
@@ -73,7 +79,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _measured(options: argparse.Namespace, folder: Path) -> Json:
     if options.smoke:
         options.batch, options.batches, options.rounds = 8, 1, 1
-    config = DataConfig(image_size=64) if options.smoke else DataConfig()
+    size = 64 if options.smoke else 224
+    config = DataConfig(image_size=size, interpolation=options.interpolation)
     device = torch.device("cuda" if options.device == "gpu" else "cpu")
     split = read_manifest(folder).splits["unlabeled"]
     setting = Setting(config, split, options.batch, options.threads, device)

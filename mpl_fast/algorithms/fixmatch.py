@@ -26,9 +26,9 @@ class FixMatch:
 
     def step(self, batch: Batch, t: int) -> Metrics:
         count, told = self.microbatches, []
-        for number, part in enumerate(parts(batch, count), start=1):
+        for part in parts(batch, count):
             loss, metrics = self._loss(part)
-            self.learner.push(*shared([loss], count), last=number == count)
+            self.learner.push(*shared([loss], count))
             told.append(metrics)
         self.learner.update()
         return mean_of(told)

@@ -49,9 +49,10 @@ class MetaPseudoLabels:
 
         # ... the student learns from nothing but those labels ...
         feedback = self._listen([part.strong for part in batches], judging)
-        lessons = []
-        for number, (part, mine) in enumerate(zip(batches, rows, strict=True), start=1):
-            lessons.append(self._learn(part.strong, labels.of(mine), last=number == count))
+        lessons = [
+            self._learn(part.strong, labels.of(mine))
+            for part, mine in zip(batches, rows, strict=True)
+        ]
         rate = student.update()
 
         # ... what that did for it on labeled images tells how good they were ...
@@ -59,11 +60,11 @@ class MetaPseudoLabels:
 
         # ... and the teacher makes helpful ones likelier, while it learns by UDA itself.
         told = []
-        for number, (view, part, mine) in enumerate(zip(views, batches, rows, strict=True), 1):
+        for view, part, mine, (_, lesson) in zip(views, batches, rows, lessons, strict=True):
             terms, metrics = self._teach(view.logits(), part, labels, mine, feedback, t)
-            teacher.push(*shared(terms, count), last=number == count)
+            teacher.push(*shared(terms, count))
             view.forget()
-            told.append({**metrics, "loss/student": lessons[number - 1][1]})
+            told.append({**metrics, "loss/student": lesson})
         teacher.update()
         return {**mean_of(told), **feedback.metrics()}
 
@@ -76,7 +77,7 @@ class MetaPseudoLabels:
             recompute=self.config.teacher_graph == "recompute",
         )
 
-    def _learn(self, strong: Tensor, labels: Labels, *, last: bool) -> tuple[Tensor, Tensor]:
+    def _learn(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """The student's lesson of one part: its logits, as constants, and the loss."""
         logits = self.student(strong)  # (U, C)
         lesson, slope = losses.student_loss_and_grad(
@@ -85,7 +86,7 @@ class MetaPseudoLabels:
             label_smoothing=self.config.smoothing,
             weight=labels.weight,
         )
-        self.student.push(*shared([(logits, slope)], self.microbatches), last=last)
+        self.student.push(*shared([(logits, slope)], self.microbatches))
         return logits.detach(), lesson.loss
 
     def _teach(

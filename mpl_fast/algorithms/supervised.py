@@ -31,11 +31,11 @@ class Supervised:
     def step(self, batch: Batch, t: int) -> Metrics:
         images, targets = self._mixed(batch, t) if self.mixup else (batch.labeled, [])
         count, told = self.microbatches, []
-        for number, rows in enumerate(slices(len(images), count), start=1):
+        for rows in slices(len(images), count):
             labels = batch.labels[rows]
             weighed = [(target[rows], weight[rows]) for target, weight in targets]
             loss, metrics = self._loss(images[rows], labels, weighed)
-            self.learner.push(*shared([loss], count), last=number == count)
+            self.learner.push(*shared([loss], count))
             told.append(metrics)
         self.learner.update()
         return mean_of(told)

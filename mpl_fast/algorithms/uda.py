@@ -28,10 +28,10 @@ class UDA:
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, count, told = self.config, self.microbatches, []
-        for number, part in enumerate(parts(batch, count), start=1):
+        for part in parts(batch, count):
             logits = Views(self.learner, part, config.bn_batches).logits()
             terms, out = uda_loss(logits, part, t, config.consistency, config.smoothing)
-            self.learner.push(*shared(terms, count), last=number == count)
+            self.learner.push(*shared(terms, count))
             told.append(uda_metrics(out))
         self.learner.update()
         return mean_of(told)

@@ -85,6 +85,8 @@ def _about_graphs(config: RunConfig) -> list[str]:
 
 
 def _about_parts(config: RunConfig) -> list[str]:
+    if config.microbatches > 1 and config.gradients == "ddp":
+        return ["microbatches above 1 need gradients flat: DDP exchanges after every part"]
     parity = getattr(config.algorithm, "feedback", "").startswith("parity_")
     if config.microbatches > 1 and (config.recipe in WHOLE or parity):
         who = f"feedback {config.algorithm.feedback}" if parity else f"recipe {config.recipe}"  # type: ignore[union-attr]

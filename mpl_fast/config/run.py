@@ -28,6 +28,9 @@ class DataConfig:
     """Side of the square views, in pixels."""
     weak: Literal["imagenet", "cifar"] = "imagenet"
     """Weak view: random resized crop, or the image padded by 4 pixels and cropped back."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized, antialiased both: as published, or with half the work, which counts
+    where DALI works on the CPU."""
     flip: bool = True
     """Mirror at random; switch off where left and right differ in meaning, as in digits."""
     policy: Literal["mpl", "mpl_branched", "dali"] = "mpl"

@@ -189,7 +189,9 @@ def _identity(
     config: DataConfig, manifest: Manifest, device: torch.device
 ) -> dict[str, str | int | float]:
     """What shapes the graph and its data; DALI would restore a state into any other unasked."""
-    return {
+    # Not there where it is as it was before there was a choice: positions of then still fit.
+    other = {"data.interpolation": config.interpolation}
+    return (other if config.interpolation != "bicubic" else {}) | {
         "data": manifest.content[:16],
         "graph": GRAPH,
         "data.device": "cpu" if dali_gpu(config, device) is None else "gpu",

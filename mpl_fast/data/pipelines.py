@@ -105,9 +105,9 @@ def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataN
     )
     image = decode(encoded, config, engine)
     if config.weak == "imagenet":
-        image = resize(image, round(config.image_size / config.eval_crop), "not_smaller")
+        image = resize(image, round(config.image_size / config.eval_crop), "not_smaller", config)
     else:
-        image = resize(image, config.image_size, "stretch")
+        image = resize(image, config.image_size, "stretch", config)
     return normalize(image, config, engine, 0), _label(label, engine)
 
 
@@ -141,8 +141,8 @@ def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNo
             adjust_orientation=False,
             hw_decoder_load=config.hw_decoder_load,
         )
-        return resize(image, config.image_size, "stretch")
-    image = resize(decode(encoded, config, engine), config.image_size, "stretch")
+        return resize(image, config.image_size, "stretch", config)
+    image = resize(decode(encoded, config, engine), config.image_size, "stretch", config)
     steps = [float(step) for step in range(-CIFAR_PADDING, CIFAR_PADDING + 1)]
     return fn.slice(
         image,
@@ -168,11 +168,12 @@ def _decoder(engine: Engine) -> str:
     return "cpu" if engine.gpu is None else "mixed"
 
 
-def resize(image: DataNode, side: int, mode: str) -> DataNode:
-    """Bicubic; "stretch" makes a square, "not_smaller" keeps the aspect and fits the short side."""
-    return fn.resize(
-        image, size=(side, side), mode=mode, interp_type=types.INTERP_CUBIC, antialias=True
-    )
+def resize(image: DataNode, side: int, mode: str, config: DataConfig) -> DataNode:
+    """Antialiased; "stretch" makes a square, "not_smaller" keeps the aspect and fits the short
+    side."""
+    cubic = config.interpolation == "bicubic"
+    kind = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
+    return fn.resize(image, size=(side, side), mode=mode, interp_type=kind, antialias=True)
 
 
 def flip_coin(config: DataConfig) -> DataNode | int:

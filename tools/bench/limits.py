@@ -1,4 +1,4 @@
-"""What this machine does at best: FLOP/s of a large matrix product, bytes/s of a large copy."""
+"""What this machine does at best: FLOP/s of a large product or convolution, bytes/s of a copy."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,32 @@ ROUNDS, WARMUP = 10, 3
 
 
 def products(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Spread:
-    """FLOP/s of products of square matrices of random numbers.
+    """FLOP/s of products of square matrices, or of a convolution if that is faster.
 
-    Zeros would need less power, so that a GPU would keep a clock that no training sees. `small`
-    shows only that it runs. On a GPU, float32 is TF32 if that is allowed.
+    Of random numbers: zeros would need less power, so that a GPU would keep a clock that no
+    training sees. `small` shows only that it runs. On a GPU, float32 is TF32 if that is allowed.
+    (Some CPUs have slower libraries for products than for convolutions.)
     """
+    best = _products(device, dtype, small)
+    return max(best, _convolutions(device, dtype, small))
+
+
+def _convolutions(device: torch.device, dtype: torch.dtype, small: bool) -> Spread:
+    """3 x 3 on 28 x 28 pixels of 256 channels, NHWC."""
+    images, channels, side = (256, 256, 28) if device.type == "cuda" else (16, 256, 28)
+    images, channels, side = (1, 16, 8) if small else (images, channels, side)
+    x = torch.randn(images, channels, side, side, device=device).to(dtype)
+    w = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+    x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+
+    def work() -> None:
+        with torch.no_grad():
+            torch.nn.functional.conv2d(x, w, padding=1)
+
+    return _rate(work, 2.0 * 9 * channels * channels * images * side * side)
+
+
+def _products(device: torch.device, dtype: torch.dtype, small: bool) -> Spread:
     size, calls = (8192, 10) if device.type == "cuda" else (2048, 1)
     size = 256 if small else size
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -77,7 +77,7 @@ def _threaded(setting: Setting) -> list[Contestant]:
         return lambda: theirs.threads(data, setting.batch, setting.threads)
 
     return [
-        Contestant("spdl-tensor", task, batches(task == "both"), theirs.AHEAD, True)
+        Contestant("spdl-tensor", task, batches(task == "both"), theirs.THREADED_AHEAD, True)
         for task in _tasks("weak", "both")
     ]
 

@@ -20,6 +20,8 @@ from tools.bench_input.records import Records
 
 Kind = Literal["pil", "tensor"]
 AHEAD = 2  # batches that each worker prepares ahead, PyTorch's default
+# What its stages hold between them, batches and images; nine were seen to come at once.
+THREADED_AHEAD = 12
 
 
 class Views(Dataset[tuple[Tensor, ...]]):
@@ -28,7 +30,9 @@ class Views(Dataset[tuple[Tensor, ...]]):
     def __init__(self, config: DataConfig, split: Split, kind: Kind, *, strong: bool) -> None:
         self._records, self._kind, self._strong = Records(split), kind, strong
         self._crop = v2.RandomResizedCrop(
-            config.image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            config.image_size,
+            interpolation=v2.InterpolationMode(config.interpolation),
+            antialias=True,
         )
         # Its strength ends at level 10; how long an operation takes does not depend on it.
         bins = 31
@@ -84,7 +88,7 @@ def loader(data: Views, batch: int, workers: int) -> DataLoader[tuple[Tensor, ..
 
 def has_spdl() -> bool:
     """Whether Meta's loader is installed."""
-    return find_spec("spdl") is not None
+    return find_spec("spdl") is not None and find_spec("spdl.pipeline") is not None
 
 
 def threads(data: Views, batch: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
