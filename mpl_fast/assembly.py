@@ -13,7 +13,7 @@ from mpl_fast.config import LearnerConfig, RunConfig
 from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest
-from mpl_fast.distributed import Place
+from mpl_fast.distributed import Place, world_size
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.learner import Learner
 
@@ -106,8 +106,8 @@ def build_algorithm(
             pretrained=model.pretrained if fresh else "",
             frozen=model.frozen,
         )
-        if model.norm == "sync":
-            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        if model.norm == "sync" and world_size() > 1:
+            network = models.synchronized(network)
         return Learner(
             network,
             learner,

@@ -183,9 +183,14 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, block: Any) -> int:
-        self._file.write(block)
+        try:
+            self._file.write(block)
+        except OSError as error:
+            self.error = error
+            raise
         self._digest.update(block)
         self._bytes += len(block)
         return len(block)
@@ -197,7 +202,13 @@ class _Hashed(io.RawIOBase):
 def _write(path: Path, content: Callable[[BinaryIO], Any]) -> dict[str, Any]:
     with path.open("wb") as file:
         hashed = _Hashed(file)
-        content(cast(BinaryIO, hashed))
+        try:
+            content(cast(BinaryIO, hashed))
+        except RuntimeError:
+            # Torch's archive is closed while the error passes through, and complains in its place.
+            if hashed.error is not None:
+                raise hashed.error from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     return hashed.facts()

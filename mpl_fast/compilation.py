@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 Mode = Literal["off", "default", "max-autotune"]
+_graphs = False  # whether any network replays graphs
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
@@ -26,6 +27,8 @@ def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) ->
     torch._dynamo.config.recompile_limit = 32
     # Dropout as uncompiled code draws it, or exact feedback would follow another mask's student.
     torch._inductor.config.fallback_random = True
+    global _graphs
+    _graphs = _graphs or graphs
     network.compile(dynamic=False, mode=_inductor_mode(mode, graphs))
 
 
@@ -49,7 +52,7 @@ def _inductor_mode(mode: Mode, graphs: bool) -> str:
 
 def mark_step() -> None:
     """Tells CUDA graphs of compiled networks that outputs of earlier passes are not needed."""
-    if torch.cuda.is_available():
+    if _graphs and torch.cuda.is_available():
         torch.compiler.cudagraph_mark_step_begin()
 
 

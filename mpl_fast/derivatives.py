@@ -146,11 +146,16 @@ def own_statistics(network: nn.Module) -> Iterator[None]:
     # A frozen norm stays what it was pretrained to be.
     norms = [m for m in norms if m.weight is None or m.weight.requires_grad]
     kept = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
+    synchronized = [m for m in norms if isinstance(m, nn.SyncBatchNorm)]
     for norm in norms:
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    for norm in synchronized:  # which insist on a counter while they keep statistics
+        norm.track_running_stats = False
     try:
         yield
     finally:
+        for norm in synchronized:
+            norm.track_running_stats = True
         for norm, (mean, var, count) in zip(norms, kept, strict=True):
             norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count
 

@@ -32,7 +32,7 @@ class Learner:
 
     Replicas stay identical: each update averages gradients and batch-norm statistics over ranks.
     A gradient that is not finite on any rank moves nothing on all of them: neither weights nor
-    momentum, statistics or average. `skipped` tells.
+    momentum nor statistics. `skipped` tells in how many steps, one after another, that was so.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Learner:
         self._averaged = _pairs(self.average, self.network, config) if self.average else ([], [])
         self._derivative = Derivative(self.network)
         self._ended, self._resting, self._moved = -1, False, False
-        self.skipped = torch.zeros((), device=self.device)  # updates left out, one after another
+        self.skipped, self._left_out = (torch.zeros((), device=self.device) for _ in range(2))
 
     def __call__(self, *views: Tensor) -> Tensor:
         """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
@@ -189,7 +189,7 @@ class Learner:
         for parameter in self.parameters:
             parameter.grad = None
         # In place, here and in `settle`: a CUDA graph of the step knows addresses.
-        self.skipped.copy_(torch.where(finite, 0.0, self.skipped + 1.0))
+        self._left_out.add_(~finite)
         ahead = 1.0 + self.config.momentum if self.config.nesterov else 1.0
         return torch.where(finite, clipping * (self._descent.rate * ahead), torch.nan)
 
@@ -237,6 +237,8 @@ class Learner:
         if self._ended == step:  # an algorithm had a reason to move the average earlier
             return
         self._ended = step
+        self.skipped.copy_((self.skipped + 1.0) * (self._left_out > 0))
+        self._left_out.zero_()
         if self.average is None:
             return
         decay = min(self.config.ema, (1 + step) / (10 + step))

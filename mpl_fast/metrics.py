@@ -10,6 +10,7 @@ from torch import Tensor
 from mpl_fast.distributed import sum_over_ranks
 
 Row = dict[str, float]
+AHEAD = 2  # steps
 
 
 class Due(NamedTuple):
@@ -20,7 +21,6 @@ class Due(NamedTuple):
     numbers: Tensor  # on the host, once `arrived`
     arrived: torch.cuda.Event | None
     kept: Row  # what was known at its end
-    waited: float  # seconds
 
 
 class Meter:
@@ -62,16 +62,19 @@ class Meter:
             numbers = _sent(numbers)
             arrived = torch.cuda.Event()
             arrived.record()
-        kept = {**kept, "steps": self._steps}
-        names = [*self._names, *last]
-        self._due.append(Due(step, names, numbers, arrived, kept, self._waited))
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        kept = {**kept, "steps": self._steps, "seconds": seconds}
+        kept["data_wait"] = self._waited / max(seconds, 1e-9)
+        self._due.append(Due(step, [*self._names, *last], numbers, arrived, kept))
         self._sum, self._steps, self._waited = None, 0, 0.0
 
     def rows(self, *, late: int = 0) -> list[tuple[int, Row]]:
         """Steps done and row of every interval that is due, but for the `late` newest ones.
 
-        This is where the host waits for the device. `seconds` is wall time between rows, `steps`
-        their number, `data_wait` the share of the time spent waiting for images on this rank.
+        This is where the host waits for the device. `seconds` is wall time between two closings,
+        `steps` their number, `data_wait` the share of the time spent waiting for images on this
+        rank.
         """
         rows = []
         while len(self._due) > late:
@@ -81,11 +84,7 @@ class Meter:
     def _row(self, due: Due) -> tuple[int, Row]:
         if due.arrived is not None:
             due.arrived.synchronize()
-        now = time.perf_counter()
-        seconds, self._began = now - self._began, now
-        row = dict(zip(due.names, due.numbers.tolist(), strict=True))
-        row |= {**due.kept, "seconds": seconds, "data_wait": due.waited / max(seconds, 1e-9)}
-        return due.step, row
+        return due.step, dict(zip(due.names, due.numbers.tolist(), strict=True)) | due.kept
 
     def pause(self, seconds: float) -> None:
         """Leaves time that was not training (evaluation, checkpoints) out of the present
@@ -107,3 +106,21 @@ def _sent(numbers: Tensor) -> Tensor:
 def non_finite(row: Row) -> str | None:
     """Name of the first value that is not a finite number, if there is one."""
     return next((name for name, value in row.items() if not math.isfinite(value)), None)
+
+
+class Pace:
+    """Keeps the host at most two steps ahead of a GPU, where a step is but a few launches: what is
+    in the queue holds memory, and a signal would be heard late."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._steps: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
+
+    def step(self) -> None:
+        """Call after each; waits for the one before the last."""
+        if self._steps is None:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._steps.append(event)
+        if len(self._steps) > AHEAD:
+            self._steps.pop(0).synchronize()

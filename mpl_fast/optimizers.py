@@ -94,10 +94,14 @@ class Descent:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        self.optimizer.load_state_dict(state)
+        """Takes back what `state_dict` gave: momentum, counters and rate, but no option."""
+        groups = [
+            {**saved, **{key: value for key, value in own.items() if key != "params"}}
+            for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
         _begin_momentum(self.optimizer)
-        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.lr = float(state["param_groups"][0]["lr"])
 
     def _fixed_rate(self) -> Tensor:
         device = self.parameters[0].device

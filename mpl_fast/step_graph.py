@@ -26,7 +26,12 @@ class StepGraph:
         self, algorithm: Algorithm, capture: Callable[[Replay], Replay] | None = None
     ) -> None:
         """`capture` makes a function that repeats what another one did; a test may give its own."""
-        self._algorithm, self._capture = algorithm, capture or captured
+        self._algorithm, self._capture = algorithm, capture or self._captured
+        # One stream and one pool of memory for everything: the allocator keeps both apart, and
+        # graphs run one after another.
+        on_gpu = torch.cuda.is_available()
+        self._stream = torch.cuda.Stream() if on_gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self._warmed: defaultdict[Hashable, int] = defaultdict(int)
         self._draws: defaultdict[Hashable, FixedDraws] = defaultdict(FixedDraws)
         self._replays: dict[Hashable, Replay] = {}
@@ -39,7 +44,7 @@ class StepGraph:
             return self._algorithm.step(batch, t)
         if phase not in self._replays and self._warmed[phase] < WARMUP:
             self._warmed[phase] += 1
-            return _aside(lambda: self._noted_step(phase, batch, t))
+            return self._aside(lambda: self._noted_step(phase, batch, t))
         mine = self._take(batch)
         draws = self._draws[phase]
         draws.fill(t)
@@ -66,28 +71,27 @@ class StepGraph:
             mine.copy_(given)
         return self._batch
 
+    def _captured(self, work: Replay) -> Replay:
+        """A CUDA graph of what `work` launches; other threads, such as DALI's, may allocate."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            metrics = work()
 
-def captured(work: Replay) -> Replay:
-    """A CUDA graph of what `work` launches; other threads, such as DALI's, may allocate."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        metrics = work()
+        def replay() -> Metrics:
+            graph.replay()
+            return metrics
 
-    def replay() -> Metrics:
-        graph.replay()
+        return replay
+
+    def _aside(self, work: Replay) -> Metrics:
+        """On a stream of its own, as what is captured later wants it."""
+        if self._stream is None:
+            return work()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            metrics = work()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return metrics
-
-    return replay
-
-
-def _aside(work: Replay) -> Metrics:
-    """On a stream of its own, as what is captured later wants it."""
-    if not torch.cuda.is_available():
-        return work()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        metrics = work()
-    torch.cuda.current_stream().wait_stream(stream)
-    return metrics

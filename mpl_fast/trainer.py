@@ -32,7 +32,7 @@ from mpl_fast.distributed import Place, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.evaluate import accuracy_line, evaluate
 from mpl_fast.interrupts import stopping_by
-from mpl_fast.metrics import Meter, Row, non_finite
+from mpl_fast.metrics import Meter, Pace, Row, non_finite
 from mpl_fast.rundir import RunDir, open_for
 from mpl_fast.step_graph import StepGraph
 
@@ -79,6 +79,7 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
     for warning in damage:
         console.warn(f"{warning}; evaluating {checkpoint.name}")
     algorithm = build_algorithm(config, manifest, classes, place.device, fresh=False)
+    _keep_caches(config)
     randomness.prepare(config, place)
     restore(algorithm, read_shared(checkpoint), checkpoint)
     expected = manifest.splits["val"].records
@@ -86,6 +87,12 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
     console.say(f"{checkpoint}: {accuracy_line(accuracy)}")
     distributed.stop()
     return accuracy
+
+
+def _keep_caches(config: RunConfig) -> None:
+    """So that the next start of a compiled run is a warm one."""
+    if config.compile != "off":
+        compilation.keep_caches(Path(config.run_dir) / "compile_cache")
 
 
 class Run:
@@ -107,8 +114,7 @@ class Run:
             rank=place.rank,
             world=place.world,
         )
-        if config.compile != "off" or place.device.type == "cuda":  # where Triton compiles losses
-            compilation.keep_caches(Path(config.run_dir) / "compile_cache")
+        _keep_caches(config)
         self.checkpoint = self._newest()
         fresh = self.checkpoint is None
         self.algorithm = build_algorithm(config, manifest, classes, place.device, fresh=fresh)
@@ -157,6 +163,7 @@ class Run:
         """Steps until the end (true) or an agreed stop (false)."""
         config = self.config
         self.meter = Meter()  # so that starting up does not count as training
+        pace = Pace(self.place.device)
         while self.done < config.steps:
             asked = time.perf_counter()
             batch = self._next(loader)
@@ -164,6 +171,7 @@ class Run:
             compilation.mark_step()
             metrics = train_step(self.algorithm, batch, self.done, self.step)
             self.meter.add(metrics, waited)
+            pace.step()
             self.done += 1
             last = self.done == config.steps
             if last or self.done % config.log_every == 0:
@@ -180,7 +188,7 @@ class Run:
         return True
 
     def _log(self, *, late: bool = False) -> None:
-        """Ends a row and writes those that have arrived: the one place where the loop waits.
+        """Ends a row and writes those that have arrived, for which it waits.
 
         `late`: not for the newest row, which a GPU is still working on.
         """

@@ -1,6 +1,9 @@
 """A checkpoint is whole or absent, and damage never goes unnoticed."""
 
+import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 
 from mpl_fast.checkpoint import Checkpoints, newest, read_shared
 from mpl_fast.errors import CheckpointError
+from tests.tiny_run import ROOT
 
 
 @pytest.fixture
@@ -119,3 +123,32 @@ def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     path = store.save(1, {"w": torch.zeros(1)}, {})
     assert torch.equal(store.load(path)[0]["w"], torch.zeros(1))
     assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
+
+
+FULL = """
+import resource, signal, sys, torch
+from pathlib import Path
+from mpl_fast.checkpoint import Checkpoints
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+saved = {"weights": torch.ones(2_000_000)}
+try:
+    Checkpoints(Path(sys.argv[1]), keep=2, rank=0, world=1).save(1, saved, {})
+except OSError as error:
+    print("OSError", error.errno)
+"""
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
+def test_a_full_disk_is_an_oserror(limit: int, tmp_path: Path) -> None:
+    """And not what torch's archive says when it is closed half-way."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.stdout.split() == ["OSError", str(errno.EFBIG)], done.stderr
+    assert not list(tmp_path.glob("step_*"))

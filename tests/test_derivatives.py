@@ -237,3 +237,12 @@ def test_other_errors_are_not_taken_for_it() -> None:
     with pytest.raises(RuntimeError, match="channels"):
         given.along(given.weights(), direction(given), IMAGES[:, :2], "auto")
     assert given._derivative.method == "auto"
+
+
+def test_own_statistics_of_synchronized_norms() -> None:
+    """They insist on a counter while they keep statistics; inside, they keep none."""
+    norm = nn.SyncBatchNorm(3)
+    with own_statistics(norm):
+        assert not norm.track_running_stats and norm.num_batches_tracked is None
+        assert not norm.training or norm.running_mean is None
+    assert norm.track_running_stats and norm.num_batches_tracked == 0

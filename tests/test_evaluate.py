@@ -1,6 +1,7 @@
 """Top-1, top-5 and the count, by hand."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_meter_leaves_out_what_is_not_finite() -> None:
     meter.close(3, {}, {})
     ((_, row),) = meter.rows()
     assert row["a"] == 2.0 and non_finite(row) == "b"
+
+
+def test_a_late_row_has_the_time_of_its_own_interval() -> None:
+    meter = Meter()
+    for value, seconds in ((1.0, 0.2), (2.0, 0.02)):
+        time.sleep(seconds)
+        meter.add({"a": torch.tensor(value)}, waited=seconds / 2)
+        meter.close(int(value), {}, {})
+    (_, first), (_, second) = meter.rows()
+    assert first["seconds"] >= 0.2 > second["seconds"] >= 0.02
+    assert 0.0 < first["data_wait"] <= 0.5
 
 
 def test_late_rows_come_in_order() -> None:

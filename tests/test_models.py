@@ -193,3 +193,15 @@ def test_training_is_one_compiled_graph(name: str, backend: str) -> None:
             results.append([logits, *torch.autograd.grad(loss, [*each.parameters()])])
     for wanted, got in zip(*results, strict=True):
         assert (got - wanted).norm() <= 1e-4 * wanted.norm() + 1e-4
+
+
+def test_synchronized_norms_keep_their_activations() -> None:
+    """Without a process group they compute what they replace."""
+    torch.manual_seed(0)
+    network = models.build("efficientnet_b0", 5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = network(images)
+        changed = models.synchronized(network)
+        assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in changed.modules())
+        torch.testing.assert_close(changed.eval()(images), wanted)

@@ -14,7 +14,7 @@ from torch import nn
 from mpl_fast import algorithms
 from mpl_fast.algorithms.base import Algorithm, train_step
 from mpl_fast.batch import Batch
-from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig, UDAConfig
+from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig, SMPLConfig, UDAConfig
 from mpl_fast.learner import Learner
 from tests.tiny_run import ROOT, environment
 
@@ -94,6 +94,30 @@ def test_the_average_stays_finite_and_counts_go_on() -> None:
     assert learner.skipped == 3
     assert learner.average is not None
     assert all(v.isfinite().all() for v in learner.average.state_dict().values())
+
+
+def test_the_first_of_two_updates_left_out_counts_as_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SMPL's second update would hide it."""
+    torch.manual_seed(0)
+    config = SMPLConfig(learner=LEARNER, feedback="off")
+    algorithm = algorithms.build(config, lambda c: Learner(network(), c, steps=20))
+    learner = algorithm.learners["learner"]
+    real, calls = learner.update, iter(range(9))
+
+    def spoil_the_first() -> torch.Tensor:
+        if next(calls) == 0:
+            for parameter in learner.parameters:
+                assert parameter.grad is not None
+                parameter.grad.fill_(math.nan)
+        return real()
+
+    monkeypatch.setattr(learner, "update", spoil_the_first)
+    assert train_step(algorithm, batch(0), 0)["skipped/learner"] == 1
+    assert learner.skipped == 1
+    assert train_step(algorithm, batch(1), 1)["skipped/learner"] == 0
+    assert learner.skipped == 0
 
 
 def test_a_statistic_alone_that_overflows_is_put_back() -> None:

@@ -1,5 +1,6 @@
 """A step of the optimizer by hand, with either library's kernels."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -118,3 +119,26 @@ def test_a_rate_in_a_tensor_moves_like_a_number(monkeypatch: pytest.MonkeyPatch)
         assert all(group["lr"] == 0.0 for group in state["param_groups"])
         ends.append([p.detach().clone() for p in network.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_options_are_this_run_s_and_not_the_checkpoint_s(fixed: bool, optimizer: Any) -> None:
+    """Of before there were fused steps on a CPU, or with another choice of graphs."""
+    config = replace(CONFIG, optimizer=optimizer, nesterov=optimizer == "sgd")
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    descent = Descent(network, config, fixed=not fixed)
+    descent.lr = 0.3
+    descent.step(gradients(network, 0))
+    state = copy.deepcopy(descent.state_dict())
+    for group in state["param_groups"]:
+        group["fused"] = False
+    other = Descent(network, config, fixed=fixed)
+    other.load_state_dict(state)
+    group = other.optimizer.param_groups[0]
+    assert group["fused"] and group.get("capturable", fixed) == fixed and other.lr == 0.3
+    moments = [next(iter(s.values())) for s in other.optimizer.state.values()]
+    assert any(m.abs().sum() > 0 for m in moments)
+    _, finite = other.step(gradients(network, 1))
+    assert finite

@@ -76,8 +76,9 @@ class ModelConfig:
     """Width of the last layer; 0 takes the number of classes in the data, another number must equal
     it."""
     norm: Literal["batch", "sync"] = "batch"
-    """Batch norm by each rank's own images, or by those of all ranks (sync: on CUDA, not compiled),
-    for batches too small to be normalized alone."""
+    """Batch norm of training passes by each rank's own images, or by those of all ranks (sync: on
+    CUDA, not compiled), for batches too small to be normalized alone. The student is judged by each
+    rank's own in any case."""
     norm_momentum: float = 0.0
     """Share of the new batch in batch norm's running statistics; 0 keeps the network's own (wrn
     0.001, timm 0.1)."""

@@ -1,7 +1,9 @@
 """Networks by name: any of timm's, and those of the semi-supervised CIFAR literature."""
 
 import difflib
+import importlib
 import math
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +14,7 @@ from mpl_fast.models.frozen import freeze
 from mpl_fast.models.shake_shake import ShakeShake
 from mpl_fast.models.wide_resnet import WideResNet
 
-__all__ = ["build", "count_parameters"]
+__all__ = ["build", "count_parameters", "synchronized"]
 
 WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
 SHAKE = {  # depth, channels of each branch in the first stage
@@ -80,6 +82,13 @@ def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module
         return weights.from_timm(name, classes, dropout)
     network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
     return network
+
+
+def synchronized(network: nn.Module) -> nn.Module:
+    """With batch norms that normalize by the images of all ranks; activations in them are kept."""
+    layers: Any = importlib.import_module("timm.layers")  # late: 1 s
+    converted: nn.Module = layers.convert_sync_batchnorm(network)
+    return converted
 
 
 def count_parameters(network: nn.Module) -> int:
