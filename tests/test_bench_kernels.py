@@ -118,7 +118,7 @@ def test_smoke_makes_no_claim_about_speed(smoke: tuple[dict[str, Any], str, str]
     for text in (printed, page, result["claim"]):
         assert "No claim about speed" in text
     assert result["machine"]["gpu"] is None
-    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["torch"] == torch.__version__.partition("+")[0]
     assert not any("us" in key.split("_") for c in result["cells"] for key in c)
 
 

@@ -24,7 +24,7 @@ from mpl_fast.errors import UserError, output_errors
 from mpl_fast.learner import Learner
 from tools.bench.clock import interleaved, spread
 from tools.bench.device import NAMES, chosen
-from tools.bench.report import Row, add_options, prepare, result, table, write
+from tools.bench.report import Row, add_options, prepare, publish, result
 from tools.bench_starts.saving import Saving
 
 TINY = {"model": "wrn_10_1", "classes": 10, "rounds": 1}
@@ -42,11 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench_ckpt: {error}", file=sys.stderr)
         return 2
     claim = f"median of {options.rounds} interleaved rounds; files are read from the page cache"
-    told = result("bench_ckpt", options, claim, found)
-    write(told, options.out)
-    print(told["claim"])
-    print(table(told["rows"]))
-    print(f"written: {options.out}")
+    publish(result("bench_ckpt", options, claim, found), options.out)
     return 0
 
 

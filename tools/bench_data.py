@@ -25,7 +25,7 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.pack import PackOptions, pack
 from mpl_fast.packing.plan import Division
-from tools.bench.report import add_options, table, write
+from tools.bench.report import add_options, publish
 from tools.bench.report import result as form
 from tools.bench_input.clock import rounds
 from tools.bench_input.contestants import Setting, all_contestants, swept
@@ -49,10 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"bench_data: {error}", file=sys.stderr)
         return 2
-    write(result, options.out)
-    print(result["claim"])
-    print(table(result["rows"]))
-    print(f"load average before and after: {result['load_average']}; written: {options.out}")
+    publish(result, options.out)
+    print(f"load average before and after: {result['load_average']}")
     return 0
 
 

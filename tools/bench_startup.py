@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from mpl_fast.errors import UserError
 from tools.bench.clock import interleaved, spread
 from tools.bench.device import NAMES, chosen
-from tools.bench.report import Row, add_options, prepare, result, table, write
+from tools.bench.report import Row, add_options, prepare, publish, result
 from tools.bench_starts.processes import FailedError, Starts, generated
 
 TINY = {"model": "wrn_10_1", "recipe": "supervised", "labeled": 4, "unlabeled": 4, "rounds": 1}
@@ -44,11 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench_startup: {error}", file=sys.stderr)
         return 1
     claim = f"median of up to {options.rounds} rounds, each number of a process of its own"
-    told = result("bench_startup", options, claim, rows)
-    write(told, options.out)
-    print(told["claim"])
-    print(table(told["rows"]))
-    print(f"written: {options.out}")
+    publish(result("bench_startup", options, claim, rows), options.out)
     return 0
 
 

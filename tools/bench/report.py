@@ -83,6 +83,14 @@ def write(found: Json, out: Path) -> None:
             aside.unlink(missing_ok=True)
 
 
+def publish(found: Json, out: Path) -> None:
+    """Writes a whole result, and prints what it is and its table."""
+    write(found, out)
+    print(found["claim"])
+    print(table(found["rows"]))
+    print(f"written: {out}")
+
+
 def table(rows: Sequence[Json]) -> str:
     """Markdown, with the share of the limit and whether the target is met, where there are any."""
     lines = ["| | median (lowest to highest) | n | share of limit | target |"]
