@@ -54,6 +54,7 @@ setup(
         "mpl_fast.algorithms",
         "mpl_fast.config",
         "mpl_fast.data",
+        "mpl_fast.dry_run",
         "mpl_fast.experiments",
         "mpl_fast.kernels",
         "mpl_fast.models",

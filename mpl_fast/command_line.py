@@ -37,7 +37,7 @@ def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
 
     Who does not train has no need of an algorithm whose values go together.
     """
-    arguments = [_underscored(a) for a in argv]
+    arguments = _config_first([_underscored(a) for a in argv])
     file = _option(arguments, "config")
     tree = _read_yaml(file) if file else None
     values: dict[str, Any] = _plain(tree) if tree else {}
@@ -136,6 +136,17 @@ def _underscored(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """The parser lets a file win over options that stand before it; here they win anywhere."""
+    first, others, left = list[str](), list[str](), iter(arguments)
+    for argument in left:
+        if argument == "--config":
+            first += [argument, *([value] if (value := next(left, None)) is not None else [])]
+        else:
+            (first if argument.startswith("--config=") else others).append(argument)
+    return first + others
 
 
 def _option(arguments: Sequence[str], name: str) -> str | None:

@@ -37,6 +37,15 @@ def test_options_override_yaml_which_overrides_defaults(tmp_path: Path) -> None:
     assert config.data.image_size == 32 and config.data.mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.parametrize("equals", [False, True])
+def test_options_override_yaml_wherever_they_stand(equals: bool, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: uda\nsteps: 10\nlabeled_batch: 3\n")
+    named = [f"--config={file}"] if equals else ["--config", str(file)]
+    config = parse(["--steps", "7", *HERE, *named, "--seed", "5"])
+    assert (config.recipe, config.steps, config.labeled_batch, config.seed) == ("uda", 7, 3, 5)
+
+
 def test_recipe_on_the_command_line_decides() -> None:
     assert isinstance(parse([*HERE, "--recipe", "mpl"]).algorithm, MPLConfig)
     for name, kind in RECIPES.items():

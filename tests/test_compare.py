@@ -76,9 +76,6 @@ def test_the_first_of_what_should_be_none_counts() -> None:
         ("machine", "cpu", "slow", "cpu: fast and slow"),
         ("machine", "gpu", "H100", "gpu: None and H100"),
         ("machine", "cores", 4, "cores: 2 and 4"),
-        ("settings", "batch", "32", "--batch: 64 and 32"),
-        ("settings", "smoke", "True", "a smoke test's times are no claim"),
-        ("settings", "image_size", "8", "--image-size: None and 8"),
     ],
 )
 def test_times_are_gated_on_equal_terms_only(part: str, key: str, value: Any, why: str) -> None:
@@ -88,6 +85,34 @@ def test_times_are_gated_on_equal_terms_only(part: str, key: str, value: Any, wh
     assert compare.differences(old, new) == [why]
     expected = [("not gated", False), ("**worse**", True), ("vanished, not gated", False)]
     assert verdicts(old, new) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("batch", "32", "--batch: 64 and 32"),
+        ("smoke", "True", "--smoke: False and True"),
+        ("image_size", "8", "--image-size: None and 8"),
+    ],
+)
+def test_nothing_is_gated_where_other_things_were_measured(
+    key: str, value: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = result(row("calls", 1.0, steady=True)), result(row("calls", 2.0, steady=True))
+    new["settings"] = {**new["settings"], key: value}
+    assert compare.other_settings(old, new) == [why]
+    assert verdicts(old, new) == [("not gated", False)]
+    files = [str(save(tmp_path, f"{n}.json", r)) for n, r in (("old", old), ("new", new))]
+    assert compare.main(files) == 0
+    assert f"NOTHING is gated, for these are two things: {why}." in capsys.readouterr().out
+
+
+def test_smoke_tests_are_gated_by_their_counts() -> None:
+    old = result(row("time", 1.0), row("calls", 1.0, steady=True))
+    old["settings"] = {**old["settings"], "smoke": "True"}
+    new = copy.deepcopy(old)
+    new["rows"] = result(row("time", 2.0), row("calls", 2.0, steady=True))["rows"]
+    assert verdicts(old, new) == [("not gated", False), ("**worse**", True)]
 
 
 @pytest.mark.parametrize("key", ["out", "seed", "commit", "minutes", "rounds"])

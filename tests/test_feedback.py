@@ -45,7 +45,7 @@ def test_a_student_at_rest_tells_exactly_nothing(kind: Any) -> None:
     train_step(algorithm, batch(1), 0)
     student, data = algorithm.student, batch()
     student.rest()
-    rest = () if kind is Difference else (data.strong, 0.1, "auto")
+    rest = () if kind is Difference else ([data.strong], 0.1, "auto")
     feedback = kind(student, data.labeled, data.labels, *rest)
     labels = label(algorithm.teacher.infer(data.weak), "soft" if kind is Exact else "argmax")
     strong = student(data.strong)

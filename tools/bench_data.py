@@ -22,7 +22,7 @@ from PIL import Image
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.errors import DataError
+from mpl_fast.errors import ConfigError, UserError
 from mpl_fast.packing.pack import PackOptions, pack
 from mpl_fast.packing.plan import Division
 from tools.bench.report import add_options, publish
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = _measured(options, options.rec or _generated(Path(folder)))
-    except DataError as error:
+    except UserError as error:
         print(f"bench_data: {error}", file=sys.stderr)
         return 2
     publish(result, options.out)
@@ -84,6 +84,8 @@ def _measured(options: argparse.Namespace, folder: Path) -> Json:
     setting = Setting(config, split, options.batch, options.threads, device)
     everybody = swept(setting) if options.sweep else all_contestants(setting)
     contestants = [one for one in everybody if options.only in f"{one.task} {one.name}"]
+    if not contestants:
+        raise ConfigError(f"--only {options.only}: there is no such contestant")
     load = [os.getloadavg()[0]]
     found = rounds(
         contestants,
@@ -94,7 +96,7 @@ def _measured(options: argparse.Namespace, folder: Path) -> Json:
         seconds=60 * options.minutes if options.minutes else float("inf"),
     )
     load.append(os.getloadavg()[0])
-    made = rows(contestants, found)
+    made = rows(contestants, found, smoke=options.smoke)
     return {
         **form("bench_data", options, _claim(options), made),
         "records": split.records,

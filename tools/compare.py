@@ -1,9 +1,9 @@
 """Compares two results of the same benchmark, or two folders of them, and fails on a regression.
 
 Rows are matched by name and unit. One that is steady, a count or a ratio within one run, is gated
-always; a time or a rate only if both runs had the same machine and settings and neither was a smoke
-test. A change counts if it is beyond the tolerance and the ranges from lowest to highest do not
-overlap. A gated row that is missing fails as well.
+if both runs had the same settings; a time or a rate only if they had the same machine, too, and
+were no smoke tests. A change counts if it is beyond the tolerance and the ranges from lowest to
+highest do not overlap. A gated row that is missing fails as well.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from tools.bench.form import FORM, ROW
 Json = dict[str, Any]
 MACHINE = ("cpu", "gpu", "cores")
 VALUES = ("median", "low", "high")
-NOT_MEASURED = ("out", "commit", "rounds", "minutes", "seed", "smoke")  # of the settings
+NOT_MEASURED = ("out", "commit", "rounds", "minutes", "seed")  # of the settings
 
 
 class Change(NamedTuple):
@@ -57,10 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compared(old: Json, new: Json, tolerance: float) -> list[Change]:
     """The rows of both results, in the order of the old one; then the new ones."""
-    timed = not differences(old, new)
+    alike = not other_settings(old, new)
+    timed = alike and not differences(old, new)
     before, after = _rows(old), _rows(new)
-    found = [_change(row, after.get(key), tolerance, timed) for key, row in before.items()]
+    found = [
+        _change(row, after.get(key), tolerance, gated=timed or (alike and row["steady"]))
+        for key, row in before.items()
+    ]
     return found + [_appeared(row) for key, row in after.items() if key not in before]
+
+
+def other_settings(old: Json, new: Json) -> list[str]:
+    """Why nothing can be compared: what was measured is not the same."""
+    settings = {**old["settings"], **new["settings"]}
+    return [
+        f"--{key.replace('_', '-')}: {old['settings'].get(key)} and {new['settings'].get(key)}"
+        for key in settings
+        if key not in NOT_MEASURED and old["settings"].get(key) != new["settings"].get(key)
+    ]
 
 
 def differences(old: Json, new: Json) -> list[str]:
@@ -70,18 +84,12 @@ def differences(old: Json, new: Json) -> list[str]:
         for key in MACHINE
         if old["machine"].get(key) != new["machine"].get(key)
     ]
-    settings = {**old["settings"], **new["settings"]}
-    found += [
-        f"--{key.replace('_', '-')}: {old['settings'].get(key)} and {new['settings'].get(key)}"
-        for key in settings
-        if key not in NOT_MEASURED and old["settings"].get(key) != new["settings"].get(key)
-    ]
+    found += other_settings(old, new)
     smoke = any(one["settings"].get("smoke") == "True" for one in (old, new))
     return [*found, "a smoke test's times are no claim"] if smoke else found
 
 
-def _change(old: Json, new: Json | None, tolerance: float, timed: bool) -> Change:
-    gated = old["steady"] or timed
+def _change(old: Json, new: Json | None, tolerance: float, *, gated: bool) -> Change:
     if new is None:
         verdict = "**vanished**" if gated else "vanished, not gated"
         return Change(old["name"], old["unit"], old["median"], None, None, verdict, gated)
@@ -111,7 +119,9 @@ def _tell(name: str, old: Json, new: Json | None, tolerance: float) -> int:
     print(f"## {name}\n")
     if new is None:
         print("The new folder has no such file: its steady rows have vanished.\n")
-        new = {**old, "settings": {**old["settings"], "smoke": "True"}, "rows": []}
+        new = {**old, "machine": {}, "rows": []}
+    elif why := other_settings(old, new):
+        print(f"NOTHING is gated, for these are two things: {'; '.join(why)}.\n")
     elif why := differences(old, new):
         print(f"Times and rates are not gated: {'; '.join(why)}.\n")
     changes = compared(old, new, tolerance)

@@ -145,9 +145,9 @@ def _time(plan: Plan) -> str:
     evaluations = 1 + (plan.config.steps - 1) // every if every else 1
     total = plan.config.steps * plan.seconds + evaluations * validating
     return (
-        f"about {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, at the "
-        f"{_amount(plan.rate)}FLOP/s that this network just reached here, forward and backward, "
-        f"on {plan.probed} images, not compiled"
+        f"roughly {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, if all went "
+        f"at the {_amount(plan.rate)}FLOP/s that this network just reached here in a few seconds, "
+        f"forward and backward on {plan.probed} images, not compiled"
     )
 
 
@@ -159,8 +159,8 @@ def _decoding(plan: Plan) -> str:
         return f"{images:,} images a step, over its seconds, are what keeps up with it"
     rate = images / plan.seconds
     return (
-        f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) keep up with such a step "
-        f"of {images:,} images, or {images:,} over its seconds"
+        f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) keep up with such steps; "
+        f"for others, {images:,} images over the seconds of a step"
     )
 
 
