@@ -34,7 +34,7 @@ format: $(STAMP) ## Rewrites files the way lint wants them
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 
-test: $(STAMP) ## The whole test suite, at most 10 minutes on 2 cores
+test: $(STAMP) ## The whole test suite, 10 to 13 minutes on 2 cores
 	$(PY) -m pytest -n 2 --dist loadfile
 
 demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=3 for mean and sd)
