@@ -196,8 +196,8 @@ class Learner:
     def _exchange(self, gradients: list[Tensor]) -> None:
         """The one collective of an update; DDP has exchanged the gradients already."""
         statistics = self._running.tensors if self._moved else []
-        mine = isinstance(self._replica, DistributedDataParallel)
-        mean_over_ranks_(statistics if mine else [*gradients, *statistics])
+        exchanged = isinstance(self._replica, DistributedDataParallel)
+        mean_over_ranks_(statistics if exchanged else [*gradients, *statistics])
         self._moved = False
 
     def rest(self) -> None:

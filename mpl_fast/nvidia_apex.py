@@ -10,6 +10,7 @@ import torch
 from mpl_fast.errors import ConfigError
 
 State = Literal["usable", "without_extensions", "another_package", "absent"]
+KEY = "optimizer_backend"  # what asks for it
 SOURCE = "https://github.com/NVIDIA/apex"
 PROBLEMS: dict[State, str] = {
     "absent": f"needs NVIDIA's apex, which is not installed: build it from {SOURCE}",
@@ -34,13 +35,13 @@ def find() -> State:
     return "usable" if find_spec("amp_C") else "without_extensions"
 
 
-def demand(key: str) -> None:
-    """Raises the one-line `ConfigError` of why apex cannot be used, which begins with `key`."""
+def demand() -> None:
+    """Raises the one-line `ConfigError` of why apex cannot be used, if it cannot."""
     state = find()
     if state != "usable":
-        raise ConfigError(f"{key} apex {PROBLEMS[state]}; or take torch, which computes the same")
+        raise ConfigError(f"{KEY} apex {PROBLEMS[state]}; or take torch, which computes the same")
     if not torch.cuda.is_available():
-        raise ConfigError(f"{key} apex needs a CUDA device: take torch, which computes the same")
+        raise ConfigError(f"{KEY} apex needs a CUDA device: take torch, which computes the same")
 
 
 def fused_sgd(
@@ -49,7 +50,6 @@ def fused_sgd(
     lr: float,
     momentum: float,
     nesterov: bool,
-    key: str = "optimizer_backend",
 ) -> torch.optim.Optimizer:
     """apex's SGD over parameter groups on a CUDA device, each with its "weight_decay".
 
@@ -57,7 +57,7 @@ def fused_sgd(
     caller's. "momentum_buffer" may be put into its states as zeros, as in PyTorch's. Raises
     `ConfigError` where it cannot be used.
     """
-    demand(key)
+    demand()
     optimizers: Any = import_module("apex.optimizers")  # late: a second, and it needs CUDA
     made: torch.optim.Optimizer = optimizers.FusedSGD(
         groups, lr=lr, momentum=momentum, nesterov=nesterov

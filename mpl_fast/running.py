@@ -15,20 +15,20 @@ class RunningStatistics:
         moving = (m for m in network.modules() if not isinstance(m, FrozenNorm))
         buffers = [b for m in moving for b in m.buffers(recurse=False) if b.is_floating_point()]
         self.tensors: list[Tensor] = buffers
-        self._good = self._flat()
+        self.keep()
 
     def keep(self) -> None:
         """Takes the present values for good ones."""
-        self._good = self._flat()
+        if self.tensors:
+            self._good = self._flat()
 
     @torch.no_grad()
     def settle(self, finite: Tensor | None = None) -> None:
         """Puts the last good values back where the new ones are not finite, or, all of them, where
         the whole batch was not `finite` (0-dim bool on the device)."""
-        if self._good is None:
+        if not self.tensors:
             return
         new = self._flat()
-        assert new is not None
         fine = new.isfinite() if finite is None else new.isfinite() & finite
         self._good.copy_(torch.where(fine, new, self._good))
         chunks = self._good.split([t.numel() for t in self.tensors])
@@ -36,5 +36,5 @@ class RunningStatistics:
             self.tensors, [c.view_as(t) for c, t in zip(chunks, self.tensors, strict=True)]
         )
 
-    def _flat(self) -> Tensor | None:
-        return torch.cat([t.flatten() for t in self.tensors]) if self.tensors else None
+    def _flat(self) -> Tensor:
+        return torch.cat([t.flatten() for t in self.tensors])

@@ -244,5 +244,5 @@ def test_own_statistics_of_synchronized_norms() -> None:
     norm = nn.SyncBatchNorm(3)
     with own_statistics(norm):
         assert not norm.track_running_stats and norm.num_batches_tracked is None
-        assert not norm.training or norm.running_mean is None
+        assert norm.running_mean is None and norm.running_var is None
     assert norm.track_running_stats and norm.num_batches_tracked == 0
