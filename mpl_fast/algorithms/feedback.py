@@ -76,7 +76,7 @@ class Difference:
         self.h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
 
     def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        return self.h * losses.student_loss(view, labels.target, weight=labels.weight).loss
+        return self.h * losses.student_loss(view, labels.target, weight=labels.weight)
 
     def metrics(self) -> Metrics:
         return {"h": self.h, "loss/student_labeled": self.new}
@@ -150,4 +150,4 @@ class PerExample(_Directional):
     def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
         h = -self.rate * self.u[rows].gather(-1, labels.target[:, None])[:, 0]
         self.heard.append(h.mean())
-        return losses.student_loss(view, labels.target, weight=h).loss
+        return losses.student_loss(view, labels.target, weight=h)

@@ -43,9 +43,9 @@ class FixMatch:
             logits[: -2 * n], batch.labels, label_smoothing=config.smoothing
         )
         unlabeled = losses.student_loss(logits[-n:], found.label, weight=sure)
-        return labeled.loss + config.weight * unlabeled.loss, {
+        return labeled.loss + config.weight * unlabeled, {
             "loss/labeled": labeled.loss.detach(),
-            "loss/consistency": unlabeled.loss.detach(),
+            "loss/consistency": unlabeled.detach(),
             "mask_rate": sure.mean(),
             "confidence": found.confidence.mean(),
             "accuracy/pseudo": (found.label == batch.truth).float().mean(),

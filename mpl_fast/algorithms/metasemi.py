@@ -42,7 +42,7 @@ class MetaSemi:
             # Cross-entropy with soft labels, given as logits; the entropy of the labels, by which
             # the published divergence differs, has no gradient.
             target = mixed.clamp_min(IMPOSSIBLE).log()
-            fit = losses.student_loss(learner(images), target).loss
+            fit = losses.student_loss(learner(images), target)
         else:
             fit = losses.smoothed_ce(learner(batch.labeled), batch.labels).loss
         logits = learner(batch.weak).to(labels.dtype)

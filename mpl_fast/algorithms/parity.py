@@ -32,7 +32,7 @@ class Kekmodel(MetaPseudoLabels):
         both = student(batch.labeled, batch.strong)
         old = losses.smoothed_ce(both[:-n].detach(), batch.labels).loss
         lesson = losses.student_loss(both[-n:], labels, label_smoothing=config.smoothing)
-        student.descend(lesson.loss)
+        student.descend(lesson)
         student.end(t)  # the average is taken before the next pass moves the statistics again
 
         with torch.no_grad():
@@ -44,7 +44,7 @@ class Kekmodel(MetaPseudoLabels):
         teacher.descend(*terms)
         return {
             **uda_metrics(out),
-            "loss/student": lesson.loss.detach(),
+            "loss/student": lesson.detach(),
             "h": h,
             "loss/student_old": old,
             "loss/student_labeled": new,
@@ -71,7 +71,7 @@ class Google(MetaPseudoLabels):
         both = student(batch.strong, batch.labeled)
         old = losses.smoothed_ce(both[n:].detach(), batch.labels).loss
         lesson = losses.student_loss(both[:n], soft, label_smoothing=config.smoothing)
-        student.descend(lesson.loss)
+        student.descend(lesson)
 
         new = losses.smoothed_ce(student.preview(batch.labeled), batch.labels).loss
         old, new = mean_over_ranks(torch.stack([old, new]))
@@ -80,11 +80,11 @@ class Google(MetaPseudoLabels):
         )
         before = t - 1  # the ramp of that code begins at 0
         terms, out = uda_loss(logits, batch, before, config.consistency, config.smoothing)
-        feedback = losses.student_loss(logits[-n:], soft).loss
+        feedback = losses.student_loss(logits[-n:], soft)
         teacher.descend(*terms, config.feedback_weight_at(t) * h * feedback)
         return {
             **uda_metrics(out),
-            "loss/student": lesson.loss.detach(),
+            "loss/student": lesson.detach(),
             "h": h,
             "loss/student_labeled": new,
             "loss/feedback": h * feedback.detach(),

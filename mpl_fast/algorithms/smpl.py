@@ -59,7 +59,7 @@ class SelfMetaPseudoLabels:
             term = feedback.term(logits[-2 * n : -n], labels)
             terms.append(weight * term)
         learner.descend(*terms)
-        lessons = {"loss/student": lesson.loss, "loss/feedback": term.detach()}
+        lessons = {"loss/student": lesson, "loss/feedback": term.detach()}
         return {**uda_metrics(out), **lessons, **feedback.metrics()}
 
     def _listen(self, batch: Batch) -> Difference | Exact | Silence:
