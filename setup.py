@@ -59,6 +59,11 @@ setup(
         "mpl_fast.kernels",
         "mpl_fast.models",
         "mpl_fast.packing",
+        "mpl_fast.packing.check",
+        "mpl_fast.packing.plan",
+        "mpl_fast.packing.publish",
+        "mpl_fast.packing.sources",
+        "mpl_fast.packing.write",
     ],
     install_requires=REQUIRES,
     extras_require={

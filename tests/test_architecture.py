@@ -45,8 +45,9 @@ NEVER_IN_ALGORITHMS = (
 LIGHT = ["config/__init__", "errors", "data/manifest", "data/records"]
 LIGHT += [
     "packing/__init__",
+    "packing/options",
     "packing/pack",
-    "packing/command_line",
+    "packing/cli",
     "train",
     "launcher",
     "command_line",

@@ -9,7 +9,7 @@ import torch
 
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.errors import DataError
-from tests.numbered_images import CLASSES, VAL, eval_loader, levels, pack_numbered
+from tests.packing.numbered_images import CLASSES, VAL, eval_loader, levels, pack_numbered
 
 
 @pytest.fixture(scope="module")
