@@ -7,7 +7,7 @@ The order, from top to bottom; a unit imports only units below it:
           -> algorithms | metrics | randomness -> learner -> derivatives | optimizers | running
           -> losses | models | command_line | packing | draws
           -> kernels | distributed | data -> batch | config | nvidia_apex
-          -> errors | interrupts | launcher | compilation
+          -> errors | atomic | interrupts | launcher | compilation
 """
 
 import ast
@@ -28,7 +28,7 @@ LAYERS = [
     {"losses", "models", "command_line", "packing", "draws"},
     {"kernels", "distributed", "data"},
     {"batch", "config", "nvidia_apex"},
-    {"errors", "interrupts", "launcher", "compilation"},
+    {"errors", "atomic", "interrupts", "launcher", "compilation"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
