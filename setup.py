@@ -57,6 +57,7 @@ setup(
         "mpl_fast.dry_run",
         "mpl_fast.experiments",
         "mpl_fast.kernels",
+        "mpl_fast.learner",
         "mpl_fast.models",
         "mpl_fast.packing",
         "mpl_fast.packing.check",
@@ -64,6 +65,7 @@ setup(
         "mpl_fast.packing.publish",
         "mpl_fast.packing.sources",
         "mpl_fast.packing.write",
+        "mpl_fast.training",
     ],
     install_requires=REQUIRES,
     extras_require={
