@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST, sha256_of
+from mpl_fast.atomic import sha256_of
+from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.check.inspection import load_pack, require_table
 from mpl_fast.packing.plan.make_plan import splits

@@ -7,20 +7,15 @@ of each.
 torch.load does not notice a flipped bit, so the checksum is what tells a good file.
 """
 
-import contextlib
-import hashlib
-import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 
 from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.atomic import atomic_file, sha256_of, sync_folder, write_json
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.distributed import DistEnv, barrier, from_first, gather
 from mpl_fast.errors import CheckpointError, ConfigError
@@ -54,17 +49,15 @@ class Checkpoints:
             aside.mkdir()
         barrier()
         files = {f"rank_{self.rank}.pt": mine} | ({"state.pt": shared} if self.rank == 0 else {})
-        written = {name: _write(aside / name, partial(torch.save, v)) for name, v in files.items()}
+        written = {name: _write(aside / name, content) for name, content in files.items()}
         everyones = gather(written)
         if self.rank == 0:
             about = {"format": FORMAT, "step": step, "world": self.world}
             about["files"] = {name: facts for part in everyones for name, facts in part.items()}
-            text = json.dumps(about, indent=1).encode()
-            _write(aside / "checkpoint.json", lambda file: file.write(text))
-            _sync_folder(aside)
+            write_json(aside / "checkpoint.json", about)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
             # A newer one can only be damaged: this run has fallen back behind it.
             steps = [s for s in _steps(self.folder) if s.name <= final.name]
             for old in {*_steps(self.folder)} - {*steps[-self.keep :]}:
@@ -178,40 +171,10 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-class _Hashed(io.RawIOBase):
-    """A file that is hashed while it is written, so that nothing of it is held in memory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, block: Any) -> int:
-        try:
-            self._file.write(block)
-        except OSError as error:
-            self.error = error
-            raise
-        self._digest.update(block)
-        self._bytes += len(block)
-        return len(block)
-
-    def facts(self) -> dict[str, Any]:
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-
-def _write(path: Path, content: Callable[[BinaryIO], Any]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        hashed = _Hashed(file)
-        try:
-            content(cast(BinaryIO, hashed))
-        except RuntimeError:
-            # Torch's archive is closed while the error passes through, and complains in its place.
-            if hashed.error is not None:
-                raise hashed.error from None
-            raise
-        file.flush()
-        os.fsync(file.fileno())
-    return hashed.facts()
+def _write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    with atomic_file(path) as file:
+        torch.save(content, file)
+    return {"bytes": file.size, "sha256": file.sha256}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -226,29 +189,10 @@ def _damage(checkpoint: Path) -> str | None:
         if about["format"] != FORMAT:
             return f"checkpoint.json: format {about['format']!r} is not {FORMAT!r}"
         for name, facts in about["files"].items():
-            with (checkpoint / name).open("rb") as file:
-                digest = hashlib.sha256()
-                for block in _blocks(file):
-                    digest.update(block)
-            if digest.hexdigest() != facts["sha256"]:
+            if sha256_of(checkpoint / name) != facts["sha256"]:
                 return f"{name}: its content does not have the checksum it was written with"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return "checkpoint.json: not readable"
     return None
-
-
-def _blocks(file: io.BufferedReader) -> Iterator[bytes]:
-    while block := file.read(1 << 22):
-        yield block
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable; some network file systems cannot, and need not."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from mpl_fast import distributed
+from mpl_fast.atomic import write_json, write_text
 from mpl_fast.config import RunConfig
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError, UserError
@@ -44,7 +45,7 @@ class RunDir:
         self.path = Path(config.run_dir)
         self._lock = _locked(self.path)
         _agree(self.path / "config.yaml", config)
-        _replace(self.path / "config.yaml", as_yaml(config))
+        write_text(self.path / "config.yaml", as_yaml(config))
         self._write_environment()
         self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
@@ -63,7 +64,7 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         self._rows.close()
         kept = [r for r in _readable_rows(file) if r["step"] <= step]
-        _replace(file, "".join(json.dumps(r) + "\n" for r in kept))
+        write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
         self._rows = file.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter  # takes seconds to import
 
@@ -86,7 +87,7 @@ class RunDir:
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
-        _replace(self.path / "summary.json", json.dumps(values, indent=1) + "\n")
+        write_json(self.path / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json of a run that has ended, if this one has."""
@@ -97,7 +98,7 @@ class RunDir:
     def _write_environment(self) -> None:
         file = self.path / "env.json"
         sessions = _sessions(file) if file.exists() else []
-        _replace(file, json.dumps(environment() | {"earlier_sessions": sessions}, indent=1) + "\n")
+        write_json(file, environment() | {"earlier_sessions": sessions})
 
 
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
@@ -219,13 +220,3 @@ def _readable_rows(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    aside = file.with_name(f".{file.name}.writing")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.rename(file)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST, load_manifest, sha256_of
+from mpl_fast.atomic import sha256_of
+from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.table import TABLE, reading

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast import __version__
-from mpl_fast.data.manifest import CLASSES, FORMAT, sha256_of
+from mpl_fast.atomic import sha256_of
+from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions
