@@ -9,9 +9,9 @@ from typing import Any
 
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.pack import check_options, plan_to
-from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES, Split, splits
-from mpl_fast.packing.plan.table import Table, reading
-from mpl_fast.packing.write.process_image import treat
+from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES, PlannedSplit, planned_splits
+from mpl_fast.packing.plan.table import Table, open_table
+from mpl_fast.packing.write.process_image import process_image
 from mpl_fast.packing.write.reader import Reader
 
 Json = dict[str, Any]
@@ -29,7 +29,7 @@ def dry_run(options: PackOptions) -> Json:
     with tempfile.TemporaryDirectory(prefix="make_rec-") as folder:
         path = Path(folder, "plan")
         plan_to(path, options)
-        with reading(path) as table:
+        with open_table(path) as table:
             return _told(table, options)
 
 
@@ -38,7 +38,7 @@ def _told(table: Table, options: PackOptions) -> Json:
     images = sum(shard.records for shard in shards)
     size = sum(shard.bytes for shard in shards)
     how = options.split
-    listed = splits(how.layout, how.unlabeled, val=options.val is not None)
+    listed = planned_splits(how.layout, how.unlabeled, val=options.val is not None)
     return {
         "out": str(options.out),
         "layout": how.layout,
@@ -54,7 +54,7 @@ def _told(table: Table, options: PackOptions) -> Json:
     }
 
 
-def _split(table: Table, split: Split) -> Json:
+def _split(table: Table, split: PlannedSplit) -> Json:
     counts: Counter[int] = Counter()
     for shard in table.shards():
         if shard.prefix == split.prefix:
@@ -79,7 +79,7 @@ def _seconds_an_image(table: Table, options: PackOptions) -> float:
     done = 0
     try:
         for opened in reader.opened(islice(records, _SAMPLE_IMAGES)):
-            treat(reader.image(opened), opened.record.name, options.image)
+            process_image(reader.image(opened), opened.record.name, options.image)
             done += 1
             if time.monotonic() - start > _SAMPLE_SECONDS:
                 break

@@ -14,13 +14,13 @@ from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions, PackOptions
 from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES, make_plan
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, place, reading
-from mpl_fast.packing.publish.existing_pack import ExistingPack, changes, examine
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, open_table, origin_of
+from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
 from mpl_fast.packing.publish.finish import (
     describe_duplicates,
     describe_left_out,
     finish,
-    unfinished,
+    unfinished_shards,
 )
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.publish.split_files import write_text
@@ -47,28 +47,28 @@ def pack(options: PackOptions) -> Json:
         if options.part is not None:
             return _pack_part(folder, options, options.part)
         _plan(folder, options)
-        if folder.holdings() and not options.force:
-            with reading(folder.work / TABLE) as table:
-                held = examine(folder, table, options.planned())
+        if folder.pack_files() and not options.force:
+            with open_table(folder.work / TABLE) as table:
+                held = check_existing(folder, table, options.planned())
             if not held.broken:
-                folder.discard()
+                folder.clear_work()
             else:
                 _mend(folder, options, held)
             return {"already_complete": True, "mended": held.broken, **held.manifest}
-        with reading(folder.work / TABLE) as table:
+        with open_table(folder.work / TABLE) as table:
             shards = table.shards()
         with output_errors(folder.path):
             _write(folder, shards, options)
-            return conclude(folder, options.image, started)
+            return publish_pack(folder, options.image, started)
 
 
-def conclude(folder: OutFolder, image_options: ImageOptions, started: float) -> Json:
+def publish_pack(folder: OutFolder, image_options: ImageOptions, started: float) -> Json:
     """Finish a folder whose shards are all written, and give everything its place."""
     created = datetime.now(timezone.utc).isoformat()
     manifest = finish(folder.work, image_options)
     manifest["created"] = created
     manifest["totals"]["seconds"] = round(time.monotonic() - started, 3)
-    with reading(folder.work / TABLE) as table:
+    with open_table(folder.work / TABLE) as table:
         left_out = describe_left_out(table, manifest)
     warn([left_out, describe_duplicates(manifest["duplicates"])])
     write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -86,12 +86,12 @@ def finish_parts(out: Path) -> Json:
         raise DataError(f"{out}: no such folder; pack its parts first")
     with OutFolder(out) as folder, output_errors(out):
         if not (folder.work / TABLE).exists():
-            if MANIFEST in folder.holdings():
+            if MANIFEST in folder.pack_files():
                 return {"already_complete": True, **load_manifest(out)}
             raise DataError(f"{out}: holds no plan; pack its parts first (pack --part 1/2 ...)")
-        with reading(folder.work / TABLE) as table:
+        with open_table(folder.work / TABLE) as table:
             image_options = stored_image_options(table)
-        return conclude(folder, image_options, started)
+        return publish_pack(folder, image_options, started)
 
 
 def stored_image_options(table: Table) -> ImageOptions:
@@ -169,8 +169,8 @@ def _plan(folder: OutFolder, options: PackOptions) -> None:
         plan_to(new, options)
         finished = folder.finished()
         if finished:
-            with reading(new) as table:
-                keeps = set(finished) - set(unfinished(folder.work, table.shards()))
+            with open_table(new) as table:
+                keeps = set(finished) - set(unfinished_shards(folder.work, table.shards()))
                 keeps &= {shard.file for shard in table.shards()}
             lost = sorted(set(finished) - keeps)
             if lost and not options.force:
@@ -188,8 +188,8 @@ def _plan(folder: OutFolder, options: PackOptions) -> None:
 
 
 def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of: int) -> None:
-    with reading(folder.work / TABLE) as table:
-        changed = changes(table.options(), options.planned())
+    with open_table(folder.work / TABLE) as table:
+        changed = changed_options(table.options(), options.planned())
     if changed:
         raise OutputError(
             f"{folder.path}: holds an unfinished pack with other options ({changed}), and {lost} "
@@ -200,24 +200,24 @@ def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of
 
 def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -> Json:
     number, parts = part
-    held = folder.holdings()
+    held = folder.pack_files()
     if MANIFEST in held and not options.force:
         manifest = load_manifest(folder.path)
-        if not changes(manifest.get("options", {}), options.planned()):
+        if not changed_options(manifest.get("options", {}), options.planned()):
             return {"already_complete": True, **manifest}
     if held and not options.force:
         what = "a finished pack" if MANIFEST in held else f"{held[0]} of an unknown pack"
         raise OutputError(f"{folder.path}: holds {what}; choose another --out, or --force")
     with (
         output_errors(folder.path),
-        folder.held(
+        folder.locked(
             f"part-{number}-of-{parts}",
             f"part {number}/{parts} is being packed by another make_rec",
         ),
     ):
-        with folder.held("plan"):
+        with folder.locked("plan"):
             _plan_once(folder, options)
-        with reading(folder.work / TABLE) as table:
+        with open_table(folder.work / TABLE) as table:
             everything = table.shards()
         shards = [shard for shard in everything if shard.number % parts == number - 1]
         try:
@@ -228,7 +228,7 @@ def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -
                 "plans anew and keeps the shards that fit; run the others again as well, with the "
                 "same options and without --force)"
             ) from error
-        missing = unfinished(folder.work, everything)
+        missing = unfinished_shards(folder.work, everything)
     return {
         "part": f"{number}/{parts}",
         "shards": [shard.file for shard in shards],
@@ -246,12 +246,12 @@ def _plan_once(folder: OutFolder, options: PackOptions) -> None:
         _plan(folder, options)
         return
     if options.force:
-        with folder.alone() as alone:
+        with folder.exclusive() as alone:
             if alone:  # nobody is at work by the old plan
                 _plan(folder, options)
                 return
-    with reading(path) as table:
-        changed = changes(table.options(), options.planned())
+    with open_table(path) as table:
+        changed = changed_options(table.options(), options.planned())
     if changed:
         raise OutputError(
             f"{folder.path}: the parts of this pack have other options ({changed}); use those, "
@@ -263,7 +263,7 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     """Write every shard that is not there yet; DataError lists every faulty image."""
     if not shards:
         return
-    missing = set(unfinished(folder.work, shards))
+    missing = set(unfinished_shards(folder.work, shards))
     todo = [shard for shard in shards if shard.file in missing]
     records, size = (sum(getattr(s, name) for s in todo) for name in ("records", "bytes"))
     if options.image.short_side is None:  # else nobody knows before
@@ -283,12 +283,12 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     faults = []
     # A shard that an earlier run finished with --on-bad skip may lack images.
     refused = {"failed", "skipped"} if options.image.on_bad == "fail" else {"failed"}
-    with reading(folder.work / TABLE) as table:
+    with open_table(folder.work / TABLE) as table:
         sources = table.sources()
         for remark in (remark for job in remarks for remark in job):
             record = table.record(remark.id)
             if remark.action in refused and record is not None:
-                faults.append(f"{place(sources[record.source], record)}: {remark.reason}")
+                faults.append(f"{origin_of(sources[record.source], record)}: {remark.reason}")
     if faults:
         every = sorted(set(faults))
         if len(every) > LISTED:
@@ -302,11 +302,11 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
 
 def _mend(folder: OutFolder, options: PackOptions, held: ExistingPack) -> None:
     """Pack the broken shards of a finished pack again; they have to become what they were."""
-    with reading(folder.work / TABLE) as table:
+    with open_table(folder.work / TABLE) as table:
         shards = [shard for shard in table.shards() if shard.file in held.broken]
     with output_errors(folder.path):
         _write(folder, shards, options)
-        held.require_equal(folder)
+        held.require_same(folder)
         (folder.work / TABLE).unlink()  # the finished table stays in its place
         write_text(folder.work / MANIFEST, (folder.path / MANIFEST).read_text(encoding="utf-8"))
         folder.publish()

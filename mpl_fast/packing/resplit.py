@@ -12,10 +12,10 @@ from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.check.inspection import load_pack, require_table
-from mpl_fast.packing.plan.make_plan import splits
+from mpl_fast.packing.plan.make_plan import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
-from mpl_fast.packing.plan.split import choose
-from mpl_fast.packing.plan.table import TABLE, Table, edit_table, reading, table_errors
+from mpl_fast.packing.plan.split import choose_labeled
+from mpl_fast.packing.plan.table import TABLE, Table, edit_table, open_table, table_errors
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.publish.split_files import write_split, write_text
 from mpl_fast.packing.write.shard_receipt import sync_file
@@ -46,13 +46,13 @@ def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabele
                 f"{root}: another pack into this folder is not finished; run its command again, "
                 "or remove its folder .pack"
             )
-        folder.discard()  # what a resplit that was killed has left
+        folder.clear_work()  # what a resplit that was killed has left
         manifest = load_pack(root)
         _require_shared(root, manifest)
         require_table(root, manifest)
         new = folder.work / _NEW
         _draw(root / TABLE, new, drawn)
-        with reading(new) as table:
+        with open_table(new) as table:
             manifest["plan_sha256"] = plan_digest(table)
             manifest["options"] = table.options()
             manifest["splits"] |= _write_splits(folder.work, table, manifest)
@@ -74,10 +74,10 @@ def _require_shared(root: Path, manifest: Json) -> None:
 
 def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Write the table old to new with other labeled images and options."""
-    with reading(old) as table:
+    with open_table(old) as table:
         options = table.options() | drawn
         how, seed, balance = drawn["labeled"], drawn["split_seed"], drawn["balance"]
-        chosen = choose(_images(table), how, seed=seed, balance=balance)
+        chosen = choose_labeled(_images(table), how, seed=seed, balance=balance)
     shutil.copyfile(old, new)
     with table_errors(new), closing(edit_table(new)) as connection:
         connection.execute("BEGIN")
@@ -107,7 +107,7 @@ def _write_splits(work: Path, table: Table, manifest: Json) -> Json:
     shards = [shard for shard in table.shards() if shard.prefix == "train"]
     unlabeled = table.options()["unlabeled"]
     entries: Json = {}
-    for split in splits("shared", unlabeled, val=False):
+    for split in planned_splits("shared", unlabeled, val=False):
         if split.name in _DRAWN:
             entry = write_split(work, table, split.stem, shards, sizes, split.labeled)
             if not entry["records"]:

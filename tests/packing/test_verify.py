@@ -14,7 +14,7 @@ from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.check.shard_check import check_shard
 from mpl_fast.packing.check.verify import Report, verify
-from mpl_fast.packing.plan.table import TABLE, reading
+from mpl_fast.packing.plan.table import TABLE, open_table
 from tests.packing.pack_command import hashes, make_tree, run
 from tests.packing.small_pack import MAGIC, SmallPack, jpeg, make_pack
 
@@ -81,13 +81,13 @@ def test_every_changed_byte_is_found_in_its_record(tmp_path: Path) -> None:
     content = path.read_bytes()
     (entry,) = json.loads((pack.root / MANIFEST).read_text())["shards"]
     assert entry["multipart"] == 1
-    with reading(pack.root / TABLE) as table:
+    with open_table(pack.root / TABLE) as table:
         (shard,) = table.shards()
     for at in range(len(content)):
         owner = max(r.id for r in pack.records.values() if r.offset <= at)
         for bits in (0x01, 0x80, 0xFF):
             path.write_bytes(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
-            found = check_shard(pack.root, entry, shard, False, lambda records, size: True)
+            found = check_shard(pack.root, entry, shard, False, lambda records, size: None)
             assert [problem.record for problem in found] == [owner], at
             assert found[0].text in {
                 f"its {part} is damaged" for part in ("frame", "header", "image", "padding")

@@ -9,7 +9,7 @@ from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.plan.table import TABLE, reading
+from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.out_folder import WORK
 
 Json = dict[str, Any]
@@ -109,7 +109,7 @@ def info(root: Path) -> Json:
 
 def _unfinished(root: Path) -> Json:
     work = root / WORK
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         shards, sources, options = table.shards(), table.sources(), table.options()
         classes = len(table.classes())
     done = [shard for shard in shards if (work / f"{shard.file}.done").exists()]

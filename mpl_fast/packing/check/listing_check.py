@@ -1,6 +1,6 @@
 """The table, classes.txt and the splits' .idx and .lst files, against each other."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import zip_longest
 from pathlib import Path
@@ -9,10 +9,9 @@ from typing import Any, NamedTuple, TextIO
 from mpl_fast.data.manifest import CLASSES
 from mpl_fast.errors import DataError
 from mpl_fast.packing.check.shard_check import Problem, file_fault, table_problem
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, reading
-from mpl_fast.packing.publish.sparse_index import padded
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, open_table
+from mpl_fast.packing.publish.sparse_index import padded_lines
 from mpl_fast.packing.write.pool import Advance
-from mpl_fast.packing.write.shard import StoppedError
 
 _LOOK = 1 << 14  # lines between two looks at whether to stop
 # SQLite keeps any value in any column, also what a damaged disk has made of a number.
@@ -43,7 +42,7 @@ def check_table(
     fault = file_fault(root, CLASSES, manifest["classes"]["sha256"])
     problems = [Problem(CLASSES, fault)] if fault else []
     try:
-        with reading(root / TABLE) as table:
+        with open_table(root / TABLE) as table:
             (state,) = next(table.query("PRAGMA quick_check(1)"))
             strange = next(table.query(_STRANGE), None)
             shards = {shard.file: shard for shard in table.shards()}
@@ -74,11 +73,6 @@ def check_split(
 
     With no shards only their checksums are looked at.
     """
-
-    def go_on() -> None:
-        if not advance(0, 0):
-            raise StoppedError
-
     faults = {
         split[kind]: file_fault(root, split[kind], split[f"{kind}_sha256"])
         for kind in ("lst", "idx")
@@ -89,8 +83,8 @@ def check_split(
     try:
         if shards:
             own = [shards[file] for file in split["shards"]]
-            with reading(root / TABLE) as table, closing(_rows(table, own)) as rows:
-                _compare(root, split, rows, go_on)
+            with open_table(root / TABLE) as table, closing(_rows(table, own)) as rows:
+                _compare(root, split, rows, advance)
     except DataError as error:
         return [*problems, table_problem(root, error)]
     except _MisfitError as misfit:
@@ -129,13 +123,11 @@ def _rows(table: Table, shards: Sequence[ShardRow]) -> Generator[_Row, None, Non
         start = end
 
 
-def _compare(
-    root: Path, split: Mapping[str, Any], rows: Iterator[_Row], go_on: Callable[[], None]
-) -> None:
+def _compare(root: Path, split: Mapping[str, Any], rows: Iterator[_Row], advance: Advance) -> None:
     """Return when every line of a split's files is right, else raise _MisfitError."""
     listing, index = split["lst"], split["idx"]
     with _lines(root / listing) as lst, _lines(root / index) as idx:
-        wanted = padded(_listed(listing, lst, rows, go_on))
+        wanted = padded_lines(_listed(listing, lst, rows, advance))
         for number, (line, found) in enumerate(zip_longest(wanted, idx, fillvalue=""), 1):
             if line != found:
                 right = f"it should be {line.rstrip()!r}" if line else "it should not be there"
@@ -143,12 +135,12 @@ def _compare(
 
 
 def _listed(
-    file: str, lines: Iterable[str], rows: Iterator[_Row], go_on: Callable[[], None]
+    file: str, lines: Iterable[str], rows: Iterator[_Row], advance: Advance
 ) -> Iterator[tuple[int, int, int]]:
     """Yield the entries of those rows that a listing has, in the same order."""
     for number, line in enumerate(lines, 1):
         if number % _LOOK == 0:
-            go_on()
+            advance(0, 0)
         key = line.partition("\t")[0]
         wanted = int(key) if key.isdecimal() else -1
         row = next((row for row in rows if row.entry[0] >= wanted), None)

@@ -17,10 +17,10 @@ from mpl_fast.packing.plan.table import (
     RecordRow,
     Table,
     WrittenRow,
-    key,
-    place,
-    raw,
-    reading,
+    image_key,
+    open_table,
+    origin_of,
+    to_utf8,
 )
 
 _PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
@@ -72,7 +72,7 @@ def locate(root: Path, text: str) -> Found:
         raise DataError(f"{root}: has no {file}; its files are {files}")
     if offset >= entry["bytes"]:
         raise DataError(f"{root / file}: has {entry['bytes']} bytes, so no record at {offset}")
-    with reading(root / TABLE) as table:
+    with open_table(root / TABLE) as table:
         shard = next(shard for shard in table.shards() if shard.file == file)
         query = (
             "SELECT id FROM written WHERE id BETWEEN ? AND ? AND offset <= ? "
@@ -91,7 +91,7 @@ def find(root: Path, what: str) -> Found:
     """
     manifest = load_pack(root)
     require_table(root, manifest)
-    with reading(root / TABLE) as table:
+    with open_table(root / TABLE) as table:
         classes = table.classes()
         planned = _with_id(table, what) or _with_name(table, classes, what)
         if not planned:
@@ -101,7 +101,7 @@ def find(root: Path, what: str) -> Found:
         if not written:
             raise DataError(f"{root}: {what} was left out when this was packed; see info")
         if len({(row.size, row.crc32) for row in written.values()}) > 1:
-            listed = [f"{r.id} ({key(classes, r)})" for r in planned if r.id in written]
+            listed = [f"{r.id} ({image_key(classes, r)})" for r in planned if r.id in written]
             raise DataError(
                 f"{root}: {len(listed)} images are called {what}; give the id of one: "
                 f"{first_few(listed)}"
@@ -160,7 +160,7 @@ def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
     """Return the records called what: with its class, or in any class."""
     query = "SELECT * FROM records WHERE name = CAST(? AS TEXT)"
     class_name, slash, name = what.rpartition("/")
-    rows = [RecordRow(*row) for row in table.query(query, (raw(name),))]
+    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name),))]
     return [row for row in rows if not slash or classes[row.label] == class_name]
 
 
@@ -176,8 +176,8 @@ def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -
     return Found(
         id=number,
         label=record.label,
-        image=key(table.classes(), record),
-        source=place(table.sources()[record.source], record),
+        image=image_key(table.classes(), record),
+        source=origin_of(table.sources()[record.source], record),
         splits=tuple(
             name
             for name, split in manifest["splits"].items()

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from mpl_fast.data.records import HEAD_SIZE, MAGIC, frame, record_head, unframe
 from mpl_fast.errors import DataError
 from mpl_fast.packing.write.pool import Advance
-from mpl_fast.packing.write.shard import StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +25,7 @@ class Fault(NamedTuple):
     text: str
 
 
-class Pass(NamedTuple):
+class ReadResult(NamedTuple):
     """What reading a file once has told."""
 
     sha256: str
@@ -44,7 +43,7 @@ class RecordReader:
         longest = int(rows["length"].max())
         self._view = memoryview(bytearray(min(size, max(_BLOCK, longest))))
 
-    def read(self, stream: BinaryIO, *, images: bool, decode: bool) -> Pass:
+    def read(self, stream: BinaryIO, *, images: bool, decode: bool) -> ReadResult:
         """Read the bytes that the file should have; stop at its end or at a disk error."""
         digest = hashlib.sha256()
         faults: list[Fault] = []
@@ -55,13 +54,12 @@ class RecordReader:
             digest.update(self._view[:got])
             faults += self._faults(first, last, got, images, decode)
             done += got
-            if not self._advance(*((last - first, got) if last > self._told else (0, 0))):
-                raise StoppedError
+            self._advance(*((last - first, got) if last > self._told else (0, 0)))
             self._told = max(self._told, last)
             if got < wanted:
                 faults += (Fault(row, "is missing") for row in range(last, len(self._rows)))
-                return Pass(digest.hexdigest(), done, faults, error)
-        return Pass(digest.hexdigest(), done, faults, "")
+                return ReadResult(digest.hexdigest(), done, faults, error)
+        return ReadResult(digest.hexdigest(), done, faults, "")
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
         """Yield (first, last + 1) of the rows that fit into the buffer together."""

@@ -4,25 +4,23 @@ The sha256 of the manifest tells whether a file is as it was written. If it is n
 compared with their rows in the table; if it is and they differ still, the table is to blame.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import load_manifest, text_hashes
 from mpl_fast.errors import DataError
-from mpl_fast.packing.check.record_check import Fault, Pass, RecordReader, whole_length
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, key, place, reading
+from mpl_fast.packing.check.record_check import Fault, ReadResult, RecordReader, whole_length
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, image_key, open_table, origin_of
 from mpl_fast.packing.write.pool import Advance
-from mpl_fast.packing.write.shard import StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-_CHUNK = 4 << 20  # bytes hashed at once
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,11 @@ def check_shard(
 ) -> list[Problem]:
     """Return all that is wrong with the .rec file of a manifest's entry and its own .idx file.
 
-    deep also compares each image with its crc32 and decodes it. advance is told of the records and
-    bytes read since its last call; when it returns False, StoppedError ends the check.
+    deep also compares each image with its crc32 and decodes it. advance is called with the records
+    and bytes read since its last call.
     """
     try:
-        with reading(root / TABLE) as table:
+        with open_table(root / TABLE) as table:
             rows = _rows(table, shard)
             misfit = _misfit(rows, entry)
             if misfit:
@@ -66,39 +64,25 @@ def check_shard(
 
 
 def check_hashes(root: Path, entry: Mapping[str, Any], advance: Advance) -> list[Problem]:
-    """Return what checksums alone tell of the files of check_shard, without the table."""
-
-    def tell(size: int) -> None:
-        if not advance(0, size):
-            raise StoppedError
-
-    faults = {entry["file"]: file_fault(root, entry["file"], entry["sha256"], tell)}
+    """Compare the files of check_shard with their checksums alone, without the table."""
+    faults = {entry["file"]: file_fault(root, entry["file"], entry["sha256"], partial(advance, 0))}
     if "idx" in entry:
         faults[entry["idx"]] = file_fault(root, entry["idx"], entry["idx_sha256"])
     return [Problem(file, fault) for file, fault in faults.items() if fault]
 
 
 def file_fault(
-    root: Path, name: str, sha256: str, tell: Callable[[int], None] = lambda size: None
+    root: Path, name: str, sha256: str, progress: Callable[[int], None] = lambda size: None
 ) -> str:
-    """Return why a file is not the one with that sha256, or ""; tell is called with bytes read."""
+    """Return why a file does not have this sha256, or ""; progress is called with bytes read."""
     try:
-        found = _sha256(root / name, tell)
+        found = sha256_of(root / name, progress)
     except OSError as error:
         return error.strerror or str(error)
     if found == sha256:
         return ""
     owner = _owner(root, found)
     return f"holds the content of {owner}" if owner else "its sha256 is not the manifest's"
-
-
-def _sha256(path: Path, tell: Callable[[int], None] = lambda size: None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            tell(len(chunk))
-    return digest.hexdigest()
 
 
 def _owner(root: Path, sha256: str) -> str | None:
@@ -177,7 +161,7 @@ def _check_records(
         return [Problem(file, error.strerror or str(error))]
     if seen.sha256 != entry["sha256"]:
         # Of a file of another length only the beginning was read.
-        whole = seen.sha256 if size == entry["bytes"] else _sha256(root / file)
+        whole = seen.sha256 if size == entry["bytes"] else sha256_of(root / file)
         owner = _owner(root, whole)
         if owner:
             return [Problem(file, f"holds the content of {owner}")]
@@ -191,7 +175,7 @@ def _check_records(
     return problems + [named.problem(file, rows, fault) for fault in seen.faults]
 
 
-def _whole_file(seen: Pass, entry: Mapping[str, Any], size: int) -> Iterator[str]:
+def _whole_file(seen: ReadResult, entry: Mapping[str, Any], size: int) -> Iterator[str]:
     if seen.error:
         yield f"cannot be read from byte {seen.size} on: {seen.error}"
     elif size < entry["bytes"]:
@@ -215,8 +199,8 @@ class _Names:
             file,
             fault.text,
             record.id,
-            key(self._classes, record),
-            place(self._sources[record.source], record),
+            image_key(self._classes, record),
+            origin_of(self._sources[record.source], record),
         )
 
     def blame_table(self, file: str, rows: "NDArray[np.void]", fault: Fault) -> Problem:

@@ -15,9 +15,9 @@ from mpl_fast.data.records import ID_LIMIT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions, SplitOptions
-from mpl_fast.packing.plan.sharding import Cut, Digest, shard_file
-from mpl_fast.packing.plan.split import choose, rank
-from mpl_fast.packing.plan.table import RecordRow, create_table, raw, table_errors
+from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
+from mpl_fast.packing.plan.split import choose_labeled, hash_rank
+from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.sources.source import Source
 
 RECORD_BYTES = 96  # about what a record adds to the image in all files of a pack but the table
@@ -32,14 +32,14 @@ CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 """
 
 
-class Piece(NamedTuple):
+class ShardGroup(NamedTuple):
     """The images that are joined under one prefix."""
 
     prefix: str
     where: str  # SQL that picks them from found.images
 
 
-class Split(NamedTuple):
+class PlannedSplit(NamedTuple):
     """A split of the finished pack: which records of which prefix it lists."""
 
     name: str
@@ -52,33 +52,33 @@ class Split(NamedTuple):
         return self.labeled is None or record.labeled == self.labeled
 
 
-def pieces(layout: str, unlabeled: str, *, val: bool) -> list[Piece]:
+def shard_groups(layout: str, unlabeled: str, *, val: bool) -> list[ShardGroup]:
     """Return what is written, in the order of the ids."""
     if layout == "shared":
-        written = [Piece("train", f"part = {_TRAIN}")]
+        written = [ShardGroup("train", f"part = {_TRAIN}")]
     else:
         rest = " AND NOT labeled" if unlabeled == "rest" else ""
         written = [
-            Piece("train_label", f"part = {_TRAIN} AND labeled"),
-            Piece("train_unlabel", f"part = {_TRAIN}{rest}"),
+            ShardGroup("train_label", f"part = {_TRAIN} AND labeled"),
+            ShardGroup("train_unlabel", f"part = {_TRAIN}{rest}"),
         ]
-    return [*written, Piece("val", f"part = {_VAL}")] if val else written
+    return [*written, ShardGroup("val", f"part = {_VAL}")] if val else written
 
 
-def splits(layout: str, unlabeled: str, *, val: bool) -> list[Split]:
+def planned_splits(layout: str, unlabeled: str, *, val: bool) -> list[PlannedSplit]:
     """Return what a finished pack lists."""
     if layout == "shared":
         listed = [
-            Split("train", "train", "train", None),
-            Split("labeled", "train_label", "train", 1),
-            Split("unlabeled", "train_unlabel", "train", 0 if unlabeled == "rest" else None),
+            PlannedSplit("train", "train", "train", None),
+            PlannedSplit("labeled", "train_label", "train", 1),
+            PlannedSplit("unlabeled", "train_unlabel", "train", 0 if unlabeled == "rest" else None),
         ]
     else:
         listed = [
-            Split("labeled", "train_label", "train_label", None),
-            Split("unlabeled", "train_unlabel", "train_unlabel", None),
+            PlannedSplit("labeled", "train_label", "train_label", None),
+            PlannedSplit("unlabeled", "train_unlabel", "train_unlabel", None),
         ]
-    return [*listed, Split("val", "val", "val", None)] if val else listed
+    return [*listed, PlannedSplit("val", "val", "val", None)] if val else listed
 
 
 def make_plan(
@@ -99,7 +99,7 @@ def make_plan(
         old.unlink(missing_ok=True)
     try:
         with table_errors(path), closing(create_table(path)) as table:
-            table.execute("ATTACH CAST(? AS TEXT) AS found", (raw(str(_scratch(path))),))
+            table.execute("ATTACH CAST(? AS TEXT) AS found", (to_utf8(str(_scratch(path))),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
             # Sorting needs as much space again: here, not on the disk of the system's folder.
@@ -149,7 +149,7 @@ class _Planner:
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         first_id = shard = 0
-        for piece in pieces(self._how.layout, self._how.unlabeled, val=val is not None):
+        for piece in shard_groups(self._how.layout, self._how.unlabeled, val=val is not None):
             first_id, shard = self._place(piece, first_id, shard)
         self._table.execute("INSERT INTO plan VALUES (?)", (json.dumps(dict(self._options)),))
         return warnings
@@ -158,10 +158,10 @@ class _Planner:
         """Add a source and its images; return its warnings."""
         number = self._value("SELECT count(*) FROM sources")
         unpacked = source.file.parent == self._work
-        file = raw(source.file.name if unpacked else str(source.file.absolute()))
+        file = to_utf8(source.file.name if unpacked else str(source.file.absolute()))
         self._table.execute(
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
-            (number, raw(source.spec), source.kind, file, source.size, source.stamp),
+            (number, to_utf8(source.spec), source.kind, file, source.size, source.stamp),
         )
         self._table.executemany(
             "INSERT INTO found.images VALUES "
@@ -181,12 +181,12 @@ class _Planner:
                 part,
                 number,
                 numbers.setdefault(image.class_name, len(numbers)),
-                raw(image.name),
-                raw(image.path),
+                to_utf8(image.name),
+                to_utf8(image.path),
                 image.start,
                 image.size,
                 image.stamp,
-                rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
+                hash_rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
             )
 
     def _require_unique(self, part: int, spec: str) -> None:
@@ -220,7 +220,7 @@ class _Planner:
         self._require_known(_TRAIN, " + ".join(source.spec for source in train), labels)
         if val is not None:
             self._require_known(_VAL, val.spec, labels)
-        rows = [(label, raw(name)) for label, name in enumerate(names)]
+        rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
         self._table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
         self._table.executemany(
             "INSERT INTO found.classes VALUES (?, ?)",
@@ -249,7 +249,7 @@ class _Planner:
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {_TRAIN}"
         images = ((row, names[number], name) for row, number, name in self._table.execute(query))
         how = self._how
-        chosen = choose(images, how.labeled, seed=how.split_seed, balance=how.balance)
+        chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
         self._table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
@@ -259,7 +259,7 @@ class _Planner:
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
             )
 
-    def _place(self, piece: Piece, first_id: int, first_shard: int) -> tuple[int, int]:
+    def _place(self, piece: ShardGroup, first_id: int, first_shard: int) -> tuple[int, int]:
         """Add the records and shards of a piece; return the next id and shard number."""
         count, size = self._table.execute(
             f"SELECT count(*), total(size) FROM found.images WHERE {piece.where}"
@@ -269,8 +269,8 @@ class _Planner:
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
             )
         shards = min(count, self._how.shards or -(-int(size) // self._how.shard_size) or 1)
-        cut = Cut(count, int(size), shards)
-        digests = [Digest(self._image_options) for _ in range(shards)]
+        cut = ShardAssigner(count, int(size), shards)
+        digests = [ShardDigest(self._image_options) for _ in range(shards)]
         rows = self._rows(piece, first_id)
         self._table.executemany(
             "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
@@ -285,7 +285,7 @@ class _Planner:
             first += digest.records
         return first_id + count, first_shard + shards
 
-    def _rows(self, piece: Piece, first_id: int) -> Iterator[RecordRow]:
+    def _rows(self, piece: ShardGroup, first_id: int) -> Iterator[RecordRow]:
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
@@ -320,9 +320,12 @@ def _is_numbered(source: Source, classes: int) -> bool:
 
 
 def _digested(
-    rows: Iterator[RecordRow], cut: Cut, digests: Sequence[Digest], source_stamps: Sequence[int]
+    rows: Iterator[RecordRow],
+    cut: ShardAssigner,
+    digests: Sequence[ShardDigest],
+    source_stamps: Sequence[int],
 ) -> Iterator[tuple[object, ...]]:
     for row in rows:
         stamp = row.stamp if row.start < 0 else source_stamps[row.source]
         digests[cut.shard(row.size)].add(row, stamp)
-        yield (*row[:3], raw(row.name), row.source, raw(row.path), *row[6:])
+        yield (*row[:3], to_utf8(row.name), row.source, to_utf8(row.path), *row[6:])

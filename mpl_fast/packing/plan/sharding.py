@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import RecordRow, Table, raw
+from mpl_fast.packing.plan.table import RecordRow, Table, to_utf8
 
 
 def shard_file(prefix: str, number: int, shards: int) -> str:
@@ -13,7 +13,7 @@ def shard_file(prefix: str, number: int, shards: int) -> str:
     return f"{prefix}.rec" if shards == 1 else f"{prefix}-{number:05d}-of-{shards:05d}.rec"
 
 
-class Cut:
+class ShardAssigner:
     """Tells each record's shard, so that all shards hold about the same bytes and none is empty."""
 
     def __init__(self, records: int, size: int, shards: int) -> None:
@@ -34,7 +34,7 @@ class Cut:
         return self._shard
 
 
-class Digest:
+class ShardDigest:
     """What decides a shard's bytes, and what tells whether its images changed, as two sha256."""
 
     def __init__(self, image_options: ImageOptions) -> None:
@@ -49,8 +49,8 @@ class Digest:
         """Take in a record; stamp is the modification time of the file that holds its image."""
         self.records += 1
         self.bytes += row.size
-        self._content.update(raw(f"{row.id}\t{row.label}\t{row.name}\t{row.size}\n"))
-        self._stamps.update(raw(f"{row.path}\t{row.start}\t{stamp}\n"))
+        self._content.update(to_utf8(f"{row.id}\t{row.label}\t{row.name}\t{row.size}\n"))
+        self._stamps.update(to_utf8(f"{row.path}\t{row.start}\t{stamp}\n"))
 
     def content(self, file: str) -> str:
         """Return the sha256 of what decides the bytes of the shard, which is called file."""
@@ -64,7 +64,7 @@ class Digest:
 
 def plan_digest(table: Table) -> str:
     """Return a sha256 over all that decides the bytes of a pack; where its images lie does not."""
-    digest = hashlib.sha256(raw("\n".join(table.classes())))
+    digest = hashlib.sha256(to_utf8("\n".join(table.classes())))
     for shard in table.shards():
         digest.update(f"\n{shard.file} {shard.content}".encode())
     for (labeled,) in table.query("SELECT id FROM records WHERE labeled ORDER BY id"):

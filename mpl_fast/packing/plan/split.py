@@ -25,7 +25,7 @@ _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 _RANKS = 1 << 64
 
 
-def choose(
+def choose_labeled(
     images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
 ) -> set[int]:
     """Return the ids of the labeled ones among images, which are (id, class, name).
@@ -46,7 +46,7 @@ def choose(
     return set(ranking.ids[chosen].tolist())
 
 
-def rank(seed: int | str, key: str) -> bytes:
+def hash_rank(seed: int | str, key: str) -> bytes:
     """Return sha256("seed:key"), by which keys are put in an order that looks random."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
 
@@ -68,7 +68,7 @@ class _Ranking:
         for record_id, class_name, name in images:
             ids.append(record_id)
             classes.append(numbers.setdefault(class_name, len(numbers)))
-            ranks.append(int.from_bytes(rank(seed, f"{class_name}/{name}")[:8], "big"))
+            ranks.append(int.from_bytes(hash_rank(seed, f"{class_name}/{name}")[:8], "big"))
         names = sorted(numbers)
         position = np.empty(len(names), np.int64)
         position[[numbers[name] for name in names]] = np.arange(len(names))
@@ -94,7 +94,9 @@ class _Ranking:
         import numpy as np
 
         sizes = np.array(list(self.sizes.values()))
-        draws = [int.from_bytes(rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes]
+        draws = [
+            int.from_bytes(hash_rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes
+        ]
         time = (self._place() + np.repeat(draws, sizes)) / np.repeat(sizes, sizes)
         chosen = np.zeros(len(self.ids), np.bool_)
         chosen[np.argsort(time, kind="stable")[:total]] = True
@@ -155,7 +157,7 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> d
             f"--labeled {how}: {total} labeled images for {len(sizes)} classes leave "
             f"{len(sizes) - rest} classes without any; ask for at least {len(sizes)}"
         )
-    with_one_more = set(sorted(sizes, key=lambda name: rank(seed, name))[:rest])
+    with_one_more = set(sorted(sizes, key=lambda name: hash_rank(seed, name))[:rest])
     counts = {name: each + (name in with_one_more) for name in sizes}
     few = [name for name in sizes if sizes[name] < counts[name]]
     short = [f"{name} ({sizes[name]} of {counts[name]})" for name in few]

@@ -110,7 +110,7 @@ def table_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator["Table"]:
+def open_table(path: Path) -> Iterator["Table"]:
     """Open a finished table that nobody writes any more, without locks; DataError names it."""
     try:
         uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
@@ -126,11 +126,11 @@ def reading(path: Path) -> Iterator["Table"]:
 
 
 def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
-    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+    connection.text_factory = lambda content: content.decode("utf-8", "surrogateescape")
     return connection
 
 
-def raw(text: str) -> bytes:
+def to_utf8(text: str) -> bytes:
     """Return text for `CAST(? AS TEXT)`: file names need not be UTF-8, sqlite3's strings must."""
     return text.encode("utf-8", "surrogateescape")
 
@@ -190,17 +190,17 @@ class Table:
             yield row
 
 
-def start_written(connection: sqlite3.Connection) -> None:
+def create_written(connection: sqlite3.Connection) -> None:
     """Add the empty table of written records."""
     connection.executescript(_WRITTEN)
 
 
-def key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
+def image_key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
     """Return `class/name`, by which people know an image."""
     return f"{classes[record.label]}/{record.name}"
 
 
-def place(source: SourceRow, record: RecordRow) -> str:
+def origin_of(source: SourceRow, record: RecordRow) -> str:
     """Return where the image of a record comes from, as a path or `archive: member`."""
     if source.kind == "folder":
         return str(Path(source.file, record.path))

@@ -7,7 +7,7 @@ from mpl_fast.data.manifest import MANIFEST, check_texts, load_manifest
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.sharding import plan_digest
-from mpl_fast.packing.plan.table import TABLE, Table, reading
+from mpl_fast.packing.plan.table import TABLE, Table, open_table
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 
@@ -23,7 +23,7 @@ class ExistingPack:
     manifest: Json
     broken: list[str]
 
-    def require_equal(self, folder: OutFolder) -> None:
+    def require_same(self, folder: OutFolder) -> None:
         """Return when the broken shards, packed again, are what they were; else OutputError."""
         for shard in self.manifest["shards"]:
             if shard["file"] in self.broken:
@@ -35,19 +35,19 @@ class ExistingPack:
                     )
 
 
-def examine(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
+def check_existing(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
     """Return the finished pack that folder holds; OutputError when it is not the planned one.
 
     Of the records only the sizes are looked at, all other files are compared with their sha256.
     """
-    if MANIFEST not in folder.holdings():
+    if MANIFEST not in folder.pack_files():
         raise OutputError(
-            f"{folder.path}: holds {folder.holdings()[0]} of an unknown pack; {_REMEDY}"
+            f"{folder.path}: holds {folder.pack_files()[0]} of an unknown pack; {_REMEDY}"
         )
     try:
         old = load_manifest(folder.path)
         check_texts(folder.path, old)
-        with reading(folder.path / TABLE) as table:
+        with open_table(folder.path / TABLE) as table:
             stamps = {shard.file: shard.stamps for shard in table.shards()}
         before = dict(old["options"])
         skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
@@ -55,7 +55,7 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {_REMEDY}") from error
     if old.get("plan_sha256") != plan_digest(plan):
-        what = changes(before, options) or "its source's files were others"
+        what = changed_options(before, options) or "its source's files were others"
         others = {name for name in options if options[name] != before.get(name)}
         resplit = "make_rec.py resplit draws other labeled images for this one; else "
         drawn_anew = others and others <= _DRAWN and old.get("layout") == "shared"
@@ -75,7 +75,7 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
     return ExistingPack(old, broken)
 
 
-def changes(old: Json, new: Json) -> str:
+def changed_options(old: Json, new: Json) -> str:
     """Return which options differ, in one line; "" when none does."""
     return ", ".join(
         f"{name} was {old.get(name)}, now {value}"

@@ -14,22 +14,22 @@ from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.make_plan import splits
+from mpl_fast.packing.plan.make_plan import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
     ShardRow,
     Table,
+    create_written,
     edit_table,
-    key,
-    place,
-    reading,
-    start_written,
+    image_key,
+    open_table,
+    origin_of,
     table_errors,
 )
 from mpl_fast.packing.publish.split_files import text_file, write_split, write_text
-from mpl_fast.packing.write.process_image import describe
+from mpl_fast.packing.write.process_image import describe_processing
 from mpl_fast.packing.write.shard_receipt import ShardReceipt, sync_file
 
 Json = dict[str, Any]
@@ -37,7 +37,7 @@ _BLOCK = 1 << 14  # rows in memory at a time
 _EXAMPLES = 10  # groups of duplicates that the manifest names, and names of each
 
 
-def unfinished(work: Path, shards: Iterable[ShardRow]) -> list[str]:
+def unfinished_shards(work: Path, shards: Iterable[ShardRow]) -> list[str]:
     """Return the shards that are not there as they were planned; only sizes are looked at."""
     missing = []
     for shard in shards:
@@ -63,8 +63,8 @@ def finish(work: Path, image_options: ImageOptions) -> Json:
     Its time of creation and duration are still empty. Every shard of the plan has to be there,
     else DataError.
     """
-    with reading(work / TABLE) as table:
-        missing = unfinished(work, table.shards())
+    with open_table(work / TABLE) as table:
+        missing = unfinished_shards(work, table.shards())
         if missing:
             raise DataError(
                 f"{work.parent}: {len(missing)} shards of the plan are not there: "
@@ -78,7 +78,7 @@ def finish(work: Path, image_options: ImageOptions) -> Json:
             f"{work.parent}: shards that were packed with --on-bad skip lack {len(skipped)} "
             f"images: {first_few(skipped, between='; ')}; pack with --on-bad skip, or mend them"
         )
-    with reading(completed) as table:
+    with open_table(completed) as table:
         manifest = _manifest(work, table, image_options) | {"bad": bad}
     manifest["table_sha256"] = sha256_of(completed)
     # Last: cut short before, the plan is still as it was, and finishing it gives the same bytes.
@@ -95,7 +95,7 @@ def _complete_table(work: Path, target: Path) -> list[Json]:
         classes, sources = table.classes(), table.sources()
         # A finish that was cut short may have completed the table: then its bytes stay.
         if not _holds(table, _written(work, table)):
-            start_written(connection)
+            create_written(connection)
             connection.execute("BEGIN")
             rows = _written(work, table)
             connection.executemany("INSERT INTO written VALUES (?, ?, ?, ?, ?)", rows)
@@ -108,8 +108,8 @@ def _complete_table(work: Path, target: Path) -> list[Json]:
                 assert record is not None, remark
                 bad.append(
                     {
-                        "image": key(classes, record),
-                        "source": place(sources[record.source], record),
+                        "image": image_key(classes, record),
+                        "source": origin_of(sources[record.source], record),
                         "reason": remark.reason,
                         "action": remark.action,
                     }
@@ -155,7 +155,7 @@ def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
             "file": CLASSES,
             "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
         },
-        "transform": describe(image_options),
+        "transform": describe_processing(image_options),
         "shards": shards,
         "splits": _splits(work, table, {shard["file"]: shard["bytes"] for shard in shards}),
         "table": TABLE,
@@ -169,7 +169,7 @@ def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
     rows = table.shards()
     val = any(shard.prefix == "val" for shard in rows)
     written = {}
-    for split in splits(options["layout"], options["unlabeled"], val=val):
+    for split in planned_splits(options["layout"], options["unlabeled"], val=val):
         own = [shard for shard in rows if shard.prefix == split.prefix]
         entry = write_split(work, table, split.stem, own, sizes, split.labeled)
         if not entry["records"]:
@@ -250,7 +250,7 @@ def _duplicates(table: Table, classes: list[str]) -> Json:
             parts = {prefix.partition("_")[0] for _, prefix in group}
             across += len(parts) > 1
             if len(examples) < _EXAMPLES:
-                named = {f"{key(classes, record)} ({prefix})" for record, prefix in group}
+                named = {f"{image_key(classes, record)} ({prefix})" for record, prefix in group}
                 examples.append(sorted(named)[:_EXAMPLES])
     return {"groups": groups, "images": images, "across_splits": across, "examples": examples}
 

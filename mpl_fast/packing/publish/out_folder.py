@@ -84,7 +84,7 @@ class OutFolder:
             finally:
                 os.close(self._lock)
 
-    def holdings(self) -> list[str]:
+    def pack_files(self) -> list[str]:
         """Return the names of the pack files that are here, sorted."""
         return [name for name in self._names() if _OURS.fullmatch(name)]
 
@@ -94,7 +94,7 @@ class OutFolder:
             return []  # what a publish has left that was killed at its very end
         return sorted(path.stem for path in self.work.glob("*.rec.done"))
 
-    def discard(self) -> None:
+    def clear_work(self) -> None:
         """Forget an unfinished pack."""
         shutil.rmtree(self.work)
         self.work.mkdir()
@@ -108,7 +108,7 @@ class OutFolder:
             )
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def exclusive(self) -> Iterator[bool]:
         """Tell whether no other part is being packed; within, none begins then."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,7 @@ class OutFolder:
             raise OutputError(f"{self.path}: another make_rec is writing here") from error
 
     @contextmanager
-    def held(self, name: str, busy: str | None = None) -> Iterator[None]:
+    def locked(self, name: str, busy: str | None = None) -> Iterator[None]:
         """Hold a lock of this name in the work folder; with busy, raise it instead of waiting."""
         with (self.work / f"{name}.lock").open("w") as file:
             try:
@@ -147,7 +147,7 @@ class OutFolder:
 
     def _place(self) -> None:
         names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
-        old = self.holdings()
+        old = self.pack_files()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()
         sync_folder(self.path)

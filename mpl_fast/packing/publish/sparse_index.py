@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mpl_fast.errors import DataError
 
 
-class Place(NamedTuple):
+class DaliPosition(NamedTuple):
     """Where DALI looks for a record."""
 
     file: int
@@ -21,7 +21,7 @@ class Place(NamedTuple):
     size: int  # bytes up to the next record of the index, or to the end of the last file
 
 
-def padded(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
+def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
     """Yield the lines `id TAB offset` of an index, repeated where DALI's cursor needs it.
 
     entries are (record id, file number, offset over the joined files) in the order of the offsets.
@@ -45,7 +45,7 @@ def padded(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
             yield f"{record_id}\t{offset}\n"
 
 
-def places(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Place]:
+def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[DaliPosition]:
     """Yield where DALI looks for each record of an index, given its offsets in ascending order.
 
     sizes are the bytes of the joined files.
@@ -58,10 +58,10 @@ def places(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Place]:
             if file + 1 < len(sizes) and previous >= starts[file + 1]:
                 file += 1
             if offset > previous:
-                yield Place(file, previous - starts[file], offset - previous)
+                yield DaliPosition(file, previous - starts[file], offset - previous)
         previous = offset
     if previous is not None:
-        yield Place(file, previous - starts[file], starts[-1] - previous)
+        yield DaliPosition(file, previous - starts[file], starts[-1] - previous)
 
 
 def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
@@ -71,7 +71,7 @@ def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
     line of an index, an offset is out of order or of range, or DALI would look into a wrong file.
     """
     records = 0
-    for place in places(_offsets(lines, sum(sizes), name), sizes):
+    for place in dali_positions(_offsets(lines, sum(sizes), name), sizes):
         if place.offset >= sizes[place.file]:
             raise DataError(
                 f"{name}: DALI would look for its record {records + 1} in the wrong file (number "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.packing.plan.table import ShardRow, Table
-from mpl_fast.packing.publish.sparse_index import check_index, padded
+from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 
 Json = dict[str, Any]
 _TOGETHER = 4096  # lines that are encoded, hashed and written at once
@@ -102,7 +102,7 @@ def write_split(
                     yield record_id, number, start + offset
                 start += sizes[shard.file]
 
-        for line in padded(entries()):
+        for line in padded_lines(entries()):
             idx.write(line)
     if len(shards) > 1:
         with (work / index).open(encoding="ascii") as lines:

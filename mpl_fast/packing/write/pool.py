@@ -14,11 +14,15 @@ from mpl_fast.errors import UserError
 from mpl_fast.packing.first_few import first_few
 
 T = TypeVar("T")
-Advance = Callable[[int, int], bool]  # told of records and bytes done; False: stop
+Advance = Callable[[int, int], None]  # called with records and bytes done; may raise StoppedError
 _POLL = 0.2  # seconds between two looks at the workers' counters
 _RUNNING, _ENDED = 1, 2
 # Shared by all processes: [stop, state, records and bytes of job 0, state, ... of job 1, ...]
 _board: Any = None
+
+
+class StoppedError(Exception):
+    """The run was interrupted; the job that raises this is not complete."""
 
 
 class Job(NamedTuple, Generic[T]):
@@ -102,10 +106,11 @@ def _end_with_parent() -> None:
 
 
 def _work(at: int, call: Callable[[Advance], T]) -> T:
-    def advance(records: int, size: int) -> bool:
+    def advance(records: int, size: int) -> None:
         _board[2 + 3 * at] += records
         _board[3 + 3 * at] += size
-        return not _board[0]
+        if _board[0]:
+            raise StoppedError
 
     _board[1 + 3 * at] = _RUNNING
     result = call(advance)

@@ -18,7 +18,7 @@ _LOST_LIMIT = 0.9  # share of a damaged image that may be blank for the rest to 
 _JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe")
 
 
-class Treated(NamedTuple):
+class ProcessedImage(NamedTuple):
     """What became of one image."""
 
     image: bytes | None  # None: the original bytes
@@ -28,10 +28,10 @@ class Treated(NamedTuple):
     rotated: bool  # and an EXIF orientation other than 1, never applied, was dropped with the old
 
 
-_KEPT = Treated(None, "", "", reencoded=False, rotated=False)
+_KEPT = ProcessedImage(None, "", "", reencoded=False, rotated=False)
 
 
-def treat(image: bytes | memoryview, name: str, how: ImageOptions) -> Treated:
+def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> ProcessedImage:
     """Return what becomes of the image file that is called name and holds these bytes.
 
     A sound image is decoded at most once: one that is made smaller is checked by that, strictly,
@@ -51,7 +51,7 @@ def treat(image: bytes | memoryview, name: str, how: ImageOptions) -> Treated:
         return _damaged(image, explain(image, error), how)
 
 
-def describe(how: ImageOptions) -> dict[str, object]:
+def describe_processing(how: ImageOptions) -> dict[str, object]:
     """Return what the manifest says of the image_options: same values, same bytes from an image."""
     if how.short_side is None and how.on_bad != "convert":
         return {"mode": "pass-through", "exif_orientation": "not applied"}
@@ -101,7 +101,7 @@ def _shrunk(height: int, width: int, how: ImageOptions) -> tuple[int, int] | Non
     return round(height * how.short_side / short), round(width * how.short_side / short)
 
 
-def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treated:
+def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
     """Return what becomes of an image with a fault: "convert" keeps as much of it as it can."""
     action = ACTIONS[how.on_bad]
     if action == "converted":
@@ -109,10 +109,10 @@ def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treat
             return _saved(image, reason, how)
         except PixelsError:
             action = "failed"
-    return Treated(None, reason, action, reencoded=False, rotated=False)
+    return ProcessedImage(None, reason, action, reencoded=False, rotated=False)
 
 
-def _saved(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treated:
+def _saved(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
     """Return a new JPEG of all that can be decoded; PixelsError when that is nothing."""
     pixels = decode(image, strict=False)
     if kind_of(image) == "JPEG":
@@ -133,9 +133,9 @@ def _with_lost_share(reason: str, pixels: "NDArray[np.uint8]") -> str:
 
 def _reencoded(
     image: bytes | memoryview, pixels: "NDArray[np.uint8]", quality: int, reason: str
-) -> Treated:
+) -> ProcessedImage:
     """Return pixels as the new JPEG of image, converted for a reason or only made smaller."""
     action = "converted" if reason else ""
-    return Treated(
+    return ProcessedImage(
         encode(pixels, quality), reason, action, reencoded=True, rotated=orientation(image) != 1
     )

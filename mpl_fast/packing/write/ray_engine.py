@@ -54,7 +54,7 @@ def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remar
 def _ray_job(
     work: Path, number: int, image_options: ImageOptions, read_threads: int
 ) -> list[Remark]:
-    return run_job(work, number, image_options, read_threads, lambda images, size: True)
+    return run_job(work, number, image_options, read_threads, lambda images, size: None)
 
 
 def _ray_result(ray: Any, reference: Any) -> list[Remark]:

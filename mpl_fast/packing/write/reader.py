@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.plan.table import RecordRow, SourceRow, key, place
+from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_of
 
 _BATCH = 8  # records that are opened together
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
 
 
-class Opened(NamedTuple):
+class OpenedRecord(NamedTuple):
     """A record whose file is open; the kernel may be fetching its bytes already."""
 
     record: RecordRow
@@ -39,10 +39,10 @@ class Reader:
         self._shared: dict[int, int] = {}  # source number to descriptor
         self._own: set[int] = set()  # descriptors of files that hold one image
 
-    def opened(self, records: Iterable[RecordRow]) -> Iterator[Opened]:
+    def opened(self, records: Iterable[RecordRow]) -> Iterator[OpenedRecord]:
         """Yield the records in order; a file of its own is closed when the next is asked for."""
         rows = iter(records)
-        batches: deque[Callable[[], list[Opened]]] = deque()
+        batches: deque[Callable[[], list[OpenedRecord]]] = deque()
         while True:
             while len(batches) < self._batches_ahead and (batch := list(islice(rows, _BATCH))):
                 batches.append(self._open_ahead(batch))
@@ -54,7 +54,7 @@ class Reader:
                     self._own.remove(opened.file)
                     os.close(opened.file)
 
-    def fill(self, opened: Opened, views: list[memoryview]) -> None:
+    def fill(self, opened: OpenedRecord, views: list[memoryview]) -> None:
         """Read the image of a record into views, which together have its size."""
         record = opened.record
         start = max(0, record.start)
@@ -71,7 +71,7 @@ class Reader:
         if not whole:
             raise DataError(f"{self._name(opened)} {_CHANGED}")
 
-    def image(self, opened: Opened) -> bytes:
+    def image(self, opened: OpenedRecord) -> bytes:
         """Return the image of a record; from a .rec file it comes without frame and header."""
         buffer = bytearray(opened.record.size)
         self.fill(opened, [memoryview(buffer)])
@@ -95,7 +95,7 @@ class Reader:
         for file in (*self._shared.values(), *self._own):
             os.close(file)
 
-    def _open_ahead(self, batch: list[RecordRow]) -> Callable[[], list[Opened]]:
+    def _open_ahead(self, batch: list[RecordRow]) -> Callable[[], list[OpenedRecord]]:
         """Begin to open the files of a batch; return what waits for them."""
         for number in {record.source for record in batch}:
             source = self._sources[number]
@@ -107,18 +107,18 @@ class Reader:
         opened = self._open_batch(batch)
         return lambda: opened
 
-    def _open_batch(self, batch: list[RecordRow]) -> list[Opened]:
+    def _open_batch(self, batch: list[RecordRow]) -> list[OpenedRecord]:
         result = []
         for record in batch:
             source = self._sources[record.source]
             if source.kind == "folder":
-                file = _open(f"{source.file}/{record.path}", key(self._classes, record))
+                file = _open(f"{source.file}/{record.path}", image_key(self._classes, record))
                 self._own.add(file)
             else:
                 file = self._shared[source.number]
             with suppress(OSError):  # it is only advice
                 os.posix_fadvise(file, max(0, record.start), record.size, os.POSIX_FADV_WILLNEED)
-            result.append(Opened(record, source, file))
+            result.append(OpenedRecord(record, source, file))
         return result
 
     def _check_shared(self, source: SourceRow, file: int) -> None:
@@ -129,8 +129,10 @@ class Reader:
         if (stat.st_size, stat.st_mtime_ns) != (source.size, source.stamp):
             raise DataError(f"{source.spec}: {source.file} {_CHANGED}")
 
-    def _name(self, opened: Opened) -> str:
-        return f"{key(self._classes, opened.record)}: {place(opened.source, opened.record)}"
+    def _name(self, opened: OpenedRecord) -> str:
+        return (
+            f"{image_key(self._classes, opened.record)}: {origin_of(opened.source, opened.record)}"
+        )
 
 
 def _open(path: str, name: str) -> int:

@@ -2,7 +2,6 @@
 
 import zlib
 from array import array
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,15 +15,12 @@ from mpl_fast.data.records import (
 )
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, reading
-from mpl_fast.packing.write.process_image import treat
-from mpl_fast.packing.write.reader import Opened, Reader
+from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, open_table
+from mpl_fast.packing.write.pool import Advance
+from mpl_fast.packing.write.process_image import process_image
+from mpl_fast.packing.write.reader import OpenedRecord, Reader
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, sync_folder
 from mpl_fast.packing.write.shard_writer import ShardWriter
-
-
-class StoppedError(Exception):
-    """The run was interrupted; this shard is not complete."""
 
 
 def write_shard(
@@ -32,16 +28,16 @@ def write_shard(
     number: int,
     image_options: ImageOptions,
     read_threads: int,
-    advance: Callable[[int], bool],
+    advance: Advance,
 ) -> ShardReceipt:
     """Write shard `number` of the table in the folder work, and what finish needs beside it.
 
     Unless an image failed: then no file is left, and the remarks of the result name every such
-    image. advance is told the size of each image done, in bytes as in its source; when it returns
-    False the job ends with StoppedError. read_threads open files ahead, 0 for none. DataError
-    tells that a source changed or that no image is left, OutputError that work cannot be written.
+    image. advance is called with 1 and the bytes of each image in its source.
+    read_threads open files ahead, 0 for none. Raises DataError when a source changed or no image
+    is left, OutputError when work cannot be written.
     """
-    with reading(work / TABLE) as table, output_errors(work):
+    with open_table(work / TABLE) as table, output_errors(work):
         shard = table.shard(number)
         temporary = work / f"{shard.file}.tmp"
         try:
@@ -52,8 +48,7 @@ def write_shard(
                 job = _Job(reader, writer, image_options)
                 for opened in reader.opened(table.records(shard)):
                     job.pack(opened)
-                    if not advance(opened.record.size):
-                        raise StoppedError
+                    advance(1, opened.record.size)
                 reader.require_unchanged()
                 done = job.finish(shard)
             if not any(remark.action == "failed" for remark in done.remarks):
@@ -94,7 +89,7 @@ class _Job:
         self._remarks: list[Remark] = []
         self._bytes_in = self._multipart = self._reencoded = self._rotated = 0
 
-    def pack(self, opened: Opened) -> None:
+    def pack(self, opened: OpenedRecord) -> None:
         """Write one image as a record, or remark why not."""
         record = opened.record
         self._bytes_in += record.size
@@ -103,7 +98,7 @@ class _Job:
             return
         in_place = opened.source.kind != "records" and self._writer.fits(HEAD_SIZE + record.size)
         image = self._image_in_place(opened) if in_place else self._reader.image(opened)
-        treated = treat(image, record.name, self._image_options)
+        treated = process_image(image, record.name, self._image_options)
         if treated.action:
             self._remarks.append(Remark(record.id, treated.reason, treated.action))
         if treated.action in ("failed", "skipped"):
@@ -146,7 +141,7 @@ class _Job:
         action = "skipped" if self._image_options.on_bad == "skip" else "failed"
         self._remarks.append(Remark(record.id, reason, action))
 
-    def _image_in_place(self, opened: Opened) -> "bytes | memoryview":
+    def _image_in_place(self, opened: OpenedRecord) -> "bytes | memoryview":
         """Read an image to where it will lie in the file; return it in one piece."""
         start = self._writer.position + HEAD_SIZE
         views = self._writer.room(start, opened.record.size)

@@ -5,7 +5,6 @@ one process to another, and no machine needs to know of the others.
 """
 
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import TABLE, ShardRow, reading
+from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table
 from mpl_fast.packing.write.pool import Advance, Job, run_jobs
-from mpl_fast.packing.write.shard import StoppedError, write_shard
+from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 
-_CHUNK = 8 << 20  # bytes hashed at a time
 _LOOK = 0.2  # seconds between two looks whether a shard is free
 
 
@@ -44,30 +43,27 @@ def run_job(
 ) -> list[Remark]:
     """Write a shard unless it is there, whole; return what was remarked about its images.
 
-    advance is told of images and bytes done; when it returns False, StoppedError ends the job.
+    advance is called with images and bytes done.
     """
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         shard = table.shard(number)
-    with _held(work / f"{shard.file}.lock", lambda: advance(0, 0)):
-        done = _whole(work, shard, lambda: advance(0, 0))
+    with _locked(work / f"{shard.file}.lock", advance):
+        done = _whole(work, shard, advance)
         if done is not None:
             advance(shard.records, shard.bytes)
         else:
             # A file that is not as it was noted must not be taken for finished if this fails.
             (work / f"{shard.file}.done").unlink(missing_ok=True)
-            done = write_shard(
-                work, number, image_options, read_threads, lambda size: advance(1, size)
-            )
+            done = write_shard(work, number, image_options, read_threads, advance)
     return done.remarks
 
 
 @contextmanager
-def _held(path: Path, go_on: Callable[[], bool]) -> Iterator[None]:
+def _locked(path: Path, advance: Advance) -> Iterator[None]:
     """Wait until no other machine is at this shard: parts of 3 and parts of 4 overlap."""
     with output_errors(path):
         while (lock := _try_lock(path)) is None:
-            if not go_on():
-                raise StoppedError
+            advance(0, 0)
             time.sleep(_LOOK)
     try:
         yield
@@ -89,22 +85,16 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _whole(work: Path, shard: ShardRow, go_on: Callable[[], bool]) -> ShardReceipt | None:
+def _whole(work: Path, shard: ShardRow, advance: Advance) -> ShardReceipt | None:
     """Return what was noted when the shard was finished; None when it is not as it was then."""
-    path = work / shard.file
     try:
         done = ShardReceipt.load(work / f"{shard.file}.done")
         if (done.content, done.stamps) != (shard.content, shard.stamps):
             return None
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                if not go_on():
-                    raise StoppedError
+        found = sha256_of(work / shard.file, lambda size: advance(0, 0))
     except (DataError, OSError):
         return None
-    return done if digest.hexdigest() == done.sha256 else None
+    return done if found == done.sha256 else None
 
 
 def run_local(
