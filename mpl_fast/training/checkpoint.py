@@ -26,7 +26,7 @@ from mpl_fast.distributed import DistEnv, barrier, from_first, gather
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 
-FORMAT = "mpl_fast.training.checkpoint/1"
+FORMAT = "mpl_fast.checkpoint/1"
 
 
 class Checkpoints:
