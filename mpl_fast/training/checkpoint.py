@@ -15,6 +15,7 @@ import torch
 from mpl_fast import atomic
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
+from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
 from mpl_fast.distributed import DistEnv, barrier, from_first, gather
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
@@ -90,7 +91,7 @@ class Checkpoints:
                 f"{checkpoint} was written by {world} ranks and this run has {self.world}: "
                 f"start torchrun with {world} processes"
             )
-        return _read(checkpoint / "state.pt"), _read(checkpoint / f"rank_{self.rank}.pt")
+        return read_shared(checkpoint), _read(checkpoint / f"rank_{self.rank}.pt")
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -111,7 +112,7 @@ def step_of(checkpoint: Path) -> int:
 
 def read_shared(checkpoint: Path) -> State:
     """The state of a checkpoint that all ranks share."""
-    return _read(checkpoint / "state.pt")
+    return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
 
 
 def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
@@ -156,7 +157,7 @@ def load_start(
         shared = read_shared(checkpoint)
     except OSError as error:
         raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
-    name = shared.get("voters", [*shared["learners"]])[-1]
+    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
     state = shared["learners"][name]
     kind = "network" if state["average"] is None else config.weights
     try:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError
 
 PANELS = {
@@ -68,7 +69,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a line that a kill has cut short is left out."""
+    """Rows of a metrics.jsonl under present names; a line that a kill has cut short is left out."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -76,5 +77,5 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+            rows.append(renamed(row, METRIC_NAMES))
     return rows

@@ -15,6 +15,7 @@ import yaml
 
 from mpl_fast import atomic, distributed
 from mpl_fast.config import RunConfig
+from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError, UserError
 from mpl_fast.learner import compilation
@@ -100,8 +101,7 @@ class RunDir:
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended."""
         file = self.path / "summary.json"
-        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-        return found
+        return renamed(json.loads(file.read_text()), METRIC_NAMES) if file.exists() else None
 
     def _write_environment(self) -> None:
         file = self.path / "env.json"
@@ -209,8 +209,11 @@ def _check_same_config(file: Path, config: RunConfig) -> None:
     """
     if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
-    old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(yaml.safe_load(as_yaml(config)))
-    old = _flat(yaml.safe_load(as_yaml(RunConfig(algorithm=type(config.algorithm)())))) | old
+    defaults, new = (
+        _flat(yaml.safe_load(as_yaml(c)))
+        for c in (RunConfig(algorithm=type(config.algorithm)()), config)
+    )
+    old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
     keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
     if keys:
         shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])
