@@ -1,4 +1,4 @@
-"""Other labeled images for a finished folder: the records stay, what lists them is written anew."""
+"""The resplit command: other labeled images for a finished pack, without writing records again."""
 
 import json
 import shutil
@@ -6,32 +6,30 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from mpl_fast.atomic import sha256_of
+from mpl_fast.atomic import sha256_of, sync_file, write_json
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.check.inspection import load_pack, require_table
+from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.make_plan import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.split import choose_labeled
 from mpl_fast.packing.plan.table import TABLE, Table, edit_table, open_table, table_errors
 from mpl_fast.packing.publish.out_folder import OutFolder
-from mpl_fast.packing.publish.split_files import write_split, write_text
-from mpl_fast.packing.write.shard_receipt import sync_file
+from mpl_fast.packing.publish.split_files import write_split
 
-Json = dict[str, Any]
 _DRAWN = ("labeled", "unlabeled")
-_NEW = "resplit.sqlite"  # until it is complete: as TABLE it would be taken for the plan of a pack
+_NEW = "resplit.sqlite"  # until it is complete: a file named TABLE would pass for a pack's plan
 
 
 def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabeled: str) -> Json:
-    """Draw the labeled images of a finished folder anew; return its new manifest.
+    """Draw the labeled images of a finished pack again; return its new manifest.
 
-    The options are pack's, and the folder becomes what packing with them had made it. The table is
-    written anew too: which images are labeled is said there, and packs are told apart by that.
-    Raises ConfigError for a layout in which this cannot be done, DataError for a folder that is not
-    finished, OutputError when it cannot be written. It is the old pack until the new one is whole.
+    The options are those of pack, and the folder gets what packing with them would have made. The
+    table is replaced too, since it stores which images are labeled. The old pack stays valid until
+    the new one is complete. Raises ConfigError for a layout without shared records, DataError for
+    a folder that is not finished, OutputError when it cannot be written.
     """
     _require_shared(root, load_pack(root))
     drawn = {
@@ -46,7 +44,7 @@ def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabele
                 f"{root}: another pack into this folder is not finished; run its command again, "
                 "or remove its folder .pack"
             )
-        folder.clear_work()  # what a resplit that was killed has left
+        folder.clear_work()  # a resplit may have been killed
         manifest = load_pack(root)
         _require_shared(root, manifest)
         require_table(root, manifest)
@@ -59,7 +57,7 @@ def resplit(root: Path, *, labeled: str, split_seed: int, balance: str, unlabele
         manifest["created"] = datetime.now(timezone.utc).isoformat()
         manifest["table_sha256"] = sha256_of(new)
         new.replace(folder.work / TABLE)
-        write_text(folder.work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_json(folder.work / MANIFEST, manifest)
         folder.publish()
     return manifest
 
@@ -73,7 +71,7 @@ def _require_shared(root: Path, manifest: Json) -> None:
 
 
 def _draw(old: Path, new: Path, drawn: Json) -> None:
-    """Write the table old to new with other labeled images and options."""
+    """Copy the table old to new, with other labeled images and options."""
     with open_table(old) as table:
         options = table.options() | drawn
         how, seed, balance = drawn["labeled"], drawn["split_seed"], drawn["balance"]
@@ -91,7 +89,7 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
 
 
 def _images(table: Table) -> Iterator[tuple[int, str, str]]:
-    """Yield (id, class, name) of all planned training images: bad ones took part in the draw."""
+    """Yield (id, class, name) of all planned training images, bad ones too, as pack draws."""
     classes = table.classes()
     for shard in table.shards():
         if shard.prefix == "train":
@@ -102,7 +100,7 @@ def _images(table: Table) -> Iterator[tuple[int, str, str]]:
 
 
 def _write_splits(work: Path, table: Table, manifest: Json) -> Json:
-    """Write the files of the splits that the draw decides; return their manifest entries."""
+    """Write the files of the splits that depend on the draw; return their manifest entries."""
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
     shards = [shard for shard in table.shards() if shard.prefix == "train"]
     unlabeled = table.options()["unlabeled"]

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
-from mpl_fast.packing.pack import Json, plan_to
+from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
+from mpl_fast.packing.plan.prepare import plan_to
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,

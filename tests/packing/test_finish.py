@@ -13,10 +13,11 @@ import pytest
 
 from mpl_fast.data.manifest import file_names, read_manifest, text_hashes
 from mpl_fast.errors import DataError
-from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
-from mpl_fast.packing.pack import Json, publish_pack
+from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
+from mpl_fast.packing.pack import publish_pack
 from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table
-from mpl_fast.packing.publish.finish import describe_duplicates, finish, unfinished_shards
+from mpl_fast.packing.publish.duplicates import describe_duplicates
+from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.made_packs import (

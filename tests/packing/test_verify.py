@@ -324,7 +324,7 @@ def test_a_killed_worker_is_an_error(pack: SmallPack) -> None:
             assert child.pid is not None
             os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(UserError, match="a worker process ended without a word"):
+    with pytest.raises(UserError, match="a worker process died"):
         verify(pack.root, deep=False, processes=1, progress=kill)
 
 

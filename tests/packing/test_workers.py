@@ -231,7 +231,7 @@ def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None
         ended.set()
         killer.join()
     assert str(caught.value) == (
-        "a worker process ended without a word (SIGKILL; out of memory?) while it was at one of: "
+        "a worker process died (SIGKILL; out of memory?) while it was at one of: "
         f"{shard.file}; what is finished is kept: run the same command again, with a smaller -j if "
         "memory is short"
     )

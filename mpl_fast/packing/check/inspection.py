@@ -1,4 +1,4 @@
-"""What a folder of records tells about itself, finished or not."""
+"""Content of a folder of records, finished or not: the info command, and the checked manifest."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,10 +9,11 @@ from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.out_folder import WORK
+from mpl_fast.packing.write.shard_receipt import receipt_path
 
-Json = dict[str, Any]
 _KEPT = (
     *("tool", "created", "plan_sha256", "layout", "sources", "transform", "options"),
     *("bad", "duplicates", "totals"),
@@ -27,7 +28,7 @@ _BAD = {"action": str}
 
 
 def load_pack(root: Path) -> Json:
-    """Return the manifest of a finished folder; DataError tells what else the folder holds."""
+    """Return the manifest of a finished folder; DataError says what to do about another one."""
     try:
         publishing = (root / WORK / MANIFEST).is_file()
         packing = (root / WORK).is_dir() and not (root / MANIFEST).exists()
@@ -67,7 +68,7 @@ def load_pack(root: Path) -> Json:
 
 
 def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
-    """DataError when the table is not the one that the manifest was written with."""
+    """DataError when the table does not have the sha256 in the manifest."""
     path = root / TABLE
     try:
         found = sha256_of(path)
@@ -81,7 +82,7 @@ def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def info(root: Path) -> Json:
-    """Return what a folder holds; of one that is not finished, how many of its shards are done."""
+    """Return what a folder contains; if it is not finished, how many of its shards are."""
     if (root / WORK / TABLE).is_file() and not (root / MANIFEST).exists():
         return _unfinished(root)
     manifest = load_pack(root)
@@ -112,7 +113,7 @@ def _unfinished(root: Path) -> Json:
     with open_table(work / TABLE) as table:
         shards, sources, options = table.shards(), table.sources(), table.options()
         classes = len(table.classes())
-    done = [shard for shard in shards if (work / f"{shard.file}.done").exists()]
+    done = [shard for shard in shards if receipt_path(work, shard.file).exists()]
     return {
         "finished": False,
         "classes": classes,
@@ -126,54 +127,58 @@ def _unfinished(root: Path) -> Json:
     }
 
 
-def info_lines(told: Mapping[str, Any]) -> list[str]:
-    """Return what info returned for people, aligned, one fact a line."""
-    rows = list(_unfinished_rows(told) if not told["finished"] else _finished_rows(told))
+def info_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the result of info as aligned lines of text."""
+    rows = list(_unfinished_rows(found) if not found["finished"] else _finished_rows(found))
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{text}" for name, text in rows]
 
 
-def _unfinished_rows(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unfinished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     again = "run the same pack command again, for every part"
     ready = "all parts are there; run make_rec.py finish"
-    yield "state", f"not finished; {again if told['missing'] else ready}"
-    shards = f"{told['shards_done']} of {told['shards_planned']} done"
-    missing = f"; missing: {first_few(told['missing'], 3)}" if told["missing"] else ""
+    yield "state", f"not finished; {again if found['missing'] else ready}"
+    shards = f"{found['shards_done']} of {found['shards_planned']} done"
+    missing = f"; missing: {first_few(found['missing'], 3)}" if found["missing"] else ""
     yield "shards", shards + missing
-    yield "records", f"{told['records_done']} of {told['records_planned']} done"
-    yield "classes", str(told["classes"])
-    yield from _settings(told)
+    yield "records", f"{found['records_done']} of {found['records_planned']} done"
+    yield "classes", str(found["classes"])
+    yield from _settings(found)
 
 
-def _finished_rows(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "layout", str(told["layout"])
-    yield "packed", f"{told['created']} by {told['tool']}"
-    yield "classes", str(told["classes"])
-    for name, split in told["splits"].items():
-        low, high = split["per_class_min"], split["per_class_max"]
-        per_class = f"{low if low == high else f'{low} to {high}'} a class"
-        files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB"
-        yield name, f"{split['records']:>10} records, {per_class}, in {files}, by {split['idx']}"
-    totals = told["totals"] or {}
+def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "layout", str(found["layout"])
+    yield "packed", f"{found['created']} by {found['tool']}"
+    yield "classes", str(found["classes"])
+    for name, split in found["splits"].items():
+        files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB, by {split['idx']}"
+        yield name, f"{split['records']:>10} records, {per_class(split)}, in {files}"
+    totals = found["totals"] or {}
     if totals:
         yield (
             "written",
             f"{totals.get('images', 0):>10} records, {totals.get('bytes_in', 0) / 1e9:.3f} GB of "
             f"images as {totals.get('bytes_out', 0) / 1e9:.3f} GB",
         )
-    yield from _settings(told)
-    yield "transform", _pairs(told["transform"] or {})
-    bad = Counter(entry["action"] for entry in told["bad"] or [])
+    yield from _settings(found)
+    yield "transform", _pairs(found["transform"] or {})
+    bad = Counter(entry["action"] for entry in found["bad"] or [])
     yield "bad images", _pairs(bad) if bad else "none"
-    found = told["duplicates"] or {}
-    yield "duplicates", _pairs({k: v for k, v in found.items() if k != "examples"})
+    duplicates = found["duplicates"] or {}
+    yield "duplicates", _pairs({k: v for k, v in duplicates.items() if k != "examples"})
 
 
-def _settings(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for source in told["sources"] or []:
+def per_class(split: Mapping[str, Any]) -> str:
+    """Return the records of a class as text."""
+    low, high = split["per_class_min"], split["per_class_max"]
+    return f"{low if low == high else f'{low} to {high}'} a class"
+
+
+def _settings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for source in found["sources"] or []:
         size = f", {source['images']} images, {source['bytes']} bytes" if "bytes" in source else ""
         yield "source", f"{source['spec']} ({source['kind']}{size})"
-    yield "options", _pairs(told["options"] or {})
+    yield "options", _pairs(found["options"] or {})
 
 
 def _pairs(fields: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.atomic import write_bytes
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.check.inspection import load_pack, require_table
@@ -127,19 +128,11 @@ def extract(root: Path, what: str) -> tuple[Found, bytes]:
 
 
 def save(image: bytes, path: Path, *, force: bool) -> None:
-    """Write an image to path, complete or not at all; OutputError for a file that is there.
-
-    force replaces it.
-    """
+    """Write an image to path atomically; OutputError when the file exists, unless force."""
     if path.exists() and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
     with output_errors(path):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(image)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, image)
 
 
 def _damaged(path: Path, found: Found, reason: str) -> DataError:

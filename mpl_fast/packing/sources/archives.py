@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from mpl_fast.atomic import atomic_path
 from mpl_fast.errors import DataError, output_errors
 
 _BLOCK = 512  # bytes; the unit of a tar file
@@ -64,18 +65,12 @@ class Spools:
 
 def _unpack(stream: IO[bytes] | gzip.GzipFile, path: Path, spool: Path, stamp: int) -> None:
     """Write what stream holds to spool: complete and on disk, or not at all."""
-    temporary = spool.with_name(f"{spool.name}.tmp")
-    try:
-        # A full disk is the fault of the spool's folder, and damage that of the archive.
-        with output_errors(spool.parent), temporary.open("wb") as copy:
-            while chunk := _read(stream, path):
-                copy.write(chunk)
-            copy.flush()
-            os.utime(temporary, ns=(stamp, stamp))
-            os.fsync(copy.fileno())
-            temporary.replace(spool)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A full disk is an error of the spool's folder, damage an error of the archive.
+    with output_errors(spool.parent), atomic_path(spool) as temporary:
+        with temporary.open("wb") as copy:
+            while block := _read(stream, path):
+                copy.write(block)
+        os.utime(temporary, ns=(stamp, stamp))
 
 
 @contextmanager
