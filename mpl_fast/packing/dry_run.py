@@ -8,12 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from mpl_fast.packing.options import Json, PackOptions
-from mpl_fast.packing.plan.make_plan import (
-    RECORD_BYTES,
-    TABLE_BYTES,
-    PlannedSplit,
-    planned_splits,
-)
+from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
+from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
 from mpl_fast.packing.plan.prepare import check_options, plan_to
 from mpl_fast.packing.plan.table import Table, open_table
 from mpl_fast.packing.write.process_image import process_image

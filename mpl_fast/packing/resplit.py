@@ -12,7 +12,7 @@ from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.check.inspection import load_pack, require_table
 from mpl_fast.packing.options import Json
-from mpl_fast.packing.plan.make_plan import planned_splits
+from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.split import choose_labeled
 from mpl_fast.packing.plan.table import TABLE, Table, edit_table, open_table, table_errors
@@ -94,8 +94,7 @@ def _images(table: Table) -> Iterator[tuple[int, str, str]]:
     for shard in table.shards():
         if shard.prefix == "train":
             query = "SELECT id, label, name FROM records WHERE id BETWEEN ? AND ?"
-            last = shard.first_id + shard.records - 1
-            for number, label, name in table.query(query, (shard.first_id, last)):
+            for number, label, name in table.query(query, shard.ids):
                 yield number, classes[label], name
 
 

@@ -19,7 +19,7 @@ ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 def cut(sizes: list[int], shards: int) -> list[int]:
     """Return the shard of each record."""
     numbers = ShardAssigner(len(sizes), sum(sizes), shards)
-    return [numbers.shard(size) for size in sizes]
+    return [numbers.assign(size) for size in sizes]
 
 
 def test_names() -> None:

@@ -1,7 +1,7 @@
-"""One finished .rec file: every byte of it is accounted for, and damage is told by its record.
+"""Checks one finished .rec file completely and attributes damage to its records.
 
-The sha256 of the manifest tells whether a file is as it was written. If it is not, its records are
-compared with their rows in the table; if it is and they differ still, the table is to blame.
+The manifest's sha256 decides whether the file is as it was written. If it is not, its records are
+compared with their rows in the table; if it is and they differ, the table is damaged.
 """
 
 import os
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file of a pack, and which record of it that is, where it is one."""
+    """A fault of a file of a pack, and of which record if it is a single one."""
 
     file: str
     text: str
     record: int | None = None
     image: str = ""  # class/name
     source: str = ""  # where that image came from
+    undecodable: bool = False  # the file is as it was written, but holds no image there
 
     def __str__(self) -> str:
         if self.record is None:
@@ -39,14 +40,16 @@ class Problem:
         return f"{self.file}: record {self.record} ({self.image}, from {self.source}): {self.text}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields, without those that say nothing."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        """Return the fields that have a value."""
+        fields = asdict(self)
+        del fields["undecodable"]
+        return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
 def check_shard(
     root: Path, entry: Mapping[str, Any], shard: ShardRow, deep: bool, advance: Advance
 ) -> list[Problem]:
-    """Return all that is wrong with the .rec file of a manifest's entry and its own .idx file.
+    """Return all faults of the .rec file of a manifest's entry and of its own .idx file.
 
     deep also compares each image with its crc32 and decodes it. advance is called with the records
     and bytes read since its last call.
@@ -86,19 +89,19 @@ def file_fault(
 
 
 def _owner(root: Path, sha256: str) -> str | None:
-    """Return the file of the pack that should have this sha256: files may have been exchanged."""
+    """Return the file of the pack that should have this sha256: files may have been swapped."""
     manifest = load_manifest(root)
     hashes = text_hashes(manifest) | {s["file"]: s["sha256"] for s in manifest["shards"]}
     return next((name for name, other in hashes.items() if other == sha256), None)
 
 
 def table_problem(root: Path, error: DataError) -> Problem:
-    """Return an error about the table as a problem of it."""
+    """Return an error of reading the table as a problem of it."""
     return Problem(TABLE, str(error).removeprefix(f"{root / TABLE}: "))
 
 
 def _rows(table: Table, shard: ShardRow) -> "NDArray[np.void]":
-    """Return the written records of a shard as the table has them."""
+    """Return the written records of a shard from the table."""
     import numpy as np  # late: the command line's --help must not wait for it
 
     kinds = [("id", "<i8"), ("label", "<f4"), ("offset", "<i8"), ("length", "<i8")]
@@ -107,15 +110,14 @@ def _rows(table: Table, shard: ShardRow) -> "NDArray[np.void]":
         "SELECT id, label, offset, length, written.size, crc32 FROM written JOIN records USING (id)"
         " WHERE id BETWEEN ? AND ? ORDER BY id"
     )
-    last = shard.first_id + shard.records - 1
     try:
-        return np.fromiter(table.query(query, (shard.first_id, last)), np.dtype(kinds))
+        return np.fromiter(table.query(query, shard.ids), np.dtype(kinds))
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"damaged: {shard.file} has rows that are no numbers ({error})") from error
 
 
 def _misfit(rows: "NDArray[np.void]", entry: Mapping[str, Any]) -> str:
-    """Return why rows cannot be those of a shard that the manifest describes, or ""."""
+    """Return why rows do not match the shard in the manifest, or ""."""
     ends = rows["offset"] + rows["length"]
     starts_right = len(rows) and rows["offset"][0] == 0 and ends[-1] == entry["bytes"]
     if len(rows) != entry["records"]:
@@ -185,7 +187,7 @@ def _whole_file(seen: ReadResult, entry: Mapping[str, Any], size: int) -> Iterat
 
 
 class _Names:
-    """Says in people's words which record is damaged."""
+    """Builds problems that name the image and the source of a record."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -201,11 +203,12 @@ class _Names:
             record.id,
             image_key(self._classes, record),
             origin_of(self._sources[record.source], record),
+            fault.undecodable,
         )
 
     def blame_table(self, file: str, rows: "NDArray[np.void]", fault: Fault) -> Problem:
         """Return the problem of a record whose file has the right sha256."""
-        if fault.text.startswith("undamaged"):
+        if fault.undecodable:
             return self.problem(file, rows, fault)
         number = rows["id"][fault.row]
         return Problem(TABLE, f"damaged: its row of record {number} does not fit {file}")

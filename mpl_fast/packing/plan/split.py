@@ -1,7 +1,7 @@
-"""Which images are labeled: the same draw on every platform, from a seed or from a list of names.
+"""Chooses the labeled images, by a seed or a list of names, equally on every platform.
 
-Within a class, images are ranked by sha256("seed:class/name") and the first ones are taken: other
-images that come or go change little, and a smaller draw of a seed is part of its larger draws.
+Within a class, images are ordered by sha256("seed:class/name") and the first ones are taken: adding
+or removing images changes little, and a smaller choice is a subset of a larger one.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# No exponent, and no more digits than can be reckoned with at once.
+# No exponent, and a limited number of digits.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 _RANKS = 1 << 64
 
@@ -28,11 +28,11 @@ _RANKS = 1 << 64
 def choose_labeled(
     images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
 ) -> set[int]:
-    """Return the ids of the labeled ones among images, which are (id, class, name).
+    """Return the ids of the labeled images; images are (id, class, name).
 
     how is a share ("10%"), a number of images ("4000"), or a file of names. Shares and numbers are
-    spread over the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
-    the classes' sizes with "proportional". Every class gets at least one image, else ConfigError.
+    divided among the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
+    class size with "proportional". Raises ConfigError when a class gets no image.
     """
     if not (how.endswith("%") or how.isdecimal()):
         return _named(images, _list_path(how))
@@ -47,13 +47,13 @@ def choose_labeled(
 
 
 def hash_rank(seed: int | str, key: str) -> bytes:
-    """Return sha256("seed:key"), by which keys are put in an order that looks random."""
+    """Return sha256("seed:key"), which gives keys a pseudo-random order."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Images ordered by class and, within it, by rank: 24 bytes each, so that many fit."""
+    """Images ordered by class and, within it, by rank; 24 bytes each."""
 
     seed: int
     sizes: Mapping[str, int]  # images of each class, classes in order of their names
@@ -88,8 +88,8 @@ class _Ranking:
     def proportional(self, total: int, how: str) -> "NDArray[np.bool_]":
         """Choose total images so that each class gets its share of them, rounded up or down.
 
-        Image r of a class of n comes at (r + u) / n, u between 0 and 1 from the class's name: the
-        classes run through their images in step, and a smaller total is the beginning of a larger.
+        Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name;
+        the first positions are taken, so that a smaller total is a subset of a larger one.
         """
         import numpy as np
 
@@ -112,7 +112,7 @@ class _Ranking:
         return chosen
 
     def _place(self) -> "NDArray[np.int64]":
-        """Return each image's place in its class's order, from 0."""
+        """Return each image's position within its class, from 0."""
         import numpy as np
 
         sizes = np.array(list(self.sizes.values()))
@@ -150,7 +150,7 @@ def _total(how: str, amount: Fraction, images: int) -> int:
 
 
 def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> dict[str, int]:
-    """Return how many labeled images each class gets; the seed says who gets one of the rest."""
+    """Return the number of labeled images of each class; the seed distributes the remainder."""
     each, rest = divmod(total, len(sizes))
     if each == 0:
         raise ConfigError(
@@ -172,7 +172,7 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> d
 
 @dataclass
 class _Entry:
-    """A line of a list, and the images that it fits: by the whole line, or by its first word."""
+    """A line of a list, and the images that match the whole line or its first word."""
 
     text: str
     whole: list[int] = field(default_factory=list)
@@ -184,13 +184,13 @@ class _Entry:
 
 
 def _named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
-    """Return the ids of the images named in a list; only the list is held in memory."""
+    """Return the ids of the images named in a list; memory grows with the list only."""
     entries = [_Entry(name) for name in _listed_names(path)]
     by_whole: dict[str, list[_Entry]] = {}
     by_word: dict[str, list[_Entry]] = {}
     for entry in entries:
-        by_whole.setdefault(_wanted(entry.text), []).append(entry)
-        by_word.setdefault(_wanted(entry.text.split()[0]), []).append(entry)
+        by_whole.setdefault(_image_name(entry.text), []).append(entry)
+        by_word.setdefault(_image_name(entry.text.split()[0]), []).append(entry)
     class_of: dict[int, str] = {}
     classes: set[str] = set()
     for record_id, class_name, name in images:
@@ -212,7 +212,7 @@ def _named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
 
 
 def _one_each(path: Path, entries: Sequence[_Entry]) -> set[int]:
-    """Return the one image of each entry; DataError lists the entries that fit none or several."""
+    """Return the image of each entry; DataError lists entries that match none or several."""
     unknown = [entry.text for entry in entries if not entry.fits]
     ambiguous = [entry.text for entry in entries if len(entry.fits) > 1]
     chosen: set[int] = set()
@@ -245,6 +245,6 @@ def _listed_names(path: Path) -> list[str]:
     return names
 
 
-def _wanted(name: str) -> str:
-    """Return the `class/name`, or the base name, that a listed path asks for."""
+def _image_name(name: str) -> str:
+    """Return the last two parts of a listed path, `class/name`, or the base name alone."""
     return "/".join(part for part in name.split("/")[-2:] if part != ".")

@@ -14,7 +14,7 @@ from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions, Json
-from mpl_fast.packing.plan.make_plan import planned_splits
+from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import (
     TABLE,

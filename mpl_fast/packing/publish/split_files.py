@@ -65,4 +65,4 @@ def _listed(
         "SELECT id, label, name, offset FROM records CROSS JOIN written USING (id) "
         f"WHERE id BETWEEN ? AND ? {which}ORDER BY id"
     )
-    yield from table.query(query, (shard.first_id, shard.first_id + shard.records - 1))
+    yield from table.query(query, shard.ids)

@@ -1,4 +1,4 @@
-"""Text files that say what images there are and of which class: .lst lists and labels files."""
+"""Text files that list images and their classes: MXNet's .lst, and labels files."""
 
 import os
 import stat
@@ -15,7 +15,7 @@ _DEVKIT_CLASSES = 1000
 
 
 class Tally:
-    """How many entries there are, and the first few of them in order: a long list, not kept."""
+    """Counts entries and keeps only the first few in sorted order, for messages."""
 
     def __init__(self, most: int = 10) -> None:
         self.count = 0
@@ -34,12 +34,12 @@ class Tally:
 
 
 class Line(NamedTuple):
-    """One line of a .lst: an image, its id and its label."""
+    """One line of a .lst."""
 
     number: int  # from 1
     id: int
     label: int
-    path: str  # as it is written
+    path: str  # as written in the list
 
 
 class ListedFile(NamedTuple):
@@ -52,7 +52,7 @@ class ListedFile(NamedTuple):
 
 
 def whole_label(label: str | float) -> int:
-    """Return a label as a class index ("16", "16.000000", "1e3"); ValueError when it is none."""
+    """Return a label ("16", "16.000000", "1e3") as a class index; ValueError if it is none."""
     try:
         number = float(label)
     except ValueError as error:
@@ -63,7 +63,7 @@ def whole_label(label: str | float) -> int:
 
 
 def read_list(path: Path) -> Iterator[Line]:
-    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the line at fault."""
+    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line."""
     labels: dict[str, int] = {}  # few, on many lines
     for number, text in _lines(path):
         try:
@@ -87,9 +87,9 @@ def _columns(text: str) -> tuple[int, str, str]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that are not blank, without line end or byte order mark.
+    """Yield number and text of each line that is not blank, without line end or byte order mark.
 
-    Only LF and CR LF end a line: a file name may hold any other character.
+    Only LF and CR LF end a line: a file name may contain any other character.
     """
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
@@ -102,10 +102,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def class_names(path: Path) -> tuple[str, ...]:
-    """Return the class names by label that a .lst suggests by its folders.
+    """Return the class names by label, taken from the folders in a .lst.
 
-    A label's class is the folder of all its images, if no other label has images in one of that
-    name; else, and for a label without images, it is the label's number as text.
+    A label whose images are all in one folder is named by that folder, any other by its number.
+    If two labels would get the same name, all are named by their numbers.
     """
     folders: dict[int, str] = {}  # "": several
     for line in read_list(path):
@@ -120,9 +120,10 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 
 def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
-    """Yield the files that a .lst names below root.
+    """Yield the files that a .lst names, which must be below root.
 
-    DataError when a path leaves root, is listed twice, or (after the last) when files are missing.
+    Raises DataError when a path leaves root or is listed twice, and, at the end, when files are
+    missing.
     """
     _require_unique(path, root)
     missing = Tally()
@@ -138,7 +139,7 @@ def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
 
 
 def _state(path: str) -> os.stat_result | None:
-    """Return what the system says of a file; None when there is none, or a folder."""
+    """Return the stat of a regular file, else None."""
     try:
         state = os.stat(path)  # noqa: PTH116 (a Path for each image takes twice the time)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -147,7 +148,7 @@ def _state(path: str) -> os.stat_result | None:
 
 
 def _below(root: Path, line: Line, path: Path) -> str:
-    """Return a listed path as one below root; links are followed only later, when it is read."""
+    """Return a listed path relative to root; links are not resolved here."""
     name = os.path.normpath(line.path)
     if name.startswith("/"):
         name = os.path.relpath(name, root.absolute())
@@ -157,7 +158,7 @@ def _below(root: Path, line: Line, path: Path) -> str:
 
 
 def _require_unique(path: Path, root: Path) -> None:
-    """DataError when a .lst names a file twice; 8 bytes of memory a line."""
+    """DataError when a .lst names a file twice; uses 8 bytes of memory per line."""
     import numpy as np  # late: the command line's --help must not wait for it
 
     hashes = array("q", (hash(_below(root, line, path)) for line in read_list(path)))
@@ -173,10 +174,10 @@ def _require_unique(path: Path, root: Path) -> None:
 
 
 class Labels:
-    """The classes that a labels file gives to images that lie in no class folder.
+    """Classes of images outside class folders, from a labels file that is held in memory.
 
-    Its lines are `name class` (with tab, comma or space between), or one class each for the images
-    in the order of their names. They are held in memory.
+    Its lines are `name class` (separated by tab, comma or space), or a class each, for the images
+    in the order of their names.
     """
 
     def __init__(self, path: Path) -> None:
@@ -197,7 +198,7 @@ class Labels:
 
     @property
     def in_order(self) -> bool:
-        """Whether each line is a class only: images must then be taken in the order of names."""
+        """Whether lines have no names: then `take` must be called in the order of names."""
         return bool(self._in_order)
 
     def _add(self, number: int, text: str) -> None:
@@ -215,7 +216,7 @@ class Labels:
             self._in_order.append(class_name)
 
     def take(self, name: str) -> str | None:
-        """Return the class of the next image; None when there is none, told at the end."""
+        """Return the class of an image; None if it has none, which require_all_taken reports."""
         twice = name in self._taken
         at = len(self._taken)
         self._taken[name] = None
@@ -230,7 +231,7 @@ class Labels:
         return None
 
     def require_all_taken(self, spec: str) -> None:
-        """DataError when there were images without a line, or lines without an image."""
+        """DataError when an image has no line, several images one line, or a line no image."""
         for name, (_, number) in self._by_name.items():
             if name not in self._taken:
                 self._faults.add(f"{name} (line {number}, no image)")
@@ -242,7 +243,7 @@ class Labels:
 
 
 def _name_and_class(text: str) -> tuple[str, str]:
-    """Return the name without folders, "" on a line with a class only, and the class."""
+    """Return the name without folders ("" if the line has a class only) and the class."""
     between = next((character for character in "\t," if character in text), None)
     name, _, class_name = text.rpartition(between) if between else text.strip().rpartition(" ")
     return name.strip().rpartition("/")[2], class_name.strip()
