@@ -144,7 +144,7 @@ def _pack_lines(options: PackOptions, done: Json) -> list[str]:
 
 
 def _complete(out: Path) -> str:
-    return f"{out}: already complete, nothing to do; verify looks at every byte"
+    return f"{out}: already complete, nothing to do; verify checks every byte"
 
 
 def _summary(out: str, manifest: Json, *, finished: bool = False) -> list[str]:

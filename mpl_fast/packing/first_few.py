@@ -1,4 +1,4 @@
-"""A long list, told in one line: its first entries and how many more there are."""
+"""Shortens a list for a one-line message: its first entries and the number of others."""
 
 from collections.abc import Iterable
 

@@ -228,6 +228,6 @@ def _require_usable(folder: OutFolder, remarks: Iterable[Remark], on_bad: str) -
             warn(every)
         raise DataError(
             f"{len(every)} images cannot be used, nothing was published: "
-            f"{first_few(every, _LISTED, '; ')}; mend or remove them, or leave them out with "
+            f"{first_few(every, _LISTED, '; ')}; repair or remove them, or leave them out with "
             "--on-bad skip, which keeps every finished shard"
         )

@@ -161,7 +161,7 @@ def test_labels_of_two_sources(tmp_path: Path) -> None:
             assert plan_of(tmp_path / "plan", both, HOW).classes == ["ant", "bee"]
     against = source_of(ants, spec="a", order=("bee", "ant"))
     assert refusal(tmp_path, [longer, against], HOW) == (
-        "a: its labels stand for other classes than another source's"
+        "a: its labels mean other classes than another source's"
     )
     unknown = source_of(images_of({"cat": 1}), spec="c")
     assert refusal(tmp_path, [longer, unknown], HOW) == (

@@ -182,7 +182,7 @@ def test_a_shard_without_any_image_left(tmp_path: Path) -> None:
     source, rows = files(tmp_path / "src", [b"no image", b"nor this"])
     make_table(tmp_path / "work", [source], rows)
     with pytest.raises(
-        DataError, match=r"^train\.rec: all its images are skipped.*mend the images"
+        DataError, match=r"^train\.rec: all its images are skipped.*repair the images"
     ):
         write(tmp_path / "work", ImageOptions(on_bad="skip"))
     assert [path.name for path in (tmp_path / "work").iterdir()] == [TABLE]

@@ -58,7 +58,7 @@ def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list
     if right:
         assert check_index(plain, sizes, "x.idx") == len(entries)
     else:
-        with pytest.raises(DataError, match=r"^x\.idx: DALI would look for its record \d+ in the"):
+        with pytest.raises(DataError, match=r"^x\.idx: DALI would read its record \d+ from the"):
             check_index(plain, sizes, "x.idx")
 
 

@@ -68,7 +68,7 @@ def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("2", "2 labeled images for 3 classes leave 1 classes without any; ask for at least 3"),
+        ("2", "2 labeled images for 3 classes leave 1 classes without any; choose at least 3"),
         ("15%", "2 labeled images for 3 classes"),
         ("16", "that is 16 labeled images, the source has 15"),
         ("120%", "that is 18 labeled images, the source has 15"),
@@ -126,7 +126,7 @@ def test_list_with_spaces_in_names(tmp_path: Path) -> None:
     [
         ("\n \n", "no name in this list"),
         ("".join(f"cat/{n}.jpg\n" for n in range(12)), r"12 names fit no image: .* and 2 more$"),
-        ("ant_0.jpg\nant/ant_0.jpg\n", "1 names stand there more than once: ant/ant_0.jpg"),
+        ("ant_0.jpg\nant/ant_0.jpg\n", "1 names are listed more than once: ant/ant_0.jpg"),
         ("ant_0.jpg\n", "1 classes have no labeled image: bee"),
         ("same.jpg\n", r"1 names fit images of several classes \(write class/name\): same.jpg"),
     ],

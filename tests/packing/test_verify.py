@@ -266,11 +266,11 @@ def _alter(pack: SmallPack, sql: str) -> None:
         ("UPDATE written SET crc32 = -1 WHERE id = 5", False,
          f"damaged: {SECOND} has rows that are no numbers"),
         ("UPDATE records SET name = 'y' WHERE id = 5", False,
-         "damaged: train.lst, which is sound, does not fit it: line 6 is"),
+         "damaged: train.lst, which is undamaged, does not fit it: line 6 is"),
         ("UPDATE classes SET name = 'y' WHERE label = 1", False,
          "damaged: its classes are not those of classes.txt"),
         ("DROP TABLE written", False, "damaged (no such table: written)"),
-        ("DELETE FROM shards WHERE number = 1", False, f"damaged: it does not know {SECOND}"),
+        ("DELETE FROM shards WHERE number = 1", False, f"damaged: it lacks {SECOND}"),
     ],
 )  # fmt: skip
 def test_a_damaged_table_is_told_from_damaged_records(

@@ -76,8 +76,8 @@ def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
         raise DataError(f"{path}: {error.strerror}") from error
     if found != manifest["table_sha256"]:
         raise DataError(
-            f"{path}: damaged, its sha256 is not the manifest's; make_rec.py verify {root} tells "
-            "what else is, then pack again"
+            f"{path}: damaged, its sha256 is not the manifest's; make_rec.py verify {root} lists "
+            "all damage, then pack again"
         )
 
 

@@ -58,7 +58,7 @@ def check_table(
     elif strange:
         damage = f"its row of record {strange[0]} holds what it cannot"
     elif unknown:
-        damage = f"it does not know {unknown[0]}"
+        damage = f"it lacks {unknown[0]}"
     elif not fault and classes.encode("utf-8", "surrogateescape") != (root / CLASSES).read_bytes():
         damage = f"its classes are not those of {CLASSES}"
     else:
@@ -91,7 +91,7 @@ def check_split(
         if misfit.file == split["idx"] and faults[split["lst"]]:
             return problems  # what the index should contain follows from an undamaged listing
         if not faults[misfit.file]:
-            text = f"damaged: {misfit.file}, which is sound, does not fit it: {misfit.text}"
+            text = f"damaged: {misfit.file}, which is undamaged, does not fit it: {misfit.text}"
             return [*problems, Problem(TABLE, text)]
         others = [problem for problem in problems if problem.file != misfit.file]
         return [*others, Problem(misfit.file, f"{faults[misfit.file]}: {misfit.text}")]

@@ -138,7 +138,7 @@ def _check_index(root: Path, entry: Mapping[str, Any], rows: "NDArray[np.void]")
         return [Problem(name, fault)]
     pairs = zip(rows["id"].tolist(), rows["offset"].tolist(), strict=True)
     if (root / name).read_text() != "".join(f"{number}\t{offset}\n" for number, offset in pairs):
-        return [Problem(TABLE, f"damaged: {name}, which is sound, lists other places")]
+        return [Problem(TABLE, f"damaged: {name}, which is undamaged, lists other offsets")]
     return []
 
 

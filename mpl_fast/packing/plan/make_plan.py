@@ -260,7 +260,7 @@ def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
     longest = max((order for _, order in orders if order is not None), key=len, default=None)
     for spec, order in orders:
         if longest is not None and order is not None and order != longest[: len(order)]:
-            raise DataError(f"{spec}: its labels stand for other classes than another source's")
+            raise DataError(f"{spec}: its labels mean other classes than another source's")
     return longest
 
 

@@ -32,7 +32,7 @@ def check_options(options: PackOptions) -> None:
             if spec == "":
                 raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
             if spec and _is_inside(out, name, spec):
-                raise ConfigError(f"--out {options.out}: lies inside the source {spec}")
+                raise ConfigError(f"--out {options.out}: is inside the source {spec}")
 
 
 def _is_inside(out: Path, name: str, spec: str) -> bool:

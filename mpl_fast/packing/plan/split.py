@@ -106,7 +106,7 @@ class _Ranking:
             names = list(self.sizes)
             raise ConfigError(
                 f"--labeled {how} --balance proportional: {len(without)} small classes get no "
-                f"labeled image: {first_few(names[at] for at in without)}; ask for more, or use "
+                f"labeled image: {first_few(names[at] for at in without)}; choose more, or use "
                 "--balance count"
             )
         return chosen
@@ -155,7 +155,7 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> d
     if each == 0:
         raise ConfigError(
             f"--labeled {how}: {total} labeled images for {len(sizes)} classes leave "
-            f"{len(sizes) - rest} classes without any; ask for at least {len(sizes)}"
+            f"{len(sizes) - rest} classes without any; choose at least {len(sizes)}"
         )
     with_one_more = set(sorted(sizes, key=lambda name: hash_rank(seed, name))[:rest])
     counts = {name: each + (name in with_one_more) for name in sizes}
@@ -164,7 +164,7 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> d
     if short:
         raise DataError(
             f"--labeled {how}: {len(short)} classes have fewer images than their even share: "
-            f"{first_few(short)}; ask for fewer, use --balance proportional, or name the images "
+            f"{first_few(short)}; choose fewer, use --balance proportional, or name the images "
             "in a file"
         )
     return counts
@@ -225,7 +225,7 @@ def _one_each(path: Path, entries: Sequence[_Entry]) -> set[int]:
     for problem, listed in (
         ("fit no image", unknown),
         ("fit images of several classes (write class/name)", ambiguous),
-        ("stand there more than once", twice),
+        ("are listed more than once", twice),
     ):
         if listed:
             raise DataError(f"{path}: {len(listed)} names {problem}: {first_few(listed)}")

@@ -76,7 +76,7 @@ def finish(work: Path, image_options: ImageOptions) -> Json:
         if skipped and image_options.on_bad == "fail":
             raise DataError(
                 f"{work.parent}: shards that were packed with --on-bad skip lack {len(skipped)} "
-                f"images: {first_few(skipped, between='; ')}; pack with --on-bad skip, or mend them"
+                f"images: {first_few(skipped, between='; ')}; use --on-bad skip, or repair them"
             )
         with open_table(completed) as table:
             manifest = _manifest(work, table, image_options) | {"bad": bad}
@@ -175,7 +175,7 @@ def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
         if not entry["records"]:
             raise DataError(
                 f"{split.name}: all its images are skipped, and an index without records cannot "
-                "be read; mend the images, or ask for other labeled ones"
+                "be read; repair the images, or choose other labeled ones"
             )
         written[split.name] = entry
     return written
@@ -240,5 +240,5 @@ def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
         ((drawn,),) = table.query("SELECT count(*) FROM records WHERE labeled")
     if labeled["records"] == drawn:
         return ""
-    none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or mend them"
+    none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or repair them"
     return f"{drawn - labeled['records']} of the {drawn} labeled images were left out as bad{none}"

@@ -74,7 +74,7 @@ def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
     for place in dali_positions(_offsets(lines, sum(sizes), name), sizes):
         if place.offset >= sizes[place.file]:
             raise DataError(
-                f"{name}: DALI would look for its record {records + 1} in the wrong file (number "
+                f"{name}: DALI would read its record {records + 1} from the wrong file (number "
                 f"{place.file}, beyond its end); the lines lack padding"
             )
         records += 1

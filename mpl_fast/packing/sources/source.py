@@ -217,7 +217,7 @@ def _in_classes(
             leftovers.classes[class_name].add(folder)
         if need_folder and not folder:
             hint = "give the classes with a labels file, or name the folder above"
-            raise DataError(f"{spec}: {relative} lies outside any class folder; {hint}")
+            raise DataError(f"{spec}: {relative} is outside any class folder; {hint}")
         yield Image(class_name, name, relative, start, size, stamp)
 
 

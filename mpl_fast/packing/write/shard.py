@@ -64,7 +64,7 @@ def _publish(temporary: Path, work: Path, receipt: ShardReceipt) -> None:
     if not len(receipt.ids):
         raise DataError(
             f"{receipt.file}: all its images are skipped, and a file without records cannot be "
-            f"read (the first: {receipt.remarks[0].reason}); use fewer shards, or mend the images"
+            f"read (the first: {receipt.remarks[0].reason}); use fewer shards, or repair the images"
         )
     path = receipt_path(work, receipt.file)
     path.unlink(missing_ok=True)  # it describes the file that is replaced now
