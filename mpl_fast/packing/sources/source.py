@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.first_few import Tally, first_few
 from mpl_fast.packing.sources.archives import Spools, clean_name, members
-from mpl_fast.packing.sources.lists import Labels, Tally, class_names, listed_files
+from mpl_fast.packing.sources.labels_file import Labels
+from mpl_fast.packing.sources.lists import class_names, listed_files
 from mpl_fast.packing.sources.record_files import RecordSource
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
