@@ -209,7 +209,7 @@ def test_a_pack_that_was_stopped_while_publishing_says_so(tmp_path: Path) -> Non
     pack = make_pack(tmp_path / "rec", shards={"train": [4]})
     (pack.root / ".pack").mkdir()
     (pack.root / MANIFEST).rename(pack.root / ".pack" / MANIFEST)
-    with pytest.raises(DataError, match="stopped while its files got their names; run: make_rec"):
+    with pytest.raises(DataError, match="stopped during its final renames; run: make_rec"):
         info(pack.root)
     run("finish", pack.root)
     assert info(pack.root)["finished"]

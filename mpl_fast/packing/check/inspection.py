@@ -36,7 +36,7 @@ def load_pack(root: Path) -> Json:
         raise DataError(f"{root}: {error.strerror}") from error
     if publishing:
         raise DataError(
-            f"{root}: was stopped while its files got their names; run: make_rec.py finish {root}"
+            f"{root}: was stopped during its final renames; run: make_rec.py finish {root}"
         )
     if packing:
         raise DataError(

@@ -64,7 +64,7 @@ class OutFolder:
             elif (self.work / MANIFEST).exists():
                 os.close(self._lock)
                 raise OutputError(
-                    f"{self.path}: a finished pack was stopped while its files got their names; "
+                    f"{self.path}: a finished pack was stopped during its final renames; "
                     f"first run: make_rec.py finish {self.path}"
                 )
             self.work.mkdir(exist_ok=True)
