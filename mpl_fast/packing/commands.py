@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError
-from mpl_fast.packing.check.inspection import info, info_lines, load_pack, per_class
+from mpl_fast.packing.check.info import info, info_lines, per_class
+from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.lookup import extract, locate, save
 from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run

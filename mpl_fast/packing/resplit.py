@@ -10,11 +10,11 @@ from pathlib import Path
 from mpl_fast.atomic import sha256_of, sync_file, write_json
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
-from mpl_fast.packing.check.inspection import load_pack, require_table
+from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.options import Json
+from mpl_fast.packing.plan.choose_labeled import choose_labeled
 from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.sharding import plan_digest
-from mpl_fast.packing.plan.split import choose_labeled
 from mpl_fast.packing.plan.table import TABLE, Table, edit_table, open_table, table_errors
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.publish.split_files import write_split

@@ -13,9 +13,9 @@ import pytest
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.options import SplitOptions
 from mpl_fast.packing.plan import make_plan as plan_module
+from mpl_fast.packing.plan.choose_labeled import choose_labeled
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits, shard_groups
 from mpl_fast.packing.plan.make_plan import make_plan
-from mpl_fast.packing.plan.split import choose_labeled
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
 from tests.packing.made_packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of

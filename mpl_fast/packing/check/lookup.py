@@ -11,7 +11,7 @@ from typing import Any
 from mpl_fast.atomic import write_bytes
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
-from mpl_fast.packing.check.inspection import load_pack, require_table
+from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.table import (
     TABLE,

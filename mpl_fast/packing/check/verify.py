@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.check.inspection import load_pack
 from mpl_fast.packing.check.listing_check import check_split, check_table
+from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.shard_check import Problem, check_hashes, check_shard
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.write.pool import Job, run_jobs

@@ -15,9 +15,9 @@ from mpl_fast.data.records import ID_LIMIT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions, SplitOptions
+from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
 from mpl_fast.packing.plan.layout import TRAIN, VAL, ShardGroup, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
-from mpl_fast.packing.plan.split import choose_labeled, hash_rank
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.sources.source import Source
 

@@ -9,7 +9,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, OutputError
-from mpl_fast.packing.check.inspection import info, info_lines
+from mpl_fast.packing.check.info import info, info_lines
 from mpl_fast.packing.check.lookup import extract, find, locate, save
 from tests.packing.pack_command import make_tree, pack, run
 from tests.packing.small_pack import SmallPack, jpeg, make_pack

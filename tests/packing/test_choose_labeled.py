@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.plan.split import choose_labeled, hash_rank
+from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
 
 Images = list[tuple[int, str, str]]
 
