@@ -155,6 +155,11 @@ class RunConfig:
         """Algorithm; it determines which --algorithm.* options there are."""
         return self.algorithm.recipe
 
+    @property
+    def unlabeled_images(self) -> int:
+        """Unlabeled images that a step uses, over all ranks: `unlabeled_batch`, or none."""
+        return 0 if self.algorithm.labeled_only else self.unlabeled_batch
+
     def problems(self) -> list[str]:
         """Contradictions between sections, each a line that begins with a key."""
         found = self._batch_problems() + self._start_problems() + self._graph_problems()
