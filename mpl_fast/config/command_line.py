@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import yaml
 
 from mpl_fast.config.algorithms import RECIPES
-from mpl_fast.config.aliases import OPTION_NAMES, OPTION_VALUES, changes
+from mpl_fast.config.aliases import OPTION_NAMES, OPTION_VALUES, changes, renamed
 from mpl_fast.config.fields import (
     OneOf,
     Option,
@@ -151,18 +151,16 @@ def _yaml_values(
 
 def _renamed(options: dict[str, Given], source: str) -> dict[str, Given]:
     """The options under their present names, with a warning if there are old ones among them."""
-    found: dict[str, Given] = {}
-    for name, given in options.items():
-        key = OPTION_NAMES.get(name, name)
-        if key in found:
-            both = [other for other in options if OPTION_NAMES.get(other, other) == key]
-            raise ConfigError(f"{given.where}{' and '.join(both)} are one option: give {key} only")
-        text = OPTION_VALUES.get(key, {}).get(str(given.text), given.text)
-        found[key] = Given(text, given.where)
-    old = changes({name: given.text for name, given in options.items()})
-    if old and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {source} uses old option names: {', '.join(old)}", file=sys.stderr)
-    return found
+    for old in OPTION_NAMES.keys() & options.keys():
+        if (new := OPTION_NAMES[old]) in options:
+            raise ConfigError(f"{options[old].where}{old} and {new} are one option: give {new}")
+    old_names = changes({name: given.text for name, given in options.items()})
+    if old_names and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {source} uses old option names: {', '.join(old_names)}", file=sys.stderr)
+    return {
+        key: Given(OPTION_VALUES.get(key, {}).get(str(given.text), given.text), given.where)
+        for key, given in renamed(options, OPTION_NAMES).items()
+    }
 
 
 def _check_names(
