@@ -1,6 +1,6 @@
 """Options of each algorithm, one dataclass for each recipe.
 
-Each class also has, for the rest of the program:
+Each class also has, for other modules:
 
 - ``recipe``: its name on the command line,
 - ``labeled_only``: whether a step uses no unlabeled images,
@@ -200,12 +200,12 @@ class MPLConfig:
 
     @property
     def whole_batch(self) -> str | None:
-        """See the module."""
+        """The option that rules out microbatches, or None."""
         return f"feedback {self.feedback}" if self._parity else None
 
     @property
     def repeats_draws(self) -> str | None:
-        """See the module."""
+        """The option because of which a step draws the same dropout twice, or None."""
         if self.teacher_graph == "recompute":
             return "teacher_graph recompute"
         if self.feedback in BY_SGD_STEP or self._parity:
@@ -322,7 +322,7 @@ class SMPLConfig:
 
     @property
     def repeats_draws(self) -> str | None:
-        """See the module."""
+        """The option because of which a step draws the same dropout twice, or None."""
         return "feedback exact" if self.feedback == "exact" else None
 
     def feedback_weight_at(self, step: int) -> float:

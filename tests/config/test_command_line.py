@@ -90,7 +90,7 @@ def test_recipe_on_the_command_line_decides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
-def test_shipped_configs_parse_and_say_what_they_cost(
+def test_shipped_configs_parse_and_state_their_cost(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = file.stem.split("_")
