@@ -28,7 +28,7 @@ def dry_run(config: RunConfig) -> int:
     classes = count_classes(config, manifest)
     dist_env = _place(config)
     check_batches(config, manifest, dist_env)
-    if dist_env.is_first:
+    if dist_env.is_rank0:
         torch.manual_seed(config.seed)
         print(table(_plan(config, manifest, classes, dist_env)), flush=True)
     return 0
