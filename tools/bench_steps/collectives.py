@@ -63,7 +63,7 @@ def counted(setting: Setting, recipes: Sequence[str]) -> dict[str, Counter[str]]
 def main(out: str, model: str, labeled: str, mu: str, size: str, *recipes: str) -> None:
     """One rank."""
     die_with_launcher()
-    distributed.start("cpu")
+    distributed.init("cpu")
     setting = Setting(model, int(labeled), int(mu), int(size), torch.device("cpu"))
     found: dict[str, Counter[str]] = {}
     for recipe in recipes:
@@ -74,7 +74,7 @@ def main(out: str, model: str, labeled: str, mu: str, size: str, *recipes: str) 
         found[recipe] = collectives(one.step)
     if distributed.rank() == 0:
         Path(out).write_text(json.dumps(found))
-    distributed.stop()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

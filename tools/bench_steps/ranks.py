@@ -68,7 +68,7 @@ def timed(
 def main(out: str, model: str, labeled: str, mu: str, size: str, device: str, steps: str) -> None:
     """One rank."""
     die_with_launcher()
-    place = distributed.start(device)
+    place = distributed.init(device)
     torch.backends.cudnn.benchmark = True
     setting = Setting(model, int(labeled), int(mu), int(size), place.device)
     works = {TOGETHER: _step(setting), ALONE: _alone(_step, setting)}
@@ -79,9 +79,9 @@ def main(out: str, model: str, labeled: str, mu: str, size: str, device: str, st
             if number >= 0:
                 found[name].append(took)
     slowest = {name: _slowest(times) for name, times in found.items()}
-    if place.is_first:
+    if place.is_rank0:
         Path(out).write_text(json.dumps(slowest))
-    distributed.stop()
+    distributed.shutdown()
 
 
 def _step(setting: Setting) -> Callable[[], Any]:
@@ -119,7 +119,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _slowest(times: list[float]) -> list[float]:
-    return [max(turn) for turn in zip(*distributed.gather(times), strict=True)]
+    return [max(turn) for turn in zip(*distributed.all_gather_object(times), strict=True)]
 
 
 if __name__ == "__main__":
