@@ -7,6 +7,7 @@ from mpl_fast.config.learner import LearnerConfig
 
 Derivative = Literal["auto", "forward", "central"]
 NormBatches = Literal["joint", "split"]
+LabelKind = Literal["argmax", "sampled", "soft"]
 
 
 def _averaged() -> LearnerConfig:
@@ -150,11 +151,15 @@ class MPLConfig:
     pass makes them anew, which halves the peak memory."""
 
     @property
-    def label_kind(self) -> str:
+    def label_kind(self) -> LabelKind:
         """What `labels` auto stands for."""
         if self.labels != "auto":
             return self.labels
-        kinds = {"exact": "soft", "sampled": "sampled", "per_example": "sampled"}
+        kinds: dict[str, LabelKind] = {
+            "exact": "soft",
+            "sampled": "sampled",
+            "per_example": "sampled",
+        }
         return kinds.get(self.feedback, "argmax")
 
     def feedback_weight_at(self, step: int) -> float:

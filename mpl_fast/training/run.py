@@ -93,7 +93,7 @@ def evaluate_run(config: RunConfig) -> dict[str, float]:
 def _keep_caches(config: RunConfig) -> None:
     """So that the next start of a compiled run is a warm one."""
     if config.compile != "off":
-        compilation.keep_caches(Path(config.run_dir) / "compile_cache")
+        compilation.set_cache_dirs(Path(config.run_dir) / "compile_cache")
 
 
 class Run:

@@ -53,11 +53,11 @@ class StepGraph:
         return self._replays[phase]()
 
     def _noted_step(self, phase: Hashable, batch: Batch, t: int) -> Metrics:
-        with self._draws[phase].noting():
+        with self._draws[phase].record():
             return self._algorithm.step(batch, t)
 
     def _step_in_place(self, draws: StaticDraws, batch: Batch, t: int) -> Metrics:
-        with draws.in_place():
+        with draws.replay():
             return self._algorithm.step(batch, t)
 
     def _take(self, batch: Batch) -> Batch:
