@@ -122,14 +122,14 @@ def _batch(views: Row) -> Batch:
 def _row(
     algorithm: Kekmodel, metrics: Metrics, t: int, knobs: Knobs, norms: Sequence[Tensor]
 ) -> Row:
-    h = metrics["h"]
+    h = metrics["feedback"]
     row: dict[str, Tensor | float] = {
         "step": t,
         "s_lr": algorithm.student.lr,
         "t_lr": algorithm.teacher.lr,
         "uda_weight": algorithm.config.consistency.weight_at(t),
         "mask": _share(float(metrics["mask_rate"]), knobs.unlabeled),
-        "hard": algorithm.taught,
+        "hard": algorithm.student_labels,
         "t_loss_l": metrics["loss/labeled"],
         "t_loss_u": metrics["loss/consistency"],
         "s_loss_l_old": metrics["loss/student_old"],

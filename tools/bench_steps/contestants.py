@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpl_fast import algorithms, losses
-from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig
 from mpl_fast.config.algorithms import NormBatches
 from mpl_fast.config.run import Graphs
@@ -113,7 +113,7 @@ def algorithm_of(setting: Setting, config: AlgorithmConfig, flavor: Flavor) -> a
     def new_learner(learner: LearnerConfig) -> Learner:
         return learner_of(setting, learner, flavor, next(seeds))
 
-    return algorithms.build(config, new_learner, RunFacts(0, 1000))
+    return algorithms.build(config, new_learner, AlgorithmContext(0, 1000))
 
 
 def learner_of(setting: Setting, config: LearnerConfig, flavor: Flavor, seed: int = 0) -> Learner:

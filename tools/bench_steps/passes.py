@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.config import AlgorithmConfig, LearnerConfig
 from mpl_fast.learner import Learner
 from tools.bench_steps.setting import STEPS, Setting, batch
@@ -34,7 +34,7 @@ def forward_count(recipe: str, config: AlgorithmConfig, labeled: int, mu: int) -
         last.register_forward_hook(count)  # derivatives go past a network's own hooks
         return Learner(nn.Sequential(nn.Flatten(), last), learner, steps=STEPS)
 
-    algorithm = algorithms.build(config, new_learner, RunFacts(0, 1000))
+    algorithm = algorithms.build(config, new_learner, AlgorithmContext(0, 1000))
     tiny = Setting("wrn_10_1", labeled, mu, 2, torch.device("cpu"))
     train_step(algorithm, batch(tiny, recipe), 0)
     return passed
