@@ -9,7 +9,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, OutputError
-from mpl_fast.packing.check.inspection import info, info_lines
+from mpl_fast.packing.check.info import info, info_lines
 from mpl_fast.packing.check.lookup import extract, find, locate, save
 from tests.packing.pack_command import make_tree, pack, run
 from tests.packing.small_pack import SmallPack, jpeg, make_pack
@@ -209,7 +209,7 @@ def test_a_pack_that_was_stopped_while_publishing_says_so(tmp_path: Path) -> Non
     pack = make_pack(tmp_path / "rec", shards={"train": [4]})
     (pack.root / ".pack").mkdir()
     (pack.root / MANIFEST).rename(pack.root / ".pack" / MANIFEST)
-    with pytest.raises(DataError, match="stopped while its files got their names; run: make_rec"):
+    with pytest.raises(DataError, match="stopped during its final renames; run: make_rec"):
         info(pack.root)
     run("finish", pack.root)
     assert info(pack.root)["finished"]

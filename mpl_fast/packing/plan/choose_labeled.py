@@ -1,41 +1,42 @@
-"""Which images are labeled: the same draw on every platform, from a seed or from a list of names.
+"""Chooses the labeled images, by a seed or a list of names, equally on every platform.
 
-Within a class, images are ranked by sha256("seed:class/name") and the first ones are taken: other
-images that come or go change little, and a smaller draw of a seed is part of its larger draws.
+Within a class, images are ordered by sha256("seed:class/name") and the first ones are taken: adding
+or removing images changes little, and a smaller choice is a subset of a larger one.
 """
 
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.plan.named_images import choose_named
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# No exponent, and no more digits than can be reckoned with at once.
+# No exponent, and a limited number of digits.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 _RANKS = 1 << 64
 
 
-def choose(
+def choose_labeled(
     images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
 ) -> set[int]:
-    """Return the ids of the labeled ones among images, which are (id, class, name).
+    """Return the ids of the labeled images; images are (id, class, name).
 
     how is a share ("10%"), a number of images ("4000"), or a file of names. Shares and numbers are
-    spread over the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
-    the classes' sizes with "proportional". Every class gets at least one image, else ConfigError.
+    divided among the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
+    class size with "proportional". Raises ConfigError when a class gets no image.
     """
     if not (how.endswith("%") or how.isdecimal()):
-        return _named(images, _list_path(how))
+        return choose_named(images, _list_path(how))
     amount = _parse_amount(how)
     ranking = _Ranking.of(images, seed)
     total = _total(how, amount, len(ranking.ids))
@@ -46,14 +47,14 @@ def choose(
     return set(ranking.ids[chosen].tolist())
 
 
-def rank(seed: int | str, key: str) -> bytes:
-    """Return sha256("seed:key"), by which keys are put in an order that looks random."""
+def hash_rank(seed: int | str, key: str) -> bytes:
+    """Return sha256("seed:key"), which gives keys a pseudo-random order."""
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Images ordered by class and, within it, by rank: 24 bytes each, so that many fit."""
+    """Images ordered by class and, within it, by rank; 24 bytes each."""
 
     seed: int
     sizes: Mapping[str, int]  # images of each class, classes in order of their names
@@ -68,7 +69,7 @@ class _Ranking:
         for record_id, class_name, name in images:
             ids.append(record_id)
             classes.append(numbers.setdefault(class_name, len(numbers)))
-            ranks.append(int.from_bytes(rank(seed, f"{class_name}/{name}")[:8], "big"))
+            ranks.append(int.from_bytes(hash_rank(seed, f"{class_name}/{name}")[:8], "big"))
         names = sorted(numbers)
         position = np.empty(len(names), np.int64)
         position[[numbers[name] for name in names]] = np.arange(len(names))
@@ -88,13 +89,15 @@ class _Ranking:
     def proportional(self, total: int, how: str) -> "NDArray[np.bool_]":
         """Choose total images so that each class gets its share of them, rounded up or down.
 
-        Image r of a class of n comes at (r + u) / n, u between 0 and 1 from the class's name: the
-        classes run through their images in step, and a smaller total is the beginning of a larger.
+        Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name;
+        the first positions are taken, so that a smaller total is a subset of a larger one.
         """
         import numpy as np
 
         sizes = np.array(list(self.sizes.values()))
-        draws = [int.from_bytes(rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes]
+        draws = [
+            int.from_bytes(hash_rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes
+        ]
         time = (self._place() + np.repeat(draws, sizes)) / np.repeat(sizes, sizes)
         chosen = np.zeros(len(self.ids), np.bool_)
         chosen[np.argsort(time, kind="stable")[:total]] = True
@@ -104,13 +107,13 @@ class _Ranking:
             names = list(self.sizes)
             raise ConfigError(
                 f"--labeled {how} --balance proportional: {len(without)} small classes get no "
-                f"labeled image: {first_few(names[at] for at in without)}; ask for more, or use "
+                f"labeled image: {first_few(names[at] for at in without)}; choose more, or use "
                 "--balance count"
             )
         return chosen
 
     def _place(self) -> "NDArray[np.int64]":
-        """Return each image's place in its class's order, from 0."""
+        """Return each image's position within its class, from 0."""
         import numpy as np
 
         sizes = np.array(list(self.sizes.values()))
@@ -148,101 +151,21 @@ def _total(how: str, amount: Fraction, images: int) -> int:
 
 
 def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> dict[str, int]:
-    """Return how many labeled images each class gets; the seed says who gets one of the rest."""
+    """Return the number of labeled images of each class; the seed distributes the remainder."""
     each, rest = divmod(total, len(sizes))
     if each == 0:
         raise ConfigError(
             f"--labeled {how}: {total} labeled images for {len(sizes)} classes leave "
-            f"{len(sizes) - rest} classes without any; ask for at least {len(sizes)}"
+            f"{len(sizes) - rest} classes without any; choose at least {len(sizes)}"
         )
-    with_one_more = set(sorted(sizes, key=lambda name: rank(seed, name))[:rest])
+    with_one_more = set(sorted(sizes, key=lambda name: hash_rank(seed, name))[:rest])
     counts = {name: each + (name in with_one_more) for name in sizes}
     few = [name for name in sizes if sizes[name] < counts[name]]
     short = [f"{name} ({sizes[name]} of {counts[name]})" for name in few]
     if short:
         raise DataError(
             f"--labeled {how}: {len(short)} classes have fewer images than their even share: "
-            f"{first_few(short)}; ask for fewer, use --balance proportional, or name the images "
+            f"{first_few(short)}; choose fewer, use --balance proportional, or name the images "
             "in a file"
         )
     return counts
-
-
-@dataclass
-class _Entry:
-    """A line of a list, and the images that it fits: by the whole line, or by its first word."""
-
-    text: str
-    whole: list[int] = field(default_factory=list)
-    word: list[int] = field(default_factory=list)
-
-    @property
-    def fits(self) -> list[int]:
-        return self.whole or self.word
-
-
-def _named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
-    """Return the ids of the images named in a list; only the list is held in memory."""
-    entries = [_Entry(name) for name in _listed_names(path)]
-    by_whole: dict[str, list[_Entry]] = {}
-    by_word: dict[str, list[_Entry]] = {}
-    for entry in entries:
-        by_whole.setdefault(_wanted(entry.text), []).append(entry)
-        by_word.setdefault(_wanted(entry.text.split()[0]), []).append(entry)
-    class_of: dict[int, str] = {}
-    classes: set[str] = set()
-    for record_id, class_name, name in images:
-        classes.add(class_name)
-        for key in (name, f"{class_name}/{name}"):
-            for entry in by_whole.get(key, ()):
-                entry.whole.append(record_id)
-                class_of[record_id] = class_name
-            for entry in by_word.get(key, ()):
-                entry.word.append(record_id)
-                class_of[record_id] = class_name
-    chosen = _one_each(path, entries)
-    without = sorted(classes - {class_of[record_id] for record_id in chosen})
-    if without:
-        raise DataError(
-            f"{path}: {len(without)} classes have no labeled image: {first_few(without)}"
-        )
-    return chosen
-
-
-def _one_each(path: Path, entries: Sequence[_Entry]) -> set[int]:
-    """Return the one image of each entry; DataError lists the entries that fit none or several."""
-    unknown = [entry.text for entry in entries if not entry.fits]
-    ambiguous = [entry.text for entry in entries if len(entry.fits) > 1]
-    chosen: set[int] = set()
-    twice = []
-    for entry in entries:
-        if len(entry.fits) == 1:
-            if entry.fits[0] in chosen:
-                twice.append(entry.text)
-            chosen.add(entry.fits[0])
-    for problem, listed in (
-        ("fit no image", unknown),
-        ("fit images of several classes (write class/name)", ambiguous),
-        ("stand there more than once", twice),
-    ):
-        if listed:
-            raise DataError(f"{path}: {len(listed)} names {problem}: {first_few(listed)}")
-    return chosen
-
-
-def _listed_names(path: Path) -> list[str]:
-    """Return the names in a list: `class/name`, a base name, or an .lst row `id, label, path`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    names = [line.rpartition("\t")[2].strip() for line in text.split("\n")]
-    names = [name for name in names if name]
-    if not names:
-        raise DataError(f"{path}: no name in this list")
-    return names
-
-
-def _wanted(name: str) -> str:
-    """Return the `class/name`, or the base name, that a listed path asks for."""
-    return "/".join(part for part in name.split("/")[-2:] if part != ".")
