@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mpl_fast import losses
 from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.feedback import Difference, Exact, Silence
+from mpl_fast.algorithms.feedback import Difference, Exact, Feedback, Silence
 from mpl_fast.algorithms.labels import label
 from mpl_fast.algorithms.uda import uda_loss, uda_metrics
 from mpl_fast.algorithms.views import Views
@@ -55,14 +55,14 @@ class SelfMetaPseudoLabels:
             logits, batch, t, config.consistency, config.smoothing, feedback=weight * h
         )
         term = h * out.mpl.detach()
-        if isinstance(feedback, Exact):
+        if not isinstance(feedback, Difference | Silence):
             term = feedback.term(logits[-2 * n : -n], labels)
             terms.append(weight * term)
         learner.descend(*terms)
         lessons = {"loss/student": lesson.loss, "loss/feedback": term.detach()}
         return {**uda_metrics(out), **lessons, **feedback.metrics()}
 
-    def _listen(self, batch: Batch) -> Difference | Exact | Silence:
+    def _listen(self, batch: Batch) -> Feedback:
         config, learner = self.config, self.learner
         images, labels = batch.labeled, batch.labels
         if config.feedback == "off" or learner.lr == 0.0:

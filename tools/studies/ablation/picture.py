@@ -1,4 +1,4 @@
-"""Learning curves of an ablation, over steps and over seconds, with bands over seeds."""
+"""Learning curves of an ablation over steps and over seconds, with bands over seeds."""
 
 import itertools
 import statistics
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpl_fast.curves import read
-from tools.ablate.running import Result
+from tools.studies.ablation.run import Result
 
-Curve = list[tuple[int, float, float]]  # step, seconds of training until then, top-1
+Curve = dict[int, tuple[float, float]]  # by step: seconds of training until then, top-1
 
 
 def draw(results: Sequence[Result], out: Path) -> bool:
-    """Writes a PNG of the runs that ended; without any there is nothing to draw, and it says so."""
+    """Writes a PNG of the runs that ended; returns False if there are none."""
     curves: dict[str, list[Curve]] = {}
     for result in results:
         if result.summary:
@@ -49,13 +49,13 @@ def draw(results: Sequence[Result], out: Path) -> bool:
 
 
 def curve(folder: Path) -> Curve:
-    """The evaluations of a run. Rows of metrics say how long their steps took; an evaluation
-    between two of them is taken to lie on a straight line."""
-    found = read(folder)
-    spans = found.get("seconds", [])
+    """The evaluations of a run. Rows of metrics have the seconds of their steps; the time of an
+    evaluation between two rows is interpolated."""
+    metrics = read(folder)
+    spans = metrics.get("seconds", [])
     steps = [0, *(step for step, _ in spans)]
     clock = list(itertools.accumulate((s for _, s in spans), initial=0.0))
-    return [(step, _between(step, steps, clock), top1) for step, top1 in found["eval/top1"]]
+    return {step: (_between(step, steps, clock), top1) for step, top1 in metrics["eval/top1"]}
 
 
 def _between(step: int, steps: Sequence[int], clock: Sequence[float]) -> float:
@@ -66,13 +66,10 @@ def _between(step: int, steps: Sequence[int], clock: Sequence[float]) -> float:
     return clock[-1]
 
 
-def _over_seeds(
-    runs: Sequence[Curve],
-) -> tuple[list[int], list[float], list[float], list[float]]:
+def _over_seeds(runs: Sequence[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
     """Steps that all runs were evaluated at, mean seconds, mean and standard deviation of top-1."""
-    common = sorted(set.intersection(*({step for step, _, _ in run} for run in runs)))
-    at = [[next(p for p in run if p[0] == step) for run in runs] for step in common]
-    seconds = [statistics.fmean(p[1] for p in points) for points in at]
-    top1 = [[p[2] for p in points] for points in at]
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    seconds = [statistics.fmean(run[step][0] for run in runs) for step in steps]
+    top1 = [[run[step][1] for run in runs] for step in steps]
     spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
-    return common, seconds, [statistics.fmean(values) for values in top1], spread
+    return steps, seconds, [statistics.fmean(values) for values in top1], spread

@@ -1,65 +1,59 @@
-"""What an ablation found: statistics over seeds, paired differences, and their table."""
+"""Results of an ablation: statistics over seeds, paired differences, and their table."""
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.ablate.plan import Variant, replace
-from tools.ablate.running import Result
+from tools.studies.ablation.plan import Variant, replace
+from tools.studies.ablation.run import Result
 
 Json = dict[str, Any]
+KEYS = ("top1", "top5", "steps", "seconds", "images_per_second")  # of a run's summary.json
 
 
 def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Json]:
     """A row for each variant: means over the runs that ended, and differences to the first variant,
-    and to the one that it names, over the seeds that ended with both."""
+    and to `against`, over the seeds that ended with both."""
     rows = []
     for variant in variants:
         mine = [r for r in results if r.job.variant == variant]
-        ended = [r.summary for r in mine if r.summary]
-        top1 = [s["top1"] for s in ended]
+        top1, seconds, rate = (
+            [r.summary[key] for r in mine if r.summary]
+            for key in ("top1", "seconds", "images_per_second")
+        )
         row: Json = {
             "variant": variant.name,
             "settings": list(variant.settings),
             "top1": _mean(top1),
             "top1_sd": _sd(top1),
             **_paired(variant.name, variants[0].name, results),
-            "seconds": _mean([s["seconds"] for s in ended]),
-            "images_per_second": _mean([s["images_per_second"] for s in ended]),
+            "seconds": _mean(seconds),
+            "images_per_second": _mean(rate),
         }
         if variant.against:
-            told = _paired(variant.name, variant.against, results)
-            row["besides"] = {"against": variant.against, **told}
+            paired = _paired(variant.name, variant.against, results)
+            row["besides"] = {"against": variant.against, **paired}
         notes = [w for r in mine for w in r.warnings if "never moves" in w]
         row["notes"] = list(dict.fromkeys(notes))  # each once: seeds share them
         rows.append({**row, "runs": [_run(r) for r in mine]})
     return rows
 
 
-def _paired(name: str, reference: str, results: Sequence[Result]) -> Json:
-    """How much better than the reference, in points, over runs of the same seeds."""
-    mine, theirs = _top1(name, results), _top1(reference, results)
-    gains = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    return {"gain": _mean(gains), "gain_se": _standard_error(gains), "pairs": len(gains)}
-
-
-def write(out: Path, rows: Sequence[Json], config: str, asked: int) -> str:
-    """Writes ablation.json and ablation.md, each as a whole; returns the latter."""
-    text = table(rows, asked)
-    head = f"# Ablation of {config}\n\n"
+def write(out: Path, rows: Sequence[Json], config: str, seeds: int) -> str:
+    """Writes ablation.json and ablation.md, each as a whole; returns the table of the latter."""
+    text = table(rows, seeds)
     replace(out / "ablation.json", json.dumps({"config": config, "variants": rows}, indent=1))
-    replace(out / "ablation.md", head + text + "\n")
+    replace(out / "ablation.md", f"# Ablation of {config}\n\n{text}\n")
     return text
 
 
-def table(rows: Sequence[Json], asked: int) -> str:
-    """Markdown; `asked` is the number of seeds."""
+def table(rows: Sequence[Json], seeds: int) -> str:
+    """Markdown; `seeds` is how many each variant was to have."""
     first = rows[0]["variant"]
     lines = [
-        f"Top-1 of the last evaluation (averaged weights), mean ± standard deviation over {asked} "
+        f"Top-1 of the last evaluation (averaged weights), mean ± standard deviation over {seeds} "
         f"seed(s); differences to `{first}` are between runs of one seed, mean ± standard error.",
         "",
         f"| variant | top-1 (%) | against `{first}` | seconds of training | images/s | runs |",
@@ -71,7 +65,7 @@ def table(rows: Sequence[Json], asked: int) -> str:
         lines.append(
             f"| {row['variant']} | {_pm(row['top1'], row['top1_sd'], '.2f')} | {gain} | "
             f"{_number(row['seconds'], '.0f')} | {_number(row['images_per_second'], '.0f')} | "
-            f"{ended} of {asked}{_failures(row)} |"
+            f"{ended} of {seeds}{_failures(row)} |"
         )
     lines.append("")
     for row in rows:
@@ -85,22 +79,28 @@ def table(rows: Sequence[Json], asked: int) -> str:
     return "\n".join(lines)
 
 
-def _failures(row: Json) -> str:
-    failed = [f"seed {r['seed']}: {r['failed']}" for r in row["runs"] if r["failed"] is not None]
-    return "".join(f"; {text}" for text in failed).replace("|", "/")
+def _paired(name: str, reference: str, results: Sequence[Result]) -> Json:
+    """Top-1 minus that of the reference, in points, over runs of the same seeds."""
+    mine, other = (
+        {r.job.seed: r.summary["top1"] for r in results if r.job.variant.name == n and r.summary}
+        for n in (name, reference)
+    )
+    gains = [mine[seed] - other[seed] for seed in mine if seed in other]
+    sd = _sd(gains)
+    error = None if sd is None else sd / len(gains) ** 0.5
+    return {"gain": _mean(gains), "gain_se": error, "pairs": len(gains)}
 
 
 def _run(result: Result) -> Json:
-    keys = ("top1", "top5", "steps", "seconds", "images_per_second")
-    found = {key: result.summary[key] for key in keys} if result.summary else {}
-    place = f"{result.job.folder.parent.name}/{result.job.folder.name}"
+    found = {key: result.summary[key] for key in KEYS} if result.summary else {}
+    folder = f"{result.job.folder.parent.name}/{result.job.folder.name}"
     failed = None if result.summary else result.reason
-    return {"seed": result.job.seed, "folder": place, "failed": failed, **found}
+    return {"seed": result.job.seed, "folder": folder, "failed": failed, **found}
 
 
-def _top1(name: str, results: Sequence[Result]) -> dict[int, float]:
-    mine = [r for r in results if r.job.variant.name == name]
-    return {r.job.seed: r.summary["top1"] for r in mine if r.summary}
+def _failures(row: Json) -> str:
+    failed = [f"seed {r['seed']}: {r['failed']}" for r in row["runs"] if r["failed"] is not None]
+    return "".join(f"; {text}" for text in failed).replace("|", "/")
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -109,10 +109,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _sd(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def _number(value: float | None, how: str) -> str:
