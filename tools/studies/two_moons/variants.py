@@ -25,7 +25,7 @@ class Variant:
     @property
     def has_feedback(self) -> bool:
         """Whether the loss has a feedback term."""
-        return self.options.get("feedback", "off") != "off"
+        return bool(self.options.get("feedback", "off") != "off")
 
 
 def _labeled(title: str, baseline: str | None = None, **kind: Any) -> Variant:
