@@ -11,7 +11,7 @@ import torch
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest
-from tests.numbered_images import CLASSES, EACH, PLAIN, level, pack_numbered
+from tests.data.numbered_images import CLASSES, EACH, PLAIN, level, pack_numbered
 from tools import bench_data
 from tools.bench.form import FORM
 from tools.bench_input import report, theirs

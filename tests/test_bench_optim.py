@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mpl_fast import nvidia_apex
+from mpl_fast.learner import apex
 from tools import bench_optim
 from tools.bench.clock import Spread
 from tools.bench.traffic import traffic
@@ -49,7 +49,7 @@ def test_a_tail_is_the_step_by_hand(name: str, small: Problem) -> None:
     weight, gradient = next(small.network.parameters()), small.gradients[0]
     assert weight.ndim == 4
     steps = [gradient * factor for factor in measure.FACTORS]
-    clipped = CONFIG.clip / NORM  # where the norm is NORM; a tenth of that is not clipped
+    clipped = CONFIG.max_grad_norm / NORM  # where the norm is NORM; a tenth of that is not clipped
     right = by_hand(weight, steps, [clipped, 1.0, clipped])
     mine, average = next(tail.network.parameters()), next(tail.average.parameters())
     assert float((right.weight - weight.detach()).abs().max()) > 1e-4
@@ -148,7 +148,7 @@ def test_rows_of_known_times(small: Problem, monkeypatch: pytest.MonkeyPatch) ->
 def test_apex_only_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     for state, there in (("absent", False), ("another_package", False), ("usable", True)):
-        monkeypatch.setattr(nvidia_apex, "find", lambda state=state: state)
+        monkeypatch.setattr(apex, "find", lambda state=state: state)
         assert ("apex FusedSGD" in contestants.contestants(gpu)) == there
         assert "apex FusedSGD" not in contestants.contestants(CPU)
 

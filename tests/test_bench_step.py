@@ -70,8 +70,8 @@ def test_ours_and_the_plain_step_are_the_same_step(smoke: dict[str, Any]) -> Non
 
 
 def test_another_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def kinder(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-        out = losses.smoothed_ce(logits, labels, label_smoothing=smoothing * 1.001)
+    def kinder(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        out = losses.smoothed_ce(logits, labels, label_smoothing=label_smoothing * 1.001)
         return out.loss
 
     monkeypatch.setattr("tools.bench_steps.plain._smoothed", kinder)
@@ -167,8 +167,8 @@ def test_a_wrong_compiled_network_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     train_step(algorithm, images, 0)
     assert [row["wrong"] for row in correctness.logits(one, images.labeled)] == [False, False]
     learner = algorithm.learners["teacher"]
-    judge = learner.judge
-    monkeypatch.setattr(learner, "judge", lambda x: judge(x) * 1.01)
+    judge = learner.forward_batch_stats
+    monkeypatch.setattr(learner, "forward_batch_stats", lambda x: judge(x) * 1.01)
     assert [row["wrong"] for row in correctness.logits(one, images.labeled)] == [True, False]
 
 

@@ -14,7 +14,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, DataError, UserError, output_errors
 from tools.bench_steps.plan import ROOT, SHORTEST, Job, allowance, command, jobs
 from tools.bench_steps.running import Ended, run

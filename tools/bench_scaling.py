@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, UserError
 from tools.bench import report
 from tools.bench.clock import spread

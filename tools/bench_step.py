@@ -23,7 +23,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, UserError
 from tools.bench import report
 from tools.bench.device import NAMES, chosen

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, UserError
 from tools.bench import report
 from tools.bench.clock import Spread

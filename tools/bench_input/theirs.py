@@ -37,7 +37,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
         # Its strength ends at level 10; how long an operation takes does not depend on it.
         bins = 31
         magnitude = min(round(3 * config.magnitude), bins - 1)
-        self._policy = v2.RandAugment(config.layers, magnitude, bins, fill=[128, 128, 128])
+        self._policy = v2.RandAugment(config.num_ops, magnitude, bins, fill=[128, 128, 128])
         self._end = v2.Compose(
             [
                 v2.RandomHorizontalFlip(),

@@ -71,7 +71,7 @@ def measure(shape: Shape, who: Sequence[str], progress: Progress, order: random.
 
     Raises DeviceLostError if the device does not survive one of them.
     """
-    contestants.forget()
+    contestants.clear()
     torch.cuda.empty_cache()
     sets: list[Inputs] = []
     case: Case | None = None

@@ -73,7 +73,7 @@ def definition(shape: Shape) -> Call:
     return _finished(_forward(reference, shape), shape)
 
 
-def forget() -> None:
+def clear() -> None:
     """Drops what torch.compile has made, or the ninth shape would silently run eagerly."""
     torch._dynamo.reset()
 

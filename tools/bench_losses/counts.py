@@ -65,7 +65,7 @@ def compiled(shape: Shape, name: str) -> Json:
     from torch._inductor import config, metrics
     from torch._inductor.utils import run_and_get_code
 
-    contestants.forget()
+    contestants.clear()
     one, call = correctness.case(shape, "cpu"), contestants.build(name, shape)
     metrics.reset()
     # What comes out of a cache is not counted; vectorized loops are counted twice, for their tails.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mpl_fast.compilation import CACHES
+from mpl_fast.learner.compilation import CACHES
 from mpl_fast.packing.pack import PackOptions, pack
 from mpl_fast.packing.plan import Division
 
@@ -51,7 +51,7 @@ class Starts:
 
     def parse(self) -> None:
         """A command line, as training does before it imports PyTorch."""
-        code = "from mpl_fast.command_line import parse; parse(['--run-dir=r', '--data.root=d'])"
+        code = "import mpl_fast.config.command_line as c; c.parse(['--run-dir=r', '--data.root=d'])"
         _to_the_end(["-c", code])
 
     def import_torch(self) -> None:
@@ -60,7 +60,7 @@ class Starts:
 
     def import_trainer(self) -> None:
         """All that a run imports before it begins."""
-        _to_the_end(["-c", "import mpl_fast.trainer"])
+        _to_the_end(["-c", "import mpl_fast.training.run"])
 
     def first_steps(self, number: int) -> dict[str, float]:
         """Seconds from the start of a process to the end of its first step, by kind of start."""

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mpl_fast import randomness
 from mpl_fast.algorithms.base import Algorithm
-from mpl_fast.checkpoint import Checkpoints, newest, restore
+from mpl_fast.learner import rng
+from mpl_fast.training.checkpoint import Checkpoints, newest, restore
 
 BLOCK = 1 << 22  # bytes read at a time, as verifying does
 
@@ -38,7 +38,7 @@ class Saving:
             "learners": {name: x.state_dict() for name, x in algorithm.learners.items()},
             "algorithm": dict(algorithm.state),
         }
-        self._latest = self._checkpoints.save(self._step, shared, randomness.state())
+        self._latest = self._checkpoints.save(self._step, shared, rng.generator_states())
 
     def verify(self) -> None:
         """Finds the newest good checkpoint, by its checksums."""

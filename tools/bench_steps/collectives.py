@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mpl_fast import distributed
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.training.process import die_with_launcher
 from tools.bench_steps import contestants
 from tools.bench_steps.contestants import Flavor
 from tools.bench_steps.setting import Setting

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from mpl_fast import algorithms, losses
 from mpl_fast.algorithms.base import RunFacts, train_step
-from mpl_fast.compilation import Mode
 from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig
 from mpl_fast.config.algorithms import NormBatches
 from mpl_fast.config.run import Graphs
 from mpl_fast.learner import Learner
-from mpl_fast.step_graph import StepGraph
+from mpl_fast.learner.compilation import Mode
+from mpl_fast.training.step_graph import StepGraph
 from tools.bench_steps.plain import PlainStep
 from tools.bench_steps.setting import (
     RECIPES,
@@ -132,7 +132,7 @@ def learner_of(setting: Setting, config: LearnerConfig, flavor: Flavor, seed: in
 def one_pass(setting: Setting, flavor: Flavor) -> Contestant:
     """Cross-entropy of a step's distinct images, forward and backward, and nothing else."""
     learner = learner_of(setting, LearnerConfig(dropout=0.0), flavor)
-    learner.begin(0)
+    learner.begin_step(0)
     images = batch(setting, "supervised", torch.bfloat16 if flavor.bf16 else torch.float32)
 
     def step() -> Mapping[str, Tensor]:

@@ -66,7 +66,7 @@ def logits(contestant: Contestant, images: Tensor) -> list[Json]:
             device=learner.device,
             bf16=learner.bf16,
         )
-        error = _difference(learner.judge(images), eager.judge(images))
+        error = _difference(learner.forward_batch_stats(images), eager.forward_batch_stats(images))
         what = f"{contestant.name}: logits of the {name}, compiled and eager"
         found.append(_row(what, error, _tolerance(flavor, learner.device)))
     return found

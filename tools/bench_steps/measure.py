@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpl_fast.compilation import Mode
+from mpl_fast.learner.compilation import Mode
 from tools.bench.clock import interleaved, seconds_of
 from tools.bench_steps import contestants, correctness
 from tools.bench_steps.contestants import Contestant, Flavor

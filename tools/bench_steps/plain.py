@@ -69,7 +69,7 @@ class PlainStep:
         old, lesson = self.student_forward(batch, taught.labels)
         self.student_update(lesson)
         self.move_average()
-        new = self.judge(batch)
+        new = self.forward_batch_stats(batch)
         h = new - old
         loss = self.feedback_loss(taught, h)
         self.teacher_update(loss)
@@ -84,7 +84,7 @@ class PlainStep:
             images = torch.cat((batch.labeled, batch.weak, batch.strong))
             logits = self.teacher(images)
             weak, strong = logits[n:].chunk(2)
-            labeled = _smoothed(logits[:n], batch.labels, self.config.smoothing)
+            labeled = _smoothed(logits[:n], batch.labels, self.config.label_smoothing)
             soft = torch.softmax(weak.detach() / agree.temperature, dim=-1)
             sure, labels = torch.max(soft, dim=-1)
             mask = sure.ge(agree.threshold).to(soft.dtype)
@@ -100,7 +100,7 @@ class PlainStep:
             images = torch.cat((batch.labeled, batch.strong))
             logits = self.student(images)
             old = F.cross_entropy(logits[:n].detach(), batch.labels)
-            return old, _smoothed(logits[n:], labels, self.config.smoothing)
+            return old, _smoothed(logits[n:], labels, self.config.label_smoothing)
 
     def student_update(self, loss: Tensor) -> None:
         """Backward pass, clipping, SGD."""
@@ -124,7 +124,7 @@ class PlainStep:
             statistic.copy_(now)
 
     @torch.no_grad()
-    def judge(self, batch: Batch) -> Tensor:
+    def forward_batch_stats(self, batch: Batch) -> Tensor:
         """The labeled loss after the update; a training pass, which moves the statistics again."""
         with self._autocast():
             return F.cross_entropy(self.student(batch.labeled), batch.labels)
@@ -154,11 +154,11 @@ class PlainStep:
         return torch.autocast(self.device.type, half, enabled=self.amp)
 
 
-def _smoothed(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def _smoothed(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy with smoothed labels, written out."""
     log_p = F.log_softmax(logits, dim=-1)
     right = -log_p.gather(dim=-1, index=labels[:, None])[:, 0]
-    return ((1.0 - smoothing) * right - smoothing * log_p.mean(dim=-1)).mean()
+    return ((1.0 - label_smoothing) * right - label_smoothing * log_p.mean(dim=-1)).mean()
 
 
 def _sgd(network: nn.Module, config: LearnerConfig) -> torch.optim.SGD:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from mpl_fast import distributed
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.training.process import die_with_launcher
 from tools.bench.clock import wait_for_gpu
 from tools.bench_steps import contestants
 from tools.bench_steps.contestants import Flavor

@@ -44,8 +44,8 @@ RECIPES: dict[str, AlgorithmConfig] = {
 }
 PARITY = dataclasses.replace(
     _MPL,
-    teacher=dataclasses.replace(_ONE, conventions="kekmodel", clip=1e9),
-    student=dataclasses.replace(_AVERAGED, conventions="kekmodel", clip=1e9),
+    teacher=dataclasses.replace(_ONE, conventions="kekmodel", max_grad_norm=1e9),
+    student=dataclasses.replace(_AVERAGED, conventions="kekmodel", max_grad_norm=1e9),
     consistency=dataclasses.replace(_AGREE, ramp=5),
     feedback="parity_kekmodel",
 )

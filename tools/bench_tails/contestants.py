@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpl_fast import nvidia_apex
 from mpl_fast.learner import Learner
+from mpl_fast.learner import apex as nvidia_apex
 from tools.bench_tails.problem import CONFIG, Problem, counters, groups, values
 
 Work = Callable[[], Any]
@@ -56,7 +56,7 @@ def per_tensor(problem: Problem) -> Tail:
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.clip, foreach=False)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=False)
         optimizer.step()
         for kept, mine in moving:
             kept.mul_(CONFIG.ema).add_(mine, alpha=1.0 - CONFIG.ema)
@@ -74,7 +74,7 @@ def foreach(problem: Problem) -> Tail:
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.clip, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=True)
         optimizer.step()
         averaging()
 
@@ -94,7 +94,7 @@ def fused(problem: Problem) -> Tail:
     def work() -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        optimizer.grad_scale = ((norm + 1e-6) / CONFIG.clip).clamp(min=1.0)
+        optimizer.grad_scale = ((norm + 1e-6) / CONFIG.max_grad_norm).clamp(min=1.0)
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         averaging()
@@ -113,7 +113,7 @@ def apex(problem: Problem) -> Tail:
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.clip, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=True)
         optimizer.step()
         averaging()
 
@@ -124,13 +124,13 @@ def ours(problem: Problem) -> Tail:
     """What training does, which also keeps batch-norm statistics from what is not finite."""
     network, _ = problem.copies()
     learner = Learner(network, CONFIG, steps=10 * FIRST_STEP, device=problem.device)
-    learner.begin(0)
+    learner.begin_step(0)
     steps = count(FIRST_STEP)
     assert learner.average is not None
 
     def work() -> None:
-        learner.update()
-        learner.end(next(steps))
+        learner.optimizer_step()
+        learner.end_step(next(steps))
 
     return _tail(problem, learner.network, learner.average, work)
 

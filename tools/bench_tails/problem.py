@@ -12,7 +12,7 @@ from mpl_fast.config import LearnerConfig
 from mpl_fast.models import OWN
 
 CONFIG = LearnerConfig(
-    lr=0.01, weight_decay=1e-4, clip=5.0, schedule="constant", warmup=0, ema=0.999
+    lr=0.01, weight_decay=1e-4, max_grad_norm=5.0, schedule="constant", warmup=0, ema=0.999
 )
 NORM = 10.0  # of the gradients: they are clipped
 FLOAT = 4  # bytes

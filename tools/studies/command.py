@@ -1,16 +1,17 @@
 """Command line, output folder and files of a study; torch-free, so that --help is instant."""
 
 import argparse
-import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 import mpl_fast
-from mpl_fast.command_line import fail
+from mpl_fast.atomic import atomic_path
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 
 Content = str | Callable[[Path], None]  # of a file: a text, or a function that writes to a path
@@ -65,26 +66,15 @@ def prepare(out: Path) -> None:
 
 
 def write(out: Path, contents: Mapping[str, Content]) -> list[Path]:
-    """Writes all files or none."""
-    asides = {
-        out / name: out / f".{Path(name).stem}.writing{Path(name).suffix}" for name in contents
-    }
-    with output_errors(out):
-        try:
-            for name, content in contents.items():
-                aside = asides[out / name]
-                if isinstance(content, str):
-                    aside.write_text(content, encoding="utf-8")
-                else:
-                    content(aside)
-                with aside.open("rb+") as file:
-                    os.fsync(file.fileno())
-            for final, aside in asides.items():
-                aside.replace(final)
-        finally:
-            for aside in asides.values():
-                aside.unlink(missing_ok=True)
-    return list(asides)
+    """Writes all files or, after an error or Ctrl-C, none."""
+    with output_errors(out), ExitStack() as stack:
+        for name, content in contents.items():
+            temporary = stack.enter_context(atomic_path(out / name))
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            else:
+                content(temporary)
+    return [out / name for name in contents]
 
 
 def versions(*packages: str) -> dict[str, str]:

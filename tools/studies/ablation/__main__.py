@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, UserError, output_errors
 from tools.studies.ablation import report

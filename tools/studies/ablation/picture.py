@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_fast.curves import read
+from mpl_fast.atomic import atomic_path
+from mpl_fast.training.curves import read
 from tools.studies.ablation.run import Result
 
 Curve = dict[int, tuple[float, float]]  # by step: seconds of training until then, top-1
@@ -41,10 +42,9 @@ def draw(results: Sequence[Result], out: Path) -> bool:
     seeds = max(len(runs) for runs in curves.values())
     figure.suptitle(f"mean of {seeds} seed(s); bands are ± one standard deviation", fontsize=10)
     figure.tight_layout()
-    aside = out.with_name(f".{out.name}.writing")
-    figure.savefig(aside, dpi=110, format="png")
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
-    aside.rename(out)
     return True
 
 

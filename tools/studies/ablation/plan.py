@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from mpl_fast.command_line import as_yaml, parse
+from mpl_fast.atomic import write_text
 from mpl_fast.config import RECIPES, RunConfig
+from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
 
 Json = dict[str, Any]
@@ -123,7 +124,7 @@ def _config_file(variant: Variant, config: Path, common: list[str], out: Path) -
     del tree["run_dir"]
     file = out / "configs" / f"{variant.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, yaml.safe_dump(tree, sort_keys=False))
+    write_text(file, yaml.safe_dump(tree, sort_keys=False))
     return file
 
 
@@ -143,10 +144,3 @@ def _result_keys(tree: Json) -> Json:
     """What a result depends on: not on how paths are spelled."""
     data = {k: v for k, v in tree["data"].items() if k != "root"}
     return {k: v for k, v in tree.items() if k != "run_dir"} | {"data": data}
-
-
-def replace(file: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    aside = file.with_name(f".{file.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(file)

@@ -1,12 +1,12 @@
 """Results of an ablation: statistics over seeds, paired differences, and their table."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.studies.ablation.plan import Variant, replace
+from mpl_fast.atomic import write_json, write_text
+from tools.studies.ablation.plan import Variant
 from tools.studies.ablation.run import Result
 
 Json = dict[str, Any]
@@ -44,8 +44,8 @@ def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Js
 def write(out: Path, rows: Sequence[Json], config: str, seeds: int) -> str:
     """Writes ablation.json and ablation.md, each as a whole; returns the table of the latter."""
     text = table(rows, seeds)
-    replace(out / "ablation.json", json.dumps({"config": config, "variants": rows}, indent=1))
-    replace(out / "ablation.md", f"# Ablation of {config}\n\n{text}\n")
+    write_json(out / "ablation.json", {"config": config, "variants": rows})
+    write_text(out / "ablation.md", f"# Ablation of {config}\n\n{text}\n")
     return text
 
 

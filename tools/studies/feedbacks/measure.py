@@ -14,7 +14,7 @@ from mpl_fast.algorithms import Algorithm, build
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, LearnerConfig, MPLConfig
-from mpl_fast.learner import Learner
+from mpl_fast.learner.learner import Learner
 from tools.studies.feedbacks.problems import (
     KINDS,
     LABELED,

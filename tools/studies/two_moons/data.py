@@ -1,7 +1,7 @@
 """Two moons with six labels: the points, and all random choices, drawn before any training.
 
 Every variant has the same labels, initial weights and batches, so differences between two of them
-are paired run by run. (Uniforms of sampled labels: `mpl_fast.draws`, by seed and step.)
+are paired run by run. (Uniforms of sampled labels: `mpl_fast.learner.rng`, by seed and step.)
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ def draw(results: Results, options: Options, path: Path) -> None:
         row[0].text(-0.06, 0.5, f"{setting} labels", rotation=90, fontsize=12, **_outside(row[0]))
     left.supxlabel(_legend(options), fontsize=10, color=INK)
     right.supxlabel("points of accuracy, ± 2 standard errors over label draws", fontsize=10)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, format="png", dpi=100, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 

@@ -24,7 +24,7 @@ from mpl_fast.config import (
     SupervisedConfig,
 )
 from mpl_fast.errors import NonFiniteError
-from mpl_fast.learner import Learner
+from mpl_fast.learner.learner import Learner
 from tools.studies.two_moons.data import (
     SETTINGS,
     Array,
@@ -57,8 +57,6 @@ class RunDifference:
         self.new = self._losses()
         self.h = self._old - self.new  # (R,)
 
-    ask = observe_update
-
     def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
         target = losses.pseudo_labels(view.detach()).label if self._relabel else labels.target
         each_row = self.h.repeat(len(view) // len(self.h))
@@ -70,7 +68,7 @@ class RunDifference:
     def _losses(self) -> Tensor:
         network = self._student.network
         assert isinstance(network, Networks)
-        logits = self._student.judge(self._points)
+        logits = self._student.forward_batch_stats(self._points)
         return (
             F.cross_entropy(logits, self._labels, reduction="none").view(-1, network.runs).mean(0)
         )
@@ -79,19 +77,19 @@ class RunDifference:
 class RunsMPL(MetaPseudoLabels):
     """MPL on many runs at once."""
 
-    def _listen(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
+    def _make_feedback(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
         if self.config.feedback in ("difference", "sampled"):
             return RunDifference(self.student, judging.labeled, judging.labels)
-        return super()._listen(strong, judging)
+        return super()._make_feedback(strong, judging)
 
 
 class RunsSMPL(SelfMetaPseudoLabels):
     """SMPL on many runs at once."""
 
-    def _listen(self, batch: Batch) -> Feedback:
+    def _make_feedback(self, batch: Batch) -> Feedback:
         if self.config.feedback == "difference":
             return RunDifference(self.learner, batch.labeled, batch.labels, relabel=True)
-        return super()._listen(batch)
+        return super()._make_feedback(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +170,13 @@ def algorithm(variant: Variant, runs: Problem, seed: int) -> Algorithm:
         momentum=0.0,
         nesterov=False,
         weight_decay=0.0,
-        clip=0.0,
+        max_grad_norm=0.0,
         warmup=0,
         schedule="constant",
     )
     # Points have no augmentation, so there is no consistency loss.
     shared: dict[str, Any] = {
-        "smoothing": 0.0,
+        "label_smoothing": 0.0,
         "consistency": ConsistencyConfig(weight=0.0, ramp=0),
     }
     starts = iter([runs.teacher, runs.student])  # in the order in which learners are made
@@ -191,7 +189,7 @@ def algorithm(variant: Variant, runs: Problem, seed: int) -> Algorithm:
         return RunsMPL(MPLConfig(teacher=plain, student=plain, **options), new_learner, facts)
     if variant.recipe == "smpl":
         return RunsSMPL(SMPLConfig(learner=plain, **options), new_learner, facts)
-    return build(SupervisedConfig(learner=plain, smoothing=0.0), new_learner, facts)
+    return build(SupervisedConfig(learner=plain, label_smoothing=0.0), new_learner, facts)
 
 
 def _accuracy(weights: Weights, runs: Problem, options: Options) -> Array:
