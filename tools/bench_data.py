@@ -23,8 +23,8 @@ from PIL import Image
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, UserError
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 from tools.bench.report import add_options, publish
 from tools.bench.report import result as form
 from tools.bench_input.clock import rounds
@@ -120,8 +120,8 @@ def _generated(folder: Path) -> Path:
         image = seed.resize((80 + number, 100 - number), Image.Resampling.BICUBIC)
         image.save(folder / "images" / "one" / f"{number}.jpg")
     images = str(folder / "images")
-    division = Division(labeled="8")
-    pack(PackOptions(src=(images,), val=images, out=folder / "rec", division=division, quiet=True))
+    split = SplitOptions(labeled="8")
+    pack(PackOptions(src=(images,), val=images, out=folder / "rec", split=split, quiet=True))
     return folder / "rec"
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mpl_fast.learner.compilation import CACHES
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "mpl_fast" / "train.py"
@@ -151,6 +151,6 @@ def generated(folder: Path, labeled: int, unlabeled: int) -> Path:
         seed = Image.fromarray(chance.integers(0, 256, (8, 8, 3), np.uint8))
         seed.resize((48, 40), Image.Resampling.BICUBIC).save(file)
     train, val, out = str(folder / "train"), str(folder / "val"), folder / "rec"
-    division = Division(labeled=str(2 * ((labeled + 1) // 2)))
-    pack(PackOptions(src=(train,), val=val, out=out, division=division, quiet=True))
+    split = SplitOptions(labeled=str(2 * ((labeled + 1) // 2)))
+    pack(PackOptions(src=(train,), val=val, out=out, split=split, quiet=True))
     return out
