@@ -12,8 +12,8 @@ import pytest
 
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, arguments, environment, rows
-from tools.ablate.picture import curve
-from tools.ablate.plan import Variant, jobs
+from tools.studies.ablation.picture import curve
+from tools.studies.ablation.plan import Variant, jobs
 
 STEPS = 12
 # Of a recipe that starts faster than the config's own.

@@ -120,7 +120,8 @@ def _train(
 def _outcome(result: Result) -> str:
     if not result.summary:
         return f"failed: {result.reason}"
-    return f"top-1 {result.summary['top1']:.2f} % in {result.summary['seconds']:.0f} s of training"
+    top1, seconds = result.summary["top1"], result.summary["train_seconds"]
+    return f"top-1 {top1:.2f} % in {seconds:.0f} s of training"
 
 
 if __name__ == "__main__":

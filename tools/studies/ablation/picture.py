@@ -52,7 +52,7 @@ def curve(folder: Path) -> Curve:
     """The evaluations of a run. Rows of metrics have the seconds of their steps; the time of an
     evaluation between two rows is interpolated."""
     metrics = read(folder)
-    spans = metrics.get("seconds", [])
+    spans = metrics.get("train_seconds", [])
     steps = [0, *(step for step, _ in spans)]
     clock = list(itertools.accumulate((s for _, s in spans), initial=0.0))
     return {step: (_between(step, steps, clock), top1) for step, top1 in metrics["eval/top1"]}

@@ -10,7 +10,7 @@ from tools.studies.ablation.plan import Variant
 from tools.studies.ablation.run import Result
 
 Json = dict[str, Any]
-KEYS = ("top1", "top5", "steps", "seconds", "images_per_second")  # of a run's summary.json
+KEYS = ("top1", "top5", "steps", "train_seconds", "images_per_second")  # of a run's summary.json
 
 
 def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Json]:
@@ -21,7 +21,7 @@ def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Js
         mine = [r for r in results if r.job.variant == variant]
         top1, seconds, rate = (
             [r.summary[key] for r in mine if r.summary]
-            for key in ("top1", "seconds", "images_per_second")
+            for key in ("top1", "train_seconds", "images_per_second")
         )
         row: Json = {
             "variant": variant.name,
@@ -29,7 +29,7 @@ def summarize(variants: Sequence[Variant], results: Sequence[Result]) -> list[Js
             "top1": _mean(top1),
             "top1_sd": _sd(top1),
             **_paired(variant.name, variants[0].name, results),
-            "seconds": _mean(seconds),
+            "train_seconds": _mean(seconds),
             "images_per_second": _mean(rate),
         }
         if variant.against:
@@ -64,7 +64,7 @@ def table(rows: Sequence[Json], seeds: int) -> str:
         gain = "" if row["variant"] == first else _pm(row["gain"], row["gain_se"], "+.2f")
         lines.append(
             f"| {row['variant']} | {_pm(row['top1'], row['top1_sd'], '.2f')} | {gain} | "
-            f"{_number(row['seconds'], '.0f')} | {_number(row['images_per_second'], '.0f')} | "
+            f"{_number(row['train_seconds'], '.0f')} | {_number(row['images_per_second'], '.0f')} | "
             f"{ended} of {seeds}{_failures(row)} |"
         )
     lines.append("")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from tools.studies.ablation.plan import Job
 
 TRAIN = Path(__file__).resolve().parents[3] / "mpl_fast" / "train.py"
@@ -43,7 +44,7 @@ def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
             reason = reason or f"ended with exit code {code}, see {log.name}"
             return Result(job, None, reason, _warnings(log))
     try:
-        summary = json.loads((job.folder / "summary.json").read_text())
+        summary = renamed(json.loads((job.folder / "summary.json").read_text()), METRIC_NAMES)
         return Result(job, summary, warnings=_warnings(log))
     except (OSError, ValueError):
         return Result(job, None, f"ended without a summary, see {log.name}", _warnings(log))
