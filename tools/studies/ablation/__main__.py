@@ -5,6 +5,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpl_fast.config.command_line import fail
@@ -21,9 +22,9 @@ process of mpl_fast/train.py, and compares them: ablation.json, ablation.md and 
 reason in its row, or Ctrl-C."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The table is written after every run, so that a long ablation can be looked at early."""
-    options = _options()
+    options = _options(arguments)
     began = time.perf_counter()
     try:
         variants = _variants(options.variant)
@@ -42,7 +43,7 @@ def main() -> int:
     return int(any(result.summary is None for result in results))
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ablation", description=ABOUT)
     add = parser.add_argument
     add("--rec", type=Path, required=True, help="folder that tools/make_rec.py pack wrote")
@@ -62,7 +63,7 @@ def _options() -> argparse.Namespace:
     )
     add("--steps", type=int, default=0, help="training steps (0: as configured)")
     add("--ranks", type=int, default=1, help="processes of each run")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.steps < 0 or options.ranks < 1 or min(options.seeds) < 0:
         parser.error("--steps and --seeds must be at least 0, --ranks at least 1")
     if len(set(options.seeds)) < len(options.seeds):

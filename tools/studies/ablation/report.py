@@ -62,10 +62,10 @@ def table(rows: Sequence[Json], seeds: int) -> str:
     for row in rows:
         ended = sum(run["failed"] is None for run in row["runs"])
         gain = "" if row["variant"] == first else _pm(row["gain"], row["gain_se"], "+.2f")
+        seconds, rate = (_number(row[key], ".0f") for key in ("train_seconds", "images_per_second"))
         lines.append(
             f"| {row['variant']} | {_pm(row['top1'], row['top1_sd'], '.2f')} | {gain} | "
-            f"{_number(row['train_seconds'], '.0f')} | {_number(row['images_per_second'], '.0f')} | "
-            f"{ended} of {seeds}{_failures(row)} |"
+            f"{seconds} | {rate} | {ended} of {seeds}{_failures(row)} |"
         )
     lines.append("")
     for row in rows:
