@@ -28,6 +28,7 @@ from mpl_fast.learner import Learner
 from tools.bench.step_reference import PlainStep, Settings
 
 Row = dict[str, Tensor]  # float64
+pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "kekmodel_steps.json"
 NORM_MOMENTUM = 0.001  # of that code's batch norm
 SIGNS = {"kekmodel": 1.0, "correct": -1.0}  # of new - old
@@ -341,9 +342,10 @@ def test_the_clipping_of_these_options_is_active_for_both_networks() -> None:
     assert min(float(row["t_grad_norm"]) for row in log) > 0.3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 1000),
+    number=st.integers(0, 3),  # with or without batch norm, with either sign
     changed=st.fixed_dictionaries(
         {
             "D": st.integers(1, 6),
@@ -364,10 +366,12 @@ def test_the_clipping_of_these_options_is_active_for_both_networks() -> None:
         }
     ),
 )
-def test_any_options_agree_with_the_plain_step(seed: int, changed: dict[str, Any]) -> None:
-    for case in drawn(seed, steps=4, **changed):
-        found = differences(ours(case), plain(case), case.cfg)
-        assert max(found.values()) < 1e-10, found
+def test_any_options_agree_with_the_plain_step(
+    seed: int, number: int, changed: dict[str, Any]
+) -> None:
+    case = list(drawn(seed, steps=4, **changed))[number]
+    found = differences(ours(case), plain(case), case.cfg)
+    assert max(found.values()) < 1e-10, found
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """Learning curves of an ablation over steps and over seconds, with bands over seeds."""
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from mpl_fast.atomic import atomic_path
 from mpl_fast.training.curves import read
@@ -27,12 +28,13 @@ def draw(results: Sequence[Result], out: Path) -> bool:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 3.8), sharey=True)
     for number, (name, runs) in enumerate(curves.items()):
-        steps, seconds, mean, spread = _over_seeds(runs)
-        low = [m - s for m, s in zip(mean, spread, strict=True)]
-        high = [m + s for m, s in zip(mean, spread, strict=True)]
+        steps = sorted(set.intersection(*(set(run) for run in runs)))  # that all were evaluated at
+        values = np.array([[run[step] for step in steps] for run in runs])  # (seeds, steps, 2)
+        seconds, top1 = values.mean(0).T
+        sd = values[..., 1].std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
         for axis, x in zip(axes, (steps, seconds), strict=True):
-            axis.plot(x, mean, color=f"C{number}", label=name, marker=".")
-            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+            axis.plot(x, top1, color=f"C{number}", label=name, marker=".")
+            axis.fill_between(x, top1 - sd, top1 + sd, color=f"C{number}", alpha=0.15, linewidth=0)
     axes[0].set(xlabel="step", ylabel="held-out top-1 (%)")
     axes[1].set(xlabel="seconds of training")
     for axis in axes:
@@ -53,23 +55,8 @@ def curve(folder: Path) -> Curve:
     evaluation between two rows is interpolated."""
     metrics = read(folder)
     spans = metrics.get("train_seconds", [])
-    steps = [0, *(step for step, _ in spans)]
+    ends = [0, *(step for step, _ in spans)]
     clock = list(itertools.accumulate((s for _, s in spans), initial=0.0))
-    return {step: (_between(step, steps, clock), top1) for step, top1 in metrics["eval/top1"]}
-
-
-def _between(step: int, steps: Sequence[int], clock: Sequence[float]) -> float:
-    for i in range(1, len(steps)):
-        if step <= steps[i]:
-            share = (step - steps[i - 1]) / max(1, steps[i] - steps[i - 1])
-            return clock[i - 1] + share * (clock[i] - clock[i - 1])
-    return clock[-1]
-
-
-def _over_seeds(runs: Sequence[Curve]) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Steps that all runs were evaluated at, mean seconds, mean and standard deviation of top-1."""
-    steps = sorted(set.intersection(*(set(run) for run in runs)))
-    seconds = [statistics.fmean(run[step][0] for run in runs) for step in steps]
-    top1 = [[run[step][1] for run in runs] for step in steps]
-    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in top1]
-    return steps, seconds, [statistics.fmean(values) for values in top1], spread
+    return {
+        step: (float(np.interp(step, ends, clock)), top1) for step, top1 in metrics["eval/top1"]
+    }

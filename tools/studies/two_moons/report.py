@@ -12,7 +12,6 @@ from tools.studies.two_moons.training import (
     RATE,
     Result,
     Results,
-    Spread,
     gain,
     spread,
     teacher_gain,
@@ -30,10 +29,7 @@ def as_json(results: Results, options: Options) -> str:
         "format": FORMAT,
         "settings": settings | {"network": list(WIDTHS)},
         "versions": versions("torch", "numpy", "scikit-learn"),
-        "results": {
-            setting: {name: _row(found, name) for name in _reported(found, options)}
-            for setting, found in results.items()
-        },
+        "results": {setting: _rows(found, options) for setting, found in results.items()},
     }
     return json.dumps(whole, indent=1) + "\n"
 
@@ -49,7 +45,7 @@ def as_markdown(results: Results, options: Options) -> str:
     ]
     for setting, found in results.items():
         lines += ["", f"### {setting} labels", "", HEAD, "| --- | --- | --- | --- | --- | --- |"]
-        lines += [_line(found, name) for name in _reported(found, options)]
+        lines += [_line(row) for row in _rows(found, options).values()]
     return "\n".join(lines) + "\n"
 
 
@@ -58,47 +54,47 @@ def brief(found: Mapping[Setting, Result]) -> str:
     return ", ".join(f"{name} {result.accuracy.mean():.1f} %" for name, result in found.items())
 
 
-def _reported(found: Mapping[str, Result], options: Options) -> list[str]:
-    """Not a variant that was to stop early but had no fewer steps than the others."""
+def _rows(found: Mapping[str, Result], options: Options) -> dict[str, dict[str, Any]]:
+    """By variant, without those that were to stop early but had no fewer steps than the others."""
     stops = {name: VARIANTS[name].stop for name in found}
-    return [name for name, stop in stops.items() if stop is None or stop < options.steps]
+    return {
+        name: _row(found, name)
+        for name, stop in stops.items()
+        if stop is None or stop < options.steps
+    }
 
 
 def _row(found: Mapping[str, Result], name: str) -> dict[str, Any]:
     variant, result, teacher = VARIANTS[name], found[name], found[name].teacher_accuracy
-    difference, teacher_difference = gain(found, name), teacher_gain(found, name)
+    spreads = {
+        "accuracy": spread(result.accuracy),
+        "difference": gain(found, name),
+        "teacher_accuracy": None if teacher is None else spread(teacher),
+        "teacher_difference": teacher_gain(found, name),
+    }
     return {
         "title": variant.title,
         "recipe": {"algorithm": variant.recipe, "stop": variant.stop, **variant.options},
         "baseline": variant.baseline,
-        "accuracy": asdict(spread(result.accuracy)),
-        "difference": asdict(difference) if difference else None,
-        "teacher_accuracy": asdict(spread(teacher)) if teacher is not None else None,
-        "teacher_difference": asdict(teacher_difference) if teacher_difference else None,
+        **{key: asdict(value) if value else None for key, value in spreads.items()},
         "runs": result.accuracy.round(2).tolist(),
-        "teacher_runs": teacher.round(2).tolist() if teacher is not None else None,
+        "teacher_runs": None if teacher is None else teacher.round(2).tolist(),
     }
 
 
-def _line(found: Mapping[str, Result], name: str) -> str:
-    variant, result = VARIANTS[name], found[name]
-    teacher = result.teacher_accuracy
-    cells = [
-        variant.title,
-        _mean(spread(result.accuracy)),
-        _signed(gain(found, name)),
-        VARIANTS[variant.baseline].title if variant.baseline else "",
-        _mean(spread(teacher)) if teacher is not None else "",
-        _signed(teacher_gain(found, name)),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mean(value: Spread) -> str:
-    return f"{value.mean:.1f} ± {value.sd:.1f}"
-
-
-def _signed(value: Spread | None) -> str:
-    if value is None:
-        return ""
-    return f"{value.mean:+.2f} ± {value.se_runs:.2f} ± {value.se_draws:.2f}"
+def _line(row: Mapping[str, Any]) -> str:
+    mean = "{mean:.1f} ± {sd:.1f}"
+    signed = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
+    accuracy, difference, teacher, teacher_difference = (
+        form.format(**row[key]) if row[key] else ""
+        for key, form in (
+            ("accuracy", mean),
+            ("difference", signed),
+            ("teacher_accuracy", mean),
+            ("teacher_difference", signed),
+        )
+    )
+    to = VARIANTS[row["baseline"]].title if row["baseline"] else ""
+    return (
+        f"| {row['title']} | {accuracy} | {difference} | {to} | {teacher} | {teacher_difference} |"
+    )
