@@ -1,4 +1,4 @@
-"""Which runs an ablation consists of: variants of one config, each with every seed."""
+"""The runs of an ablation: variants of one config, each with every seed."""
 
 import dataclasses
 import json
@@ -8,27 +8,25 @@ from typing import Any
 
 import yaml
 
+from mpl_fast.atomic import write_text
 from mpl_fast.config import RECIPES, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
 
 Json = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, and options of train.py as ``key=value`` that set it apart from the config.
-
-    `against`: a variant that it is compared with besides the first one.
-    """
+    """A name, and the options of train.py as ``key=value`` in which it differs from the config."""
 
     name: str
     settings: tuple[str, ...]
     against: str = ""
+    """A variant that it is compared with, besides the first one."""
 
 
-# The feedbacks, and as anchors what their teacher is without a student and without unlabeled
+# The feedbacks, and for reference their teacher's losses without a student and without unlabeled
 # images. Feedback exact has soft labels, so it differs from off in two things.
 DEFAULTS = (
     Variant("off", ("algorithm.feedback=off",)),
@@ -52,21 +50,20 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """For messages."""
         return f"{self.variant.name}, seed {self.seed}"
 
     @property
     def complete(self) -> bool:
-        """Whether this very run has ended already, which its folder knows."""
+        """Whether its folder holds this very run to its end."""
         wanted = yaml.safe_load(as_yaml(self.config))
         try:
             summary = json.loads((self.folder / "summary.json").read_text())
             config = yaml.safe_load((self.folder / "config.yaml").read_text())
-            return _result_keys(config) == _result_keys(wanted) and (
-                summary["steps"] == config["steps"]
-            )
+            same = _result_keys(config) == _result_keys(wanted)
+            return same and bool(summary["steps"] == config["steps"])
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            return False  # train.py says what is wrong, or goes on
+            return False  # train.py reports what is wrong, or resumes
 
 
 def jobs(
@@ -81,20 +78,22 @@ def jobs(
         _refuse_common(variant, steps)
     common = ["--data.root", str(rec), *(["--steps", str(steps)] if steps else [])]
     files = {v.name: _config_file(v, config, common, out) for v in variants}
-    found = []
-    for seed in seeds:
-        for variant in variants:
-            folder = out / variant.name / f"seed{seed}"
-            arguments = ["--config", str(files[variant.name]), *common]
-            arguments += [f"--{s}" for s in variant.settings if not s.startswith("recipe=")]
-            arguments += ["--run-dir", str(folder), "--seed", str(seed)]
-            parsed = _parsed(variant, arguments)
-            found.append(Job(variant, seed, folder, tuple(arguments), parsed))
-    return found
+    return [
+        _job(variant, seed, ["--config", str(files[variant.name]), *common], out)
+        for seed in seeds
+        for variant in variants
+    ]
+
+
+def _job(variant: Variant, seed: int, arguments: list[str], out: Path) -> Job:
+    folder = out / variant.name / f"seed{seed}"
+    own = [f"--{s}" for s in variant.settings if not s.startswith("recipe=")]
+    whole = [*arguments, *own, "--run-dir", str(folder), "--seed", str(seed)]
+    return Job(variant, seed, folder, tuple(whole), _parsed(variant, whole))
 
 
 def _refuse_common(variant: Variant, steps: int) -> None:
-    """Seeds would no longer pair the runs, nor would variants share records and folders."""
+    """Without these, seeds would no longer pair the runs, nor variants share records."""
     options = {"seed": "--seeds", "run_dir": "--out", "data.root": "--rec", "config": "--config"}
     if steps:
         options["steps"] = "--steps"
@@ -112,7 +111,7 @@ def _parsed(variant: Variant, arguments: list[str]) -> RunConfig:
 
 
 def _config_file(variant: Variant, config: Path, common: list[str], out: Path) -> Path:
-    """The given config, or one of another recipe with as much of it as that recipe knows."""
+    """The given config, or one of another recipe with as much of it as that recipe has."""
     recipes = [s.partition("=")[2] for s in variant.settings if s.startswith("recipe=")]
     base = _parsed(variant, ["--config", str(config), *common, "--run-dir", str(out)])
     if not recipes or recipes[-1] == base.recipe:
@@ -125,30 +124,23 @@ def _config_file(variant: Variant, config: Path, common: list[str], out: Path) -
     del tree["run_dir"]
     file = out / "configs" / f"{variant.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, yaml.safe_dump(tree, sort_keys=False))
+    write_text(file, yaml.safe_dump(tree, sort_keys=False))
     return file
 
 
 def _carried_over(algorithm: Json, recipe: str) -> Json:
     """The settings that `recipe` has too; a single network is trained as the teacher was, and
     averaged, as the student was, for evaluation."""
-    known = [field.name for field in dataclasses.fields(RECIPES[recipe])]
     settings = dict(algorithm)
     if "teacher" in algorithm:
         settings["learner"] = algorithm["teacher"] | {"ema": algorithm["student"]["ema"]}
     elif "learner" in algorithm:
         settings["teacher"] = settings["student"] = algorithm["learner"]
-    return {name: settings[name] for name in known if name in settings}
+    names = [field.name for field in dataclasses.fields(RECIPES[recipe])]
+    return {name: settings[name] for name in names if name in settings}
 
 
 def _result_keys(tree: Json) -> Json:
     """What a result depends on: not on how paths are spelled."""
     data = {k: v for k, v in tree["data"].items() if k != "root"}
     return {k: v for k, v in tree.items() if k != "run_dir"} | {"data": data}
-
-
-def replace(file: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    aside = file.with_name(f".{file.name}.writing")
-    aside.write_text(text, encoding="utf-8")
-    aside.rename(file)

@@ -1,6 +1,6 @@
 """Random tiny problems in float64, and the teacher's gradient of a feedback in each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,18 +13,18 @@ from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, LearnerConfig, MPLConfig
-from mpl_fast.learner import Learner
+from mpl_fast.learner.learner import Learner
 
 FEATURES, HIDDEN, CLASSES, LABELED = 6, 8, 4, 8
 RATE = 0.1  # of the student; the teacher's is 1, so that its step is its gradient
-WEIGHT = 1000.0  # of the feedback: large beside the rest of the teacher's loss, which is taken off
+WEIGHT = 1000.0  # of the feedback: large beside the rest of the teacher's loss, which is subtracted
 BASELINE = 0.9
 PLAIN = LearnerConfig(
     momentum=0.0, nesterov=False, weight_decay=0.0, max_grad_norm=0.0, warmup=0, schedule="constant"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Kind:
     """A feedback as it is measured."""
 
@@ -33,40 +33,32 @@ class Kind:
     drawn: bool = False  # labels are random
 
     def share(self, unlabeled: int) -> float:
-        """What its expectation is of the exact gradient, if its labels are drawn."""
+        """Expectation of the gradient, as a multiple of the exact one, if labels are drawn."""
         mean: float = 1.0 / unlabeled if self.options["feedback"] == "sampled" else 1.0
-        # The moving average takes in a share of the very difference that it is subtracted from.
+        # The moving average includes a share of the difference that it is subtracted from.
         return mean * float(self.options.get("baseline", 1.0))
 
 
+def _kind(title: str, feedback: str, drawn: bool = False, **options: Any) -> Kind:
+    return Kind(title, {"feedback": feedback, **options}, drawn)
+
+
 KINDS: dict[str, Kind] = {
-    "off": Kind(title="off", options={"feedback": "off"}),
-    "difference": Kind(title="difference, arg-max labels", options={"feedback": "difference"}),
-    "sampled": Kind(title="sampled", options={"feedback": "sampled"}, drawn=True),
-    "sampled_baseline": Kind(
-        title=f"sampled, baseline {BASELINE}",
-        options={"feedback": "sampled", "baseline": BASELINE},
-        drawn=True,
-    ),
-    "per_example": Kind(
-        title="per_example",
-        options={"feedback": "per_example", "derivative": "forward"},
-        drawn=True,
-    ),
-    "exact": Kind(
-        title="exact, forward mode", options={"feedback": "exact", "derivative": "forward"}
-    ),
-    "exact_central": Kind(
-        title="exact, central difference", options={"feedback": "exact", "derivative": "central"}
-    ),
-    "parity_kekmodel": Kind(title="parity_kekmodel", options={"feedback": "parity_kekmodel"}),
-    "parity_google": Kind(title="parity_google", options={"feedback": "parity_google"}),
+    "off": _kind("off", "off"),
+    "difference": _kind("difference, arg-max labels", "difference"),
+    "sampled": _kind("sampled", "sampled", True),
+    "sampled_baseline": _kind(f"sampled, baseline {BASELINE}", "sampled", True, baseline=BASELINE),
+    "per_example": _kind("per_example", "per_example", True, derivative="forward"),
+    "exact": _kind("exact, forward mode", "exact", derivative="forward"),
+    "exact_central": _kind("exact, central difference", "exact", derivative="central"),
+    "parity_kekmodel": _kind("parity_kekmodel", "parity_kekmodel"),
+    "parity_google": _kind("parity_google", "parity_google"),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A batch, and the seed of the two networks' weights and what multiplies them."""
+    """A batch; the seed of the two networks' weights, and a factor of those."""
 
     batch: Batch
     seed: int
@@ -74,7 +66,7 @@ class Problem:
 
 
 def problem(seed: int, number: int, unlabeled: int, scale: float) -> Problem:
-    """Normal features, uniform labels, and strong views that are weak ones with noise."""
+    """Normal features, uniform labels; strong views are weak ones with noise."""
     own = (seed * 100_003 + number) * 1009 + unlabeled
     g = torch.Generator().manual_seed(own)
     labeled, weak, noise = (
@@ -113,19 +105,19 @@ def algorithm(kind: Kind, of: Problem) -> MetaPseudoLabels:
 def gradients(kind: Kind, of: Problem, draws: int) -> Iterator[Tensor]:
     """The teacher's gradient of the feedback term ``(P,)`` for each of several draws of labels.
 
-    It is how else the teacher's weights are after a whole step of the algorithm with the feedback
-    and without it.
+    It is the difference between the teacher's weights after a whole step of the algorithm without
+    the feedback and with it.
     """
-    taught = algorithm(kind, of)
-    start = {name: learner.weights() for name, learner in taught.learners.items()}
+    made = algorithm(kind, of)
+    start = {name: learner.weights() for name, learner in made.learners.items()}
 
     def after_step(weight: float, t: int) -> Tensor:
-        for name, learner in taught.learners.items():
+        for name, learner in made.learners.items():
             with torch.no_grad():
                 torch._foreach_copy_(learner.parameters, start[name])
-        taught.config = replace(taught.config, feedback_weight=weight)
-        train_step(taught, of.batch, t)
-        return _flat(taught.teacher.weights())
+        made.config = replace(made.config, feedback_weight=weight)
+        train_step(made, of.batch, t)
+        return _flat(made.teacher.weights())
 
     without = after_step(0.0, 0)
     for t in range(draws):
@@ -135,19 +127,19 @@ def gradients(kind: Kind, of: Problem, draws: int) -> Iterator[Tensor]:
 def meta_gradient(of: Problem) -> Tensor:
     """d (labeled loss after the student's step) / d (teacher's weights), ``(P,)``, by autograd.
 
-    Soft labels; second derivatives and all. Nothing of `mpl_fast.algorithms` but the first weights.
+    Soft labels; second derivatives included. Of `mpl_fast.algorithms` only the initial weights.
     """
     made, batch = algorithm(KINDS["off"], of), of.batch
     teacher, student = made.teacher.network, made.student.network
     names, weights = zip(*student.named_parameters(), strict=True)
     labels = teacher(batch.weak).softmax(-1)
-    lesson = -(labels * student(batch.strong).log_softmax(-1)).sum(-1).mean()
-    slope = torch.autograd.grad(lesson, weights, create_graph=True)
-    moved = {n: w.detach() - RATE * g for n, w, g in zip(names, weights, slope, strict=True)}
+    loss = -(labels * student(batch.strong).log_softmax(-1)).sum(-1).mean()
+    grads = torch.autograd.grad(loss, weights, create_graph=True)
+    moved = {n: w.detach() - RATE * g for n, w, g in zip(names, weights, grads, strict=True)}
     logits = torch.func.functional_call(student, moved, (batch.labeled,))
-    loss = F.cross_entropy(logits, batch.labels)
-    return _flat(torch.autograd.grad(loss, list(teacher.parameters())))
+    after = F.cross_entropy(logits, batch.labels)
+    return _flat(torch.autograd.grad(after, list(teacher.parameters())))
 
 
-def _flat(tensors: "list[Tensor] | tuple[Tensor, ...]") -> Tensor:
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])

@@ -1,76 +1,73 @@
-"""What was measured of the feedbacks, as numbers (JSON) and as tables (Markdown)."""
+"""Measurements of the feedbacks as JSON and as Markdown tables."""
 
 import json
-import platform
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import mpl_fast
-from mpl_fast.experiments.feedbacks_measure import CLOCKED, Nearness, Options
-from mpl_fast.experiments.feedbacks_problems import CLASSES, FEATURES, HIDDEN, KINDS, LABELED, RATE
+from tools.studies.command import versions
+from tools.studies.feedbacks.measure import TIMED, Nearness, Options, Passes, relative
+from tools.studies.feedbacks.problems import CLASSES, FEATURES, HIDDEN, KINDS, LABELED, RATE
 
-FORMAT = "mpl_fast.feedbacks/1"
+FORMAT = "mpl_fast.feedbacks/2"
+HEADS = (
+    "| feedback | mean cosine(g, e) | cosine > 0 | error or noise, relative | size |",
+    "| feedback | teacher, all views | student: unlabeled | labeled | both together |",
+    "| feedback | time of a step, median (quartiles) |",
+)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything, by the feedback's name."""
+    """All measurements, by the feedback's name."""
 
     nearness: Mapping[str, Mapping[int, Nearness]]  # by unlabeled images
-    passes: Mapping[str, Mapping[str, Mapping[str, Mapping[str, int]]]]  # network, what, rows
-    relative: Mapping[str, Mapping[str, float]]
-    seconds_off: float  # median of a step without feedback
+    passes: Mapping[str, Mapping[str, Passes]]  # by network
+    seconds: Mapping[str, list[float]]  # of a step, one a round
     threads: int
+
+    @property
+    def seconds_off(self) -> float:
+        """Median of a step without feedback."""
+        return statistics.median_high(self.seconds["off"])
 
 
 def as_json(results: Results, options: Options) -> str:
     """Settings, versions and all numbers."""
-    import torch
-
+    network = {"network": [FEATURES, HIDDEN, CLASSES], "labeled": LABELED, "rate": RATE}
+    timed = {"timed": TIMED, "threads": results.threads}
     whole = {
         "format": FORMAT,
-        "settings": asdict(options)
-        | {"network": [FEATURES, HIDDEN, CLASSES], "labeled": LABELED, "rate": RATE}
-        | {"clocked": CLOCKED, "threads": results.threads},
-        "versions": {
-            "mpl_fast": mpl_fast.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        },
+        "settings": asdict(options) | network | timed,
+        "versions": versions("torch"),
         "nearness": {
             name: {str(size): asdict(row) for size, row in rows.items()}
             for name, rows in results.nearness.items()
         },
         "passes": results.passes,
-        "time": {"relative": results.relative, "seconds_off": results.seconds_off},
+        "time": {"relative": relative(results.seconds), "seconds_off": results.seconds_off},
     }
     return json.dumps(whole, indent=1) + "\n"
 
 
 def as_markdown(results: Results, options: Options) -> str:
-    """Three tables, with what they mean above each."""
+    """Three tables, each below its explanation."""
+    rules = [f"| {' | '.join(['---'] * (head.count('|') - 1))} |" for head in HEADS]
     rows = [
         _problems(options),
-        "",
-        "| feedback | mean cosine(g, e) | cosine > 0 | error or noise, relative | size |",
-        "| --- | --- | --- | --- | --- |",
-        *(_nearness(name, results.nearness[name]) for name in results.nearness),
+        *("", HEADS[0], rules[0]),
+        *(_nearness(name, list(rows.values())) for name, rows in results.nearness.items()),
         "",
         "Error: mean of |g - e| / |e|. Noise: standard deviation of g over draws / length of what "
         "it should be on average, which for sampled is e / B_u; median over problems. Size: the "
         "mean of g along that, ± standard error over problems; 1 is no bias.",
         "",
         "Passes of one step, forward / backward (+ forward with a derivative):",
-        "",
-        "| feedback | teacher, all views | student: unlabeled | labeled | both together |",
-        "| --- | --- | --- | --- | --- |",
-        *(_passes(name, results.passes[name]) for name in results.passes),
-        "",
-        _clock(results, options),
-        "",
-        "| feedback | time of a step, median (quartiles) |",
-        "| --- | --- |",
-        *(_time(name, row) for name, row in results.relative.items()),
+        *("", HEADS[1], rules[1]),
+        *(_passes(name, counted) for name, counted in results.passes.items()),
+        *("", _timed(results, options)),
+        *("", HEADS[2], rules[2]),
+        *(_time(name, row) for name, row in relative(results.seconds).items()),
     ]
     return "\n".join(rows) + "\n"
 
@@ -86,44 +83,43 @@ def _problems(options: Options) -> str:
     )
 
 
-def _nearness(name: str, rows: Mapping[int, Nearness]) -> str:
+def _nearness(name: str, rows: list[Nearness]) -> str:
     def each(values: list[str]) -> str:
         return " / ".join(values) if len(set(values)) > 1 else values[0]
 
-    found = list(rows.values())
     spread = [
         f"error {row.error:.2g}" if row.error is not None else f"noise {row.noise:.2g}"
-        for row in found
+        for row in rows
     ]
     sizes = [
-        "" if row.size is None else f"{row.size:.2f} ± {row.size_error or 0.0:.2f}" for row in found
+        "" if row.size is None else f"{row.size:.2f} ± {row.size_error or 0.0:.2f}" for row in rows
     ]
     cells = [
         KINDS[name].title,
-        each([f"{row.cosine:+.2f}" for row in found]),
-        each([f"{100 * row.positive:.0f} %" for row in found]),
+        each([f"{row.cosine:+.2f}" for row in rows]),
+        each([f"{100 * row.positive:.0f} %" for row in rows]),
         each(spread),
         each(sizes),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _passes(name: str, counted: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+def _passes(name: str, counted: Mapping[str, Passes]) -> str:
     def cell(network: str, rows: str) -> str:
-        what = counted[network]
-        text = f"{what['forward'].get(rows, 0)} / {what['backward'].get(rows, 0)}"
-        return text + (f" + {what['tangent'][rows]}" if rows in what["tangent"] else "")
+        passes = counted[network]
+        text = f"{passes['forward'][rows]} / {passes['backward'][rows]}"
+        return text + (f" + {passes['jvp'][rows]}" if rows in passes["jvp"] else "")
 
     student = [cell("student", rows) for rows in ("unlabeled", "labeled", "together")]
     return "| " + " | ".join([KINDS[name].title, cell("teacher", "together"), *student]) + " |"
 
 
-def _clock(results: Results, options: Options) -> str:
+def _timed(results: Results, options: Options) -> str:
     return (
         f"Time of a step as a multiple of feedback off in the same round, {options.rounds} rounds "
         "in which the feedbacks take turns: a convolutional network of two layers with batch norm, "
-        f"float32, {CLOCKED['labeled']} labeled and {CLOCKED['unlabeled']} unlabeled images of "
-        f"{CLOCKED['side']} x {CLOCKED['side']} pixels, CPU, {results.threads} thread(s); a step "
+        f"float32, {TIMED['labeled']} labeled and {TIMED['unlabeled']} unlabeled images of "
+        f"{TIMED['side']} x {TIMED['side']} pixels, CPU, {results.threads} thread(s); a step "
         f"without feedback took {1000 * results.seconds_off:.1f} ms. The machine may have been "
         "shared: read the quartiles."
     )

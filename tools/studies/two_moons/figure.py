@@ -1,4 +1,4 @@
-"""Decision regions of a few contestants, and what every feedback did, as one picture."""
+"""One figure: decision regions of a few variants, and the effect of every feedback."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from mpl_fast.experiments.moons_contestants import CONTESTANTS, Labeled
-from mpl_fast.experiments.moons_data import Array, Options, Problem, problem
-from mpl_fast.experiments.moons_nets import chosen, predict
-from mpl_fast.experiments.moons_study import Result, Results, Spread, gain
+from tools.studies.two_moons.data import Array, Options, Problem, problem
+from tools.studies.two_moons.networks import chosen, predict
+from tools.studies.two_moons.training import Result, Results, Spread, gain
+from tools.studies.two_moons.variants import VARIANTS
 
 MAPS = ("labeled", "mpl_off", "mpl_difference", "mpl_exact", "smpl_difference")
 BLUE, ORANGE = "#2f6db5", "#d97a1c"  # the two classes
@@ -23,7 +23,7 @@ WIDEST = 5.0  # points of accuracy that the differences' axis reaches at most, e
 def draw(results: Results, options: Options, path: Path) -> None:
     """Writes a PNG: a row for each setting, of maps and of differences.
 
-    A map shows one label draw, that with the median accuracy of the first contestant on its left:
+    A map shows one label draw, that with the median accuracy of the first variant of the row:
     the color is the share of that draw's initial weights that choose a class.
     """
     import matplotlib
@@ -44,25 +44,25 @@ def draw(results: Results, options: Options, path: Path) -> None:
         for place, name in zip(row, names, strict=True):
             place.set_axis_off()
             if name in found:
-                _map(place, found[name], data, range(run, run + options.inits))
+                _map(place, found[name], data, slice(run, run + options.inits))
                 place.set_title(f"{_short(name)}\n{found[name].accuracy.mean():.1f} %", fontsize=11)
         axis.set_title(f"{setting} labels: feedback minus no feedback", fontsize=11)
         _differences(axis, found)
         row[0].text(-0.06, 0.5, f"{setting} labels", rotation=90, fontsize=12, **_outside(row[0]))
     left.supxlabel(_legend(options), fontsize=10, color=INK)
     right.supxlabel("points of accuracy, ± 2 standard errors over label draws", fontsize=10)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, format="png", dpi=100, pil_kwargs={"optimize": True})
     pyplot.close(figure)
 
 
 def _mapped(found: Mapping[str, Result]) -> list[str]:
-    """The contestants with a map: the usual ones, or the first few of another choice."""
+    """The variants with a map: the usual ones, or the first few of another choice."""
     usual = [name for name in MAPS if name in found]
     return usual if len(usual) > 1 else list(found)[: len(MAPS)]
 
 
 def _short(name: str) -> str:
-    return CONTESTANTS[name].title.replace(" (old - new)", "")
+    return VARIANTS[name].title.replace(" (old - new)", "")
 
 
 def _outside(axis: Any) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def _median_draw(accuracy: Array) -> int:
     return int(means.argsort(kind="stable")[len(means) // 2])
 
 
-def _map(axis: Any, result: Result, data: Problem, runs: range) -> None:
+def _map(axis: Any, result: Result, data: Problem, runs: slice) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     colors = LinearSegmentedColormap.from_list("sides", ["#b9d0ec", "#ffffff", "#f6d3ac"])
     across = torch.linspace(*X, CELLS, dtype=torch.float64)
     up = torch.linspace(*Y, CELLS, dtype=torch.float64)
     grid = torch.cartesian_prod(up, across).flip(1)  # (CELLS * CELLS, 2), x first
-    share = predict(chosen(result.networks.student, runs), grid).double().mean(0)
+    share = predict(chosen(result.weights, runs), grid).double().mean(0)
     share = share.reshape(CELLS, CELLS)
     axis.imshow(
         share, origin="lower", extent=(*X, *Y), cmap=colors, vmin=0, vmax=1, interpolation="nearest"
@@ -99,14 +99,14 @@ def _map(axis: Any, result: Result, data: Problem, runs: range) -> None:
     for label, color, marker in ((0, BLUE, "o"), (1, ORANGE, "^")):
         cloud = data.points[some][data.truth[some] == label]
         axis.scatter(*cloud.T, s=5, color=color, alpha=0.5, linewidths=0)
-        known = data.labeled[runs[0]][data.labels[runs[0]] == label]
+        known = data.labeled[runs.start][data.labels[runs.start] == label]
         axis.scatter(*known.T, s=75, marker=marker, color=color, edgecolors="black", zorder=3)
     axis.set(xlim=X, ylim=Y)
 
 
 def _differences(axis: Any, found: Mapping[str, Result]) -> None:
-    heard = [name for name in found if _has_feedback(name)]
-    bars = [(name, bar) for name in heard if (bar := gain(found, name))]
+    names = [name for name in found if VARIANTS[name].has_feedback]
+    bars = [(name, bar) for name in names if (bar := gain(found, name))]
     ends = [abs(bar.mean) + 2 * bar.se_draws for _, bar in bars]
     reach = min(max([1.08 * end for end in ends], default=1.0), WIDEST) or 1.0
     axis.axvline(0, color=INK, linewidth=1)
@@ -129,13 +129,8 @@ def _bar(axis: Any, place: int, bar: Spread, reach: float) -> None:
     else:  # beyond the axis: an arrow at its end
         side = 1 if bar.mean > 0 else -1
         axis.plot(0.97 * side * reach, place, marker=">" if side > 0 else "<", color=color)
-    told = f"{bar.mean:+.2f} ± {2 * bar.se_draws:.2f}"
+    text = f"{bar.mean:+.2f} ± {2 * bar.se_draws:.2f}"
     beside = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axis.annotate(
-        told, (1.0, place), xytext=(6, 0), va="center", fontsize=9.5, color=color, **beside
+        text, (1.0, place), xytext=(6, 0), va="center", fontsize=9.5, color=color, **beside
     )
-
-
-def _has_feedback(name: str) -> bool:
-    recipe = CONTESTANTS[name].recipe
-    return not isinstance(recipe, Labeled) and recipe.feedback != "off"

@@ -1,7 +1,7 @@
-"""Two moons with six labels: the points, and all that chance decides, drawn before any training.
+"""Two moons with six labels: the points, and all random choices, drawn before any training.
 
-Every contestant meets the same labels, initial weights, batches and uniforms, so that whatever
-differs between two of them is theirs.
+Every variant has the same labels, initial weights and batches, so differences between two of them
+are paired run by run. (Uniforms of sampled labels: `mpl_fast.learner.rng`, by seed and step.)
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpl_fast.experiments.moons_nets import WIDTHS, Net
+from mpl_fast.batch import Batch
+from tools.studies.two_moons.networks import WIDTHS, Weights, as_rows
 
 Setting = Literal["3/3", "5/1"]
-Places = Literal["spread", "random"]
 SETTINGS: dict[Setting, tuple[int, int]] = {"3/3": (3, 3), "5/1": (5, 1)}
 POINTS, NOISE, BATCH = 2000, 0.2, 16  # 6 of the points have a label
 
@@ -25,15 +25,15 @@ Array = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command was asked for."""
+    """Size and seed of the study."""
 
     draws: int = 20
     inits: int = 10
     steps: int = 1000
     seed: int = 0
-    labels: Places = "spread"
-    """spread: where the published notebook has them, evenly along each moon, plus noise; a single
-    label of a moon is then always near its tip. random: any six of the points."""
+    labels: Literal["spread", "random"] = "spread"
+    """spread: as in the published notebook, evenly along each moon, plus noise; a single label of
+    a moon is then always near its tip. random: any six of the points."""
 
     @property
     def runs(self) -> int:
@@ -45,34 +45,38 @@ class Problem(NamedTuple):
     """R runs of one setting, or of several one after the other."""
 
     points: Tensor  # (P, 2) float64
-    truth: Tensor  # (P,) int64; only the contestant with all labels learns from it
-    labeled: Tensor  # (R, 6, 2) float64
+    truth: Tensor  # (P,) int64; only the variant with all labels learns it
+    labeled: Tensor  # (R, 6, 2) float64; the last two: the last label of each class
     labels: Tensor  # (R, 6) int64
-    batches: Tensor  # (steps, R, 16) int64, rows of `points` that have no label
-    uniforms: Tensor  # (steps, R, 16) float64, for sampled pseudo labels
-    teacher: Net  # also the start of every contestant with one network
-    student: Net
-    unseen: Tensor  # (2000, 2) float64, what accuracy is measured on
+    batches: Tensor  # (steps, R, 16) int64, rows of `points` without a label
+    teacher: Weights  # initial; also those of variants with one network
+    student: Weights
+    unseen: Tensor  # (2000, 2) float64, for accuracy
     unseen_truth: Tensor  # (2000,) int64
+
+    def batch(self, t: int, all_labels: bool = False) -> Batch:
+        """Step t's batch; weak and strong views are the points themselves."""
+        rows = as_rows(self.batches[t])
+        points, truth = self.points[rows], self.truth[rows]
+        if all_labels:
+            return Batch(points, truth, points, points, truth)
+        return Batch(as_rows(self.labeled), as_rows(self.labels), points, points, truth)
 
 
 def problem(setting: Setting, options: Options) -> Problem:
-    """Everything that is the same for every contestant. Both settings have the same points, weights
-    and uniforms."""
+    """The runs of a setting. Both settings have the same points and initial weights."""
     labeled, labels, points, truth, free = _six_labels(setting, options)
     unseen, unseen_truth = _moons(_state(options.seed, 1), (POINTS // 2, POINTS // 2))
     shape = (options.steps, options.draws, options.inits * BATCH)
-    places = _chance(options.seed, 3).integers(free.shape[1], size=shape)
-    batches = np.take_along_axis(free[None], places, 2)
-    uniforms = _chance(options.seed, 4).random((options.steps, options.runs, BATCH))
-    weights = _chance(options.seed, 5)
+    picked = _generator(options.seed, 3).integers(free.shape[1], size=shape)
+    batches = np.take_along_axis(free[None], picked, 2)
+    weights = _generator(options.seed, 5)
     return Problem(
         points=torch.from_numpy(points),
         truth=torch.from_numpy(truth),
         labeled=torch.from_numpy(labeled).repeat_interleave(options.inits, 0),
         labels=torch.from_numpy(labels).repeat_interleave(options.inits, 0),
-        batches=torch.from_numpy(batches.reshape(uniforms.shape)),
-        uniforms=torch.from_numpy(uniforms),
+        batches=torch.from_numpy(batches.reshape(options.steps, options.runs, BATCH)),
         teacher=_initial(weights, options.runs),
         student=_initial(weights, options.runs),
         unseen=torch.from_numpy(unseen),
@@ -87,18 +91,17 @@ def stacked(problems: Sequence[Problem]) -> Problem:
         labeled=torch.cat([p.labeled for p in problems]),
         labels=torch.cat([p.labels for p in problems]),
         batches=torch.cat([p.batches for p in problems], 1),
-        uniforms=torch.cat([p.uniforms for p in problems], 1),
-        teacher=Net(*map(torch.cat, zip(*(p.teacher for p in problems), strict=True))),
-        student=Net(*map(torch.cat, zip(*(p.student for p in problems), strict=True))),
+        teacher=[*map(torch.cat, zip(*(p.teacher for p in problems), strict=True))],
+        student=[*map(torch.cat, zip(*(p.student for p in problems), strict=True))],
     )
 
 
-def _chance(seed: int, stream: int) -> np.random.Generator:
+def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream])
 
 
 def _state(seed: int, stream: int) -> np.random.RandomState:
-    return np.random.RandomState(_chance(seed, stream).integers(2**32))
+    return np.random.RandomState(_generator(seed, stream).integers(2**32))
 
 
 def _moons(state: np.random.RandomState, numbers: tuple[int, int]) -> tuple[Array, Array]:
@@ -110,17 +113,18 @@ def _moons(state: np.random.RandomState, numbers: tuple[int, int]) -> tuple[Arra
 
 
 def _six_labels(setting: Setting, options: Options) -> tuple[Array, Array, Array, Array, Array]:
-    """Labeled points (draws, 6, 2) and labels (draws, 6), class 0 first; all points (P, 2), classes
-    (P,) and each draw's rows without a label (draws, 1994)."""
+    """Labeled points (draws, 6, 2) and labels (draws, 6), all points (P, 2), classes (P,), and each
+    draw's rows without a label (draws, 1994)."""
     cloud, state = _state(options.seed, 0), _state(options.seed, 2)
-    half = POINTS // 2
+    half, (zeros, ones) = POINTS // 2, SETTINGS[setting]
+    order = [*range(zeros - 1), *range(zeros, zeros + ones - 1), zeros - 1, zeros + ones - 1]
     if options.labels == "spread":
         points, truth = _moons(cloud, (half - 3, half - 3))
-        pairs = [_moons(state, SETTINGS[setting]) for _ in range(options.draws)]
-        labeled, labels = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+        pairs = [_moons(state, (zeros, ones)) for _ in range(options.draws)]
+        labeled, labels = (np.stack(arrays)[:, order] for arrays in zip(*pairs, strict=True))
         return labeled, labels, points, truth, np.tile(np.arange(len(points)), (options.draws, 1))
     points, truth = _moons(cloud, (half, half))
-    picked = np.stack([_some(state, truth, SETTINGS[setting]) for _ in range(options.draws)])
+    picked = np.stack([_some(state, truth, (zeros, ones)) for _ in range(options.draws)])[:, order]
     free = np.stack([np.setdiff1d(np.arange(POINTS), rows) for rows in picked])
     return points[picked], truth[picked], points, truth, free
 
@@ -133,11 +137,11 @@ def _some(state: np.random.RandomState, truth: Array, numbers: tuple[int, int]) 
     )
 
 
-def _initial(chance: np.random.Generator, runs: int) -> Net:
-    """As `torch.nn.Linear` begins: uniform within 1 / sqrt(inputs)."""
+def _initial(generator: np.random.Generator, runs: int) -> Weights:
+    """Initialized as `torch.nn.Linear`: uniform within 1 / sqrt(inputs)."""
     tensors = []
     for inputs, outputs in pairwise(WIDTHS):
         bound = inputs**-0.5
-        for shape in ((runs, outputs, inputs), (runs, outputs)):
-            tensors.append(torch.from_numpy(chance.uniform(-bound, bound, shape)))
-    return Net(*tensors)
+        for shape in ((runs, outputs, inputs), (runs, 1, outputs)):
+            tensors.append(torch.from_numpy(generator.uniform(-bound, bound, shape)))
+    return tensors

@@ -1,4 +1,4 @@
-"""The ablation as its user meets it: runs, resumes, compares, and reports what failed."""
+"""The ablation: trains, resumes, compares, and reports failed runs."""
 
 import json
 import math
@@ -12,8 +12,9 @@ import pytest
 
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, arguments, environment, rows
-from tools.ablate.picture import curve
-from tools.ablate.plan import Variant, jobs
+from tools.studies.ablation.__main__ import main
+from tools.studies.ablation.picture import curve
+from tools.studies.ablation.plan import Variant, jobs
 
 STEPS = 12
 # Of a recipe that starts faster than the config's own.
@@ -21,10 +22,14 @@ VARIANTS = ["--variant", "fast", "recipe=supervised"]
 VARIANTS += ["--variant", "slow", "recipe=supervised", "algorithm.learner.lr=0.005", "against=fast"]
 
 
-def command(out: Path, rec: Path, *more: str) -> list[str]:
+def options(out: Path, rec: Path, *more: str) -> list[str]:
     config = arguments(out / "unused", rec)[1]
-    line = [sys.executable, str(ROOT / "tools" / "ablation.py"), "--rec", str(rec)]
-    return [*line, "--out", str(out), "--config", config, "--steps", str(STEPS), *more]
+    line = ["--rec", str(rec), "--out", str(out), "--config", config]
+    return [*line, "--steps", str(STEPS), *more]
+
+
+def command(out: Path, rec: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "tools.studies.ablation", *options(out, rec, *more)]
 
 
 def ablation(out: Path, rec: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -32,8 +37,9 @@ def ablation(out: Path, rec: Path, *more: str) -> subprocess.CompletedProcess[st
         command(out, rec, *more),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1800,
         env=environment(),
+        cwd=ROOT,
         check=False,
     )
 
@@ -46,9 +52,13 @@ def killed_and_finished(
     out = tmp_path_factory.mktemp("ablation") / "out"
     asked = ["--seeds", "3", "5", *VARIANTS]
     first = subprocess.Popen(
-        command(out, tiny_rec, *asked), stdout=subprocess.PIPE, text=True, env=environment()
+        command(out, tiny_rec, *asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
     )
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 1800
     while not list((out / "fast" / "seed5" / "checkpoints").glob("step_*")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -90,8 +100,8 @@ def test_the_table_is_that_of_the_runs(killed_and_finished: tuple[Path, str, str
         ]
         assert row["top1"] == pytest.approx((a + b) / 2)
         assert row["top1_sd"] == pytest.approx(abs(a - b) / math.sqrt(2))
-        seconds = [sum(r.get("seconds", 0.0) for r in run) for run in runs]
-        assert row["seconds"] == pytest.approx(sum(seconds) / 2)
+        seconds = [sum(r.get("train_seconds", 0.0) for r in run) for run in runs]
+        assert row["train_seconds"] == pytest.approx(sum(seconds) / 2)
         rates = [STEPS * 4 / s for s in seconds]
         assert row["images_per_second"] == pytest.approx(sum(rates) / 2)
         assert [run["top1"] for run in row["runs"]] == [a, b]
@@ -134,7 +144,7 @@ def test_another_recipe_takes_what_it_knows_of_the_config(
 def test_asked_again_it_trains_nothing(
     killed_and_finished: tuple[Path, str, str], tiny_rec: Path
 ) -> None:
-    """And one run that fails is told in its row, while the others count."""
+    """And one run that fails has its reason in its row, while the others count."""
     out = killed_and_finished[0]
     files = {f: f.stat().st_mtime_ns for f in out.glob("*/seed*/*") if f.is_file()}
     table = (out / "ablation.json").read_text()
@@ -149,15 +159,15 @@ def test_asked_again_it_trains_nothing(
     done = ablation(out, tiny_rec, *failing)
     assert done.returncode == 1 and "[1/3] greedy, seed 3: failed: " in done.stdout
     greedy, fast, _ = json.loads((out / "ablation.json").read_text())["variants"]
-    told = greedy["runs"][0]["failed"]
-    assert "labeled_batch 1000 is larger than the 20 labeled images" in told
-    assert told in (out / "ablation.md").read_text()
+    reason = greedy["runs"][0]["failed"]
+    assert "labeled_batch 1000 is larger than the 20 labeled images" in reason
+    assert reason in (out / "ablation.md").read_text()
     assert greedy["top1"] is None and fast["top1"] == summaries(out, "fast")[0]["top1"]
     assert fast["gain"] is None and fast["pairs"] == 0
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         (["--variant", "typo", "algorithm.feedbak=off"], "variant typo: unknown option"),
         (["--variant", "a/b"], "variant 'a/b' cannot be the name of a folder"),
@@ -174,11 +184,17 @@ def test_asked_again_it_trains_nothing(
     ],
 )
 def test_a_wrong_variant_is_refused_before_anything_runs(
-    more: list[str], told: str, tiny_rec: Path, tmp_path: Path
+    more: list[str],
+    message: str,
+    tiny_rec: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = ablation(tmp_path / "out", tiny_rec, "--seeds", "0", *more)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("ablation: error: ") and told in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        main(options(tmp_path / "out", tiny_rec, "--seeds", "0", *more))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("ablation: error: ") and message in error
     assert not list((tmp_path / "out").glob("*/seed*"))
 
 
@@ -191,16 +207,20 @@ def test_variants_may_differ_in_steps_where_the_command_does_not_say(tmp_path: P
         jobs((longer,), [0], config, tmp_path, tmp_path, 12)
 
 
-def test_missing_records_are_told_once_and_before_anything_runs(tmp_path: Path) -> None:
-    done = ablation(tmp_path / "out", tmp_path / "nope", "--seeds", "0", "1", *VARIANTS)
-    assert done.returncode == 4 and done.stdout == ""
-    assert done.stderr.startswith("ablation: error: ") and done.stderr.count("\n") == 1
-    assert f"{tmp_path / 'nope'}: no such folder of records" in done.stderr
+def test_missing_records_are_reported_once_and_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(options(tmp_path / "out", tmp_path / "nope", "--seeds", "0", "1", *VARIANTS))
+    printed = capsys.readouterr()
+    assert stopped.value.code == 4 and printed.out == ""
+    assert printed.err.startswith("ablation: error: ") and printed.err.count("\n") == 1
+    assert f"{tmp_path / 'nope'}: no such folder of records" in printed.err
     assert not list((tmp_path / "out").glob("*/"))
 
 
 def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
-    """A log that tells of an older, shorter run, too: its warning is none of this one."""
+    """Without those of an older, shorter run in the same log."""
     idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.delay_steps=2"]
     asked = ["--steps", "2", "--seeds", "3", "5", *idle]
     log = tmp_path / "out" / "logs" / "idle_seed3.log"
@@ -224,11 +244,11 @@ def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: P
 def test_seconds_of_an_evaluation_between_two_rows(tmp_path: Path) -> None:
     """Rows at steps 4 and 10 took 2 s and 6 s; evaluations at 4, 7 and 10."""
     lines: list[dict[str, float]] = [
-        {"step": 4, "seconds": 2.0},
+        {"step": 4, "seconds": 2.0},  # the name before train_seconds: still read
         {"step": 4, "eval/top1": 10.0},
         {"step": 7, "eval/top1": 20.0},
-        {"step": 10, "seconds": 6.0},
+        {"step": 10, "train_seconds": 6.0},
         {"step": 10, "eval/top1": 30.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curve(tmp_path) == [(4, 2.0, 10.0), (7, 5.0, 20.0), (10, 8.0, 30.0)]
+    assert curve(tmp_path) == {4: (2.0, 10.0), 7: (5.0, 20.0), 10: (8.0, 30.0)}

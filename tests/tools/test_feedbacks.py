@@ -1,4 +1,4 @@
-"""The measurement of the feedbacks: what it finds on a few problems, its files and its errors."""
+"""The feedbacks study: its results on a few problems, its files and its errors."""
 
 import json
 import subprocess
@@ -10,28 +10,29 @@ import pytest
 import torch
 
 from mpl_fast.errors import ConfigError, OutputError
-from mpl_fast.experiments import feedbacks
-from mpl_fast.experiments import feedbacks_measure as measure
-from mpl_fast.experiments.feedbacks_problems import KINDS, gradients, meta_gradient, problem
 from mpl_fast.kernels import reference
+from tools.studies.feedbacks import __main__ as feedbacks
+from tools.studies.feedbacks import measure
+from tools.studies.feedbacks.problems import KINDS, gradients, meta_gradient, problem
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = measure.Options(problems=4, drawn=2, draws=300, sizes=(8,))
 
 
 @pytest.fixture(scope="module")
 def smoke(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("feedbacks")
-    command = [sys.executable, "-m", "mpl_fast.experiments.feedbacks", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tools.studies.feedbacks", "--smoke", "--out", str(out)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
 def test_files_hold_every_feedback(smoke: tuple[Path, str]) -> None:
-    out, told = smoke
+    out, printed = smoke
     assert {file.name for file in out.iterdir()} == {"feedbacks.json", "feedbacks.md"}
     found: dict[str, Any] = json.loads((out / "feedbacks.json").read_text(encoding="utf-8"))
-    assert found["format"] == "mpl_fast.feedbacks/1"
+    assert found["format"] == "mpl_fast.feedbacks/2"
     assert set(found["nearness"]) == set(KINDS) - {"off"}
     assert set(found["passes"]) == set(found["time"]["relative"]) == set(KINDS)
     assert set(found["nearness"]["exact"]) == {"4", "16", "64", "256"}
@@ -39,7 +40,7 @@ def test_files_hold_every_feedback(smoke: tuple[Path, str]) -> None:
     assert found["time"]["relative"]["off"] == {"low": 1.0, "median": 1.0, "high": 1.0}
     text = (out / "feedbacks.md").read_text(encoding="utf-8")
     for kind in KINDS.values():
-        assert f"| {kind.title} |" in text and (kind.title == "off" or kind.title in told)
+        assert f"| {kind.title} |" in text and (kind.title == "off" or kind.title in printed)
 
 
 def test_exact_is_near_and_the_published_ones_are_not() -> None:
@@ -75,18 +76,18 @@ def test_the_exact_gradient_is_no_function_of_the_algorithms(
         reference, "exact_feedback", lambda x, *args, **options: 2.0 * x.sum() * 0.0
     )
     assert torch.equal(meta_gradient(given), before)
-    (heard,) = gradients(KINDS["exact"], given, 1)
-    assert heard.norm() < 1e-12
+    (found,) = gradients(KINDS["exact"], given, 1)
+    assert found.norm() < 1e-12
 
 
 def test_passes_are_counted() -> None:
-    counted = {name: measure.rows_of(measure.passes(KINDS[name])["student"]) for name in KINDS}
+    counted = {name: measure.passes(KINDS[name])["student"] for name in KINDS}
     assert counted["off"] == {
         "forward": {"unlabeled": 1, "labeled": 1},
         "backward": {"unlabeled": 1},
-        "tangent": {},
+        "jvp": {},
     }
-    assert counted["exact"]["tangent"] == {"unlabeled": 1}
+    assert counted["exact"]["jvp"] == {"unlabeled": 1}
     assert counted["exact"]["backward"] == {"unlabeled": 1, "labeled": 1}
     assert counted["exact_central"]["forward"] == {"unlabeled": 3, "labeled": 1}
     assert counted["difference"]["forward"] == {"labeled": 2, "unlabeled": 1}
@@ -99,7 +100,7 @@ def test_times_are_compared_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         (["--draws", "1"], "--draws: must be a whole number of at least 2, not '1'"),
         (["--problems", "many"], "--problems: must be a whole number of at least 1, not 'many'"),
@@ -108,15 +109,15 @@ def test_times_are_compared_within_a_round() -> None:
         (["--problems", "3", "--drawn", "4"], "--drawn 4 is more than --problems 3"),
     ],
 )
-def test_mistakes_are_told(options: list[str], words: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=words):
-        feedbacks.run(feedbacks._parse(["--out", str(tmp_path), *options]))
+def test_mistakes_are_reported(options: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        feedbacks.run(feedbacks.parse(["--out", str(tmp_path), *options]))
 
 
-def test_a_file_in_the_place_of_the_folder_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_reported_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(OutputError, match="is a file; name a folder"):
-        feedbacks.run(feedbacks._parse(["--out", str(tmp_path / "taken")]))
+        feedbacks.run(feedbacks.parse(["--out", str(tmp_path / "taken")]))
 
 
 def test_the_command_ends_with_the_code_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,21 @@
-"""How near each feedback's gradient is to the exact one, what it costs, and how long it takes."""
+"""Error of each feedback's gradient, its passes through the networks, and its time."""
 
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from mpl_fast.algorithms import build
+from mpl_fast.algorithms import Algorithm, build
 from mpl_fast.algorithms.base import train_step
-from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, LearnerConfig, MPLConfig
-from mpl_fast.experiments.feedbacks_problems import (
+from mpl_fast.learner.learner import Learner
+from tools.studies.feedbacks.problems import (
     KINDS,
     LABELED,
     Kind,
@@ -23,16 +24,17 @@ from mpl_fast.experiments.feedbacks_problems import (
     meta_gradient,
     problem,
 )
-from mpl_fast.learner import Learner
 
-CLOCKED = {"labeled": 16, "unlabeled": 112, "side": 16, "classes": 10}
+TIMED = {"labeled": 16, "unlabeled": 112, "side": 16, "classes": 10}
+ROWS = {LABELED: "labeled", 16: "unlabeled"}  # of the counted step; other sizes are several views
+Passes = dict[str, Counter[str]]  # forward, backward and jvp: how many passes with which rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How much is measured."""
 
-    problems: int = 60  # with labels that are no matter of chance
+    problems: int = 60  # without random labels
     drawn: int = 10  # of these with drawn labels
     draws: int = 80  # in each of these
     sizes: tuple[int, ...] = (4, 16, 64, 256)  # unlabeled images
@@ -53,15 +55,6 @@ class Nearness:
     size_error: float | None  # its standard error over problems
 
 
-@dataclass
-class Passes:
-    """Passes through one network in a step, by the rows that they take."""
-
-    forward: dict[int, int]
-    backward: dict[int, int]
-    tangent: dict[int, int]  # forward passes that carry a derivative along
-
-
 def nearness(kind: Kind, unlabeled: int, options: Options) -> Nearness:
     """Compares gradients of whole steps with autograd through the student's step."""
     cosines: list[float] = []
@@ -70,7 +63,7 @@ def nearness(kind: Kind, unlabeled: int, options: Options) -> Nearness:
         given = problem(options.seed, number, unlabeled, options.scale)
         exact = meta_gradient(given)
         found = torch.stack([*gradients(kind, given, options.draws if kind.drawn else 1)])
-        # Of a vector without direction, which rounding alone has made, the cosine is 0.
+        # A vector that is rounding errors only has no direction: its cosine counts as 0.
         cosine = torch.cosine_similarity(found, exact[None], dim=-1)
         cosines += torch.where(found.norm(dim=-1) > 1e-12 * exact.norm(), cosine, 0.0).tolist()
         if kind.drawn:
@@ -90,41 +83,39 @@ def nearness(kind: Kind, unlabeled: int, options: Options) -> Nearness:
 
 
 def passes(kind: Kind) -> dict[str, Passes]:
-    """What a step asks of teacher and student, counted where their first layer is passed."""
+    """Passes of a step through teacher and student, counted at their first layers."""
     given = problem(0, 0, 16, 1.0)
     made = algorithm(kind, given)
-    counted = {name: _count(learner.network) for name, learner in made.learners.items()}
+    counts = {name: _count(learner.network) for name, learner in made.learners.items()}
     train_step(made, given.batch, 0)
-    return counted
+    return counts
 
 
 def _count(network: nn.Module) -> Passes:
-    found = Passes({}, {}, {})
-
-    def add(to: dict[int, int], rows: int) -> None:
-        to[rows] = to.get(rows, 0) + 1
+    found: Passes = {name: Counter() for name in ("forward", "backward", "jvp")}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = len(output)
-        carries = forward_ad.unpack_dual(output).tangent is not None
-        add(found.tangent if carries else found.forward, rows)
+        rows = ROWS.get(len(output), "together")
+        dual = forward_ad.unpack_dual(output).tangent is not None
+        found["jvp" if dual else "forward"][rows] += 1
         if output.requires_grad:
-            output.register_hook(lambda gradient: add(found.backward, rows))
+            output.register_hook(lambda gradient: found["backward"].update([rows]))
 
     next(network.children()).register_forward_hook(note)
     return found
 
 
 def seconds(options: Options) -> dict[str, list[float]]:
-    """Seconds of a step of every feedback, one each round: the kinds take turns.
+    """Seconds of a step of every feedback, one a round: the kinds take turns.
 
-    A small convolutional network with batch norm in float32, whatever threads PyTorch has.
+    A small convolutional network with batch norm in float32, with PyTorch's present threads.
     """
-    made = {name: _clocked(kind) for name, kind in KINDS.items()}
+    made = {name: _timed(kind) for name, kind in KINDS.items()}
     batch = _images(options.seed)
-    found: dict[str, list[float]] = {name: [] for name in made}
+    names, found = list(made), {name: list[float]() for name in made}
     for t in range(options.rounds + 2):  # two to warm up
-        for name in _turned(list(made), t):
+        first = t % len(names)
+        for name in names[first:] + names[:first]:
             began = time.perf_counter()
             train_step(made[name], batch, t)
             if t > 1:
@@ -132,57 +123,41 @@ def seconds(options: Options) -> dict[str, list[float]]:
     return found
 
 
-def relative(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def relative(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     """Median and quartiles of a step's time, as a multiple of feedback off in the same round."""
     rows = {}
-    for name, times in found.items():
-        ratios = [mine / off for mine, off in zip(times, found["off"], strict=True)]
+    for name, own in times.items():
+        ratios = [mine / off for mine, off in zip(own, times["off"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         rows[name] = {"low": low, "median": middle, "high": high}
     return rows
 
 
-def _turned(names: list[str], by: int) -> Iterator[str]:
-    cut = by % len(names)
-    yield from names[cut:] + names[:cut]
-
-
-def _clocked(kind: Kind) -> MetaPseudoLabels:
-    learner = replace(LearnerConfig(), lr=0.05, warmup=0, schedule="constant")
+def _timed(kind: Kind) -> Algorithm:
+    learner = LearnerConfig(lr=0.05, warmup=0, schedule="constant")
     config = MPLConfig(
         teacher=learner, student=learner, consistency=ConsistencyConfig(ramp=0), **kind.options
     )
+
+    def new_learner(given: LearnerConfig) -> Learner:
+        network = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, TIMED["classes"])),
+        )
+        return Learner(network, given, steps=1)
+
     torch.manual_seed(0)
-    made = build(config, lambda given: Learner(_convolutional(), given, steps=1))
-    assert isinstance(made, MetaPseudoLabels)
-    return made
-
-
-def _convolutional() -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLOCKED["classes"])),
-    )
+    return build(config, new_learner)
 
 
 def _images(seed: int) -> Batch:
     g = torch.Generator().manual_seed(seed)
     labeled, weak, strong = (
-        torch.randn(CLOCKED[rows], 3, CLOCKED["side"], CLOCKED["side"], generator=g)
+        torch.randn(TIMED[rows], 3, TIMED["side"], TIMED["side"], generator=g)
         for rows in ("labeled", "unlabeled", "unlabeled")
     )
     labels, truth = (
-        torch.randint(CLOCKED["classes"], (len(x),), generator=g) for x in (labeled, weak)
+        torch.randint(TIMED["classes"], (len(x),), generator=g) for x in (labeled, weak)
     )
     return Batch(labeled, labels, weak, strong, truth)
-
-
-def rows_of(counted: Passes) -> dict[str, dict[str, int]]:
-    """The same with the rows by name: labeled, unlabeled, or all that are passed together."""
-    names = {LABELED: "labeled", 16: "unlabeled"}
-    whole = asdict(counted)
-    return {
-        what: {names.get(rows, "together"): n for rows, n in by_rows.items()}
-        for what, by_rows in whole.items()
-    }
