@@ -1,4 +1,4 @@
-"""CUDA graphs: who can be captured, and captures that fail without spoiling what follows."""
+"""CUDA graphs: what can be captured, and captures whose failure does not affect what follows."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from tools.bench_losses.correctness import line
+from tools.bench.results import one_line
 
 
 class DeviceLostError(RuntimeError):
-    """The device computes no more: whatever was measured from here on would be nonsense."""
+    """The GPU no longer computes correctly: nothing after this can be measured."""
 
 
 def synchronization(work: Callable[[], Any]) -> str:
@@ -22,7 +22,7 @@ def synchronization(work: Callable[[], Any]) -> str:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        return line(error)
+        return one_line(error)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     return ""
@@ -61,6 +61,6 @@ def require_device(device: str = "cuda") -> None:
         total = float((torch.rand(64, device=device) * 0.0 + 1.0).sum())  # waits for it
         torch.cuda.synchronize()
     except Exception as error:
-        raise DeviceLostError(f"the device is unusable: {line(error)}") from error
+        raise DeviceLostError(f"the device is unusable: {one_line(error)}") from error
     if total != 64.0:
         raise DeviceLostError(f"the device is unusable: 64 ones add up to {total}")
