@@ -57,8 +57,10 @@ setup(
         "mpl_fast.dry_run",
         "mpl_fast.experiments",
         "mpl_fast.kernels",
+        "mpl_fast.learner",
         "mpl_fast.models",
         "mpl_fast.packing",
+        "mpl_fast.training",
     ],
     install_requires=REQUIRES,
     extras_require={

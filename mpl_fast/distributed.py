@@ -19,7 +19,7 @@ TIMEOUT = timedelta(
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """Where this process runs."""
 
     rank: int
@@ -32,7 +32,7 @@ class Place:
         return self.rank == 0
 
 
-def start(device: str) -> Place:
+def start(device: str) -> DistEnv:
     """Joins the other ranks (gloo for CPU tensors, NCCL for CUDA ones) if torchrun started several.
 
     `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` if CUDA is asked for and absent.
@@ -40,7 +40,7 @@ def start(device: str) -> Place:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    place = Place(rank, world, _device(device, local_rank, local_world))
+    dist_env = DistEnv(rank, world, _device(device, local_rank, local_world))
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
@@ -48,9 +48,9 @@ def start(device: str) -> Place:
         # Optimizers import it at their first step. Imported after the group is made it holds on to
         # it: gloo's threads then outlive `stop`, and sometimes abort the process as Python ends.
         importlib.import_module("torch._dynamo")
-        cuda = place.device.type == "cuda"
+        cuda = dist_env.device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    return place
+    return dist_env
 
 
 def stop() -> None:
@@ -145,22 +145,22 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.wished = False
+        self.requested = False
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
 
-    def wish(self) -> None:
+    def request(self) -> None:
         """Called from a signal handler, so it only notes the wish."""
-        self.wished = True
+        self.requested = True
 
     def agreed(self) -> bool:
         """Call once a step on every rank: true on all of them or on none."""
         if world_size() == 1:
-            return self.wished
+            return self.requested
         decided = False
         if self._work is not None:
             self._work.wait()
             decided = bool(self._flag.item())
-        self._flag = torch.tensor([int(self.wished)], dtype=torch.int32)
+        self._flag = torch.tensor([int(self.requested)], dtype=torch.int32)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
         return decided

@@ -8,9 +8,9 @@ from pathlib import Path
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.command_line import fail, parse, wants_dry_run
+from mpl_fast.config.command_line import fail, parse, wants_dry_run
 from mpl_fast.errors import UserError
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.training.process import die_with_launcher
 
 
 def main() -> int:
@@ -22,9 +22,9 @@ def main() -> int:
             from mpl_fast.dry_run.command import dry_run
 
             return dry_run(config)
-        from mpl_fast import trainer
+        from mpl_fast.training import run
 
-        return trainer.train(config)
+        return run.train(config)
     except UserError as error:
         fail("train", error)
     except KeyboardInterrupt:

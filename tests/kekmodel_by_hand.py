@@ -163,9 +163,9 @@ def rate(cfg: dict[str, Any], t: int, wait: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def ce(z: Tensor, target: Tensor, smoothing: float) -> Tensor:
+def ce(z: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """Mean cross-entropy with smoothed distributions."""
-    target = (1.0 - smoothing) * target + smoothing / z.shape[1]
+    target = (1.0 - label_smoothing) * target + label_smoothing / z.shape[1]
     return -(target * (z - z.logsumexp(1, keepdim=True))).sum(1).mean()
 
 

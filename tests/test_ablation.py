@@ -125,7 +125,7 @@ def test_another_recipe_takes_what_it_knows_of_the_config(
     assert mpl["recipe"] == "mpl" and fast["recipe"] == slow["recipe"] == "supervised"
     learner = fast["algorithm"]["learner"]
     assert {key: learner[key] for key in teacher} == teacher | {"ema": student["ema"]}
-    assert fast["algorithm"].keys() == {"learner", "smoothing", "mixup"}
+    assert fast["algorithm"].keys() == {"learner", "label_smoothing", "mixup"}
     assert slow["algorithm"] == fast["algorithm"] | {"learner": learner | {"lr": 0.005}}
     assert {key: fast["data"][key] for key in mpl["data"]} == mpl["data"]
     assert (fast["seed"], fast["steps"], fast["labeled_batch"]) == (3, STEPS, 4)
@@ -201,7 +201,7 @@ def test_missing_records_are_told_once_and_before_anything_runs(tmp_path: Path) 
 
 def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
     """A log that tells of an older, shorter run, too: its warning is none of this one."""
-    idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.wait=2"]
+    idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.delay_steps=2"]
     asked = ["--steps", "2", "--seeds", "3", "5", *idle]
     log = tmp_path / "out" / "logs" / "idle_seed3.log"
     log.parent.mkdir(parents=True)

@@ -2,12 +2,8 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train | experiments -> trainer | dry_run
-          -> assembly | evaluate | checkpoint | rundir | console | curves | step_graph
-          -> algorithms | metrics | randomness -> learner -> derivatives | optimizers | running
-          -> losses | models | command_line | packing | draws
-          -> kernels | distributed | data -> batch | config | nvidia_apex
-          -> errors | interrupts | launcher | compilation
+    train | experiments -> dry_run -> training -> algorithms -> learner -> losses | models | packing
+          -> kernels | distributed | data -> batch | config -> errors
 """
 
 import ast
@@ -20,15 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train", "experiments"},
-    {"trainer", "dry_run"},
-    {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves", "step_graph"},
-    {"algorithms", "metrics", "randomness"},
+    {"dry_run"},
+    {"training"},
+    {"algorithms"},
     {"learner"},
-    {"derivatives", "optimizers", "running"},
-    {"losses", "models", "command_line", "packing", "draws"},
+    {"losses", "models", "packing"},
     {"kernels", "distributed", "data"},
-    {"batch", "config", "nvidia_apex"},
-    {"errors", "interrupts", "launcher", "compilation"},
+    {"batch", "config"},
+    {"errors"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
@@ -48,8 +43,8 @@ LIGHT += [
     "packing/pack",
     "packing/command_line",
     "train",
-    "launcher",
-    "command_line",
+    "training/process",
+    "config/command_line",
     "__init__",
     "data/__init__",
 ]

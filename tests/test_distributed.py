@@ -18,7 +18,7 @@ def test_alone_everything_is_the_identity() -> None:
     assert distributed.gather("a") == ["a"] and distributed.from_first(3) == 3
     stop = StopFlag()
     assert not stop.agreed()
-    stop.wish()
+    stop.request()
     assert stop.agreed()
 
 
@@ -60,7 +60,7 @@ def _rank(rank: int, folder: str) -> None:
     votes = []
     for step in range(5):
         if rank == 1 and step == 2:
-            stop.wish()
+            stop.request()
         votes.append(stop.agreed())
     Path(folder, f"votes{rank}").write_text(str(votes))
     torch.distributed.destroy_process_group()

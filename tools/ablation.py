@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, UserError, output_errors
 from tools.ablate.picture import draw

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.command_line import fail, parse
+from mpl_fast.config.command_line import fail, parse
 from mpl_fast.errors import ConfigError, UserError
 
 DESCRIPTION = """Writes a PNG of real images from REC, one a row: the original, the weak view, and

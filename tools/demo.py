@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +168,7 @@ def table(summary: dict[str, Result], options: argparse.Namespace) -> str:
 
 
 def _draw(runs: dict[str, list[Result]], options: argparse.Namespace) -> Path:
-    from mpl_fast.curves import draw
+    from mpl_fast.training.curves import draw
 
     out: Path = options.out / "curves.png"
     curves = [(RECIPES[name], Path(r["run_dir"])) for name in RECIPES for r in runs[name]]

@@ -28,7 +28,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class Voters:
+class EvalEnsemble:
     """The networks whose averaged weights are evaluated, together."""
 
     learners: Sequence[Learner]
@@ -39,13 +39,13 @@ class Algorithm(Protocol):
     """A way to train; structural, so there is no base class to inherit from."""
 
     learners: dict[str, Learner]  # all that is scheduled, averaged, saved and resumed
-    voters: Voters
+    eval_ensemble: EvalEnsemble
     state: dict[str, Tensor]  # what else must be saved; moves in place, alike on every rank
 
     def step(self, batch: Batch, t: int) -> Metrics:
         """Updates the learners once, in step number `t` (from 0)."""
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         """Equal for steps that differ in nothing but images, draws, learning rates and what the
         step itself has moved on the device, so that a CUDA graph may repeat one for another; None
         for a step that is like no other, since a ramp is on its way."""
@@ -58,10 +58,10 @@ def train_step(algorithm: Algorithm, batch: Batch, t: int, step: Step | None = N
     ``skipped/NAME`` is 1 where a learner's update was left out, for its gradient was not finite.
     """
     for learner in algorithm.learners.values():
-        learner.begin(t)
+        learner.begin_step(t)
     metrics = dict((step or algorithm.step)(batch, t))
     for name, learner in algorithm.learners.items():
-        learner.end(t)
+        learner.end_step(t)
         metrics[f"skipped/{name}"] = learner.skipped.clamp(max=1.0)
     return metrics
 
@@ -69,7 +69,7 @@ def train_step(algorithm: Algorithm, batch: Batch, t: int, step: Step | None = N
 @torch.no_grad()
 def predict(algorithm: Algorithm, images: Tensor) -> Tensor:
     """The probability that the voters give each class, ``(N, C)`` float32."""
-    voters = algorithm.voters
+    voters = algorithm.eval_ensemble
     logits = torch.stack([voter.infer_average(images).float() for voter in voters.learners])
     if voters.mean_of == "logits":
         return logits.mean(0).softmax(-1)

@@ -10,10 +10,10 @@ from mpl_fast import losses
 from mpl_fast.algorithms.base import Metrics
 from mpl_fast.algorithms.labels import Labels
 from mpl_fast.config.algorithms import Derivative
-from mpl_fast.derivatives import log_softmax_along
 from mpl_fast.distributed import mean_over_ranks
-from mpl_fast.draws import again, dropouts
 from mpl_fast.learner import Learner
+from mpl_fast.learner.jvp import log_softmax_jvp
+from mpl_fast.learner.rng import replay_rng, rng_state
 
 ALL = slice(None)
 
@@ -21,7 +21,7 @@ ALL = slice(None)
 class Feedback(Protocol):
     """Listens to one step of a student: made before it, asked after it."""
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         """The student of these logits ``(U, C)`` has just moved `rate` along their gradient (NaN:
         its step was left out)."""
 
@@ -33,13 +33,13 @@ class Feedback(Protocol):
         """`h`, by how much the labels are held to have lowered the labeled loss, and others."""
 
 
-class Silence:
+class NoFeedback:
     """No feedback; the labeled loss is told all the same."""
 
     def __init__(self, student: Learner, images: Tensor, labels: Tensor) -> None:
         self._student, self._images, self._labels = student, images, labels
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self.new = labeled_loss(self._student, self._images, self._labels)
 
     def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
@@ -68,7 +68,7 @@ class Difference:
         self._baseline, self._momentum = baseline, momentum
         self._old = labeled_loss(student, images, labels)
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self.new = labeled_loss(self._student, self._images, self._labels)
         # Of a step that was left out nothing is known: the teacher's is left out with it.
         after = torch.where(rate.isfinite(), self.new, torch.nan)
@@ -91,7 +91,7 @@ def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
     they fit the weights before the update and not those after it: h is then negative whatever was
     learned.)
     """
-    return losses.smoothed_ce(student.judge(images), labels).loss
+    return losses.smoothed_ce(student.forward_batch_stats(images), labels).loss
 
 
 class _Directional:
@@ -108,24 +108,24 @@ class _Directional:
         images: Tensor,
         labels: Tensor,
         unlabeled: Sequence[Tensor],
-        smoothing: float,
+        label_smoothing: float,
         derivative: Derivative,
     ) -> None:
         self._student, self._images, self._labels = student, images, labels
-        self._unlabeled, self._smoothing, self._derivative = unlabeled, smoothing, derivative
+        self._unlabeled, self._smoothing, self._derivative = unlabeled, label_smoothing, derivative
         self._before = student.weights()
-        self._dropouts = dropouts(student.device)  # of the student's passes, which come next
+        self._dropouts = rng_state(student.device)  # of the student's passes, which come next
         self.heard: list[Tensor] = []  # h of the rows of each term
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         student = self._student
         direction, self.new = student.labeled_gradient(self._images, self._labels)
-        with again(self._dropouts, student.device):
+        with replay_rng(self._dropouts, student.device):
             change = [
-                student.along(self._before, direction, images, self._derivative)
+                student.jvp(self._before, direction, images, self._derivative)
                 for images in self._unlabeled
             ]
-        self.u = log_softmax_along(strong, torch.cat(change))
+        self.u = log_softmax_jvp(strong, torch.cat(change))
         if labels.weight is not None:
             self.u = self.u * labels.weight[:, None]
         self.rate = rate * (1.0 - self._smoothing)

@@ -5,8 +5,8 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.parts import mean_of, parts, shared
+from mpl_fast.algorithms.base import EvalEnsemble, Metrics, NewLearner, RunFacts
+from mpl_fast.algorithms.microbatches import mean_metrics, microbatches, scaled
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import FixMatchConfig
@@ -18,20 +18,20 @@ class FixMatch:
     def __init__(self, config: FixMatchConfig, new_learner: NewLearner, facts: RunFacts) -> None:
         self.config, self.microbatches = config, facts.microbatches
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         return ""
 
     def step(self, batch: Batch, t: int) -> Metrics:
         count, told = self.microbatches, []
-        for part in parts(batch, count):
+        for part in microbatches(batch, count):
             loss, metrics = self._loss(part)
-            self.learner.push(*shared([loss], count))
+            self.learner.backward(*scaled([loss], count))
             told.append(metrics)
-        self.learner.update()
-        return mean_of(told)
+        self.learner.optimizer_step()
+        return mean_metrics(told)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config, n = self.config, len(batch.weak)
@@ -40,7 +40,7 @@ class FixMatch:
         found = losses.pseudo_labels(weak)
         sure = (found.confidence >= config.threshold).to(found.confidence.dtype)
         labeled = losses.smoothed_ce(
-            logits[: -2 * n], batch.labels, label_smoothing=config.smoothing
+            logits[: -2 * n], batch.labels, label_smoothing=config.label_smoothing
         )
         unlabeled = losses.student_loss(logits[-n:], found.label, weight=sure)
         return labeled.loss + config.weight * unlabeled.loss, {

@@ -5,12 +5,13 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from mpl_fast import draws, losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast import losses
+from mpl_fast.algorithms.base import EvalEnsemble, Metrics, NewLearner, RunFacts
 from mpl_fast.batch import Batch
 from mpl_fast.config import MetaSemiConfig
 from mpl_fast.config.algorithms import ramped
-from mpl_fast.derivatives import log_softmax_along
+from mpl_fast.learner import rng
+from mpl_fast.learner.jvp import log_softmax_jvp
 
 IMPOSSIBLE = 1e-30  # probability that stands for 0 where a logarithm is taken
 
@@ -27,10 +28,10 @@ class MetaSemi:
     def __init__(self, config: MetaSemiConfig, new_learner: NewLearner, facts: RunFacts) -> None:
         self.config, self.seed = config, facts.seed
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         return None  # it sets the state of random generators, which no graph can
 
     def step(self, batch: Batch, t: int) -> Metrics:
@@ -47,7 +48,7 @@ class MetaSemi:
             fit = losses.smoothed_ce(learner(batch.labeled), batch.labels).loss
         logits = learner(batch.weak).to(labels.dtype)
         consistency = (logits.softmax(-1) - labels).square().sum(-1).mean()
-        learner.descend(fit + ramped(config.weight, config.ramp, t) * consistency)
+        learner.backward_and_step(fit + ramped(config.weight, config.ramp, t) * consistency)
         return {
             "loss/labeled": labeled,
             "loss/fit": fit.detach(),
@@ -68,7 +69,7 @@ class MetaSemi:
             batch.labeled, batch.labels, statistics="running"
         )
         logits = learner.infer(batch.weak)
-        change = learner.along(
+        change = learner.jvp(
             learner.weights(),
             gradient,
             batch.weak,
@@ -78,14 +79,14 @@ class MetaSemi:
         )
         p = logits.to(change.dtype).softmax(-1)
         rate = config.label_rate or learner.lr
-        moved = (p - rate * 2.0 * p * log_softmax_along(logits, change)).relu()
+        moved = (p - rate * 2.0 * p * log_softmax_jvp(logits, change)).relu()
         # Never a division by 0: a row of J g sums to 0, so what is left of one sums to 1 or more.
         return moved / moved.sum(-1, keepdim=True), labeled
 
     def _mix(self, batch: Batch, labels: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Every unlabeled image mixed with a labeled one, and the probabilities likewise."""
         n, alpha = len(batch.weak), self.config.mixup
-        share = draws.beta(n, alpha, seed=self.seed, step=t, device=labels.device)
+        share = rng.beta(n, alpha, seed=self.seed, step=t, device=labels.device)
         # In turn, where there are fewer labeled images.
         partner = torch.arange(n, device=labels.device) % len(batch.labels)
         truth = torch.nn.functional.one_hot(batch.labels[partner], labels.shape[-1])

@@ -5,16 +5,16 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from mpl_fast import draws, losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.feedback import Difference, Exact, Feedback, PerExample, Silence
+from mpl_fast import losses
+from mpl_fast.algorithms.base import EvalEnsemble, Metrics, NewLearner, RunFacts
+from mpl_fast.algorithms.feedback import Difference, Exact, Feedback, NoFeedback, PerExample
 from mpl_fast.algorithms.labels import Labels, label
-from mpl_fast.algorithms.parts import mean_of, parts, shared, slices
+from mpl_fast.algorithms.microbatches import mean_metrics, microbatches, scaled, slices
 from mpl_fast.algorithms.uda import uda_loss, uda_metrics
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch, joined
 from mpl_fast.config import MPLConfig
-from mpl_fast.learner import Term
+from mpl_fast.learner import Term, rng
 
 
 class MetaPseudoLabels:
@@ -24,56 +24,58 @@ class MetaPseudoLabels:
         self.config, self.seed, self.microbatches = config, facts.seed, facts.microbatches
         self.teacher, self.student = new_learner(config.teacher), new_learner(config.student)
         self.learners = {"teacher": self.teacher, "student": self.student}
-        self.voters = Voters([self.student])
+        self.eval_ensemble = EvalEnsemble([self.student])
         self.state: dict[str, Tensor] = {}
         if config.baseline or config.feedback == "parity_google":
             self.state["baseline"] = torch.zeros((), device=self.student.device)
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         config = self.config
         ramps = t < max(config.consistency.ramp, config.feedback_ramp)
         # What repeats a pass's dropout sets the generator's state, which no graph can.
         repeats = config.teacher_graph == "recompute"
         if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
             return None
-        return self.student.lr == 0.0, self.student.resting
+        return self.student.lr == 0.0, self.student.frozen
 
     def step(self, batch: Batch, t: int) -> Metrics:
         student, teacher, count = self.student, self.teacher, self.microbatches
         own, judging = _share_out(batch, self.config.held_out)
-        batches, rows = parts(own, count), slices(len(batch.weak), count)
+        batches, rows = microbatches(own, count), slices(len(batch.weak), count)
         views = [self._views(part) for part in batches]
 
         # The teacher labels the unlabeled images ...
-        labels = self._label(joined([view.peek(self.config.pseudo) for view in views]), t)
+        labels = self._label(
+            joined([view.detached_logits(self.config.pseudo) for view in views]), t
+        )
 
         # ... the student learns from nothing but those labels ...
-        feedback = self._listen([part.strong for part in batches], judging)
+        feedback = self._make_feedback([part.strong for part in batches], judging)
         lessons = [
             self._learn(part.strong, labels.of(mine))
             for part, mine in zip(batches, rows, strict=True)
         ]
-        rate = student.update()
+        rate = student.optimizer_step()
 
         # ... what that did for it on labeled images tells how good they were ...
-        feedback.ask(joined([logits for logits, _ in lessons]), labels, rate)
+        feedback.observe_update(joined([logits for logits, _ in lessons]), labels, rate)
 
         # ... and the teacher makes helpful ones likelier, while it learns by UDA itself.
         told = []
         for view, part, mine, (_, lesson) in zip(views, batches, rows, lessons, strict=True):
             terms, metrics = self._teach(view.logits(), part, labels, mine, feedback, t)
-            teacher.push(*shared(terms, count))
-            view.forget()
+            teacher.backward(*scaled(terms, count))
+            view.clear()
             told.append({**metrics, "loss/student": lesson})
-        teacher.update()
-        return {**mean_of(told), **feedback.metrics()}
+        teacher.optimizer_step()
+        return {**mean_metrics(told), **feedback.metrics()}
 
     def _views(self, batch: Batch) -> Views:
         return Views(
             self.teacher,
             batch,
             self.config.bn_batches,
-            weak_gradient=self._view_heard == "weak",
+            weak_gradient=self._feedback_view == "weak",
             recompute=self.config.teacher_graph == "recompute",
         )
 
@@ -83,10 +85,10 @@ class MetaPseudoLabels:
         lesson, slope = losses.student_loss_and_grad(
             logits,
             labels.target,
-            label_smoothing=self.config.smoothing,
+            label_smoothing=self.config.label_smoothing,
             weight=labels.weight,
         )
-        self.student.push(*shared([(logits, slope)], self.microbatches))
+        self.student.backward(*scaled([(logits, slope)], self.microbatches))
         return logits.detach(), lesson.loss
 
     def _teach(
@@ -102,7 +104,7 @@ class MetaPseudoLabels:
         and what it tells."""
         labels = labels.of(rows)
         config, n, weight = self.config, len(batch.weak), self.config.feedback_weight_at(t)
-        heard = self._view_heard
+        heard = self._feedback_view
         # The plain difference is one more term of the same pass over the logits.
         plain = heard == "strong" and labels.weight is None
         h = feedback.h if plain and isinstance(feedback, Difference) else None
@@ -111,7 +113,7 @@ class MetaPseudoLabels:
             batch,
             t,
             config.consistency,
-            config.smoothing,
+            config.label_smoothing,
             feedback=0.0 if h is None else weight * h,
             pseudo=labels.hard,
         )
@@ -123,7 +125,7 @@ class MetaPseudoLabels:
         return terms, {**uda_metrics(out), "loss/feedback": term.detach()}
 
     @property
-    def _view_heard(self) -> str:
+    def _feedback_view(self) -> str:
         """The view whose logits the feedback moves.
 
         A drawn or soft label is credited to the distribution that it comes from; with the arg-max
@@ -135,20 +137,20 @@ class MetaPseudoLabels:
     def _label(self, logits: Tensor, t: int) -> Labels:
         kind, uniforms = self.config.label_kind, None
         if kind == "sampled":
-            uniforms = draws.uniform(len(logits), seed=self.seed, step=t, device=logits.device)
+            uniforms = rng.uniform(len(logits), seed=self.seed, step=t, device=logits.device)
         return label(logits, kind, uniforms=uniforms, threshold=self.config.label_threshold)
 
-    def _listen(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
+    def _make_feedback(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
         """What hears of the student's next step; silence, if it is not going to move."""
         config, student = self.config, self.student
         images, labels = judging.labeled, judging.labels
         if config.feedback == "off" or student.lr == 0.0:
-            return Silence(student, images, labels)
+            return NoFeedback(student, images, labels)
         if config.feedback in ("difference", "sampled"):
             baseline = self.state.get("baseline")
             return Difference(student, images, labels, baseline, config.baseline)
         kind = Exact if config.feedback == "exact" else PerExample
-        return kind(student, images, labels, strong, config.smoothing, config.derivative)
+        return kind(student, images, labels, strong, config.label_smoothing, config.derivative)
 
 
 def count_held_out(labeled: int, share: float) -> int:

@@ -31,17 +31,23 @@ class Kekmodel(MetaPseudoLabels):
 
         both = student(batch.labeled, batch.strong)
         old = losses.smoothed_ce(both[:-n].detach(), batch.labels).loss
-        lesson = losses.student_loss(both[-n:], labels, label_smoothing=config.smoothing)
-        student.descend(lesson.loss)
-        student.end(t)  # the average is taken before the next pass moves the statistics again
+        lesson = losses.student_loss(both[-n:], labels, label_smoothing=config.label_smoothing)
+        student.backward_and_step(lesson.loss)
+        student.end_step(t)  # the average is taken before the next pass moves the statistics again
 
         with torch.no_grad():
             new = losses.smoothed_ce(student(batch.labeled), batch.labels).loss
         h = config.feedback_weight_at(t) * (new - old)
         terms, out = uda_loss(
-            logits, batch, t, config.consistency, config.smoothing, feedback=h, pseudo="strong"
+            logits,
+            batch,
+            t,
+            config.consistency,
+            config.label_smoothing,
+            feedback=h,
+            pseudo="strong",
         )
-        teacher.descend(*terms)
+        teacher.backward_and_step(*terms)
         return {
             **uda_metrics(out),
             "loss/student": lesson.loss.detach(),
@@ -70,18 +76,18 @@ class Google(MetaPseudoLabels):
 
         both = student(batch.strong, batch.labeled)
         old = losses.smoothed_ce(both[n:].detach(), batch.labels).loss
-        lesson = losses.student_loss(both[:n], soft, label_smoothing=config.smoothing)
-        student.descend(lesson.loss)
+        lesson = losses.student_loss(both[:n], soft, label_smoothing=config.label_smoothing)
+        student.backward_and_step(lesson.loss)
 
-        new = losses.smoothed_ce(student.preview(batch.labeled), batch.labels).loss
+        new = losses.smoothed_ce(student.forward_no_grad(batch.labeled), batch.labels).loss
         old, new = mean_over_ranks(torch.stack([old, new]))
         h = losses.mpl_feedback(
             new, old, self.state.get("baseline"), momentum=config.baseline or 0.99
         )
         before = t - 1  # the ramp of that code begins at 0
-        terms, out = uda_loss(logits, batch, before, config.consistency, config.smoothing)
+        terms, out = uda_loss(logits, batch, before, config.consistency, config.label_smoothing)
         feedback = losses.student_loss(logits[-n:], soft).loss
-        teacher.descend(*terms, config.feedback_weight_at(t) * h * feedback)
+        teacher.backward_and_step(*terms, config.feedback_weight_at(t) * h * feedback)
         return {
             **uda_metrics(out),
             "loss/student": lesson.loss.detach(),

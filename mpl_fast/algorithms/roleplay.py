@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable
 
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.base import EvalEnsemble, Metrics, NewLearner, RunFacts
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
 from mpl_fast.config import RolePlayConfig
@@ -22,7 +22,7 @@ class RolePlay:
         self.period = config.swap_every or facts.epoch
         self.game = MetaPseudoLabels(config, new_learner, facts)
         self.learners = {"first": self.game.teacher, "second": self.game.student}
-        self.voters = Voters([*self.learners.values()], config.ensemble)
+        self.eval_ensemble = EvalEnsemble([*self.learners.values()], config.ensemble)
         # A moving average for each network as a student.
         self.state = {
             f"{key}/{name}": value.clone()
@@ -35,9 +35,9 @@ class RolePlay:
         first, second = self.learners.values()
         return (first, second) if (t // self.period) % 2 == 0 else (second, first)
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         self._cast(t)
-        game = self.game.phase(t)
+        game = self.game.graph_key(t)
         return None if game is None else (game, self.game.student is self.learners["second"])
 
     def step(self, batch: Batch, t: int) -> Metrics:
@@ -49,5 +49,5 @@ class RolePlay:
         self.game.teacher, self.game.student = self.roles(t)
         student = "second" if self.game.student is self.learners["second"] else "first"
         self.game.state = {k: self.state[f"{k}/{student}"] for k in self.game.state}
-        if t < self.config.student_wait:
-            self.game.student.rest()
+        if t < self.config.student_delay_steps:
+            self.game.student.freeze()

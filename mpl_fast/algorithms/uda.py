@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.parts import mean_of, parts, shared
+from mpl_fast.algorithms.base import EvalEnsemble, Metrics, NewLearner, RunFacts
+from mpl_fast.algorithms.microbatches import mean_metrics, microbatches, scaled
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, UDAConfig
@@ -20,21 +20,21 @@ class UDA:
     def __init__(self, config: UDAConfig, new_learner: NewLearner, facts: RunFacts) -> None:
         self.config, self.microbatches = config, facts.microbatches
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         return "" if t >= self.config.consistency.ramp else None
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, count, told = self.config, self.microbatches, []
-        for part in parts(batch, count):
+        for part in microbatches(batch, count):
             logits = Views(self.learner, part, config.bn_batches).logits()
-            terms, out = uda_loss(logits, part, t, config.consistency, config.smoothing)
-            self.learner.push(*shared(terms, count))
+            terms, out = uda_loss(logits, part, t, config.consistency, config.label_smoothing)
+            self.learner.backward(*scaled(terms, count))
             told.append(uda_metrics(out))
-        self.learner.update()
-        return mean_of(told)
+        self.learner.optimizer_step()
+        return mean_metrics(told)
 
 
 def uda_loss(
@@ -42,7 +42,7 @@ def uda_loss(
     batch: Batch,
     t: int,
     consistency: ConsistencyConfig,
-    smoothing: float,
+    label_smoothing: float,
     *,
     feedback: Tensor | float = 0.0,
     pseudo: Literal["weak", "strong"] | Tensor = "weak",
@@ -62,7 +62,7 @@ def uda_loss(
         feedback=feedback,
         temperature=consistency.temperature,
         threshold=consistency.threshold,
-        label_smoothing=smoothing,
+        label_smoothing=label_smoothing,
         pseudo=pseudo,
         truth=batch.truth,
     )

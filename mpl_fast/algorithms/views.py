@@ -5,8 +5,8 @@ from torch import Tensor
 
 from mpl_fast.batch import Batch
 from mpl_fast.config.algorithms import NormBatches
-from mpl_fast.draws import Dropouts, again, dropouts
 from mpl_fast.learner import Learner
+from mpl_fast.learner.rng import RngState, replay_rng, rng_state
 
 JOINT = (("weak", "labeled", "strong"),)  # as they lie in memory
 SPLIT = (("weak",), ("labeled", "strong"))
@@ -17,7 +17,8 @@ class Views:
 
     `joint`: batch norm sees all of them as one batch. `split`: weak images by themselves, and
     without gradient unless `weak_gradient`. Passes run when they are first asked for. With
-    `recompute`, `peek` keeps nothing for the backward pass, and `logits` computes the same again.
+    `recompute`, `detached_logits` keeps nothing for the backward pass, and `logits`
+    computes the same again.
     """
 
     def __init__(
@@ -33,14 +34,14 @@ class Views:
         self._passes = JOINT if bn_batches == "joint" else SPLIT
         self._weak_gradient, self._recompute = weak_gradient, recompute
         self._done: dict[tuple[str, ...], Tensor] = {}
-        self._dropouts: dict[tuple[str, ...], Dropouts] = {}
+        self._dropouts: dict[tuple[str, ...], RngState] = {}
 
-    def peek(self, view: str) -> Tensor:
+    def detached_logits(self, view: str) -> Tensor:
         """Logits ``(U, C)`` of one view of the unlabeled images, as constants."""
         names = next(names for names in self._passes if view in names)
         if names not in self._done and self._recompute and self._needs_gradient(names):
-            self._dropouts[names] = dropouts(self._learner.device)
-            logits = self._learner.preview(*self._images(names))
+            self._dropouts[names] = rng_state(self._learner.device)
+            logits = self._learner.forward_no_grad(*self._images(names))
         else:
             logits = self._run(names)
         return self._rows(names, logits)[view].detach()
@@ -53,7 +54,7 @@ class Views:
             rows.update(self._rows(names, self._run(names)))
         return torch.cat([rows[name] for name in ("labeled", "weak", "strong")])
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Frees what was computed."""
         self._done.clear()
 
@@ -61,7 +62,7 @@ class Views:
         if names not in self._done:
             with torch.set_grad_enabled(self._needs_gradient(names)):
                 if names in self._dropouts:
-                    with again(self._dropouts[names], self._learner.device):
+                    with replay_rng(self._dropouts[names], self._learner.device):
                         self._done[names] = self._learner(*self._images(names))
                 else:
                     self._done[names] = self._learner(*self._images(names))

@@ -43,7 +43,7 @@ class SupervisedConfig:
     """Labeled images only."""
 
     learner: LearnerConfig = field(default_factory=_averaged)
-    smoothing: float = 0.1
+    label_smoothing: float = 0.1
     """Label smoothing."""
     mixup: float = 0.0
     """Alpha of the Beta distribution that mixes pairs of labeled images (arXiv 1710.09412); 0: no
@@ -59,12 +59,12 @@ class FinetuneConfig:
     as the student."""
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
-            lr=3e-5, warmup=0, clip=0.0, weight_decay=0.0, schedule="constant", dropout=0.0
+            lr=3e-5, warmup=0, max_grad_norm=0.0, weight_decay=0.0, schedule="constant", dropout=0.0
         )
     )
     weights: Literal["average", "network"] = "average"
     """Begin with the moving average of the weights, or with the weights themselves."""
-    smoothing: float = 0.0
+    label_smoothing: float = 0.0
     """Label smoothing."""
 
 
@@ -74,7 +74,7 @@ class UDAConfig:
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    smoothing: float = 0.1
+    label_smoothing: float = 0.1
     """Label smoothing of the labeled loss."""
     bn_batches: NormBatches = "joint"
     """joint: all views are normalized as one batch, as published. split: weak views by themselves
@@ -91,7 +91,7 @@ class FixMatchConfig:
     """Of the loss on unlabeled images."""
     threshold: float = 0.95
     """An image counts if its largest probability reaches this."""
-    smoothing: float = 0.0
+    label_smoothing: float = 0.0
     """Label smoothing of the labeled loss."""
     bn_batches: NormBatches = "joint"
     """joint: all views are normalized as one batch, as published. split: weak views by themselves
@@ -103,9 +103,11 @@ class MPLConfig:
     """Meta Pseudo Labels (arXiv 2003.10580)."""
 
     teacher: LearnerConfig = field(default_factory=lambda: LearnerConfig(lr=0.6))
-    student: LearnerConfig = field(default_factory=lambda: LearnerConfig(wait=20_000, ema=0.999))
+    student: LearnerConfig = field(
+        default_factory=lambda: LearnerConfig(delay_steps=20_000, ema=0.999)
+    )
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    smoothing: float = 0.1
+    label_smoothing: float = 0.1
     """Label smoothing of the teacher's labeled loss and of the student's pseudo-label loss."""
     pseudo: Literal["weak", "strong"] = "weak"
     """View on which the teacher labels the unlabeled images for the student."""
@@ -170,7 +172,7 @@ class RolePlayConfig(MPLConfig):
 
     teacher: LearnerConfig = field(default_factory=_averaged)
     student: LearnerConfig = field(default_factory=_averaged)
-    student_wait: int = 0
+    student_delay_steps: int = 0
     """Steps in which the network in the student's role rests."""
     swap_every: int = 0
     """Steps between changes; 0: an epoch of the unlabeled images."""
@@ -184,7 +186,7 @@ class SMPLConfig:
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    smoothing: float = 0.1
+    label_smoothing: float = 0.1
     """Label smoothing of the labeled and of the pseudo-label loss."""
     feedback: Literal["off", "difference", "exact"] = "difference"
     """What the second update hears of the first: labeled loss before minus after it; or the
@@ -206,7 +208,7 @@ class MetaSemiConfig:
     """MetaSemi (Sakura03/SemiMeta): soft labels corrected by the meta-gradient, then learned."""
 
     learner: LearnerConfig = field(
-        default_factory=lambda: LearnerConfig(lr=0.1, clip=0.0, nesterov=False, warmup=0)
+        default_factory=lambda: LearnerConfig(lr=0.1, max_grad_norm=0.0, nesterov=False, warmup=0)
     )
     weight: float = 1.0
     """Of the squared difference between the unlabeled images' probabilities and their labels."""

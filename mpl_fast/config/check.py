@@ -23,11 +23,11 @@ AT_LEAST_0 = (
     "label_rate",
     "mixup",
     "swap_every",
-    "student_wait",
+    "student_delay_steps",
 )
 SHARES = ("threshold", "label_threshold")
 WHOLE = ("smpl", "metasemi")  # recipes that do not compute a batch in parts
-BELOW_1 = ("smoothing", "baseline", "held_out")
+BELOW_1 = ("label_smoothing", "baseline", "held_out")
 
 
 def problems(config: RunConfig) -> list[str]:
@@ -79,14 +79,14 @@ def _about_graphs(config: RunConfig) -> list[str]:
             "cuda_graphs step cannot repeat a step that draws its dropout again: take model, or "
             "another feedback (off, difference, sampled) with teacher_graph hold"
         ]
-    if config.gradients == "ddp":
-        return ["cuda_graphs step needs gradients flat: DDP's buckets cannot be captured"]
+    if config.grad_sync == "ddp":
+        return ["cuda_graphs step needs grad_sync allreduce: DDP's buckets cannot be captured"]
     return []
 
 
 def _about_parts(config: RunConfig) -> list[str]:
-    if config.microbatches > 1 and config.gradients == "ddp":
-        return ["microbatches above 1 need gradients flat: DDP exchanges after every part"]
+    if config.microbatches > 1 and config.grad_sync == "ddp":
+        return ["microbatches above 1 need grad_sync allreduce: DDP exchanges after every part"]
     parity = getattr(config.algorithm, "feedback", "").startswith("parity_")
     if config.microbatches > 1 and (config.recipe in WHOLE or parity):
         who = f"feedback {config.algorithm.feedback}" if parity else f"recipe {config.recipe}"  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ def _ranges(config: RunConfig) -> list[Range]:
 
 
 def _data_ranges(data: DataConfig) -> list[Range]:
-    least = {"image_size": 8, "layers": 0, "magnitude": 0, "cutout": 0, "final_cutout": 0}
+    least = {"image_size": 8, "num_ops": 0, "magnitude": 0, "cutout": 0, "final_cutout": 0}
     least |= {"threads": 0, "prefetch": 1, "shuffle_buffer": 1}
     rows: list[Range] = [
         (f"data.{key}", getattr(data, key), f"at least {low}", getattr(data, key) >= low)
@@ -154,7 +154,7 @@ def _algorithm_ranges(part: Any, at: str = "algorithm") -> list[Range]:
 
 def _learner_ranges(learner: LearnerConfig, at: str) -> list[Range]:
     rows: list[Range] = []
-    for key in ("lr", "weight_decay", "clip", "warmup", "wait", "gamma"):
+    for key in ("lr", "weight_decay", "max_grad_norm", "warmup", "delay_steps", "gamma"):
         value = getattr(learner, key)
         rows.append((f"{at}.{key}", value, "at least 0", value >= 0))
     for key in ("momentum", "ema", "dropout"):

@@ -22,7 +22,7 @@ class LearnerConfig:
     """Look ahead along the momentum."""
     weight_decay: float = 1e-4
     """L2 penalty on weight matrices and filters (adamw: decoupled); norms and biases have none."""
-    clip: float = 5.0
+    max_grad_norm: float = 5.0
     """Largest gradient norm; 0 switches clipping off."""
     schedule: Literal["cosine", "constant", "step", "exponential", "onecycle"] = "cosine"
     """After the warm-up: down to 0 by half a cosine, or no change, or by `gamma` at each of
@@ -32,8 +32,8 @@ class LearnerConfig:
     gamma: float = 0.1
     """Factor of schedule step at each milestone, of schedule exponential over the whole run."""
     warmup: int = 5000
-    """Steps from learning rate 0 up to `lr`, after `wait`."""
-    wait: int = 0
+    """Steps from learning rate 0 up to `lr`, after `delay_steps`."""
+    delay_steps: int = 0
     """Steps at learning rate 0 before the warm-up."""
     ema: float = 0.0
     """Decay of the moving average of weights and statistics, which is what gets evaluated; 0 keeps
@@ -41,22 +41,22 @@ class LearnerConfig:
     dropout: float = 0.1
     """Share of the pooled features that is dropped in training."""
     conventions: Literal["official", "kekmodel"] = "official"
-    """kekmodel, for parity with that code: after `wait` the warm-up goes on from where it would be
-    without it, the average's decay does not warm up and copies statistics, and biases are decayed,
-    as are all parameters without "bn" in their names."""
+    """kekmodel, for parity with that code: after `delay_steps` the warm-up continues from where it
+    would be without the delay, the average's decay does not warm up, statistics are copied, and all
+    parameters without "bn" in their names are decayed, biases too."""
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of step number `step` (from 0) in a run of `steps`."""
-        after = step - self.wait
+        after = step - self.delay_steps
         if after < 0:
             return 0.0
         if self.schedule == "onecycle":
-            return self.lr * _one_cycle(after, steps - self.wait)
+            return self.lr * _one_cycle(after, steps - self.delay_steps)
         if after < self.warmup:
             if self.conventions == "kekmodel":
-                return self.lr * (step / (self.wait + self.warmup))
+                return self.lr * (step / (self.delay_steps + self.warmup))
             return self.lr * (after + 1) / self.warmup
-        progress = (after - self.warmup) / max(1, steps - self.wait - self.warmup)
+        progress = (after - self.warmup) / max(1, steps - self.delay_steps - self.warmup)
         if self.conventions != "kekmodel":  # whose cosine rises again after the last step
             progress = min(1.0, progress)
         return self.lr * self._decay(step, progress)

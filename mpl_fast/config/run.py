@@ -14,7 +14,7 @@ from mpl_fast.config.algorithms import (
     UDAConfig,
 )
 
-GradientSync = Literal["flat", "ddp"]
+GradientSync = Literal["allreduce", "ddp"]
 Graphs = Literal["off", "model", "step"]
 
 
@@ -26,7 +26,7 @@ class DataConfig:
     """Folder that `tools/make_rec.py pack` wrote."""
     image_size: int = 224
     """Side of the square views, in pixels."""
-    weak: Literal["imagenet", "cifar"] = "imagenet"
+    crop: Literal["random_resized", "pad_crop"] = "random_resized"
     """Weak view: random resized crop, or the image padded by 4 pixels and cropped back."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized, antialiased both: as published, or with half the work, which counts
@@ -36,7 +36,7 @@ class DataConfig:
     policy: Literal["mpl", "mpl_branched", "dali"] = "mpl"
     """Strong view: the official code's 15 operations, the same as a slower reference, or DALI's own
     RandAugment."""
-    layers: int = 2
+    num_ops: int = 2
     """RandAugment operations in a row."""
     magnitude: float = 17.0
     """RandAugment strength; 10 is nominal. Policy dali knows 0 to 10 and stops there."""
@@ -49,7 +49,7 @@ class DataConfig:
     """Half side in pixels of a square always removed from the strong view, after RandAugment
     (CIFAR: 8)."""
     eval_crop: float = 0.875
-    """Share of the shorter side that evaluation keeps (imagenet view only)."""
+    """Share of the shorter side that evaluation keeps (crop random_resized only)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Of the red, green and blue channel, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -147,9 +147,9 @@ class RunConfig:
     microbatches: int = 1
     """Parts in which a rank computes its batch, one after the other, to need less memory (for mpl
     together with --algorithm.teacher_graph recompute); batch norm sees each by itself."""
-    gradients: GradientSync = "flat"
-    """How gradients cross ranks: flat, all of a network's in one exchange after the backward pass;
-    ddp, in DistributedDataParallel's buckets during it, which pays between machines."""
+    grad_sync: GradientSync = "allreduce"
+    """How gradients cross ranks: allreduce, all of a network's in one exchange after the
+    backward pass; ddp, in DistributedDataParallel's buckets during it, faster between machines."""
     deterministic: bool = False
     """Bitwise repeatable, at some cost in speed."""
     eval_every: int = 5000

@@ -104,7 +104,7 @@ def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataN
         pad_last_batch=True,
     )
     image = decode(encoded, config, engine)
-    if config.weak == "imagenet":
+    if config.crop == "random_resized":
         image = resize(image, round(config.image_size / config.eval_crop), "not_smaller", config)
     else:
         image = resize(image, config.image_size, "stretch", config)
@@ -131,7 +131,7 @@ def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[Dat
 
 def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     """Decodes and crops at random: (image_size, image_size, 3) uint8."""
-    if config.weak == "imagenet":
+    if config.crop == "random_resized":
         image = fn.decoders.image_random_crop(
             encoded,
             device=_decoder(engine),

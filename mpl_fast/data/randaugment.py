@@ -59,9 +59,9 @@ def own_deprecations_hidden() -> Iterator[None]:
 
 
 def _mpl_policy(image: DataNode, config: DataConfig) -> DataNode:
-    """``config.layers`` operations in a row, each applied with the image's own probability."""
+    """``config.num_ops`` operations in a row, each applied with the image's own probability."""
     probability = fn.random.uniform(range=(0.2, 0.8))
-    for _ in range(config.layers):
+    for _ in range(config.num_ops):
         # Everything random is drawn before the batch is split among the operations.
         applied = fn.random.coin_flip(probability=probability, dtype=types.BOOL)
         center = _random_center(config.image_size)
@@ -90,7 +90,7 @@ def _dali_policy(image: DataNode, config: DataConfig) -> DataNode:
     """DALI's rand_augment: 14 operations, levels 0 to 10 in 31 bins, growing in strength."""
     return rand_augment.rand_augment(
         image,
-        n=config.layers,
+        n=config.num_ops,
         m=round(3 * min(config.magnitude, 10)),
         fill_value=FILL,
         max_translate_abs=round(config.translate),

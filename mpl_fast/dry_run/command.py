@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from mpl_fast import models
-from mpl_fast.assembly import check_batches, count_classes, settle_steps, uses_bf16
 from mpl_fast.config import RunConfig
 from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.distributed import Place
+from mpl_fast.distributed import DistEnv
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
 from mpl_fast.dry_run.rows import count
 from mpl_fast.dry_run.table import Plan, table
+from mpl_fast.training.build import check_batches, count_classes, settle_steps, uses_bf16
 
 PROBED = {"cuda": 64, "cpu": 8}  # images in the pass that is timed, at the most
 
@@ -27,21 +27,21 @@ def dry_run(config: RunConfig) -> int:
     manifest = read_manifest(config.data.root)
     config = settle_steps(config, manifest)
     classes = count_classes(config, manifest)
-    place = _place(config)
-    check_batches(config, manifest, place)
-    if place.is_first:
+    dist_env = _place(config)
+    check_batches(config, manifest, dist_env)
+    if dist_env.is_first:
         torch.manual_seed(config.seed)
-        print(table(_plan(config, manifest, classes, place)), flush=True)
+        print(table(_plan(config, manifest, classes, dist_env)), flush=True)
     return 0
 
 
-def _plan(config: RunConfig, manifest: Manifest, classes: int, place: Place) -> Plan:
-    here = place.device.type == "cpu" or torch.cuda.is_available()
-    bf16, side = uses_bf16(config, place.device), config.data.image_size
-    device = place.device if here else torch.device("cpu")
+def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv) -> Plan:
+    here = dist_env.device.type == "cpu" or torch.cuda.is_available()
+    bf16, side = uses_bf16(config, dist_env.device), config.data.image_size
+    device = dist_env.device if here else torch.device("cpu")
     only = config.recipe in LABELED_ONLY
-    labeled = config.labeled_batch // place.world
-    unlabeled = 0 if only else config.unlabeled_batch // place.world
+    labeled = config.labeled_batch // dist_env.world
+    unlabeled = 0 if only else config.unlabeled_batch // dist_env.world
     rows = count(
         config.algorithm,
         labeled,
@@ -60,9 +60,9 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, place: Place) -> 
     setting = estimate.Setting(config.algorithm, labeled, unlabeled, side, bf16, graphs)
     return Plan(
         config=config,
-        world=place.world,
-        device=_name(place.device) if here else "",
-        device_bytes=_bytes(place.device) if here else 0,
+        world=dist_env.world,
+        device=_name(dist_env.device) if here else "",
+        device_bytes=_bytes(dist_env.device) if here else 0,
         bf16=bf16,
         cost=cost,
         rows=rows,
@@ -76,12 +76,12 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, place: Place) -> 
     )
 
 
-def _place(config: RunConfig) -> Place:
+def _place(config: RunConfig) -> DistEnv:
     """Where this process would train; other ranks are not asked."""
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    return Place(rank, world, torch.device(device))
+    return DistEnv(rank, world, torch.device(device))
 
 
 def _network(config: RunConfig, classes: int) -> nn.Module:

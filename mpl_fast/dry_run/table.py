@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
 from mpl_fast.config.run import LABELED_ONLY
-from mpl_fast.console import duration, quantity
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
+from mpl_fast.training.console import duration, quantity
 
 WIDTH, GAP = 100, 14  # of lines, and of the names they begin with
 

@@ -20,7 +20,7 @@ RATE = 0.1  # of the student; the teacher's is 1, so that its step is its gradie
 WEIGHT = 1000.0  # of the feedback: large beside the rest of the teacher's loss, which is taken off
 BASELINE = 0.9
 PLAIN = LearnerConfig(
-    momentum=0.0, nesterov=False, weight_decay=0.0, clip=0.0, warmup=0, schedule="constant"
+    momentum=0.0, nesterov=False, weight_decay=0.0, max_grad_norm=0.0, warmup=0, schedule="constant"
 )
 
 
@@ -92,7 +92,7 @@ def algorithm(kind: Kind, of: Problem) -> MetaPseudoLabels:
         teacher=replace(PLAIN, lr=1.0),
         student=replace(PLAIN, lr=RATE),
         consistency=ConsistencyConfig(weight=1.0, ramp=0, threshold=0.0),
-        smoothing=0.0,
+        label_smoothing=0.0,
         feedback_weight=WEIGHT,
         **kind.options,
     )

@@ -125,7 +125,7 @@ def feedback(
     student's labeled loss after its step, or that gradient itself (`exact`).
 
     `target` (R, 16, 2) are the labels that the student has learned, `log_q` (R, 16, 2) the
-    teacher's log-probabilities with graph, `judge` (R, 6) the weights of the labels.
+    teacher's log-probabilities with graph, `forward_batch_stats` (R, 6) the weights of the labels.
     """
     if kind == "difference":  # one number a batch: h = old - new
         with torch.no_grad():

@@ -64,7 +64,7 @@ def config(knobs: Knobs, sign: float) -> MPLConfig:
         consistency=ConsistencyConfig(
             weight=knobs.lam, ramp=knobs.uda_steps, temperature=knobs.T, threshold=knobs.thr
         ),
-        smoothing=knobs.ls,
+        label_smoothing=knobs.ls,
         feedback="parity_kekmodel",
         feedback_weight=sign,
     )
@@ -76,9 +76,9 @@ def _learner(knobs: Knobs, *, lr: float, wait: int, ema: float) -> LearnerConfig
         momentum=knobs.momentum,
         nesterov=knobs.nesterov and knobs.momentum > 0,  # nothing to look ahead along
         weight_decay=knobs.wd,
-        clip=knobs.clip,
+        max_grad_norm=knobs.clip,
         warmup=knobs.warmup,
-        wait=wait,
+        delay_steps=wait,
         ema=ema,
         dropout=0.0,
         conventions="kekmodel",

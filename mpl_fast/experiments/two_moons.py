@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpl_fast.command_line import fail
+from mpl_fast.config.command_line import fail
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from mpl_fast.experiments.command import AtLeast, Parser
 

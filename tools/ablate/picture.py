@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_fast.curves import read
+from mpl_fast.training.curves import read
 from tools.ablate.running import Result
 
 Curve = list[tuple[int, float, float]]  # step, seconds of training until then, top-1

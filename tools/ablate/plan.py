@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from mpl_fast.command_line import as_yaml, parse
 from mpl_fast.config import RECIPES, RunConfig
+from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
 
 Json = dict[str, Any]
