@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpl_fast import models, nvidia_apex
+from mpl_fast import models
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
+from mpl_fast.learner import apex as nvidia_apex
 from mpl_fast.models import OWN
 from tools.bench.clock import Work, interleaved, repeated, seconds_of
 from tools.bench.count import launches, operators
@@ -27,7 +28,7 @@ from tools.bench.results import Row, count_row, one_line, ratios, spread
 TINY = {"models": ["wrn_10_1"], "rounds": 2, "steps": 1}
 STEPS = {"cpu": 1, "cuda": 20}
 CONFIG = LearnerConfig(
-    lr=0.01, weight_decay=1e-4, clip=5.0, schedule="constant", warmup=0, ema=0.999
+    lr=0.01, weight_decay=1e-4, max_grad_norm=5.0, schedule="constant", warmup=0, ema=0.999
 )
 NORM = 10.0  # of the gradients, so that they are clipped
 FACTORS = (1.0, 0.1, 1.0)  # of the gradients in the steps compared: clipped, not clipped, clipped
@@ -214,7 +215,7 @@ def per_tensor(problem: Problem) -> Variant:
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.clip, foreach=False)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=False)
         optimizer.step()
         for kept, new in averaged:
             kept.mul_(CONFIG.ema).add_(new, alpha=1.0 - CONFIG.ema)
@@ -252,7 +253,7 @@ def fused(problem: Problem) -> Variant:
     def work() -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        optimizer.grad_scale = ((norm + 1e-6) / CONFIG.clip).clamp(min=1.0)
+        optimizer.grad_scale = ((norm + 1e-6) / CONFIG.max_grad_norm).clamp(min=1.0)
         optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
         averaging()
@@ -264,13 +265,13 @@ def ours(problem: Problem) -> Variant:
     """What training does, which also keeps batch-norm statistics from non-finite values."""
     network, _ = _copies(problem)
     learner = Learner(network, CONFIG, steps=10 * FIRST_STEP, device=problem.device)
-    learner.begin(0)
+    learner.begin_step(0)
     steps = count(FIRST_STEP)
     assert learner.average is not None
 
     def work() -> None:
-        learner.update()
-        learner.end(next(steps))
+        learner.optimizer_step()
+        learner.end_step(next(steps))
 
     return _variant(problem, learner.network, learner.average, work)
 
@@ -316,7 +317,7 @@ def _clipped(
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.clip, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=True)
         optimizer.step()
         averaging()
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mpl_fast import distributed
 from mpl_fast.errors import ConfigError
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.training.process import die_with_launcher
 from tools.bench import step_variants
 from tools.bench.clock import Work, interleaved, wait_for_gpu
 from tools.bench.harness import Report, at_least, run
@@ -135,14 +135,14 @@ def rank(given: Sequence[str]) -> None:
     takes as long as its slowest rank.
     """
     die_with_launcher()
-    place = distributed.start(given[5])
+    dist_env = distributed.start(given[5])
     torch.backends.cudnn.benchmark = True
-    out, setting, (steps,) = arguments_of(given, place.device)
+    out, setting, (steps,) = arguments_of(given, dist_env.device)
     works = {TOGETHER: _step(setting), ALONE: without_exchange(_step, setting)}
     # The seed is alike on all ranks, and with it the order.
     found = interleaved(works, _seconds, rounds=int(steps), warmup=WARM)
     slowest = {name: _slowest(times) for name, times in found.items()}
-    if place.is_first:
+    if dist_env.is_first:
         out.write_text(json.dumps(slowest))
     distributed.stop()
 

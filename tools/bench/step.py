@@ -189,7 +189,8 @@ def _recipe(
     if not in_time:
         report.skipped.append(f"{recipe}: no time: phases")
     _note(report, _checks(ready.values(), setting, recipe))
-    parts = {name: _phases(one.variant) for name, one in ready.items() if in_time}
+    turns = min(PHASE_ROUNDS, options.rounds)
+    parts = {name: _phases(one.variant, turns) for name, one in ready.items() if in_time}
     memory = {name: one.memory for name, one in ready.items() if one.memory}
     return Found(measured, {name: found for name, found in parts.items() if found}, memory)
 
@@ -260,12 +261,12 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _phases(variant: Variant) -> dict[str, list[float]]:
+def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
     """After the timing, since it waits for the device again and again."""
     if not variant.owners or (variant.flavor and variant.flavor.graphs == "step"):
         return {}  # a graph of a whole step calls no method
-    turns = [phases(variant.step, variant.owners) for _ in range(PHASE_ROUNDS + 1)][1:]
-    return {name: [turn.get(name, 0.0) for turn in turns] for name in turns[0]}
+    found = [phases(variant.step, variant.owners) for _ in range(turns + 1)][1:]
+    return {name: [turn.get(name, 0.0) for turn in found] for name in found[0]}
 
 
 def _checks(ready: Any, setting: Setting, recipe: str) -> list[step_checks.Check]:

@@ -86,7 +86,7 @@ def compiled_logits(variant: Variant, images: Tensor) -> list[Check]:
             device=learner.device,
             bf16=learner.bf16,
         )
-        error = _difference(learner.judge(images), eager.judge(images))
+        error = _difference(learner.forward_batch_stats(images), eager.forward_batch_stats(images))
         what = f"{variant.name}: logits of the {name}, compiled and eager"
         found.append(Check(what, error, _tolerance(flavor, learner.device)))
     return found

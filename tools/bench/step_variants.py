@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mpl_fast import algorithms, losses, models
 from mpl_fast.algorithms.base import RunFacts, train_step
 from mpl_fast.batch import Batch, image_buffer
-from mpl_fast.compilation import Mode
 from mpl_fast.config import (
     AlgorithmConfig,
     ConsistencyConfig,
@@ -26,7 +25,8 @@ from mpl_fast.config import (
 from mpl_fast.config.algorithms import NormBatches
 from mpl_fast.config.run import Graphs
 from mpl_fast.learner import Learner
-from mpl_fast.step_graph import StepGraph
+from mpl_fast.learner.compilation import Mode
+from mpl_fast.training.step_graph import StepGraph
 from tools.bench import step_reference
 
 SMALL = ("wrn", "shake", "convlarge")  # networks for images of 32 pixels, in 10 classes
@@ -52,8 +52,8 @@ RECIPES: dict[str, AlgorithmConfig] = {
 }
 PARITY = dataclasses.replace(
     _MPL,
-    teacher=dataclasses.replace(_ONE, conventions="kekmodel", clip=1e9),
-    student=dataclasses.replace(_AVERAGED, conventions="kekmodel", clip=1e9),
+    teacher=dataclasses.replace(_ONE, conventions="kekmodel", max_grad_norm=1e9),
+    student=dataclasses.replace(_AVERAGED, conventions="kekmodel", max_grad_norm=1e9),
     consistency=dataclasses.replace(_AGREE, ramp=5),
     feedback="parity_kekmodel",
 )
@@ -203,7 +203,7 @@ def plain_settings(config: MPLConfig) -> step_reference.Settings:
         momentum=student.momentum,
         nesterov=student.nesterov,
         weight_decay=student.weight_decay,
-        label_smoothing=config.smoothing,
+        label_smoothing=config.label_smoothing,
         temperature=agree.temperature,
         threshold=agree.threshold,
         lambda_u=agree.weight,
@@ -257,7 +257,7 @@ def learner_of(setting: Setting, config: LearnerConfig, flavor: Flavor, seed: in
 def one_pass(setting: Setting, flavor: Flavor) -> Variant:
     """Cross-entropy of a step's distinct images, forward and backward, and nothing else."""
     learner = learner_of(setting, LearnerConfig(dropout=0.0), flavor)
-    learner.begin(0)
+    learner.begin_step(0)
     images = batch(setting, "supervised", torch.bfloat16 if flavor.bf16 else torch.float32)
 
     def step() -> Mapping[str, Tensor]:

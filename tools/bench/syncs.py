@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from mpl_fast import distributed
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.training.process import die_with_launcher
 from tools.bench import step_variants
 from tools.bench.count import collectives, host_syncs, launches, operators
 from tools.bench.harness import Report, at_least, run
