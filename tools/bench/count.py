@@ -4,15 +4,17 @@ import math
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from tools.bench.clock import Work, wait_for_gpu
@@ -94,6 +96,26 @@ def launches(work: Work) -> int:
         work()
         wait_for_gpu()
     return sum(_is_launch(event) for event in profiler.events() or ())
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[list[str]]:
+    """Names of the Triton kernels that are launched inside, on Triton's interpreter.
+
+    The interpreter's own copies are not among the operators counted meanwhile.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: list[str] = []
+    run = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(self.__name__)
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    with mock.patch.object(InterpretedFunction, "run", noted):
+        yield launched
 
 
 def host_syncs(work: Work, device: torch.device) -> Counter[str]:
