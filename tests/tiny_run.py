@@ -153,7 +153,7 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
-            if key != "seconds":
+            if key != "train_seconds":
                 assert_same(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), where

@@ -31,7 +31,7 @@ def main() -> None:
                 f"{config_file} does not exist: name a run directory that has trained"
             )
         config = parse(["--config", str(config_file), *options, "--run-dir", run])
-        from mpl_fast.training.run import evaluate_run
+        from mpl_fast.training.evaluate import evaluate_run
 
         evaluate_run(config)
     except UserError as error:

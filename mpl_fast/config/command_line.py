@@ -4,10 +4,7 @@ instant."""
 import argparse
 import dataclasses
 import difflib
-import os
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -16,7 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.errors import ConfigError
+from mpl_fast.errors import fail as fail
 
 USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
 --run-dir RUN
@@ -26,7 +24,6 @@ The --algorithm.* options are those of one recipe: see them by --recipe uda --he
 The same command with the same --run-dir resumes; with --dry-run it only tells what it would take.
 Words in option names join with - or _ alike."""
 
-PATIENCE = 5.0  # seconds
 LENGTHS = ("steps", "epochs", "eval_every", "eval_epochs")
 DRY_RUN = "dry_run"
 BARE = ("config", "help", "print_config", DRY_RUN)  # the parser's own, not the config's
@@ -245,13 +242,3 @@ def _lists(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def fail(program: str, error: UserError) -> NoReturn:
-    """Ends a command with one clear line, which one rank tells for all that met the error."""
-    if error.alone or os.environ.get("RANK", "0") == "0":
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-    else:
-        # torchrun ends all ranks when the first one has failed: let it be the one that tells.
-        time.sleep(PATIENCE)
-    sys.exit(error.exit_code)

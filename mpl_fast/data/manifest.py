@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError
 
 FORMAT = "mpl_fast.rec/2"
 MANIFEST = "manifest.json"
 CLASSES = "classes.txt"
-_CHUNK = 1 << 20  # bytes hashed at a time
 _T = TypeVar("_T")
 
 
@@ -156,15 +156,6 @@ def _read_checked(path: Path, sha256: str) -> bytes:
 def _require_sha256(path: Path, sha256: str) -> None:
     if _read_file(path, sha256_of) != sha256:
         raise DataError(f"{path}: does not match the manifest (stale or damaged); pack again")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_file(path: Path, read: Callable[[Path], _T]) -> _T:

@@ -14,7 +14,7 @@ from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
 from mpl_fast.dry_run.rows import count
 from mpl_fast.dry_run.table import Plan, table
-from mpl_fast.training.build import check_batches, count_classes, settle_steps, uses_bf16
+from mpl_fast.training.build import check_batches, count_classes, resolve_epochs, uses_bf16
 
 PROBED = {"cuda": 64, "cpu": 8}  # images in the pass that is timed, at the most
 
@@ -25,7 +25,7 @@ def dry_run(config: RunConfig) -> int:
     Raises `UserError` where training would, as far as can be told without the run directory.
     """
     manifest = read_manifest(config.data.root)
-    config = settle_steps(config, manifest)
+    config = resolve_epochs(config, manifest)
     classes = count_classes(config, manifest)
     dist_env = _place(config)
     check_batches(config, manifest, dist_env)

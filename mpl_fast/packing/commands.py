@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.errors import ConfigError
+from mpl_fast.packing.check.inspection import info, info_lines, load_pack
+from mpl_fast.packing.check.lookup import extract, locate, save
+from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run
-from mpl_fast.packing.inspection import info, info_lines, load_pack
-from mpl_fast.packing.lookup import extract, locate, save
-from mpl_fast.packing.pack import PackOptions, finish_parts, pack
-from mpl_fast.packing.plan import Division
-from mpl_fast.packing.progress import Progress
+from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions, image_option_errors
+from mpl_fast.packing.pack import finish_parts, pack
 from mpl_fast.packing.resplit import resplit
-from mpl_fast.packing.treatment import Treatment, problems
-from mpl_fast.packing.verify import verify
+from mpl_fast.packing.write.progress import Progress
 
 Json = dict[str, Any]
 Result = Json | list[str]  # JSON to print, or lines to read
@@ -116,8 +115,10 @@ def run_extract(known: argparse.Namespace) -> Result:
 
 
 def _pack_options(known: argparse.Namespace) -> PackOptions:
-    treatment = Treatment(**{item.name: getattr(known, item.name) for item in fields(Treatment)})
-    wrong = problems(treatment)
+    image_options = ImageOptions(
+        **{item.name: getattr(known, item.name) for item in fields(ImageOptions)}
+    )
+    wrong = image_option_errors(image_options)
     for name, value in (("--shards", known.shards), ("-j", known.j)):
         if value is not None and value < 1:
             wrong.append(f"{name} {value}: must be at least 1")
@@ -132,8 +133,10 @@ def _pack_options(known: argparse.Namespace) -> PackOptions:
         root=known.root,
         labels=known.labels,
         val_labels=known.val_labels,
-        division=Division(**{item.name: getattr(known, item.name) for item in fields(Division)}),
-        treatment=treatment,
+        split=SplitOptions(
+            **{item.name: getattr(known, item.name) for item in fields(SplitOptions)}
+        ),
+        image=image_options,
         part=known.part,
         engine=known.engine,
         processes=known.j,

@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.packing.pack import PackOptions, check_options, plan_to
-from mpl_fast.packing.plan import RECORD_BYTES, TABLE_BYTES, Split, splits
-from mpl_fast.packing.reader import Reader
-from mpl_fast.packing.table import Table, reading
-from mpl_fast.packing.treatment import treat
+from mpl_fast.packing.options import PackOptions
+from mpl_fast.packing.pack import check_options, plan_to
+from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES, Split, splits
+from mpl_fast.packing.plan.table import Table, reading
+from mpl_fast.packing.write.process_image import treat
+from mpl_fast.packing.write.reader import Reader
 
 Json = dict[str, Any]
 _SAMPLE_SECONDS = 1.5
@@ -36,7 +37,7 @@ def _told(table: Table, options: PackOptions) -> Json:
     shards = table.shards()
     images = sum(shard.records for shard in shards)
     size = sum(shard.bytes for shard in shards)
-    how = options.division
+    how = options.split
     listed = splits(how.layout, how.unlabeled, val=options.val is not None)
     return {
         "out": str(options.out),
@@ -78,7 +79,7 @@ def _seconds_an_image(table: Table, options: PackOptions) -> float:
     done = 0
     try:
         for opened in reader.opened(islice(records, _SAMPLE_IMAGES)):
-            treat(reader.image(opened), opened.record.name, options.treatment)
+            treat(reader.image(opened), opened.record.name, options.image)
             done += 1
             if time.monotonic() - start > _SAMPLE_SECONDS:
                 break

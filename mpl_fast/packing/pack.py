@@ -4,65 +4,34 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
-from mpl_fast.packing.archives import Spools
-from mpl_fast.packing.finish import (
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import ImageOptions, PackOptions
+from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES, make_plan
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, place, reading
+from mpl_fast.packing.publish.existing_pack import ExistingPack, changes, examine
+from mpl_fast.packing.publish.finish import (
     describe_duplicates,
     describe_left_out,
     finish,
     unfinished,
 )
-from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.held import Held, changes, examine
-from mpl_fast.packing.out_folder import OutFolder
-from mpl_fast.packing.plan import RECORD_BYTES, TABLE_BYTES, Division, make_plan
-from mpl_fast.packing.progress import Progress
-from mpl_fast.packing.ray_engine import run_ray
-from mpl_fast.packing.sources import Source, open_source
-from mpl_fast.packing.split_files import write_text
-from mpl_fast.packing.table import TABLE, ShardRow, Table, place, reading
-from mpl_fast.packing.treatment import Treatment
-from mpl_fast.packing.workers import Jobs, run_local
+from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.split_files import write_text
+from mpl_fast.packing.sources.archives import Spools
+from mpl_fast.packing.sources.source import Source, open_source
+from mpl_fast.packing.write.progress import Progress
+from mpl_fast.packing.write.ray_engine import run_ray
+from mpl_fast.packing.write.workers import Jobs, run_local
 
 Json = dict[str, Any]
 LISTED = 10  # bad images in one line; more have a line each
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackOptions:
-    """What `make_rec.py pack` was asked for."""
-
-    src: tuple[str, ...]
-    out: Path
-    val: str | None = None
-    root: Path | None = None  # of the paths in a list
-    labels: Path | None = None  # of the images in src that lie in no class folder
-    val_labels: Path | None = None
-    division: Division = field(default_factory=Division)
-    treatment: Treatment = field(default_factory=Treatment)
-    part: tuple[int, int] | None = None  # (i, N): every N-th shard from number i - 1 on
-    engine: str = "local"
-    processes: int = 1
-    read_threads: int = 0
-    force: bool = False
-    quiet: bool = False
-
-    def planned(self) -> Json:
-        """Return those that decide what is packed."""
-        paths = {name: getattr(self, name) for name in ("root", "labels", "val_labels")}
-        return {
-            "src": list(self.src),
-            "val": self.val,
-            **{name: None if path is None else str(path) for name, path in paths.items()},
-            **asdict(self.division),
-            **asdict(self.treatment),
-        }
 
 
 def pack(options: PackOptions) -> Json:
@@ -90,13 +59,13 @@ def pack(options: PackOptions) -> Json:
             shards = table.shards()
         with output_errors(folder.path):
             _write(folder, shards, options)
-            return conclude(folder, options.treatment, started)
+            return conclude(folder, options.image, started)
 
 
-def conclude(folder: OutFolder, treatment: Treatment, started: float) -> Json:
+def conclude(folder: OutFolder, image_options: ImageOptions, started: float) -> Json:
     """Finish a folder whose shards are all written, and give everything its place."""
     created = datetime.now(timezone.utc).isoformat()
-    manifest = finish(folder.work, treatment)
+    manifest = finish(folder.work, image_options)
     manifest["created"] = created
     manifest["totals"]["seconds"] = round(time.monotonic() - started, 3)
     with reading(folder.work / TABLE) as table:
@@ -121,14 +90,14 @@ def finish_parts(out: Path) -> Json:
                 return {"already_complete": True, **load_manifest(out)}
             raise DataError(f"{out}: holds no plan; pack its parts first (pack --part 1/2 ...)")
         with reading(folder.work / TABLE) as table:
-            treatment = stored_treatment(table)
-        return conclude(folder, treatment, started)
+            image_options = stored_image_options(table)
+        return conclude(folder, image_options, started)
 
 
-def stored_treatment(table: Table) -> Treatment:
-    """Return the treatment that a plan was made with."""
+def stored_image_options(table: Table) -> ImageOptions:
+    """Return the image_options that a plan was made with."""
     options = table.options()
-    return Treatment(**{item.name: options[item.name] for item in fields(Treatment)})
+    return ImageOptions(**{item.name: options[item.name] for item in fields(ImageOptions)})
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -190,7 +159,7 @@ def open_sources(options: PackOptions, work: Path) -> tuple[list[Source], Source
 def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, which lies in a work folder."""
     train, val = open_sources(options, path.parent)
-    warn(make_plan(path, train, val, options.division, options.treatment, options.planned()))
+    warn(make_plan(path, train, val, options.split, options.image, options.planned()))
 
 
 def _plan(folder: OutFolder, options: PackOptions) -> None:
@@ -297,9 +266,9 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     missing = set(unfinished(folder.work, shards))
     todo = [shard for shard in shards if shard.file in missing]
     records, size = (sum(getattr(s, name) for s in todo) for name in ("records", "bytes"))
-    if options.treatment.short_side is None:  # else nobody knows before
+    if options.image.short_side is None:  # else nobody knows before
         folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
-    jobs = Jobs(folder.work, shards, options.treatment, options.read_threads)
+    jobs = Jobs(folder.work, shards, options.image, options.read_threads)
     images, size = (sum(getattr(s, name) for s in shards) for name in ("records", "bytes"))
     progress = None if options.quiet else Progress("packed", images, size, sys.stderr)
     tell = progress.update if progress else lambda images, size: None
@@ -313,7 +282,7 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
             progress.close()
     faults = []
     # A shard that an earlier run finished with --on-bad skip may lack images.
-    refused = {"failed", "skipped"} if options.treatment.on_bad == "fail" else {"failed"}
+    refused = {"failed", "skipped"} if options.image.on_bad == "fail" else {"failed"}
     with reading(folder.work / TABLE) as table:
         sources = table.sources()
         for remark in (remark for job in remarks for remark in job):
@@ -331,7 +300,7 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
         )
 
 
-def _mend(folder: OutFolder, options: PackOptions, held: Held) -> None:
+def _mend(folder: OutFolder, options: PackOptions, held: ExistingPack) -> None:
     """Pack the broken shards of a finished pack again; they have to become what they were."""
     with reading(folder.work / TABLE) as table:
         shards = [shard for shard in table.shards() if shard.file in held.broken]

@@ -8,16 +8,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST, sha256_of
+from mpl_fast.atomic import sha256_of
+from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
-from mpl_fast.packing.cut import plan_digest
-from mpl_fast.packing.done import sync_file
-from mpl_fast.packing.inspection import load_pack, require_table
-from mpl_fast.packing.out_folder import OutFolder
-from mpl_fast.packing.plan import splits
-from mpl_fast.packing.split import choose
-from mpl_fast.packing.split_files import write_split, write_text
-from mpl_fast.packing.table import TABLE, Table, edit_table, reading, table_errors
+from mpl_fast.packing.check.inspection import load_pack, require_table
+from mpl_fast.packing.plan.make_plan import splits
+from mpl_fast.packing.plan.sharding import plan_digest
+from mpl_fast.packing.plan.split import choose
+from mpl_fast.packing.plan.table import TABLE, Table, edit_table, reading, table_errors
+from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.split_files import write_split, write_text
+from mpl_fast.packing.write.shard_receipt import sync_file
 
 Json = dict[str, Any]
 _DRAWN = ("labeled", "unlabeled")

@@ -1,4 +1,4 @@
-"""What a run consists of, built from its config and checked against its data."""
+"""Builds algorithm and data loaders from a config, and checks the config against the data."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from mpl_fast.learner import Learner
 
 
 def count_classes(config: RunConfig, manifest: Manifest) -> int:
-    """Width of the networks. Raises `ConfigError` if config and data disagree."""
+    """Number of classes. Raises `ConfigError` if config and data differ."""
     if "val" not in manifest.splits:
         raise DataError(f"{manifest.root} has no validation split: pack it with --val")
     have, wanted = len(manifest.classes), config.model.classes
@@ -31,7 +31,10 @@ def count_classes(config: RunConfig, manifest: Manifest) -> int:
 
 
 def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> None:
-    """Every rank gets the same number of images, and no batch holds an image twice."""
+    """Raises `ConfigError` for a batch size or device that the config cannot be trained with.
+
+    Every rank needs the same number of images, and no batch may hold an image twice.
+    """
     wanted = {"labeled": config.labeled_batch}
     if config.recipe not in LABELED_ONLY:
         wanted["unlabeled"] = config.unlabeled_batch
@@ -44,7 +47,7 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
-    _check_parts(config, dist_env)
+    _check_microbatches(config, dist_env)
     if config.model.norm == "sync" and dist_env.device.type != "cuda" and dist_env.world > 1:
         raise ConfigError(
             "model.norm is sync, which PyTorch has for CUDA alone: set batch, or train on GPUs"
@@ -67,8 +70,8 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
         )
 
 
-def _check_parts(config: RunConfig, dist_env: DistEnv) -> None:
-    """Parts must be equal, or the mean over them would not be the whole batch's."""
+def _check_microbatches(config: RunConfig, dist_env: DistEnv) -> None:
+    """Microbatches must be equal, or the mean over them would not be the mean of the batch."""
     labeled = config.labeled_batch // dist_env.world
     held_out = getattr(config.algorithm, "held_out", 0.0)
     rows = {"labeled": labeled - count_held_out(labeled, held_out)}
@@ -90,9 +93,9 @@ def build_algorithm(
     *,
     fresh: bool = True,
 ) -> Algorithm:
-    """The configured algorithm with freshly initialised networks, the same on every rank.
+    """The configured algorithm with initialized networks, equal on every rank.
 
-    Pretrained weights are read if it is `fresh`: a checkpoint replaces them all.
+    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
     """
     facts = RunFacts(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
@@ -124,7 +127,7 @@ def build_algorithm(
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalLoader:
-    """Validation images for this rank."""
+    """Loader of this rank's validation images."""
     return EvalLoader(
         config.data,
         manifest,
@@ -137,16 +140,16 @@ def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> Eva
 
 
 def steps_in(epochs: float, config: RunConfig, manifest: Manifest) -> int:
-    """Steps that pass so many times over the unlabeled images, or the labeled ones of a recipe that
-    reads no others; the last one may begin another pass."""
+    """Steps in so many passes over the unlabeled images (labeled ones for recipes without unlabeled
+    images), rounded up."""
     labeled_only = config.recipe in LABELED_ONLY
     split = "labeled" if labeled_only else "unlabeled"
     batch = config.labeled_batch if labeled_only else config.unlabeled_batch
     return max(1, math.ceil(epochs * manifest.splits[split].records / batch))
 
 
-def settle_steps(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """The config with the steps that follow from epochs, where these are given."""
+def resolve_epochs(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The config with `steps` and `eval_every` computed from epochs, where those are given."""
     steps, every = config.steps, config.eval_every
     if config.epochs:
         steps = steps_in(config.epochs, config, manifest)
@@ -156,7 +159,7 @@ def settle_steps(config: RunConfig, manifest: Manifest) -> RunConfig:
 
 
 def images_per_step(config: RunConfig) -> int:
-    """Distinct images that one step takes, over all ranks."""
+    """Distinct images in one step, over all ranks."""
     return config.labeled_batch + (0 if config.recipe in LABELED_ONLY else config.unlabeled_batch)
 
 
@@ -168,7 +171,7 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
 def train_loader(
     config: RunConfig, manifest: Manifest, dist_env: DistEnv, state: dict[str, Any] | None
 ) -> TrainLoader:
-    """Endless training batches for this rank, from the start or from a checkpoint's `state`."""
+    """Endless loader of this rank's training batches, from the start or a checkpoint's `state`."""
     unlabeled = images_per_step(config) - config.labeled_batch
     return TrainLoader(
         config.data,

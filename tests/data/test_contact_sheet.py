@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "contact_sheet.py"
 GREEN = (0, 200, 0)
@@ -23,8 +23,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (120, 60), GREEN).save(folder / f"{number}.png")
-    division = Division(labeled="1")
-    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", division=division, quiet=True))
+    split = SplitOptions(labeled="1")
+    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", split=split, quiet=True))
     return base / "rec"
 
 

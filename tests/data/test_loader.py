@@ -12,8 +12,8 @@ from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 from tests.data.numbered_images import (
     CLASSES,
     PLAIN,
@@ -181,7 +181,7 @@ def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
         src=(str(manifest.root.parent / "train"),),
         val=str(manifest.root.parent / "val"),
         out=manifest.root.parent / "other",
-        division=Division(labeled="20", shards=3, shuffle_seed=9),
+        split=SplitOptions(labeled="20", shards=3, shuffle_seed=9),
         quiet=True,
     ))  # fmt: skip
     other = read_manifest(manifest.root.parent / "other")

@@ -21,8 +21,8 @@ from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.pipelines import Engine, _train_graph
 from mpl_fast.data.randaugment import own_deprecations_hidden
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 
 CPU = torch.device("cpu")
 Pixels = NDArray[np.uint8]
@@ -51,7 +51,7 @@ def packed(folder: Path, images: dict[str, bytes], copies: int = 1) -> Manifest:
             src=(str(source.parent),),
             val=str(source.parent),
             out=folder / "rec",
-            division=Division(labeled=total),
+            split=SplitOptions(labeled=total),
             quiet=True,
         )
     )
