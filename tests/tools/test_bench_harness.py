@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpl_fast.errors import ConfigError, OutputError
+from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT
 from tools.bench import __main__, clock, harness, machine, results
 from tools.bench.cuda_graph import DeviceLostError
@@ -58,11 +58,9 @@ def test_each_has_a_turn_in_every_round_in_changing_order() -> None:
 
 
 def test_each_has_its_own_times_and_the_warm_ones_are_dropped() -> None:
-    numbers: dict[str, list[int]] = {"a": [], "b": []}
-    found = clock.interleaved(
-        numbers, lambda mine: mine.append(len(mine)) or len(mine), rounds=2, warmup=1
-    )
-    assert found == {"a": [2, 3], "b": [2, 3]}
+    numbers = {"a": iter(range(9)), "b": iter(range(10, 19))}
+    found = clock.interleaved(numbers, next, rounds=2, warmup=1)
+    assert found == {"a": [1, 2], "b": [11, 12]}
 
 
 def test_no_round_begins_after_the_time_but_one_is_measured(
@@ -196,19 +194,22 @@ def test_smoke_takes_the_tiny_options(tmp_path: Path) -> None:
     assert seen == [3, 1]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_whole_or_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "deep" / "out.json"
     harness.require_writable(out)
-    assert not out.exists()
-    harness.write("1", out)
+    assert list(out.parent.iterdir()) == []
+    assert run(out, lambda options, report: report.add([Row("r", ONE, "ms")]))[0] == 0
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
-        harness.write("2", out)
-    assert out.read_text() == "1"
+    code, found = run(out, lambda options, report: report.add([Row("s", ONE, "ms")]))
+    assert code == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [row["name"] for row in found["rows"]] == ["r"]
     assert [path.name for path in out.parent.iterdir()] == ["out.json"]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mpl_fast import atomic
 from mpl_fast.errors import ConfigError, DataError, UserError, output_errors
 from tools.bench.results import FORM, Json, table
 
@@ -253,9 +254,7 @@ def _signal(group: int, number: signal.Signals) -> None:
 
 def _write(options: argparse.Namespace, ended: list[Ended], left_out: list[str]) -> None:
     text = page(options.out, ended, left_out, smoke=options.smoke)
-    aside = options.out / f".{PAGE}.writing"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(options.out / PAGE)
+    atomic.write_text(options.out / PAGE, text)
 
 
 def page(out: Path, ended: Sequence[Ended], left_out: Sequence[str], *, smoke: bool) -> str:

@@ -19,14 +19,14 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
+from mpl_fast import atomic
 from mpl_fast.errors import UserError, output_errors
 from tools.bench.cuda_graph import DeviceLostError
 from tools.bench.machine import describe
@@ -105,7 +105,8 @@ class Report:
 
     def save(self) -> None:
         """Writes the file whole or not at all. May raise `OutputError`."""
-        write(json.dumps(self.result(), indent=1) + "\n", self._options.out)
+        with output_errors(self._options.out):
+            atomic.write_json(self._options.out, self.result())
 
 
 def run(
@@ -177,22 +178,8 @@ def require_writable(out: Path) -> None:
         if out.is_dir():
             raise IsADirectoryError(None, "is a folder: name a file", str(out))
         out.parent.mkdir(parents=True, exist_ok=True)
-        _aside(out).touch()
-        _aside(out).unlink()
-
-
-def write(text: str, out: Path) -> None:
-    """Aside, synced and renamed. May raise `OutputError`."""
-    with output_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with _aside(out).open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            _aside(out).replace(out)
-        finally:
-            _aside(out).unlink(missing_ok=True)
+        with NamedTemporaryFile(dir=out.parent):
+            pass
 
 
 def _measured(measure: Callable[[Options, Report], None], options: Options, report: Report) -> int:
@@ -212,7 +199,3 @@ def _print(found: Json, out: Path) -> None:
     for name, why in found["failed"].items():
         print(f"FAILED: {name}: {why}")
     print(f"written: {out}")
-
-
-def _aside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.writing")

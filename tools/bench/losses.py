@@ -62,6 +62,7 @@ FEWEST, ENOUGH, MOST = 3, 8, 200  # sets of inputs: a replay must take much long
 SET_BYTES = 2 * 10**9  # above FEWEST sets, they take no more memory than this
 FLUSHED = 256 * 2**20  # bytes written before each timing: no cache, no wait for the host
 HOST_CALLS, HOST_ROUNDS = 10, 5
+GPU = "cuda"
 # What the goals are about; everything else follows.
 GOALS = [Shape("teacher", 1000, 32768, BF16), Shape("teacher", 21841, 4096, BF16)]
 GOALS += [Shape("teacher", 1000, 256, BF16), Shape("teacher", 1000, 1024, BF16)]
@@ -229,13 +230,13 @@ def _interpreted_counts(shape: Shape, name: str, report: Report) -> None:
 
 
 def _on_gpu(options: argparse.Namespace, report: Report) -> None:
-    copied = copies(torch.device("cuda"), small=options.smoke)
+    copied = copies(torch.device(GPU), small=options.smoke)
     report.more["limits"] = {"copy, bytes/s": copied._asdict()}
     report.claim = (
         "one call on the device, out of CUDA graphs over rotating inputs, median of "
         f"{options.rounds} interleaved rounds; the share of the limit is that of a copy"
     )
-    faulty = check(CHECKED, (*OURS, PLAIN, EAGER), "cuda", report)
+    faulty = check(CHECKED, (*OURS, PLAIN, EAGER), GPU, report)
     require_device()
     report.add(_launch_cost(options))
     order = random.Random(options.seed)
@@ -268,7 +269,7 @@ def measure_shape(
     """All variants at one shape, in turns. Raises DeviceLostError if the GPU is lost."""
     torch._dynamo.reset()  # or the ninth shape would silently run eagerly
     torch.cuda.empty_cache()
-    one, sets = case_of(shape, "cuda"), input_sets(shape)
+    one, sets = case_of(shape, GPU), input_sets(shape)
     ready: dict[str, Ready] = {}
     for name in variants:
         if report.allows(f"{shape}, {name}", name):
@@ -290,7 +291,7 @@ def _prepare(
     label = f"{one.shape}, {name}"
     try:
         call = build(name, one.shape)
-        errors = compare(one, call, "cuda", rough=name == LIGER)
+        errors = compare(one, call, GPU, rough=name == LIGER)
         if errors.wrong:
             report.fail(label, errors.wrong)
             return
@@ -332,7 +333,7 @@ def rows(
 def input_sets(shape: Shape) -> list[Inputs]:
     """Arguments so many and large that none is in the cache when its turn comes again."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return [draw(shape, "cuda") for _ in range(set_count(shape.logit_bytes, l2))]
+    return [draw(shape, GPU) for _ in range(set_count(shape.logit_bytes, l2))]
 
 
 def set_count(logit_bytes: int, l2_bytes: int) -> int:
