@@ -358,11 +358,11 @@ def test_a_wrong_variant_is_not_timed(
     variant = ONE_PASS if place == "at the start" else COMPILED
     wrong = broken("gradient")
     monkeypatch.setattr(losses, "CHECKED_BATCH", SMALL.batch)
-    monkeypatch.setattr(
-        losses,
-        "build",
-        lambda n, shape: wrong if (n, shape) == (variant, SMALL) else build(n, shape),
-    )
+
+    def build(name: str, shape: Shape) -> Call:
+        return wrong if (name, shape) == (variant, SMALL) else uncompiled(name, shape)
+
+    monkeypatch.setattr(losses, "build", build)
     result = run(tmp_path, expect=1)
     assert all("the gradient is off" in why for why in result["failed"].values())
     timed = [name for name in names_of(result) if name.endswith(f", {variant}")]

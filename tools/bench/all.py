@@ -130,9 +130,9 @@ def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[st
     made.append(_bench("losses", 50.0, *([] if gpu or smoke else ["--smoke"])))
     left_out = []
     if rec or smoke:
-        given = ["--device", "gpu" if gpu else "cpu", *(["--rec", rec] if rec else [])]
-        given += ["--threads", str(len(os.sched_getaffinity(0)))]
-        made.append(_bench("input", 60.0, *given))
+        given = ("--rec", rec) if rec else ()
+        threads = str(len(os.sched_getaffinity(0)))
+        made.append(_bench("input", 60.0, *device, *given, "--threads", threads))
     else:
         left_out.append("input: it reads records, which --rec names")
     others = {"syncs": 30.0, "optimizer": 20.0, "checkpoint": 25.0, "startup": 40.0, "ranks": 20.0}
