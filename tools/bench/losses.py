@@ -22,16 +22,14 @@ from torch import Tensor
 
 from mpl_fast.errors import ConfigError
 from tools.bench import count
-from tools.bench.clock import Work, interleaved, seconds_of, wait_for_gpu
+from tools.bench.clock import interleaved, seconds_of, wait_for_gpu
 from tools.bench.cuda_graph import captured, require_device, synchronization
 from tools.bench.harness import Report, run
 from tools.bench.losses_variants import (
-    AUTOTUNED,
     COMPILED,
     EAGER,
     LIGER,
     LOSSES,
-    MODES,
     OURS,
     PLAIN,
     TEMPERATURE,
@@ -206,7 +204,7 @@ def _on_cpu(report: Report) -> None:
         small = Shape(loss, 100, 16, FP32)
         for name in [one for one in OURS if one in names(small)]:
             _interpreted_counts(small, name, report)
-    report.skipped += [f"{name}: needs a GPU" for name in (*MODES, LIGER)]
+    report.skipped += [f"{name}: needs a GPU" for name in (COMPILED, LIGER)]
 
 
 def _plain_counts(shape: Shape, name: str) -> list[Row]:
@@ -238,17 +236,11 @@ def _on_gpu(options: argparse.Namespace, report: Report) -> None:
     )
     faulty = check(CHECKED, (*OURS, PLAIN, EAGER), GPU, report)
     require_device()
-    report.add(_launch_cost(options))
     order = random.Random(options.seed)
     for shapes in [GOALS[2:3]] if options.smoke else [GOALS, NEXT, *rest()]:
         for shape in order.sample(shapes, len(shapes)):
             right = [n for n in names(shape) if (n, shape.loss) not in faulty]
-            measure_shape(shape, _affordable(shape, right), copied.high, options, report)
-
-
-def _affordable(shape: Shape, variants: Sequence[str]) -> list[str]:
-    """Auto-tuning compiles for long: it is for the shapes that matter most."""
-    return [name for name in variants if name != AUTOTUNED or shape in GOALS + NEXT]
+            measure_shape(shape, right, copied.high, options, report)
 
 
 class Ready(NamedTuple):
@@ -393,23 +385,6 @@ def _host_us(ready: Ready) -> float:
 @cache
 def _memory_to_flush() -> Tensor:
     return torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
-
-
-def _launch_cost(options: argparse.Namespace) -> list[Row]:
-    """Of a kernel that does next to nothing: from Python, and as a node of a graph."""
-    x, calls = torch.zeros(1, device="cuda"), 1000
-
-    def many() -> None:
-        for _ in range(calls):
-            x.add_(1.0)
-
-    graph = captured(many)
-    works: dict[str, Work] = {"from Python": many, "in a CUDA graph": graph.replay}
-    found = interleaved(works, seconds_of, rounds=options.rounds, seed=options.seed)
-    return [
-        Row(f"one launch, {how}", spread([1e6 * s / calls for s in seconds]), "us")
-        for how, seconds in found.items()
-    ]
 
 
 def _at_the_border(shape: Shape, x: Inputs) -> bool:

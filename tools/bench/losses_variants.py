@@ -24,10 +24,9 @@ TEMPERATURE, THRESHOLD, SMOOTHING = 0.7, 0.6, 0.1
 LOSSES = ("teacher", "student", "pseudo", "feedback")  # all that a step of MPL computes
 WITHOUT_GRADIENT = ("pseudo", "feedback")
 PLAIN, EAGER = "eager, plain", "eager, definition"
-COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"  # both of our definition
+COMPILED = "torch.compile"  # of our definition
 ONE_PASS, AUTOGRAD, LIGER = "ours one-pass", "ours autograd", "Liger"
 OURS = (ONE_PASS, AUTOGRAD)
-MODES = {COMPILED: None, AUTOTUNED: "max-autotune-no-cudagraphs"}
 
 
 class Shape(NamedTuple):
@@ -120,7 +119,7 @@ def draw(shape: Shape, device: str, generator: torch.Generator | None = None) ->
 
 def names(shape: Shape) -> list[str]:
     """The variants of this loss. Liger is the last: it overwrites its inputs and synchronizes."""
-    found = [ONE_PASS, COMPILED, PLAIN, EAGER, AUTOTUNED]
+    found = [ONE_PASS, COMPILED, PLAIN, EAGER]
     if shape.loss == "student":
         found += [AUTOGRAD, *([LIGER] if has_liger() else [])]
     return found
@@ -141,10 +140,9 @@ def build(name: str, shape: Shape) -> Call:
         return _fused(name, shape)
     if name == PLAIN:
         return _differentiated(_PLAIN[shape.loss], shape)
-    if name in MODES:
-        return _differentiated(
-            torch.compile(_defined(shape), fullgraph=True, dynamic=False, mode=MODES[name]), shape
-        )
+    if name == COMPILED:
+        forward = torch.compile(_defined(shape), fullgraph=True, dynamic=False)
+        return _differentiated(forward, shape)
     return _differentiated(_defined(shape), shape)
 
 

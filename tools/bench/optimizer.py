@@ -34,7 +34,7 @@ NORM = 10.0  # of the gradients, so that they are clipped
 FACTORS = (1.0, 0.1, 1.0)  # of the gradients in the steps compared: clipped, not clipped, clipped
 TOLERANCE = 1e-5
 FIRST_STEP = 10**6  # the decay of the learner's average has warmed up by then
-NOTHING, PER_TENSOR, OURS = "gradients set and cleared, no step", "per tensor", "ours (Learner)"
+PER_TENSOR, OURS = "per tensor", "ours (Learner)"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -124,8 +124,7 @@ def problem(model: str, device: torch.device, seed: int) -> Problem:
 
 def builders(device: torch.device) -> dict[str, Builder]:
     """All variants; apex only where NVIDIA's apex can be used."""
-    found: dict[str, Builder] = {NOTHING: nothing, PER_TENSOR: per_tensor}
-    found |= {"foreach": foreach, "fused": fused}
+    found: dict[str, Builder] = {PER_TENSOR: per_tensor, "foreach": foreach, "fused": fused}
     if device.type == "cuda" and nvidia_apex.find() == "usable":
         found["apex FusedSGD"] = apex
     return {**found, OURS: ours}
@@ -135,11 +134,9 @@ def correct(
     problem: Problem, builders: Mapping[str, Builder], report: Report
 ) -> dict[str, Variant]:
     """The variants that reach the weights and averages of the one per tensor."""
-    variants = {NOTHING: builders[NOTHING](problem)}
+    variants = dict[str, Variant]()
     right = stepped(problem, builders[PER_TENSOR])
     for name, build in builders.items():
-        if name == NOTHING:
-            continue
         try:
             variant = stepped(problem, build)
             wrong = difference(variant, right)
@@ -184,9 +181,6 @@ def rows(
     for name, variant in variants.items():
         label = f"{problem.name}: {name}"
         milliseconds = spread([1e3 * s for s in seconds[name]])
-        if name == NOTHING:
-            made.append(Row(label, milliseconds, "ms"))
-            continue
         made.append(Row(label, milliseconds, "ms", limit=1e3 * limit))
         if name != PER_TENSOR and PER_TENSOR in seconds:
             gain = ratios(seconds, PER_TENSOR, name)
@@ -200,35 +194,27 @@ def rows(
     return made
 
 
-def nothing(problem: Problem) -> Variant:
-    """What all variants begin and end with, as around a backward pass: setting gradients."""
-    network, average = _copies(problem)
-    return _variant(problem, network, average, lambda: None)
-
-
 def per_tensor(problem: Problem) -> Variant:
     """Loops over the parameters, as the common reference codes have it."""
     network, average = _copies(problem)
-    parameters, optimizer = list(network.parameters()), _sgd(network, foreach=False)
+    optimizer = _sgd(network, foreach=False)
     averaged = list(zip(floats(average), floats(network), strict=True))
     copied = list(zip(counters(average), counters(network), strict=True))
 
-    @torch.no_grad()
-    def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=False)
-        optimizer.step()
+    def averaging() -> None:
         for kept, new in averaged:
             kept.mul_(CONFIG.ema).add_(new, alpha=1.0 - CONFIG.ema)
         for kept, new in copied:
             kept.copy_(new)
 
-    return _variant(problem, network, average, work)
+    return _clipped(problem, network, average, optimizer, averaging, foreach=False)
 
 
 def foreach(problem: Problem) -> Variant:
     """PyTorch's operators over lists of tensors."""
     network, average = _copies(problem)
-    return _clipped(problem, network, average, _sgd(network, foreach=True))
+    optimizer, averaging = _sgd(network, foreach=True), _averaging(average, network)
+    return _clipped(problem, network, average, optimizer, averaging)
 
 
 def apex(problem: Problem) -> Variant:
@@ -237,7 +223,7 @@ def apex(problem: Problem) -> Variant:
     optimizer = nvidia_apex.fused_sgd(
         groups(network), lr=CONFIG.lr, momentum=CONFIG.momentum, nesterov=CONFIG.nesterov
     )
-    return _clipped(problem, network, average, optimizer)
+    return _clipped(problem, network, average, optimizer, _averaging(average, network))
 
 
 def fused(problem: Problem) -> Variant:
@@ -310,14 +296,20 @@ def _copies(problem: Problem) -> tuple[nn.Module, nn.Module]:
 
 
 def _clipped(
-    problem: Problem, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    problem: Problem,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averaging: Work,
+    *,
+    foreach: bool = True,
 ) -> Variant:
-    """PyTorch's clipping over lists, the optimizer's step, the average over lists."""
-    parameters, averaging = list(network.parameters()), _averaging(average, network)
+    """PyTorch's clipping, the optimizer's step, the average."""
+    parameters = list(network.parameters())
 
     @torch.no_grad()
     def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=True)
+        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=foreach)
         optimizer.step()
         averaging()
 
@@ -325,6 +317,7 @@ def _clipped(
 
 
 def _variant(problem: Problem, network: nn.Module, average: nn.Module, work: Work) -> Variant:
+    """`work` between setting the gradients and clearing them, as around a backward pass."""
     gradients, parameters = [g.clone() for g in problem.gradients], list(network.parameters())
 
     def whole() -> None:
