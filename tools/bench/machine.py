@@ -43,7 +43,7 @@ def describe(commit: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: v for name in PACKAGES + PEERS if (v := _version(name))},
-        "commit": commit or _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit or output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "load_average": round(os.getloadavg()[0], 2),
     }
     if not torch.cuda.is_available():
@@ -120,7 +120,7 @@ def _rate(work: Callable[[], None], amount: float) -> Spread:
 
 
 def _nvidia(query: str) -> str:
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
 
 
 def _cpu() -> str:
@@ -137,7 +137,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
+    """What a command prints; "unknown" if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -25,31 +25,28 @@ from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from tools.bench import pack_data
 from tools.bench.clock import interleaved
 from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import ROOT
+from tools.bench.machine import ROOT, output_of
 from tools.bench.pack_peers import versions
-from tools.bench.pack_readers import Counts, count_folders
-from tools.bench.pack_rows import memory_rows, rows
+from tools.bench.pack_readers import Counts, read_folders, tally
+from tools.bench.pack_rows import rows
 from tools.bench.pack_variants import (
+    GROUPS,
     NUMBER,
     OUT,
     PEERS,
-    SHORT_SIDE,
     Setting,
     Variant,
     all_variants,
+    difference,
     im2rec_tool,
     pack_command,
 )
-from tools.bench.results import Json
+from tools.bench.results import Json, last_line
 
 TINY = {"rounds": 1, "gigabytes": 0.0005, "large_images": 20, "rows": 2000}
 RUNNER = ROOT / "tools" / "bench" / "pack_run.py"
 PHOTOGRAPH = 110_000  # bytes, about
 INTERRUPTED = 130
-# What the variants of a group read.
-READ = {"pass": ["images"], "short": ["large"], "photos": ["photographs"], "verify": ["pack"]}
-READ |= {"plan": ["members.tar", "members.pack"], "start": []}
-WATCHED = ("ours-none-j2", "ours-decode-j2", f"ours-{SHORT_SIDE}-j2")  # their memory is looked at
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,8 +70,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--large-images", type=at_least(1), default=2000, metavar="N", help=large)
     listed = "images in the tar that is listed (%(default)s)"
     add("--rows", type=at_least(1), default=1281167, metavar="N", help=listed)
-    add("--classes", type=at_least(1), default=100, metavar="N", help="folders (%(default)s)")
-    add("--im2rec-threads", default="1,2,4", metavar="N,...", help="(%(default)s)")
     add("--only", default="*", metavar="NAME,...", help="variants, such as copy,ours-*")
 
 
@@ -99,16 +94,11 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         chosen = choose(all_variants(setting), options.only)
         make_data(setting, chosen)
         runs = measure_all(setting, chosen, report)
-        memory = {one.name: watch(setting, one) for one in chosen if one.name in WATCHED}
     report.more["data"] = {name: counts._asdict() for name, counts in setting.data.items()}
-    report.more["variants"] = [
-        described(setting, one) | {"runs": runs[one.name], "memory": memory.get(one.name)}
-        for one in chosen
-    ]
+    report.more["variants"] = [described(setting, one) | {"runs": runs[one.name]} for one in chosen]
     report.more |= {"peers": found, "disk": describe_disk(options.work)}
     right = [one for one in chosen if one.name not in report.failed]
     report.add(rows(right, runs, setting.data))
-    report.add(memory_rows(right, memory))
 
 
 def require_space(options: argparse.Namespace) -> None:
@@ -131,22 +121,22 @@ def choose(variants: Sequence[Variant], only: str) -> list[Variant]:
 def make_data(setting: Setting, chosen: Sequence[Variant]) -> None:
     """The data sets that the chosen variants need."""
     options, folder, data = setting.options, setting.folder, setting.data
-    archive, classes = options.images, options.classes
+    archive, images = options.images, folder / "images"
     groups, tar = {one.group for one in chosen}, folder / "members.tar"
     say("making the data sets")
     if groups & {"pass", "verify"}:
         size = round(options.gigabytes * 1e9)
-        pack_data.make_folders(archive, folder / "images", size, classes)
-        data["images"] = count_folders(folder / "images")
+        pack_data.make_folders(archive, images, size)
+        data["images"] = tally(read_folders(images))
     if "short" in groups:
-        pack_data.make_mosaics(archive, folder / "large", options.large_images, classes)
-        data["large"] = count_folders(folder / "large")
+        pack_data.make_mosaics(archive, folder / "large", options.large_images)
+        data["large"] = tally(read_folders(folder / "large"))
     if "photos" in groups:
         size = options.large_images * PHOTOGRAPH
-        pack_data.make_folders(archive, folder / "photographs", size, classes)
-        data["photographs"] = count_folders(folder / "photographs")
+        pack_data.make_folders(archive, folder / "photographs", size)
+        data["photographs"] = tally(read_folders(folder / "photographs"))
     if "verify" in groups:
-        call(setting, pack_command(folder / "images", folder / "pack", "--check", "none"))
+        call(setting, pack_command(images, folder / "pack", "--check", "none"))
     if "plan" in groups:
         pack_data.make_members(tar, options.rows)
         data["members"] = Counts(options.rows, 0, 0, (0, 0))
@@ -171,13 +161,13 @@ def measure_all(
         say(f"{number}/{setting.options.rounds}: {one.name}")
         out = fresh_folder(setting, one)
         # Each time anew: a virtual machine's host may take unused pages back within a minute.
-        for name in READ[one.group]:
+        for name in GROUPS[one.group].read:
             read_all(setting.folder / name)
         taken, printed = execute(filled(one.command, out, number), out)
         if not taken["code"] and one.own_clock:
             taken |= json.loads(last_line(printed))
         done[one.name].append(taken)
-        if wrong := last_line(printed) if taken["code"] else one.check(out, printed):
+        if wrong := last_line(printed) if taken["code"] else difference(setting, one, out, printed):
             report.fail(one.name, wrong)
 
     options = setting.options
@@ -192,15 +182,7 @@ def measure_all(
     return done
 
 
-def watch(setting: Setting, variant: Variant) -> Json:
-    """The peak memory of a variant's process and of its largest worker, in MiB, in another run."""
-    say(f"memory: {variant.name}")
-    out = fresh_folder(setting, variant)
-    found, _ = execute(filled(variant.command, out, 0), out, "watch")
-    return {name: found[name] for name in ("parent_mib", "worker_mib")}
-
-
-def execute(command: Sequence[str], out: Path, how: str = "time") -> tuple[Json, str]:
+def execute(command: Sequence[str], out: Path) -> tuple[Json, str]:
     """Runs a command until its output is on the disk; returns what pack_run.py found, and the log.
 
     `seconds` are `wall`, unless the command prints its own. `inside`, where our manifest has it, is
@@ -208,7 +190,7 @@ def execute(command: Sequence[str], out: Path, how: str = "time") -> tuple[Json,
     """
     with tempfile.NamedTemporaryFile() as log:
         runner = subprocess.Popen(
-            [sys.executable, "-I", "-S", RUNNER, out, log.name, how, *command],
+            [sys.executable, "-I", "-S", RUNNER, out, log.name, *command],
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
@@ -286,17 +268,6 @@ def describe_disk(folder: Path) -> Json:
         "kernel": platform.release().partition("-")[0],
         "tar": output_of("tar", "--version").split("\n")[0],
     }
-
-
-def output_of(*command: str) -> str:
-    """What a command prints; "unknown" if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def last_line(printed: str) -> str:
-    """Of what a command printed."""
-    return (printed.strip().splitlines() or ["no output"])[-1]
 
 
 def say(line: str) -> None:

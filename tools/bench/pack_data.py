@@ -14,6 +14,7 @@ TILE = (500, 375)  # width, height: an ImageNet photograph's usual size
 TILES = 200  # decoded photographs that are kept in memory, 112 MB
 SMOOTH = 8  # generated photographs
 MEMBER_CLASSES = 1000
+CLASSES = 100
 A_CLASS = 20  # images at least, so that a tenth of all still has one of each
 MEMBERS_A_CLASS = 200  # the same for a hundredth
 JPEG_START = b"\xff\xd8"
@@ -42,10 +43,10 @@ def photographs(archive: Path | None, size: int) -> list[bytes]:
     return found
 
 
-def make_folders(archive: Path | None, out: Path, size: int, classes: int) -> None:
+def make_folders(archive: Path | None, out: Path, size: int) -> None:
     """Copies of the photographs until they have `size` bytes; a number makes each different.
 
-    There are `classes` classes, or as many as have enough images.
+    There are as many classes as have enough images, at most `CLASSES`.
     """
     images = photographs(archive, size)
     expected = size * len(images) // sum(map(len, images))
@@ -60,10 +61,10 @@ def make_folders(archive: Path | None, out: Path, size: int, classes: int) -> No
             if left <= 0:
                 return
 
-    _write(numbered(), out, min(classes, expected // A_CLASS))
+    _write(numbered(), out, expected // A_CLASS)
 
 
-def make_mosaics(archive: Path | None, out: Path, images: int, classes: int) -> None:
+def make_mosaics(archive: Path | None, out: Path, images: int) -> None:
     """Pictures of 1000 x 750 pixels, each of four photographs: all have to be made smaller.
 
     Enlarged photographs would be smoother, so quicker to encode, than real ones of this size.
@@ -82,7 +83,7 @@ def make_mosaics(archive: Path | None, out: Path, images: int, classes: int) -> 
             pixels = np.vstack([np.hstack([a, b]), np.hstack([c, d])])  # (750, 1000, 3) uint8
             yield simplejpeg.encode_jpeg(pixels, quality=95)
 
-    _write(mosaics(), out, min(classes, images // A_CLASS))
+    _write(mosaics(), out, images // A_CLASS)
 
 
 def make_members(out: Path, rows: int) -> None:
@@ -98,7 +99,8 @@ def make_members(out: Path, rows: int) -> None:
 
 
 def _write(images: Iterable[bytes], out: Path, classes: int) -> None:
-    folders = [out / f"class_{label:04d}" for label in range(max(1, classes))]
+    count = max(1, min(CLASSES, classes))
+    folders = [out / f"class_{label:04d}" for label in range(count)]
     for folder in folders:
         folder.mkdir(parents=True)
     for number, image in enumerate(images):

@@ -37,11 +37,6 @@ def count(kind: str, out: Path, source: Path) -> Counts:
     return tally(readers[kind](out))
 
 
-def count_folders(root: Path) -> Counts:
-    """Of class folders."""
-    return tally(read_folders(root))
-
-
 def tally(images: Iterable[Buffer]) -> Counts:
     """Of JPEG images."""
     from simplejpeg import decode_jpeg_header

@@ -4,18 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 from tools.bench.pack_readers import Counts
-from tools.bench.pack_variants import Variant
-from tools.bench.results import Json, Row, count_row, ratios, spread
+from tools.bench.pack_variants import GROUPS, Variant
+from tools.bench.results import Json, Row, ratios, spread
 
-# The data set whose images and bytes are counted, and the base of the ratios.
-GROUPS = {
-    "pass": ("images", "copy"),
-    "short": ("large", "im2rec-480"),
-    "photos": ("photographs", "im2rec-480-photos"),
-    "verify": ("images", ""),
-    "plan": ("members", ""),
-    "start": ("", ""),
-}
 BEST_IM2REC = "im2rec at its best"  # of the numbers of threads
 RATIOS = {
     (f"ours-{check}-j2", base): least
@@ -30,7 +21,7 @@ RATIOS = {
 }  # (ours, other): the least ratio of speeds
 TARGETS = {("list", "s"): 60.0, ("resplit", "s"): 10.0}
 TARGETS |= {("verify", "MB/s"): 1000.0, ("verify-deep", "img/s"): 800.0}
-WORKER_MB = 200.0
+MEMORY = 200e6 / 2**20  # MiB, of the largest process of our packing
 
 
 def rows(
@@ -39,14 +30,14 @@ def rows(
     """Seconds, rates and memory of each variant, then ratios within a round."""
     made = []
     for one in variants:
-        counts = data.get(GROUPS[one.group][0], Counts(0, 0, 0, (0, 0)))
+        counts = data.get(GROUPS[one.group].data, Counts(0, 0, 0, (0, 0)))
         made += run_rows(one, runs[one.name], counts)
     seconds = {one.name: [run["seconds"] for run in runs[one.name]] for one in variants}
     tried = [found for name, found in seconds.items() if name.startswith("im2rec-n")]
     if tried:
         seconds[BEST_IM2REC] = min(tried, key=median)
     groups = {one.name: one.group for one in variants}
-    bases = {(name, GROUPS[group][1]): None for name, group in groups.items()}
+    bases = {(name, GROUPS[group].base): None for name, group in groups.items()}
     for (name, base), target in (bases | RATIOS).items():
         if name in seconds and base in seconds and name != base:
             label = f"{groups[name]}: {name} / {base}"
@@ -73,19 +64,6 @@ def run_rows(variant: Variant, runs: Sequence[Json], counts: Counts) -> list[Row
     if counts.images and all(busy):
         rates = spread([counts.images / cpu for cpu in busy])
         made.append(Row(name, rates, "img/CPU s", "higher"))
-    made.append(Row(f"{name}, memory", spread([run["peak_mib"] for run in runs]), "MiB"))
-    return made
-
-
-def memory_rows(variants: Sequence[Variant], memory: Mapping[str, Json]) -> list[Row]:
-    """Of the largest workers."""
-    return [
-        count_row(
-            f"{one.group}: {one.name}, largest worker",
-            memory[one.name]["worker_mib"] * 2**20 / 1e6,
-            "MB",
-            target=WORKER_MB,
-        )
-        for one in variants
-        if one.name in memory
-    ]
+    ours = variant.written and variant.name.startswith("ours")
+    peaks = spread([run["peak_mib"] for run in runs])
+    return [*made, Row(f"{name}, memory", peaks, "MiB", target=MEMORY if ours else None)]

@@ -3,7 +3,6 @@
 import argparse
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +15,29 @@ OUT = "{out}"  # in a command: its output folder
 NUMBER = "{number}"  # in a command: another in each round
 SHORT_SIDE = 480
 KEPT_SIDE = round(1.1 * SHORT_SIDE)  # our --min-shrink: what is hardly larger keeps its bytes
-# What is made smaller: pictures that all have to be, and photographs as ImageNet has them.
-SHRUNK = {"short": ("large", ""), "photos": ("photographs", "-photos")}
-SHARDS = 8  # of 250 MB at 2 GB of images; so that two workers share the work evenly
+# Pictures that all have to be made smaller, and photographs as ImageNet has them: group, data, end.
+SHRUNK = (("short", "large", ""), ("photos", "photographs", "-photos"))
 SHRINK = ("--quality", 90)
+SHARDS = 8  # of 250 MB at 2 GB of images; so that two workers share the work evenly
 PEERS = {"webdataset": "webdataset", "mds": "mosaicml-streaming", "im2rec": "mxnet"}  # packages
-Check = Callable[[Path, str], str]  # (output folder, what was printed) -> what is wrong, or ""
+
+
+class Group(NamedTuple):
+    """Variants that do the same work."""
+
+    data: str  # the data set whose images and bytes are counted
+    read: tuple[str, ...]  # what is brought into the page cache
+    base: str  # of the ratios
+
+
+GROUPS = {
+    "pass": Group("images", ("images",), "copy"),
+    "short": Group("large", ("large",), f"im2rec-{SHORT_SIDE}"),
+    "photos": Group("photographs", ("photographs",), f"im2rec-{SHORT_SIDE}-photos"),
+    "verify": Group("images", ("pack",), ""),
+    "plan": Group("members", ("members.tar", "members.pack"), ""),
+    "start": Group("", (), ""),
+}
 
 
 class Setting(NamedTuple):
@@ -33,18 +49,13 @@ class Setting(NamedTuple):
     data: dict[str, Counts]  # the data sets, by name
 
 
-def ended_well(out: Path, printed: str) -> str:
-    """The exit code, which is looked at for all, says everything."""
-    return ""
-
-
 class Variant(NamedTuple):
-    """What is measured, and how its work is checked."""
+    """What is measured."""
 
     name: str
-    group: str  # pass, short, photos, verify, plan or start
+    group: str  # of GROUPS
     command: list[Any]
-    check: Check = ended_well
+    written: str = ""  # what the output folder is read back as, see `pack_readers.count`
     given: Path | None = None  # a folder whose files have to be in the output folder before
     own_clock: bool = False  # it prints its own seconds, without start, import and listing
 
@@ -69,22 +80,21 @@ def pack_command(source: Path, out: Any, *arguments: Any) -> list[Any]:
 
 def _writers(setting: Setting) -> list[Variant]:
     """A plain copy, tar, and the peers whose writer is called by a few lines of Python."""
-    source = setting.folder / "images"
-
-    def writer(python: Any, kind: str, name: str, group: str, data: Path, check: Check) -> Variant:
-        return Variant(name, group, [python, WRITER, kind, data, OUT], check, own_clock=True)
-
-    tar = ["tar", "-cf", f"{OUT}/images.tar", "-C", source, "."]
+    images, large = setting.folder / "images", setting.folder / "large"
+    tar = ["tar", "-cf", f"{OUT}/images.tar", "-C", images, "."]
+    copy = [sys.executable, WRITER, "copy", images, OUT]
+    codecs = [sys.executable, WRITER, "codecs", large, OUT]
     found = [
-        writer(sys.executable, "copy", "copy", "pass", source, _same(setting, "copy")),
-        Variant("tar", "pass", tar, _same(setting, "tar")),
+        Variant("copy", "pass", copy, "copy", own_clock=True),
+        Variant("tar", "pass", tar, "tar"),
+        Variant(f"codecs-{SHORT_SIDE}", "short", codecs, own_clock=True),
     ]
     for name in ("webdataset", "mds"):
         if PEERS[name] in setting.versions:
             python = setting.options.peers / "streams" / "bin" / "python"
-            found.append(writer(python, name, name, "pass", source, _same(setting, name)))
-    large, name = setting.folder / "large", f"codecs-{SHORT_SIDE}"
-    return [*found, writer(sys.executable, "codecs", name, "short", large, ended_well)]
+            command = [python, WRITER, name, images, OUT]
+            found.append(Variant(name, "pass", command, name, own_clock=True))
+    return found
 
 
 def _im2rec(setting: Setting) -> list[Variant]:
@@ -92,88 +102,81 @@ def _im2rec(setting: Setting) -> list[Variant]:
     if PEERS["im2rec"] not in setting.versions:
         return []
     tool, folder = im2rec_tool(setting), setting.folder
-    found = []
-    for threads in setting.options.im2rec_threads.split(","):
+    found = [Variant("im2rec-help", "start", [*tool, "--help"])]
+    for threads in (1, 2, 4):
         how = ["--pass-through", "--num-thread", threads]
         command = [*tool, f"{OUT}/train", folder / "images", *how]
-        check, given = _same(setting, "rec"), folder / "images.lst"
-        found.append(Variant(f"im2rec-n{threads}", "pass", command, check, given))
-    for group, (data, ending) in SHRUNK.items():
+        found.append(Variant(f"im2rec-n{threads}", "pass", command, "rec", folder / "images.lst"))
+    for group, data, end in SHRUNK:
         command = [*tool, f"{OUT}/train", folder / data, "--resize", SHORT_SIDE, *SHRINK]
-        check = _shrunk(setting, data, enlarged=True)
-        name = f"im2rec-{SHORT_SIDE}{ending}"
-        found.append(Variant(name, group, command, check, folder / f"{data}.lst"))
-    return [*found, Variant("im2rec-help", "start", [*tool, "--help"])]
+        listed = folder / f"{data}.lst"
+        found.append(Variant(f"im2rec-{SHORT_SIDE}{end}", group, command, "rec", listed))
+    return found
 
 
 def _ours(setting: Setting) -> list[Variant]:
     """tools/make_rec.py as a command, with one worker and with two."""
-    found = []
-    for way in ("none", "header", "decode"):
-        for jobs in (1, 2):
-            command = pack_command(setting.folder / "images", OUT, "--check", way, "-j", jobs)
-            found.append(Variant(f"ours-{way}-j{jobs}", "pass", command, _same(setting, "rec")))
-    for group, (data, ending) in SHRUNK.items():
-        for jobs in (1, 2):
-            how = ["--short-side", SHORT_SIDE, *SHRINK, "-j", jobs]
-            command = pack_command(setting.folder / data, OUT, *how)
-            check = _shrunk(setting, data, enlarged=False)
-            found.append(Variant(f"ours-{SHORT_SIDE}{ending}-j{jobs}", group, command, check))
+    work = [
+        (f"ours-{check}", "pass", "images", ("--check", check))
+        for check in ("none", "header", "decode")
+    ] + [
+        (f"ours-{SHORT_SIDE}{end}", group, data, ("--short-side", SHORT_SIDE, *SHRINK))
+        for group, data, end in SHRUNK
+    ]
+    found = [
+        Variant(
+            f"{name}-j{jobs}",
+            group,
+            pack_command(setting.folder / data, OUT, *how, "-j", jobs),
+            "rec",
+        )
+        for name, group, data, how in work
+        for jobs in (1, 2)
+    ]
     return [*found, Variant("ours-help", "start", [*MAKE_REC, "--help"])]
 
 
 def _readers(setting: Setting) -> list[Variant]:
     """Our commands that read a finished pack, and the plan of a very long tar."""
-    rows, pack = setting.options.rows, setting.folder / "members.pack"
-
-    def planned(out: Path, printed: str) -> str:
-        right = str(rows) in printed.replace(",", "")
-        return "" if right else f"{rows} does not stand in the plan"
-
-    def labeled(out: Path, printed: str) -> str:
-        lines = (pack / "train_label.lst").read_bytes().count(b"\n")
-        return "" if lines == round(rows / 100) else f"{lines} of {rows} rows are labeled"
-
-    verify = [*MAKE_REC, "verify", setting.folder / "pack", "-j", 1]
-    tar = setting.folder / "members.tar"
-    listing = pack_command(tar, OUT, "--check", "none", "--dry-run")
-    resplit = [*MAKE_REC, "resplit", pack, "--labeled", "1%", "--split-seed", NUMBER]
+    folder = setting.folder
+    verify = [*MAKE_REC, "verify", folder / "pack", "-j", 1]
+    listing = pack_command(folder / "members.tar", OUT, "--check", "none", "--dry-run")
+    resplit = [*MAKE_REC, "resplit", folder / "members.pack", "--labeled", "1%"]
     return [
         Variant("verify", "verify", verify),
         Variant("verify-deep", "verify", [*verify, "--deep"]),
-        Variant("list", "plan", listing, planned),
-        Variant("resplit", "plan", resplit, labeled),
+        Variant("list", "plan", listing),
+        Variant("resplit", "plan", [*resplit, "--split-seed", NUMBER]),
     ]
 
 
-def _same(setting: Setting, kind: str) -> Check:
-    """The check that every image was written once, byte for byte."""
-
-    def check(out: Path, printed: str) -> str:
-        found, given = _counted(kind, out, setting.folder / "images"), setting.data["images"]
-        return "" if found == given else f"wrote {found}, not {given}"
-
-    return check
-
-
-def _shrunk(setting: Setting, data: str, *, enlarged: bool) -> Check:
-    """The check that every image was written, larger ones with the short side `SHORT_SIDE`."""
-
-    def check(out: Path, printed: str) -> str:
-        found, given = _counted("rec", out, out), setting.data[data]
-        if not isinstance(found, Counts) or found.images != given.images:
-            return f"wrote {found}, not {given.images} images"
-        smallest, largest = found.short_sides
-        least = SHORT_SIDE if enlarged else min(SHORT_SIDE, given.short_sides[0])
-        most = SHORT_SIDE if enlarged else KEPT_SIDE
-        right = smallest == least and most >= largest >= min(SHORT_SIDE, given.short_sides[1])
-        return "" if right else f"wrote {found}"
-
-    return check
-
-
-def _counted(kind: str, out: Path, source: Path) -> Counts | str:
+def difference(setting: Setting, variant: Variant, out: Path, printed: str) -> str:
+    """What is wrong with the output of a command that ended well; empty if nothing is."""
+    rows = setting.options.rows
+    if variant.name == "list":
+        return "" if str(rows) in printed.replace(",", "") else f"{rows} is not in the plan"
+    if variant.name == "resplit":
+        listing = setting.folder / "members.pack" / "train_label.lst"
+        lines = listing.read_bytes().count(b"\n")
+        return "" if lines == round(rows / 100) else f"{lines} of {rows} rows are labeled"
+    if not variant.written:
+        return ""
+    given = setting.data[GROUPS[variant.group].data]
     try:
-        return count(kind, out, source)
+        found = count(variant.written, out, setting.folder / "images")
     except (OSError, ValueError, struct.error) as error:
-        return f"what cannot be read ({error})"
+        return f"wrote what cannot be read ({error})"
+    if variant.group == "pass":  # every image once, byte for byte
+        return "" if found == given else f"wrote {found}, not {given}"
+    if found.images != given.images:
+        return f"wrote {found}, not {given.images} images"
+    right = _has_short_side(found, given, enlarged=variant.name.startswith("im2rec"))
+    return "" if right else f"wrote {found}"
+
+
+def _has_short_side(found: Counts, given: Counts, *, enlarged: bool) -> bool:
+    """Whether larger images have `SHORT_SIDE`, or keep their size if they are hardly larger."""
+    (smallest, largest), (least, most) = found.short_sides, given.short_sides
+    if enlarged:
+        return smallest == largest == SHORT_SIDE
+    return smallest == min(SHORT_SIDE, least) and min(SHORT_SIDE, most) <= largest <= KEPT_SIDE

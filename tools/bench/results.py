@@ -64,6 +64,11 @@ def row_json(row: Row) -> Json:
     return found
 
 
+def last_line(printed: str) -> str:
+    """Of what a process printed."""
+    return (printed.strip().splitlines() or ["no output"])[-1]
+
+
 def table(rows: Sequence[Json]) -> str:
     """Markdown of written rows: median and range, share of the limit, target."""
     lines = ["| | median (lowest to highest) | n | share of limit | target |"]
