@@ -137,6 +137,7 @@ def test_what_is_wrong_is_reported(
     faulty = losses.check([(SMALL.classes, SMALL.dtype)], [EAGER], "cpu", report)
     (checked,) = report.more["correctness"]
     assert words in checked["wrong"]
+    assert (checked["statistics"] == "nan") == (fault == "raises")  # NaN is not JSON
     assert faulty == (set() if fault == "none" else {(EAGER, "teacher")})
     assert list(report.failed) == ([] if fault == "none" else [f"{SMALL}, {EAGER}"])
 
@@ -317,6 +318,22 @@ def test_what_cannot_be_captured_or_fails_is_left_out(
     assert f"no CUDA graph: {SMALL}, {ONE_PASS}: it synchronizes" in result["skipped"]
     assert names_of(result) == []
     assert f"{SMALL}, {ONE_PASS}, host" in [row["name"] for row in result["rows"]]
+
+
+def test_liger_comes_last_with_inputs_of_its_own(
+    simulated_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes its gradient over the logits."""
+    monkeypatch.setattr(losses_variants, "has_liger", lambda: True)
+    student = SMALL._replace(loss="student")
+    assert losses_variants.names(student)[-1] == LIGER
+    assert LIGER not in losses_variants.names(SMALL)
+    sets, ready = losses.input_sets(student), dict[str, losses.Ready]()
+    one, report = losses.case_of(student, "cpu"), report_of(tmp_path)
+    for name in (PLAIN, LIGER):
+        losses._prepare(name, one, sets, ready, report)
+    assert ready[PLAIN].sets is sets
+    assert ready[LIGER].sets is not sets
 
 
 def test_shapes_come_in_random_order_that_can_be_repeated(
