@@ -109,11 +109,11 @@ def train(recipe: str, out: str, options: set[str], place: distributed.DistEnv) 
 
 
 def main(out: str, *options: str) -> None:
-    place = distributed.start("cpu")
+    place = distributed.init("cpu")
     for recipe in options:
         if not recipe.startswith("--"):
             train(recipe, out, {*options}, place)
-    distributed.stop()
+    distributed.shutdown()
     alive = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
     # Such a thread may abort the process while Python ends.
     assert not any("gloo" in name for name in alive), alive
