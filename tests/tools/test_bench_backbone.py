@@ -28,8 +28,7 @@ def problem(size: int = 32, batch: int = 4, network: nn.Module | None = None) ->
 
 
 def limits(flops: float, moved: float, gpu: str | None = None) -> Limits:
-    half, copy = Spread(flops / 2, 0.0, flops / 2, 1), Spread(moved / 2, 0.0, moved, 2)
-    return Limits(half, Spread(flops / 2, 0.0, flops, 2), copy, gpu)
+    return Limits(flops / 2, flops, moved, gpu)
 
 
 def new_report(tmp_path: Path) -> Report:
@@ -273,8 +272,8 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert backbone.main(arguments) == 0
     found = json.loads(out.read_text())
     assert (found["bench"], found["failed"]) == ("backbone", {})
-    products = {f"{dtype} product, TFLOP/s" for dtype in ("fp32", "bf16")}
-    assert set(found["limits"]) == {*products, "copy, GB/s"}
+    products = {f"{dtype} product, FLOP/s" for dtype in ("fp32", "bf16")}
+    assert set(found["limits"]) == {*products, "copy, bytes/s"}
     rows = {row["name"]: row for row in found["rows"]}
     label = "wrn_10_1, 4 x 32 px"
     for variant in EVERYWHERE:

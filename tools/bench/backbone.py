@@ -26,7 +26,7 @@ from tools.bench.count import extra_memory
 from tools.bench.cuda_graph import captured, require_device
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device, copies, flops
-from tools.bench.results import Row, Spread, count_row, one_line, ratios, spread
+from tools.bench.results import Row, count_row, one_line, ratios, spread
 
 TINY = {"models": ["wrn_10_1"], "batch": 4, "image_size": 32, "rounds": 1, "steps": 1}
 SMALL, LARGE = 32, 224  # pixels a side, of the networks for CIFAR and of all others
@@ -85,16 +85,16 @@ class Problem(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The machine's FLOP/s in each precision and bytes/s; and its GPU's name."""
+    """The best that the machine has done; and its GPU's name."""
 
-    fp32: Spread
-    bf16: Spread
-    copy: Spread
+    fp32: float  # FLOP/s
+    bf16: float  # FLOP/s
+    copy: float  # bytes/s
     gpu: str | None = None
 
     def flops(self, *, bf16: bool) -> float:
-        """The best FLOP/s that was seen."""
-        return (self.bf16 if bf16 else self.fp32).high
+        """Per second."""
+        return self.bf16 if bf16 else self.fp32
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,8 +126,15 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         problem(model, device, options.image_size, options.batch, options.steps)
         for model in options.models
     ]
-    limits = measure_limits(device, small=options.smoke)
-    report.more["limits"] = limits_json(limits)
+    found = {
+        "fp32 product, FLOP/s": flops(device, torch.float32, small=options.smoke),
+        "bf16 product, FLOP/s": flops(device, torch.bfloat16, small=options.smoke),
+        "copy, bytes/s": copies(device, small=options.smoke),
+    }
+    report.more["limits"] = {name: one._asdict() for name, one in found.items()}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    fp32, bf16, copied = (one.high for one in found.values())
+    limits = Limits(fp32, bf16, copied, gpu)
     report.claim = (
         f"training steps of the networks alone, median of at most {options.rounds} interleaved "
         "rounds; the share of a limit is that of what this machine did in the same run"
@@ -294,23 +301,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def measure_limits(device: torch.device, *, small: bool) -> Limits:
-    """Of products and of copies."""
-    fp32, bf16 = (flops(device, t, small=small) for t in (torch.float32, torch.bfloat16))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return Limits(fp32, bf16, copies(device, small=small), gpu)
-
-
-def limits_json(limits: Limits) -> dict[str, dict[str, float]]:
-    """The limits in common units."""
-    scales = {
-        "fp32 product, TFLOP/s": scaled(limits.fp32, 1e-12),
-        "bf16 product, TFLOP/s": scaled(limits.bf16, 1e-12),
-        "copy, GB/s": scaled(limits.copy, 1e-9),
-    }
-    return {name: found._asdict() for name, found in scales.items()}
-
-
 def work_rows(problem: Problem, work: MinimalWork) -> list[Row]:
     """FLOPs and bytes for an image."""
     rows = [count_row(f"{problem.label}: arithmetic", work.flops / 1e9, "GFLOP/img")]
@@ -330,10 +320,11 @@ def time_rows(
 ) -> list[Row]:
     """Images a second, milliseconds, FLOP/s, and how many times faster than the first one."""
     mine, name = seconds[variant.name], f"{problem.label}: {variant.name}"
-    rates = spread([problem.batch * problem.steps / s for s in mine])
+    images = problem.batch * problem.steps
+    rates = spread([images / s for s in mine])
+    speed = spread([images * work.flops / 1e12 / s for s in mine])
     limit, aim = roof(work, problem.batch, limits, variant), target(problem, variant, limits.gpu)
     most = limits.flops(bf16=variant.bf16) / 1e12
-    speed = scaled(rates, work.flops / 1e12)
     rows = [
         Row(name, rates, "img/s", "higher", limit=limit, target=aim),
         Row(f"{name}, step", spread([1e3 * s / problem.steps for s in mine]), "ms"),
@@ -349,7 +340,7 @@ def roof(work: MinimalWork, batch: int, limits: Limits, variant: Variant) -> flo
     """Images a second if arithmetic or memory, whichever takes longer, were always at its best."""
     compute = limits.flops(bf16=variant.bf16) / work.flops
     moved = work.bytes(2 if variant.bf16 else 4, batch)
-    return compute if moved is None else min(compute, limits.copy.high / moved)
+    return compute if moved is None else min(compute, limits.copy / moved)
 
 
 def target(problem: Problem, variant: Variant, gpu: str | None) -> float | None:
@@ -357,8 +348,3 @@ def target(problem: Problem, variant: Variant, gpu: str | None) -> float | None:
     known = gpu is not None and any(name in gpu for name in TARGET_GPUS)
     meant = variant == BEST and (problem.model, problem.image_size) == TARGET_NETWORK
     return TARGET if known and meant else None
-
-
-def scaled(found: Spread, factor: float) -> Spread:
-    """In another unit."""
-    return Spread(found.median * factor, found.low * factor, found.high * factor, found.n)

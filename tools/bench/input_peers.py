@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
@@ -94,22 +94,15 @@ class Views(Dataset[tuple[Tensor, ...]]):
         return image
 
 
-class Endless(Sampler[int]):
+def endless(data: Views) -> RandomSampler:
     """Shuffled numbers, pass after pass."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            yield from torch.randperm(self._count).tolist()
+    return RandomSampler(data, num_samples=1 << 40)
 
 
 def loader(data: Views, batch: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches out of a DataLoader's own processes."""
-    sampler = Endless(len(data))
     return iter(
-        DataLoader(data, batch, sampler=sampler, num_workers=workers, prefetch_factor=AHEAD)
+        DataLoader(data, batch, sampler=endless(data), num_workers=workers, prefetch_factor=AHEAD)
     )
 
 
@@ -121,7 +114,7 @@ def has_spdl() -> bool:
 def threads(data: Views, batch: int, workers: int) -> Iterator[tuple[Tensor, ...]]:
     """Endless batches out of SPDL's threads, each of which makes whole images."""
     pipeline: Any = import_module("spdl.pipeline")
-    builder = pipeline.PipelineBuilder().add_source(iter(Endless(len(data))))
+    builder = pipeline.PipelineBuilder().add_source(iter(endless(data)))
     builder = builder.pipe(data.__getitem__, concurrency=workers).aggregate(batch)
     running = builder.pipe(default_collate).add_sink(AHEAD).build(num_threads=workers + 1)
     with running.auto_stop():
