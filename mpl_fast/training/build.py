@@ -9,6 +9,7 @@ import torch
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, RunFacts
 from mpl_fast.algorithms.mpl import count_held_out
+from mpl_fast.batch import EvalBatches, Loader
 from mpl_fast.config import LearnerConfig, RunConfig
 from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.loader import EvalLoader, TrainLoader
@@ -126,7 +127,7 @@ def build_algorithm(
     return algorithms.build(config.algorithm, new_learner, facts)
 
 
-def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalLoader:
+def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:
     """Loader of this rank's validation images."""
     return EvalLoader(
         config.data,
@@ -170,7 +171,7 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
 
 def train_loader(
     config: RunConfig, manifest: Manifest, dist_env: DistEnv, state: dict[str, Any] | None
-) -> TrainLoader:
+) -> Loader:
     """Endless loader of this rank's training batches, from the start or a checkpoint's `state`."""
     unlabeled = images_per_step(config) - config.labeled_batch
     return TrainLoader(
