@@ -26,8 +26,6 @@ REQUIRES = [
     "numpy",
     "tensorboardX",
     "timm",
-    "jsonargparse",
-    "docstring-parser",  # makes the text beside a field its --help
     "PyYAML",
     "simplejpeg",
     "opencv-python-headless",
@@ -55,7 +53,6 @@ setup(
         "mpl_fast.config",
         "mpl_fast.data",
         "mpl_fast.dry_run",
-        "mpl_fast.experiments",
         "mpl_fast.kernels",
         "mpl_fast.learner",
         "mpl_fast.models",

@@ -5,7 +5,6 @@ from torch import nn
 
 from mpl_fast import models
 from mpl_fast.config import RunConfig
-from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
 from mpl_fast.dry_run import estimate
@@ -15,7 +14,6 @@ from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.training.build import (
     check_batches,
     count_classes,
-    images_per_step,
     resolve_epochs,
     uses_bf16,
 )
@@ -46,7 +44,7 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
     setting = estimate.Setting(
         config.algorithm,
         labeled=config.labeled_batch // dist_env.world,
-        unlabeled=(images_per_step(config) - config.labeled_batch) // dist_env.world,
+        unlabeled=config.unlabeled_images // dist_env.world,
         side=side,
         bf16=bf16,
         graphs=config.cuda_graphs != "off",
@@ -65,7 +63,6 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
         new = _network(config, classes)
         each = seconds_per_image(new, side, timed, device=device, bf16=bf16)
         rate = (cost.forward + cost.backward) / each
-    only = config.recipe in LABELED_ONLY
     return Plan(
         config=config,
         world=dist_env.world,
@@ -76,7 +73,7 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
         rows=rows,
         memory=estimate.memory(setting, rows, cost),
         checkpoint=estimate.checkpoint_bytes(config.algorithm, cost),
-        records=manifest.splits["labeled" if only else "unlabeled"].records,
+        records=manifest.splits["unlabeled" if setting.unlabeled else "labeled"].records,
         validation=manifest.splits["val"].records,
         rate=rate,
         timed=timed,

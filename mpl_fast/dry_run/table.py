@@ -4,11 +4,9 @@ import textwrap
 from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
-from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.dry_run.estimate import Memory, step_flops
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
-from mpl_fast.training.build import images_per_step
 from mpl_fast.training.console import duration, quantity
 
 WIDTH, INDENT = 100, 14  # columns of a line, and of the name before each paragraph
@@ -90,7 +88,7 @@ def _ranks(plan: Plan) -> str:
 
 def _images(plan: Plan) -> str:
     config, world = plan.config, plan.world
-    unlabeled = images_per_step(config) - config.labeled_batch
+    unlabeled = config.unlabeled_images
     parts = f", in {config.microbatches} parts" if config.microbatches > 1 else ""
     return (
         f"{config.labeled_batch:,} labeled + {unlabeled:,} unlabeled images, "
@@ -109,7 +107,7 @@ def _passes(plan: Plan) -> str:
 
 def _length(plan: Plan) -> str:
     config = plan.config
-    only = config.recipe in LABELED_ONLY
+    only = config.algorithm.labeled_only
     batch, of = (config.labeled_batch, "labeled") if only else (config.unlabeled_batch, "unlabeled")
     epochs = config.steps * batch / plan.records
     return f"{config.steps:,} steps, {_count(epochs)} passes over {plan.records:,} {of} images"
@@ -156,7 +154,7 @@ def _time(plan: Plan) -> str:
 
 
 def _decoding(plan: Plan) -> str:
-    images = images_per_step(plan.config)
+    images = plan.config.labeled_batch + plan.config.unlabeled_images
     if not plan.rate:
         return f"{images:,} images a step, over its seconds, are what keeps up with it"
     rate = images / plan.seconds
