@@ -1,6 +1,7 @@
 """Role playing: two networks swap roles, and each keeps its optimizer, schedule and average."""
 
 import copy
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -104,11 +105,11 @@ def test_weights_momentum_average_and_schedule_change_roles_together() -> None:
         train_step(algorithm, batch(t), t)
         teacher, student = (first, second) if t in (0, 1, 4, 5) else (second, first)
         mpl_step(teacher, student, batch(t), t)
-    tolerance = {"rtol": 1e-6, "atol": 1e-7}
+    assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-7)
     for learner, plain in zip(algorithm.learners.values(), (first, second), strict=True):
         assert learner.average is not None
-        assert_same(learner.network.state_dict(), plain.net.state_dict(), **tolerance)
-        assert_same(learner.average.state_dict(), plain.average.state_dict(), **tolerance)
+        assert_close(learner.network.state_dict(), plain.net.state_dict())
+        assert_close(learner.average.state_dict(), plain.average.state_dict())
         momenta = [
             [optimizer.state[p]["momentum_buffer"] for p in parameters]
             for optimizer, parameters in (
@@ -116,7 +117,7 @@ def test_weights_momentum_average_and_schedule_change_roles_together() -> None:
                 (plain.optimizer, plain.net.parameters()),
             )
         ]
-        assert_same(*momenta, **tolerance)
+        assert_close(momenta[0], momenta[1])
 
 
 def test_roles_follow_from_the_step() -> None:

@@ -30,6 +30,8 @@ CONFIGS: dict[str, AlgorithmConfig] = {
 }
 # Counters of batches go on, the average follows, and the learning rate is that of the step.
 CHANGES = ("tracked", "average", "lr")
+# AdamW allocates its state in the first step, even if that is skipped.
+ADAM_CHANGES = (*CHANGES, "state")
 
 
 def network() -> nn.Module:
@@ -58,9 +60,10 @@ def test_the_step_is_skipped(name: str, value: float, field: str, before: int) -
     metrics = train_step(algorithm, bad, before)
     assert any(metrics[f"skipped/{n}"] == 1 for n in algorithm.learners)
     now = state(algorithm)
+    ignore = ADAM_CHANGES if name == "uda adamw" and before == 0 else CHANGES
     for learner in algorithm.learners:
         if metrics[f"skipped/{learner}"]:
-            assert_same(now[learner], good[learner], learner, ignore=CHANGES)
+            assert_same(now[learner], good[learner], learner, ignore=ignore)
     assert_same(now["algorithm"], good["algorithm"])
     for t in range(before + 1, before + 3):  # and it goes on
         metrics = train_step(algorithm, batch(t), t)

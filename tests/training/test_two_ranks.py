@@ -1,5 +1,6 @@
 """Two ranks with half the batch each end where one rank with all of it does."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.training.two_ranks import CONFIGS
 
 SCRIPT = str(ROOT / "tests" / "training" / "two_ranks.py")
 WITH_FEEDBACK = [name for name in CONFIGS if "mpl" in name and " off" not in name]
-CLOSE = {"rtol": 1e-6, "atol": 1e-8}
+assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-8)
 
 
 def train(ranks: int, out: Path, *options: str) -> None:
@@ -53,8 +54,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_rank_equals_two(recipe: str, alone: Path, pair: Path) -> None:
     one = ended(alone, recipe, 0)
     first, second = (ended(pair, recipe, rank) for rank in (0, 1))
-    assert_same(first["learners"], one["learners"], **CLOSE)
-    assert_same(second["learners"], first["learners"], **CLOSE)
+    assert_close(first["learners"], one["learners"])
+    assert_close(second["learners"], first["learners"])
     if recipe in WITH_FEEDBACK:
         assert one["feedback"].abs() > 1e-6
         mean = (first["feedback"] + second["feedback"]) / 2
@@ -64,7 +65,7 @@ def test_one_rank_equals_two(recipe: str, alone: Path, pair: Path) -> None:
 def test_compiled_networks_under_ddp_equal_eager_ones(alone: Path, tmp_path: Path) -> None:
     train(2, tmp_path / "compiled", "mpl difference", "--compile")
     compiled = ended(tmp_path / "compiled", "mpl difference", 0)
-    assert_same(compiled["learners"], ended(alone, "mpl difference", 0)["learners"], **CLOSE)
+    assert_close(compiled["learners"], ended(alone, "mpl difference", 0)["learners"])
 
 
 def test_a_step_is_at_most_three_collectives(pair: Path) -> None:
@@ -83,4 +84,4 @@ def test_ddp_and_the_flat_exchange_end_alike(pair: Path, tmp_path: Path) -> None
     train(2, tmp_path / "ddp", *names, "--ddp")
     for name in names:
         flat, ddp = ended(pair, name, 0), ended(tmp_path / "ddp", name, 0)
-        assert_same(ddp["learners"], flat["learners"], **CLOSE)
+        assert_close(ddp["learners"], flat["learners"])
