@@ -51,7 +51,16 @@ class MetaPseudoLabels:
         own, held_out = hold_out_labeled(batch, config.held_out)
         parts = microbatches(own, self.microbatches)
         rows = row_slices(len(batch.weak), self.microbatches)
-        views = [self._teacher_views(part) for part in parts]
+        views = [
+            Views(
+                teacher,
+                part,
+                config.bn_batches,
+                weak_gradient=self.feedback_view == "weak",
+                recompute=config.teacher_graph == "recompute",
+            )
+            for part in parts
+        ]
 
         # The teacher labels the unlabeled images.
         logits = joined([view.detached_logits(config.pseudo) for view in views])  # (U, C)
@@ -76,15 +85,6 @@ class MetaPseudoLabels:
             metrics.append({**part_metrics, "loss/student": loss})
         teacher.optimizer_step()
         return {**mean_metrics(metrics), **feedback.metrics()}
-
-    def _teacher_views(self, batch: Batch) -> Views:
-        return Views(
-            self.teacher,
-            batch,
-            self.config.bn_batches,
-            weak_gradient=self.feedback_view == "weak",
-            recompute=self.config.teacher_graph == "recompute",
-        )
 
     def _student_backward(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
