@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from mpl_fast.learner import rng
 from tools.studies.command import Content, write
 from tools.studies.two_moons.__main__ import main
+from tools.studies.two_moons.algorithm import RATE, RunDifference, algorithm
 from tools.studies.two_moons.data import BATCH, Options, Problem, problem, stacked
 from tools.studies.two_moons.networks import Weights
 from tools.studies.two_moons.report import as_json, as_markdown
 from tools.studies.two_moons.training import (
-    RATE,
-    RunDifference,
-    algorithm,
     evaluate,
     gain,
     spread,
