@@ -26,8 +26,6 @@ REQUIRES = [
     "numpy",
     "tensorboardX",
     "timm",
-    "jsonargparse",
-    "docstring-parser",  # makes the text beside a field its --help
     "PyYAML",
     "simplejpeg",
     "opencv-python-headless",

@@ -13,7 +13,7 @@ RANK_DELAY = 5.0  # seconds
 
 
 class UserError(Exception):
-    """Something that the user can correct. Its text is one line: what is wrong, where, what to do."""
+    """Something that the user can correct; its text is one line: what is wrong, and what to do."""
 
     exit_code = 1
     alone = False

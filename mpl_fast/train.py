@@ -14,7 +14,7 @@ from mpl_fast.training.process import die_with_launcher
 
 
 def main() -> int:
-    """Parses first, then imports torch: --help and a misspelt option answer at once."""
+    """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
     die_with_launcher()
     try:
         config = parse(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Shows what training sees: contact_sheet.py REC --out sheet.png [--config configs/NAME.yaml]"""
+"""Writes a PNG of training views: contact_sheet.py REC --out sheet.png [--config configs/NAME.yaml]"""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ defaults; --data.magnitude 5 and the other --data.* options of train.py change t
 
 
 def main() -> None:
-    """Options of its own, then those of train.py."""
+    """Command line: own options, then those of train.py."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=DESCRIPTION)
     parser.add_argument("rec", metavar="REC", help="folder that make_rec.py pack wrote")
     parser.add_argument("--out", required=True, type=Path, help="PNG file to write")

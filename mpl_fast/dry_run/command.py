@@ -7,7 +7,6 @@ from torch import nn
 
 from mpl_fast import models
 from mpl_fast.config import RunConfig
-from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv
 from mpl_fast.dry_run import estimate
@@ -29,7 +28,7 @@ def dry_run(config: RunConfig) -> int:
     classes = count_classes(config, manifest)
     dist_env = _place(config)
     check_batches(config, manifest, dist_env)
-    if dist_env.is_first:
+    if dist_env.is_rank0:
         torch.manual_seed(config.seed)
         print(table(_plan(config, manifest, classes, dist_env)), flush=True)
     return 0
@@ -39,9 +38,8 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
     here = dist_env.device.type == "cpu" or torch.cuda.is_available()
     bf16, side = uses_bf16(config, dist_env.device), config.data.image_size
     device = dist_env.device if here else torch.device("cpu")
-    only = config.recipe in LABELED_ONLY
     labeled = config.labeled_batch // dist_env.world
-    unlabeled = 0 if only else config.unlabeled_batch // dist_env.world
+    unlabeled = config.unlabeled_images // dist_env.world
     rows = count(
         config.algorithm,
         labeled,
@@ -69,7 +67,7 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
         flops=estimate.step_flops(rows, cost),
         memory=estimate.memory(setting, rows, cost),
         checkpoint=estimate.checkpoint_bytes(config.algorithm, cost),
-        records=manifest.splits["labeled" if only else "unlabeled"].records,
+        records=manifest.splits["unlabeled" if unlabeled else "labeled"].records,
         validation=manifest.splits["val"].records,
         rate=rate,
         probed=probed,

@@ -4,7 +4,6 @@ import textwrap
 from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
-from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
@@ -86,7 +85,7 @@ def _ranks(plan: Plan) -> str:
 
 def _images(plan: Plan) -> str:
     config, world = plan.config, plan.world
-    unlabeled = 0 if config.recipe in LABELED_ONLY else config.unlabeled_batch
+    unlabeled = config.unlabeled_images
     parts = f", in {config.microbatches} parts" if config.microbatches > 1 else ""
     return (
         f"{config.labeled_batch:,} labeled + {unlabeled:,} unlabeled images, "
@@ -105,7 +104,7 @@ def _passes(plan: Plan) -> str:
 
 def _length(plan: Plan) -> str:
     config = plan.config
-    only = config.recipe in LABELED_ONLY
+    only = config.algorithm.labeled_only
     batch, of = (config.labeled_batch, "labeled") if only else (config.unlabeled_batch, "unlabeled")
     epochs = config.steps * batch / plan.records
     return f"{config.steps:,} steps, {_count(epochs)} passes over {plan.records:,} {of} images"
@@ -153,8 +152,7 @@ def _time(plan: Plan) -> str:
 
 def _decoding(plan: Plan) -> str:
     config = plan.config
-    images = config.labeled_batch
-    images += 0 if config.recipe in LABELED_ONLY else config.unlabeled_batch
+    images = config.labeled_batch + config.unlabeled_images
     if not plan.rate:
         return f"{images:,} images a step, over its seconds, are what keeps up with it"
     rate = images / plan.seconds

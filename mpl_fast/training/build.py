@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, RunFacts
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
 from mpl_fast.algorithms.mpl import count_held_out
-from mpl_fast.config import LearnerConfig, RunConfig
-from mpl_fast.config.run import LABELED_ONLY
+from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import DistEnv, world_size
@@ -36,8 +35,8 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
     Every rank needs the same number of images, and no batch may hold an image twice.
     """
     wanted = {"labeled": config.labeled_batch}
-    if config.recipe not in LABELED_ONLY:
-        wanted["unlabeled"] = config.unlabeled_batch
+    if config.unlabeled_images:
+        wanted["unlabeled"] = config.unlabeled_images
     for split, batch in wanted.items():
         records = manifest.splits[split].records
         if batch % dist_env.world:
@@ -56,14 +55,13 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
         raise ConfigError(
             f"cuda_graphs is {config.cuda_graphs}, but device is {dist_env.device.type}: set off"
         )
-    mixup, rows = getattr(config.algorithm, "mixup", 0.0), config.labeled_batch // dist_env.world
-    if mixup and config.recipe == "supervised" and rows % 2:
+    algorithm, rows = config.algorithm, config.labeled_batch // dist_env.world
+    if isinstance(algorithm, SupervisedConfig) and algorithm.mixup and rows % 2:
         raise ConfigError(
             f"labeled_batch {config.labeled_batch} gives a rank {rows} images, which "
             f"algorithm.mixup cannot pair: take a multiple of {2 * dist_env.world}"
         )
-    held_out = getattr(config.algorithm, "held_out", 0.0)
-    if held_out and config.labeled_batch < 2 * dist_env.world:
+    if _held_out(config) and config.labeled_batch < 2 * dist_env.world:
         raise ConfigError(
             f"labeled_batch {config.labeled_batch} gives a rank one image, which "
             f"algorithm.held_out cannot share out: raise it to {2 * dist_env.world} or more"
@@ -73,16 +71,19 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
 def _check_microbatches(config: RunConfig, dist_env: DistEnv) -> None:
     """Microbatches must be equal, or the mean over them would not be the mean of the batch."""
     labeled = config.labeled_batch // dist_env.world
-    held_out = getattr(config.algorithm, "held_out", 0.0)
-    rows = {"labeled": labeled - count_held_out(labeled, held_out)}
-    if config.recipe not in LABELED_ONLY:
-        rows["unlabeled"] = config.unlabeled_batch // dist_env.world
+    rows = {"labeled": labeled - count_held_out(labeled, _held_out(config))}
+    if config.unlabeled_images:
+        rows["unlabeled"] = config.unlabeled_images // dist_env.world
     for split, count in rows.items():
         if count % config.microbatches:
             raise ConfigError(
                 f"microbatches {config.microbatches} does not divide the {count} {split} images "
                 f"that a rank learns from in a step: change {split}_batch"
             )
+
+
+def _held_out(config: RunConfig) -> float:
+    return config.algorithm.held_out if isinstance(config.algorithm, MPLConfig) else 0.0
 
 
 def build_algorithm(
@@ -97,7 +98,7 @@ def build_algorithm(
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
     """
-    facts = RunFacts(config.seed, steps_in(1.0, config, manifest), config.microbatches)
+    facts = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model
@@ -142,7 +143,7 @@ def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> Eva
 def steps_in(epochs: float, config: RunConfig, manifest: Manifest) -> int:
     """Steps in so many passes over the unlabeled images (labeled ones for recipes without unlabeled
     images), rounded up."""
-    labeled_only = config.recipe in LABELED_ONLY
+    labeled_only = config.algorithm.labeled_only
     split = "labeled" if labeled_only else "unlabeled"
     batch = config.labeled_batch if labeled_only else config.unlabeled_batch
     return max(1, math.ceil(epochs * manifest.splits[split].records / batch))
@@ -160,7 +161,7 @@ def resolve_epochs(config: RunConfig, manifest: Manifest) -> RunConfig:
 
 def images_per_step(config: RunConfig) -> int:
     """Distinct images in one step, over all ranks."""
-    return config.labeled_batch + (0 if config.recipe in LABELED_ONLY else config.unlabeled_batch)
+    return config.labeled_batch + config.unlabeled_images
 
 
 def uses_bf16(config: RunConfig, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from mpl_fast import atomic
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
-from mpl_fast.distributed import DistEnv, barrier, from_first, gather
+from mpl_fast.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 
@@ -51,7 +51,7 @@ class Checkpoints:
         files = {f"rank_{self.rank}.pt": rank_state}
         files |= {"state.pt": shared} if self.rank == 0 else {}
         written = {name: _write(partial / name, state) for name, state in files.items()}
-        by_rank = gather(written)
+        by_rank = all_gather_object(written)
         if self.rank == 0:
             about = {"format": FORMAT, "step": step, "world": self.world}
             about["files"] = {name: file for files in by_rank for name, file in files.items()}
@@ -76,7 +76,7 @@ class Checkpoints:
 
         Raises `CheckpointError` if there are checkpoints but none can be used.
         """
-        found, damage = from_first(newest(self.folder) if self.rank == 0 else None)
+        found, damage = broadcast_object(newest(self.folder) if self.rank == 0 else None)
         if found is None and damage:
             raise CheckpointError(
                 f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir"
@@ -146,7 +146,7 @@ def load_start(
     folder = Path(config.start) / "checkpoints"
     if not Path(config.start).is_dir():
         raise ConfigError(f"algorithm.start: there is no folder {config.start}")
-    checkpoint, damage = from_first(newest(folder) if dist_env.is_first else None)
+    checkpoint, damage = broadcast_object(newest(folder) if dist_env.is_rank0 else None)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"
         raise CheckpointError(

@@ -51,10 +51,10 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
     classes = count_classes(config, manifest)
-    dist_env = distributed.start(config.device)
-    console = Console(config.steps, silent=not dist_env.is_first)
+    dist_env = distributed.init(config.device)
+    console = Console(config.steps, silent=not dist_env.is_rank0)
     folder = Path(config.run_dir) / "checkpoints"
-    checkpoint, damage = distributed.from_first(newest(folder) if dist_env.is_first else None)
+    checkpoint, damage = distributed.broadcast_object(newest(folder) if dist_env.is_rank0 else None)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
     for warning in damage:
@@ -66,7 +66,7 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     expected = manifest.splits["val"].records
     accuracy = evaluate(algorithm, eval_loader(config, manifest, dist_env), expected)
     console.print(f"{checkpoint}: {accuracy_line(accuracy)}")
-    distributed.stop()
+    distributed.shutdown()
     return accuracy
 
 

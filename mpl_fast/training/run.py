@@ -6,9 +6,8 @@ from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
 from mpl_fast.algorithms.base import train_step
-from mpl_fast.batch import Batch
+from mpl_fast.batch import Batch, Loader
 from mpl_fast.config import FinetuneConfig, RolePlayConfig, RunConfig
-from mpl_fast.data.loader import TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
@@ -49,7 +48,7 @@ def train(config: RunConfig) -> int:
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
     classes = count_classes(config, manifest)
-    dist_env = distributed.start(config.device)
+    dist_env = distributed.init(config.device)
     check_batches(config, manifest, dist_env)
     run_dir = open_for(config, dist_env)
     try:
@@ -59,7 +58,7 @@ def train(config: RunConfig) -> int:
             run_dir.close()
     # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
     # the group would wait for them instead of reporting the error.
-    distributed.stop()
+    distributed.shutdown()
     return code
 
 
@@ -77,7 +76,7 @@ class Run:
         """`run_dir` is None on all ranks but the first."""
         self.config, self.dist_env, self.manifest = config, dist_env, manifest
         self.run_dir = run_dir
-        self.console = Console(config.steps, silent=not dist_env.is_first)
+        self.console = Console(config.steps, silent=not dist_env.is_rank0)
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / "checkpoints",
             keep=config.checkpoint_keep,
@@ -137,7 +136,7 @@ class Run:
                 self._summarize()
         return 0
 
-    def _loop(self, loader: TrainLoader) -> bool:
+    def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
         config = self.config
         self.meter = Meter()  # a new one, to exclude the time of starting up
@@ -155,7 +154,7 @@ class Run:
             if last or self.steps_done % config.log_every == 0:
                 self._log(late=not last)
             self.console.progress(self.steps_done)
-            stopping = self.stop.agreed() or self.steps_done == config.stop_at
+            stopping = self.stop.should_stop() or self.steps_done == config.stop_at
             if last or (config.eval_every and self.steps_done % config.eval_every == 0):
                 self._evaluate()
             due = config.checkpoint_every and self.steps_done % config.checkpoint_every == 0
@@ -221,7 +220,7 @@ class Run:
             self.run_dir.row(self.steps_done, values)
         self.console.print(f"step {self.steps_done} | evaluated: {accuracy_line(self.accuracy)}")
 
-    def _save(self, loader: TrainLoader) -> None:
+    def _save(self, loader: Loader) -> None:
         """Writes a checkpoint; raises `CheckpointError` if it cannot be written."""
         self._log()  # all rows up to here, so that a stop loses none and nothing NaN is saved
         began = time.perf_counter()
@@ -256,7 +255,7 @@ class Run:
             "algorithm": dict(self.algorithm.state),
         }
 
-    def _next(self, loader: TrainLoader) -> Batch:
+    def _next(self, loader: Loader) -> Batch:
         try:
             return next(loader)
         except DataError as error:

@@ -115,14 +115,14 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
     A collective. Every rank raises the `UserError` that rank 0 met.
     """
     folder, failure = None, None
-    if dist_env.is_first:
+    if dist_env.is_rank0:
         try:
             folder = RunDir(config)
         except UserError as error:
             failure = error
-    if failure := distributed.from_first(failure):
+    if failure := distributed.broadcast_object(failure):
         raise failure
-    if not all(distributed.gather((Path(config.run_dir) / "config.yaml").exists())):
+    if not all(distributed.all_gather_object((Path(config.run_dir) / "config.yaml").exists())):
         raise ConfigError(
             f"run_dir {config.run_dir} is not the same folder for all ranks: "
             "give a path on a file system that all machines share"
@@ -133,7 +133,7 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
 def keep_compile_cache(config: RunConfig) -> None:
     """Keeps compiled kernels in the run directory, so that the next start compiles nothing."""
     if config.compile != "off":
-        compilation.keep_caches(Path(config.run_dir) / "compile_cache")
+        compilation.set_cache_dirs(Path(config.run_dir) / "compile_cache")
 
 
 def _sessions(file: Path) -> list[Any]:

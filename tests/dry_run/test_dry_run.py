@@ -13,11 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, RunFacts, train_step
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, train_step
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import LearnerConfig, MetaSemiConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.config.command_line import parse
-from mpl_fast.config.run import LABELED_ONLY
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import NetworkCost, measure
 from mpl_fast.dry_run.rows import StepRows, count
@@ -40,10 +39,10 @@ def real(config: RunConfig, bf16: bool = False) -> tuple[Algorithm, Batch]:
         lambda learner: Learner(
             models.build("wrn_10_1", CLASSES), learner, steps=config.steps, bf16=bf16
         ),
-        RunFacts(microbatches=config.microbatches),
+        AlgorithmContext(microbatches=config.microbatches),
     )
     dtype = torch.bfloat16 if bf16 else torch.float32
-    u = 0 if config.recipe in LABELED_ONLY else U
+    u = 0 if config.algorithm.labeled_only else U
     images = image_buffer(L, u, SIDE, dtype, CPU)
     for view in images:
         view.normal_()
@@ -52,7 +51,7 @@ def real(config: RunConfig, bf16: bool = False) -> tuple[Algorithm, Batch]:
 
 
 def rows_of(config: RunConfig) -> StepRows:
-    u = 0 if config.recipe in LABELED_ONLY else U
+    u = 0 if config.algorithm.labeled_only else U
     return count(config.algorithm, L, u, steps=config.steps, microbatches=config.microbatches)
 
 

@@ -162,7 +162,7 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import train_step
 from tests.training.test_not_finite import batch, new, state
 
-place = distributed.start("cpu")
+place = distributed.init("cpu")
 algorithm, skipped = new("uda"), []
 train_step(algorithm, batch(place.rank), 0)
 skipped.append(int(algorithm.learners["learner"].skipped))
@@ -176,5 +176,5 @@ train_step(algorithm, batch(7 + place.rank), 2)
 skipped.append(int(algorithm.learners["learner"].skipped))
 told = {"skipped": skipped, "before": before, "after": after, "end": state(algorithm)}
 torch.save(told, f"{sys.argv[1]}/{place.rank}.pt")
-distributed.stop()
+distributed.shutdown()
 """

@@ -101,7 +101,7 @@ def train(recipe: str, out: str, options: set[str], place: distributed.DistEnv) 
         mine = Batch(*(field[place.rank :: place.world] for field in whole))
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             metrics = train_step(algorithm, mine, t)
-    h = metrics.get("h", torch.zeros(()))
+    h = metrics.get("feedback", torch.zeros(()))
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
     state["algorithm"] = dict(algorithm.state)
     ended = {"learners": state, "h": h, "collectives": reduced.call_count}
@@ -109,11 +109,11 @@ def train(recipe: str, out: str, options: set[str], place: distributed.DistEnv) 
 
 
 def main(out: str, *options: str) -> None:
-    place = distributed.start("cpu")
+    place = distributed.init("cpu")
     for recipe in options:
         if not recipe.startswith("--"):
             train(recipe, out, {*options}, place)
-    distributed.stop()
+    distributed.shutdown()
     alive = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
     # Such a thread may abort the process while Python ends.
     assert not any("gloo" in name for name in alive), alive

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpl_fast.algorithms import RunFacts, build
+from mpl_fast.algorithms import AlgorithmContext, build
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
@@ -97,7 +97,7 @@ def algorithm(kind: Kind, of: Problem) -> MetaPseudoLabels:
         return Learner(network, given, steps=1)
 
     torch.manual_seed(of.seed)
-    made = build(config, learner, RunFacts(seed=of.seed))
+    made = build(config, learner, AlgorithmContext(seed=of.seed))
     assert isinstance(made, MetaPseudoLabels)
     return made
 
