@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms import Algorithm, RunFacts, build
+from mpl_fast.algorithms import Algorithm, AlgorithmContext, build
 from mpl_fast.algorithms.base import Metrics
 from mpl_fast.algorithms.feedback import ALL, Feedback
 from mpl_fast.algorithms.labels import Labels
@@ -54,16 +54,17 @@ def algorithm(variant: Variant, runs: Problem, seed: int) -> Algorithm:
     def new_learner(config: LearnerConfig) -> Learner:
         return Learner(Networks(next(starts)), config, steps=1)
 
-    options, facts = {**variant.options, "derivative": "forward", **shared}, RunFacts(seed=seed)
+    options = {**variant.options, "derivative": "forward", **shared}
+    context = AlgorithmContext(seed=seed)
     if variant.recipe == "mpl":
-        return RunsMPL(MPLConfig(teacher=plain, student=plain, **options), new_learner, facts)
+        return RunsMPL(MPLConfig(teacher=plain, student=plain, **options), new_learner, context)
     if variant.recipe == "smpl":
-        return RunsSMPL(SMPLConfig(learner=plain, **options), new_learner, facts)
-    return build(SupervisedConfig(learner=plain, label_smoothing=0.0), new_learner, facts)
+        return RunsSMPL(SMPLConfig(learner=plain, **options), new_learner, context)
+    return build(SupervisedConfig(learner=plain, label_smoothing=0.0), new_learner, context)
 
 
 class RunDifference:
-    """`feedback.Difference` with one h a run: labeled loss before minus after the student's step.
+    """`DifferenceFeedback` with one h a run: labeled loss before minus after the student's step.
 
     The project's is one number a batch, and a batch here has the rows of many runs.
     """
@@ -72,28 +73,27 @@ class RunDifference:
         self, student: Learner, points: Tensor, labels: Tensor, relabel: bool = False
     ) -> None:
         self._student, self._points, self._labels = student, points, labels
-        self._relabel = relabel  # the term has the arg-max of the logits that it is given
+        self._relabel = relabel  # SMPL's term has the labels that the network would give now
         self._old = self._losses()
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        self.new = self._losses()
-        self.h = self._old - self.new  # (R,)
+        self._target, self._new = labels.target, self._losses()
+        self.h = self._old - self._new  # (R,)
 
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        target = losses.pseudo_labels(view.detach()).label if self._relabel else labels.target
-        each_row = self.h.repeat(len(view) // len(self.h))
-        return losses.student_loss(view, target, weight=each_row).loss
+    def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        target = losses.pseudo_labels(logits.detach()).label if self._relabel else self._target
+        each_row = self.h.repeat(len(logits) // len(self.h))
+        return losses.student_loss(logits, target, weight=each_row).loss
 
     def metrics(self) -> Metrics:
-        return {"h": self.h.mean(), "loss/student_labeled": self.new.mean()}
+        return {"feedback": self.h.mean(), "loss/student_labeled": self._new.mean()}
 
     def _losses(self) -> Tensor:
         network = self._student.network
         assert isinstance(network, Networks)
         logits = self._student.forward_batch_stats(self._points)
-        return (
-            F.cross_entropy(logits, self._labels, reduction="none").view(-1, network.runs).mean(0)
-        )
+        each_row = F.cross_entropy(logits, self._labels, reduction="none")
+        return each_row.view(-1, network.runs).mean(0)
 
 
 class RunsMPL(MetaPseudoLabels):
