@@ -135,16 +135,16 @@ def rank(given: Sequence[str]) -> None:
     takes as long as its slowest rank.
     """
     die_with_launcher()
-    dist_env = distributed.start(given[5])
+    dist_env = distributed.init(given[5])
     torch.backends.cudnn.benchmark = True
     out, setting, (steps,) = arguments_of(given, dist_env.device)
     works = {TOGETHER: _step(setting), ALONE: without_exchange(_step, setting)}
     # The seed is alike on all ranks, and with it the order.
     found = interleaved(works, _seconds, rounds=int(steps), warmup=WARM)
     slowest = {name: _slowest(times) for name, times in found.items()}
-    if dist_env.is_first:
+    if dist_env.is_rank0:
         out.write_text(json.dumps(slowest))
-    distributed.stop()
+    distributed.shutdown()
 
 
 def without_exchange(make: Callable[[Setting], Work], setting: Setting) -> Work:
@@ -182,7 +182,7 @@ def _seconds(work: Work) -> float:
 
 
 def _slowest(times: list[float]) -> list[float]:
-    return [max(turn) for turn in zip(*distributed.gather(times), strict=True)]
+    return [max(turn) for turn in zip(*distributed.all_gather_object(times), strict=True)]
 
 
 if __name__ == "__main__":

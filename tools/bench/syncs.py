@@ -89,7 +89,7 @@ def rank(given: Sequence[str]) -> None:
     Which collectives there are does not depend on the device, so gloo connects the ranks.
     """
     die_with_launcher()
-    distributed.start("cpu")
+    distributed.init("cpu")
     out, setting, recipes = arguments_of(given, torch.device("cpu"))
     found: dict[str, Counter[str]] = {}
     for recipe in recipes:
@@ -100,7 +100,7 @@ def rank(given: Sequence[str]) -> None:
         found[recipe] = collectives(one.step)
     if distributed.rank() == 0:
         out.write_text(json.dumps(found))
-    distributed.stop()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":
