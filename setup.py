@@ -53,7 +53,6 @@ setup(
         "mpl_fast.config",
         "mpl_fast.data",
         "mpl_fast.dry_run",
-        "mpl_fast.experiments",
         "mpl_fast.kernels",
         "mpl_fast.learner",
         "mpl_fast.models",

@@ -2,7 +2,7 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train | experiments -> dry_run -> training -> algorithms -> learner -> losses | models | packing
+    train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
           -> kernels | distributed | data -> batch | config -> errors | atomic
 """
 
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
-    {"train", "experiments"},
+    {"train"},
     {"dry_run"},
     {"training"},
     {"algorithms"},

@@ -1,49 +1,36 @@
-"""A batch in parts, computed one after the other, so that a large one needs less memory.
+"""Splits a rank's batch into microbatches: less memory, the same gradient.
 
-Losses are means over all rows of a kind, so that the mean over equal parts is the whole batch's.
-Only batch norm sees the difference: it normalizes each part by itself.
+Losses are means over the rows of a view, so the mean over microbatches of equal size is the loss of
+the whole batch. Only batch norm differs: it normalizes each microbatch by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mpl_fast.algorithms.base import Metrics
 from mpl_fast.batch import Batch
-from mpl_fast.learner import Term
 
 
-def slices(rows: int, count: int) -> list[slice]:
-    """Equal ones; `count` divides `rows`."""
+def row_slices(rows: int, count: int) -> list[slice]:
+    """`count` consecutive slices of equal length; `count` must divide `rows`."""
     size = rows // count
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
 def microbatches(batch: Batch, count: int) -> list[Batch]:
-    """Rows one after another, of labeled and of unlabeled images."""
+    """`count` batches of consecutive rows, which are views of the batch's memory."""
     if count == 1:
         return [batch]
-    rows = zip(slices(len(batch.labels), count), slices(len(batch.weak), count), strict=True)
+    labeled, unlabeled = row_slices(len(batch.labels), count), row_slices(len(batch.weak), count)
     return [
         Batch(batch.labeled[x], batch.labels[x], batch.weak[u], batch.strong[u], batch.truth[u])
-        for x, u in rows
+        for x, u in zip(labeled, unlabeled, strict=True)
     ]
 
 
-def scaled(terms: Sequence[Term], count: int) -> Iterator[Term]:
-    """Terms of one part's loss, as they enter the mean over `count` parts."""
-    for term in terms:
-        if count == 1:
-            yield term
-        elif isinstance(term, Tensor):
-            yield term / count
-        else:
-            yield term[0], term[1] / count
-
-
-def mean_metrics(told: Sequence[Metrics]) -> Metrics:
-    """Of what all parts tell."""
-    if len(told) == 1:
-        return told[0]
-    return {name: torch.stack([part[name] for part in told]).mean() for name in told[0]}
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over the microbatches."""
+    if len(metrics) == 1:
+        return metrics[0]
+    return {name: torch.stack([part[name] for part in metrics]).mean() for name in metrics[0]}

@@ -23,7 +23,12 @@ from mpl_fast.config.learner import LearnerConfig
 
 Derivative = Literal["auto", "forward", "central"]
 NormBatches = Literal["joint", "split"]
-LABELS_NEEDED = {"exact": "soft", "sampled": "sampled", "per_example": "sampled"}  # by feedback
+LabelKind = Literal["argmax", "sampled", "soft"]
+LABELS_NEEDED: dict[str, LabelKind] = {
+    "exact": "soft",
+    "sampled": "sampled",
+    "per_example": "sampled",
+}  # by feedback
 BY_SGD_STEP = ("exact", "per_example")  # feedbacks that differentiate through a step of plain SGD
 
 
@@ -213,7 +218,7 @@ class MPLConfig:
         return None
 
     @property
-    def label_kind(self) -> str:
+    def label_kind(self) -> LabelKind:
         """`labels`, with auto resolved."""
         if self.labels != "auto":
             return self.labels

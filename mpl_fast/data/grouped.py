@@ -31,6 +31,7 @@ CONTRASTS = [o.contrast for o in BY_CODE if o.contrast]
 LINE, CONTRAST = 2 * len(MATRICES), 2 * len(MATRICES + LINES)
 OTHER = CONTRAST + 2 * len(CONTRASTS)
 
+
 class Inputs(NamedTuple):
     """DALI splits a value among branches where a variable that holds it is read: values in a tuple
     only in the branches that use them."""

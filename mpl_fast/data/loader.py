@@ -122,7 +122,9 @@ class EvalLoader:
             half=_half(dtype, device),
         )
         self._stream = Stream(lambda: eval_pipeline(config, split, engine), split, device, dtype)
-        first, end = (split.records * (rank + step) // shards for step in (0, 1))  # DALI's borders of shards
+        first, end = (
+            split.records * (rank + step) // shards for step in (0, 1)
+        )  # DALI's borders of shards
         self._records = end - first if rank < shards else 0
         self._batch = batch
         self._batches = math.ceil(math.ceil(split.records / shards) / batch)

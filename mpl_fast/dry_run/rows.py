@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config import AlgorithmConfig, LearnerConfig
 from mpl_fast.learner import Learner
@@ -56,7 +56,7 @@ def count(
         learner = replace(learner, optimizer_backend="torch")
         return Learner(_StandIn(counter), learner, steps=steps)
 
-    algorithm = algorithms.build(config, new_learner, RunFacts(microbatches=microbatches))
+    algorithm = algorithms.build(config, new_learner, AlgorithmContext(microbatches=microbatches))
     train_step(algorithm, _batch(labeled, unlabeled), steps - 1 if step is None else step)
     return counter.found
 

@@ -1,4 +1,4 @@
-"""A network with its optimizer, precision, gradient exchange and weight averaging."""
+"""A network with its optimizer, precision, gradient averaging over ranks and weight average."""
 
 from mpl_fast.learner.learner import Learner, Term
 

@@ -1,4 +1,4 @@
-"""NVIDIA's apex, if it is installed: found without importing it, told from its namesake."""
+"""NVIDIA's apex as an optional optimizer backend: detection without import, and its SGD."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ import torch
 from mpl_fast.errors import ConfigError
 
 State = Literal["usable", "without_extensions", "another_package", "absent"]
-KEY = "optimizer_backend"  # what asks for it
+KEY = "optimizer_backend"  # the option that selects it
 SOURCE = "https://github.com/NVIDIA/apex"
 PROBLEMS: dict[State, str] = {
     "absent": f"needs NVIDIA's apex, which is not installed: build it from {SOURCE}",
@@ -22,21 +22,21 @@ PROBLEMS: dict[State, str] = {
 
 
 def find() -> State:
-    """What is installed under the name of apex; nothing of it is imported.
+    """What is installed under the name apex, without importing it.
 
-    (The registry's package of that name has nothing to do with NVIDIA's, which has to be built.)
+    The package of that name on PyPI is an unrelated one; NVIDIA's has to be built.
     """
     spec = find_spec("apex")
     if spec is None:
         return "absent"
-    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "optimizers" / "fused_sgd.py").is_file() for folder in folders):
         return "another_package"
     return "usable" if find_spec("amp_C") else "without_extensions"
 
 
-def demand() -> None:
-    """Raises the one-line `ConfigError` of why apex cannot be used, if it cannot."""
+def require() -> None:
+    """Raises `ConfigError`, with the reason in one line, if apex cannot be used."""
     state = find()
     if state != "usable":
         raise ConfigError(f"{KEY} apex {PROBLEMS[state]}; or take torch, which computes the same")
@@ -53,11 +53,11 @@ def fused_sgd(
 ) -> torch.optim.Optimizer:
     """apex's SGD over parameter groups on a CUDA device, each with its "weight_decay".
 
-    It knows neither `grad_scale` nor `found_inf`: clipping, and leaving a step out, are the
-    caller's. "momentum_buffer" may be put into its states as zeros, as in PyTorch's. Raises
-    `ConfigError` where it cannot be used.
+    It supports neither `grad_scale` nor `found_inf`: the caller clips and skips steps. Its states
+    have a "momentum_buffer" like PyTorch's, which may be allocated before the first step. Raises
+    `ConfigError` if apex cannot be used.
     """
-    demand()
+    require()
     optimizers: Any = import_module("apex.optimizers")  # late: a second, and it needs CUDA
     made: torch.optim.Optimizer = optimizers.FusedSGD(
         groups, lr=lr, momentum=momentum, nesterov=nesterov

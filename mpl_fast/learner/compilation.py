@@ -1,4 +1,4 @@
-"""How networks are compiled: in place, with what is compiled kept on disk for the next start."""
+"""Compiles networks in place, with the compiler's caches on disk for the next start."""
 
 import os
 from pathlib import Path
@@ -8,24 +8,23 @@ import torch
 from torch import nn
 
 Mode = Literal["off", "default", "max-autotune"]
-_graphs = False  # whether any network replays graphs
+_graphs = False  # whether any compiled network replays CUDA graphs
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) -> None:
-    """Compiles a network's `forward` for the shapes that it meets; parameters keep their names.
+    """Compiles a network's `forward` for each input shape; parameters keep their names.
 
-    `graphs` lets every pass replay CUDA graphs (nothing, on a CPU). Whoever runs such a network
-    calls `mark_step` before every training step and before every
-    evaluation batch, and clones what it keeps of an output beyond that.
+    `graphs`: passes replay CUDA graphs (no effect on a CPU). The caller must then call `mark_step`
+    before every training step and every evaluation batch, and clone outputs that it keeps longer.
     """
     if mode == "off":
         return
     # Otherwise DDP's bucket boundaries would split the network into several graphs.
     torch._dynamo.config.optimize_ddp = False
-    # A form for each mode and shape that a recipe calls it in; past the limit it runs uncompiled.
+    # One compilation for each mode and input shape; beyond the limit the network runs uncompiled.
     torch._dynamo.config.recompile_limit = 32
-    # Dropout as uncompiled code draws it, or exact feedback would follow another mask's student.
+    # Dropout masks as in uncompiled code, where feedback exact takes its derivatives.
     torch._inductor.config.fallback_random = True
     global _graphs
     _graphs = _graphs or graphs
@@ -33,17 +32,17 @@ def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) ->
 
 
 def _inductor_mode(mode: Mode, graphs: bool) -> str:
-    """PyTorch's name for it.
+    """PyTorch's name of a mode, and why graphs need `mark_step`.
 
-    With graphs, a pass's outputs and what its backward pass needs lie in one memory pool, and a
-    pass of a new generation overwrites them. PyTorch begins a generation by itself at a compiled
-    call when no backward pass is owed, and takes one backward pass of anybody for the payment of
-    all: the student's backward pass comes between the teacher's forward and backward ones, so that
-    the next judging of the student would overwrite what the teacher still needs. Once a step has
-    been marked, generations begin at marks alone
+    With graphs, the outputs of a pass and its saved activations are in one memory pool, and a pass
+    of a new generation overwrites them. Without marks PyTorch starts a generation at a compiled
+    call when no backward pass is pending, and one backward pass of any network counts for all
+    pending ones: the student's backward pass comes between the teacher's forward and backward
+    passes, so the student's next forward pass would overwrite the teacher's activations. Once a
+    step has been marked, generations start at marks only
     (`CUDAGraphTreeManager.can_start_new_generation` and `get_curr_generation` in
     torch/_inductor/cudagraph_trees.py), and the passes of a step are recorded as one path that
-    keeps what is alive. In an evaluation without marks that path would grow with every batch.
+    preserves live tensors. In an evaluation without marks that path would grow with every batch.
     """
     if mode == "max-autotune":
         return "max-autotune" if graphs else "max-autotune-no-cudagraphs"
@@ -51,24 +50,24 @@ def _inductor_mode(mode: Mode, graphs: bool) -> str:
 
 
 def mark_step() -> None:
-    """Tells CUDA graphs of compiled networks that outputs of earlier passes are not needed."""
+    """Allows CUDA graphs of compiled networks to overwrite the outputs of earlier passes."""
     if _graphs and torch.cuda.is_available():
         torch.compiler.cudagraph_mark_step_begin()
 
 
-def keep_caches(folder: Path) -> None:
-    """Makes this process keep compiled kernels in `folder`, where the next one finds them.
+def set_cache_dirs(folder: Path) -> None:
+    """Makes the compilers cache their results in `folder`, for later processes of the run.
 
-    To be called before anything is compiled; ranks may share the folder, for files in it appear
-    whole. A place that the user chose by TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR stays.
+    Must be called before anything is compiled. Ranks may share the folder: the compilers write its
+    files atomically. Folders that the user set by TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR stay.
     """
     for variable, name in CACHES.items():
-        if os.environ.get(variable) in (None, *_pytorchs_own(variable)):
+        if os.environ.get(variable) in (None, *_pytorch_defaults(variable)):
             os.environ[variable] = str(folder.resolve() / name)
 
 
-def _pytorchs_own(variable: str) -> list[str]:
-    """The place that PyTorch writes into the environment by itself, often while it is imported."""
+def _pytorch_defaults(variable: str) -> list[str]:
+    """What PyTorch itself writes into the variable, often while it is imported."""
     if variable == "TRITON_CACHE_DIR":
         return []
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # late: 0.1 s
@@ -76,6 +75,7 @@ def _pytorchs_own(variable: str) -> list[str]:
     return [default_cache_dir(), str(Path(default_cache_dir()).absolute())]
 
 
-def deterministic() -> None:
-    """Lets nothing be chosen by timing it: another choice may round differently after a restart."""
+def disable_timing_choices() -> None:
+    """Disables autotuning by timing, whose choice may differ, and round differently, after a
+    restart."""
     torch._inductor.config.deterministic = True

@@ -1,10 +1,9 @@
 """A network together with everything that trains it.
 
-How gradients cross ranks, mixed precision, compilation, clipping and the moving average are decided
-here and nowhere else, so that an algorithm reads as if there were one device.
+Gradient averaging over ranks, mixed precision, compilation, clipping and the weight average are
+decided here and nowhere else, so an algorithm is written as for one device.
 """
 
-import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,21 +18,23 @@ from mpl_fast.batch import joined
 from mpl_fast.config import LearnerConfig
 from mpl_fast.config.run import GradientSync, Graphs
 from mpl_fast.distributed import mean_over_ranks_, world_size
-from mpl_fast.learner import compilation, optimizer
-from mpl_fast.learner.batch_norm import BatchNormStats
-from mpl_fast.learner.jvp import EPSILON, Derivative, own_statistics
-from mpl_fast.learner.rng import DrawnAs
+from mpl_fast.learner import compilation
+from mpl_fast.learner.batch_norm import BatchNormStats, batch_statistics
+from mpl_fast.learner.jvp import EPSILON, WeightDerivative
+from mpl_fast.learner.optimizer import ClippedOptimizer
+from mpl_fast.learner.rng import DropoutMaskDtype
+from mpl_fast.learner.weight_average import WeightAverage
 
+# A scalar loss, or logits with the gradient of a loss by them.
 Term = Tensor | tuple[Tensor, Tensor]
-Pairs = tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
 
 class Learner:
-    """Runs forward passes, takes gradient steps and keeps an average of its weights.
+    """Runs forward passes, takes optimizer steps and keeps an average of the weights.
 
-    Replicas stay identical: each update averages gradients and batch-norm statistics over ranks.
-    A gradient that is not finite on any rank moves nothing on all of them: neither weights nor
-    momentum nor statistics. `skipped` tells in how many steps, one after another, that was so.
+    Replicas stay identical: each optimizer step averages gradients and batch-norm statistics over
+    ranks. If the averaged gradient is not finite, all ranks skip the step: weights, momentum and
+    statistics stay as they were. `skipped` (0-dim) counts such steps since the last good one.
     """
 
     def __init__(
@@ -51,57 +52,58 @@ class Learner:
         self.config, self.steps = config, steps
         self.device, self.bf16 = torch.device(device), bf16
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = _frozen_copy(self.network) if config.ema else None
+        self._average = WeightAverage(self.network, config) if config.ema else None
+        self.average = self._average.network if self._average else None
         compilation.compile_in_place(self.network, compiled, graphs=graphs == "model")
         self._replica = _replicate(self.network, self.device, grad_sync)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self._optimizer = optimizer.ClippedOptimizer(self.network, config, fixed=graphs == "step")
+        self._optimizer = ClippedOptimizer(self.network, config, lr_tensor=graphs == "step")
         self.optimizer = self._optimizer.optimizer
         self._bn_stats = BatchNormStats(self.network)
-        self._averaged = _pairs(self.average, self.network, config) if self.average else ([], [])
-        self._derivative = Derivative(self.network)
-        self._ended, self._frozen, self._moved = -1, False, False
-        self.skipped, self._left_out = (torch.zeros((), device=self.device) for _ in range(2))
+        self._bn_changed = False  # by a forward pass since statistics were averaged over ranks
+        self._derivative = WeightDerivative(self.network)
+        self._ended, self._frozen = -1, False
+        self.skipped, self._skipped_now = (torch.zeros((), device=self.device) for _ in range(2))
 
     def __call__(self, *views: Tensor) -> Tensor:
-        """Logits ``(N, C)`` of all views in one forward pass, so that they share batch-norm
-        statistics.
+        """Logits ``(N, C)`` of all views in one forward pass, normalized as one batch.
 
-        `views` are ``(n, 3, H, W)`` each; the rows come back in their order.
+        Each view is ``(n, 3, H, W)``; rows come in the order of the views.
         """
-        self._moved = True
+        self._bn_changed = True
         with self._autocast():
             logits: Tensor = self._replica(joined(views))
         return logits
 
     @torch.no_grad()
     def forward_no_grad(self, *views: Tensor) -> Tensor:
-        """What calling this would give, dropout included, without gradient or any trace of it in
-        the running statistics."""
-        with own_statistics(self.network), self._autocast():
+        """What `__call__` returns, dropout included, without gradient and without an update of the
+        running statistics."""
+        with batch_statistics(self.network), self._autocast():
             logits: Tensor = self.network(joined(views))
         return logits
 
     @torch.no_grad()
     def forward_batch_stats(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` without gradient or dropout, normalized by these images' own
-        statistics.
+        """Logits ``(N, C)`` in evaluation mode, but normalized by the statistics of these images.
 
-        The running statistics are neither read nor touched. They lag behind the weights, so right
-        after an update they make any network look worse than it is.
+        Running statistics are neither read nor updated. They lag behind the weights, so right after
+        an update the labeled loss under them would be too high.
         """
         return self._forward_batch_stats(images)
 
     def labeled_gradient(
-        self, images: Tensor, labels: Tensor, statistics: Literal["own", "running"] = "own"
+        self, images: Tensor, labels: Tensor, statistics: Literal["batch", "running"] = "batch"
     ) -> tuple[list[Tensor], Tensor]:
         """The gradient of the cross-entropy, a list like `parameters` averaged over ranks, and the
         loss of this rank.
 
         The logits are those of `forward_batch_stats`, or, with running statistics, of `infer`.
         """
-        run = statistics == "running"
-        logits = self._evaluate(self.network, images) if run else self._forward_batch_stats(images)
+        if statistics == "running":
+            logits = self._evaluate(self.network, images)
+        else:
+            logits = self._forward_batch_stats(images)
         loss = losses.smoothed_ce(logits, labels).loss
         gradient = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
         mean_over_ranks_(gradient)
@@ -121,34 +123,34 @@ class Learner:
         *,
         training: bool = True,
     ) -> Tensor:
-        """``(N, C)``: how fast the logits change at `weights` along `direction`.
+        """The derivative ``(N, C)`` of the logits at `weights` along `direction`.
 
-        Those of a training pass, of which the running statistics show no trace and whose dropout
-        draws from the generators as they are; or those of `infer`.
+        With `training`, of a training pass, which draws dropout from the generators in their
+        present state and does not update running statistics; else of `infer`.
         """
         if method != "auto":
             self._derivative.method = method
-        own = own_statistics(self.network) if training else nullcontext()
-        drawn = DrawnAs(torch.bfloat16) if self.bf16 else nullcontext()
+        statistics = batch_statistics(self.network) if training else nullcontext()
+        dropout = DropoutMaskDtype(torch.bfloat16) if self.bf16 else nullcontext()
         self.network.train(training)
         try:
-            with own, drawn:
+            with statistics, dropout:
                 return self._derivative.jvp(weights, direction, images, epsilon)
         finally:
             self.network.train()
 
     @torch.no_grad()
     def infer(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` of the weights, in evaluation mode."""
+        """Logits ``(N, C)`` of the network in evaluation mode."""
         return self._evaluate(self.network, images)
 
     @torch.no_grad()
     def infer_average(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` of the averaged weights, or of the weights if no average is kept."""
+        """Logits ``(N, C)`` of the averaged network, or of the network if none is averaged."""
         return self._evaluate(self.average or self.network, images)
 
     def _forward_batch_stats(self, images: Tensor) -> Tensor:
-        with own_statistics(self.network):
+        with batch_statistics(self.network):
             return self._evaluate(self.network, images)
 
     def _evaluate(self, network: nn.Module, images: Tensor) -> Tensor:
@@ -166,59 +168,67 @@ class Learner:
         self.backward(*terms)
         return self.optimizer_step()
 
-    def backward(self, *terms: Term) -> None:
-        """Adds the gradient of a sum to what the next `optimizer_step` goes down.
+    def backward(self, *terms: Term, microbatches: int = 1) -> None:
+        """Accumulates the gradient of the sum of the terms, divided by `microbatches`.
 
-        A term is a scalar loss, or logits together with a loss's gradient by them.
+        A term is a scalar loss, or logits with a loss's gradient by them. Terms without gradient
+        are constants and are left out.
         """
-        roots = [term if isinstance(term, Tensor) else term[0] for term in terms]
-        grad_logits = [None if isinstance(term, Tensor) else term[1] for term in terms]
-        moved = [i for i, root in enumerate(roots) if root.requires_grad]  # not by constants
-        torch.autograd.backward([roots[i] for i in moved], [grad_logits[i] for i in moved])
+        roots, gradients = [], []
+        for term in terms:
+            root, gradient = (term, None) if isinstance(term, Tensor) else term
+            if not root.requires_grad:
+                continue
+            if microbatches > 1:
+                root = root / microbatches if gradient is None else root
+                gradient = None if gradient is None else gradient / microbatches
+            roots.append(root)
+            gradients.append(gradient)
+        torch.autograd.backward(roots, gradients)
 
     def optimizer_step(self) -> Tensor:
-        """One clipped optimizer step down all that was pushed.
+        """One clipped optimizer step with the accumulated gradient, which is then cleared.
 
-        Returns, 0-dim on the device, how far SGD moved the weights for each unit of this gradient:
-        lr (1 + momentum) under Nesterov, else lr, times the clipping; NaN if it was left out. (What
-        older gradients moved through the momentum is not this loss's doing.)
+        Returns the effective learning rate, 0-dim on the device: how far SGD moved the weights per
+        unit of this gradient, lr (1 + momentum) under Nesterov, else lr, times the clipping factor;
+        NaN if the step was skipped. (Movement by earlier gradients, through the momentum, does not
+        count.)
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._exchange(gradients)
-        clipping, finite = self._optimizer.step(gradients, moves=not self._frozen)
+        self._average_over_ranks(gradients)
+        clipping, finite = self._optimizer.step(gradients, update=not self._frozen)
         self._bn_stats.rollback(finite)
         for parameter in self.parameters:
             parameter.grad = None
-        # In place, here and in `settle`: a CUDA graph of the step knows addresses.
-        self._left_out.add_(~finite)
+        # In place, here and in `end_step`: a CUDA graph of the step has fixed addresses.
+        self._skipped_now.add_(~finite)
         ahead = 1.0 + self.config.momentum if self.config.nesterov else 1.0
-        return torch.where(finite, clipping * (self._optimizer.rate * ahead), torch.nan)
+        return torch.where(finite, clipping * (self._optimizer.device_lr * ahead), torch.nan)
 
-    def _exchange(self, gradients: list[Tensor]) -> None:
-        """The one collective of an update; DDP has exchanged the gradients already."""
-        statistics = self._bn_stats.tensors if self._moved else []
-        exchanged = isinstance(self._replica, DistributedDataParallel)
-        mean_over_ranks_(statistics if exchanged else [*gradients, *statistics])
-        self._moved = False
+    def _average_over_ranks(self, gradients: list[Tensor]) -> None:
+        """The one collective of an optimizer step; DDP has averaged the gradients already."""
+        statistics = self._bn_stats.tensors if self._bn_changed else []
+        ddp = isinstance(self._replica, DistributedDataParallel)
+        mean_over_ranks_(statistics if ddp else [*gradients, *statistics])
+        self._bn_changed = False
 
     def freeze(self) -> None:
-        """Until the next `begin_step`, updates change neither weights nor momentum."""
+        """Until the next `begin_step`, optimizer steps change neither weights nor momentum."""
         self._frozen = True
         self._optimizer.lr = 0.0
 
     @property
     def frozen(self) -> bool:
-        """Whether this is a step after `freeze`."""
+        """Whether `freeze` was called in this step."""
         return self._frozen
 
     @property
     def lr(self) -> float:
-        """The learning rate that `begin_step` has set."""
+        """The learning rate of the present step."""
         return self._optimizer.lr
 
     def begin_step(self, step: int) -> None:
-        """Sets the learning rate for a step: a function of its number, so there is nothing to
-        resume."""
+        """Sets the learning rate: a function of the step's number, so nothing has to be resumed."""
         self.network.train()
         if self._ended < 0:
             self._bn_stats.snapshot()
@@ -227,43 +237,34 @@ class Learner:
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
-        """Moves the average towards the new weights.
-
-        The decay warms up as ``min(ema, (1 + t) / (10 + t))``, as the official code has it.
-        """
-        if self._moved:  # a pass after the last update
+        """Updates the weight average and `skipped`, once in a step: later calls do nothing more
+        than to average the statistics of passes that came after the last update."""
+        if self._bn_changed:
             mean_over_ranks_(self._bn_stats.tensors)
             self._bn_stats.rollback()
-            self._moved = False
-        if self._ended == step:  # an algorithm had a reason to move the average earlier
+            self._bn_changed = False
+        if self._ended == step:
             return
         self._ended = step
-        self.skipped.copy_((self.skipped + 1.0) * (self._left_out > 0))
-        self._left_out.zero_()
-        if self.average is None:
-            return
-        decay = min(self.config.ema, (1 + step) / (10 + step))
-        if self.config.conventions == "kekmodel":
-            decay = self.config.ema
-        (kept, mine), (copies, originals) = self._averaged
-        torch._foreach_lerp_(kept, mine, 1.0 - decay)
-        if copies:
-            torch._foreach_copy_(copies, originals)
+        self.skipped.copy_((self.skipped + 1.0) * (self._skipped_now > 0))
+        self._skipped_now.zero_()
+        if self._average:
+            self._average.update(step)
 
     def finite(self) -> Tensor:
-        """Whether every weight and statistic is a finite number: 0-d bool on the device."""
-        everything = [*self.network.parameters(), *self.network.buffers()]
-        norms = torch._foreach_norm([t for t in everything if t.is_floating_point()])
+        """Whether all weights and statistics are finite: 0-dim bool on the device."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        norms = torch._foreach_norm([t for t in tensors if t.is_floating_point()])
         return torch.stack(list(norms)).sum().isfinite()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continued run needs of this learner."""
+        """Weights, statistics, their average and the optimizer's state."""
         average = self.average.state_dict() if self.average is not None else None
         optimizer = self._optimizer.state_dict()
         return {"network": self.network.state_dict(), "average": average, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.network.load_state_dict(state["network"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -274,32 +275,14 @@ class Learner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def _frozen_copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(network).eval().requires_grad_(False)
-
-
 def _replicate(network: nn.Module, device: torch.device, grad_sync: GradientSync) -> nn.Module:
     if world_size() == 1 or grad_sync == "allreduce":
         return network
-    # Batch-norm statistics are averaged in `optimizer_step`; the option was renamed in
-    # torch 2.13.
+    # `optimizer_step` averages the statistics; the option was renamed in torch 2.13.
     options = inspect.signature(DistributedDataParallel.__init__).parameters
-    modern = "forward_sync_buffers" in options
-    sync = {"forward_sync_buffers" if modern else "broadcast_buffers": False}
+    renamed = "forward_sync_buffers" in options
+    sync = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     ids = [device.index] if device.type == "cuda" else None
     wrap: Any = DistributedDataParallel
     replica: nn.Module = wrap(network, device_ids=ids, **sync)
     return replica
-
-
-def _pairs(average: nn.Module, network: nn.Module, config: LearnerConfig) -> Pairs:
-    """What moves towards the network's values, and what copies them: each the average's tensors and
-    the network's."""
-    kept, mine = ([*n.parameters(), *n.buffers()] for n in (average, network))
-    moving = [p.is_floating_point() for p in mine]
-    if config.conventions == "kekmodel":  # which copies statistics
-        parameters = len(list(network.parameters()))
-        moving = [i < parameters for i in range(len(mine))]
-    together = list(zip(moving, kept, mine, strict=True))
-    moved, copied = ([(k, m) for yes, k, m in together if yes is w] for w in (True, False))
-    return tuple(([k for k, _ in some], [m for _, m in some]) for some in (moved, copied))  # type: ignore[return-value]

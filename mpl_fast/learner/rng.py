@@ -1,4 +1,4 @@
-"""Random numbers that all ranks agree on, and forward passes whose dropout can be drawn again."""
+"""Random numbers: equal on any number of ranks, replayed for dropout, fixed for CUDA graphs."""
 
 import os
 import random
@@ -20,10 +20,10 @@ UNIFORM, BETA = 1, 2  # separate streams of one seed and step
 
 
 class Draw(NamedTuple):
-    """A wish for random numbers, all but the step."""
+    """Arguments of a draw of random numbers, without the step's number."""
 
-    kind: int
-    rows: int  # for this rank
+    kind: int  # UNIFORM or BETA
+    rows: int  # of this rank
     alpha: float
     seed: int
 
@@ -31,72 +31,72 @@ class Draw(NamedTuple):
 def uniform(count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
     """This rank's ``(count,)`` float32 numbers in [0, 1), the same on a CPU and on a GPU.
 
-    All ranks draw for the whole batch and each keeps every world-th row, so that they have together
-    what one would have alone; a function of seed and step, so there is nothing to resume.
+    All ranks draw for the global batch and each keeps every world-th row, so together they have the
+    numbers of one rank. They are a function of seed and step, so there is nothing to resume.
     """
     return _source(Draw(UNIFORM, count, 0.0, seed), step, device)
 
 
 def beta(count: int, alpha: float, *, seed: int, step: int, device: torch.device) -> Tensor:
-    """This rank's ``(count,)`` float32 draws from Beta(alpha, alpha), shared out like `uniform`."""
+    """This rank's ``(count,)`` float32 Beta(alpha, alpha) draws, by the scheme of `uniform`."""
     return _source(Draw(BETA, count, alpha, seed), step, device)
 
 
-def _fresh(draw: Draw, step: int, device: torch.device) -> Tensor:
+def _draw(draw: Draw, step: int, device: torch.device) -> Tensor:
     numbers = np.random.Generator(np.random.Philox([draw.seed, step, draw.kind]))
     count = draw.rows * world_size()
     if draw.kind == BETA:
-        found = numbers.beta(draw.alpha, draw.alpha, count).astype(np.float32)
+        drawn = numbers.beta(draw.alpha, draw.alpha, count).astype(np.float32)
     else:
-        found = numbers.random(count, dtype=np.float32)
-    mine = torch.from_numpy(np.ascontiguousarray(found[rank() :: world_size()]))
-    # Pinned, so that the copy does not wait for what the device is doing.
-    return mine.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else mine
+        drawn = numbers.random(count, dtype=np.float32)
+    local = torch.from_numpy(np.ascontiguousarray(drawn[rank() :: world_size()]))
+    # Pinned, so the copy does not wait for the device's queue.
+    return local.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else local
 
 
-_source: Callable[[Draw, int, torch.device], Tensor] = _fresh
+_source: Callable[[Draw, int, torch.device], Tensor] = _draw
 
 
 class StaticDraws:
-    """The random numbers of a step in tensors that stay where they are, for a CUDA graph of it."""
+    """The random numbers of a step in tensors of fixed addresses, for a CUDA graph of the step."""
 
     def __init__(self) -> None:
         self._drawn: list[tuple[Draw, Tensor]] = []
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Inside, a step draws as ever, and this remembers what; anew each time."""
+    def record(self) -> Iterator[None]:
+        """Inside, a step draws as usual; its draws replace those recorded before."""
         self._drawn = []
 
-        def noted(draw: Draw, step: int, device: torch.device) -> Tensor:
-            self._drawn.append((draw, _fresh(draw, step, device)))
+        def draw_and_record(draw: Draw, step: int, device: torch.device) -> Tensor:
+            self._drawn.append((draw, _draw(draw, step, device)))
             return self._drawn[-1][1]
 
-        with _drawing(noted):
+        with _use_source(draw_and_record):
             yield
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, a step that draws the same in the same order is given those tensors."""
-        turn = iter(self._drawn)
+    def replay(self) -> Iterator[None]:
+        """Inside, the draws of a step return the recorded tensors, in the recorded order."""
+        recorded = iter(self._drawn)
 
-        def known(draw: Draw, step: int, device: torch.device) -> Tensor:
-            expected, numbers = next(turn)
+        def next_recorded(draw: Draw, step: int, device: torch.device) -> Tensor:
+            expected, numbers = next(recorded)
             if draw != expected:
-                raise AssertionError(f"a step drew {draw} where it had drawn {expected}")
+                raise AssertionError(f"a step drew {draw} where {expected} was recorded")
             return numbers
 
-        with _drawing(known):
+        with _use_source(next_recorded):
             yield
 
     def fill(self, step: int) -> None:
-        """Puts the numbers of another step into them."""
+        """Overwrites the recorded tensors with the numbers of another step."""
         for draw, numbers in self._drawn:
-            numbers.copy_(_fresh(draw, step, numbers.device))
+            numbers.copy_(_draw(draw, step, numbers.device))
 
 
 @contextmanager
-def _drawing(source: Callable[[Draw, int, torch.device], Tensor]) -> Iterator[None]:
+def _use_source(source: Callable[[Draw, int, torch.device], Tensor]) -> Iterator[None]:
     global _source
     before, _source = _source, source
     try:
@@ -106,21 +106,21 @@ def _drawing(source: Callable[[Draw, int, torch.device], Tensor]) -> Iterator[No
 
 
 class RngState(NamedTuple):
-    """The state of the generators that a network's dropout draws from."""
+    """The state of the generators that dropout draws from."""
 
     cpu: Tensor
     cuda: Tensor | None
 
 
 def rng_state(device: torch.device) -> RngState:
-    """The present state; on CUDA it lives on the host, so nothing waits."""
+    """The present state. PyTorch keeps CUDA's on the host, so this does not synchronize."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return RngState(torch.get_rng_state(), cuda)
 
 
 @contextmanager
 def replay_rng(state: RngState, device: torch.device) -> Iterator[None]:
-    """Inside, dropout draws what it drew after `state`; afterwards all is as before."""
+    """Inside, dropout draws what it drew after `state`; on leaving, the generators are restored."""
     present = rng_state(device)
     _set(state, device)
     try:
@@ -129,11 +129,11 @@ def replay_rng(state: RngState, device: torch.device) -> Iterator[None]:
         _set(present, device)
 
 
-class DrawnAs(TorchFunctionMode):
-    """Inside, dropout keeps what it would keep of numbers of another type.
+class DropoutMaskDtype(TorchFunctionMode):
+    """Inside, dropout masks of all tensors are those of tensors of another dtype.
 
-    On a GPU one thread draws for eight 16-bit or four 32-bit numbers, so that the same state of the
-    generator drops other elements of a float32 tensor than of a bfloat16 one.
+    On a GPU one thread draws for eight 16-bit or four 32-bit elements, so the same generator state
+    gives another mask for a float32 tensor than for a bfloat16 one.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -167,7 +167,7 @@ def _set(state: RngState, device: torch.device) -> None:
 
 
 def seed_run(config: RunConfig, dist_env: DistEnv) -> None:
-    """Precision, determinism and this rank's random generator."""
+    """Sets TF32, deterministic algorithms and this rank's generator as the config says."""
     torch.backends.cuda.matmul.allow_tf32 = (
         torch.backends.cudnn.allow_tf32
     ) = not config.deterministic
@@ -176,18 +176,18 @@ def seed_run(config: RunConfig, dist_env: DistEnv) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         if config.compile != "off":
-            compilation.deterministic()
+            compilation.disable_timing_choices()
     torch.manual_seed(config.seed * 1_000_003 + dist_env.rank + 1)  # dropout differs between ranks
 
 
 def generator_states() -> dict[str, Any]:
-    """Of every generator that training draws from on this rank (DALI keeps its own)."""
+    """The states of all generators that training draws from on this rank, but for DALI's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def restore_generators(saved: dict[str, Any]) -> None:
-    """Sets the generators to what `generator_states` returned."""
+    """Restores what `generator_states` returned."""
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])

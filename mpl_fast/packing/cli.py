@@ -1,4 +1,4 @@
-"""The command line of make_rec: a parser for each command, and what the command prints."""
+"""Command line of make_rec: the parser of each command, exit codes, signals, printed output."""
 
 import argparse
 import difflib
@@ -19,7 +19,7 @@ from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}  # powers of 2
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _PART = re.compile(r"(\d+)/(\d+)")
@@ -33,7 +33,7 @@ sources (--src, --val):
   ARCHIVE:FOLDER   one folder of an archive
   FILE.lst         MXNet's list: id, label, path; the paths start at --root
   FILE.rec         records, whose names are in FILE.lst beside it
-  with --labels / --val-labels FILE the images of a folder or tar lie in no class folder: a line is
+  with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
   `name class`, or a class, in the order of the names
 
 examples:
@@ -43,13 +43,13 @@ examples:
   make_rec.py pack ... --part 3/8   (on each of 8 machines that share the disk; then: finish rec)
 """
 _EPILOG = """\
-A run that was stopped goes on where it was: run the same command again. Finished shards wait in
+A run that was stopped continues where it was: run the same command again. Finished shards wait in
 OUT/.pack until all are there, and an older pack in OUT stays readable until then.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line of the same form as every other error."""
+    """An argument parser whose errors are one line, in the form of all other errors."""
 
     def error(self, message: str) -> NoReturn:
         print(f"make_rec: error: {message} (see --help)", file=sys.stderr)
@@ -60,7 +60,7 @@ def build_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(
         prog="make_rec",
-        description="Pack images into the records that training reads, and look after them.",
+        description="Pack images into records for training; verify, inspect and resplit them.",
         epilog="Begin with: make_rec.py pack --src train --val val --out rec --labeled 10%",
         allow_abbrev=False,
     )
@@ -100,7 +100,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     _add_sources(command)
     _add_split(command.add_argument_group("splits"))
     _add_files(command.add_argument_group("files"))
-    _add_treatment(command.add_argument_group("images"))
+    _add_images(command.add_argument_group("images"))
     add = command.add_argument_group("work").add_argument
     cores = len(os.sched_getaffinity(0))
     add("-j", type=int, default=cores, metavar="N", help=f"processes, each at a shard ({cores})")
@@ -109,7 +109,11 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
     engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that sees the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
-    add("--dry-run", action="store_true", help="tell the plan and its time, write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and an estimate of its time, write nothing",
+    )
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
 
 
@@ -149,7 +153,7 @@ def _add_files(group: "argparse._ArgumentGroup") -> None:
     add("--shuffle-seed", type=int, default=0, metavar="N", help="shuffles them (0)")
 
 
-def _add_treatment(group: "argparse._ArgumentGroup") -> None:
+def _add_images(group: "argparse._ArgumentGroup") -> None:
     add = group.add_argument
     smaller = "make images smaller whose shorter side has more than S pixels; none is enlarged"
     add("--short-side", type=int, metavar="S", help=smaller)
@@ -191,14 +195,16 @@ def _add_small_commands(parent: "argparse._SubParsersAction[Parser]") -> None:
     command = _command(parent, "finish", commands.run_finish, summary)
     command.add_argument("out", type=_path, metavar="OUT", help="the folder of the parts")
 
-    summary = "tell what a folder holds: splits, shards, sources, options"
+    summary = "print what a folder contains: splits, shards, sources, options"
     command = _command(parent, "info", commands.run_info, summary)
     command.add_argument("out", type=_path, metavar="OUT", help="a pack, also an unfinished one")
 
-    summary = "find the image that DALI tells of as `PATH at index OFFSET`"
+    summary = "find the image at a position that DALI printed as `PATH at index OFFSET`"
     command = _command(parent, "locate", commands.run_locate, summary)
     command.add_argument("out", type=_path, metavar="OUT", help="a finished pack")
-    command.add_argument("where", nargs="+", help="DALI's words, or FILE.rec and an offset in it")
+    command.add_argument(
+        "where", nargs="+", help="what DALI printed, or FILE.rec and an offset in it"
+    )
 
     summary = "write the image of a record to a file"
     command = _command(parent, "extract", commands.run_extract, summary)
@@ -232,7 +238,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
-    """Return the options of a command line; an unknown one is answered with its near match."""
+    """Return the parsed options; an unknown one is an error that suggests the closest known one."""
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         command: Parser = known.parser
@@ -263,7 +269,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Stop once: what follows a first Ctrl-C is not to be cut short by a second one."""
+    """Raise KeyboardInterrupt once: the cleanup after a first Ctrl-C ignores a second one."""
     for stop in _STOPS:
         signal.signal(stop, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """Options of `make_rec.py pack`: sources, splits and shards, checks and changes of images."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """How the images become splits and shards; the defaults are the command line's."""
+    """How images are divided into splits and shards; each field is the option of that name."""
 
     labeled: str = "10%"
     balance: str = "count"
-    unlabeled: str = "all"  # as the official MPL code: the labeled images are in it too; or "rest"
+    unlabeled: str = "all"  # includes the labeled images, as in the official MPL code; or "rest"
     split_seed: int = 0
     layout: str = "shared"
-    shards: int | None = None  # .rec files of each prefix; None: as many as shard_size asks for
+    shards: int | None = None  # .rec files of each prefix; None: as shard_size determines
     shard_size: int = 1 << 30  # bytes
     order: str = "shuffle"  # or "list": by class and name
     shuffle_seed: int = 0
@@ -34,23 +34,23 @@ class ImageOptions:
     check: str = "decode"  # one of CHECKS
     on_bad: str = "fail"  # a key of ACTIONS
     short_side: int | None = None  # pixels; None keeps all sizes
-    quality: int = 90  # of images made smaller, 1 to 100
+    quality: int = 90  # JPEG quality of resized images, 1 to 100
     min_shrink: float = 1.1  # an image whose short side is less than this times short_side is kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
-    """What `make_rec.py pack` was asked for."""
+    """All options of `make_rec.py pack`."""
 
     src: tuple[str, ...]
     out: Path
     val: str | None = None
     root: Path | None = None  # of the paths in a list
-    labels: Path | None = None  # of the images in src that lie in no class folder
+    labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
     split: SplitOptions = field(default_factory=SplitOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
-    part: tuple[int, int] | None = None  # (i, N): every N-th shard from number i - 1 on
+    part: tuple[int, int] | None = None  # (i, n): every n-th shard, from number i - 1 on
     engine: str = "local"
     processes: int = 1
     read_threads: int = 0
@@ -58,7 +58,7 @@ class PackOptions:
     quiet: bool = False
 
     def planned(self) -> Json:
-        """Return those that decide what is packed."""
+        """Return the options that determine the content of the pack, as JSON."""
         paths = {name: getattr(self, name) for name in ("root", "labels", "val_labels")}
         return {
             "src": list(self.src),
@@ -69,8 +69,13 @@ class PackOptions:
         }
 
 
+def stored_image_options(planned: Json) -> ImageOptions:
+    """Return the image options in what `PackOptions.planned` returned."""
+    return ImageOptions(**{item.name: planned[item.name] for item in fields(ImageOptions)})
+
+
 def image_option_errors(how: ImageOptions) -> list[str]:
-    """Return what is wrong with the options, one line each that names the option."""
+    """Return one line for each invalid option."""
     found = []
     if how.check not in CHECKS:
         found.append(f"--check {how.check}: must be one of {', '.join(CHECKS)}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, RunFacts
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
 from mpl_fast.algorithms.mpl import count_held_out
 from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
@@ -98,7 +98,7 @@ def build_algorithm(
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
     """
-    facts = RunFacts(config.seed, steps_in(1.0, config, manifest), config.microbatches)
+    facts = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model

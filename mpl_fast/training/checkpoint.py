@@ -16,7 +16,7 @@ from mpl_fast import atomic
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
-from mpl_fast.distributed import DistEnv, barrier, broadcast_object, all_gather_object
+from mpl_fast.distributed import DistEnv, all_gather_object, barrier, broadcast_object
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 

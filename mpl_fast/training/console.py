@@ -12,7 +12,7 @@ SHOWN = {
     "loss/consistency": "consistency",
     "loss/student": "student",
     "mask_rate": "mask",
-    "h": "h",
+    "feedback": "feedback",
 }
 
 

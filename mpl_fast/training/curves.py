@@ -12,7 +12,7 @@ PANELS = {
     "eval/top1": "held-out top-1 (%)",
     "accuracy/pseudo": "accuracy of the pseudo labels",
     "mask_rate": "share of unlabeled images used",
-    "h": "feedback h",
+    "feedback": "feedback h",
 }
 
 

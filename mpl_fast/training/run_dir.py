@@ -133,7 +133,7 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
 def keep_compile_cache(config: RunConfig) -> None:
     """Keeps compiled kernels in the run directory, so that the next start compiles nothing."""
     if config.compile != "off":
-        compilation.keep_caches(Path(config.run_dir) / "compile_cache")
+        compilation.set_cache_dirs(Path(config.run_dir) / "compile_cache")
 
 
 def _sessions(file: Path) -> list[Any]:

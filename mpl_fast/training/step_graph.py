@@ -52,11 +52,11 @@ class StepGraph:
         return self._replays[key]()
 
     def _record_step(self, key: Hashable, batch: Batch, t: int) -> Metrics:
-        with self._draws[key].noting():
+        with self._draws[key].record():
             return self._algorithm.step(batch, t)
 
     def _static_step(self, draws: StaticDraws, batch: Batch, t: int) -> Metrics:
-        with draws.in_place():
+        with draws.replay():
             return self._algorithm.step(batch, t)
 
     def _copy_in(self, batch: Batch) -> Batch:

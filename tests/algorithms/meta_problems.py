@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpl_fast.algorithms import RunFacts, build
+from mpl_fast.algorithms import AlgorithmContext, build
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
@@ -75,7 +75,7 @@ def mpl_of(
     algorithm = build(
         config,
         lambda given: Learner(new(), given, steps=100, compiled=compiled),
-        RunFacts(seed=3),
+        AlgorithmContext(seed=3),
     )
     assert isinstance(algorithm, MetaPseudoLabels)
     return algorithm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.algorithms.metasemi import MetaSemi
 from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig, MetaSemiConfig
@@ -59,7 +59,7 @@ def new(config: MetaSemiConfig) -> MetaSemi:
     def learner(optim: LearnerConfig) -> Learner:
         return Learner(network(), optim, steps=100)
 
-    made = algorithms.build(config, learner, RunFacts(SEED))
+    made = algorithms.build(config, learner, AlgorithmContext(SEED))
     assert isinstance(made, MetaSemi)
     made.learner.begin_step(0)
     return made

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import Algorithm, Metrics, RunFacts, train_step
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, Metrics, train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig
 from mpl_fast.learner import Learner
@@ -20,7 +20,7 @@ SPLITTABLE["mpl soft masked"] = replace(MPL, feedback="exact", label_threshold=0
 
 def trained(config: AlgorithmConfig, count: int) -> tuple[Algorithm, list[Metrics]]:
     torch.manual_seed(0)
-    facts = RunFacts(seed=3, microbatches=count)
+    facts = AlgorithmContext(seed=3, microbatches=count)
     algorithm = algorithms.build(config, lambda c: Learner(network(), c, steps=8), facts)
     return algorithm, [train_step(algorithm, batch, t) for t, batch in enumerate(batches(5))]
 
@@ -61,7 +61,7 @@ def with_dropout(feedback: str, graph: str, norms: str = "joint") -> MetaPseudoL
         teacher_graph=graph,  # type: ignore[arg-type]
         bn_batches=norms,  # type: ignore[arg-type]
     )
-    facts = RunFacts(seed=1, microbatches=2)
+    facts = AlgorithmContext(seed=1, microbatches=2)
     made = algorithms.build(config, lambda c: Learner(net(), c, steps=8), facts)
     assert isinstance(made, MetaPseudoLabels)
     return made

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms import RunFacts
+from mpl_fast.algorithms import AlgorithmContext
 from mpl_fast.algorithms.base import predict, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch
@@ -54,7 +54,9 @@ def batch(t: int) -> Batch:
 def players(config: RolePlayConfig, epoch: int = 1) -> RolePlay:
     torch.manual_seed(0)
     made = algorithms.build(
-        config, lambda c: Learner(network(), c, steps=STEPS), RunFacts(epoch=epoch)
+        config,
+        lambda c: Learner(network(), c, steps=STEPS),
+        AlgorithmContext(steps_per_epoch=epoch),
     )
     assert isinstance(made, RolePlay)
     return made

@@ -80,9 +80,7 @@ def test_stale_index(manifest: Manifest, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["decode", "frame", "end"])
-def test_damaged_records_are_one_line(
-    manifest: Manifest, tmp_path: Path, damage: str
-) -> None:
+def test_damaged_records_are_one_line(manifest: Manifest, tmp_path: Path, damage: str) -> None:
     content = bytearray(joined(manifest.splits["val"], tmp_path).read_bytes())
     offsets = [int(line.split()[1]) for line in manifest.splits["val"].index.open()]
     if damage == "decode":

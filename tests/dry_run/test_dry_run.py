@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, RunFacts, train_step
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, train_step
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import LearnerConfig, MetaSemiConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.config.command_line import parse
@@ -39,7 +39,7 @@ def real(config: RunConfig, bf16: bool = False) -> tuple[Algorithm, Batch]:
         lambda learner: Learner(
             models.build("wrn_10_1", CLASSES), learner, steps=config.steps, bf16=bf16
         ),
-        RunFacts(microbatches=config.microbatches),
+        AlgorithmContext(microbatches=config.microbatches),
     )
     dtype = torch.bfloat16 if bf16 else torch.float32
     u = 0 if config.algorithm.labeled_only else U

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpl_fast.learner import compilation
-from mpl_fast.learner.compilation import CACHES, compile_in_place, keep_caches
+from mpl_fast.learner.compilation import CACHES, compile_in_place, set_cache_dirs
 from tests.tiny_run import ROOT
 
 PROGRAM = """
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # writes PyTorch's own choice of a folder into the environment
 from torch import nn
-from mpl_fast.learner.compilation import compile_in_place, keep_caches
+from mpl_fast.learner.compilation import compile_in_place, set_cache_dirs
 
 class Network(nn.Module):  # PyTorch 2.11 compiles no plain nn.Sequential in place
     def __init__(self):
@@ -31,7 +31,7 @@ class Network(nn.Module):  # PyTorch 2.11 compiles no plain nn.Sequential in pla
     def forward(self, images):
         return self.head(self.norm(self.conv(images)).relu().flatten(1))
 
-keep_caches(Path(sys.argv[1]))
+set_cache_dirs(Path(sys.argv[1]))
 torch.manual_seed(0)
 network = Network()
 names = list(network.state_dict())
@@ -79,7 +79,7 @@ def test_a_folder_that_the_user_chose_stays(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
-    keep_caches(tmp_path / "run")
+    set_cache_dirs(tmp_path / "run")
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "run" / "triton")
 
@@ -131,5 +131,5 @@ def test_graphs_need_a_mark_once_a_backward_pass_came_between() -> None:
 
 def test_deterministic_switches_timing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
-    compilation.deterministic()
+    compilation.disable_timing_choices()
     assert torch._inductor.config.deterministic

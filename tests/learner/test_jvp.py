@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mpl_fast.config import LearnerConfig
 from mpl_fast.errors import ConfigError
 from mpl_fast.learner import Learner, rng
-from mpl_fast.learner.jvp import Derivative, log_softmax_jvp, own_statistics
+from mpl_fast.learner.batch_norm import batch_statistics
+from mpl_fast.learner.jvp import WeightDerivative, log_softmax_jvp
 from mpl_fast.models.frozen import freeze
 from tests.algorithms.meta_problems import batch, network, off_by
 
@@ -140,13 +141,13 @@ def test_nothing_is_left_in_the_network(method: Method, training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_own_statistics(training: bool) -> None:
+def test_batch_statistics(training: bool) -> None:
     norms: list[Any] = [nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False)]
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + 5.0
     for norm in norms:
         norm.train(training)
         before = {key: value.clone() for key, value in norm.state_dict().items()}
-        with own_statistics(norm):
+        with batch_statistics(norm):
             found = norm(x)
         wanted = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
         assert torch.equal(found, wanted)
@@ -155,9 +156,9 @@ def test_own_statistics(training: bool) -> None:
         assert set(before) >= {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_own_statistics_end_after_an_error() -> None:
+def test_batch_statistics_end_after_an_error() -> None:
     norm = nn.BatchNorm1d(3)
-    with pytest.raises(KeyError), own_statistics(norm):
+    with pytest.raises(KeyError), batch_statistics(norm):
         raise KeyError
     assert norm.running_mean is not None and norm.num_batches_tracked is not None
 
@@ -175,7 +176,7 @@ def test_frozen_norms_keep_what_they_were_trained_to(how: str) -> None:
         made[1].requires_grad_(False)
         made.eval()
     wanted = copy.deepcopy(made).eval()(IMAGES)
-    with own_statistics(made):
+    with batch_statistics(made):
         assert torch.equal(made(IMAGES), wanted)
 
 
@@ -225,7 +226,7 @@ def test_an_operation_that_ends_the_tangent_is_noticed() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x).detach()  # type: ignore[no-any-return]
 
-    derivative = Derivative(Rounded(), "forward")
+    derivative = WeightDerivative(Rounded(), "forward")
     weights = [p.detach() for p in derivative.function.network.parameters()]
     with pytest.raises(ConfigError, match="no tangent"):
         derivative.jvp(weights, weights, IMAGES)
@@ -238,10 +239,10 @@ def test_other_errors_are_not_taken_for_it() -> None:
     assert given._derivative.method == "auto"
 
 
-def test_own_statistics_of_synchronized_norms() -> None:
+def test_batch_statistics_of_synchronized_norms() -> None:
     """They insist on a counter while they keep statistics; inside, they keep none."""
     norm = nn.SyncBatchNorm(3)
-    with own_statistics(norm):
+    with batch_statistics(norm):
         assert not norm.track_running_stats and norm.num_batches_tracked is None
         assert norm.running_mean is None and norm.running_var is None
     assert norm.track_running_stats and norm.num_batches_tracked == 0

@@ -112,7 +112,7 @@ def test_a_rate_in_a_tensor_moves_like_a_number(monkeypatch: pytest.MonkeyPatch)
     for fixed in (False, True):
         torch.manual_seed(0)
         network = nn.Linear(3, 2)
-        descent = ClippedOptimizer(network, CONFIG, fixed=fixed)
+        descent = ClippedOptimizer(network, CONFIG, lr_tensor=fixed)
         for seed, rate in enumerate((0.3, 0.1, 0.0)):
             descent.lr = rate
             descent.step(gradients(network, seed))
@@ -130,13 +130,13 @@ def test_options_are_this_run_s_and_not_the_checkpoint_s(fixed: bool, optimizer:
     config = replace(CONFIG, optimizer=optimizer, nesterov=optimizer == "sgd")
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
-    descent = ClippedOptimizer(network, config, fixed=not fixed)
+    descent = ClippedOptimizer(network, config, lr_tensor=not fixed)
     descent.lr = 0.3
     descent.step(gradients(network, 0))
     state = copy.deepcopy(descent.state_dict())
     for group in state["param_groups"]:
         group["fused"] = False
-    other = ClippedOptimizer(network, config, fixed=fixed)
+    other = ClippedOptimizer(network, config, lr_tensor=fixed)
     other.load_state_dict(state)
     group = other.optimizer.param_groups[0]
     assert group["fused"] and group.get("capturable", fixed) == fixed and other.lr == 0.3

@@ -97,11 +97,11 @@ def test_dropout_drawn_as_another_type_keeps_what_that_type_keeps(device: Any) -
     torch.manual_seed(3)
     kept = F.dropout(x.bfloat16(), 0.3) != 0
     torch.manual_seed(3)
-    with rng.DrawnAs(torch.bfloat16):
+    with rng.DropoutMaskDtype(torch.bfloat16):
         y = nn.Dropout(0.3)(x)
     assert y.dtype == torch.float32 and torch.equal(y != 0, kept)
     torch.testing.assert_close(y[kept], x[kept] / 0.7)
-    with rng.DrawnAs(torch.bfloat16):
+    with rng.DropoutMaskDtype(torch.bfloat16):
         assert torch.equal(nn.Dropout(0.3).eval()(x), x)
 
 

@@ -5,17 +5,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
-from mpl_fast.packing.pack import Json, plan_to
+from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
+from mpl_fast.packing.plan.prepare import plan_to
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
     ShardRow,
     Table,
     WrittenRow,
-    key,
-    reading,
+    image_key,
+    open_table,
 )
 from mpl_fast.packing.publish.finish import finish
 from mpl_fast.packing.publish.out_folder import WORK
@@ -60,11 +60,11 @@ class Planned:
     """What a table says when it is read once more, all of it."""
 
     def __init__(self, path: Path) -> None:
-        with reading(path) as table:
+        with open_table(path) as table:
             self.shards: list[ShardRow] = table.shards()
             self.rows: list[RecordRow] = [row for s in self.shards for row in table.records(s)]
             self.classes = table.classes()
-            self.keys = [key(self.classes, row) for row in self.rows]
+            self.keys = [image_key(self.classes, row) for row in self.rows]
 
     def of(self, prefix: str) -> list[RecordRow]:
         """Return the records of the files of a prefix."""
@@ -77,7 +77,7 @@ class Planned:
         return [row for row in self.rows if row.id in ids]
 
     def labels(self) -> dict[str, int]:
-        return {key: row.label for key, row in zip(self.keys, self.rows, strict=True)}
+        return {name: row.label for name, row in zip(self.keys, self.rows, strict=True)}
 
 
 def plan_of(
@@ -115,10 +115,10 @@ def plan_work(options: PackOptions) -> Path:
 
 def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
     """Write every shard of the plan in work."""
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         shards = table.shards()
     for shard in shards:
-        run_job(work, shard.number, image_options, 0, lambda images, size: True)
+        run_job(work, shard.number, image_options, 0, lambda images, size: None)
     return work
 
 

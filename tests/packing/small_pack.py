@@ -14,8 +14,8 @@ import simplejpeg
 
 from mpl_fast.data.manifest import CLASSES, FORMAT, MANIFEST
 from mpl_fast.data.records import image_record, is_multipart
-from mpl_fast.packing.plan.table import TABLE, create_table, raw, start_written
-from mpl_fast.packing.publish.sparse_index import padded
+from mpl_fast.packing.plan.table import TABLE, create_table, create_written, to_utf8
+from mpl_fast.packing.publish.sparse_index import padded_lines
 
 CLASS_NAMES = ("ant", "bee", "cat")
 MAGIC = bytes.fromhex("0a23d7ce")
@@ -83,7 +83,7 @@ def make_pack(
     table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASS_NAMES))
     source = root.parent / f"{root.name}-source"
     table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
-    start_written(table)
+    create_written(table)
     records: dict[int, Record] = {}
     entries: list[dict[str, Any]] = []
     number = 0
@@ -103,7 +103,7 @@ def make_pack(
                 place = f"{CLASS_NAMES[label]}/{name}"
                 table.execute(
                     "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), 0, ?, -1, ?, 7)",
-                    (record_id, label, record_id in labeled, raw(name), place, len(image)),
+                    (record_id, label, record_id in labeled, to_utf8(name), place, len(image)),
                 )
                 if record_id in skipped:
                     continue
@@ -200,7 +200,7 @@ def _write_split(
     root: Path, entries: list[dict[str, Any]], prefix: str, name: str, chosen: list[Record]
 ) -> dict[str, Any]:
     files = [entry["file"] for entry in entries if entry["prefix"] == prefix]
-    index = "".join(padded((r.id, files.index(r.file), r.start + r.offset) for r in chosen))
+    index = "".join(padded_lines((r.id, files.index(r.file), r.start + r.offset) for r in chosen))
     listing = "".join(f"{record.id}\t{record.label}\t{record.key}\n" for record in chosen)
     counts = Counter(record.label for record in chosen)
     per_class = [counts[label] for label in range(len(CLASS_NAMES))]

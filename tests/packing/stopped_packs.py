@@ -22,7 +22,7 @@ import os, runpy, signal, sys
 from pathlib import Path
 tool, action, when, *arguments = sys.argv[1:]
 sys.path.insert(0, str(Path(tool).parent.parent))
-from mpl_fast.packing.publish import split_files
+from mpl_fast import atomic
 from mpl_fast.packing.publish.out_folder import OutFolder
 
 placed = []  # the files that got their place in OUT
@@ -34,15 +34,15 @@ def replace(self, target, original=Path.replace):
         placed.append(self.name)
     return original(self, target)
 
-def write(self, line, original=split_files.TextFile.write):
-    if self._path.name == when:
+def write(self, block, original=atomic._HashingFile.write):
+    if Path(self.name).name == when + ".tmp":
         raise OSError(28, "No space left on device")
-    return original(self, line)
+    return original(self, block)
 
 if action == "blind":
     OutFolder.require_space = lambda self, needed: None
 elif action == "full":
-    split_files.TextFile.write = write
+    atomic._HashingFile.write = write
 else:
     Path.replace = replace
 sys.argv = [tool, *arguments]

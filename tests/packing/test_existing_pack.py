@@ -12,9 +12,9 @@ import pytest
 
 from mpl_fast.errors import OutputError
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
-from mpl_fast.packing.pack import conclude
-from mpl_fast.packing.plan.table import TABLE, reading
-from mpl_fast.packing.publish.existing_pack import ExistingPack, changes, examine
+from mpl_fast.packing.pack import publish_pack
+from mpl_fast.packing.plan.table import TABLE, open_table
+from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.made_packs import KEEP, options_of, plan_work, write_shards
@@ -38,13 +38,13 @@ def packed(tmp_path: Path) -> PackOptions:
 def pack(options: PackOptions) -> None:
     with OutFolder(options.out) as folder:
         write_shards(plan_work(options), options.image)
-        conclude(folder, options.image, 0.0)
+        publish_pack(folder, options.image, 0.0)
 
 
 def look(options: PackOptions) -> ExistingPack:
     """Return what the folder of options holds, as a run with these options finds it."""
-    with OutFolder(options.out) as folder, reading(plan_work(options) / TABLE) as plan:
-        return examine(folder, plan, options.planned())
+    with OutFolder(options.out) as folder, open_table(plan_work(options) / TABLE) as plan:
+        return check_existing(folder, plan, options.planned())
 
 
 def refusal(options: PackOptions) -> str:
@@ -186,17 +186,17 @@ def test_mended_shard_has_to_be_what_it_was(packed: PackOptions) -> None:
     held = look(packed)
     with OutFolder(packed.out) as folder:
         write_shards(plan_work(packed))
-        held.require_equal(folder)
+        held.require_same(folder)
         path = folder.work / f"{FIRST}.done"
         done = ShardReceipt.load(path)
         other = folder.work / f"{FIRST.replace('00000', '00001')}.done"
         replace(ShardReceipt.load(other), sha256="0" * 64).save(other)
-        held.require_equal(folder)  # that one was never broken
+        held.require_same(folder)  # that one was never broken
         replace(done, sha256="0" * 64).save(path)
         with pytest.raises(OutputError, match=f"{FIRST}, packed again, is not what it was; "):
-            held.require_equal(folder)
+            held.require_same(folder)
 
 
 def test_changes() -> None:
-    assert changes({"a": 1, "b": None}, {"a": 1, "b": None}) == ""
-    assert changes({"a": 1}, {"a": 2, "b": "x"}) == "a was 1, now 2, b was None, now x"
+    assert changed_options({"a": 1, "b": None}, {"a": 1, "b": None}) == ""
+    assert changed_options({"a": 1}, {"a": 2, "b": "x"}) == "a was 1, now 2, b was None, now x"

@@ -13,10 +13,11 @@ import pytest
 
 from mpl_fast.data.manifest import file_names, read_manifest, text_hashes
 from mpl_fast.errors import DataError
-from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
-from mpl_fast.packing.pack import Json, conclude
-from mpl_fast.packing.plan.table import TABLE, ShardRow, reading
-from mpl_fast.packing.publish.finish import describe_duplicates, finish, unfinished
+from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
+from mpl_fast.packing.pack import publish_pack
+from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table
+from mpl_fast.packing.publish.duplicates import describe_duplicates
+from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.made_packs import (
@@ -66,25 +67,25 @@ def test_unfinished(tree: Path) -> None:
     work = plan_work(options(tree))
     shards = Planned(work / TABLE).shards
     names = [shard.file for shard in shards]
-    assert unfinished(work, shards) == names
+    assert unfinished_shards(work, shards) == names
     write_shards(work)
-    assert unfinished(work, shards) == []
+    assert unfinished_shards(work, shards) == []
     first, second, third, fourth = names
     (work / first).rename(work / "away")
     (work / f"{second}.done").unlink()
     with (work / third).open("ab") as file:
         file.write(b"\0")
     (work / f"{fourth}.done").write_bytes(b"damaged")
-    assert unfinished(work, shards) == names
+    assert unfinished_shards(work, shards) == names
     (work / "away").rename(work / first)
-    assert unfinished(work, shards) == [second, third, fourth]
-    assert unfinished(work, shards[:1]) == []
+    assert unfinished_shards(work, shards) == [second, third, fourth]
+    assert unfinished_shards(work, shards[:1]) == []
     edits: list[Callable[[ShardRow], ShardRow]] = [
         lambda shard: shard._replace(content="another"),
         lambda shard: shard._replace(stamps="another"),
     ]
     for edit in edits:
-        assert unfinished(work, [edit(shards[0])]) == [first]
+        assert unfinished_shards(work, [edit(shards[0])]) == [first]
 
 
 def test_nothing_is_finished_while_shards_are_missing(tree: Path) -> None:
@@ -107,7 +108,7 @@ def test_nothing_is_finished_while_shards_are_missing(tree: Path) -> None:
 def test_table_tells_where_each_image_lies(tree: Path, layout: str, shards: int) -> None:
     work, manifest = finished(options(tree, replace(HOW, layout=layout, shards=shards)))
     count = 0
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         for shard, told in zip(table.shards(), manifest["shards"], strict=True):
             content = (work / shard.file).read_bytes()
             at = 0
@@ -193,7 +194,7 @@ def test_finished_folder_is_read(tree: Path) -> None:
     packed = options(tree)
     with OutFolder(packed.out) as folder:
         write_shards(plan_work(packed))
-        told = conclude(folder, KEEP, 0.0)
+        told = publish_pack(folder, KEEP, 0.0)
     manifest = read_manifest(packed.out)
     assert manifest.classes == ("ant", "bee")
     assert manifest.splits["labeled"].records == told["splits"]["labeled"]["records"] == 4
@@ -225,7 +226,7 @@ def test_skipped_images_are_a_gap_everywhere(tree: Path, layout: str, shards: in
         for row in plan.rows
         if f"{'val' if row in plan.of('val') else 'train'}/{row.path}" in BAD
     }
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         written = {number for (number,) in table.query("SELECT id FROM written")}
     assert written == {row.id for row in plan.rows} - bad
     listed = set()
@@ -319,12 +320,12 @@ def test_unpacked_archive_is_forgotten(
     monkeypatch.chdir(tmp_path)  # the folder may be named from here
     packed = replace(options_of(Path("all.tar.xz:train"), Path("out"), HOW), val="all.tar:val")
     work = plan_work(packed)
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         spool = Path(table.sources()[0].file)
     assert spool.parent == tmp_path / "out" / ".pack"
     write_shards(work)
     manifest = finish(work, KEEP)
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         files = [source.file for source in table.sources()]
     assert files == ["all.tar.xz:train", str(tmp_path / "all.tar")]
     assert [source["spec"] for source in manifest["sources"]] == ["all.tar.xz:train", "all.tar:val"]

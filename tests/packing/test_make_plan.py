@@ -13,9 +13,10 @@ import pytest
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.options import SplitOptions
 from mpl_fast.packing.plan import make_plan as plan_module
-from mpl_fast.packing.plan.make_plan import Split, make_plan, pieces, splits
-from mpl_fast.packing.plan.split import choose
-from mpl_fast.packing.plan.table import RecordRow, reading
+from mpl_fast.packing.plan.choose_labeled import choose_labeled
+from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits, shard_groups
+from mpl_fast.packing.plan.make_plan import make_plan
+from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
 from tests.packing.made_packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of
 
@@ -160,7 +161,7 @@ def test_labels_of_two_sources(tmp_path: Path) -> None:
             assert plan_of(tmp_path / "plan", both, HOW).classes == ["ant", "bee"]
     against = source_of(ants, spec="a", order=("bee", "ant"))
     assert refusal(tmp_path, [longer, against], HOW) == (
-        "a: its labels stand for other classes than another source's"
+        "a: its labels mean other classes than another source's"
     )
     unknown = source_of(images_of({"cat": 1}), spec="c")
     assert refusal(tmp_path, [longer, unknown], HOW) == (
@@ -266,7 +267,7 @@ def test_sources_are_joined(tmp_path: Path) -> None:
     assert plan.keys == whole.keys
     assert [row.labeled for row in plan.rows] == [row.labeled for row in whole.rows]
     assert {row.source for row in plan.of("val")} == {2}
-    with reading(tmp_path / "plan") as table:
+    with open_table(tmp_path / "plan") as table:
         specs = [(source.number, source.spec) for source in table.sources()]
     assert specs == [(0, "somewhere"), (1, "held")]
 
@@ -278,7 +279,7 @@ def test_labeled_ones_are_those_of_the_draw(tmp_path: Path, how: str, balance: s
     if how == "list":
         (tmp_path / "names.txt").write_text("ant/3.jpg\nbee/0.jpg\nbee/7.jpg\n")
         how = str(tmp_path / "names.txt")
-    drawn = choose(
+    drawn = choose_labeled(
         ((at, one.class_name, one.name) for at, one in enumerate(train)),
         how,
         seed=5,
@@ -311,18 +312,18 @@ def test_splits_and_pieces() -> None:
     row = planned_row(labeled=0)
     for layout in ("shared", "separate"):
         for unlabeled in ("all", "rest"):
-            listed = splits(layout, unlabeled, val=True)
-            prefixes = {piece.prefix for piece in pieces(layout, unlabeled, val=True)}
+            listed = planned_splits(layout, unlabeled, val=True)
+            prefixes = {piece.prefix for piece in shard_groups(layout, unlabeled, val=True)}
             assert {split.prefix for split in listed} == prefixes
-            assert splits(layout, unlabeled, val=False) == listed[:-1]
+            assert planned_splits(layout, unlabeled, val=False) == listed[:-1]
             assert [split.name for split in listed[-3:]] == ["labeled", "unlabeled", "val"]
             assert listed[-1].stem == listed[-1].prefix == "val"
-    _, labeled, rest, _ = splits("shared", "rest", val=True)
+    _, labeled, rest, _ = planned_splits("shared", "rest", val=True)
     assert (labeled.lists(row), rest.lists(row)) == (False, True)
     row = planned_row(labeled=1)
     assert (labeled.lists(row), rest.lists(row)) == (True, False)
-    every = Split("unlabeled", "train_unlabel", "train", None)
-    assert splits("shared", "all", val=True)[2] == every
+    every = PlannedSplit("unlabeled", "train_unlabel", "train", None)
+    assert planned_splits("shared", "all", val=True)[2] == every
     assert every.lists(row)
 
 
@@ -371,7 +372,7 @@ def test_names_and_folders_of_any_bytes(tmp_path: Path) -> None:
     assert sorted(plan.keys) == sorted(one.path for one in train)
     assert {row.path for row in plan.rows} == set(plan.keys)
     assert plan.classes == [f"ant{odd}", "bee"]
-    with reading(folder / "plan") as table:
+    with open_table(folder / "plan") as table:
         assert table.sources()[0].spec == f"src{odd}"
         assert table.options()["src"] == [f"src{odd}"]
 

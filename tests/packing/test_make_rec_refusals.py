@@ -31,7 +31,7 @@ def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:
     run("pack", *common, "--labeled", "6")
     before = identities(out.iterdir())
     done = run("pack", *common, "--labeled", "6")
-    assert done.stdout == f"{out}: already complete, nothing to do; verify looks at every byte\n"
+    assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
     line = refuse(*common, "--labeled", "9", "--shards", 2, status=3)
     assert "holds another pack (labeled was 6, now 9, shards was None, now 2); choose" in line
     assert "or --force" in line
@@ -128,14 +128,14 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
     os.utime(tmp_path / "far" / "a" / "late.jpg", (10_500_000_000, 10_500_000_000))  # in 2302
     for arguments, status, message in (
         (("--src", train, "--out", out, "--val", val), 4, "1 classes are not in the training"),
-        (("--src", train, "--out", train / "rec"), 2, "lies inside the source"),
-        (("--src", train, "--val", val, "--out", val), 2, "lies inside the source"),
+        (("--src", train, "--out", train / "rec"), 2, "is inside the source"),
+        (("--src", train, "--val", val, "--out", val), 2, "is inside the source"),
         (("--src", train, train, "--out", out), 4, "names occur more than once"),
         (("--src", tmp_path / "none", "--out", out), 4, "none: no such folder or file"),
         (("--src", tmp_path / "file", "--out", out), 4, "damaged or not a tar archive"),
         (("--src", train, "--out", tmp_path / "file"), 3, "is a file, not a folder"),
         (("--src", train, "--out", tmp_path / "file" / "x"), 3, "Not a directory"),
-        (("--src", train, "--out", out, "--labeled", "2"), 2, "ask for at least 3"),
+        (("--src", train, "--out", out, "--labeled", "2"), 2, "choose at least 3"),
         (("--src", train, "--out", out, "--shards", "0"), 2, "--shards 0: must be at least 1"),
         (("--src", train, "--out", out, "-j", "-1"), 2, "-j -1: must be at least 1"),
         (("--src", train, "--out", out, "--short-side", "0"), 2, "--short-side 0: must be"),

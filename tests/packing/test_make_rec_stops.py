@@ -60,7 +60,7 @@ def test_killed_worker_is_an_error(slow_tree: Path, whole: dict[str, str], tmp_p
         (line,) = running.wait()
     assert running.process.returncode == 1
     assert line.startswith(
-        "make_rec: error: a worker process ended without a word (SIGKILL; out of memory?) while "
+        "make_rec: error: a worker process died (SIGKILL; out of memory?) while "
         "it was at one of: train-0000"
     )
     assert go_on(running, slow_tree, out) == whole

@@ -65,7 +65,7 @@ def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None
     *each, last = done.stderr.splitlines()
     assert [line.split(": ")[2] for line in each] == list(map(str, bad))
     assert "error: 15 images cannot be used" in last
-    assert " and 5 more; mend or remove them" in last
+    assert " and 5 more; repair or remove them" in last
 
 
 def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     for key, reason in faults.items():
         assert reason in named[str(train / key)]
     assert advice == (
-        "mend or remove them, or leave them out with --on-bad skip, which keeps every "
+        "repair or remove them, or leave them out with --on-bad skip, which keeps every "
         "finished shard"
     )
     assert not out.exists()
@@ -101,7 +101,7 @@ def test_long_list_of_faults_is_cut(tree: Path, tmp_path: Path) -> None:
         (tree / "train" / "ant" / f"x{number}.jpg").write_bytes(b"words")
     line = refuse("--src", tree / "train", "--out", tmp_path / "out", "--labeled", "6", status=4)
     assert "12 images cannot be used" in line
-    assert " and 2 more; mend" in line
+    assert " and 2 more; repair" in line
     assert line.count("neither JPEG nor PNG") == 10
 
 

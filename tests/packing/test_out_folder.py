@@ -89,7 +89,7 @@ def test_publish_cut_short_is_finished_by_the_next_run(
     assert "manifest.json" not in names(tmp_path)  # it looks unfinished
     with OutFolder(tmp_path) as folder:
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-        assert folder.holdings() == sorted([*OTHERS, *NEW])
+        assert folder.pack_files() == sorted([*OTHERS, *NEW])
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     require_whole(tmp_path, NEW, "new")
 
@@ -112,7 +112,7 @@ def test_publish_stopped_before_the_work_folder_is_removed(
         folder.publish()
     assert (tmp_path / ".pack").exists()
     with OutFolder(tmp_path) as folder:
-        folder.discard()
+        folder.clear_work()
     require_whole(tmp_path, NEW, "new")
 
 
@@ -171,7 +171,7 @@ def test_error_keeps_finished_shards_and_nothing_else(tmp_path: Path) -> None:
     with OutFolder(tmp_path) as folder:
         assert folder.finished() == ["a.rec"]
         assert (folder.work / "a.rec").read_text() == "a.rec"
-        folder.discard()
+        folder.clear_work()
         assert folder.finished() == names(folder.work) == []
     assert names(tmp_path) == []
 
@@ -213,7 +213,7 @@ def test_holdings_are_the_files_of_packs(tmp_path: Path) -> None:
     for name in (*ours, *others):
         (tmp_path / name).write_text("")
     with OutFolder(tmp_path) as folder:
-        assert folder.holdings() == ours
+        assert folder.pack_files() == ours
 
 
 BUSY = "another make_rec is writing here"
@@ -240,15 +240,15 @@ def test_several_parts(tmp_path: Path) -> None:
 
 def test_lock_of_a_name(tmp_path: Path) -> None:
     with OutFolder(tmp_path, shared=True) as one, OutFolder(tmp_path, shared=True) as other:
-        with one.held("part-1-of-2", "busy"):
+        with one.locked("part-1-of-2", "busy"):
             with (
                 pytest.raises(OutputError, match=f"^{tmp_path}: it is busy$"),
-                other.held("part-1-of-2", "it is busy"),
+                other.locked("part-1-of-2", "it is busy"),
             ):
                 pass
-            with other.held("part-2-of-2", "busy"), other.held("plan"):
+            with other.locked("part-2-of-2", "busy"), other.locked("plan"):
                 pass
-        with other.held("part-1-of-2", "busy"):
+        with other.locked("part-1-of-2", "busy"):
             pass
 
 

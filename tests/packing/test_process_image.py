@@ -13,7 +13,7 @@ from PIL import Image
 
 from mpl_fast.packing.options import ImageOptions, image_option_errors
 from mpl_fast.packing.write.jpeg_segments import orientation
-from mpl_fast.packing.write.process_image import Treated, describe, treat
+from mpl_fast.packing.write.process_image import ProcessedImage, describe_processing, process_image
 from tests.packing.hazard_images import (
     ARITHMETIC,
     ODD_SAMPLING,
@@ -27,7 +27,7 @@ from tests.packing.hazard_images import (
 )
 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-1000.tar"
-KEPT = Treated(None, "", "", reencoded=False, rotated=False)
+KEPT = ProcessedImage(None, "", "", reencoded=False, rotated=False)
 CONVERT = ImageOptions(on_bad="convert")
 SMALL = ImageOptions(short_side=64)
 USABLE = usable()
@@ -39,7 +39,7 @@ def pixels_of(image: bytes | None) -> NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(image))).astype(np.int16)
 
 
-def difference(treated: Treated, picture: Image.Image) -> float:
+def difference(treated: ProcessedImage, picture: Image.Image) -> float:
     """Return the mean difference between an image and how it should look."""
     return float(np.abs(pixels_of(treated.image) - np.asarray(picture).astype(np.int16)).mean())
 
@@ -47,21 +47,21 @@ def difference(treated: Treated, picture: Image.Image) -> float:
 @pytest.mark.parametrize("name", USABLE)
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
 def test_usable_images_are_kept(name: str, on_bad: str) -> None:
-    assert treat(memoryview(USABLE[name]), "a.JPEG", ImageOptions(on_bad=on_bad)) == KEPT
+    assert process_image(memoryview(USABLE[name]), "a.JPEG", ImageOptions(on_bad=on_bad)) == KEPT
 
 
 @pytest.mark.parametrize(("on_bad", "action"), [("fail", "failed"), ("skip", "skipped")])
 def test_faulty_images(on_bad: str, action: str, tmp_path: Path) -> None:
     for how in (ImageOptions(on_bad=on_bad), ImageOptions(on_bad=on_bad, short_side=64)):
         for name, (image, _) in unusable(tmp_path).items():
-            treated = treat(memoryview(image), "a.JPEG", how)
-            assert treated == Treated(None, treated.reason, action, False, False), name
+            treated = process_image(memoryview(image), "a.JPEG", how)
+            assert treated == ProcessedImage(None, treated.reason, action, False, False), name
             assert treated.reason, name
 
 
 def test_what_convert_saves(tmp_path: Path) -> None:
     results = {
-        name: treat(memoryview(image), "a.JPEG", CONVERT)
+        name: process_image(memoryview(image), "a.JPEG", CONVERT)
         for name, (image, _) in unusable(tmp_path).items()
     }
     saved = {name for name, treated in results.items() if treated.action == "converted"}
@@ -76,12 +76,12 @@ def test_what_convert_saves(tmp_path: Path) -> None:
             simplejpeg.decode_jpeg(treated.image, strict=True)
             assert treated.reencoded
         else:
-            assert treated == Treated(None, treated.reason, "failed", False, False), name
+            assert treated == ProcessedImage(None, treated.reason, "failed", False, False), name
 
 
 def test_a_cut_image_keeps_what_is_there() -> None:
     jpeg = encoded(photo(), "JPEG", quality=95)
-    treated = treat(jpeg[: len(jpeg) // 2], "a.JPEG", CONVERT)
+    treated = process_image(jpeg[: len(jpeg) // 2], "a.JPEG", CONVERT)
     top = photo().height // 3
     pixels = pixels_of(treated.image)
     assert np.abs(pixels[:top] - np.asarray(photo()).astype(np.int16)[:top]).mean() < 3
@@ -89,7 +89,7 @@ def test_a_cut_image_keeps_what_is_there() -> None:
     lost = int(treated.reason.split("; ")[1].removesuffix("% is blank"))
     assert lost == pytest.approx(100 * (pixels == pixels[-1, -1]).all(axis=2).mean(), abs=6)
     assert 20 < lost < 80
-    whole = treat(jpeg[:-2], "a.JPEG", CONVERT)
+    whole = process_image(jpeg[:-2], "a.JPEG", CONVERT)
     assert whole.reason == "cut short (no end-of-image mark)"
     assert difference(whole, photo()) < 3
 
@@ -98,7 +98,7 @@ def test_a_cut_image_keeps_what_is_there() -> None:
 def test_other_formats_become_jpeg(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     image = encoded(photo(), kind, **options)
-    treated = treat(image, "a.JPEG", CONVERT)
+    treated = process_image(image, "a.JPEG", CONVERT)
     reason = "a PNG named .JPEG" if kind == "PNG" else f"neither JPEG nor PNG but {kind}"
     assert treated.reason.lower() == reason.lower()
     assert (treated.action, treated.reencoded, treated.rotated) == ("converted", True, False)
@@ -107,14 +107,14 @@ def test_other_formats_become_jpeg(kind: str) -> None:
 
 
 def test_a_png_by_its_own_name_is_kept() -> None:
-    assert treat(USABLE["png"], "a.PNG", CONVERT) == KEPT
-    assert treat(USABLE["png"], "a.jpg", CONVERT).reason == "a PNG named .jpg"
-    assert treat(USABLE["jpeg"], "a.png", CONVERT) == KEPT
+    assert process_image(USABLE["png"], "a.PNG", CONVERT) == KEPT
+    assert process_image(USABLE["png"], "a.jpg", CONVERT).reason == "a PNG named .jpg"
+    assert process_image(USABLE["jpeg"], "a.png", CONVERT) == KEPT
 
 
 @pytest.mark.parametrize(("name", "color"), [("cmyk", "CMYK"), ("ycck", "YCCK")])
 def test_cmyk_becomes_rgb(name: str, color: str) -> None:
-    treated = treat(USABLE[name], "a.JPEG", CONVERT)
+    treated = process_image(USABLE[name], "a.JPEG", CONVERT)
     assert (treated.reason, treated.action) == (f"a {color} JPEG", "converted")
     assert treated.image is not None
     assert simplejpeg.decode_jpeg_header(treated.image)[2] == "YCbCr"
@@ -123,8 +123,10 @@ def test_cmyk_becomes_rgb(name: str, color: str) -> None:
 
 
 def test_made_smaller() -> None:
-    treated = treat(memoryview(encoded(photo(150, 203), "JPEG", quality=95)), "a.JPEG", SMALL)
-    assert treated == Treated(treated.image, "", "", reencoded=True, rotated=False)
+    treated = process_image(
+        memoryview(encoded(photo(150, 203), "JPEG", quality=95)), "a.JPEG", SMALL
+    )
+    assert treated == ProcessedImage(treated.image, "", "", reencoded=True, rotated=False)
     expected = photo(150, 203).resize((87, 64), Image.Resampling.BOX)
     assert difference(treated, expected) < 3
     assert Image.open(io.BytesIO(treated.image or b"")).size == (87, 64)
@@ -135,7 +137,7 @@ def test_nothing_moves(height: int, width: int) -> None:
     """The decoder rounds sizes up that are no multiples of 8, 4 or 2 pixels."""
     grays = np.add.outer(np.linspace(20, 120, height), np.linspace(0, 115, width))
     jpeg = encoded(Image.fromarray(grays.round().astype(np.uint8)), "JPEG", quality=98)
-    pixels = pixels_of(treat(jpeg, "a", ImageOptions(short_side=40, quality=98)).image)
+    pixels = pixels_of(process_image(jpeg, "a", ImageOptions(short_side=40, quality=98)).image)
     assert pixels.ndim == 2  # gray stays gray
     exact = cv2.resize(grays, pixels.shape[::-1], interpolation=cv2.INTER_AREA)
     error = pixels - exact
@@ -160,7 +162,7 @@ def test_nothing_moves(height: int, width: int) -> None:
 def test_only_shrinking_and_only_when_it_pays(short: int, min_shrink: float, smaller: bool) -> None:
     side = 100 if min_shrink == 1.1 else 64
     how = ImageOptions(short_side=side, min_shrink=min_shrink)
-    treated = treat(encoded(photo(short, short + 40), "JPEG"), "a.JPEG", how)
+    treated = process_image(encoded(photo(short, short + 40), "JPEG"), "a.JPEG", how)
     assert treated.reencoded is smaller
     if treated.image is None:
         assert treated == KEPT
@@ -171,11 +173,11 @@ def test_only_shrinking_and_only_when_it_pays(short: int, min_shrink: float, sma
 
 @pytest.mark.parametrize("name", ["65500x1", "1x65500", "1x1", "png 1x1"])
 def test_thin_images_are_kept(name: str) -> None:
-    assert treat(USABLE[name], "a.png", ImageOptions(short_side=1, min_shrink=1)) == KEPT
+    assert process_image(USABLE[name], "a.png", ImageOptions(short_side=1, min_shrink=1)) == KEPT
 
 
 def test_a_large_photo_is_made_smaller() -> None:
-    treated = treat(USABLE["12 MP"], "a.JPEG", SMALL)
+    treated = process_image(USABLE["12 MP"], "a.JPEG", SMALL)
     assert pixels_of(treated.image).shape == (64, 85, 3)
 
 
@@ -184,53 +186,54 @@ def test_pngs_are_made_smaller_without_alpha(on_bad: str) -> None:
     how = ImageOptions(short_side=64, on_bad=on_bad)
     expected = photo().resize((85, 64), Image.Resampling.BOX)
     for picture in (photo(), with_alpha(photo())):
-        treated = treat(encoded(picture, "PNG"), "a.png", how)
-        assert treated == Treated(treated.image, "", "", reencoded=True, rotated=False)
+        treated = process_image(encoded(picture, "PNG"), "a.png", how)
+        assert treated == ProcessedImage(treated.image, "", "", reencoded=True, rotated=False)
         assert difference(treated, expected) < 3
-    assert difference(treat(USABLE["png 16 bit"], "a.png", how), expected) < 3
+    assert difference(process_image(USABLE["png 16 bit"], "a.png", how), expected) < 3
     gray = photo().convert("L").resize((85, 64), Image.Resampling.BOX)
     for name in ("png gray", "png gray alpha"):
-        assert difference(treat(USABLE[name], "a.png", how), gray) < 3
+        assert difference(process_image(USABLE[name], "a.png", how), gray) < 3
 
 
 def test_converted_and_made_smaller() -> None:
     how = ImageOptions(short_side=64, on_bad="convert", quality=50)
-    gif = treat(encoded(photo(), "GIF"), "a.gif", how)
-    cmyk = treat(USABLE["cmyk"], "a.JPEG", how)
+    gif = process_image(encoded(photo(), "GIF"), "a.gif", how)
+    cmyk = process_image(USABLE["cmyk"], "a.JPEG", how)
     assert (gif.action, cmyk.action) == ("converted", "converted")
     assert pixels_of(gif.image).shape == pixels_of(cmyk.image).shape == (64, 85, 3)
     assert len(cmyk.image or b"") < len(
-        treat(USABLE["cmyk"], "a.JPEG", ImageOptions(short_side=64, quality=95)).image or b""
+        process_image(USABLE["cmyk"], "a.JPEG", ImageOptions(short_side=64, quality=95)).image
+        or b""
     )
 
 
 @pytest.mark.parametrize("check", ["header", "none"])
 def test_damage_is_found_where_an_image_is_made_smaller(check: str) -> None:
     cut = USABLE["jpeg"][:-200] + b"\xff\xd9"
-    assert treat(cut, "a.JPEG", ImageOptions(check=check)) == KEPT
-    treated = treat(cut, "a.JPEG", ImageOptions(check=check, short_side=64))
+    assert process_image(cut, "a.JPEG", ImageOptions(check=check)) == KEPT
+    treated = process_image(cut, "a.JPEG", ImageOptions(check=check, short_side=64))
     assert (treated.image, treated.action) == (None, "failed")
     assert "premature end of data segment" in treated.reason
 
 
 def test_arithmetic_coding_and_odd_sampling() -> None:
-    smaller = treat(ARITHMETIC, "a.JPEG", ImageOptions(short_side=8))
+    smaller = process_image(ARITHMETIC, "a.JPEG", ImageOptions(short_side=8))
     assert pixels_of(smaller.image).shape == (8, 12, 3)
-    saved = treat(ODD_SAMPLING, "a.JPEG", CONVERT)
+    saved = process_image(ODD_SAMPLING, "a.JPEG", CONVERT)
     assert difference(saved, Image.open(io.BytesIO(ODD_SAMPLING))) < 6
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_orientation_is_dropped_and_told(order: str) -> None:
     jpeg = USABLE["jpeg"]
-    plain = treat(jpeg, "a.JPEG", SMALL)
+    plain = process_image(jpeg, "a.JPEG", SMALL)
     for value in range(10):
         turned = oriented(jpeg, value, order)
         meant = value if 1 <= value <= 8 else 1
         assert orientation(turned) == orientation(memoryview(turned)) == meant
-        treated = treat(memoryview(turned), "a.JPEG", SMALL)
+        treated = process_image(memoryview(turned), "a.JPEG", SMALL)
         assert treated == plain._replace(rotated=meant != 1)
-        assert treat(turned, "a.JPEG", ImageOptions()) == KEPT
+        assert process_image(turned, "a.JPEG", ImageOptions()) == KEPT
     assert orientation(plain.image or b"") == 1
 
 
@@ -248,7 +251,7 @@ def test_orientation_is_dropped_and_told(order: str) -> None:
 def test_broken_exif_means_upright(tiff: bytes) -> None:
     image = with_exif(USABLE["jpeg"], tiff)
     assert orientation(image) == 1
-    assert treat(image, "a.JPEG", SMALL) == treat(USABLE["jpeg"], "a.JPEG", SMALL)
+    assert process_image(image, "a.JPEG", SMALL) == process_image(USABLE["jpeg"], "a.JPEG", SMALL)
 
 
 def test_orientation_of_cut_headers() -> None:
@@ -268,16 +271,18 @@ def test_orientation_behind_other_segments() -> None:
 def test_same_bytes_whatever_the_input_type_and_the_time() -> None:
     for name in ("jpeg", "png", "cmyk", "progressive"):
         image = USABLE[name]
-        first = treat(image, "a.JPEG", SMALL)
+        first = process_image(image, "a.JPEG", SMALL)
         assert first.image
-        assert treat(memoryview(image), "a.JPEG", SMALL) == first
-        assert treat(memoryview(b"12345" + image)[5:], "b.JPEG", SMALL) == first
+        assert process_image(memoryview(image), "a.JPEG", SMALL) == first
+        assert process_image(memoryview(b"12345" + image)[5:], "b.JPEG", SMALL) == first
 
 
 def test_better_quality_is_closer() -> None:
     expected = photo().resize((85, 64), Image.Resampling.BOX)
     errors = [
-        difference(treat(USABLE["png"], "a.png", ImageOptions(short_side=64, quality=q)), expected)
+        difference(
+            process_image(USABLE["png"], "a.png", ImageOptions(short_side=64, quality=q)), expected
+        )
         for q in (5, 50, 95)
     ]
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
@@ -293,7 +298,7 @@ def test_photographs_look_the_same() -> None:
             assert file is not None
             image = file.read()
             picture = Image.open(io.BytesIO(image))
-            treated = treat(image, member.name, ImageOptions(short_side=128, quality=95))
+            treated = process_image(image, member.name, ImageOptions(short_side=128, quality=95))
             short = min(picture.size)
             size = tuple(round(side * 128 / short) for side in picture.size)
             expected = picture.resize((size[0], size[1]), Image.Resampling.BOX)
@@ -303,14 +308,17 @@ def test_photographs_look_the_same() -> None:
 
 
 def test_described_for_the_manifest() -> None:
-    assert describe(ImageOptions()) == {"mode": "pass-through", "exif_orientation": "not applied"}
-    told = describe(ImageOptions(short_side=480, quality=92, min_shrink=1.2))
+    assert describe_processing(ImageOptions()) == {
+        "mode": "pass-through",
+        "exif_orientation": "not applied",
+    }
+    told = describe_processing(ImageOptions(short_side=480, quality=92, min_shrink=1.2))
     assert (told["mode"], told["short_side"], told["quality"]) == ("short-side", 480, 92)
     assert told["min_shrink"] == 1.2
     assert (told["simplejpeg"], told["cv2"]) == (simplejpeg.__version__, cv2.__version__)
     assert str(told["libjpeg-turbo"])[0].isdigit()
     assert told["exif_orientation"] == "not applied; dropped where re-encoded"
-    converting = describe(CONVERT)
+    converting = describe_processing(CONVERT)
     assert (converting["mode"], converting["converted_quality"]) == ("pass-through", 95)
 
 

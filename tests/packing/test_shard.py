@@ -15,7 +15,8 @@ from mpl_fast.data.records import IMAGE_LIMIT, frame, image_record, is_multipart
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow
-from mpl_fast.packing.write.shard import StoppedError, write_shard
+from mpl_fast.packing.write.pool import StoppedError
+from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.shard_writer import BUFFER
 from tests.packing.shard_table import FIRST_ID, SHARD, files, folder, make_table, one_file, own_file
@@ -43,9 +44,10 @@ def write(
     """Write the shard; return what is told of it and the sizes that it advanced by."""
     sizes: list[int] = []
 
-    def advance(size: int) -> bool:
+    def advance(images: int, size: int) -> None:
         sizes.append(size)
-        return len(sizes) < most
+        if len(sizes) >= most:
+            raise StoppedError
 
     return write_shard(work, 0, image_options, threads, advance), sizes
 
@@ -180,7 +182,7 @@ def test_a_shard_without_any_image_left(tmp_path: Path) -> None:
     source, rows = files(tmp_path / "src", [b"no image", b"nor this"])
     make_table(tmp_path / "work", [source], rows)
     with pytest.raises(
-        DataError, match=r"^train\.rec: all its images are skipped.*mend the images"
+        DataError, match=r"^train\.rec: all its images are skipped.*repair the images"
     ):
         write(tmp_path / "work", ImageOptions(on_bad="skip"))
     assert [path.name for path in (tmp_path / "work").iterdir()] == [TABLE]
@@ -242,10 +244,9 @@ def test_an_archive_that_changes_after_its_last_image(tmp_path: Path) -> None:
     row = RecordRow(FIRST_ID, 0, 1, "x.jpg", 0, "in/x.jpg", 0, 5, 0)
     make_table(tmp_path / "work", [one_file("archive", tmp_path / "x.tar")], [row])
 
-    def advance(size: int) -> bool:
+    def advance(images: int, size: int) -> None:
         (tmp_path / "x.tar").write_bytes(b"other")
         os.utime(tmp_path / "x.tar", ns=(0, 1))
-        return True
 
     with pytest.raises(DataError, match=r"^x\.tar: .*x\.tar changed while it was being packed"):
         write_shard(tmp_path / "work", 0, UNCHECKED, 0, advance)

@@ -31,13 +31,12 @@ from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.options import ImageOptions
 
 done = 0
-def advance(size):
+def advance(images, size):
     global done
     done += 1
     if done == stop:
         print("stopped", flush=True)
         sys.stdin.read()
-    return True
 
 work, check, stop = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 written = write_shard(work, 0, ImageOptions(check=check), 4, advance)
@@ -91,11 +90,11 @@ def test_a_full_disk(tmp_path: Path, small_disk: Path, count: int) -> None:
     """It fills with the last bytes, or long before; with more room the same command works."""
     images = plan_images(tmp_path, small_disk, count)
     with pytest.raises(OutputError, match=f"^{small_disk}: No space left on device$"):
-        write_shard(small_disk, 0, UNCHECKED, 2, lambda size: True)
+        write_shard(small_disk, 0, UNCHECKED, 2, lambda images, size: None)
     assert [path.name for path in small_disk.iterdir()] == [TABLE]
     mount_options = ["mount", "-o", "remount,size=200m", str(small_disk)]
     subprocess.run(mount_options, check=True)
-    write_shard(small_disk, 0, UNCHECKED, 2, lambda size: True)
+    write_shard(small_disk, 0, UNCHECKED, 2, lambda images, size: None)
     assert (small_disk / SHARD).read_bytes() == expected(images)
 
 
@@ -109,11 +108,11 @@ def test_a_disk_that_fills_with_the_last_page(
     disk = os.statvfs(small_disk)
     (small_disk / "ballast").write_bytes(bytes((disk.f_bavail - needed) * PAGE))
     with pytest.raises(OutputError, match=r"No space left on device$"):
-        write_shard(small_disk, 0, UNCHECKED, 0, lambda size: True)
+        write_shard(small_disk, 0, UNCHECKED, 0, lambda images, size: None)
     found = {path.name for path in small_disk.iterdir()} - {"ballast", f"{SHARD}.done.tmp"}
     assert found == names
     (small_disk / "ballast").unlink()
-    done = write_shard(small_disk, 0, UNCHECKED, 0, lambda size: True)
+    done = write_shard(small_disk, 0, UNCHECKED, 0, lambda images, size: None)
     assert (small_disk / SHARD).read_bytes() == expected(images)
     assert ShardReceipt.load(small_disk / f"{SHARD}.done").sha256 == done.sha256
 
@@ -125,7 +124,7 @@ def test_a_read_only_disk(tmp_path: Path, small_disk: Path, left_over: bool) -> 
         (small_disk / f"{SHARD}.tmp").write_bytes(b"of a killed run")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OutputError, match=f"^{small_disk}/{SHARD}.tmp: Read-only file system$"):
-        write_shard(small_disk, 0, UNCHECKED, 0, lambda size: True)
+        write_shard(small_disk, 0, UNCHECKED, 0, lambda images, size: None)
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
@@ -134,11 +133,10 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
 
     told: list[int] = []
 
-    def advance(size: int) -> bool:
+    def advance(images: int, size: int) -> None:
         if not told:
             shutil.rmtree(tmp_path / "work")
         told.append(size)
-        return True
 
     with pytest.raises(OutputError, match=r"work.*: No such file or directory$"):
         write_shard(tmp_path / "work", 0, UNCHECKED, 0, advance)
@@ -164,7 +162,7 @@ def test_a_killed_process_leaves_no_final_name(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == -signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [TABLE, f"{SHARD}.tmp"]
-    done = write_shard(tmp_path / "work", 0, UNCHECKED, 0, lambda size: True)
+    done = write_shard(tmp_path / "work", 0, UNCHECKED, 0, lambda images, size: None)
     assert (tmp_path / "work" / SHARD).read_bytes() == expected(images)
     assert done.size == len(expected(images))
     assert not (tmp_path / "work" / f"{SHARD}.tmp").exists()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpl_fast.packing.options import ImageOptions, SplitOptions
-from mpl_fast.packing.plan.sharding import Cut, Digest, plan_digest, shard_file
-from mpl_fast.packing.plan.table import RecordRow, reading
+from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, plan_digest, shard_file
+from mpl_fast.packing.plan.table import RecordRow, open_table
 from tests.packing.made_packs import KEEP, images_of, plan_of, source_of
 
 ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
@@ -18,8 +18,8 @@ ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 
 def cut(sizes: list[int], shards: int) -> list[int]:
     """Return the shard of each record."""
-    numbers = Cut(len(sizes), sum(sizes), shards)
-    return [numbers.shard(size) for size in sizes]
+    numbers = ShardAssigner(len(sizes), sum(sizes), shards)
+    return [numbers.assign(size) for size in sizes]
 
 
 def test_names() -> None:
@@ -67,8 +67,8 @@ def test_shards_differ_by_less_than_two_images(sizes: list[int], shards: int) ->
     assert all(abs(size - sum(sizes) / shards) <= max(sizes) for size in held)
 
 
-def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7) -> Digest:
-    digest = Digest(image_options)
+def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7) -> ShardDigest:
+    digest = ShardDigest(image_options)
     digest.add(row, stamp)
     return digest
 
@@ -132,7 +132,7 @@ HOW = SplitOptions(labeled="4", shards=3)
 
 def whole_digest(path: Path, how: SplitOptions, *, spec: str = "here", classes: str = "bee") -> str:
     plan_of(path / "plan", source_of(images_of({"ant": 10, classes: 10}), spec=spec), how)
-    with reading(path / "plan") as table:
+    with open_table(path / "plan") as table:
         return plan_digest(table)
 
 

@@ -95,7 +95,7 @@ def test_classes_merged_from_several_folders(tmp_path: Path) -> None:
             {"ant/notes.txt": b"-"},
             r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt",
         ),
-        ({"a.jpg": b"-"}, "a.jpg lies outside any class folder; give the classes with a labels"),
+        ({"a.jpg": b"-"}, "a.jpg is outside any class folder; give the classes with a labels"),
         ({"ant/a\tb.jpg": b"-"}, r"'ant/a\\tb.jpg' has a tab or line break"),
         ({"ant/a\nb.jpg": b"-"}, r"'ant/a\\nb.jpg' has a tab or line break"),
         ({"a\rnt/a.jpg": b"-"}, r"'a\\rnt/a.jpg' has a tab or line break"),

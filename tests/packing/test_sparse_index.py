@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.publish.sparse_index import Place, check_index, padded, places
+from mpl_fast.packing.publish.sparse_index import (
+    DaliPosition,
+    check_index,
+    dali_positions,
+    padded_lines,
+)
 
 Entries = list[tuple[int, int, int]]
 
@@ -28,8 +33,8 @@ def listings(draw: st.DrawFn) -> tuple[Entries, list[int]]:
 @given(listings())
 def test_dali_finds_every_record_in_its_own_file(listing: tuple[Entries, list[int]]) -> None:
     entries, sizes = listing
-    lines = list(padded(entries))
-    found = list(places((int(line.split("\t")[1]) for line in lines), sizes))
+    lines = list(padded_lines(entries))
+    found = list(dali_positions((int(line.split("\t")[1]) for line in lines), sizes))
     starts = [0, *accumulate(sizes)]
     assert [place[:2] for place in found] == [
         (file, offset - starts[file]) for _, file, offset in entries
@@ -45,7 +50,7 @@ def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list
     entries, sizes = listing
     plain = [f"{number}\t{offset}\n" for number, _, offset in entries]
     starts = [0, *accumulate(sizes)]
-    found = places([offset for _, _, offset in entries], sizes)
+    found = dali_positions([offset for _, _, offset in entries], sizes)
     right = all(
         place[:2] == (file, offset - starts[file])
         for place, (_, file, offset) in zip(found, entries, strict=True)
@@ -53,27 +58,31 @@ def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list
     if right:
         assert check_index(plain, sizes, "x.idx") == len(entries)
     else:
-        with pytest.raises(DataError, match=r"^x\.idx: DALI would look for its record \d+ in the"):
+        with pytest.raises(DataError, match=r"^x\.idx: DALI would read its record \d+ from the"):
             check_index(plain, sizes, "x.idx")
 
 
 def test_lines_are_repeated_by_the_rule() -> None:
     """Files begin at 0, 10, 20, 30. The last line needs one more, as no line comes after it."""
     first, second, third = "1\t0\n", "2\t25\n", "3\t35\n"
-    assert list(padded([(1, 0, 0), (2, 2, 25), (3, 3, 35)])) == [first, *[second] * 2, *[third] * 2]
-    assert list(padded([(2, 2, 25)])) == [second] * 3
-    assert list(padded([(1, 0, 0), (5, 0, 5)])) == [first, "5\t5\n"]
-    assert list(padded([])) == []
+    assert list(padded_lines([(1, 0, 0), (2, 2, 25), (3, 3, 35)])) == [
+        first,
+        *[second] * 2,
+        *[third] * 2,
+    ]
+    assert list(padded_lines([(2, 2, 25)])) == [second] * 3
+    assert list(padded_lines([(1, 0, 0), (5, 0, 5)])) == [first, "5\t5\n"]
+    assert list(padded_lines([])) == []
 
 
 def test_places_are_those_of_dalis_cursor() -> None:
     """Without padding it stays behind: by one file a line, and for the last line altogether."""
-    assert list(places([5, 25, 35], [10, 10, 10, 10])) == [
-        Place(file=0, offset=5, size=20),
-        Place(file=1, offset=15, size=10),
-        Place(file=1, offset=25, size=5),
+    assert list(dali_positions([5, 25, 35], [10, 10, 10, 10])) == [
+        DaliPosition(file=0, offset=5, size=20),
+        DaliPosition(file=1, offset=15, size=10),
+        DaliPosition(file=1, offset=25, size=5),
     ]
-    assert list(places([], [10])) == []
+    assert list(dali_positions([], [10])) == []
 
 
 @pytest.mark.parametrize(

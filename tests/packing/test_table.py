@@ -16,13 +16,13 @@ from mpl_fast.packing.plan.table import (
     Table,
     WrittenRow,
     create_table,
+    create_written,
     edit_table,
-    key,
-    place,
-    raw,
-    reading,
-    start_written,
+    image_key,
+    open_table,
+    origin_of,
     table_errors,
+    to_utf8,
 )
 from tests.packing.made_packs import written_rows
 
@@ -52,25 +52,25 @@ def path(tmp_path: Path) -> Path:
         connection.execute("INSERT INTO plan VALUES (?)", ('{"src": ["\\udcff"]}',))
         for label, name in enumerate(["ant", f"bee{ODD}"]):
             connection.execute(
-                "INSERT INTO classes VALUES (?, CAST(? AS TEXT))", (label, raw(name))
+                "INSERT INTO classes VALUES (?, CAST(? AS TEXT))", (label, to_utf8(name))
             )
         for source in SOURCES:
-            values = (*source[:3], raw(source.file), *source[4:])
+            values = (*source[:3], to_utf8(source.file), *source[4:])
             connection.execute("INSERT INTO sources VALUES (?,?,?,CAST(? AS TEXT),?,?)", values)
         connection.executemany("INSERT INTO shards VALUES (?,?,?,?,?,?,?,?)", SHARDS)
         for row in RECORDS:
             statement = "INSERT INTO records VALUES (?,?,?,CAST(? AS TEXT),?,CAST(? AS TEXT),?,?,?)"
-            text, key = raw(row.name), raw(row.path)
-            connection.execute(statement, (*row[:3], text, row.source, key, *row[6:]))
+            text, place = to_utf8(row.name), to_utf8(row.path)
+            connection.execute(statement, (*row[:3], text, row.source, place, *row[6:]))
     return path
 
 
 @pytest.fixture
 def table(path: Path) -> Iterator[Table]:
     with closing(edit_table(path)) as connection:
-        start_written(connection)
+        create_written(connection)
         connection.executemany("INSERT INTO written VALUES (?,?,?,?,?)", WRITTEN)
-    with reading(path) as table:
+    with open_table(path) as table:
         yield table
 
 
@@ -95,14 +95,14 @@ def test_written_leaves_out_what_was_skipped(table: Table) -> None:
 
 def test_written_is_started_anew(path: Path, table: Table) -> None:
     with closing(edit_table(path)) as connection:
-        start_written(connection)
+        create_written(connection)
         assert written_rows(Table(connection), SHARDS[0]) == []
 
 
 def test_names_for_people(table: Table) -> None:
-    assert key(table.classes(), RECORDS[0]) == f"bee{ODD}/a.jpg"
-    assert place(SOURCES[0], RECORDS[0]) == f"/{ODD}/{ODD}/a.jpg"
-    assert place(SOURCES[1], RECORDS[1]) == "x.tar: ant/b.jpg"
+    assert image_key(table.classes(), RECORDS[0]) == f"bee{ODD}/a.jpg"
+    assert origin_of(SOURCES[0], RECORDS[0]) == f"/{ODD}/{ODD}/a.jpg"
+    assert origin_of(SOURCES[1], RECORDS[1]) == "x.tar: ant/b.jpg"
 
 
 def test_name_is_kept_as_its_bytes(path: Path) -> None:
@@ -115,7 +115,7 @@ def test_name_is_kept_as_its_bytes(path: Path) -> None:
 
 def test_reading_changes_nothing(path: Path) -> None:
     before = path.stat()
-    with reading(path) as one, reading(path) as other:
+    with open_table(path) as one, open_table(path) as other:
         assert one.classes() == other.classes()
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             list(one.query("DELETE FROM classes WHERE label = 0 RETURNING label"))
@@ -125,7 +125,7 @@ def test_reading_changes_nothing(path: Path) -> None:
 
 def test_no_table(tmp_path: Path) -> None:
     lost = pytest.raises(DataError, match=f"^{tmp_path}/none: cannot be opened .*complete")
-    with lost, reading(tmp_path / "none"):
+    with lost, open_table(tmp_path / "none"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -135,14 +135,14 @@ def test_other_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with (
         pytest.raises(DataError, match=f"^{tmp_path}/x: damaged"),
-        reading(tmp_path / "x") as table,
+        open_table(tmp_path / "x") as table,
     ):
         table.shards()
 
 
 def test_table_cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:4096])
-    with pytest.raises(DataError, match=r"records\.sqlite: damaged"), reading(path) as table:
+    with pytest.raises(DataError, match=r"records\.sqlite: damaged"), open_table(path) as table:
         table.shards()
 
 

@@ -12,7 +12,7 @@ import pytest
 from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.table import TABLE, ShardRow
-from mpl_fast.packing.write.shard import StoppedError
+from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.workers import Jobs, run_job, run_local
 from tests.packing.made_packs import KEEP, Planned, options_of, plan_work, write_shards
@@ -36,9 +36,8 @@ def run(
     """Run the job of a shard; return its remarks, and the images and bytes that it told of."""
     told: list[tuple[int, int]] = []
 
-    def advance(images: int, size: int) -> bool:
+    def advance(images: int, size: int) -> None:
         told.append((images, size))
-        return True
 
     remarks = run_job(work, number, image_options, 0, advance)
     return remarks, sum(images for images, _ in told), sum(size for _, size in told)
@@ -150,8 +149,12 @@ def test_job_that_is_told_to_stop(work: Path, finished: bool) -> None:
     if finished:  # then it is stopped while it looks at every byte
         run(work, 0)
     before = identities(work.iterdir())
+
+    def advance(images: int, size: int) -> None:
+        raise StoppedError
+
     with pytest.raises(StoppedError):
-        run_job(work, 0, KEEP, 0, lambda images, size: False)
+        run_job(work, 0, KEEP, 0, advance)
     assert identities(work.iterdir()) == before
 
 
@@ -228,7 +231,7 @@ def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None
         ended.set()
         killer.join()
     assert str(caught.value) == (
-        "a worker process ended without a word (SIGKILL; out of memory?) while it was at one of: "
+        "a worker process died (SIGKILL; out of memory?) while it was at one of: "
         f"{shard.file}; what is finished is kept: run the same command again, with a smaller -j if "
         "memory is short"
     )

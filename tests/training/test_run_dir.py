@@ -36,7 +36,14 @@ def test_everything_promised_is_there(finished: Path) -> None:
 def test_rows_say_what_happened(finished: Path) -> None:
     training = [r for r in rows(finished) if "train_seconds" in r]
     assert [r["step"] for r in training] == [2, 4, 6]
-    wanted = {"loss/labeled", "loss/consistency", "loss/student", "mask_rate", "h", "lr/student"}
+    wanted = {
+        "loss/labeled",
+        "loss/consistency",
+        "loss/student",
+        "mask_rate",
+        "feedback",
+        "lr/student",
+    }
     assert all(wanted <= r.keys() for r in training)
     evaluations = [r for r in rows(finished) if "eval/top1" in r]
     assert [r["step"] for r in evaluations] == [4, 6]

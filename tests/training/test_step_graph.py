@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import Algorithm, Metrics, RunFacts, train_step
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, Metrics, train_step
 from mpl_fast.algorithms.uda import UDA
 from mpl_fast.batch import Batch
 from mpl_fast.config import (
@@ -90,7 +90,7 @@ class Repeats:
 
 def new(config: AlgorithmConfig, graphs: Graphs) -> Algorithm:
     torch.manual_seed(0)
-    facts = RunFacts(seed=3)
+    facts = AlgorithmContext(seed=3)
     return algorithms.build(
         config, lambda c: Learner(network(), c, steps=STEPS, graphs=graphs), facts
     )
@@ -124,7 +124,7 @@ def test_a_step_that_still_changes_would_be_found_out(monkeypatch: pytest.Monkey
     def early(self: object, t: int) -> Hashable:
         return ""
 
-    monkeypatch.setattr(UDA, "phase", early)
+    monkeypatch.setattr(UDA, "graph_key", early)
     slow = replace(CONSISTENCY, ramp=20)
     config = UDAConfig(learner=LEARNER, consistency=slow)
     plain, graphed = new(config, "off"), new(config, "step")

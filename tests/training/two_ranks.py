@@ -101,7 +101,7 @@ def train(recipe: str, out: str, options: set[str], place: distributed.DistEnv) 
         mine = Batch(*(field[place.rank :: place.world] for field in whole))
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             metrics = train_step(algorithm, mine, t)
-    h = metrics.get("h", torch.zeros(()))
+    h = metrics.get("feedback", torch.zeros(()))
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
     state["algorithm"] = dict(algorithm.state)
     ended = {"learners": state, "h": h, "collectives": reduced.call_count}

@@ -1,4 +1,4 @@
-"""One record of a finished folder: found by DALI's words, its id or its name, and its image."""
+"""Finds one record of a finished pack by position, id or name; the locate and extract commands."""
 
 import os
 import re
@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.atomic import write_bytes
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
-from mpl_fast.packing.check.inspection import load_pack, require_table
+from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
     Table,
     WrittenRow,
-    key,
-    place,
-    raw,
-    reading,
+    image_key,
+    open_table,
+    origin_of,
+    to_utf8,
 )
 
 _PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
@@ -28,7 +29,7 @@ _PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
 
 @dataclass(frozen=True)
 class Found:
-    """One record of a finished folder."""
+    """One record of a finished pack."""
 
     id: int
     label: int
@@ -46,16 +47,16 @@ class Found:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the fields for people, one a line."""
+        """Return the fields as text, one a line."""
         fields = asdict(self) | {"splits": ", ".join(self.splits), "crc32": f"{self.crc32:08x}"}
         return [f"{name:<7} {value}" for name, value in fields.items()]
 
 
 def locate(root: Path, text: str) -> Found:
-    """Return the record that DALI tells of as "PATH at index OFFSET".
+    """Return the record at a position that DALI prints as "PATH at index OFFSET".
 
-    text is a line that holds these words, or `FILE OFFSET`. The offset counts within that file; one
-    that lies inside a record finds that record. DataError when there is none.
+    text is a line that contains this, or `FILE OFFSET`. The offset counts within that file and may
+    be inside the record. Raises DataError when there is none.
     """
     manifest = load_pack(root)
     require_table(root, manifest)
@@ -72,26 +73,24 @@ def locate(root: Path, text: str) -> Found:
         raise DataError(f"{root}: has no {file}; its files are {files}")
     if offset >= entry["bytes"]:
         raise DataError(f"{root / file}: has {entry['bytes']} bytes, so no record at {offset}")
-    with reading(root / TABLE) as table:
+    with open_table(root / TABLE) as table:
         shard = next(shard for shard in table.shards() if shard.file == file)
         query = (
             "SELECT id FROM written WHERE id BETWEEN ? AND ? AND offset <= ? "
             "ORDER BY id DESC LIMIT 1"
         )
-        last = shard.first_id + shard.records - 1
-        ((number,),) = table.query(query, (shard.first_id, last, offset))
+        ((number,),) = table.query(query, (*shard.ids, offset))
         return _found(root, manifest, table, number)
 
 
 def find(root: Path, what: str) -> Found:
-    """Return the record with the id, the class/name or the name `what`.
+    """Return the record with the id, class/name or name `what`; of equal images, the first.
 
-    Of several records of the same image the first. DataError when there is none, or when there are
-    several that differ.
+    Raises DataError when there is none, or when several have this name and differ.
     """
     manifest = load_pack(root)
     require_table(root, manifest)
-    with reading(root / TABLE) as table:
+    with open_table(root / TABLE) as table:
         classes = table.classes()
         planned = _with_id(table, what) or _with_name(table, classes, what)
         if not planned:
@@ -101,7 +100,7 @@ def find(root: Path, what: str) -> Found:
         if not written:
             raise DataError(f"{root}: {what} was left out when this was packed; see info")
         if len({(row.size, row.crc32) for row in written.values()}) > 1:
-            listed = [f"{r.id} ({key(classes, r)})" for r in planned if r.id in written]
+            listed = [f"{r.id} ({image_key(classes, r)})" for r in planned if r.id in written]
             raise DataError(
                 f"{root}: {len(listed)} images are called {what}; give the id of one: "
                 f"{first_few(listed)}"
@@ -110,7 +109,7 @@ def find(root: Path, what: str) -> Found:
 
 
 def extract(root: Path, what: str) -> tuple[Found, bytes]:
-    """Return the record that find finds, and its image; DataError when it is damaged."""
+    """Return the result of find, and the image; DataError when it is damaged."""
     found = find(root, what)
     path = root / found.shard
     try:
@@ -127,19 +126,11 @@ def extract(root: Path, what: str) -> tuple[Found, bytes]:
 
 
 def save(image: bytes, path: Path, *, force: bool) -> None:
-    """Write an image to path, complete or not at all; OutputError for a file that is there.
-
-    force replaces it.
-    """
+    """Write an image to path atomically; OutputError when the file exists, unless force."""
     if path.exists() and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
     with output_errors(path):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(image)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, image)
 
 
 def _damaged(path: Path, found: Found, reason: str) -> DataError:
@@ -157,10 +148,10 @@ def _with_id(table: Table, what: str) -> list[RecordRow]:
 
 
 def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
-    """Return the records called what: with its class, or in any class."""
+    """Return the records with the name or class/name `what`."""
     query = "SELECT * FROM records WHERE name = CAST(? AS TEXT)"
     class_name, slash, name = what.rpartition("/")
-    rows = [RecordRow(*row) for row in table.query(query, (raw(name),))]
+    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name),))]
     return [row for row in rows if not slash or classes[row.label] == class_name]
 
 
@@ -171,13 +162,13 @@ def _place(table: Table, number: int) -> WrittenRow | None:
 
 def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -> Found:
     record, written = table.record(number), _place(table, number)
-    assert record is not None and written is not None  # the caller has seen them
+    assert record is not None and written is not None  # checked by the callers
     shard = next(s for s in table.shards() if s.first_id <= number < s.first_id + s.records)
     return Found(
         id=number,
         label=record.label,
-        image=key(table.classes(), record),
-        source=place(table.sources()[record.source], record),
+        image=image_key(table.classes(), record),
+        source=origin_of(table.sources()[record.source], record),
         splits=tuple(
             name
             for name, split in manifest["splits"].items()
@@ -192,7 +183,7 @@ def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -
 
 
 def _lists(path: Path, number: int) -> bool:
-    """Tell whether a listing has a record."""
+    """Return whether a .lst contains a record id."""
     start = b"%d\t" % number
     try:
         with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""The bytes of a .rec file against the rows of the table: what differs, and in which record.
+"""Compares the bytes of a .rec file with the rows of the table, record by record.
 
-Frame, header and padding of a record follow from its row, and the crc32 there tells of its image.
+Frame, header and padding of a record follow from its row; the image is compared by its CRC-32.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from mpl_fast.data.records import HEAD_SIZE, MAGIC, frame, record_head, unframe
 from mpl_fast.errors import DataError
 from mpl_fast.packing.write.pool import Advance
-from mpl_fast.packing.write.shard import StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,12 +21,13 @@ _FRAME, _HEADER, _PADDING, _IMAGE = "frame", "header", "padding", "image"
 
 
 class Fault(NamedTuple):
-    row: int  # in the rows of the shard
+    row: int  # index into the rows of the shard
     text: str
+    undecodable: bool = False  # its bytes are right, but they are no image
 
 
-class Pass(NamedTuple):
-    """What reading a file once has told."""
+class ReadResult(NamedTuple):
+    """The result of reading a file once."""
 
     sha256: str
     size: int  # bytes that could be read
@@ -36,16 +36,16 @@ class Pass(NamedTuple):
 
 
 class RecordReader:
-    """Reads a file in blocks of whole records and compares each record with its row."""
+    """Reads a file in blocks of complete records and compares each record with its row."""
 
     def __init__(self, rows: "NDArray[np.void]", size: int, advance: Advance) -> None:
         self._rows, self._advance = rows, advance
-        self._told = 0  # records of which advance was told
+        self._reported = 0  # records reported to advance
         longest = int(rows["length"].max())
         self._view = memoryview(bytearray(min(size, max(_BLOCK, longest))))
 
-    def read(self, stream: BinaryIO, *, images: bool, decode: bool) -> Pass:
-        """Read the bytes that the file should have; stop at its end or at a disk error."""
+    def read(self, stream: BinaryIO, *, images: bool, decode: bool) -> ReadResult:
+        """Read as many bytes as the file should have, up to its end or a disk error."""
         digest = hashlib.sha256()
         faults: list[Fault] = []
         done = 0
@@ -55,16 +55,15 @@ class RecordReader:
             digest.update(self._view[:got])
             faults += self._faults(first, last, got, images, decode)
             done += got
-            if not self._advance(*((last - first, got) if last > self._told else (0, 0))):
-                raise StoppedError
-            self._told = max(self._told, last)
+            self._advance(*((last - first, got) if last > self._reported else (0, 0)))
+            self._reported = max(self._reported, last)
             if got < wanted:
                 faults += (Fault(row, "is missing") for row in range(last, len(self._rows)))
-                return Pass(digest.hexdigest(), done, faults, error)
-        return Pass(digest.hexdigest(), done, faults, "")
+                return ReadResult(digest.hexdigest(), done, faults, error)
+        return ReadResult(digest.hexdigest(), done, faults, "")
 
     def _blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield (first, last + 1) of the rows that fit into the buffer together."""
+        """Yield (first, last + 1) of consecutive rows that fit into the buffer."""
         ends = self._rows["offset"] + self._rows["length"]
         first = 0
         while first < len(ends):
@@ -76,7 +75,7 @@ class RecordReader:
     def _faults(
         self, first: int, last: int, got: int, images: bool, decode: bool
     ) -> Iterator[Fault]:
-        """Yield what is wrong with the records of a block of which `got` bytes could be read."""
+        """Yield the faults of the records in a block of which `got` bytes could be read."""
         rows = self._rows[first:last]
         starts = rows["offset"] - rows["offset"][0]
         whole = int((starts + rows["length"]).searchsorted(got, "right"))
@@ -109,13 +108,13 @@ class RecordReader:
             image = memoryview(unframe(framed))[HEAD_SIZE - 8 :]
         reason = find_fault(image, "decode")
         if reason:
-            yield Fault(at, f"undamaged, but cannot be decoded: {reason}")
+            yield Fault(at, f"undamaged, but cannot be decoded: {reason}", undecodable=True)
 
 
 def _around_the_image(
     view: memoryview, rows: "NDArray[np.void]", starts: "NDArray[np.int64]"
 ) -> "NDArray[np.uint8]":
-    """Return for each record of one part 0 (sound), 1 (frame), 2 (header) or 3 (padding)."""
+    """Return 0 (undamaged), 1 (frame), 2 (header) or 3 (padding) for records of one part."""
     import numpy as np
 
     words = np.frombuffer(view, "<u4", len(view) // 4)
@@ -135,7 +134,7 @@ def _around_the_image(
 
 
 def _parts_fault(framed: bytes, row: "np.void") -> str:
-    """Return what is damaged in a record of several parts, or ""."""
+    """Return which part of a multi-part record is damaged, or ""."""
     try:
         payload = unframe(framed)
     except DataError:
@@ -149,7 +148,7 @@ def _parts_fault(framed: bytes, row: "np.void") -> str:
 
 
 def _fill(stream: BinaryIO, view: memoryview) -> tuple[int, str]:
-    """Read as much of a view as the file has; return the bytes and why there are no more."""
+    """Fill view as far as possible; return the bytes read and the error that ended it, or ""."""
     got = 0
     while got < len(view):
         try:
@@ -163,6 +162,6 @@ def _fill(stream: BinaryIO, view: memoryview) -> tuple[int, str]:
 
 
 def whole_length(rows: "NDArray[np.void]") -> "NDArray[np.int64]":
-    """Return the bytes that each record has when its image does not hold the magic word."""
+    """Return the length of each record if its image does not contain the magic word, bytes."""
     size: NDArray[np.int64] = rows["size"]
     return HEAD_SIZE + size + -size % 4

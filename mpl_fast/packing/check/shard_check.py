@@ -1,39 +1,38 @@
-"""One finished .rec file: every byte of it is accounted for, and damage is told by its record.
+"""Checks one finished .rec file completely and attributes damage to its records.
 
-The sha256 of the manifest tells whether a file is as it was written. If it is not, its records are
-compared with their rows in the table; if it is and they differ still, the table is to blame.
+The manifest's sha256 decides whether the file is as it was written. If it is not, its records are
+compared with their rows in the table; if it is and they differ, the table is damaged.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import load_manifest, text_hashes
 from mpl_fast.errors import DataError
-from mpl_fast.packing.check.record_check import Fault, Pass, RecordReader, whole_length
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, key, place, reading
+from mpl_fast.packing.check.record_check import Fault, ReadResult, RecordReader, whole_length
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, image_key, open_table, origin_of
 from mpl_fast.packing.write.pool import Advance
-from mpl_fast.packing.write.shard import StoppedError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_CHUNK = 4 << 20  # bytes hashed at once
-
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file of a pack, and which record of it that is, where it is one."""
+    """A fault of a file of a pack, and of which record if it is a single one."""
 
     file: str
     text: str
     record: int | None = None
     image: str = ""  # class/name
     source: str = ""  # where that image came from
+    undecodable: bool = False  # the file is as it was written, but holds no image there
 
     def __str__(self) -> str:
         if self.record is None:
@@ -41,20 +40,22 @@ class Problem:
         return f"{self.file}: record {self.record} ({self.image}, from {self.source}): {self.text}"
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields, without those that say nothing."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        """Return the fields that have a value."""
+        fields = asdict(self)
+        del fields["undecodable"]
+        return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
 def check_shard(
     root: Path, entry: Mapping[str, Any], shard: ShardRow, deep: bool, advance: Advance
 ) -> list[Problem]:
-    """Return all that is wrong with the .rec file of a manifest's entry and its own .idx file.
+    """Return all faults of the .rec file of a manifest's entry and of its own .idx file.
 
-    deep also compares each image with its crc32 and decodes it. advance is told of the records and
-    bytes read since its last call; when it returns False, StoppedError ends the check.
+    deep also compares each image with its crc32 and decodes it. advance is called with the records
+    and bytes read since its last call.
     """
     try:
-        with reading(root / TABLE) as table:
+        with open_table(root / TABLE) as table:
             rows = _rows(table, shard)
             misfit = _misfit(rows, entry)
             if misfit:
@@ -66,24 +67,19 @@ def check_shard(
 
 
 def check_hashes(root: Path, entry: Mapping[str, Any], advance: Advance) -> list[Problem]:
-    """Return what checksums alone tell of the files of check_shard, without the table."""
-
-    def tell(size: int) -> None:
-        if not advance(0, size):
-            raise StoppedError
-
-    faults = {entry["file"]: file_fault(root, entry["file"], entry["sha256"], tell)}
+    """Compare the files of check_shard with their checksums alone, without the table."""
+    faults = {entry["file"]: file_fault(root, entry["file"], entry["sha256"], partial(advance, 0))}
     if "idx" in entry:
         faults[entry["idx"]] = file_fault(root, entry["idx"], entry["idx_sha256"])
     return [Problem(file, fault) for file, fault in faults.items() if fault]
 
 
 def file_fault(
-    root: Path, name: str, sha256: str, tell: Callable[[int], None] = lambda size: None
+    root: Path, name: str, sha256: str, progress: Callable[[int], None] = lambda size: None
 ) -> str:
-    """Return why a file is not the one with that sha256, or ""; tell is called with bytes read."""
+    """Return why a file does not have this sha256, or ""; progress is called with bytes read."""
     try:
-        found = _sha256(root / name, tell)
+        found = sha256_of(root / name, progress)
     except OSError as error:
         return error.strerror or str(error)
     if found == sha256:
@@ -92,29 +88,20 @@ def file_fault(
     return f"holds the content of {owner}" if owner else "its sha256 is not the manifest's"
 
 
-def _sha256(path: Path, tell: Callable[[int], None] = lambda size: None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            tell(len(chunk))
-    return digest.hexdigest()
-
-
 def _owner(root: Path, sha256: str) -> str | None:
-    """Return the file of the pack that should have this sha256: files may have been exchanged."""
+    """Return the file of the pack that should have this sha256: files may have been swapped."""
     manifest = load_manifest(root)
     hashes = text_hashes(manifest) | {s["file"]: s["sha256"] for s in manifest["shards"]}
     return next((name for name, other in hashes.items() if other == sha256), None)
 
 
 def table_problem(root: Path, error: DataError) -> Problem:
-    """Return an error about the table as a problem of it."""
+    """Return an error of reading the table as a problem of it."""
     return Problem(TABLE, str(error).removeprefix(f"{root / TABLE}: "))
 
 
 def _rows(table: Table, shard: ShardRow) -> "NDArray[np.void]":
-    """Return the written records of a shard as the table has them."""
+    """Return the written records of a shard from the table."""
     import numpy as np  # late: the command line's --help must not wait for it
 
     kinds = [("id", "<i8"), ("label", "<f4"), ("offset", "<i8"), ("length", "<i8")]
@@ -123,15 +110,14 @@ def _rows(table: Table, shard: ShardRow) -> "NDArray[np.void]":
         "SELECT id, label, offset, length, written.size, crc32 FROM written JOIN records USING (id)"
         " WHERE id BETWEEN ? AND ? ORDER BY id"
     )
-    last = shard.first_id + shard.records - 1
     try:
-        return np.fromiter(table.query(query, (shard.first_id, last)), np.dtype(kinds))
+        return np.fromiter(table.query(query, shard.ids), np.dtype(kinds))
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"damaged: {shard.file} has rows that are no numbers ({error})") from error
 
 
 def _misfit(rows: "NDArray[np.void]", entry: Mapping[str, Any]) -> str:
-    """Return why rows cannot be those of a shard that the manifest describes, or ""."""
+    """Return why rows do not match the shard in the manifest, or ""."""
     ends = rows["offset"] + rows["length"]
     starts_right = len(rows) and rows["offset"][0] == 0 and ends[-1] == entry["bytes"]
     if len(rows) != entry["records"]:
@@ -152,7 +138,7 @@ def _check_index(root: Path, entry: Mapping[str, Any], rows: "NDArray[np.void]")
         return [Problem(name, fault)]
     pairs = zip(rows["id"].tolist(), rows["offset"].tolist(), strict=True)
     if (root / name).read_text() != "".join(f"{number}\t{offset}\n" for number, offset in pairs):
-        return [Problem(TABLE, f"damaged: {name}, which is sound, lists other places")]
+        return [Problem(TABLE, f"damaged: {name}, which is undamaged, lists other offsets")]
     return []
 
 
@@ -177,7 +163,7 @@ def _check_records(
         return [Problem(file, error.strerror or str(error))]
     if seen.sha256 != entry["sha256"]:
         # Of a file of another length only the beginning was read.
-        whole = seen.sha256 if size == entry["bytes"] else _sha256(root / file)
+        whole = seen.sha256 if size == entry["bytes"] else sha256_of(root / file)
         owner = _owner(root, whole)
         if owner:
             return [Problem(file, f"holds the content of {owner}")]
@@ -191,7 +177,7 @@ def _check_records(
     return problems + [named.problem(file, rows, fault) for fault in seen.faults]
 
 
-def _whole_file(seen: Pass, entry: Mapping[str, Any], size: int) -> Iterator[str]:
+def _whole_file(seen: ReadResult, entry: Mapping[str, Any], size: int) -> Iterator[str]:
     if seen.error:
         yield f"cannot be read from byte {seen.size} on: {seen.error}"
     elif size < entry["bytes"]:
@@ -201,7 +187,7 @@ def _whole_file(seen: Pass, entry: Mapping[str, Any], size: int) -> Iterator[str
 
 
 class _Names:
-    """Says in people's words which record is damaged."""
+    """Builds problems that name the image and the source of a record."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -215,13 +201,14 @@ class _Names:
             file,
             fault.text,
             record.id,
-            key(self._classes, record),
-            place(self._sources[record.source], record),
+            image_key(self._classes, record),
+            origin_of(self._sources[record.source], record),
+            fault.undecodable,
         )
 
     def blame_table(self, file: str, rows: "NDArray[np.void]", fault: Fault) -> Problem:
         """Return the problem of a record whose file has the right sha256."""
-        if fault.text.startswith("undamaged"):
+        if fault.undecodable:
             return self.problem(file, rows, fault)
         number = rows["id"][fault.row]
         return Problem(TABLE, f"damaged: its row of record {number} does not fit {file}")

@@ -1,4 +1,4 @@
-"""Whether a finished folder is as it was packed: every file, every record, and what is damaged."""
+"""The verify command: checks every file and record of a finished pack and lists all damage."""
 
 import time
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.check.inspection import load_pack
 from mpl_fast.packing.check.listing_check import check_split, check_table
+from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.shard_check import Problem, check_hashes, check_shard
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.write.pool import Job, run_jobs
@@ -17,7 +17,7 @@ from mpl_fast.packing.write.pool import Job, run_jobs
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked and all that is wrong."""
+    """What was checked, and all problems."""
 
     root: Path
     deep: bool
@@ -41,7 +41,7 @@ class Report:
         }
 
     def lines(self) -> list[str]:
-        """Return the report for people: every problem, then what was checked."""
+        """Return the report as text: every problem, then what was checked."""
         rate = self.bytes / max(self.seconds, 1e-9)
         how = "decoded every image of" if self.deep else "compared with their checksums"
         counted = f"{self.records} records in {self.shards} .rec files ({self.bytes / 1e9:.3f} GB)"
@@ -51,7 +51,7 @@ class Report:
         return [*map(str, self.problems), end]
 
     def require_sound(self) -> None:
-        """Return when nothing is wrong; else DataError with the first problems and the remedy."""
+        """DataError with the first problems and the remedy, if there are any."""
         if not self.problems:
             return
         files = list(dict.fromkeys(problem.file for problem in self.problems))
@@ -59,7 +59,7 @@ class Report:
         remedy = (
             f"delete {first_few(shards, 3)} and run its pack command again (info shows the "
             "options): only that is packed anew"
-            if shards == files and not all(p.text.startswith("undamaged") for p in self.problems)
+            if shards == files and not all(problem.undecodable for problem in self.problems)
             else "delete the folder's files and pack again"
         )
         listed = first_few(map(str, self.problems), 3, "; ")
@@ -74,9 +74,8 @@ def verify(
 ) -> Report:
     """Check every file of a finished folder; deep also decodes every image.
 
-    progress is called a few times a second with the records and bytes that are done. What is
-    damaged is in the report. DataError when there is no finished pack, UserError when a worker
-    dies.
+    progress is called a few times a second with the records and bytes done. Damage is listed in
+    the report. Raises DataError when there is no finished pack, UserError when a worker dies.
     """
     started = time.monotonic()
     manifest = load_pack(root)

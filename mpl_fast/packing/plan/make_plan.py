@@ -1,7 +1,7 @@
-"""What a pack will hold, decided before an image is read: labels, splits, order, ids, shards.
+"""Makes the plan of a pack: labels, labeled images, order, ids and shards, before an image is read.
 
-The plan is the table (table.py). While it is made, everything that grows with the dataset is in
-SQLite files beside it, so that the number of images is bounded by the disk, not by the memory.
+The plan is the table (table.py). Everything that grows with the dataset is in SQLite files beside
+it, so that the number of images is limited by the disk, not by memory.
 """
 
 import json
@@ -9,20 +9,20 @@ import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mpl_fast.data.records import ID_LIMIT
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import ImageOptions, SplitOptions
-from mpl_fast.packing.plan.sharding import Cut, Digest, shard_file
-from mpl_fast.packing.plan.split import choose, rank
-from mpl_fast.packing.plan.table import RecordRow, create_table, raw, table_errors
+from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
+from mpl_fast.packing.plan.layout import TRAIN, VAL, ShardGroup, shard_groups
+from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
+from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.sources.source import Source
 
-RECORD_BYTES = 96  # about what a record adds to the image in all files of a pack but the table
-TABLE_BYTES = 130  # a record in the table, finished
-_TRAIN, _VAL = 0, 1
+RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
+TABLE_BYTES = 130  # of a record in the finished table; about
 _FOUND = """
 CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class INTEGER NOT NULL,
                           name TEXT NOT NULL, path TEXT NOT NULL, start INTEGER NOT NULL,
@@ -30,55 +30,6 @@ CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class 
                           labeled INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 """
-
-
-class Piece(NamedTuple):
-    """The images that are joined under one prefix."""
-
-    prefix: str
-    where: str  # SQL that picks them from found.images
-
-
-class Split(NamedTuple):
-    """A split of the finished pack: which records of which prefix it lists."""
-
-    name: str
-    stem: str  # of its .idx and .lst
-    prefix: str
-    labeled: int | None  # only records with this value in RecordRow.labeled; None: all
-
-    def lists(self, record: RecordRow) -> bool:
-        """Tell whether a record of the prefix is in the split."""
-        return self.labeled is None or record.labeled == self.labeled
-
-
-def pieces(layout: str, unlabeled: str, *, val: bool) -> list[Piece]:
-    """Return what is written, in the order of the ids."""
-    if layout == "shared":
-        written = [Piece("train", f"part = {_TRAIN}")]
-    else:
-        rest = " AND NOT labeled" if unlabeled == "rest" else ""
-        written = [
-            Piece("train_label", f"part = {_TRAIN} AND labeled"),
-            Piece("train_unlabel", f"part = {_TRAIN}{rest}"),
-        ]
-    return [*written, Piece("val", f"part = {_VAL}")] if val else written
-
-
-def splits(layout: str, unlabeled: str, *, val: bool) -> list[Split]:
-    """Return what a finished pack lists."""
-    if layout == "shared":
-        listed = [
-            Split("train", "train", "train", None),
-            Split("labeled", "train_label", "train", 1),
-            Split("unlabeled", "train_unlabel", "train", 0 if unlabeled == "rest" else None),
-        ]
-    else:
-        listed = [
-            Split("labeled", "train_label", "train_label", None),
-            Split("unlabeled", "train_unlabel", "train_unlabel", None),
-        ]
-    return [*listed, Split("val", "val", "val", None)] if val else listed
 
 
 def make_plan(
@@ -89,20 +40,20 @@ def make_plan(
     image_options: ImageOptions,
     options: Mapping[str, Any],
 ) -> list[str]:
-    """Write the plan as the table at path, replacing it; return warnings about the sources.
+    """Write the plan as a new table at path; return warnings about the sources.
 
-    Every split is in seeded shuffled order, validation too: its first part is a fair sample of it.
-    Raises DataError for images that cannot be packed together, ConfigError for a draw that cannot
-    be made. options are kept in the table as they are.
+    Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
+    sample. options are stored in the table. Raises DataError for images that cannot be packed
+    together, ConfigError when the labeled images cannot be drawn.
     """
     for old in (path, _scratch(path)):
         old.unlink(missing_ok=True)
     try:
         with table_errors(path), closing(create_table(path)) as table:
-            table.execute("ATTACH CAST(? AS TEXT) AS found", (raw(str(_scratch(path))),))
+            table.execute("ATTACH CAST(? AS TEXT) AS found", (to_utf8(str(_scratch(path))),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
-            # Sorting needs as much space again: here, not on the disk of the system's folder.
+            # Sorting needs as much space again: use this disk, not that of /tmp.
             with suppress(sqlite3.Error, ValueError):
                 table.execute(f"PRAGMA temp_store_directory = '{_quoted(path.parent)}'")
             table.execute("BEGIN")
@@ -125,7 +76,7 @@ def _scratch(path: Path) -> Path:
 
 
 class _Planner:
-    """The steps from sources to the rows of the table."""
+    """Fills the table from the sources, in steps."""
 
     def __init__(
         self,
@@ -141,16 +92,16 @@ class _Planner:
 
     def run(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Fill the table; return warnings."""
-        warnings = [line for source in train for line in self._list(source, _TRAIN)]
-        self._require_unique(_TRAIN, " + ".join(source.spec for source in train))
+        warnings = [line for source in train for line in self._list(source, TRAIN)]
+        self._require_unique(TRAIN, " + ".join(source.spec for source in train))
         if val is not None:
-            warnings += self._list(val, _VAL)
-            self._require_unique(_VAL, val.spec)
+            warnings += self._list(val, VAL)
+            self._require_unique(VAL, val.spec)
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         first_id = shard = 0
-        for piece in pieces(self._how.layout, self._how.unlabeled, val=val is not None):
-            first_id, shard = self._place(piece, first_id, shard)
+        for group in shard_groups(self._how.layout, self._how.unlabeled, val=val is not None):
+            first_id, shard = self._place(group, first_id, shard)
         self._table.execute("INSERT INTO plan VALUES (?)", (json.dumps(dict(self._options)),))
         return warnings
 
@@ -158,10 +109,10 @@ class _Planner:
         """Add a source and its images; return its warnings."""
         number = self._value("SELECT count(*) FROM sources")
         unpacked = source.file.parent == self._work
-        file = raw(source.file.name if unpacked else str(source.file.absolute()))
+        file = to_utf8(source.file.name if unpacked else str(source.file.absolute()))
         self._table.execute(
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
-            (number, raw(source.spec), source.kind, file, source.size, source.stamp),
+            (number, to_utf8(source.spec), source.kind, file, source.size, source.stamp),
         )
         self._table.executemany(
             "INSERT INTO found.images VALUES "
@@ -181,12 +132,12 @@ class _Planner:
                 part,
                 number,
                 numbers.setdefault(image.class_name, len(numbers)),
-                raw(image.name),
-                raw(image.path),
+                to_utf8(image.name),
+                to_utf8(image.path),
                 image.start,
                 image.size,
                 image.stamp,
-                rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
+                hash_rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
             )
 
     def _require_unique(self, part: int, spec: str) -> None:
@@ -203,10 +154,10 @@ class _Planner:
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
-        """Give every class its label; return a warning about classes without validation images."""
-        names = _class_order(train) or sorted(self._classes_in(_TRAIN))
+        """Assign a label to every class; warn about classes without validation images."""
+        names = _class_order(train) or sorted(self._classes_in(TRAIN))
         labels = {name: label for label, name in enumerate(names)}
-        known = self._classes_in(_VAL) & labels.keys()
+        known = self._classes_in(VAL) & labels.keys()
         if val is not None and _is_numbered(val, len(names)):
             other = [name for name in sorted(known) if labels[name] != int(name)]
             if other:
@@ -217,16 +168,16 @@ class _Planner:
                 )
             if not known:
                 labels |= {str(label): label for label in range(len(names))}
-        self._require_known(_TRAIN, " + ".join(source.spec for source in train), labels)
+        self._require_known(TRAIN, " + ".join(source.spec for source in train), labels)
         if val is not None:
-            self._require_known(_VAL, val.spec, labels)
-        rows = [(label, raw(name)) for label, name in enumerate(names)]
+            self._require_known(VAL, val.spec, labels)
+        rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
         self._table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
         self._table.executemany(
             "INSERT INTO found.classes VALUES (?, ?)",
             ((number, labels[name]) for name, number in self._class_numbers.items()),
         )
-        absent = len(names) - len({labels[name] for name in self._classes_in(_VAL)})
+        absent = len(names) - len({labels[name] for name in self._classes_in(VAL)})
         if val is not None and absent:
             return [f"{val.spec}: has no image of {absent} of the classes"]
         return []
@@ -234,7 +185,7 @@ class _Planner:
     def _require_known(self, part: int, spec: str, labels: Mapping[str, int]) -> None:
         unknown = sorted(self._classes_in(part) - labels.keys())
         if unknown:
-            where = "the training source" if part == _VAL else "the list that numbers the classes"
+            where = "the training source" if part == VAL else "the list that numbers the classes"
             raise DataError(
                 f"{spec}: {len(unknown)} classes are not in {where}: {first_few(unknown)}"
             )
@@ -246,50 +197,50 @@ class _Planner:
 
     def _choose_labeled(self) -> None:
         names = list(self._class_numbers)
-        query = f"SELECT rowid, class, name FROM found.images WHERE part = {_TRAIN}"
+        query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
         images = ((row, names[number], name) for row, number, name in self._table.execute(query))
         how = self._how
-        chosen = choose(images, how.labeled, seed=how.split_seed, balance=how.balance)
+        chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
         self._table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
-        left = f"SELECT count(*) FROM found.images WHERE part = {_TRAIN} AND NOT labeled"
+        left = f"SELECT count(*) FROM found.images WHERE part = {TRAIN} AND NOT labeled"
         if how.unlabeled == "rest" and not self._value(left):
             raise DataError(
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
             )
 
-    def _place(self, piece: Piece, first_id: int, first_shard: int) -> tuple[int, int]:
-        """Add the records and shards of a piece; return the next id and shard number."""
+    def _place(self, group: ShardGroup, first_id: int, first_shard: int) -> tuple[int, int]:
+        """Add the records and shards of a group; return the next id and shard number."""
         count, size = self._table.execute(
-            f"SELECT count(*), total(size) FROM found.images WHERE {piece.where}"
+            f"SELECT count(*), total(size) FROM found.images WHERE {group.where}"
         ).fetchone()
         if first_id + count > ID_LIMIT:
             raise DataError(
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
             )
         shards = min(count, self._how.shards or -(-int(size) // self._how.shard_size) or 1)
-        cut = Cut(count, int(size), shards)
-        digests = [Digest(self._image_options) for _ in range(shards)]
-        rows = self._rows(piece, first_id)
+        assigner = ShardAssigner(count, int(size), shards)
+        digests = [ShardDigest(self._image_options) for _ in range(shards)]
+        rows = self._rows(group, first_id)
         self._table.executemany(
             "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
-            _digested(rows, cut, digests, self._source_stamps()),
+            _digested(rows, assigner, digests, self._source_stamps()),
         )
         first = first_id
         for number, digest in enumerate(digests):
-            file = shard_file(piece.prefix, number, shards)
-            row = (first_shard + number, piece.prefix, file, first, digest.records, digest.bytes)
+            file = shard_file(group.prefix, number, shards)
+            row = (first_shard + number, group.prefix, file, first, digest.records, digest.bytes)
             values = (*row, digest.content(file), digest.stamps())
             self._table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
             first += digest.records
         return first_id + count, first_shard + shards
 
-    def _rows(self, piece: Piece, first_id: int) -> Iterator[RecordRow]:
+    def _rows(self, group: ShardGroup, first_id: int) -> Iterator[RecordRow]:
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {piece.where} ORDER BY rank, label, images.name"
+            f"WHERE {group.where} ORDER BY rank, label, images.name"
         )
         for number, row in enumerate(self._table.execute(query), first_id):
             yield RecordRow(number, *row)
@@ -304,25 +255,28 @@ class _Planner:
 
 
 def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
-    """Return the class names by label where sources number their labels; None: by name."""
+    """Return the class names by label if sources number their labels; None: sort by name."""
     orders = [(source.spec, source.class_order) for source in sources]
     longest = max((order for _, order in orders if order is not None), key=len, default=None)
     for spec, order in orders:
         if longest is not None and order is not None and order != longest[: len(order)]:
-            raise DataError(f"{spec}: its labels stand for other classes than another source's")
+            raise DataError(f"{spec}: its labels mean other classes than another source's")
     return longest
 
 
 def _is_numbered(source: Source, classes: int) -> bool:
-    """Tell whether a source knows its classes by their labels alone: a list of a flat folder."""
+    """Return whether classes have only numbers in a source: a list of a flat folder."""
     order = source.class_order or ()
     return 0 < len(order) <= classes and order == tuple(map(str, range(len(order))))
 
 
 def _digested(
-    rows: Iterator[RecordRow], cut: Cut, digests: Sequence[Digest], source_stamps: Sequence[int]
+    rows: Iterator[RecordRow],
+    assigner: ShardAssigner,
+    digests: Sequence[ShardDigest],
+    source_stamps: Sequence[int],
 ) -> Iterator[tuple[object, ...]]:
     for row in rows:
         stamp = row.stamp if row.start < 0 else source_stamps[row.source]
-        digests[cut.shard(row.size)].add(row, stamp)
-        yield (*row[:3], raw(row.name), row.source, raw(row.path), *row[6:])
+        digests[assigner.assign(row.size)].add(row, stamp)
+        yield (*row[:3], to_utf8(row.name), row.source, to_utf8(row.path), *row[6:])

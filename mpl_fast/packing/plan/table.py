@@ -1,8 +1,8 @@
-"""The table of a pack, a SQLite file: one row a record, planned first and completed at the end.
+"""Table of a pack: a SQLite file with one row per record, planned first and completed at the end.
 
-Every process and machine that packs reads only the rows of its own shard, so that no process's
-memory grows with the dataset. As `records.sqlite` it stays with the finished records: it says
-where each came from, where it lies, and the checksum of its image.
+Every process and machine reads only the rows of its shard, so that no process's memory grows with
+the dataset. As `records.sqlite` it is part of the finished pack: the source of each record, its
+position, and the checksum of its image.
 """
 
 import json
@@ -37,20 +37,20 @@ CREATE TABLE written(id INTEGER PRIMARY KEY, offset INTEGER NOT NULL, length INT
 
 
 class SourceRow(NamedTuple):
-    """Where images come from: a folder whose files are read, or one file that holds them all."""
+    """A source: a folder of image files, or one file that contains all images."""
 
     number: int
     spec: str  # as the user wrote it
     kind: str  # "folder"; "archive" (byte ranges of one file); "records" (framed records)
-    # The folder, or the file that is read; of a compressed archive its spool file, which lies
-    # beside the plan and is stored without that folder, then (it is gone) the spec.
+    # The folder or file to read. Of a compressed archive: its spool file beside the plan, stored
+    # without that folder; in a finished pack, which has no spool files, the spec.
     file: str
     size: int  # bytes of that file; 0 for a folder
     stamp: int  # modification time in ns of the file; 0 for a folder
 
 
 class ShardRow(NamedTuple):
-    """One .rec file: its records have the ids from first_id on."""
+    """One .rec file, with the records first_id to first_id + records - 1."""
 
     number: int
     prefix: str  # of the files that are joined: train, train_label, train_unlabel or val
@@ -58,12 +58,17 @@ class ShardRow(NamedTuple):
     first_id: int
     records: int
     bytes: int  # of its images as they are in the source
-    content: str  # sha256 of all that decides its bytes, the images' content left out
-    stamps: str  # sha256 of what tells whether its images changed: places, sizes, times
+    content: str  # sha256 of all that determines its bytes, except the images' content
+    stamps: str  # sha256 of the paths, offsets and times of its images, to detect changes
+
+    @property
+    def ids(self) -> tuple[int, int]:
+        """The first and the last record id."""
+        return self.first_id, self.first_id + self.records - 1
 
 
 class RecordRow(NamedTuple):
-    """One planned record: what it is and the byte range that holds its image."""
+    """One planned record, with the byte range of its image."""
 
     id: int
     label: int
@@ -77,7 +82,7 @@ class RecordRow(NamedTuple):
 
 
 class WrittenRow(NamedTuple):
-    """Where a record lies in its .rec file."""
+    """Position of a record in its .rec file."""
 
     id: int
     offset: int  # of its frame in the .rec file
@@ -87,14 +92,14 @@ class WrittenRow(NamedTuple):
 
 
 def create_table(path: Path) -> sqlite3.Connection:
-    """Return a new table at path, which must not exist, without journal: a temporary file."""
+    """Create a table at path, which must not exist; without journal, for a temporary file."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
     return _with_bytes_kept(connection)
 
 
 def edit_table(path: Path) -> sqlite3.Connection:
-    """Return the table at path, to be written without journal: for a temporary copy only."""
+    """Open the table at path for writing; without journal, for a temporary file."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
     return _with_bytes_kept(connection)
@@ -102,7 +107,7 @@ def edit_table(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def table_errors(path: Path) -> Iterator[None]:
-    """Turn an error of SQLite while the table at path is written into one line: a full disk."""
+    """Turn an error of SQLite while writing the table, as on a full disk, into an OutputError."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -110,8 +115,8 @@ def table_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator["Table"]:
-    """Open a finished table that nobody writes any more, without locks; DataError names it."""
+def open_table(path: Path) -> Iterator["Table"]:
+    """Open a table that is no longer written, read-only and without locks; DataError names it."""
     try:
         uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
         connection = _with_bytes_kept(sqlite3.connect(uri, uri=True))
@@ -126,17 +131,17 @@ def reading(path: Path) -> Iterator["Table"]:
 
 
 def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
-    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+    connection.text_factory = lambda content: content.decode("utf-8", "surrogateescape")
     return connection
 
 
-def raw(text: str) -> bytes:
-    """Return text for `CAST(? AS TEXT)`: file names need not be UTF-8, sqlite3's strings must."""
+def to_utf8(text: str) -> bytes:
+    """Return text for `CAST(? AS TEXT)`: sqlite3 refuses strings that are no valid UTF-8."""
     return text.encode("utf-8", "surrogateescape")
 
 
 class Table:
-    """The rows of an open table."""
+    """Typed access to the rows of an open table."""
 
     def __init__(self, connection: sqlite3.Connection, folder: Path = Path()) -> None:
         self._connection = connection
@@ -173,8 +178,7 @@ class Table:
     def records(self, shard: ShardRow) -> Iterator[RecordRow]:
         """Yield the planned records of a shard in order."""
         query = "SELECT * FROM records WHERE id BETWEEN ? AND ? ORDER BY id"
-        last = shard.first_id + shard.records - 1
-        for row in self._connection.execute(query, (shard.first_id, last)):
+        for row in self._connection.execute(query, shard.ids):
             yield RecordRow(*row)
 
     def record(self, record_id: int) -> RecordRow | None:
@@ -184,24 +188,24 @@ class Table:
         return RecordRow(*row) if row else None
 
     def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
-        """Yield the rows of any other question."""
-        # Not `yield from`: a half-read answer may be closed after the connection.
+        """Yield the rows of any other query."""
+        # Not `yield from`: a half-read result may be closed after the connection.
         for row in self._connection.execute(sql, values):  # noqa: UP028
             yield row
 
 
-def start_written(connection: sqlite3.Connection) -> None:
+def create_written(connection: sqlite3.Connection) -> None:
     """Add the empty table of written records."""
     connection.executescript(_WRITTEN)
 
 
-def key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
-    """Return `class/name`, by which people know an image."""
+def image_key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
+    """Return `class/name`, the name of an image in messages."""
     return f"{classes[record.label]}/{record.name}"
 
 
-def place(source: SourceRow, record: RecordRow) -> str:
-    """Return where the image of a record comes from, as a path or `archive: member`."""
+def origin_of(source: SourceRow, record: RecordRow) -> str:
+    """Return the origin of a record's image, as a path or `archive: member`."""
     if source.kind == "folder":
         return str(Path(source.file, record.path))
     return f"{source.spec}: {record.path}"

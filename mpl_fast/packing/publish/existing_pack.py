@@ -1,66 +1,60 @@
-"""What a folder already holds, compared with what it shall hold: a finished pack is never lost."""
+"""Comparison of the finished pack in the output folder with the pack that is to be made."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST, check_texts, load_manifest
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.sharding import plan_digest
-from mpl_fast.packing.plan.table import TABLE, Table, reading
+from mpl_fast.packing.plan.table import TABLE, Table, open_table
 from mpl_fast.packing.publish.out_folder import OutFolder
-from mpl_fast.packing.write.shard_receipt import ShardReceipt
+from mpl_fast.packing.write.shard_receipt import ShardReceipt, receipt_path
 
-Json = dict[str, Any]
 _DRAWN = {"labeled", "balance", "unlabeled", "split_seed"}  # options that resplit has
 _REMEDY = "choose another --out, or --force to replace it"
 
 
 @dataclass(frozen=True)
 class ExistingPack:
-    """A finished pack, and those of its .rec files that are gone or have another size."""
+    """A finished pack, and those of its .rec files that are missing or have another size."""
 
     manifest: Json
     broken: list[str]
 
-    def require_equal(self, folder: OutFolder) -> None:
-        """Return when the broken shards, packed again, are what they were; else OutputError."""
+    def require_same(self, folder: OutFolder) -> None:
+        """OutputError when a broken shard, packed again, has other bytes than before."""
         for shard in self.manifest["shards"]:
             if shard["file"] in self.broken:
-                done = ShardReceipt.load(folder.work / f"{shard['file']}.done")
-                if done.sha256 != shard["sha256"]:
+                receipt = ShardReceipt.load(receipt_path(folder.work, shard["file"]))
+                if receipt.sha256 != shard["sha256"]:
                     raise OutputError(
                         f"{folder.path}: {shard['file']}, packed again, is not what it was; with "
                         "another version of the image libraries? --force packs everything again"
                     )
 
 
-def examine(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
-    """Return the finished pack that folder holds; OutputError when it is not the planned one.
+def check_existing(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
+    """Return the finished pack in folder; OutputError when it is not the planned one.
 
-    Of the records only the sizes are looked at, all other files are compared with their sha256.
+    Only the sizes of .rec files are compared; all other files are compared by their sha256.
     """
-    if MANIFEST not in folder.holdings():
+    if MANIFEST not in folder.pack_files():
         raise OutputError(
-            f"{folder.path}: holds {folder.holdings()[0]} of an unknown pack; {_REMEDY}"
+            f"{folder.path}: holds {folder.pack_files()[0]} of an unknown pack; {_REMEDY}"
         )
     try:
         old = load_manifest(folder.path)
         check_texts(folder.path, old)
-        with reading(folder.path / TABLE) as table:
+        with open_table(folder.path / TABLE) as table:
             stamps = {shard.file: shard.stamps for shard in table.shards()}
         before = dict(old["options"])
         skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
-        broken = [shard["file"] for shard in old["shards"] if not _is_there(folder, shard)]
+        broken = [shard["file"] for shard in old["shards"] if not _has_size(folder, shard)]
     except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(f"{folder.path}: holds a damaged pack ({error}); {_REMEDY}") from error
     if old.get("plan_sha256") != plan_digest(plan):
-        what = changes(before, options) or "its source's files were others"
-        others = {name for name in options if options[name] != before.get(name)}
-        resplit = "make_rec.py resplit draws other labeled images for this one; else "
-        drawn_anew = others and others <= _DRAWN and old.get("layout") == "shared"
-        remedy = f"{resplit if drawn_anew else ''}{_REMEDY}"
-        raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
+        _refuse_other_pack(folder, old, before, options)
     changed = [shard.file for shard in plan.shards() if stamps.get(shard.file) != shard.stamps]
     if changed:
         raise OutputError(
@@ -75,8 +69,17 @@ def examine(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
     return ExistingPack(old, broken)
 
 
-def changes(old: Json, new: Json) -> str:
-    """Return which options differ, in one line; "" when none does."""
+def _refuse_other_pack(folder: OutFolder, old: Json, before: Json, options: Json) -> None:
+    what = changed_options(before, options) or "its source's files were others"
+    others = {name for name in options if options[name] != before.get(name)}
+    resplit = "make_rec.py resplit draws other labeled images for this one; else "
+    drawn_anew = others and others <= _DRAWN and old.get("layout") == "shared"
+    remedy = f"{resplit if drawn_anew else ''}{_REMEDY}"
+    raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
+
+
+def changed_options(old: Json, new: Json) -> str:
+    """Return the options that differ, in one line; "" when none does."""
     return ", ".join(
         f"{name} was {old.get(name)}, now {value}"
         for name, value in new.items()
@@ -84,6 +87,6 @@ def changes(old: Json, new: Json) -> str:
     )
 
 
-def _is_there(folder: OutFolder, shard: Json) -> bool:
+def _has_size(folder: OutFolder, shard: Json) -> bool:
     path = folder.path / shard["file"]
     return path.exists() and bool(path.stat().st_size == shard["bytes"])

@@ -1,7 +1,7 @@
-"""The folder that a pack is written into: locked, and never showing a half-written file.
+"""Output folder of a pack: file locks, the work folder `.pack`, and the final renames.
 
-All that a run writes lies in the hidden folder `.pack` until the pack is whole. So an interrupted
-run goes on where it was, and an older pack stays readable until the new one takes its place.
+A run writes into the hidden folder `.pack` until the pack is complete. So an interrupted run can
+continue, and an older pack stays readable until the new one replaces it.
 """
 
 import fcntl
@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from mpl_fast.atomic import sync_folder
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
 from mpl_fast.packing.plan.table import TABLE
-from mpl_fast.packing.write.shard_receipt import sync_folder
+from mpl_fast.packing.write.shard_receipt import receipt_path
 
 WORK = ".pack"
 _LOCK = ".lock"
@@ -31,10 +32,10 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class OutFolder:
-    """A folder held by this process alone, or (shared) by the processes that pack its parts.
+    """Context manager: a folder locked by this process, or (shared) by those that pack its parts.
 
-    Leaving the context after an error keeps the shards that are finished, and nothing else. While
-    a pack gets its names, Ctrl-C and SIGTERM come too late: they are ignored to the end.
+    Leaving it after an error keeps finished shards and nothing else. During the final renames
+    Ctrl-C and SIGTERM are ignored, until the context ends.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -63,7 +64,7 @@ class OutFolder:
             elif (self.work / MANIFEST).exists():
                 os.close(self._lock)
                 raise OutputError(
-                    f"{self.path}: a finished pack was stopped while its files got their names; "
+                    f"{self.path}: a finished pack was stopped during its final renames; "
                     f"first run: make_rec.py finish {self.path}"
                 )
             self.work.mkdir(exist_ok=True)
@@ -84,18 +85,18 @@ class OutFolder:
             finally:
                 os.close(self._lock)
 
-    def holdings(self) -> list[str]:
-        """Return the names of the pack files that are here, sorted."""
+    def pack_files(self) -> list[str]:
+        """Return the names of all files of a pack in the folder, sorted."""
         return [name for name in self._names() if _OURS.fullmatch(name)]
 
     def finished(self) -> list[str]:
-        """Return the names of the shards that are finished but have not got their place yet."""
+        """Return the names of the finished shards in the work folder, sorted."""
         if not (self.work / TABLE).exists():
-            return []  # what a publish has left that was killed at its very end
+            return []  # left by a publish that was killed at its very end
         return sorted(path.stem for path in self.work.glob("*.rec.done"))
 
-    def discard(self) -> None:
-        """Forget an unfinished pack."""
+    def clear_work(self) -> None:
+        """Delete an unfinished pack."""
         shutil.rmtree(self.work)
         self.work.mkdir()
 
@@ -108,8 +109,8 @@ class OutFolder:
             )
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Tell whether no other part is being packed; within, none begins then."""
+    def exclusive(self) -> Iterator[bool]:
+        """Yield whether no other part is being packed; if so, none can start within the context."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             alone = True
@@ -127,8 +128,8 @@ class OutFolder:
             raise OutputError(f"{self.path}: another make_rec is writing here") from error
 
     @contextmanager
-    def held(self, name: str, busy: str | None = None) -> Iterator[None]:
-        """Hold a lock of this name in the work folder; with busy, raise it instead of waiting."""
+    def locked(self, name: str, busy: str | None = None) -> Iterator[None]:
+        """Hold a named lock in the work folder; with `busy`, fail with it instead of waiting."""
         with (self.work / f"{name}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
@@ -137,17 +138,17 @@ class OutFolder:
             yield
 
     def publish(self) -> None:
-        """Give all that the work folder's manifest lists its place, the manifest last.
+        """Move the files of the work folder's manifest into the folder, the manifest last.
 
-        An old manifest goes first, so that no mixture of two packs ever looks complete. Cut short,
-        it is finished by the next run into this folder. A stop after it comes too late.
+        An old manifest is removed first, so that no mixture of two packs looks complete. If this
+        is killed, the next run into this folder finishes it.
         """
         self._stops.enter_context(_stops_ignored())
-        self._place()
+        self._publish()
 
-    def _place(self) -> None:
+    def _publish(self) -> None:
         names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
-        old = self.holdings()
+        old = self.pack_files()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()
         sync_folder(self.path)
@@ -162,19 +163,20 @@ class OutFolder:
         shutil.rmtree(self.work)
 
     def _finish_publish(self) -> None:
-        """Finish a publish that was cut short: only then the manifest is in the work folder."""
+        """Finish a publish that was killed: only then the manifest is in the work folder."""
         if (self.work / MANIFEST).exists():
             with _stops_ignored():
-                self._place()
+                self._publish()
 
     def _clean(self) -> None:
-        """Remove what no later run needs: all but finished shards, their plan and unpacked tars."""
+        """Remove all but finished shards, their plan and unpacked tars, which the next run uses."""
         if not self.work.exists() or (self.work / MANIFEST).exists():
             return
-        if not self.finished():
+        finished = self.finished()
+        if not finished:
             shutil.rmtree(self.work)
             return
-        kept = {TABLE, *self.finished(), *(f"{name}.done" for name in self.finished())}
+        kept = {TABLE, *finished, *(receipt_path(self.work, name).name for name in finished)}
         for path in self.work.iterdir():
             if path.name not in kept and not path.match("spool-*.tar"):
                 path.unlink()
@@ -187,7 +189,7 @@ class OutFolder:
 def _stops_ignored() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is ever stopped by them
+        yield  # only the main thread handles signals
         return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in _STOPS}
     try:

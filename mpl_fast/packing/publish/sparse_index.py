@@ -1,9 +1,9 @@
-"""Index files that DALI reads right although they list only some of the records of several files.
+"""Index files that list only some records of several files, in the form that DALI reads correctly.
 
-DALI sorts the offsets and walks along the files with a cursor that moves on by at most one file a
-line, and not at all on the last line (recordio_loader.h of DALI 2.4). So it looks into the wrong
-file when a file has no listed record. A line that is repeated gives no second record but moves the
-cursor, which is how the lines of a sparse index are padded here.
+DALI sorts the offsets and follows the files with a cursor that advances by at most one file per
+line, and not on the last line (recordio_loader.h of DALI 2.4). So it reads from the wrong file when
+a file has no listed record. A repeated line gives no second record but advances the cursor: such
+lines pad a sparse index here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,20 +13,20 @@ from typing import NamedTuple
 from mpl_fast.errors import DataError
 
 
-class Place(NamedTuple):
-    """Where DALI looks for a record."""
+class DaliPosition(NamedTuple):
+    """Where DALI reads a record."""
 
     file: int
-    offset: int  # in that file; beyond its end when DALI looks into the wrong file
+    offset: int  # in that file; beyond its end if DALI reads from the wrong file
     size: int  # bytes up to the next record of the index, or to the end of the last file
 
 
-def padded(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
-    """Yield the lines `id TAB offset` of an index, repeated where DALI's cursor needs it.
+def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
+    """Yield the lines `id TAB offset` of an index, repeated as DALI's cursor needs them.
 
     entries are (record id, file number, offset over the joined files) in the order of the offsets.
-    An index of one file, or one that lists a record of every file, gets one line a record, but for
-    a last record that is alone in its file.
+    If every file has a listed record, each record gets one line, except a last record that is
+    alone in its file.
     """
     cursor = 0
     waiting: tuple[int, int, int] | None = None
@@ -45,8 +45,8 @@ def padded(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
             yield f"{record_id}\t{offset}\n"
 
 
-def places(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Place]:
-    """Yield where DALI looks for each record of an index, given its offsets in ascending order.
+def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[DaliPosition]:
+    """Yield where DALI reads each record of an index, given its offsets in ascending order.
 
     sizes are the bytes of the joined files.
     """
@@ -58,23 +58,23 @@ def places(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Place]:
             if file + 1 < len(sizes) and previous >= starts[file + 1]:
                 file += 1
             if offset > previous:
-                yield Place(file, previous - starts[file], offset - previous)
+                yield DaliPosition(file, previous - starts[file], offset - previous)
         previous = offset
     if previous is not None:
-        yield Place(file, previous - starts[file], starts[-1] - previous)
+        yield DaliPosition(file, previous - starts[file], starts[-1] - previous)
 
 
 def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
-    """Return how many records DALI reads by an index, each from the file that holds it.
+    """Return the number of records that DALI reads by an index, each from the right file.
 
-    sizes are the bytes of the joined files. DataError names the index (name) when a line is no
-    line of an index, an offset is out of order or of range, or DALI would look into a wrong file.
+    sizes are the bytes of the joined files. Raises DataError with the index's name when a line is
+    malformed, an offset is out of order or range, or DALI would read from a wrong file.
     """
     records = 0
-    for place in places(_offsets(lines, sum(sizes), name), sizes):
+    for place in dali_positions(_offsets(lines, sum(sizes), name), sizes):
         if place.offset >= sizes[place.file]:
             raise DataError(
-                f"{name}: DALI would look for its record {records + 1} in the wrong file (number "
+                f"{name}: DALI would read its record {records + 1} from the wrong file (number "
                 f"{place.file}, beyond its end); the lines lack padding"
             )
         records += 1

@@ -1,4 +1,4 @@
-"""Tar archives as byte ranges: a compressed one is unpacked once into a spool file."""
+"""Lists the members of tar archives as byte ranges; unpacks compressed ones into spool files."""
 
 import bz2
 import gzip
@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from mpl_fast.atomic import atomic_path
 from mpl_fast.errors import DataError, output_errors
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
-# Its level is followed by the mark of a block, or of the end: a tar may begin with a name "BZh".
+# A block or end mark follows the level: an uncompressed tar may begin with a file name "BZh...".
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 
-# The last two: tarfile takes any number in a damaged header for an offset.
+# The last two: tarfile uses any number in a damaged header as an offset.
 _DAMAGE = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OverflowError)
 
 
@@ -34,17 +35,17 @@ class Member(NamedTuple):
 
 
 class Spools:
-    """The uncompressed contents of compressed archives: files in `work`, made once and kept."""
+    """Uncompressed copies of compressed archives, in the folder `work`, made once and kept."""
 
-    def __init__(self, work: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, work: Path, report: Callable[[str], None]) -> None:
         self._work = work
-        self._say = say
+        self._report = report
 
     def get(self, path: Path) -> Path:
-        """Return a file with the content of path: path itself when it is not compressed.
+        """Return the uncompressed archive: path itself if it is not compressed.
 
-        A spool file has its archive's modification time, so that it looks the same when it has to
-        be made again. DataError when the archive is damaged, OutputError when `work` is full.
+        A spool file gets its archive's modification time, so that it is the same when made again.
+        Raises DataError when the archive is damaged, OutputError when `work` is full.
         """
         with archive_errors(path):
             stream = _decompressor(path)
@@ -55,7 +56,7 @@ class Spools:
         digest = hashlib.sha256(os.fsencode(identity)).hexdigest()
         spool = self._work / f"spool-{digest[:16]}.tar"
         if not spool.exists():
-            self._say(f"unpacking {path} once into {self._work}")
+            self._report(f"unpacking {path} once into {self._work}")
             with stream:
                 _unpack(stream, path, spool, state.st_mtime_ns)
         stream.close()
@@ -63,24 +64,18 @@ class Spools:
 
 
 def _unpack(stream: IO[bytes] | gzip.GzipFile, path: Path, spool: Path, stamp: int) -> None:
-    """Write what stream holds to spool: complete and on disk, or not at all."""
-    temporary = spool.with_name(f"{spool.name}.tmp")
-    try:
-        # A full disk is the fault of the spool's folder, and damage that of the archive.
-        with output_errors(spool.parent), temporary.open("wb") as copy:
-            while chunk := _read(stream, path):
-                copy.write(chunk)
-            copy.flush()
-            os.utime(temporary, ns=(stamp, stamp))
-            os.fsync(copy.fileno())
-            temporary.replace(spool)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the content of stream to spool, atomically."""
+    # A full disk is an error of the spool's folder, damage an error of the archive.
+    with output_errors(spool.parent), atomic_path(spool) as temporary:
+        with temporary.open("wb") as copy:
+            while block := _read(stream, path):
+                copy.write(block)
+        os.utime(temporary, ns=(stamp, stamp))
 
 
 @contextmanager
 def archive_errors(path: Path) -> Iterator[None]:
-    """Turn what reading the archive at path raises into one line about it."""
+    """Turn errors of reading the archive at path into a DataError that names it."""
     try:
         yield
     except _DAMAGE as error:
@@ -90,7 +85,7 @@ def archive_errors(path: Path) -> Iterator[None]:
 
 
 def _decompressor(path: Path) -> IO[bytes] | gzip.GzipFile | None:
-    """Return a reader of the content of a compressed file; None when it is not compressed."""
+    """Return a stream of the uncompressed content; None if the file is not compressed."""
     with path.open("rb") as raw:
         start = raw.read(10)
     if start.startswith(b"\xfd7zXZ\0"):
@@ -106,16 +101,16 @@ def _read(stream: IO[bytes] | gzip.GzipFile, path: Path) -> bytes:
 
 
 def clean_name(name: str) -> str:
-    """Return a path inside an archive without "", "." and ".." among its parts."""
+    """Return a path inside an archive without the parts "", "." and ".."."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def members(tar_path: Path, shown: Path, folder: str = "") -> Iterator[Member]:
-    """Yield what lies in a folder of an uncompressed tar file, named from there on.
+    """Yield the members of a folder of an uncompressed tar file, named relative to it.
 
     `shown` names the archive in errors, `folder` is a clean name, "" for the whole archive. A tar
-    inside it, as ImageNet's archive has one for each class, counts as a folder of its name.
-    DataError at a link, and where the archive is damaged, cut short or followed by another.
+    inside the archive (ImageNet's has one for each class) counts as a folder of its name. Raises
+    DataError for links, and when the archive is damaged, truncated or followed by another.
     """
     prefix = f"{folder}/" if folder else ""
     found = False
@@ -134,15 +129,15 @@ def members(tar_path: Path, shown: Path, folder: str = "") -> Iterator[Member]:
 
 
 def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) -> Iterator[Member]:
-    """Yield the members of the tar in the bytes from start to stop, their starts counted from 0.
+    """Yield the members of the tar in the bytes from start to stop; offsets count from byte 0.
 
-    A tar inside another has no end of file of its own: only stop keeps a cut one from going on.
+    A tar inside another has no end of file: without stop, a truncated one would run on.
     """
     raw.seek(start)
     name = prefix
     with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (item := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # 1 KB an image, never asked for
+            tar.members.clear()  # type: ignore[attr-defined]  # 1 KB an image, never used
             if tar.offset > stop or item.size < 0:
                 break
             name = prefix + clean_name(item.name)
@@ -163,7 +158,7 @@ def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) ->
 
 def _require_end(raw: IO[bytes], end: int, stop: int, fault: str) -> None:
     """DataError unless the tar's end mark is at end and no other tar follows it before stop."""
-    # tarfile ends without a word at a damaged header, so the end mark is looked for.
+    # tarfile stops silently at a damaged header, so the end mark is checked here.
     raw.seek(end)
     if end + _BLOCK > stop or raw.read(_BLOCK) != bytes(_BLOCK):
         raise DataError(f"{fault} (no end mark)")
@@ -174,6 +169,6 @@ def _require_end(raw: IO[bytes], end: int, stop: int, fault: str) -> None:
             try:
                 tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
-                return  # what some writers leave behind the end mark means nothing
-            # Joined with `cat`: tar itself would stop here without a word.
+                return  # padding that some writers leave after the end mark
+            # Joined with `cat`: tar itself would stop here silently.
             raise DataError(f"{fault}: a second archive begins at byte {end + _BLOCK + at}")

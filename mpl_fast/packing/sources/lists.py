@@ -1,45 +1,25 @@
-"""Text files that say what images there are and of which class: .lst lists and labels files."""
+"""MXNet's .lst: id, label and path of each image."""
 
 import os
 import stat
 from array import array
-from bisect import insort
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import Tally
 
 LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
-_DEVKIT_CLASSES = 1000
-
-
-class Tally:
-    """How many entries there are, and the first few of them in order: a long list, not kept."""
-
-    def __init__(self, most: int = 10) -> None:
-        self.count = 0
-        self._most = most
-        self._first: list[str] = []
-
-    def add(self, entry: str) -> None:
-        """Count an entry."""
-        self.count += 1
-        insort(self._first, entry)
-        del self._first[self._most :]
-
-    def __str__(self) -> str:
-        more = self.count - len(self._first)
-        return ", ".join(self._first) + (f" and {more} more" if more else "")
 
 
 class Line(NamedTuple):
-    """One line of a .lst: an image, its id and its label."""
+    """One line of a .lst."""
 
     number: int  # from 1
     id: int
     label: int
-    path: str  # as it is written
+    path: str  # as written in the list
 
 
 class ListedFile(NamedTuple):
@@ -52,7 +32,7 @@ class ListedFile(NamedTuple):
 
 
 def whole_label(label: str | float) -> int:
-    """Return a label as a class index ("16", "16.000000", "1e3"); ValueError when it is none."""
+    """Return a label ("16", "16.000000", "1e3") as a class index; ValueError if it is none."""
     try:
         number = float(label)
     except ValueError as error:
@@ -63,9 +43,9 @@ def whole_label(label: str | float) -> int:
 
 
 def read_list(path: Path) -> Iterator[Line]:
-    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the line at fault."""
+    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line."""
     labels: dict[str, int] = {}  # few, on many lines
-    for number, text in _lines(path):
+    for number, text in text_lines(path):
         try:
             record_id, label, name = _columns(text)
             if label not in labels:
@@ -86,10 +66,10 @@ def _columns(text: str) -> tuple[int, str, str]:
     return int(columns[0]), columns[1], columns[2]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that are not blank, without line end or byte order mark.
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line that is not blank, without line end or byte order mark.
 
-    Only LF and CR LF end a line: a file name may hold any other character.
+    Only LF and CR LF end a line: a file name may contain any other character.
     """
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
@@ -102,10 +82,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def class_names(path: Path) -> tuple[str, ...]:
-    """Return the class names by label that a .lst suggests by its folders.
+    """Return the class names by label, taken from the folders in a .lst.
 
-    A label's class is the folder of all its images, if no other label has images in one of that
-    name; else, and for a label without images, it is the label's number as text.
+    A label whose images are all in one folder is named by that folder, any other by its number.
+    If two labels would get the same name, all are named by their numbers.
     """
     folders: dict[int, str] = {}  # "": several
     for line in read_list(path):
@@ -120,9 +100,10 @@ def class_names(path: Path) -> tuple[str, ...]:
 
 
 def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
-    """Yield the files that a .lst names below root.
+    """Yield the files that a .lst names, which must be below root.
 
-    DataError when a path leaves root, is listed twice, or (after the last) when files are missing.
+    Raises DataError when a path leaves root or is listed twice, and, at the end, when files are
+    missing.
     """
     _require_unique(path, root)
     missing = Tally()
@@ -138,7 +119,7 @@ def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
 
 
 def _state(path: str) -> os.stat_result | None:
-    """Return what the system says of a file; None when there is none, or a folder."""
+    """Return the stat of a regular file, else None."""
     try:
         state = os.stat(path)  # noqa: PTH116 (a Path for each image takes twice the time)
     except (OSError, ValueError):  # ValueError: a zero byte in the name
@@ -147,7 +128,7 @@ def _state(path: str) -> os.stat_result | None:
 
 
 def _below(root: Path, line: Line, path: Path) -> str:
-    """Return a listed path as one below root; links are followed only later, when it is read."""
+    """Return a listed path relative to root; links are not resolved here."""
     name = os.path.normpath(line.path)
     if name.startswith("/"):
         name = os.path.relpath(name, root.absolute())
@@ -157,7 +138,7 @@ def _below(root: Path, line: Line, path: Path) -> str:
 
 
 def _require_unique(path: Path, root: Path) -> None:
-    """DataError when a .lst names a file twice; 8 bytes of memory a line."""
+    """DataError when a .lst names a file twice; uses 8 bytes of memory per line."""
     import numpy as np  # late: the command line's --help must not wait for it
 
     hashes = array("q", (hash(_below(root, line, path)) for line in read_list(path)))
@@ -170,84 +151,3 @@ def _require_unique(path: Path, root: Path) -> None:
         name = _below(root, line, path)
         if hash(name) in twice and first.setdefault(name, line.number) != line.number:
             raise DataError(f"{path}: line {line.number}: {name} is on line {first[name]} already")
-
-
-class Labels:
-    """The classes that a labels file gives to images that lie in no class folder.
-
-    Its lines are `name class` (with tab, comma or space between), or one class each for the images
-    in the order of their names. They are held in memory.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._in_order: list[str] = []
-        self._by_name: dict[str, tuple[str, int]] = {}  # class and line
-        self._taken: dict[str, None] = {}
-        self._faults = Tally()
-        for number, text in _lines(path):
-            self._add(number, text)
-        if not self._in_order and not self._by_name:
-            raise DataError(f"{path}: gives no class")
-        if _are_devkit_ids(self._in_order):
-            raise DataError(
-                f"{path}: these look like the ILSVRC devkit's numbers, which do not follow the "
-                "order of the class names: give a WordNet id, as n01440764, on each line"
-            )
-
-    @property
-    def in_order(self) -> bool:
-        """Whether each line is a class only: images must then be taken in the order of names."""
-        return bool(self._in_order)
-
-    def _add(self, number: int, text: str) -> None:
-        name, class_name = _name_and_class(text)
-        where = f"{self._path}: line {number}"
-        if not class_name or (self._in_order if name else self._by_name):
-            raise DataError(f"{where}: {text!r}: each line must be `name class`, or each a class")
-        if "/" in class_name:
-            raise DataError(f"{where}: a class with a slash in it: {class_name!r}")
-        if name in self._by_name:
-            raise DataError(f"{where}: {name} is on line {self._by_name[name][1]} already")
-        if name:
-            self._by_name[name] = class_name, number
-        else:
-            self._in_order.append(class_name)
-
-    def take(self, name: str) -> str | None:
-        """Return the class of the next image; None when there is none, told at the end."""
-        twice = name in self._taken
-        at = len(self._taken)
-        self._taken[name] = None
-        if twice:
-            self._faults.add(f"{name} (several images)")
-        elif self.in_order and at < len(self._in_order):
-            return self._in_order[at]
-        elif name in self._by_name:
-            return self._by_name[name][0]
-        else:
-            self._faults.add(f"{name} (no line)")
-        return None
-
-    def require_all_taken(self, spec: str) -> None:
-        """DataError when there were images without a line, or lines without an image."""
-        for name, (_, number) in self._by_name.items():
-            if name not in self._taken:
-                self._faults.add(f"{name} (line {number}, no image)")
-        for number in range(len(self._taken), len(self._in_order)):
-            self._faults.add(f"class {number + 1} (no image)")
-        if self._faults.count:
-            fault = f"{self._faults.count} names do not fit the images of {spec}"
-            raise DataError(f"{self._path}: {fault}: {self._faults}")
-
-
-def _name_and_class(text: str) -> tuple[str, str]:
-    """Return the name without folders, "" on a line with a class only, and the class."""
-    between = next((character for character in "\t," if character in text), None)
-    name, _, class_name = text.rpartition(between) if between else text.strip().rpartition(" ")
-    return name.strip().rpartition("/")[2], class_name.strip()
-
-
-def _are_devkit_ids(classes: list[str]) -> bool:
-    numbers = all(name.isdecimal() and 0 < int(name) <= _DEVKIT_CLASSES for name in classes)
-    return bool(classes) and numbers

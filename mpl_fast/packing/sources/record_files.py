@@ -1,4 +1,4 @@
-"""Existing .rec files as byte ranges of framed records, told apart by their headers alone."""
+"""Lists the records of existing .rec files as byte ranges, reading their headers only."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.records import MAGIC
+from mpl_fast.data.records import LENGTH_LIMIT, MAGIC
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.lists import class_names, read_list, whole_label
 
-# A frame's magic word and length, then the image header: number of labels, label, id, second id.
+# Frame: magic word and length; image header: number of labels, label, id, second id.
 _HEAD = struct.Struct("<IIIfQQ")
 _FRAME = struct.Struct("<II")
 _IMAGE_HEADER = _HEAD.size - _FRAME.size  # bytes
@@ -20,20 +20,20 @@ _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")
 
 
 class FramedRecord(NamedTuple):
-    """One record of a file: its label, its id, and the bytes of all its parts and padding."""
+    """Header values of a record, and the byte range of all its parts with padding."""
 
     label: float
     id: int
-    labels: int  # 0: the one in `label`; else so many stand before the image
+    labels: int  # 0: the one in `label`; else the number of labels before the image
     start: int
     size: int
 
 
 class Record(NamedTuple):
-    """One record that can be packed."""
+    """One record with its class."""
 
     class_name: str
-    path: str  # as a list names it, else `id.jpg`
+    path: str  # from the list, else `id.jpg`
     start: int
     size: int
 
@@ -61,7 +61,7 @@ def _read_frame(descriptor: int, start: int, stop: int, path: Path) -> FramedRec
         raise DataError(f"{path}: cut short at byte {start}, in a record's header")
     magic, length, labels, label, record_id, _ = _HEAD.unpack(head)
     part, end = _part(magic, length, start, stop, path)
-    if part not in (_WHOLE, _FIRST) or length & 0x1FFFFFFF < _IMAGE_HEADER:
+    if part not in (_WHOLE, _FIRST) or length % LENGTH_LIMIT < _IMAGE_HEADER:
         raise DataError(f"{path}: damaged at byte {start}: no image record begins here")
     while part not in (_WHOLE, _LAST):
         frame = os.pread(descriptor, _FRAME.size, end)
@@ -75,10 +75,10 @@ def _read_frame(descriptor: int, start: int, stop: int, path: Path) -> FramedRec
 
 
 def _part(magic: int, length: int, start: int, stop: int, path: Path) -> tuple[int, int]:
-    """Return what part of a record begins at start, and where it ends with its padding."""
+    """Return the kind of the record part at start, and the offset after its padding."""
     if magic != MAGIC:
         raise DataError(f"{path}: damaged at byte {start}: no record begins here")
-    size = length & 0x1FFFFFFF
+    size = length % LENGTH_LIMIT
     end = start + _FRAME.size + size + -size % 4
     if end > stop:
         raise DataError(f"{path}: cut short: the record at byte {start} ends after the file")
@@ -86,7 +86,7 @@ def _part(magic: int, length: int, start: int, stop: int, path: Path) -> tuple[i
 
 
 class RecordSource:
-    """The images of a .rec file: labels from the records, names from a list beside it."""
+    """Images of a .rec file: labels from its records, names from a .lst beside it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -98,13 +98,13 @@ class RecordSource:
 
     @property
     def class_order(self) -> tuple[str, ...]:
-        """Return the class names by label; complete after the last record."""
+        """Return the class names by label; complete once all records were yielded."""
         if self._names is None:
             return tuple(str(label) for label in range(self._highest + 1))
         return self._names
 
     def records(self) -> Iterator[Record]:
-        """Yield the records in the file's order; DataError at one that cannot be packed."""
+        """Yield the records in file order; DataError at one that cannot be packed."""
         path_of = self._unlisted if self._list is None else self._listed(self._list)
         for frame in read_frames(self._path):
             try:
@@ -130,7 +130,7 @@ class RecordSource:
         return f"{record_id}.jpg"
 
     def _listed(self, path: Path) -> Callable[[int, int], str]:
-        """Return what tells a record's path: the list is read along with the records, not kept."""
+        """Return a function from id and label to path, reading the list along with the records."""
         lines = read_list(path)
 
         def path_of(record_id: int, label: int) -> str:
@@ -146,14 +146,14 @@ class RecordSource:
 
 
 def _list_beside(path: Path) -> Path | None:
-    """Return the list of a .rec file, FILE.lst, or that of all shards; None without one."""
+    """Return FILE.lst beside FILE.rec, or the .lst of all shards; None if there is none."""
     stems = (path.stem, _SHARD.sub("", path.stem))
     lists = (path.with_name(f"{stem}.lst") for stem in stems)
     return next((file for file in lists if file.is_file()), None)
 
 
 def _classes_beside(path: Path) -> tuple[str, ...] | None:
-    """Return the lines of the classes.txt beside a .rec file; None without one."""
+    """Return the lines of the classes.txt beside a .rec file; None if there is none."""
     file = path.with_name("classes.txt")
     if not file.is_file():
         return None

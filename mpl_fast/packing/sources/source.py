@@ -1,4 +1,4 @@
-"""Where images come from: a folder, an archive, records or a list, seen as byte ranges."""
+"""Opens sources of images (folder, tar archive, .rec, .lst) and lists them as byte ranges."""
 
 import os
 from collections import defaultdict
@@ -8,50 +8,51 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.first_few import Tally, first_few
 from mpl_fast.packing.sources.archives import Spools, clean_name, members
-from mpl_fast.packing.sources.lists import Labels, Tally, class_names, listed_files
+from mpl_fast.packing.sources.labels_file import Labels
+from mpl_fast.packing.sources.lists import class_names, listed_files
 from mpl_fast.packing.sources.record_files import RecordSource
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Image(NamedTuple):
-    """One image: its class, its file name, and the byte range that holds it."""
+    """One image: its class, its file name, and the byte range of its content."""
 
     class_name: str
     name: str  # without folders
     path: str  # inside its source, with "/"
-    start: int  # byte offset in the source's file; -1: the whole of a file of its own
+    start: int  # byte offset in the source's file; -1: it is a file of its own
     size: int  # bytes; of a source of records: of the whole framed record
     stamp: int  # modification time in ns of a file of its own, else 0
 
 
 @dataclass
 class Source:
-    """An opened --src or --val: what its images are read from, and the images themselves."""
+    """An opened --src or --val: the folder or file to read, and how its images are listed."""
 
     spec: str  # as the user wrote it
     kind: str  # "folder", "archive" or "records", as table.SourceRow says
-    file: Path  # the folder, or the one file that is read
+    file: Path  # the folder, or the file that contains all images
     size: int  # bytes of that file; 0 for a folder
     stamp: int  # its modification time in ns; 0 for a folder
     _list: Callable[["Source"], Iterator[Image]]
-    warnings: list[str] = field(default_factory=list)  # complete when images() has ended
-    # After images(): class names by label where the source itself numbers its labels, else None.
+    warnings: list[str] = field(default_factory=list)  # complete at the end of images()
+    # At the end of images(): class names by label if the source numbers its labels, else None.
     class_order: tuple[str, ...] | None = None
 
     def images(self) -> Iterator[Image]:
-        """Yield every image, in any order; DataError when there is none or one cannot be packed.
+        """Yield all images in any order; DataError if there are none or one cannot be packed.
 
-        Memory does not grow with their number, except by 8 bytes a line of a .lst and by the
+        Memory does not grow with their number, except for 8 bytes per line of a .lst and the
         content of a labels file.
         """
         self.warnings.clear()
         empty = True
         for image in self._list(self):
             empty = False
-            # These would break the lines of a list.
+            # These would break the lines of a .lst.
             key = f"{image.class_name}/{image.name}"
             if "\t" in key or "\n" in key or "\r" in key:
                 fault = "has a tab or line break in its name"
@@ -76,14 +77,14 @@ class _Entry(NamedTuple):
 class _Folder(NamedTuple):
     prefix: str  # of the names in it, relative to the source
     path: str
-    chain: tuple[tuple[int, int], ...]  # the folders from the source to this one, as identities
+    chain: tuple[tuple[int, int], ...]  # (device, inode) of the folders from the source to here
 
 
 def open_source(spec: str, *, root: Path | None, labels: Path | None, spools: Spools) -> Source:
-    """Return what spec names: DIR, ARCHIVE, ARCHIVE:FOLDER, FILE.rec or FILE.lst.
+    """Open DIR, ARCHIVE, ARCHIVE:FOLDER, FILE.rec or FILE.lst.
 
-    The paths of a .lst are below root, or else below its own folder. The labels file gives the
-    classes of images in no class folder. DataError when spec names nothing that can be read.
+    The paths of a .lst are relative to root, by default its own folder. The labels file gives the
+    classes of images outside class folders. Raises DataError when spec cannot be read.
     """
     path, folder = _find(spec)
     is_list = path.suffix == ".lst"
@@ -110,7 +111,7 @@ def _of_file(
 
 
 def _find(spec: str) -> tuple[Path, str]:
-    """Return the path that spec names and the folder inside that archive, "" for all of it."""
+    """Return the path in spec, and the folder inside that archive, "" for all of it."""
     path = Path(spec)
     before, colon, folder = spec.rpartition(":")
     try:
@@ -160,7 +161,7 @@ def _recorded(source: Source) -> Iterator[Image]:
 
 
 def _folder_entries(root: Path) -> Iterator[_Entry]:
-    """Yield the files and folders below root; links are followed, a loop of links is an error."""
+    """Yield all files and folders below root; links are followed, a loop of links is an error."""
     pending = [_Folder("", str(root), (_identity(root.stat()),))]
     while pending:
         folder = pending.pop()
@@ -190,39 +191,39 @@ def _identity(state: os.stat_result) -> tuple[int, int]:
 
 
 def _chosen(source: Source, entries: Iterator[_Entry], labels: Path | None) -> Iterator[Image]:
-    """Yield the entries that are images by name, their class from the folder or the labels."""
-    rest = _Rest()
-    images = _in_classes(source.spec, entries, rest, labels is None)
+    """Yield the entries named as images, with the class of their folder or the labels file."""
+    leftovers = _Leftovers()
+    images = _in_classes(source.spec, entries, leftovers, labels is None)
     yield from images if labels is None else _labeled(source.spec, images, Labels(labels))
     source.warnings.extend(
-        f"{source.spec}: {text}" for text in rest.warnings(merging=labels is None)
+        f"{source.spec}: {text}" for text in leftovers.warnings(merging=labels is None)
     )
 
 
 def _in_classes(
-    spec: str, entries: Iterator[_Entry], rest: "_Rest", need_folder: bool
+    spec: str, entries: Iterator[_Entry], leftovers: "_Leftovers", need_folder: bool
 ) -> Iterator[Image]:
     previous = class_name = ""
     for entry in entries:
         relative, start, size, stamp = entry
         if size < 0:
-            rest.folders.add(relative)
+            leftovers.folders.add(relative)
             continue
         if not relative.lower().endswith(IMAGE_SUFFIXES):
-            rest.others.add(relative)
+            leftovers.others.add(relative)
             continue
         folder, _, name = relative.rpartition("/")
         if folder != previous:
             previous, class_name = folder, folder.rpartition("/")[2]
-            rest.classes[class_name].add(folder)
+            leftovers.classes[class_name].add(folder)
         if need_folder and not folder:
             hint = "give the classes with a labels file, or name the folder above"
-            raise DataError(f"{spec}: {relative} lies outside any class folder; {hint}")
+            raise DataError(f"{spec}: {relative} is outside any class folder; {hint}")
         yield Image(class_name, name, relative, start, size, stamp)
 
 
 def _labeled(spec: str, images: Iterator[Image], labels: Labels) -> Iterator[Image]:
-    """Yield the images with the classes that the labels file gives to their names."""
+    """Yield the images with their classes from the labels file."""
     if labels.in_order:
         images = iter(sorted(images, key=lambda image: image.name))
     for image in images:
@@ -232,8 +233,8 @@ def _labeled(spec: str, images: Iterator[Image], labels: Labels) -> Iterator[Ima
     labels.require_all_taken(spec)
 
 
-class _Rest:
-    """What lies in a source beside images, and where its classes are."""
+class _Leftovers:
+    """Files and folders of a source that are no images, and the folders of each class."""
 
     def __init__(self) -> None:
         self.others = Tally(3)
@@ -241,7 +242,7 @@ class _Rest:
         self.classes: dict[str, set[str]] = defaultdict(set)
 
     def warnings(self, *, merging: bool) -> Iterator[str]:
-        """Yield what the user should know, each one line; `merging`: folders are classes."""
+        """Yield warnings, one line each; `merging`: images get the class of their folder."""
         if self.others.count:
             yield f"{self.others.count} files are not images by name, left out: {self.others}"
         filled = set().union(*self.classes.values())
@@ -249,7 +250,7 @@ class _Rest:
         empty = sorted(self.folders - filled)
         if empty:
             yield f"{len(empty)} folders hold no image and give no class: {first_few(empty)}"
-        # The root of train/ and val/ would train on both.
+        # With --src the parent of train/ and val/, training would use both.
         several = [name for name, where in sorted(self.classes.items()) if len(where) > 1]
         if several and merging:
             merged = [" + ".join(sorted(self.classes[name])) for name in several]

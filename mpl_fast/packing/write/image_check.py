@@ -1,4 +1,4 @@
-"""Whether an image file can be decoded: DALI ends the whole run at one that cannot."""
+"""Checks that image files can be decoded: DALI stops a training run at one that cannot."""
 
 import re
 
@@ -10,11 +10,11 @@ _TAIL = 64  # bytes; most files have their end mark in the last ones
 
 
 def find_fault(image: bytes | memoryview, how: str) -> str | None:
-    """Return why the bytes of an image file cannot be used, or None when they can.
+    """Return why an image file cannot be used, or None.
 
-    how is "decode" (all of it, strictly), "header" (the first bytes, and an end mark somewhere:
-    that of a thumbnail will do, so not every cut is seen) or "none" (not empty). The content
-    decides between JPEG and PNG, not the name: ImageNet has a PNG that is named .JPEG.
+    how is "decode" (decode all of it strictly), "header" (check the first bytes and search an end
+    mark, which may be that of a thumbnail, so truncation can be missed) or "none" (not empty).
+    JPEG and PNG are distinguished by content, not name: ImageNet has a PNG named .JPEG.
     """
     if not image:
         return "empty file"
@@ -36,7 +36,7 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
 
 
 def explain(image: bytes | memoryview, error: PixelsError) -> str:
-    """Return why a JPEG or PNG cannot be decoded: a missing end says more than the decoder."""
+    """Return why a JPEG or PNG cannot be decoded: truncation if its end is missing, else error."""
     return _missing_end(image, kind_of(image)) or str(error)
 
 

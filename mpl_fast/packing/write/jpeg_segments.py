@@ -1,4 +1,4 @@
-"""What stands before a JPEG's pixels: its EXIF orientation and Adobe's mark."""
+"""Reads JPEG header segments: EXIF orientation and the Adobe marker."""
 
 import struct
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ _ENTRY = "HHIH"  # tag, type, count, and the value where it is a short
 
 
 def orientation(image: bytes | memoryview) -> int:
-    """Return the EXIF orientation of a JPEG, 1 to 8; 1 where it has none or a damaged one."""
+    """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it is missing or damaged."""
     for marker, content in _segments(image):
         if marker == _APP1 and content[: len(_EXIF)] == _EXIF:
             return _tiff_orientation(bytes(content[len(_EXIF) :]))
@@ -18,7 +18,7 @@ def orientation(image: bytes | memoryview) -> int:
 
 
 def has_adobe_mark(image: bytes | memoryview) -> bool:
-    """Tell whether a JPEG was marked by Adobe's software, which stores CMYK inverted."""
+    """Return whether a JPEG has an Adobe marker: such CMYK images are stored inverted."""
     return any(marker == _APP14 and head[:5] == b"Adobe" for marker, head in _segments(image))
 
 
@@ -39,17 +39,17 @@ def _segments(image: bytes | memoryview) -> Iterator[tuple[int, bytes | memoryvi
 
 def _tiff_orientation(tiff: bytes) -> int:
     """Read the tag from the first directory of a TIFF header."""
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
+    byte_order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if byte_order is None:
         return 1
     try:
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        (directory,) = struct.unpack_from(byte_order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(byte_order + "H", tiff, directory)
         for entry in range(entries):
             place = directory + 2 + 12 * entry
-            tag, _, _, value = struct.unpack_from(order + _ENTRY, tiff, place)
+            tag, _, _, value = struct.unpack_from(byte_order + _ENTRY, tiff, place)
             if tag == _ORIENTATION:
                 return value if 1 <= value <= 8 else 1
-    except struct.error:  # it points out of the segment
+    except struct.error:  # an offset outside the segment
         pass
     return 1

@@ -1,4 +1,4 @@
-"""An image file as pixels and back: decoded strictly or as far as it goes, encoded as JPEG.
+"""Decodes image files, strictly or as far as possible, and encodes JPEG.
 
 Pixels are (height, width, 3) uint8 in OpenCV's order, blue first, or (height, width, 1) for gray.
 Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied.
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 PIXEL_LIMIT = 1 << 28  # of one image; as RGB that is 805 MB
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # mark, chunk type, width, height, bits, color type
 _GRAY_PNG = (0, 4)  # color types: gray, gray with alpha
-_CLEARER = (
-    "tjDecompressHeader3(): Could not determine subsampling level of JPEG image",
-    "damaged JPEG header, or an unusual subsampling of colors",
-)
 _MARKS = {
     "JPEG": re.compile(rb"\xff\xd8\xff"),
     "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -34,15 +30,15 @@ _MARKS = {
 
 
 class PixelsError(Exception):
-    """An image cannot be decoded or encoded; the text says why in one line."""
+    """An image cannot be decoded or encoded, for the reason in its one-line text."""
 
 
 class _TooManyPixelsError(PixelsError):
-    """An image is so large that decoding it could take all memory."""
+    """An image is too large to be decoded safely."""
 
 
 class Shape(NamedTuple):
-    """What the first bytes of an image file promise."""
+    """Size and color of an image according to its header."""
 
     height: int
     width: int
@@ -50,7 +46,7 @@ class Shape(NamedTuple):
 
 
 def kind_of(image: bytes | memoryview) -> str:
-    """Return "JPEG", "PNG", "GIF", "WebP", "BMP" or "", by the content and not by the name."""
+    """Return "JPEG", "PNG", "GIF", "WebP", "BMP" or "" according to the first bytes."""
     return next((kind for kind, mark in _MARKS.items() if mark.match(image)), "")
 
 
@@ -59,13 +55,13 @@ def read_shape(image: bytes | memoryview) -> Shape:
     if kind_of(image) == "PNG":
         shape = _png_shape(image)
     else:
-        import simplejpeg  # late, as all imports here: the command line's --help must not wait
+        import simplejpeg  # late, as all imports here: --help must not wait for it
 
         try:
             height, width, color, _ = simplejpeg.decode_jpeg_header(image)
         except ValueError as error:
-            reason = _one_line(error).replace(*_CLEARER)
-            raise PixelsError(reason) from error
+            reason = "damaged JPEG header, or an unusual subsampling of colors"
+            raise PixelsError(f"{reason} ({_one_line(error)})") from error
         shape = Shape(height, width, color)
     if shape.height * shape.width > PIXEL_LIMIT:
         size = f"{shape.width} x {shape.height}"
@@ -74,9 +70,9 @@ def read_shape(image: bytes | memoryview) -> Shape:
 
 
 def check_jpeg(image: bytes | memoryview) -> None:
-    """Read a JPEG to its end; PixelsError when anything in it is damaged.
+    """Decode a JPEG strictly; PixelsError when anything in it is damaged.
 
-    An eighth of the size will do: all of the compressed data is read for it, in 2/3 of the time.
+    It is decoded at 1/8 of its size, which reads all compressed data in 2/3 of the time.
     """
     read_shape(image)
     _decode_jpeg(image, (1, 1), "BGR", strict=True)
@@ -85,11 +81,11 @@ def check_jpeg(image: bytes | memoryview) -> None:
 def decode(
     image: bytes | memoryview, size: tuple[int, int] | None = None, *, strict: bool = True
 ) -> "NDArray[np.uint8]":
-    """Return the pixels of an image file, made smaller to size, (height, width), where it is given.
+    """Return the pixels of an image file, reduced to size (height, width) if it is given.
 
-    PixelsError when it cannot be decoded. Where half, 1/4 or 1/8 of a JPEG still covers size, no
-    more is decoded. When not strict, what is damaged is decoded as far as it goes, and the rest
-    is gray or black.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if that is still at least size. If not strict, a damaged
+    image is decoded as far as possible, and the rest is gray or black. Raises PixelsError when the
+    image cannot be decoded.
     """
     kind = kind_of(image)
     if not kind:
@@ -101,7 +97,7 @@ def decode(
             raise
         except PixelsError:
             if strict:
-                raise  # else let OpenCV try: it knows every subsampling of colors
+                raise  # else try OpenCV, which supports every subsampling of colors
     if kind == "PNG" and strict:
         _check_chunks(image)
     pixels = _decode_with_opencv(image, gray=kind == "PNG" and read_shape(image).color == "Gray")
@@ -111,10 +107,10 @@ def decode(
 def shrink(
     pixels: "NDArray[np.uint8]", size: tuple[int, int], full: tuple[float, float] | None = None
 ) -> "NDArray[np.uint8]":
-    """Return pixels at a smaller size, (height, width), each the mean of those that it covers.
+    """Return pixels area-averaged to a smaller size (height, width).
 
-    full is the height and width, in these pixels, of the image: a JPEG decoded to a half has its
-    last row half outside.
+    full is the exact height and width of the image in these pixels: of a JPEG decoded at 1/2, the
+    last row may be half outside the image.
     """
     import numpy as np
 
@@ -123,12 +119,12 @@ def shrink(
     cv2 = _opencv()
     scales = {"fx": width / full_width, "fy": height / full_height}
     smaller = cv2.resize(pixels, None, **scales, interpolation=cv2.INTER_AREA)
-    # What lies outside can give a row or a column too many.
+    # A partial row or column can make the result one too large.
     return np.ascontiguousarray(smaller[:height, :width]).reshape(height, width, -1)
 
 
 def encode(pixels: "NDArray[np.uint8]", quality: int) -> bytes:
-    """Return pixels as a baseline JPEG, color at half the resolution (4:2:0), without metadata."""
+    """Return pixels as a baseline JPEG with 4:2:0 chroma subsampling, without metadata."""
     import simplejpeg
 
     color, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("BGR", "420")
@@ -161,7 +157,7 @@ def _decode_any_jpeg(
 def _decode_inks(
     image: bytes | memoryview, size: tuple[int, int], *, strict: bool
 ) -> "NDArray[np.uint8]":
-    """Return the pixels of a CMYK JPEG, with DALI's formula: light passes each of two inks."""
+    """Return the RGB pixels of a CMYK JPEG, with DALI's formula color * black / 255."""
     import numpy as np
 
     passing = _decode_jpeg(image, size, "CMYK", strict=strict)
@@ -172,9 +168,9 @@ def _decode_inks(
 
 
 def _factor(shape: Shape, size: tuple[int, int]) -> int:
-    """Return the largest of 8, 4, 2 and 1 that shape can be divided by and still cover size.
+    """Return the largest of 8, 4, 2 and 1 by which shape can be divided and still be >= size.
 
-    libjpeg-turbo also has 8/3, 8/5, .. but only the powers of two are fast.
+    libjpeg-turbo also has 8/3, 8/5, .. but only powers of two are fast.
     """
     fits = min(shape.height // size[0], shape.width // size[1])
     return next(factor for factor in (8, 4, 2, 1) if factor <= max(fits, 1))
@@ -221,7 +217,7 @@ def _png_shape(image: bytes | memoryview) -> Shape:
 
 
 def _check_chunks(image: bytes | memoryview) -> None:
-    """Check the checksums of a PNG, which OpenCV skips or only warns of."""
+    """Check the chunk checksums of a PNG, which OpenCV ignores or only warns about."""
     position = 8
     kind = b""
     while kind != b"IEND":
@@ -236,11 +232,11 @@ def _check_chunks(image: bytes | memoryview) -> None:
 
 @cache
 def _opencv() -> ModuleType:
-    """Return OpenCV on one thread: every core has a worker already."""
+    """Return OpenCV limited to one thread, since every core has a worker already."""
     import cv2
 
     cv2.setNumThreads(1)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error tells it
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are reported here
     return cv2
 
 

@@ -1,4 +1,4 @@
-"""A pool of processes with a common progress, in which the death of one is an error."""
+"""Pool of worker processes with shared progress counters; a worker that dies is an error."""
 
 import multiprocessing
 import os
@@ -14,15 +14,19 @@ from mpl_fast.errors import UserError
 from mpl_fast.packing.first_few import first_few
 
 T = TypeVar("T")
-Advance = Callable[[int, int], bool]  # told of records and bytes done; False: stop
-_POLL = 0.2  # seconds between two looks at the workers' counters
+Advance = Callable[[int, int], None]  # called with records and bytes done; may raise StoppedError
+_POLL = 0.2  # seconds between two readings of the workers' counters
 _RUNNING, _ENDED = 1, 2
 # Shared by all processes: [stop, state, records and bytes of job 0, state, ... of job 1, ...]
 _board: Any = None
 
 
+class StoppedError(Exception):
+    """The run was interrupted; the job that raises this is not complete."""
+
+
 class Job(NamedTuple, Generic[T]):
-    """One job: its name for people, its size (the largest begins first), and what to call."""
+    """One job: its name for messages, its size (the largest starts first), and what to call."""
 
     name: str
     size: int
@@ -35,7 +39,7 @@ def run_jobs(
     """Run every job in a pool of processes; return their results in the order of jobs.
 
     progress is called a few times a second with the records and bytes done so far. An error of a
-    job ends all others; UserError tells of a process that ended without a word.
+    job stops all others. Raises UserError when a worker process dies.
     """
     if not jobs:
         return []
@@ -47,7 +51,7 @@ def run_jobs(
     futures: dict[int, Future[T]] = {}
     workers: list[BaseProcess] = []
     try:
-        # Workers inherit the blocked Ctrl-C: only the parent answers it, once they are started.
+        # Workers inherit the blocked Ctrl-C: only the parent handles it, once they are started.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for at in sorted(range(len(jobs)), key=lambda at: -jobs[at].size):
@@ -71,14 +75,14 @@ def run_jobs(
 
 
 def _death(jobs: Sequence[Job[T]], board: Any, workers: Sequence[BaseProcess]) -> str:
-    """Return the line about a worker that ended: its signal, and what was in work."""
-    # The pool itself ends the others by SIGTERM.
+    """Return the error message for a dead worker: its signal or exit code, and the running jobs."""
+    # The pool itself ends the other workers with SIGTERM.
     codes = {worker.exitcode for worker in workers} - {None, 0, -signal.SIGTERM}
     ends = [_end(code) for code in codes if code is not None] or ["SIGTERM"]
     running = [job.name for at, job in enumerate(jobs) if board[1 + 3 * at] == _RUNNING]
     where = f" while it was at one of: {first_few(running)}" if running else ""
     return (
-        f"a worker process ended without a word ({', '.join(ends)}; out of memory?){where}; what "
+        f"a worker process died ({', '.join(ends)}; out of memory?){where}; what "
         "is finished is kept: run the same command again, with a smaller -j if memory is short"
     )
 
@@ -94,7 +98,7 @@ def _start_worker(board: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is gone (SIGKILL): it would wait for work for ever."""
+    """End this worker when its parent was killed: it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -102,10 +106,11 @@ def _end_with_parent() -> None:
 
 
 def _work(at: int, call: Callable[[Advance], T]) -> T:
-    def advance(records: int, size: int) -> bool:
+    def advance(records: int, size: int) -> None:
         _board[2 + 3 * at] += records
         _board[3 + 3 * at] += size
-        return not _board[0]
+        if _board[0]:
+            raise StoppedError
 
     _board[1 + 3 * at] = _RUNNING
     result = call(advance)

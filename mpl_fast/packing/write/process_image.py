@@ -1,4 +1,4 @@
-"""What becomes of an image on its way into a record: kept, made smaller, converted or refused."""
+"""Processing of one image before it is packed: check, resize, convert, or reject."""
 
 import re
 from pathlib import Path
@@ -18,26 +18,25 @@ _LOST_LIMIT = 0.9  # share of a damaged image that may be blank for the rest to 
 _JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe")
 
 
-class Treated(NamedTuple):
-    """What became of one image."""
+class ProcessedImage(NamedTuple):
+    """The result of processing one image."""
 
     image: bytes | None  # None: the original bytes
-    reason: str  # why there is an action; "" when there is nothing to say
+    reason: str  # for the action; "" without one
     action: str  # "", "failed", "skipped" or "converted"
     reencoded: bool  # the image is a new JPEG
     rotated: bool  # and an EXIF orientation other than 1, never applied, was dropped with the old
 
 
-_KEPT = Treated(None, "", "", reencoded=False, rotated=False)
+_KEPT = ProcessedImage(None, "", "", reencoded=False, rotated=False)
 
 
-def treat(image: bytes | memoryview, name: str, how: ImageOptions) -> Treated:
-    """Return what becomes of the image file that is called name and holds these bytes.
+def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> ProcessedImage:
+    """Check and, depending on the options, resize or convert an image file called name.
 
-    A sound image is decoded at most once: one that is made smaller is checked by that, strictly,
-    whatever the check. A PNG is no fault, nor is a CMYK JPEG, but "convert" makes an RGB JPEG of
-    a CMYK one and of a PNG that is named as a JPEG, as it does of GIF, BMP, WebP and of what can
-    still be decoded of a damaged image.
+    An undamaged image is decoded at most once: decoding it strictly for resizing is also its check,
+    whatever how.check is. PNG and CMYK JPEG are accepted as they are, but "convert" makes RGB JPEGs
+    of CMYK JPEG, PNG named as JPEG, GIF, BMP, WebP, and of the decodable rest of damaged images.
     """
     try:
         oddity = _oddity(image, name) if how.on_bad == "convert" else ""
@@ -51,14 +50,14 @@ def treat(image: bytes | memoryview, name: str, how: ImageOptions) -> Treated:
         return _damaged(image, explain(image, error), how)
 
 
-def describe(how: ImageOptions) -> dict[str, object]:
-    """Return what the manifest says of the image_options: same values, same bytes from an image."""
+def describe_processing(how: ImageOptions) -> dict[str, object]:
+    """Return the manifest's entry: the same values mean the same bytes for an image."""
     if how.short_side is None and how.on_bad != "convert":
         return {"mode": "pass-through", "exif_orientation": "not applied"}
     import cv2  # late: --help must not wait for it
     import simplejpeg
 
-    library = Path(simplejpeg._jpeg.__file__).read_bytes()  # it does not tell its version otherwise
+    library = Path(simplejpeg._jpeg.__file__).read_bytes()  # its only record of the version
     turbo = re.search(rb"libjpeg-turbo version ([0-9.]+)", library)
     return {
         "mode": "pass-through" if how.short_side is None else "short-side",
@@ -75,7 +74,7 @@ def describe(how: ImageOptions) -> dict[str, object]:
 
 
 def _oddity(image: bytes | memoryview, name: str) -> str:
-    """Return what some readers would stumble over in an image that can be decoded, or ""."""
+    """Return why some readers may fail on an image that can be decoded, or ""."""
     kind = kind_of(image)
     if kind == "PNG" and name.lower().endswith(_JPEG_SUFFIXES):
         return f"a PNG named {Path(name).suffix}"
@@ -87,7 +86,7 @@ def _oddity(image: bytes | memoryview, name: str) -> str:
 
 
 def _smaller_size(image: bytes | memoryview, how: ImageOptions) -> tuple[int, int] | None:
-    """Return the (height, width) to shrink to, of the pixels as stored, or None to keep them."""
+    """Return the (height, width) to reduce the stored pixels to, or None to keep them."""
     if how.short_side is None or kind_of(image) not in ("JPEG", "PNG"):
         return None
     shape = read_shape(image)
@@ -101,19 +100,19 @@ def _shrunk(height: int, width: int, how: ImageOptions) -> tuple[int, int] | Non
     return round(height * how.short_side / short), round(width * how.short_side / short)
 
 
-def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treated:
-    """Return what becomes of an image with a fault: "convert" keeps as much of it as it can."""
+def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
+    """Reject an image with a fault, or convert what can be decoded of it."""
     action = ACTIONS[how.on_bad]
     if action == "converted":
         try:
-            return _saved(image, reason, how)
+            return _recovered(image, reason, how)
         except PixelsError:
             action = "failed"
-    return Treated(None, reason, action, reencoded=False, rotated=False)
+    return ProcessedImage(None, reason, action, reencoded=False, rotated=False)
 
 
-def _saved(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treated:
-    """Return a new JPEG of all that can be decoded; PixelsError when that is nothing."""
+def _recovered(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
+    """Return a new JPEG of what can be decoded; PixelsError if that is nothing."""
     pixels = decode(image, strict=False)
     if kind_of(image) == "JPEG":
         reason = _with_lost_share(reason, pixels)
@@ -124,7 +123,7 @@ def _saved(image: bytes | memoryview, reason: str, how: ImageOptions) -> Treated
 
 
 def _with_lost_share(reason: str, pixels: "NDArray[np.uint8]") -> str:
-    """Add how much of a damaged JPEG is blank, which is what libjpeg leaves of lost data."""
+    """Add to reason the share of a damaged JPEG that is blank, as libjpeg leaves lost data."""
     lost = float((pixels == pixels[-1, -1]).all(axis=2).mean())
     if lost > _LOST_LIMIT:
         raise PixelsError("nothing is left of it")
@@ -133,9 +132,9 @@ def _with_lost_share(reason: str, pixels: "NDArray[np.uint8]") -> str:
 
 def _reencoded(
     image: bytes | memoryview, pixels: "NDArray[np.uint8]", quality: int, reason: str
-) -> Treated:
-    """Return pixels as the new JPEG of image, converted for a reason or only made smaller."""
+) -> ProcessedImage:
+    """Return pixels as a new JPEG: a conversion if there is a reason, else only resized."""
     action = "converted" if reason else ""
-    return Treated(
+    return ProcessedImage(
         encode(pixels, quality), reason, action, reencoded=True, rotated=orientation(image) != 1
     )

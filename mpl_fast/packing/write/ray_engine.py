@@ -1,4 +1,4 @@
-"""Shard jobs as tasks of Ray, for a cluster that has one."""
+"""Runs shard jobs as Ray tasks (--engine ray)."""
 
 import logging
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.write.shard_receipt import Remark
 from mpl_fast.packing.write.workers import Jobs, run_job
 
-_POLL = 0.2  # seconds between two looks at the tasks
+_POLL = 0.2  # seconds
 
 
 def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remark]]:
-    """Run every job as a task of Ray: on the cluster of RAY_ADDRESS, else on one started here.
+    """Run all jobs as Ray tasks, on the cluster of RAY_ADDRESS or else on a local one.
 
-    Every node has to see the sources and the work folder under the same paths.
+    Every node needs the sources and the work folder under the same paths.
     """
     try:
         import ray  # an extra of its own, and slow to import
@@ -24,14 +24,14 @@ def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remar
         raise UserError(
             "--engine ray: Ray is not installed; pip install 'mpl_fast[ray]'"
         ) from error
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     try:
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": root}}, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--engine ray: no cluster is reached or started ({reason})") from error
     try:
-        # Tasks that a lost node took with it run again elsewhere; an error of a task is final.
+        # Tasks of a lost node run again elsewhere; an error of a task is final.
         task = ray.remote(max_retries=3)(_ray_job)
         pending = {
             task.remote(jobs.work, shard.number, jobs.image_options, jobs.read_threads): shard
@@ -54,11 +54,11 @@ def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remar
 def _ray_job(
     work: Path, number: int, image_options: ImageOptions, read_threads: int
 ) -> list[Remark]:
-    return run_job(work, number, image_options, read_threads, lambda images, size: True)
+    return run_job(work, number, image_options, read_threads, lambda images, size: None)
 
 
 def _ray_result(ray: Any, reference: Any) -> list[Remark]:
-    """Return the result of a task; its own UserError stays one, as in the local engine."""
+    """Return the result of a task; its UserError is raised as such, as in the local engine."""
     try:
         result: list[Remark] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:

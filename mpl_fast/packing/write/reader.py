@@ -1,7 +1,7 @@
-"""The input side of a shard: images as byte ranges of files, each as it was planned or an error.
+"""Reads the images of a shard from byte ranges of files; a file changed since planning is an error.
 
-Files are opened some time before they are read and the kernel is told of every range that comes:
-a disk or a network then has many requests to work on at a time.
+Files are opened ahead of their use, and the kernel is advised of each byte range (posix_fadvise),
+so that a disk or network has many requests in flight.
 """
 
 import os
@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.plan.table import RecordRow, SourceRow, key, place
+from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_of
 
 _BATCH = 8  # records that are opened together
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
 
 
-class Opened(NamedTuple):
-    """A record whose file is open; the kernel may be fetching its bytes already."""
+class OpenedRecord(NamedTuple):
+    """A record whose file is open; the kernel may already read it ahead."""
 
     record: RecordRow
     source: SourceRow
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
 
 
 class Reader:
-    """Reads the records of one shard in order; `classes` only serve to name images in errors."""
+    """Reads the records of one shard in order; `classes` are used in error messages only."""
 
     def __init__(self, sources: Sequence[SourceRow], classes: list[str], threads: int) -> None:
         self._sources = {source.number: source for source in sources}
@@ -39,10 +39,10 @@ class Reader:
         self._shared: dict[int, int] = {}  # source number to descriptor
         self._own: set[int] = set()  # descriptors of files that hold one image
 
-    def opened(self, records: Iterable[RecordRow]) -> Iterator[Opened]:
-        """Yield the records in order; a file of its own is closed when the next is asked for."""
+    def opened(self, records: Iterable[RecordRow]) -> Iterator[OpenedRecord]:
+        """Yield the records in order; a file of one image is closed before the next is yielded."""
         rows = iter(records)
-        batches: deque[Callable[[], list[Opened]]] = deque()
+        batches: deque[Callable[[], list[OpenedRecord]]] = deque()
         while True:
             while len(batches) < self._batches_ahead and (batch := list(islice(rows, _BATCH))):
                 batches.append(self._open_ahead(batch))
@@ -54,8 +54,8 @@ class Reader:
                     self._own.remove(opened.file)
                     os.close(opened.file)
 
-    def fill(self, opened: Opened, views: list[memoryview]) -> None:
-        """Read the image of a record into views, which together have its size."""
+    def fill(self, opened: OpenedRecord, views: list[memoryview]) -> None:
+        """Read the image of a record into views, whose total size is the image's."""
         record = opened.record
         start = max(0, record.start)
         whole = True
@@ -71,8 +71,8 @@ class Reader:
         if not whole:
             raise DataError(f"{self._name(opened)} {_CHANGED}")
 
-    def image(self, opened: Opened) -> bytes:
-        """Return the image of a record; from a .rec file it comes without frame and header."""
+    def image(self, opened: OpenedRecord) -> bytes:
+        """Return the image of a record, without the frame and header of a .rec file."""
         buffer = bytearray(opened.record.size)
         self.fill(opened, [memoryview(buffer)])
         content = bytes(buffer)
@@ -84,7 +84,7 @@ class Reader:
             raise DataError(f"{self._name(opened)}: {error}") from error
 
     def require_unchanged(self) -> None:
-        """DataError when a file that holds many images is not as it was planned."""
+        """DataError when a file of many images changed since planning."""
         for number, file in self._shared.items():
             self._check_shared(self._sources[number], file)
 
@@ -95,8 +95,8 @@ class Reader:
         for file in (*self._shared.values(), *self._own):
             os.close(file)
 
-    def _open_ahead(self, batch: list[RecordRow]) -> Callable[[], list[Opened]]:
-        """Begin to open the files of a batch; return what waits for them."""
+    def _open_ahead(self, batch: list[RecordRow]) -> Callable[[], list[OpenedRecord]]:
+        """Start to open the files of a batch; return a function that waits for them."""
         for number in {record.source for record in batch}:
             source = self._sources[number]
             if source.kind != "folder" and number not in self._shared:
@@ -107,18 +107,18 @@ class Reader:
         opened = self._open_batch(batch)
         return lambda: opened
 
-    def _open_batch(self, batch: list[RecordRow]) -> list[Opened]:
+    def _open_batch(self, batch: list[RecordRow]) -> list[OpenedRecord]:
         result = []
         for record in batch:
             source = self._sources[record.source]
             if source.kind == "folder":
-                file = _open(f"{source.file}/{record.path}", key(self._classes, record))
+                file = _open(f"{source.file}/{record.path}", image_key(self._classes, record))
                 self._own.add(file)
             else:
                 file = self._shared[source.number]
-            with suppress(OSError):  # it is only advice
+            with suppress(OSError):  # advice only
                 os.posix_fadvise(file, max(0, record.start), record.size, os.POSIX_FADV_WILLNEED)
-            result.append(Opened(record, source, file))
+            result.append(OpenedRecord(record, source, file))
         return result
 
     def _check_shared(self, source: SourceRow, file: int) -> None:
@@ -129,8 +129,10 @@ class Reader:
         if (stat.st_size, stat.st_mtime_ns) != (source.size, source.stamp):
             raise DataError(f"{source.spec}: {source.file} {_CHANGED}")
 
-    def _name(self, opened: Opened) -> str:
-        return f"{key(self._classes, opened.record)}: {place(opened.source, opened.record)}"
+    def _name(self, opened: OpenedRecord) -> str:
+        return (
+            f"{image_key(self._classes, opened.record)}: {origin_of(opened.source, opened.record)}"
+        )
 
 
 def _open(path: str, name: str) -> int:
@@ -141,7 +143,7 @@ def _open(path: str, name: str) -> int:
 
 
 def _read(file: int, view: memoryview, start: int) -> bool:
-    """Fill view with the bytes from start on; return False when the file ends before."""
+    """Fill view from offset start; return False when the file ends before."""
     while view:
         size = os.preadv(file, [view], start)
         if not size:

@@ -1,11 +1,11 @@
-"""One shard, from its rows in the table to a complete file: the job of one worker process."""
+"""Writes one shard: from its rows in the table to a complete .rec file with its receipt."""
 
 import zlib
 from array import array
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from mpl_fast.atomic import sync_folder
 from mpl_fast.data.records import (
     HEAD_SIZE,
     IMAGE_LIMIT,
@@ -16,15 +16,12 @@ from mpl_fast.data.records import (
 )
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, reading
-from mpl_fast.packing.write.process_image import treat
-from mpl_fast.packing.write.reader import Opened, Reader
-from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, sync_folder
+from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, open_table
+from mpl_fast.packing.write.pool import Advance
+from mpl_fast.packing.write.process_image import process_image
+from mpl_fast.packing.write.reader import OpenedRecord, Reader
+from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, receipt_path
 from mpl_fast.packing.write.shard_writer import ShardWriter
-
-
-class StoppedError(Exception):
-    """The run was interrupted; this shard is not complete."""
 
 
 def write_shard(
@@ -32,16 +29,16 @@ def write_shard(
     number: int,
     image_options: ImageOptions,
     read_threads: int,
-    advance: Callable[[int], bool],
+    advance: Advance,
 ) -> ShardReceipt:
-    """Write shard `number` of the table in the folder work, and what finish needs beside it.
+    """Write shard `number` of the table in the folder work, and its receipt; return the receipt.
 
-    Unless an image failed: then no file is left, and the remarks of the result name every such
-    image. advance is told the size of each image done, in bytes as in its source; when it returns
-    False the job ends with StoppedError. read_threads open files ahead, 0 for none. DataError
-    tells that a source changed or that no image is left, OutputError that work cannot be written.
+    If an image failed no file is left, and the remarks of the result name every such image.
+    advance is called with 1 and the bytes of each image in its source. read_threads open files
+    ahead, 0 for none. Raises DataError when a source changed or no image is left, OutputError
+    when work cannot be written.
     """
-    with reading(work / TABLE) as table, output_errors(work):
+    with open_table(work / TABLE) as table, output_errors(work):
         shard = table.shard(number)
         temporary = work / f"{shard.file}.tmp"
         try:
@@ -49,38 +46,35 @@ def write_shard(
                 closing(Reader(table.sources(), table.classes(), read_threads)) as reader,
                 closing(ShardWriter(temporary)) as writer,
             ):
-                job = _Job(reader, writer, image_options)
+                packer = _ShardPacker(reader, writer, image_options)
                 for opened in reader.opened(table.records(shard)):
-                    job.pack(opened)
-                    if not advance(opened.record.size):
-                        raise StoppedError
+                    packer.pack(opened)
+                    advance(1, opened.record.size)
                 reader.require_unchanged()
-                done = job.finish(shard)
-            if not any(remark.action == "failed" for remark in done.remarks):
-                _publish(temporary, work, done)
-            return done
+                receipt = packer.finish(shard)
+            if not any(remark.action == "failed" for remark in receipt.remarks):
+                _publish(temporary, work, receipt)
+            return receipt
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _publish(temporary: Path, work: Path, done: ShardReceipt) -> None:
-    """Give a complete shard its name, then save what is told of it."""
-    if not len(done.ids):
+def _publish(temporary: Path, work: Path, receipt: ShardReceipt) -> None:
+    """Rename a complete shard, which is on disk already, then save its receipt."""
+    if not len(receipt.ids):
         raise DataError(
-            f"{done.file}: all its images are skipped, and a file without records cannot be read "
-            f"(the first: {done.remarks[0].reason}); use fewer shards, or mend the images"
+            f"{receipt.file}: all its images are skipped, and a file without records cannot be "
+            f"read (the first: {receipt.remarks[0].reason}); use fewer shards, or repair the images"
         )
-    target = work / done.file
-    saved = work / f"{done.file}.done"
-    saved.unlink(missing_ok=True)  # it tells of the file that is replaced now
-    temporary.replace(target)
+    path = receipt_path(work, receipt.file)
+    path.unlink(missing_ok=True)  # it describes the file that is replaced now
+    temporary.replace(work / receipt.file)
     sync_folder(work)
-    done.save(saved)
-    sync_folder(work)
+    receipt.save(path)
 
 
-class _Job:
-    """Packs the images of one shard and counts what finish will ask for."""
+class _ShardPacker:
+    """Packs the images of one shard and collects its receipt."""
 
     def __init__(self, reader: Reader, writer: ShardWriter, image_options: ImageOptions) -> None:
         self._reader = reader
@@ -94,7 +88,7 @@ class _Job:
         self._remarks: list[Remark] = []
         self._bytes_in = self._multipart = self._reencoded = self._rotated = 0
 
-    def pack(self, opened: Opened) -> None:
+    def pack(self, opened: OpenedRecord) -> None:
         """Write one image as a record, or remark why not."""
         record = opened.record
         self._bytes_in += record.size
@@ -103,24 +97,24 @@ class _Job:
             return
         in_place = opened.source.kind != "records" and self._writer.fits(HEAD_SIZE + record.size)
         image = self._image_in_place(opened) if in_place else self._reader.image(opened)
-        treated = treat(image, record.name, self._image_options)
-        if treated.action:
-            self._remarks.append(Remark(record.id, treated.reason, treated.action))
-        if treated.action in ("failed", "skipped"):
+        processed = process_image(image, record.name, self._image_options)
+        if processed.action:
+            self._remarks.append(Remark(record.id, processed.reason, processed.action))
+        if processed.action in ("failed", "skipped"):
             return
-        self._reencoded += treated.reencoded
-        self._rotated += treated.rotated
-        if treated.image is not None:
-            image, in_place = treated.image, False
+        self._reencoded += processed.reencoded
+        self._rotated += processed.rotated
+        if processed.image is not None:
+            image, in_place = processed.image, False
         if len(image) > IMAGE_LIMIT:
             self._refuse(record, len(image))
         elif in_place and not holds_magic(image):
-            self._keep(record, image)
+            self._complete_in_place(record, image)
         else:
             self._append(record, bytes(image))
 
     def finish(self, shard: ShardRow) -> ShardReceipt:
-        """Wait until the file is on disk; return what was written."""
+        """Wait until the file is on disk; return its receipt."""
         import numpy as np  # late: the command line's --help must not wait for it
 
         return ShardReceipt(
@@ -146,15 +140,15 @@ class _Job:
         action = "skipped" if self._image_options.on_bad == "skip" else "failed"
         self._remarks.append(Remark(record.id, reason, action))
 
-    def _image_in_place(self, opened: Opened) -> "bytes | memoryview":
-        """Read an image to where it will lie in the file; return it in one piece."""
+    def _image_in_place(self, opened: OpenedRecord) -> "bytes | memoryview":
+        """Read an image into the output buffers at its final position; return it in one piece."""
         start = self._writer.position + HEAD_SIZE
         views = self._writer.room(start, opened.record.size)
         self._reader.fill(opened, views)
         return views[0] if len(views) == 1 else b"".join(views)
 
-    def _keep(self, record: RecordRow, image: "bytes | memoryview") -> None:
-        """Complete the record of an image that lies in its place."""
+    def _complete_in_place(self, record: RecordRow, image: "bytes | memoryview") -> None:
+        """Add head and padding to an image that was read in place."""
         size = len(image)
         padding = -size % 4
         start = self._writer.position

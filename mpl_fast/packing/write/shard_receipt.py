@@ -1,14 +1,17 @@
-"""What one finished shard tells the end of the packing: a small file beside the .rec file."""
+"""Receipt of a finished shard: a small file beside the .rec file, from which the pack is completed.
+
+It holds what the table and the manifest need of the shard, so that no .rec file is read again.
+"""
 
 import io
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpl_fast.atomic import write_bytes
 from mpl_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,13 +20,21 @@ if TYPE_CHECKING:
 
 COLUMNS = {"ids": "<u4", "offsets": "<u8", "lengths": "<u4", "sizes": "<u4", "crc32": "<u4"}
 
-# What numpy and zipfile raise for one flipped bit or another, beside their own errors.
-_DAMAGES = (ValueError, KeyError, TypeError, RuntimeError, zlib.error)
+# What numpy, zipfile and zlib raise for one flipped bit or another.
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
+
+def receipt_path(work: Path, shard_file: str) -> Path:
+    """Return where the receipt of a shard is stored."""
+    return work / f"{shard_file}.done"
 
 
 @dataclass(frozen=True)
 class Remark:
-    """An image that was not simply copied: why, and what was done."""
+    """An image that was not simply copied, or not packed at all."""
 
     id: int
     reason: str
@@ -32,7 +43,7 @@ class Remark:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReceipt:
-    """One complete .rec file; the arrays have one entry a record that was written, in order."""
+    """Contents of one complete .rec file; arrays have one entry per written record, in order."""
 
     file: str
     content: str  # ShardRow.content and ShardRow.stamps of the plan that it was written from
@@ -40,8 +51,8 @@ class ShardReceipt:
     size: int  # bytes
     sha256: str
     bytes_in: int  # of the images in their sources
-    multipart: int  # records that hold the magic word and are cut into parts
-    reencoded: int  # images that were made smaller or converted
+    multipart: int  # records that contain the magic word and are split into parts
+    reencoded: int  # images that were resized or converted
     rotated: int  # re-encoded images whose EXIF orientation (not applied) was dropped
     ids: "NDArray[np.uint32]"
     offsets: "NDArray[np.uint64]"  # of the frames in the file
@@ -51,8 +62,8 @@ class ShardReceipt:
     remarks: list[Remark] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write to path: complete and on disk, or not at all."""
-        import numpy as np
+        """Write the receipt atomically."""
+        import numpy as np  # late: --help must not wait for it
 
         fields = {name: value for name, value in vars(self).items() if name not in COLUMNS}
         fields["remarks"] = [asdict(remark) for remark in self.remarks]
@@ -60,16 +71,11 @@ class ShardReceipt:
         columns = [np.asarray(getattr(self, name), kind) for name, kind in COLUMNS.items()]
         content = io.BytesIO()
         np.savez(content, header, *columns)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_bytes(path, content.getvalue())
 
     @staticmethod
     def load(path: Path) -> "ShardReceipt":
-        """Return what save wrote; DataError when the file is damaged."""
+        """Return what save wrote; DataError when the file is missing or damaged."""
         import numpy as np
 
         try:
@@ -78,20 +84,5 @@ class ShardReceipt:
                 columns = {name: stored[f"arr_{1 + at}"] for at, name in enumerate(COLUMNS)}
             remarks = [Remark(**remark) for remark in fields.pop("remarks")]
             return ShardReceipt(**fields, **columns, remarks=remarks)
-        except (OSError, EOFError, zipfile.BadZipFile, *_DAMAGES) as error:
+        except _DAMAGE as error:
             raise DataError(f"{path}: damaged ({error}); delete it and pack again") from error
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the content of path is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until what was created, renamed and removed in folder is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

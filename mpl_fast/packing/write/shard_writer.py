@@ -1,7 +1,7 @@
-"""The output side of a shard: buffers that are filled in place while a thread writes full ones.
+"""Writes a shard from a ring of buffers, filled in place while threads write and hash full ones.
 
-Large direct writes skip the page cache: no second copy of the data, and no stalls when the kernel
-decides to write dirty pages back. Where a file system has no direct writes they are buffered ones.
+Large O_DIRECT writes bypass the page cache: no second copy of the data, and no stalls when the
+kernel writes dirty pages back. File systems without O_DIRECT get buffered writes.
 """
 
 import errno
@@ -14,12 +14,12 @@ from itertools import chain
 from pathlib import Path
 
 BUFFER = 8 << 20  # bytes written at a time
-_RING = 3  # buffers: one is filled, perhaps across the border to the next, one is written
+_RING = 3  # buffers: one being filled, perhaps on into the next, one being written
 _BLOCK = 4096  # bytes; direct writes are whole blocks
 
 
 class ShardWriter:
-    """A new file, written from first byte to last; a failed write raises OSError soon after."""
+    """A new file, written sequentially; a failed write raises OSError in one of the next calls."""
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
@@ -27,22 +27,22 @@ class ShardWriter:
         self._direct = _set_direct(self._file, True)
         self._buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(_RING)]
         self._uses: list[tuple[Future[None], ...]] = [()] * _RING
-        # A thread each: while the disk takes a buffer the processor can digest the next.
+        # A thread each: one buffer is hashed while another is written.
         self._writes = ThreadPoolExecutor(1)
         self._digests = ThreadPoolExecutor(1)
         self._digest = hashlib.sha256()
         self.position = 0
-        """Bytes of the file so far: what is written next begins here."""
+        """Offset in the file of what is written next."""
 
     def fits(self, size: int) -> bool:
-        """Tell whether the next `size` bytes can be filled in place, before any is written."""
+        """Return whether the next `size` bytes fit into the ring, to be filled in place."""
         return (self.position + size) // BUFFER - self.position // BUFFER < _RING
 
     def room(self, start: int, size: int) -> list[memoryview]:
-        """Return bytes start to start + size of the file, to be filled: one view a buffer.
+        """Return writable views of the file's bytes start to start + size, one per buffer.
 
-        They must begin at `position` or later, within what fits. They are written only when
-        `advance` moves the position past them.
+        They must start at `position` or later, within what fits. They are written when `advance`
+        moves the position past them.
         """
         views = []
         while size:
@@ -54,21 +54,21 @@ class ShardWriter:
         return views
 
     def put(self, start: int, content: "bytes | memoryview") -> None:
-        """Fill the bytes from start on with content, as room says."""
+        """Copy content to the file's bytes from start on, within the same limits as room."""
         at = 0
         for view in self.room(start, len(content)):
             view[:] = content[at : at + len(view)]
             at += len(view)
 
     def advance(self, size: int) -> None:
-        """Have the next `size` bytes, which have been filled, written."""
+        """Move the position past the next `size` bytes, which are filled; write full buffers."""
         first = self.position // BUFFER
         self.position += size
         for number in range(first, self.position // BUFFER):
             self._hand_over(number, BUFFER)
 
     def append(self, content: bytes) -> None:
-        """Write content of any length next."""
+        """Write content of any length at the position."""
         rest = memoryview(content)
         while rest:
             piece = rest[: BUFFER - self.position % BUFFER]
@@ -77,7 +77,7 @@ class ShardWriter:
             rest = rest[len(piece) :]
 
     def finish(self) -> str:
-        """Write the rest, wait until all is on disk, and return the sha256 of the file."""
+        """Write the last buffer, wait until the file is on disk, and return its sha256."""
         number, size = divmod(self.position, BUFFER)
         self._hand_over(number, size)
         for last in range(number, number + _RING):
@@ -87,13 +87,13 @@ class ShardWriter:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Stop, finished or not."""
+        """Close the file, finished or not."""
         for threads in (self._writes, self._digests):
             threads.shutdown(cancel_futures=True)
         os.close(self._file)
 
     def _free_buffer(self, number: int) -> memoryview:
-        """Return the buffer for the file's number-th part, once its last content is written."""
+        """Return the buffer of the file's number-th block, once its previous content is written."""
         for use in self._uses[number % _RING]:
             use.result()
         self._uses[number % _RING] = ()
@@ -102,7 +102,7 @@ class ShardWriter:
     def _hand_over(self, number: int, size: int) -> None:
         for use in chain(*self._uses):
             if use.done():
-                use.result()  # a full disk is told at once
+                use.result()  # raises, for example when the disk is full
         content = self._free_buffer(number)[:size]
         self._uses[number % _RING] = (
             self._writes.submit(self._write, number, size),
@@ -110,7 +110,7 @@ class ShardWriter:
         )
 
     def _write(self, number: int, size: int) -> None:
-        view = self._buffers[number % _RING][: size + -size % _BLOCK]  # finish cuts off the rest
+        view = self._buffers[number % _RING][: size + -size % _BLOCK]  # finish truncates the file
         offset = number * BUFFER
         while view:
             try:
@@ -125,7 +125,7 @@ class ShardWriter:
 
 
 def _set_direct(file: int, direct: bool) -> bool:
-    """Turn direct writing on or off; return whether it is on now."""
+    """Switch O_DIRECT on or off; return whether it is on now."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))

@@ -1,11 +1,10 @@
-"""The job that packs one shard, run by a pool of processes here.
+"""The job that writes one shard unless it is already complete, and the local engine that runs jobs.
 
-A job is told the work folder and the number of its shard and nothing else: no image crosses from
-one process to another, and no machine needs to know of the others.
+A job receives only the work folder and its shard's number: images never cross between processes,
+and machines do not communicate.
 """
 
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,20 +13,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import TABLE, ShardRow, reading
+from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table
 from mpl_fast.packing.write.pool import Advance, Job, run_jobs
-from mpl_fast.packing.write.shard import StoppedError, write_shard
-from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
+from mpl_fast.packing.write.shard import write_shard
+from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, receipt_path
 
-_CHUNK = 8 << 20  # bytes hashed at a time
-_LOOK = 0.2  # seconds between two looks whether a shard is free
+_LOCK_POLL = 0.2  # seconds between two attempts to lock a shard
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """The shards to be written, by number, and how."""
+    """The shards to write, and how."""
 
     work: Path
     shards: Sequence[ShardRow]
@@ -42,33 +41,30 @@ def run_job(
     read_threads: int,
     advance: Advance,
 ) -> list[Remark]:
-    """Write a shard unless it is there, whole; return what was remarked about its images.
+    """Write a shard unless it is complete and undamaged; return the remarks about its images.
 
-    advance is told of images and bytes done; when it returns False, StoppedError ends the job.
+    advance is called with images and bytes done.
     """
-    with reading(work / TABLE) as table:
+    with open_table(work / TABLE) as table:
         shard = table.shard(number)
-    with _held(work / f"{shard.file}.lock", lambda: advance(0, 0)):
-        done = _whole(work, shard, lambda: advance(0, 0))
-        if done is not None:
+    with _locked(work / f"{shard.file}.lock", advance):
+        receipt = _valid_receipt(work, shard, advance)
+        if receipt is not None:
             advance(shard.records, shard.bytes)
         else:
-            # A file that is not as it was noted must not be taken for finished if this fails.
-            (work / f"{shard.file}.done").unlink(missing_ok=True)
-            done = write_shard(
-                work, number, image_options, read_threads, lambda size: advance(1, size)
-            )
-    return done.remarks
+            # If writing fails, a file that differs from its receipt must not pass for finished.
+            receipt_path(work, shard.file).unlink(missing_ok=True)
+            receipt = write_shard(work, number, image_options, read_threads, advance)
+    return receipt.remarks
 
 
 @contextmanager
-def _held(path: Path, go_on: Callable[[], bool]) -> Iterator[None]:
-    """Wait until no other machine is at this shard: parts of 3 and parts of 4 overlap."""
+def _locked(path: Path, advance: Advance) -> Iterator[None]:
+    """Wait until no other machine writes this shard: parts I/3 and J/4 overlap."""
     with output_errors(path):
         while (lock := _try_lock(path)) is None:
-            if not go_on():
-                raise StoppedError
-            time.sleep(_LOOK)
+            advance(0, 0)
+            time.sleep(_LOCK_POLL)
     try:
         yield
     finally:
@@ -77,7 +73,7 @@ def _held(path: Path, go_on: Callable[[], bool]) -> Iterator[None]:
 
 
 def _try_lock(path: Path) -> int | None:
-    """Return the descriptor of a locked file at path, None while another holds it."""
+    """Return the descriptor of the locked file, None while another process holds the lock."""
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,28 +85,22 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
-def _whole(work: Path, shard: ShardRow, go_on: Callable[[], bool]) -> ShardReceipt | None:
-    """Return what was noted when the shard was finished; None when it is not as it was then."""
-    path = work / shard.file
+def _valid_receipt(work: Path, shard: ShardRow, advance: Advance) -> ShardReceipt | None:
+    """Return the receipt of a shard if it is of this plan and the .rec file matches it."""
     try:
-        done = ShardReceipt.load(work / f"{shard.file}.done")
-        if (done.content, done.stamps) != (shard.content, shard.stamps):
+        receipt = ShardReceipt.load(receipt_path(work, shard.file))
+        if (receipt.content, receipt.stamps) != (shard.content, shard.stamps):
             return None
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                if not go_on():
-                    raise StoppedError
+        sha256 = sha256_of(work / shard.file, lambda size: advance(0, 0))
     except (DataError, OSError):
         return None
-    return done if digest.hexdigest() == done.sha256 else None
+    return receipt if sha256 == receipt.sha256 else None
 
 
 def run_local(
     jobs: Jobs, processes: int, progress: Callable[[int, int], None]
 ) -> list[list[Remark]]:
-    """Run every job in a pool of processes; return the remarks in the order of the shards.
+    """Run all jobs in a pool of processes; return their remarks in the order of the shards.
 
     progress is called a few times a second with the images and bytes done so far.
     """
