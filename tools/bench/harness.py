@@ -44,7 +44,7 @@ class Report:
         """One sentence: what the numbers are."""
         self.rows: list[Row] = []
         self.skipped: list[str] = []
-        """What was left out, for want of time or of a package."""
+        """What was left out, for lack of time or of a package."""
         self.failed: dict[str, str] = {}
         """Variants that raised or computed something else, with the reason: exit code 1."""
         self.more: Json = {}

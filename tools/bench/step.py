@@ -198,7 +198,7 @@ def _recipe(
 def _built(
     recipe: str, variants: Mapping[str, Builder], end: float, report: Report
 ) -> dict[str, Ready]:
-    """Variants that run; one that fails, for want of memory or of a compiler, is left out.
+    """Variants that run; one that fails, for lack of memory or of a compiler, is left out.
 
     None is begun if one like the slowest so far would not be ready by `end`.
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpl_fast import algorithms, losses, models
-from mpl_fast.algorithms.base import RunFacts, train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import (
     AlgorithmConfig,
@@ -238,7 +238,7 @@ def algorithm_of(setting: Setting, config: AlgorithmConfig, flavor: Flavor) -> a
     def new_learner(learner: LearnerConfig) -> Learner:
         return learner_of(setting, learner, flavor, next(seeds))
 
-    return algorithms.build(config, new_learner, RunFacts(0, 1000))
+    return algorithms.build(config, new_learner, AlgorithmContext(0, 1000))
 
 
 def learner_of(setting: Setting, config: LearnerConfig, flavor: Flavor, seed: int = 0) -> Learner:
