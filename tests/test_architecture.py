@@ -2,12 +2,8 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train | experiments -> trainer | dry_run
-          -> assembly | evaluate | checkpoint | rundir | console | curves | step_graph
-          -> algorithms | metrics | randomness -> learner -> derivatives | optimizers | running
-          -> losses | models | command_line | packing | draws
-          -> kernels | distributed | data -> batch | config | nvidia_apex
-          -> errors | interrupts | launcher | compilation
+    train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
+          -> kernels | distributed | data -> batch | config -> errors | atomic
 """
 
 import ast
@@ -19,16 +15,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
-    {"train", "experiments"},
-    {"trainer", "dry_run"},
-    {"assembly", "evaluate", "checkpoint", "rundir", "console", "curves", "step_graph"},
-    {"algorithms", "metrics", "randomness"},
+    {"train"},
+    {"dry_run"},
+    {"training"},
+    {"algorithms"},
     {"learner"},
-    {"derivatives", "optimizers", "running"},
-    {"losses", "models", "command_line", "packing", "draws"},
+    {"losses", "models", "packing"},
     {"kernels", "distributed", "data"},
-    {"batch", "config", "nvidia_apex"},
-    {"errors", "interrupts", "launcher", "compilation"},
+    {"batch", "config"},
+    {"errors", "atomic"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
@@ -45,11 +40,12 @@ NEVER_IN_ALGORITHMS = (
 LIGHT = ["config/__init__", "errors", "data/manifest", "data/records"]
 LIGHT += [
     "packing/__init__",
+    "packing/options",
     "packing/pack",
-    "packing/command_line",
+    "packing/cli",
     "train",
-    "launcher",
-    "command_line",
+    "training/process",
+    "config/command_line",
     "__init__",
     "data/__init__",
 ]

@@ -26,13 +26,13 @@ log_every: 2
 checkpoint_every: 2
 device: cpu
 deterministic: true
-data: {{image_size: 16, weak: cifar, flip: true, policy: {policy}, magnitude: 8, translate: 4,
+data: {{image_size: 16, crop: pad_crop, flip: true, policy: {policy}, magnitude: 8, translate: 4,
 cutout: 4,
   threads: 1, prefetch: 1}}
 model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
 """
-LEARNER = "{lr: 0.05, wait: 1, warmup: 2, ema: 0.9, dropout: 0.2}"
+LEARNER = "{lr: 0.05, delay_steps: 1, warmup: 2, ema: 0.9, dropout: 0.2}"
 MPL = f"  teacher: {LEARNER}\n  student: {LEARNER}\n"
 MPL += "  consistency: {ramp: 2, threshold: 0.1}\n"
 ALGORITHMS = {  # the first word is the recipe; fine-tuning needs another run: test_finetune.py
@@ -48,7 +48,7 @@ ALGORITHMS = {  # the first word is the recipe; fine-tuning needs another run: t
     + "  feedback: exact\n  bn_batches: split\n  teacher_graph: recompute\n",
     "mpl parity_kekmodel": MPL + "  feedback: parity_kekmodel\n",
     "mpl parity_google": MPL + "  feedback: parity_google\n  baseline: 0.9\n",
-    "mpl_roleplay": MPL + "  swap_every: 2\n  student_wait: 1\n",
+    "mpl_roleplay": MPL + "  swap_every: 2\n  student_delay_steps: 1\n",
     "smpl": f"  learner: {LEARNER}\n  consistency: {{ramp: 2, threshold: 0.1}}\n",
     "smpl exact": f"  learner: {LEARNER}\n  feedback: exact\n",
     "metasemi": f"  learner: {LEARNER}\n",
@@ -153,7 +153,7 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
-            if key != "seconds":
+            if key != "train_seconds":
                 assert_same(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), where
@@ -167,20 +167,22 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
 
 def _train_in_turn(sessions: list[list[str]]) -> None:
     """Ranks that have met stay together: a group cannot be left and joined again."""
-    from mpl_fast import command_line, distributed, trainer
+    from mpl_fast import distributed
+    from mpl_fast.config import command_line
+    from mpl_fast.training import run
 
-    leave, join = distributed.stop, dist.init_process_group
+    leave, join = distributed.shutdown, dist.init_process_group
 
     def join_once(*options: Any, **named: Any) -> None:
         if not dist.is_initialized():
             join(*options, **named)
 
     with (
-        mock.patch.object(distributed, "stop"),
+        mock.patch.object(distributed, "shutdown"),
         mock.patch.object(dist, "init_process_group", join_once),
     ):
         for session in sessions:
-            trainer.train(command_line.parse(session))
+            run.train(command_line.parse(session))
     leave()
 
 

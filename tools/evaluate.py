@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.command_line import fail, parse
-from mpl_fast.errors import ConfigError, UserError
-from mpl_fast.launcher import die_with_launcher
+from mpl_fast.config.command_line import parse
+from mpl_fast.errors import ConfigError, UserError, fail
+from mpl_fast.training.process import die_with_launcher
 
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
 
@@ -31,9 +31,9 @@ def main() -> None:
                 f"{config_file} does not exist: name a run directory that has trained"
             )
         config = parse(["--config", str(config_file), *options, "--run-dir", run])
-        from mpl_fast import trainer
+        from mpl_fast.training.evaluate import evaluate_run
 
-        trainer.evaluate_run(config)
+        evaluate_run(config)
     except UserError as error:
         fail("evaluate", error)
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.command_line import fail
-from mpl_fast.errors import UserError
+from mpl_fast.errors import UserError, fail
 
 
 def main() -> None:
@@ -17,7 +16,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
     chosen = parser.parse_args()
     try:
-        from mpl_fast.curves import draw
+        from mpl_fast.training.curves import draw
 
         draw([(str(run), run) for run in chosen.runs], chosen.out)
     except UserError as error:

@@ -1,6 +1,11 @@
-"""One file per algorithm; a new one is a file here, a line below and a line in `config.RECIPES`."""
+"""Training algorithms, one file each; `build` makes the one that a config describes.
 
-from mpl_fast.algorithms.base import Algorithm, NewLearner, RunFacts
+A new algorithm is a file here, a config (`mpl_fast.config.algorithms`) and a case of `build`.
+"""
+
+from typing import assert_never
+
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, LearnerFactory
 from mpl_fast.algorithms.fixmatch import FixMatch
 from mpl_fast.algorithms.metasemi import MetaSemi
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
@@ -21,31 +26,34 @@ from mpl_fast.config import (
     UDAConfig,
 )
 
-__all__ = ["Algorithm", "RunFacts", "build"]
+__all__ = ["Algorithm", "AlgorithmContext", "LearnerFactory", "build"]
 
 
 def build(
-    config: AlgorithmConfig, new_learner: NewLearner, facts: RunFacts | None = None
+    config: AlgorithmConfig,
+    new_learner: LearnerFactory,
+    context: AlgorithmContext | None = None,
 ) -> Algorithm:
-    """The algorithm that a config describes; mypy proves that none is forgotten."""
-    facts = facts or RunFacts()
+    """The algorithm that `config` describes; mypy reports a config without a case."""
+    context = context or AlgorithmContext()
     match config:
         case SupervisedConfig() | FinetuneConfig():
-            return Supervised(config, new_learner, facts)
+            return Supervised(config, new_learner, context)
         case UDAConfig():
-            return UDA(config, new_learner, facts)
+            return UDA(config, new_learner, context)
         case FixMatchConfig():
-            return FixMatch(config, new_learner, facts)
-        case RolePlayConfig():  # before MPLConfig, of which it is one
-            return RolePlay(config, new_learner, facts)
+            return FixMatch(config, new_learner, context)
+        case RolePlayConfig():  # before MPLConfig, its base class
+            return RolePlay(config, new_learner, context)
+        case MPLConfig(feedback="parity_kekmodel"):
+            return Kekmodel(config, new_learner, context)
+        case MPLConfig(feedback="parity_google"):
+            return Google(config, new_learner, context)
         case MPLConfig():
-            return _mpl(config)(config, new_learner, facts)
+            return MetaPseudoLabels(config, new_learner, context)
         case SMPLConfig():
-            return SelfMetaPseudoLabels(config, new_learner, facts)
+            return SelfMetaPseudoLabels(config, new_learner, context)
         case MetaSemiConfig():
-            return MetaSemi(config, new_learner, facts)
-
-
-def _mpl(config: MPLConfig) -> type[MetaPseudoLabels]:
-    parities = {"parity_kekmodel": Kekmodel, "parity_google": Google}
-    return parities.get(config.feedback, MetaPseudoLabels)
+            return MetaSemi(config, new_learner, context)
+        case _:
+            assert_never(config)

@@ -1,4 +1,4 @@
-"""The interface that every algorithm has."""
+"""The interface of an algorithm, and the parts of a step that all algorithms share."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -11,66 +11,67 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
 
-Metrics = dict[
-    str, Tensor
-]  # zero-dimensional, detached and still on the device: no step ever waits
+# 0-dim and detached, on the device: reading one would make the host wait for the step.
+Metrics = dict[str, Tensor]
 Step = Callable[[Batch, int], Metrics]
-NewLearner = Callable[[LearnerConfig], Learner]
+LearnerFactory = Callable[[LearnerConfig], Learner]
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What an algorithm needs to know of its run."""
+class AlgorithmContext:
+    """What an algorithm depends on besides its own config."""
 
     seed: int = 0
-    epoch: int = 1  # steps in a pass over the unlabeled images
+    steps_per_epoch: int = 1  # steps in a pass over the unlabeled images
     microbatches: int = 1  # parts of a rank's batch that are computed one after the other
 
 
 @dataclass(frozen=True)
-class Voters:
-    """The networks whose averaged weights are evaluated, together."""
+class EvalEnsemble:
+    """The learners whose averaged networks are evaluated as one classifier."""
 
     learners: Sequence[Learner]
     mean_of: Literal["probability", "logits"] = "probability"
 
 
 class Algorithm(Protocol):
-    """A way to train; structural, so there is no base class to inherit from."""
+    """A training algorithm: a structural type, there is no base class to inherit from."""
 
-    learners: dict[str, Learner]  # all that is scheduled, averaged, saved and resumed
-    voters: Voters
-    state: dict[str, Tensor]  # what else must be saved; moves in place, alike on every rank
+    learners: dict[str, Learner]  # each is scheduled, averaged, saved and resumed
+    eval_ensemble: EvalEnsemble
+    state: dict[str, Tensor]  # what else is saved; updated in place, identical on all ranks
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        """Updates the learners once, in step number `t` (from 0)."""
+        """Updates the learners once, in step number `t` (from 0); returns all metrics to log."""
 
-    def phase(self, t: int) -> Hashable | None:
-        """Equal for steps that differ in nothing but images, draws, learning rates and what the
-        step itself has moved on the device, so that a CUDA graph may repeat one for another; None
-        for a step that is like no other, since a ramp is on its way."""
+    def graph_key(self, t: int) -> Hashable | None:
+        """Which CUDA graph can replay step `t`, or None if no graph can.
+
+        Steps of equal keys launch the same kernels and differ only in what is read from the
+        device: images, random draws, learning rates and the state that steps update there.
+        """
 
 
 def train_step(algorithm: Algorithm, batch: Batch, t: int, step: Step | None = None) -> Metrics:
-    """Wraps a step in what all algorithms share: learning rates before, averages after.
+    """Runs one step between what all algorithms share: learning rates before, averages after.
 
-    `step` takes the place of the algorithm's own, which it repeats in another way.
-    ``skipped/NAME`` is 1 where a learner's update was left out, for its gradient was not finite.
+    `step` replaces the algorithm's own step (as `StepGraph.step` does). Adds the metrics
+    ``skipped/NAME``: 1 if the learner's update was skipped because its gradient was not finite.
     """
     for learner in algorithm.learners.values():
-        learner.begin(t)
+        learner.begin_step(t)
     metrics = dict((step or algorithm.step)(batch, t))
     for name, learner in algorithm.learners.items():
-        learner.end(t)
+        learner.end_step(t)
         metrics[f"skipped/{name}"] = learner.skipped.clamp(max=1.0)
     return metrics
 
 
 @torch.no_grad()
 def predict(algorithm: Algorithm, images: Tensor) -> Tensor:
-    """The probability that the voters give each class, ``(N, C)`` float32."""
-    voters = algorithm.voters
-    logits = torch.stack([voter.infer_average(images).float() for voter in voters.learners])
-    if voters.mean_of == "logits":
+    """Class probabilities ``(N, C)`` float32 of the evaluated ensemble."""
+    ensemble = algorithm.eval_ensemble
+    logits = torch.stack([member.infer_average(images).float() for member in ensemble.learners])
+    if ensemble.mean_of == "logits":
         return logits.mean(0).softmax(-1)
     return logits.softmax(-1).mean(0)

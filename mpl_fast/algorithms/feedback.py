@@ -1,7 +1,10 @@
-"""How a teacher hears what its labels did for the student (derivations: docs/algorithms.md)."""
+"""Feedback terms of the teacher's loss: the effect of the student's update on its labeled loss.
+
+The derivations are in docs/algorithms.md.
+"""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -10,50 +13,55 @@ from mpl_fast import losses
 from mpl_fast.algorithms.base import Metrics
 from mpl_fast.algorithms.labels import Labels
 from mpl_fast.config.algorithms import Derivative
-from mpl_fast.derivatives import log_softmax_along
 from mpl_fast.distributed import mean_over_ranks
-from mpl_fast.draws import again, dropouts
 from mpl_fast.learner import Learner
+from mpl_fast.learner.jvp import log_softmax_jvp
+from mpl_fast.learner.rng import replay_rng, rng_state
 
 ALL = slice(None)
 
 
 class Feedback(Protocol):
-    """Listens to one step of a student: made before it, asked after it."""
+    """The feedback of one step: made before the student's update, complete after it."""
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        """The student of these logits ``(U, C)`` has just moved `rate` along their gradient (NaN:
-        its step was left out)."""
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        """Called after the student's update on `labels`.
 
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        """A term of the teacher's loss; `view` is ``(U, C)``, its logits with gradient, or some
-        `rows` of them, as are the `labels`."""
+        strong: ``(U, C)``, the student's logits before the update. rate: 0-dim, how far the weights
+        moved along the negative gradient of these labels' loss; NaN if the update was skipped.
+        """
+
+    def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        """The feedback term, 0-dim, of the teacher's logits ``(rows, C)``, which carry gradient.
+
+        The logits are of the view that the labels are credited to, or of some `rows` of it.
+        """
 
     def metrics(self) -> Metrics:
-        """`h`, by how much the labels are held to have lowered the labeled loss, and others."""
+        """`feedback`: by how much the labels lowered the labeled loss; `loss/student_labeled`."""
 
 
-class Silence:
-    """No feedback; the labeled loss is told all the same."""
+class NoFeedback:
+    """No feedback; only the student's labeled loss is measured."""
 
     def __init__(self, student: Learner, images: Tensor, labels: Tensor) -> None:
         self._student, self._images, self._labels = student, images, labels
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        self.new = labeled_loss(self._student, self._images, self._labels)
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        self._new = labeled_loss(self._student, self._images, self._labels)
 
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        return view.new_zeros(())
+    def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        return logits.new_zeros(())
 
     def metrics(self) -> Metrics:
-        return {"h": torch.zeros_like(self.new), "loss/student_labeled": self.new}
+        return {"feedback": torch.zeros_like(self._new), "loss/student_labeled": self._new}
 
 
-class Difference:
-    """h = labeled loss before minus after the student's step, a number for the whole batch.
+class DifferenceFeedback:
+    """h = labeled loss before minus after the student's update, one number for the whole batch.
 
-    The first-order derivative of Meta Pseudo Labels (arXiv 2003.10580), without bias if the labels
-    were drawn from the teacher. `baseline` (0-dim) is the moving average that is subtracted.
+    The first-order derivative of Meta Pseudo Labels (arXiv 2003.10580); unbiased if the labels were
+    drawn from the teacher. `baseline` (0-dim) is a moving average of h that is subtracted from it.
     """
 
     def __init__(
@@ -68,86 +76,90 @@ class Difference:
         self._baseline, self._momentum = baseline, momentum
         self._old = labeled_loss(student, images, labels)
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        self.new = labeled_loss(self._student, self._images, self._labels)
-        # Of a step that was left out nothing is known: the teacher's is left out with it.
-        after = torch.where(rate.isfinite(), self.new, torch.nan)
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+        self._pseudo = labels
+        self._new = labeled_loss(self._student, self._images, self._labels)
+        # A skipped update has no feedback: NaN makes the teacher skip its update too.
+        after = torch.where(rate.isfinite(), self._new, torch.nan)
         old, new = mean_over_ranks(torch.stack([self._old, after]))
         self.h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
 
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        return self.h * losses.student_loss(view, labels.target, weight=labels.weight)
+    def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        labels = self._pseudo.select(rows)
+        return self.h * losses.student_loss(logits, labels.target, weight=labels.weight)
 
     def metrics(self) -> Metrics:
-        return {"h": self.h, "loss/student_labeled": self.new}
+        return {"feedback": self.h, "loss/student_labeled": self._new}
 
 
-def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
-    """The student's cross-entropy on labels, without gradient.
+class DerivativeFeedback:
+    """The derivative of the labeled loss after the student's update by the labels of that update.
 
-    Before and after its update it normalizes by the labeled batch alone, so that a student that
-    does not move has a difference of exactly 0. (The published codes take the first from the joint
-    batch and the second from the labeled one. Running statistics would be the same for both, but
-    they fit the weights before the update and not those after it: h is then negative whatever was
-    learned.)
-    """
-    return losses.smoothed_ce(student.judge(images), labels).loss
+    A student's cross-entropy is linear in the label, so a plain step of rate r changes the labeled
+    loss by r/U * sum u * (change of the labels), where u is the derivative of log softmax(student)
+    along the gradient of the labeled loss after the step. No second derivatives are needed.
 
-
-class _Directional:
-    """u = d log softmax(student) along the gradient of the labeled loss after the student's step.
-
-    The cross-entropy of a student is linear in the label, so that the labeled loss after a plain
-    step of rate r changes by r/U * sum u * (change of the labels): without second derivatives.
-    `unlabeled` is what the student's passes of this step see, in their order.
+    `kind`: exact, for soft labels: r/U * sum u * softmax(teacher), without noise. per_example, for
+    drawn labels: each label has its own h = -r/U * u[label]; unbiased, with less noise than the
+    difference. `unlabeled`: the images of the student's passes in this step, in their order.
     """
 
     def __init__(
         self,
+        kind: Literal["exact", "per_example"],
         student: Learner,
         images: Tensor,
         labels: Tensor,
         unlabeled: Sequence[Tensor],
-        smoothing: float,
+        label_smoothing: float,
         derivative: Derivative,
     ) -> None:
+        self._kind = kind
         self._student, self._images, self._labels = student, images, labels
-        self._unlabeled, self._smoothing, self._derivative = unlabeled, smoothing, derivative
-        self._before = student.weights()
-        self._dropouts = dropouts(student.device)  # of the student's passes, which come next
-        self.heard: list[Tensor] = []  # h of the rows of each term
+        self._unlabeled, self._smoothing, self._derivative = unlabeled, label_smoothing, derivative
+        self._weights = student.weights()
+        self._rng = rng_state(student.device)  # which the student's passes draw their dropout from
+        self._decreases: list[Tensor] = []  # one for each call of `term`
 
-    def ask(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
+    def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         student = self._student
-        direction, self.new = student.labeled_gradient(self._images, self._labels)
-        with again(self._dropouts, student.device):
+        direction, self._new = student.labeled_gradient(self._images, self._labels)
+        with replay_rng(self._rng, student.device):
             change = [
-                student.along(self._before, direction, images, self._derivative)
+                student.jvp(self._weights, direction, images, self._derivative)
                 for images in self._unlabeled
             ]
-        self.u = log_softmax_along(strong, torch.cat(change))
+        self._weights = []
+        self._pseudo = labels
+        self._u = log_softmax_jvp(strong, torch.cat(change))  # (U, C)
         if labels.weight is not None:
-            self.u = self.u * labels.weight[:, None]
-        self.rate = rate * (1.0 - self._smoothing)
-        self._before = []
+            self._u = self._u * labels.weight[:, None]
+        self._rate = rate * (1.0 - self._smoothing)
+
+    def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        if self._kind == "exact":
+            value = losses.exact_feedback(logits, self._u[rows], weight=self._rate)
+            self._decreases.append(-value.detach())
+            return value
+        target = self._pseudo.target[rows]
+        h = -self._rate * self._u[rows].gather(-1, target[:, None])[:, 0]
+        self._decreases.append(h.mean())
+        return losses.student_loss(logits, target, weight=h)
 
     def metrics(self) -> Metrics:
-        return {"h": torch.stack(self.heard).mean(), "loss/student_labeled": self.new}
+        return {
+            "feedback": torch.stack(self._decreases).mean(),
+            "loss/student_labeled": self._new,
+        }
 
 
-class Exact(_Directional):
-    """The whole derivative for soft labels: rate/U * sum u * softmax(teacher), without noise."""
+def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
+    """The student's cross-entropy on labeled images ``(N, ...)``, 0-dim, without gradient.
 
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        value = losses.exact_feedback(view, self.u[rows], weight=self.rate)
-        self.heard.append(-value.detach())
-        return value
-
-
-class PerExample(_Directional):
-    """For each drawn label its own h = -rate/U * u[label]; without bias, and less noise."""
-
-    def term(self, view: Tensor, labels: Labels, rows: slice = ALL) -> Tensor:
-        h = -self.rate * self.u[rows].gather(-1, labels.target[:, None])[:, 0]
-        self.heard.append(h.mean())
-        return losses.student_loss(view, labels.target, weight=h)
+    Before and after the update batch norm uses the statistics of these images alone, so a student
+    that does not move has a difference of exactly 0. (The published codes take the first loss from
+    the joint batch and the second from the labeled one. Running statistics would be the same for
+    both, but they fit the weights before the update and not those after it, which makes h negative
+    for any labels.)
+    """
+    return losses.smoothed_ce(student.forward_batch_stats(images), labels).loss

@@ -5,48 +5,49 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.parts import mean_of, parts, shared
+from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import FixMatchConfig
 
 
 class FixMatch:
-    """Learns the labels, and on strong views the weak views' labels where they are confident."""
+    """Cross-entropy on labels, and on strong views with confident arg-max labels of weak ones."""
 
-    def __init__(self, config: FixMatchConfig, new_learner: NewLearner, facts: RunFacts) -> None:
-        self.config, self.microbatches = config, facts.microbatches
+    def __init__(
+        self, config: FixMatchConfig, new_learner: LearnerFactory, context: AlgorithmContext
+    ) -> None:
+        self.config, self.microbatches = config, context.microbatches
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         return ""
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        count, told = self.microbatches, []
-        for part in parts(batch, count):
-            loss, metrics = self._loss(part)
-            self.learner.push(*shared([loss], count))
-            told.append(metrics)
-        self.learner.update()
-        return mean_of(told)
+        metrics = []
+        for part in microbatches(batch, self.microbatches):
+            loss, part_metrics = self._loss(part)
+            self.learner.backward(loss, microbatches=self.microbatches)
+            metrics.append(part_metrics)
+        self.learner.optimizer_step()
+        return mean_metrics(metrics)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        config, n = self.config, len(batch.weak)
+        config = self.config
         logits = Views(self.learner, batch, config.bn_batches).logits()
-        weak = logits[-2 * n : -n].detach()
-        found = losses.pseudo_labels(weak)
-        sure = (found.confidence >= config.threshold).to(found.confidence.dtype)
+        pseudo = losses.pseudo_labels(logits.weak.detach())
+        mask = (pseudo.confidence >= config.threshold).to(pseudo.confidence.dtype)
         labeled = losses.smoothed_ce(
-            logits[: -2 * n], batch.labels, label_smoothing=config.smoothing
+            logits.labeled, batch.labels, label_smoothing=config.label_smoothing
         )
-        unlabeled = losses.student_loss(logits[-n:], found.label, weight=sure)
+        unlabeled = losses.student_loss(logits.strong, pseudo.label, weight=mask)
         return labeled.loss + config.weight * unlabeled, {
             "loss/labeled": labeled.loss.detach(),
             "loss/consistency": unlabeled.detach(),
-            "mask_rate": sure.mean(),
-            "confidence": found.confidence.mean(),
-            "accuracy/pseudo": (found.label == batch.truth).float().mean(),
+            "mask_rate": mask.mean(),
+            "confidence": pseudo.confidence.mean(),
+            "accuracy/pseudo": (pseudo.label == batch.truth).float().mean(),
         }

@@ -1,165 +1,183 @@
 """Meta Pseudo Labels (https://arxiv.org/abs/2003.10580)."""
 
 from collections.abc import Hashable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mpl_fast import draws, losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.feedback import Difference, Exact, Feedback, PerExample, Silence
-from mpl_fast.algorithms.labels import Labels, label
-from mpl_fast.algorithms.parts import mean_of, parts, shared, slices
-from mpl_fast.algorithms.uda import uda_loss, uda_metrics
-from mpl_fast.algorithms.views import Views
+from mpl_fast import losses
+from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.feedback import (
+    DerivativeFeedback,
+    DifferenceFeedback,
+    Feedback,
+    NoFeedback,
+)
+from mpl_fast.algorithms.labels import Labels, make_labels
+from mpl_fast.algorithms.microbatches import mean_metrics, microbatches, row_slices
+from mpl_fast.algorithms.uda import uda_loss
+from mpl_fast.algorithms.views import ViewLogits, Views
 from mpl_fast.batch import Batch, joined
 from mpl_fast.config import MPLConfig
-from mpl_fast.learner import Term
+from mpl_fast.learner import Term, rng
 
 
 class MetaPseudoLabels:
-    """A teacher learns to label unlabeled images so that a student of those labels does well."""
+    """A teacher learns to give labels on which a student improves on labeled images."""
 
-    def __init__(self, config: MPLConfig, new_learner: NewLearner, facts: RunFacts) -> None:
-        self.config, self.seed, self.microbatches = config, facts.seed, facts.microbatches
+    def __init__(
+        self, config: MPLConfig, new_learner: LearnerFactory, context: AlgorithmContext
+    ) -> None:
+        self.config, self.seed, self.microbatches = config, context.seed, context.microbatches
         self.teacher, self.student = new_learner(config.teacher), new_learner(config.student)
         self.learners = {"teacher": self.teacher, "student": self.student}
-        self.voters = Voters([self.student])
+        self.eval_ensemble = EvalEnsemble([self.student])
         self.state: dict[str, Tensor] = {}
         if config.baseline or config.feedback == "parity_google":
             self.state["baseline"] = torch.zeros((), device=self.student.device)
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         config = self.config
         ramps = t < max(config.consistency.ramp, config.feedback_ramp)
-        # What repeats a pass's dropout sets the generator's state, which no graph can.
+        # Repeating a pass's dropout sets the generator's state, which a graph cannot.
         repeats = config.teacher_graph == "recompute"
         if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
             return None
-        return self.student.lr == 0.0, self.student.resting
+        return self.student.lr == 0.0, self.student.frozen
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        student, teacher, count = self.student, self.teacher, self.microbatches
-        own, judging = _share_out(batch, self.config.held_out)
-        batches, rows = parts(own, count), slices(len(batch.weak), count)
-        views = [self._views(part) for part in batches]
-
-        # The teacher labels the unlabeled images ...
-        labels = self._label(joined([view.peek(self.config.pseudo) for view in views]), t)
-
-        # ... the student learns from nothing but those labels ...
-        feedback = self._listen([part.strong for part in batches], judging)
-        lessons = [
-            self._learn(part.strong, labels.of(mine))
-            for part, mine in zip(batches, rows, strict=True)
+        config, teacher, student = self.config, self.teacher, self.student
+        own, held_out = hold_out_labeled(batch, config.held_out)
+        parts = microbatches(own, self.microbatches)
+        rows = row_slices(len(batch.weak), self.microbatches)
+        views = [
+            Views(
+                teacher,
+                part,
+                config.bn_batches,
+                weak_gradient=self.feedback_view == "weak",
+                recompute=config.teacher_graph == "recompute",
+            )
+            for part in parts
         ]
-        rate = student.update()
 
-        # ... what that did for it on labeled images tells how good they were ...
-        feedback.ask(joined([logits for logits, _ in lessons]), labels, rate)
+        # The teacher labels the unlabeled images.
+        logits = joined([view.detached_logits(config.pseudo) for view in views])  # (U, C)
+        labels = self._make_labels(logits, t)
 
-        # ... and the teacher makes helpful ones likelier, while it learns by UDA itself.
-        told = []
-        for view, part, mine, (_, lesson) in zip(views, batches, rows, lessons, strict=True):
-            terms, metrics = self._teach(view.logits(), part, labels, mine, feedback, t)
-            teacher.push(*shared(terms, count))
-            view.forget()
-            told.append({**metrics, "loss/student": lesson})
-        teacher.update()
-        return {**mean_of(told), **feedback.metrics()}
+        # The student takes one step on these labels and nothing else.
+        feedback = self._make_feedback([part.strong for part in parts], held_out)
+        passes = [
+            self._student_backward(part.strong, labels.select(r))
+            for part, r in zip(parts, rows, strict=True)
+        ]
+        rate = student.optimizer_step()
 
-    def _views(self, batch: Batch) -> Views:
-        return Views(
-            self.teacher,
-            batch,
-            self.config.bn_batches,
-            weak_gradient=self._view_heard == "weak",
-            recompute=self.config.teacher_graph == "recompute",
-        )
+        # The effect of that step on the student's labeled loss is the feedback on the labels.
+        feedback.observe_update(joined([logits for logits, _ in passes]), labels, rate)
 
-    def _learn(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
-        """The student's lesson of one part: its logits, as constants, and the loss."""
-        logits = self.student(strong)  # (U, C)
-        lesson, slope = losses.student_loss_and_grad(
+        # The teacher takes one step on UDA's loss and the feedback term.
+        metrics = []
+        for part, r, view, (_, loss) in zip(parts, rows, views, passes, strict=True):
+            terms, part_metrics = self._teacher_loss(view.logits(), part, labels, r, feedback, t)
+            teacher.backward(*terms, microbatches=self.microbatches)
+            metrics.append({**part_metrics, "loss/student": loss})
+        teacher.optimizer_step()
+        return {**mean_metrics(metrics), **feedback.metrics()}
+
+    def _student_backward(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+        """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
+        logits = self.student(strong)
+        loss, grad_logits = losses.student_loss_and_grad(
             logits,
             labels.target,
-            label_smoothing=self.config.smoothing,
+            label_smoothing=self.config.label_smoothing,
             weight=labels.weight,
         )
-        self.student.push(*shared([(logits, slope)], self.microbatches))
-        return logits.detach(), lesson
+        self.student.backward((logits, grad_logits), microbatches=self.microbatches)
+        return logits.detach(), loss
 
-    def _teach(
+    def _teacher_loss(
         self,
-        logits: Tensor,
+        logits: ViewLogits,
         batch: Batch,
         labels: Labels,
         rows: slice,
         feedback: Feedback,
         t: int,
     ) -> tuple[list[Term], Metrics]:
-        """The teacher's loss on labeled | weak | strong views, whose labels are some `rows` of all,
-        and what it tells."""
-        labels = labels.of(rows)
-        config, n, weight = self.config, len(batch.weak), self.config.feedback_weight_at(t)
-        heard = self._view_heard
-        # The plain difference is one more term of the same pass over the logits.
-        plain = heard == "strong" and labels.weight is None
-        h = feedback.h if plain and isinstance(feedback, Difference) else None
-        terms, out = uda_loss(
+        """UDA's loss and the feedback term of one microbatch, whose labels are `rows` of all."""
+        config, weight = self.config, self.config.feedback_weight_at(t)
+        h: Tensor | None = None
+        if isinstance(feedback, DifferenceFeedback) and self.feedback_view == "strong":
+            # One more cross-entropy of the same logits, which the fused loss has, for all rows.
+            h = feedback.h if labels.weight is None else None
+        loss = uda_loss(
             logits,
             batch,
             t,
             config.consistency,
-            config.smoothing,
+            config.label_smoothing,
             feedback=0.0 if h is None else weight * h,
-            pseudo=labels.hard,
+            pseudo=labels.hard[rows],
         )
         if h is not None:
-            return terms, {**uda_metrics(out), "loss/feedback": h * out.mpl.detach()}
-        view = logits[-n:] if heard == "strong" else logits[-2 * n : -n]
-        term = feedback.term(view, labels, rows)
-        terms.append(weight * term)
-        return terms, {**uda_metrics(out), "loss/feedback": term.detach()}
+            return loss.terms, {**loss.metrics, "loss/feedback": h * loss.out.mpl}
+        view = logits.strong if self.feedback_view == "strong" else logits.weak
+        term = feedback.term(view, rows)
+        return [*loss.terms, weight * term], {**loss.metrics, "loss/feedback": term.detach()}
 
     @property
-    def _view_heard(self) -> str:
-        """The view whose logits the feedback moves.
+    def feedback_view(self) -> Literal["weak", "strong"]:
+        """The view whose logits get the feedback's gradient.
 
-        A drawn or soft label is credited to the distribution that it comes from; with the arg-max
-        nothing is exact, and the published codes move the strong view.
+        A drawn or soft label is credited to the distribution that it comes from. For arg-max labels
+        no choice is exact, and the published codes take the strong view.
         """
         from_pseudo = self.config.feedback in ("sampled", "per_example", "exact")
         return self.config.pseudo if from_pseudo else "strong"
 
-    def _label(self, logits: Tensor, t: int) -> Labels:
+    def _make_labels(self, logits: Tensor, t: int) -> Labels:
         kind, uniforms = self.config.label_kind, None
         if kind == "sampled":
-            uniforms = draws.uniform(len(logits), seed=self.seed, step=t, device=logits.device)
-        return label(logits, kind, uniforms=uniforms, threshold=self.config.label_threshold)
+            uniforms = rng.uniform(len(logits), seed=self.seed, step=t, device=logits.device)
+        return make_labels(logits, kind, uniforms=uniforms, threshold=self.config.label_threshold)
 
-    def _listen(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
-        """What hears of the student's next step; silence, if it is not going to move."""
+    def _make_feedback(self, strong: Sequence[Tensor], batch: Batch) -> Feedback:
+        """The configured feedback, by the labeled images of `batch`; none if the student's learning
+        rate is 0. `strong`: the images of the student's passes."""
         config, student = self.config, self.student
-        images, labels = judging.labeled, judging.labels
+        images, labels = batch.labeled, batch.labels
         if config.feedback == "off" or student.lr == 0.0:
-            return Silence(student, images, labels)
-        if config.feedback in ("difference", "sampled"):
-            baseline = self.state.get("baseline")
-            return Difference(student, images, labels, baseline, config.baseline)
-        kind = Exact if config.feedback == "exact" else PerExample
-        return kind(student, images, labels, strong, config.smoothing, config.derivative)
+            return NoFeedback(student, images, labels)
+        if config.feedback == "exact" or config.feedback == "per_example":
+            return DerivativeFeedback(
+                config.feedback,
+                student,
+                images,
+                labels,
+                strong,
+                config.label_smoothing,
+                config.derivative,
+            )
+        baseline = self.state.get("baseline")
+        return DifferenceFeedback(student, images, labels, baseline, config.baseline)
 
 
 def count_held_out(labeled: int, share: float) -> int:
-    """Labeled images of a rank that only judge; at least one of each kind, if any are held out."""
+    """How many of a rank's labeled images only measure the feedback: for a share above 0 at least
+    one, and at most all but one."""
     return labeled - min(max(1, round(labeled * (1.0 - share))), labeled - 1) if share else 0
 
 
-def _share_out(batch: Batch, held_out: float) -> tuple[Batch, Batch]:
-    """The batch for the teacher's own loss, and the one whose labeled part judges the student."""
-    if not held_out:
+def hold_out_labeled(batch: Batch, share: float) -> tuple[Batch, Batch]:
+    """The batch of the teacher's own loss, and the one whose labeled images measure the feedback.
+
+    They share no labeled image, or, for a share of 0, are the same batch.
+    """
+    if not share:
         return batch, batch
-    kept = len(batch.labels) - count_held_out(len(batch.labels), held_out)
+    kept = len(batch.labels) - count_held_out(len(batch.labels), share)
     own = batch._replace(labeled=batch.labeled[:kept], labels=batch.labels[:kept])
     return own, batch._replace(labeled=batch.labeled[kept:], labels=batch.labels[kept:])

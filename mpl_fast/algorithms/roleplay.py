@@ -1,8 +1,8 @@
-"""Meta Pseudo Labels whose networks change roles (after saarst/TransferMPL, --switch_mode)."""
+"""Meta Pseudo Labels whose two networks swap roles (after saarst/TransferMPL, --switch_mode)."""
 
 from collections.abc import Hashable
 
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
+from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
 from mpl_fast.config import RolePlayConfig
@@ -10,23 +10,25 @@ from mpl_fast.learner import Learner
 
 
 class RolePlay:
-    """Two networks teach each other in turn and are evaluated together.
+    """Two networks are teacher and student by turns, and are evaluated as an ensemble.
 
-    Learners "first" and "second" begin as teacher and as student. A learner is network, optimizer,
-    schedule and average in one, so that nothing is left behind in a role. Whose turn it is follows
-    from the step's number: there is nothing to resume.
+    The learners "first" and "second" begin as teacher and as student. A learner holds network,
+    optimizer, schedule and average, so all of them change roles together. The roles are a function
+    of the step's number, so there is nothing to resume.
     """
 
-    def __init__(self, config: RolePlayConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+    def __init__(
+        self, config: RolePlayConfig, new_learner: LearnerFactory, context: AlgorithmContext
+    ) -> None:
         self.config = config
-        self.period = config.swap_every or facts.epoch
-        self.game = MetaPseudoLabels(config, new_learner, facts)
-        self.learners = {"first": self.game.teacher, "second": self.game.student}
-        self.voters = Voters([*self.learners.values()], config.ensemble)
-        # A moving average for each network as a student.
+        self.period = config.swap_every or context.steps_per_epoch
+        self.mpl = MetaPseudoLabels(config, new_learner, context)
+        self.learners = {"first": self.mpl.teacher, "second": self.mpl.student}
+        self.eval_ensemble = EvalEnsemble([*self.learners.values()], config.ensemble)
+        # Each network has its own moving averages for its time as the student.
         self.state = {
             f"{key}/{name}": value.clone()
-            for key, value in self.game.state.items()
+            for key, value in self.mpl.state.items()
             for name in self.learners
         }
 
@@ -35,19 +37,18 @@ class RolePlay:
         first, second = self.learners.values()
         return (first, second) if (t // self.period) % 2 == 0 else (second, first)
 
-    def phase(self, t: int) -> Hashable | None:
-        self._cast(t)
-        game = self.game.phase(t)
-        return None if game is None else (game, self.game.student is self.learners["second"])
+    def graph_key(self, t: int) -> Hashable | None:
+        self._assign_roles(t)
+        key = self.mpl.graph_key(t)
+        return None if key is None else (key, self.mpl.student is self.learners["second"])
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        self._cast(t)
-        return self.game.step(batch, t)
+        self._assign_roles(t)
+        return self.mpl.step(batch, t)
 
-    def _cast(self, t: int) -> None:
-        """Gives out the roles of a step."""
-        self.game.teacher, self.game.student = self.roles(t)
-        student = "second" if self.game.student is self.learners["second"] else "first"
-        self.game.state = {k: self.state[f"{k}/{student}"] for k in self.game.state}
-        if t < self.config.student_wait:
-            self.game.student.rest()
+    def _assign_roles(self, t: int) -> None:
+        self.mpl.teacher, self.mpl.student = self.roles(t)
+        student = "second" if self.mpl.student is self.learners["second"] else "first"
+        self.mpl.state = {key: self.state[f"{key}/{student}"] for key in self.mpl.state}
+        if t < self.config.student_delay_steps:
+            self.mpl.student.freeze()

@@ -5,29 +5,37 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.feedback import Difference, Exact, Silence
-from mpl_fast.algorithms.labels import label
-from mpl_fast.algorithms.uda import uda_loss, uda_metrics
+from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.feedback import (
+    DerivativeFeedback,
+    DifferenceFeedback,
+    Feedback,
+    NoFeedback,
+)
+from mpl_fast.algorithms.labels import make_labels
+from mpl_fast.algorithms.uda import uda_loss
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import SMPLConfig
+from mpl_fast.config.algorithms import LabelKind
 
 
 class SelfMetaPseudoLabels:
-    """One network learns its own pseudo labels, and then, knowing what that did, labels better.
+    """One network takes a step on its own pseudo labels, then a second step with feedback on them.
 
-    Two updates a step. Unlike the published code: the gradients of the first are gone before the
-    second, h is old - new, and nothing that should have a gradient is detached.
+    Unlike in the published code, the gradients of the first update are cleared before the second,
+    h is old - new, and nothing that should have a gradient is detached.
     """
 
-    def __init__(self, config: SMPLConfig, new_learner: NewLearner, facts: RunFacts) -> None:
+    def __init__(
+        self, config: SMPLConfig, new_learner: LearnerFactory, context: AlgorithmContext
+    ) -> None:
         self.config = config
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         config = self.config
         if t < config.consistency.ramp or t < config.feedback_ramp or config.feedback == "exact":
             return None
@@ -36,37 +44,49 @@ class SelfMetaPseudoLabels:
     def step(self, batch: Batch, t: int) -> Metrics:
         config, learner = self.config, self.learner
 
-        # First update: the network's own labels of the weak views, learned on the strong ones.
-        kind = "soft" if config.feedback == "exact" else "argmax"
-        labels = label(learner.preview(batch.weak), kind)
-        feedback = self._listen(batch)
+        # First update: pseudo labels of the weak views, learned on the strong ones.
+        kind: LabelKind = "soft" if config.feedback == "exact" else "argmax"
+        labels = make_labels(learner.forward_no_grad(batch.weak), kind)
+        feedback = self._make_feedback(batch)
         strong = learner(batch.strong)  # (U, C)
-        lesson, slope = losses.student_loss_and_grad(
-            strong, labels.target, label_smoothing=config.smoothing
+        student_loss, grad_logits = losses.student_loss_and_grad(
+            strong, labels.target, label_smoothing=config.label_smoothing
         )
-        rate = learner.descend((strong, slope))
-        feedback.ask(strong.detach(), labels, rate)
+        rate = learner.backward_and_step((strong, grad_logits))
+        feedback.observe_update(strong.detach(), labels, rate)
 
-        # Second update: the labels, agreement between the views, and the labels that helped.
-        logits = Views(learner, batch).logits()  # (L + 2U, C)
-        weight, n = config.feedback_weight_at(t), len(batch.weak)
-        h = feedback.h if isinstance(feedback, Difference) else 0.0
-        terms, out = uda_loss(
-            logits, batch, t, config.consistency, config.smoothing, feedback=weight * h
+        # Second update: UDA's loss, and the feedback on the labels of the first update.
+        logits = Views(learner, batch).logits()
+        weight = config.feedback_weight_at(t)
+        h = feedback.h if isinstance(feedback, DifferenceFeedback) else 0.0
+        loss = uda_loss(
+            logits, batch, t, config.consistency, config.label_smoothing, feedback=weight * h
         )
-        term = h * out.mpl.detach()
-        if isinstance(feedback, Exact):
-            term = feedback.term(logits[-2 * n : -n], labels)
-            terms.append(weight * term)
-        learner.descend(*terms)
-        lessons = {"loss/student": lesson, "loss/feedback": term.detach()}
-        return {**uda_metrics(out), **lessons, **feedback.metrics()}
+        terms, term = loss.terms, h * loss.out.mpl
+        if not isinstance(feedback, DifferenceFeedback | NoFeedback):
+            term = feedback.term(logits.weak)
+            terms = [*terms, weight * term]
+        learner.backward_and_step(*terms)
+        return {
+            **loss.metrics,
+            "loss/student": student_loss,
+            "loss/feedback": term.detach(),
+            **feedback.metrics(),
+        }
 
-    def _listen(self, batch: Batch) -> Difference | Exact | Silence:
+    def _make_feedback(self, batch: Batch) -> Feedback:
         config, learner = self.config, self.learner
         images, labels = batch.labeled, batch.labels
         if config.feedback == "off" or learner.lr == 0.0:
-            return Silence(learner, images, labels)
+            return NoFeedback(learner, images, labels)
         if config.feedback == "difference":
-            return Difference(learner, images, labels)
-        return Exact(learner, images, labels, [batch.strong], config.smoothing, config.derivative)
+            return DifferenceFeedback(learner, images, labels)
+        return DerivativeFeedback(
+            "exact",
+            learner,
+            images,
+            labels,
+            [batch.strong],
+            config.label_smoothing,
+            config.derivative,
+        )

@@ -1,50 +1,53 @@
-"""Labeled images only: the baseline that every other algorithm must beat, and fine-tuning."""
+"""Supervised training on labeled images, the baseline of the other algorithms; also fine-tuning."""
 
 from collections.abc import Hashable
 
 from torch import Tensor
 
-from mpl_fast import draws, losses
-from mpl_fast.algorithms.base import Metrics, NewLearner, RunFacts, Voters
-from mpl_fast.algorithms.parts import mean_of, shared, slices
+from mpl_fast import losses
+from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.microbatches import mean_metrics, row_slices
 from mpl_fast.batch import Batch
 from mpl_fast.config import FinetuneConfig, SupervisedConfig
+from mpl_fast.learner import rng
 
-Weighed = tuple[Tensor, Tensor]  # (L,) int64 labels and (L,) float weights
+WeightedTarget = tuple[Tensor, Tensor]  # (L,) int64 classes and (L,) float32 weights
 
 
 class Supervised:
-    """Smoothed cross-entropy on labels."""
+    """Cross-entropy with label smoothing, optionally on mixup images."""
 
     def __init__(
-        self, config: SupervisedConfig | FinetuneConfig, new_learner: NewLearner, facts: RunFacts
+        self,
+        config: SupervisedConfig | FinetuneConfig,
+        new_learner: LearnerFactory,
+        context: AlgorithmContext,
     ) -> None:
-        self.config, self.seed, self.microbatches = config, facts.seed, facts.microbatches
+        self.config, self.seed, self.microbatches = config, context.seed, context.microbatches
         self.mixup = config.mixup if isinstance(config, SupervisedConfig) else 0.0
         self.learner = new_learner(config.learner)
-        self.learners, self.voters = {"learner": self.learner}, Voters([self.learner])
+        self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
         self.state: dict[str, Tensor] = {}
 
-    def phase(self, t: int) -> Hashable | None:
+    def graph_key(self, t: int) -> Hashable | None:
         return ""
 
     def step(self, batch: Batch, t: int) -> Metrics:
-        images, targets = self._mixed(batch, t) if self.mixup else (batch.labeled, [])
-        count, told = self.microbatches, []
-        for rows in slices(len(images), count):
-            labels = batch.labels[rows]
-            weighed = [(target[rows], weight[rows]) for target, weight in targets]
-            loss, metrics = self._loss(images[rows], labels, weighed)
-            self.learner.push(*shared([loss], count))
-            told.append(metrics)
-        self.learner.update()
-        return mean_of(told)
+        images, targets = self._mixup(batch, t) if self.mixup else (batch.labeled, [])
+        metrics = []
+        for rows in row_slices(len(images), self.microbatches):
+            part_targets = [(target[rows], weight[rows]) for target, weight in targets]
+            loss, part_metrics = self._loss(images[rows], batch.labels[rows], part_targets)
+            self.learner.backward(loss, microbatches=self.microbatches)
+            metrics.append(part_metrics)
+        self.learner.optimizer_step()
+        return mean_metrics(metrics)
 
     def _loss(
-        self, images: Tensor, labels: Tensor, targets: list[Weighed]
+        self, images: Tensor, labels: Tensor, targets: list[WeightedTarget]
     ) -> tuple[Tensor, Metrics]:
-        """Of labels, or of weighed `targets` where there are any."""
-        logits, smoothing = self.learner(images), self.config.smoothing
+        """The loss on the labels, or on the mixup targets if there are any."""
+        logits, smoothing = self.learner(images), self.config.label_smoothing
         if not targets:
             out = losses.smoothed_ce(logits, labels, label_smoothing=smoothing)
             return out.loss, {"loss/labeled": out.loss.detach(), "accuracy/labeled": out.accuracy}
@@ -56,14 +59,14 @@ class Supervised:
         accuracy = losses.smoothed_ce(logits.detach(), labels).accuracy
         return loss, {"loss/labeled": loss.detach(), "accuracy/labeled": accuracy}
 
-    def _mixed(self, batch: Batch, t: int) -> tuple[Tensor, list[Weighed]]:
-        """Each image mixed with the one half a batch away (arXiv 1710.09412), and its two labels.
+    def _mixup(self, batch: Batch, t: int) -> tuple[Tensor, list[WeightedTarget]]:
+        """Mixes each image with the one half a batch away (arXiv 1710.09412); both its targets.
 
-        A rank has every world-th image of the whole batch, so that half of an even number of its
-        own images away is half of the whole batch away: the same partner on any number of ranks.
+        A rank holds every world-th image of the global batch, so half of its (even) number of
+        images is half of the global batch: the partner is the same for any number of ranks.
         """
-        labels, far = batch.labels, len(batch.labels) // 2
-        share = draws.beta(len(labels), self.mixup, seed=self.seed, step=t, device=labels.device)
-        part = share.to(batch.labeled.dtype).view(-1, *(1,) * (batch.labeled.ndim - 1))
-        images = batch.labeled * part + batch.labeled.roll(far, 0) * (1 - part)
-        return images, [(labels, share), (labels.roll(far, 0), 1 - share)]
+        labels, half = batch.labels, len(batch.labels) // 2
+        share = rng.beta(len(labels), self.mixup, seed=self.seed, step=t, device=labels.device)
+        factor = share.to(batch.labeled.dtype).view(-1, *(1,) * (batch.labeled.ndim - 1))
+        images = batch.labeled * factor + batch.labeled.roll(half, 0) * (1 - factor)
+        return images, [(labels, share), (labels.roll(half, 0), 1 - share)]

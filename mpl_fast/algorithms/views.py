@@ -1,23 +1,56 @@
-"""One network's logits of a batch's three views: in one forward pass or two, now or later."""
+"""One network's logits of the labeled, weak and strong images of a batch, by name.
+
+Logits are ordered labeled | weak | strong, which is what `losses.teacher_loss_and_grad` takes; only
+this module knows that order. Images lie weak | labeled | strong in memory (`mpl_fast.batch`), so a
+forward pass over all of them, or over labeled and strong ones, copies nothing.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpl_fast.batch import Batch
 from mpl_fast.config.algorithms import NormBatches
-from mpl_fast.draws import Dropouts, again, dropouts
 from mpl_fast.learner import Learner
+from mpl_fast.learner.rng import RngState, replay_rng, rng_state
 
-JOINT = (("weak", "labeled", "strong"),)  # as they lie in memory
-SPLIT = (("weak",), ("labeled", "strong"))
+View = Literal["labeled", "weak", "strong"]
+
+
+class ViewLogits(NamedTuple):
+    """Logits of a batch with L labeled and U unlabeled images, and their rows by view."""
+
+    all: Tensor  # (L + 2U, C), rows labeled | weak | strong
+    labeled: Tensor  # (L, C), a slice of `all`, as are the next two
+    weak: Tensor  # (U, C)
+    strong: Tensor  # (U, C)
+
+
+def name_views(logits: Tensor, batch: Batch) -> ViewLogits:
+    """Names the rows of logits ``(L + 2U, C)`` that are ordered labeled | weak | strong."""
+    sizes = [len(batch.labeled), len(batch.weak), len(batch.strong)]
+    return ViewLogits(logits, *logits.split(sizes))
+
+
+@dataclass
+class _Pass:
+    """One forward pass over some views, and its logits once it was run."""
+
+    images: dict[View, Tensor]
+    gradient: bool = True
+    rng: RngState | None = None  # before a pass without gradient that is repeated with it
+    logits: Tensor | None = None
 
 
 class Views:
-    """Logits of labeled, weak and strong images, each computed once.
+    """Logits of a batch's views from one or two forward passes, each run when first needed.
 
-    `joint`: batch norm sees all of them as one batch. `split`: weak images by themselves, and
-    without gradient unless `weak_gradient`. Passes run when they are first asked for. With
-    `recompute`, `peek` keeps nothing for the backward pass, and `logits` computes the same again.
+    `bn_batches`: joint: one pass, so that batch norm normalizes all views as one batch. split: weak
+    images have a pass of their own, without gradient unless `weak_gradient`. `recompute`:
+    `detached_logits` keeps no activations, and `logits` repeats its pass with the same dropout.
     """
 
     def __init__(
@@ -29,50 +62,41 @@ class Views:
         weak_gradient: bool = False,
         recompute: bool = False,
     ) -> None:
-        self._learner, self._batch = learner, batch
-        self._passes = JOINT if bn_batches == "joint" else SPLIT
-        self._weak_gradient, self._recompute = weak_gradient, recompute
-        self._done: dict[tuple[str, ...], Tensor] = {}
-        self._dropouts: dict[tuple[str, ...], Dropouts] = {}
-
-    def peek(self, view: str) -> Tensor:
-        """Logits ``(U, C)`` of one view of the unlabeled images, as constants."""
-        names = next(names for names in self._passes if view in names)
-        if names not in self._done and self._recompute and self._needs_gradient(names):
-            self._dropouts[names] = dropouts(self._learner.device)
-            logits = self._learner.preview(*self._images(names))
+        self._learner, self._batch, self._recompute = learner, batch, recompute
+        weak: dict[View, Tensor] = {"weak": batch.weak}
+        others: dict[View, Tensor] = {"labeled": batch.labeled, "strong": batch.strong}
+        if bn_batches == "joint":
+            self._passes = [_Pass(weak | others)]
         else:
-            logits = self._run(names)
-        return self._rows(names, logits)[view].detach()
+            self._passes = [_Pass(weak, gradient=weak_gradient), _Pass(others)]
 
-    def logits(self) -> Tensor:
-        """Rows labeled | weak | strong, ``(L + 2U, C)``, with gradient."""
-        rows = {}
-        # In the order of `hold`, what was peeked at first: running statistics remember the order.
-        for names in sorted(self._passes, key=lambda names: names not in self._dropouts):
-            rows.update(self._rows(names, self._run(names)))
-        return torch.cat([rows[name] for name in ("labeled", "weak", "strong")])
+    def detached_logits(self, view: View) -> Tensor:
+        """Logits ``(U, C)`` of one view, constants; runs only the pass that holds the view."""
+        one = next(one for one in self._passes if view in one.images)
+        if self._recompute and one.gradient and one.logits is None:
+            one.rng = rng_state(self._learner.device)
+            logits = self._learner.forward_no_grad(*one.images.values())
+        else:
+            logits = self._forward(one)
+        return _by_view(logits, one.images)[view].detach()
 
-    def forget(self) -> None:
-        """Frees what was computed."""
-        self._done.clear()
+    def logits(self) -> ViewLogits:
+        """Logits of all views, with gradient."""
+        rows: dict[View, Tensor] = {}
+        # What ran without gradient runs first again: running statistics depend on the order.
+        for one in sorted(self._passes, key=lambda one: one.rng is None):
+            rows |= _by_view(self._forward(one), one.images)
+        ordered = torch.cat([rows["labeled"], rows["weak"], rows["strong"]])
+        return name_views(ordered, self._batch)
 
-    def _run(self, names: tuple[str, ...]) -> Tensor:
-        if names not in self._done:
-            with torch.set_grad_enabled(self._needs_gradient(names)):
-                if names in self._dropouts:
-                    with again(self._dropouts[names], self._learner.device):
-                        self._done[names] = self._learner(*self._images(names))
-                else:
-                    self._done[names] = self._learner(*self._images(names))
-        return self._done[names]
+    def _forward(self, one: _Pass) -> Tensor:
+        if one.logits is None:
+            replay = replay_rng(one.rng, self._learner.device) if one.rng else nullcontext()
+            with torch.set_grad_enabled(one.gradient), replay:
+                one.logits = self._learner(*one.images.values())
+        return one.logits
 
-    def _needs_gradient(self, names: tuple[str, ...]) -> bool:
-        return names != ("weak",) or self._weak_gradient
 
-    def _images(self, names: tuple[str, ...]) -> list[Tensor]:
-        return [getattr(self._batch, name) for name in names]
-
-    def _rows(self, names: tuple[str, ...], logits: Tensor) -> dict[str, Tensor]:
-        sizes = [len(images) for images in self._images(names)]
-        return dict(zip(names, logits.split(sizes), strict=True))
+def _by_view(logits: Tensor, images: dict[View, Tensor]) -> dict[View, Tensor]:
+    sizes = [len(view) for view in images.values()]
+    return dict(zip(images, logits.split(sizes), strict=True))

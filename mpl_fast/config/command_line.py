@@ -1,0 +1,238 @@
+"""Command line and YAML file to one checked `RunConfig`; imports no torch, so --help is quick."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import yaml
+
+from mpl_fast.config.algorithms import RECIPES
+from mpl_fast.config.aliases import OPTION_NAMES, OPTION_VALUES, changes, renamed
+from mpl_fast.config.fields import (
+    OneOf,
+    Option,
+    all_options,
+    options,
+    problems,
+    replaced,
+    sections,
+    texts,
+)
+from mpl_fast.config.run import RunConfig
+from mpl_fast.config.values import convert, metavar, ranges, wanted
+from mpl_fast.errors import ConfigError
+
+USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
+--run-dir RUN
+
+Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
+The --algorithm.* options are those of one recipe: --recipe uda --help lists those of uda.
+The same command with the same --run-dir resumes. With --dry-run it only prints what it would need.
+Words in option names are joined by - or _."""
+
+FLAGS = {
+    "help": "Print this text and exit.",
+    "print_config": "Print the config as YAML and exit.",
+    "dry_run": "Print memory, operations, time and data rate that the run would need, and exit.",
+}
+RECIPE = Option("recipe", Annotated[str, OneOf(RECIPES)], "mpl")
+LENGTHS = (("steps", "epochs"), ("eval_every", "eval_epochs"))
+
+
+class Given(NamedTuple):
+    """A value as it was given."""
+
+    text: str | list[str]
+    where: str = ""  # ``FILE:LINE: ``, or nothing for the command line
+
+
+def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
+    """The config of a run from its command line. Raises `ConfigError` for anything wrong in it.
+
+    Contradictions among algorithm options are ignored unless `for_training`.
+    """
+    typed = _renamed(_command_line(argv), "the command line")
+    file = typed.pop("config", None)
+    read = _renamed(_yaml_file(str(file.text)), str(file.text)) if file else {}
+    recipe = str({**read, **typed}.get("recipe", Given(RECIPE.value)).text)
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe {recipe!r} does not exist{_near(recipe, list(RECIPES))}")
+    default = RunConfig(algorithm=RECIPES[recipe]())
+    if "help" in typed:
+        print(_help(default), end="")
+        raise SystemExit(0)
+    known = {option.key: option for option in (RECIPE, *all_options(default))}
+    _check_names(typed, [*known, *FLAGS], f"unknown option --{{}} of recipe {recipe}", "--")
+    _check_names(read, list(known), f"unknown key {{}} of recipe {recipe}")
+    values = {
+        key: _value(given, known[key]) for key, given in (read | typed).items() if key in known
+    }
+    config = _lengths(replaced(default, values), typed)
+    if "print_config" in typed:
+        print(as_yaml(config), end="")
+        raise SystemExit(0)
+    for problem in problems(config):
+        if for_training or not problem.startswith("algorithm."):
+            raise ConfigError(problem)
+    return config
+
+
+def wants_dry_run(argv: Sequence[str]) -> bool:
+    """Whether arguments that `parse` has accepted ask for a dry run."""
+    return "dry_run" in _command_line(argv)
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Text that `parse` reads back to an equal config."""
+    tree = {"recipe": config.recipe, **dataclasses.asdict(config)}
+    return yaml.safe_dump(_lists(tree), sort_keys=False)
+
+
+def _command_line(argv: Sequence[str]) -> dict[str, Given]:
+    """Options by name, with _ for -; the last one counts."""
+    found: dict[str, Given] = {}
+    left = iter(argv)
+    for argument in left:
+        name, equals, value = ("--help" if argument == "-h" else argument).partition("=")
+        key = name[2:].replace("-", "_")
+        if not name.startswith("--"):
+            raise ConfigError(f"unknown option {argument}: options begin with --")
+        if key in FLAGS and equals:
+            raise ConfigError(f"--{key} takes no value")
+        if key not in FLAGS and not equals:
+            value = next(left, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name} needs a value")
+        if key == "config" and key in found:
+            raise ConfigError("--config is given twice: put all keys into one file")
+        found[key] = Given(value)
+    return found
+
+
+def _yaml_file(file: str) -> dict[str, Given]:
+    """The values of a YAML file by dotted key."""
+    try:
+        tree = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{file} is empty")
+    if not isinstance(tree, yaml.MappingNode):
+        raise ConfigError(f"{file} must hold keys and values, such as 'steps: 1000'")
+    return dict(_yaml_values(tree, file))
+
+
+def _yaml_values(
+    tree: yaml.MappingNode, file: str, prefix: str = ""
+) -> Iterator[tuple[str, Given]]:
+    seen = set()
+    for name, node in tree.value:
+        key, where = f"{prefix}{name.value}", f"{file}:{name.start_mark.line + 1}: "
+        if key in seen:
+            raise ConfigError(f"{where}{key} stands here for the second time")
+        seen.add(key)
+        if isinstance(node, yaml.MappingNode):
+            yield from _yaml_values(node, file, f"{key}.")
+        elif node.tag.endswith(":null"):
+            raise ConfigError(f"{where}{key} has no value")
+        elif isinstance(node, yaml.SequenceNode):
+            yield key, Given([str(item.value) for item in node.value], where)
+        else:
+            yield key, Given(node.value, where)
+
+
+def _renamed(options: dict[str, Given], source: str) -> dict[str, Given]:
+    """The options under their present names, with a warning if there are old ones among them."""
+    for old in OPTION_NAMES.keys() & options.keys():
+        if (new := OPTION_NAMES[old]) in options:
+            raise ConfigError(f"{options[old].where}{old} and {new} are one option: give {new}")
+    old_names = changes({name: given.text for name, given in options.items()})
+    if old_names and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {source} uses old option names: {', '.join(old_names)}", file=sys.stderr)
+    return {
+        key: Given(OPTION_VALUES.get(key, {}).get(str(given.text), given.text), given.where)
+        for key, given in renamed(options, OPTION_NAMES).items()
+    }
+
+
+def _check_names(
+    options: Mapping[str, Given], known: Sequence[str], message: str, dashes: str = ""
+) -> None:
+    for key, given in options.items():
+        if key not in known:
+            inner = [f"{dashes}{name}" for name in known if name.startswith(f"{key}.")]
+            hint = f", which is a section: give {inner[0]}" if inner else _near(key, known, dashes)
+            raise ConfigError(f"{given.where}{message.format(key)}{hint}")
+
+
+def _value(given: Given, option: Option) -> Any:
+    try:
+        return convert(given.text, option.kind)
+    except (ValueError, KeyError):
+        shown = given.text if isinstance(given.text, str) else f"[{', '.join(given.text)}]"
+        raise ConfigError(
+            f"{given.where}{option.key} must be {wanted(option.kind)}, not {shown}"
+        ) from None
+
+
+def _lengths(config: RunConfig, typed: Mapping[str, Given]) -> RunConfig:
+    """A length in steps on the command line overrides one in epochs in the file."""
+    for steps, epochs in LENGTHS:
+        if steps in typed and epochs in typed:
+            raise ConfigError(f"--{steps} and --{epochs} set the same length: give one")
+        if steps in typed:
+            config = replaced(config, {epochs: 0.0})
+    return config
+
+
+def _near(word: str, known: Sequence[str], dashes: str = "") -> str:
+    """``; did you mean X?``, or nothing."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not found:  # a right name in a wrong section is a common slip
+        leaf = word.rpartition(".")[2]
+        found = [key for key in known if key.rpartition(".")[2] == leaf][:1]
+    if not found:
+        return ""
+    name = found[0].replace("_", "-") if dashes else found[0]
+    return f"; did you mean {dashes}{name}?"
+
+
+def _lists(value: Any) -> Any:
+    """Tuples become lists, since plain YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _help(config: RunConfig) -> str:
+    parser = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
+    for flag, text in FLAGS.items():
+        names = ("-h", "--help") if flag == "help" else (f"--{flag}",)
+        parser.add_argument(*names, action="store_true", help=text)
+    for prefix, section in sections(config):
+        title = str(type(section).__doc__).partition("\n")[0].rstrip(".")
+        group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
+        explained = {"recipe": str(RunConfig.recipe.__doc__), **texts(type(section))}
+        for option in (*(() if prefix else (RECIPE,)), *options(section, prefix)):
+            facts = [*ranges(option.kind), f"default: {_shown(option.value)}"]
+            text = f"{explained[option.key.removeprefix(prefix)]} ({'; '.join(facts)})"
+            text = text.replace("%", "%%")
+            group.add_argument(f"--{option.key}", metavar=metavar(option.kind), help=text)
+    return parser.format_help()
+
+
+def _shown(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value) or "empty"

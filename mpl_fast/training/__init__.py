@@ -1,0 +1,1 @@
+"""A training run: build, resume, step, log, evaluate, save."""

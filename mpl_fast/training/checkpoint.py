@@ -1,0 +1,206 @@
+"""Checkpoints: written to a temporary folder, synced, checksummed, then renamed.
+
+A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (equal on all ranks), one
+``rank_N.pt`` for each rank (random generators, data position) and ``checkpoint.json`` with the size
+and SHA-256 of each file. torch.load does not notice a flipped bit; the checksums do.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpl_fast import atomic
+from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.config import FinetuneConfig
+from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
+from mpl_fast.distributed import DistEnv, all_gather_object, barrier, broadcast_object
+from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.learner import Learner
+
+FORMAT = "mpl_fast.checkpoint/1"
+State = dict[str, Any]
+
+
+class Checkpoints:
+    """The newest checkpoints of a run, `keep` of them."""
+
+    def __init__(self, folder: Path, *, keep: int, rank: int, world: int) -> None:
+        self.folder, self.keep, self.rank, self.world = folder, keep, rank, world
+        if rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
+            for leftover in folder.glob(".writing_*"):
+                shutil.rmtree(leftover)
+
+    def save(self, step: int, shared: State, rank_state: State) -> Path:
+        """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
+
+        A collective: every rank must call it. The checkpoint appears complete under its final name,
+        or not at all. Raises `OSError` on the rank whose file cannot be written.
+        """
+        partial, final = self.folder / f".writing_{step:08d}", self.folder / f"step_{step:08d}"
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        barrier()
+        files = {f"rank_{self.rank}.pt": rank_state}
+        files |= {"state.pt": shared} if self.rank == 0 else {}
+        written = {name: _write(partial / name, state) for name, state in files.items()}
+        by_rank = all_gather_object(written)
+        if self.rank == 0:
+            about = {"format": FORMAT, "step": step, "world": self.world}
+            about["files"] = {name: file for files in by_rank for name, file in files.items()}
+            atomic.write_json(partial / "checkpoint.json", about)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            atomic.sync_folder(self.folder)
+            self._remove_old(final)
+        barrier()
+        return final
+
+    def _remove_old(self, latest: Path) -> None:
+        """Keeps `latest` and the newest before it; one after it is damaged, or the run would have
+        resumed from there."""
+        checkpoints = _checkpoints(self.folder)
+        kept = [c for c in checkpoints if c.name <= latest.name][-self.keep :]
+        for old in {*checkpoints} - {*kept}:
+            shutil.rmtree(old)
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest undamaged checkpoint, and a warning for each damaged one passed over.
+
+        Raises `CheckpointError` if there are checkpoints but none can be used.
+        """
+        found, damage = broadcast_object(newest(self.folder) if self.rank == 0 else None)
+        if found is None and damage:
+            raise CheckpointError(
+                f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir"
+            )
+        return found, damage
+
+    def load(self, checkpoint: Path) -> tuple[State, State]:
+        """Returns the state shared by all ranks and this rank's own."""
+        world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        if world != self.world:
+            raise CheckpointError(
+                f"{checkpoint} was written by {world} ranks and this run has {self.world}: "
+                f"start torchrun with {world} processes"
+            )
+        return read_shared(checkpoint), _read(checkpoint / f"rank_{self.rank}.pt")
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint, and what is wrong with each newer one."""
+    damage: list[str] = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        reason = _damage(checkpoint)
+        if reason is None:
+            return checkpoint, damage
+        damage.append(f"{checkpoint.name} is damaged ({reason})")
+    return None, damage
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was written."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def read_shared(checkpoint: Path) -> State:
+    """The state of a checkpoint that all ranks share."""
+    return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+
+
+def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
+    """Loads a checkpoint's shared state into an algorithm. Raises `CheckpointError` if it is of
+    another network or recipe."""
+    try:
+        for name, learner in algorithm.learners.items():
+            learner.load_state_dict(shared["learners"][name])
+        for name, value in algorithm.state.items():
+            value.copy_(shared["algorithm"][name])
+    except (KeyError, RuntimeError) as error:
+        if isinstance(error, KeyError) and error.args == ("algorithm",):
+            names = ", ".join(algorithm.state)
+            raise CheckpointError(
+                f"{checkpoint} is older than this program and lacks the {names} of its "
+                "algorithm: start again in another --run-dir"
+            ) from None
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
+
+
+def load_start(
+    config: FinetuneConfig, learner: Learner, model: str, dist_env: DistEnv
+) -> tuple[str, list[str]]:
+    """Loads the weights and statistics that fine-tuning starts from into a learner.
+
+    They are those of the network that the run `config.start` evaluates, the last if there are two.
+    `model` is this run's model.name. Returns a message, and a warning for each damaged checkpoint
+    passed over. Raises `CheckpointError` if there is no checkpoint or it does not fit.
+    """
+    folder = Path(config.start) / "checkpoints"
+    if not Path(config.start).is_dir():
+        raise ConfigError(f"algorithm.start: there is no folder {config.start}")
+    checkpoint, damage = broadcast_object(newest(folder) if dist_env.is_rank0 else None)
+    if checkpoint is None:
+        why = "; ".join(damage) or "nothing has been saved there"
+        raise CheckpointError(
+            f"algorithm.start: {folder} holds no usable checkpoint ({why}): "
+            "give the run directory of a run that has trained"
+        )
+    try:
+        shared = read_shared(checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
+    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
+    state = shared["learners"][name]
+    kind = "network" if state["average"] is None else config.weights
+    try:
+        for network in filter(None, (learner.network, learner.average)):
+            network.load_state_dict(state[kind])
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:120]
+        raise CheckpointError(
+            f"algorithm.start: {checkpoint} is of another network or number of classes than "
+            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
+        ) from None
+    message = f"begins with the {kind} of {name} after step {step_of(checkpoint)}, {checkpoint}"
+    return message, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def _write(path: Path, state: State) -> dict[str, Any]:
+    """Saves with torch.save; returns the size and checksum for checkpoint.json."""
+    with atomic.atomic_file(path) as file:
+        torch.save(state, file)
+    return {"bytes": file.size, "sha256": file.sha256}
+
+
+def _read(path: Path) -> State:
+    loaded: State = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    try:
+        about = json.loads((checkpoint / "checkpoint.json").read_text())
+        if about["format"] != FORMAT:
+            return f"checkpoint.json: format {about['format']!r} is not {FORMAT!r}"
+        for name, file in about["files"].items():
+            if atomic.sha256_of(checkpoint / name) != file["sha256"]:
+                return f"{name}: its content does not have the checksum it was written with"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return "checkpoint.json: not readable"
+    return None

@@ -1,0 +1,101 @@
+"""Console output of a run: a line every few seconds, and a progress bar on a terminal."""
+
+import os
+import sys
+import time
+
+from mpl_fast.training.metrics import Row
+
+MIN_SECONDS = 5.0  # between two rows
+SHOWN = {
+    "loss/labeled": "labeled",
+    "loss/consistency": "consistency",
+    "loss/student": "student",
+    "mask_rate": "mask",
+    "feedback": "feedback",
+}
+
+
+class Console:
+    """Prints a run's messages and progress; silent on all ranks but the first."""
+
+    def __init__(self, steps: int, *, silent: bool) -> None:
+        self.steps, self.silent = steps, silent
+        self.bar = sys.stdout.isatty() and not silent
+        self._printed_at = 0.0
+        self._first: tuple[int, float] | None = None
+        self._latest = ""
+
+    def print(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        if not self.silent:
+            self._write(f"\r\033[K{text}" if self.bar else text)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning to standard error."""
+        if not self.silent:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def row(self, done: int, row: Row) -> None:
+        """Prints a row of metrics, at most one every `MIN_SECONDS`, and the last one always."""
+        shown = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
+        rates = _rates({k.removeprefix("lr/"): v for k, v in row.items() if k.startswith("lr/")})
+        speed = f"{row['images_per_second']:.0f} img/s, data wait {100 * row['data_wait']:.0f} %"
+        self._latest = " | ".join([speed, *shown, rates])
+        if time.perf_counter() - self._printed_at >= MIN_SECONDS or done == self.steps:
+            self.print(f"{self._progress(done)} | {self._latest}")
+            self._printed_at = time.perf_counter()
+
+    def progress(self, done: int) -> None:
+        """Shows progress between rows: the bar on a terminal, else a line after
+        2 `MIN_SECONDS` without one."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (done, now)
+            self._printed_at = now
+        if self.bar:
+            filled = 24 * done // self.steps
+            drawn = "█" * filled + "·" * (24 - filled)
+            self._write(f"\r\033[K{drawn} {self._progress(done)}", end="")
+        elif now - self._printed_at >= 2 * MIN_SECONDS:
+            self.print(f"{self._progress(done)} | {self._latest or 'first steps'}")
+            self._printed_at = now
+
+    def _write(self, text: str, end: str = "\n") -> None:
+        """Goes on silently if the reader has closed its end, as in ``train.py | head``."""
+        try:
+            print(text, end=end, flush=True)
+        except BrokenPipeError:
+            self.silent, self.bar = True, False
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+
+    def _progress(self, done: int) -> str:
+        return f"step {done:>{len(str(self.steps))}}/{self.steps} | ETA {self._eta(done)}"
+
+    def _eta(self, done: int) -> str:
+        if self._first is None or done <= self._first[0]:
+            return "?"
+        begun, at = self._first
+        return duration((self.steps - done) * (time.perf_counter() - at) / (done - begun))
+
+
+def _rates(rates: Row) -> str:
+    """``lr 0.1``, or ``lr teacher 0.2, student 0.1``."""
+    if len(rates) == 1:
+        return f"lr {next(iter(rates.values())):.3g}"
+    return "lr " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items())
+
+
+def quantity(count: int) -> str:
+    """``940``, ``77.9 k`` or ``1.47 M``."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,81 @@
+"""Learning curves of runs as one picture, from their metrics.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
+from mpl_fast.errors import ConfigError, DataError
+
+PANELS = {
+    "eval/top1": "held-out top-1 (%)",
+    "accuracy/pseudo": "accuracy of the pseudo labels",
+    "mask_rate": "share of unlabeled images used",
+    "feedback": "feedback h",
+}
+
+
+def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
+    """Writes a PNG, PDF or SVG with a panel for each quantity that at least one run has.
+
+    `runs` are pairs of label and run directory; runs of one label, such as seeds, share a color.
+    Raises `DataError` for a folder without metrics and `ConfigError` for an unusable `out`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot
+
+    curves = {folder: read(folder) for _, folder in runs}
+    panels = [name for name in PANELS if any(name in c for c in curves.values())]
+    if not panels:
+        raise DataError(f"{runs[0][1]} has nothing to draw yet: let it train to an evaluation")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"--out {out}: the name must end in .png, .pdf or .svg")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False)
+    colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
+    for axis, name in zip(axes[0], panels, strict=True):
+        named: set[str] = set()
+        for label, folder in runs:
+            if name in curves[folder]:
+                steps, values = zip(*curves[folder][name], strict=True)
+                shown = label if label not in named else None
+                dot = "." if len(steps) == 1 else None  # one point makes no line
+                axis.plot(steps, values, color=colors[label], label=shown, marker=dot, alpha=0.85)
+                named.add(label)
+        axis.set(xlabel="step", title=PANELS[name])
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every quantity in a run's metrics.jsonl."""
+    file = folder / "metrics.jsonl"
+    if not file.exists():
+        raise DataError(f"{file} does not exist: name a run directory that has trained")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(file):
+        step = row.pop("step")
+        for name, value in row.items():
+            curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl under present names; a line that a kill has cut short is left out."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(renamed(row, METRIC_NAMES))
+    return rows

@@ -1,0 +1,47 @@
+"""Signals of a training process: SIGTERM and SIGINT request a stop, and ranks end with torchrun."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+ECHO_SECONDS = 5.0  # a launcher and a scheduler may both forward one and the same request
+
+
+def die_with_launcher() -> None:
+    """Requests a SIGKILL for this process when torchrun dies; without torchrun, or on another
+    system than Linux, does nothing.
+
+    torchrun starts ranks in sessions of their own. If it is killed by SIGKILL it cannot end them,
+    and they would keep training, holding GPUs and the lock of the run directory.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
+    """Calls `request_stop` at the first SIGTERM or SIGINT.
+
+    A second signal raises `KeyboardInterrupt`, unless it arrives within `ECHO_SECONDS`.
+    """
+    first: list[float] = []
+
+    def handle(_: int, __: FrameType | None) -> None:
+        now = time.monotonic()
+        if first and now - first[0] > ECHO_SECONDS:
+            raise KeyboardInterrupt
+        first.append(now)
+        request_stop()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

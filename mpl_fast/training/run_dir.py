@@ -1,0 +1,231 @@
+"""The run directory: configuration, environment, metrics and summary of a run."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mpl_fast import atomic, distributed
+from mpl_fast.config import RunConfig
+from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
+from mpl_fast.config.command_line import as_yaml
+from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.learner import compilation
+from mpl_fast.training.curves import read_rows
+from mpl_fast.training.metrics import Row
+
+PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
+LOCK_SECONDS = 5.0
+# Options that may change when a run is resumed, since they do not change its result.
+FREE_OPTIONS = {
+    "run_dir",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "eval_every",
+    "eval_batch",
+}
+FREE_OPTIONS |= {
+    "eval_epochs",
+    "stop_at",
+    "cuda_graphs",
+    "grad_sync",
+    "compile",
+    "algorithm.teacher_graph",
+    "data.root",
+    "data.threads",
+    "data.prefetch",
+    "data.hw_decoder_load",
+}
+
+
+class RunDir:
+    """Writes a run's files. Exists on rank 0 only."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run_dir)
+        self._lock = _locked(self.path)
+        _check_same_config(self.path / "config.yaml", config)
+        atomic.write_text(self.path / "config.yaml", as_yaml(config))
+        self._write_environment()
+        self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+
+    def close(self) -> None:
+        """Syncs all files to disk and releases the lock of the folder."""
+        self.sync()
+        self._rows.close()
+        if self._board is not None:
+            self._board.close()
+        self._lock.close()
+
+    def resume_at(self, step: int) -> None:
+        """Drops rows that an interrupted run wrote after the checkpoint, so that no step is
+        there twice."""
+        file = self.path / "metrics.jsonl"
+        self._rows.close()
+        kept = [r for r in read_rows(file) if r["step"] <= step]
+        atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
+        self._rows = file.open("a", encoding="utf-8")
+        from tensorboardX import SummaryWriter  # takes seconds to import
+
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def row(self, step: int, values: Row) -> None:
+        """Appends a line to metrics.jsonl and a point to each TensorBoard curve; `step` is the
+        number of steps done."""
+        self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        self._rows.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Syncs the rows written so far to disk."""
+        self._rows.flush()
+        os.fsync(self._rows.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Writes summary.json."""
+        atomic.write_json(self.path / "summary.json", values)
+
+    def summary(self) -> dict[str, Any] | None:
+        """The content of summary.json, or None if the run has not ended."""
+        file = self.path / "summary.json"
+        return renamed(json.loads(file.read_text()), METRIC_NAMES) if file.exists() else None
+
+    def _write_environment(self) -> None:
+        file = self.path / "env.json"
+        sessions = _sessions(file) if file.exists() else []
+        atomic.write_json(file, environment() | {"earlier_sessions": sessions})
+
+
+def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
+    """Opens the run directory on rank 0; returns None on other ranks.
+
+    A collective. Every rank raises the `UserError` that rank 0 met.
+    """
+    folder, failure = None, None
+    if dist_env.is_rank0:
+        try:
+            folder = RunDir(config)
+        except UserError as error:
+            failure = error
+    if failure := distributed.broadcast_object(failure):
+        raise failure
+    if not all(distributed.all_gather_object((Path(config.run_dir) / "config.yaml").exists())):
+        raise ConfigError(
+            f"run_dir {config.run_dir} is not the same folder for all ranks: "
+            "give a path on a file system that all machines share"
+        )
+    return folder
+
+
+def keep_compile_cache(config: RunConfig) -> None:
+    """Keeps compiled kernels in the run directory, so that the next start compiles nothing."""
+    if config.compile != "off":
+        compilation.set_cache_dirs(Path(config.run_dir) / "compile_cache")
+
+
+def _sessions(file: Path) -> list[Any]:
+    """Earlier sessions listed in env.json; none if the file is unreadable."""
+    try:
+        latest = json.loads(file.read_text())
+        return [*latest.pop("earlier_sessions"), latest]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and git commit: what a result depends on besides its config."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {
+            "python": platform.python_version(),
+            **_versions(),
+            "cuda": torch.version.cuda,
+        },
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [f"CPU ({platform.machine()}, {os.cpu_count()} cores)"],
+        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "git_commit": _commit(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of this file's checkout, ending in -dirty if files were changed since."""
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _locked(path: Path) -> Any:
+    """Creates the folder and locks it; the system releases the lock when this process ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        reason = "is a file" if path.is_file() else error.strerror
+        raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
+    for _ in range(int(LOCK_SECONDS / 0.1)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            time.sleep(0.1)  # a run that was just killed may still be ending
+    raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
+
+
+def _check_same_config(file: Path, config: RunConfig) -> None:
+    """Raises `ConfigError` if a run directory with checkpoints has another config.
+
+    `FREE_OPTIONS` may differ. An option that did not exist when the run began had the value that is
+    its default now.
+    """
+    if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
+        return
+    defaults, new = (
+        _flat(yaml.safe_load(as_yaml(c)))
+        for c in (RunConfig(algorithm=type(config.algorithm)()), config)
+    )
+    old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
+    keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
+    if keys:
+        shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise ConfigError(f"{file.parent} holds another run: {shown}{more}; use another --run-dir")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+        leaves |= inner
+    return leaves

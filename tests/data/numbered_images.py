@@ -1,0 +1,104 @@
+"""A small packed folder whose images tell their number, and loaders over it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mpl_fast.batch import Batch
+from mpl_fast.config import DataConfig
+from mpl_fast.data.loader import EvalLoader, TrainLoader
+from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+
+CPU = torch.device("cpu")
+CLASSES, EACH = 5, 10  # training images; classes and images of one
+VAL = 23
+# Normalized values are gray levels / 255, and nothing is flipped or cropped away.
+PLAIN = DataConfig(
+    image_size=16, crop="pad_crop", flip=False, mean=(0, 0, 0), std=(1, 1, 1), translate=4, cutout=4
+)
+
+
+def level(number: int) -> int:
+    """The red level that image ``number`` is filled with; 128 is the padding's."""
+    return 4 * number + 2
+
+
+def save(folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((16, 16, 3), level(number), np.uint8)
+    pixels[:, :, 1] = np.arange(16)[:, None] * 16  # shows where a crop was taken
+    pixels[:, :, 2] = np.arange(16)[None, :] * 16
+    Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+def pack_numbered(base: Path) -> Manifest:
+    """50 training images in 5 classes, image n of class n % 5, in 3 shards; 23 to validate."""
+    for number in range(CLASSES * EACH):
+        save(base / "train" / f"class{number % CLASSES}", number)
+    for number in range(VAL):
+        save(base / "val" / f"class{number % CLASSES}", number)
+    pack(
+        PackOptions(
+            src=(str(base / "train"),),
+            val=str(base / "val"),
+            out=base / "rec",
+            split=SplitOptions(labeled="20", shards=3),
+            quiet=True,
+        )
+    )
+    return read_manifest(base / "rec")
+
+
+def train_loader(
+    manifest: Manifest,
+    config: DataConfig = PLAIN,
+    *,
+    labeled: int = 4,
+    unlabeled: int = 8,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    state: Mapping[str, str | bytes] | None = None,
+) -> TrainLoader:
+    return TrainLoader(
+        config,
+        manifest,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        rank=rank,
+        world=world,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        state=state,
+    )
+
+
+def eval_loader(
+    manifest: Manifest,
+    config: DataConfig = PLAIN,
+    *,
+    batch: int = 4,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+) -> EvalLoader:
+    return EvalLoader(
+        config, manifest, batch=batch, rank=rank, world=world, device=device, dtype=torch.float32
+    )
+
+
+def levels(images: torch.Tensor) -> list[int]:
+    """The red level at each image's middle, which the padding never reaches."""
+    return (255 * images[:, 0, 8, 8].double()).round().int().tolist()
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,212 @@
+"""DALI's own reader gets every record, byte for byte, from every layout of files and indexes."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.pipeline import Pipeline
+
+from mpl_fast.packing.publish.sparse_index import padded_lines
+from tests.packing.small_pack import Record, SmallPack, make_pack
+
+# Five files of four records: 0-3, 4-7, 8-11, 12-15, 16-19. The letters are the three cases in
+# which DALI's cursor goes astray: (a) a file in the middle has no record, (b) the first record
+# lies beyond the second file, (c) the last record is alone in its file, and not at its beginning.
+LAYOUTS = {
+    "a: the second file has no record": [0, 1, 3, 9, 10, 13, 14, 17, 18],
+    "a, twice in a row": [2, 3, 13, 15, 17, 18],
+    "b: begins in the third file": [9, 10, 11, 13, 14, 16, 19],
+    "b: all in the last file": [17, 18, 19],
+    "c: the last record is alone": [0, 5, 6, 7, 9, 13, 18],
+    "a and c": [1, 2, 5, 18],
+    "b and c: one record in all": [18],
+    "a, b and c": [9, 10, 19],
+}
+MMAP = pytest.mark.parametrize("mmap", [True, False], ids=["mmap", "no-mmap"])
+LAYOUT = pytest.mark.parametrize("chosen", LAYOUTS.values(), ids=LAYOUTS.keys())
+Sample = tuple[bytes, float]
+
+
+def _reader(
+    paths: Sequence[Path],
+    index: Path,
+    mmap: bool,
+    shard: int,
+    shards: int,
+    stick: bool,
+    shuffle: bool,
+) -> Any:
+    images, labels = fn.readers.mxnet(
+        path=[str(path) for path in paths],
+        index_path=[str(index)],
+        name="reader",
+        dont_use_mmap=not mmap,
+        shard_id=shard,
+        num_shards=shards,
+        stick_to_shard=stick,
+        random_shuffle=shuffle,
+        initial_fill=8,
+        tensor_init_bytes=1024,
+    )
+    return images, labels
+
+
+def _pipeline(
+    pack: SmallPack,
+    index: Path,
+    batch: int,
+    *,
+    mmap: bool = True,
+    shard: int = 0,
+    shards: int = 1,
+    stick: bool = False,
+    shuffle: bool = False,
+    checkpoint: Any = None,
+) -> Pipeline:
+    pipeline: Pipeline = pipeline_def(_reader)(
+        _files(pack),
+        index,
+        mmap,
+        shard,
+        shards,
+        stick,
+        shuffle,
+        batch_size=batch,
+        num_threads=1,
+        device_id=None,
+        seed=5,
+        enable_checkpointing=True,
+        checkpoint=checkpoint,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _samples(pipeline: Pipeline) -> list[Sample]:
+    """Run once: the samples of one batch."""
+    images, labels = pipeline.run()
+    samples = []
+    for image, label in zip(images, labels, strict=True):
+        array = np.asarray(label)
+        assert array.shape == (1,) and array.dtype == np.float32
+        samples.append((np.asarray(image).tobytes(), float(array[0])))
+    return samples
+
+
+def _files(pack: SmallPack) -> list[Path]:
+    return sorted(pack.root.glob("train*.rec"))
+
+
+def _wanted(pack: SmallPack, ids: Iterable[int]) -> list[Sample]:
+    return [(pack.records[number].image, float(pack.records[number].label)) for number in ids]
+
+
+def _entry(pack: SmallPack, record: Record) -> tuple[int, int, int]:
+    files = [path.name for path in _files(pack)]
+    return record.id, files.index(record.file), record.start + record.offset
+
+
+def _sparse_index(pack: SmallPack, chosen: Sequence[int], path: Path) -> Path:
+    path.write_text("".join(padded_lines(_entry(pack, pack.records[number]) for number in chosen)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory: pytest.TempPathFactory) -> SmallPack:
+    root = tmp_path_factory.mktemp("layouts") / "five"
+    return make_pack(root, shards={"train": [4, 4, 4, 4, 4]})
+
+
+@MMAP
+@pytest.mark.parametrize("shards", [1, 4, 16])
+def test_every_record_of_a_full_index_is_read(tmp_path: Path, shards: int, mmap: bool) -> None:
+    pack = make_pack(tmp_path / "rec", shards={"train": [48 // shards] * shards})
+    assert len(_files(pack)) == shards
+    pipeline = _pipeline(pack, pack.root / "train.idx", 48, mmap=mmap)
+    assert pipeline.reader_meta("reader")["epoch_size"] == 48
+    assert _samples(pipeline) == _wanted(pack, range(48))
+
+
+@MMAP
+@LAYOUT
+def test_sparse_layouts_are_read(
+    five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool
+) -> None:
+    index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
+    pipeline = _pipeline(five, index, len(chosen), mmap=mmap)
+    assert pipeline.reader_meta("reader")["epoch_size"] == len(chosen)
+    for _ in range(2):  # epochs
+        assert _samples(pipeline) == _wanted(five, chosen)
+
+
+@pytest.mark.parametrize("stick", [True, False], ids=["stick", "go on"])
+@pytest.mark.parametrize("shards", [2, 3])
+@MMAP
+@LAYOUT
+def test_sparse_layouts_are_shared_out(
+    five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool, shards: int, stick: bool
+) -> None:
+    """Reader k of n begins at record floor(k * records / n), and without stick goes on from there.
+
+    DALI refuses more readers than records.
+    """
+    shards = min(shards, len(chosen))
+    index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
+    borders = [len(chosen) * shard // shards for shard in range(shards + 1)]
+    for shard, (begin, end) in enumerate(pairwise(borders)):
+        pipeline = _pipeline(
+            five, index, end - begin, mmap=mmap, shard=shard, shards=shards, stick=stick
+        )
+        assert _samples(pipeline) == _wanted(five, chosen[begin:end])
+        after = chosen[begin:end] if stick else (chosen[end:] + chosen[:end])[: end - begin]
+        assert _samples(pipeline) == _wanted(five, after)
+
+
+@MMAP
+def test_a_padded_index_is_shuffled_whole(five: SmallPack, tmp_path: Path, mmap: bool) -> None:
+    chosen = LAYOUTS["a: the second file has no record"]
+    index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
+    pipeline = _pipeline(five, index, len(chosen), mmap=mmap, shuffle=True)
+    wanted = _wanted(five, chosen)
+    epochs = [_samples(pipeline) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(wanted)
+    assert any(epoch != wanted for epoch in epochs)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_checkpoint_goes_on_within_a_padded_index(
+    five: SmallPack, tmp_path: Path, shuffle: bool
+) -> None:
+    chosen = LAYOUTS["a: the second file has no record"]
+    index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
+    pipeline = _pipeline(five, index, 2, shuffle=shuffle)
+    for _ in range(3):
+        _samples(pipeline)
+    state = pipeline.checkpoint()
+    rest = [_samples(pipeline) for _ in range(4)]
+    again = _pipeline(five, index, 2, shuffle=shuffle, checkpoint=state)
+    assert [_samples(again) for _ in range(4)] == rest
+
+
+@MMAP
+@LAYOUT
+def test_without_padding_these_layouts_fail(
+    five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool
+) -> None:
+    """The reason for the padding; skipped by a DALI that does not need it any more."""
+    index = tmp_path / "plain.idx"
+    entries = [_entry(five, five.records[number]) for number in chosen]
+    index.write_text("".join(f"{number}\t{offset}\n" for number, _, offset in entries))
+    try:
+        read = _samples(_pipeline(five, index, len(chosen), mmap=mmap))
+    except RuntimeError as error:
+        assert "nvalid" in str(error)  # seek, or magic number
+        return
+    if read == _wanted(five, chosen):
+        pytest.skip("this DALI reads this layout without padding")
+    assert not mmap  # a wrong image without a word

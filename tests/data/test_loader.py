@@ -1,0 +1,284 @@
+"""The training loader: what a batch is, how ranks share, how a run goes on, what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpl_fast.batch import Batch
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.operations import OPERATIONS
+from mpl_fast.data.stream import cpu_threads
+from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+from tests.data.numbered_images import (
+    CLASSES,
+    PLAIN,
+    level,
+    levels,
+    pack_numbered,
+    same,
+    train_loader,
+)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return pack_numbered(tmp_path_factory.mktemp("numbered"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_batch_form(manifest: Manifest, dtype: torch.dtype) -> None:
+    batch = next(train_loader(manifest, dtype=dtype))
+    for images, count in ((batch.labeled, 4), (batch.weak, 8), (batch.strong, 8)):
+        assert images.shape == (count, 3, 16, 16)
+        assert images.dtype == dtype
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == batch.truth.dtype == torch.int64
+    assert batch.labels.shape == (4,)
+    assert batch.truth.shape == (8,)
+
+
+def test_labels_belong_to_their_images(manifest: Manifest) -> None:
+    loader = train_loader(manifest)
+    for _ in range(10):
+        batch = next(loader)
+        for images, labels in ((batch.labeled, batch.labels), (batch.weak, batch.truth)):
+            numbers = [(value - 2) // 4 for value in levels(images)]
+            assert [number % CLASSES for number in numbers] == labels.tolist()
+
+
+def test_normalization(manifest: Manifest) -> None:
+    """(level / 255 - mean) / std, to the rounding of each type; bfloat16 by way of float16."""
+    config = replace(PLAIN, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    plain = next(train_loader(manifest))
+    gray = (255 * plain.weak.double()).round() / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in
+                 (config.mean, config.std))  # fmt: skip
+    expected = (gray - mean) / std
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        weak = next(train_loader(manifest, config, dtype=dtype)).weak.double()
+        assert (weak - expected).abs().max() < tolerance
+
+
+def test_labeled_only(manifest: Manifest) -> None:
+    both, alone = train_loader(manifest), train_loader(manifest, unlabeled=0)
+    for _ in range(3):
+        batch, expected = next(alone), next(both)
+        assert torch.equal(batch.labeled, expected.labeled)
+        assert batch.weak.shape == batch.strong.shape == (0, 3, 16, 16)
+        assert batch.truth.shape == (0,)
+        assert batch.truth.dtype == torch.int64
+    assert set(alone.state()) == {"made_with", "labeled"}
+
+
+def test_equal_arguments_give_equal_batches(manifest: Manifest) -> None:
+    first, again, other, ranked = (
+        train_loader(manifest),
+        train_loader(manifest, replace(PLAIN, threads=3, prefetch=1)),
+        train_loader(manifest, seed=1),
+        train_loader(manifest, rank=1, world=2),
+    )
+    for _ in range(4):
+        batch = next(first)
+        assert same(batch, next(again))
+        assert not torch.equal(batch.weak, next(other).weak)
+        assert not torch.equal(batch.weak, next(ranked).weak)
+
+
+def test_a_batch_keeps_its_values(manifest: Manifest) -> None:
+    loader = train_loader(manifest)
+    first = next(loader)
+    copy = Batch(*(tensor.clone() for tensor in first))
+    for _ in range(8):
+        next(loader)
+    assert same(first, copy)
+
+
+def test_ranks_divide_an_epoch_and_change_shards(manifest: Manifest) -> None:
+    """2 ranks x 5 batches of 5 unlabeled images are one epoch of 50, in a new order each time."""
+    ranks = [train_loader(manifest, labeled=5, unlabeled=5, rank=r, world=2) for r in range(2)]
+    epochs = []
+    for _ in range(2):
+        seen = [[n for _ in range(5) for n in levels(next(loader).weak)] for loader in ranks]
+        assert sorted(seen[0] + seen[1]) == [level(n) for n in range(50)]
+        epochs.append(seen)
+    assert set(epochs[0][0]) == set(epochs[1][1])
+    assert epochs[0][0] != sorted(epochs[0][0])
+    assert epochs[0][0] != epochs[1][1]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("policy", "crop"),
+    [
+        ("mpl", "random_resized"),
+        ("mpl", "pad_crop"),
+        pytest.param("dali", "random_resized", marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: str) -> None:
+    """20 labeled and 50 unlabeled records: stops fall before, within and after epochs' ends."""
+    config = DataConfig(
+        image_size=16, crop=crop, policy=policy, translate=4, cutout=4, final_cutout=2  # type: ignore[arg-type]
+    )  # fmt: skip
+    rank = world - 1
+    whole = train_loader(manifest, config, rank=rank, world=world)
+    states, batches = [whole.state()], []
+    for _ in range(16):
+        batches.append(next(whole))
+        states.append(whole.state())
+    for stop in (0, 3, 6, 13):
+        resumed = train_loader(manifest, config, rank=rank, world=world, state=states[stop])
+        for expected in batches[stop : stop + 4]:
+            assert same(next(resumed), expected), f"stopped after {stop}"
+        assert resumed.state()["made_with"] == states[stop]["made_with"]
+
+
+def test_a_resumed_loader_can_be_resumed(manifest: Manifest) -> None:
+    whole = train_loader(manifest)
+    batches = [next(whole) for _ in range(9)]
+    state = None
+    for start in (0, 3, 6):
+        part = train_loader(manifest, state=state)
+        for expected in batches[start : start + 3]:
+            assert same(next(part), expected)
+        state = part.state()
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "sizes"),
+    [
+        ("labeled", PLAIN, {"labeled": 5}),
+        ("unlabeled", PLAIN, {"unlabeled": 6}),
+        ("seed", PLAIN, {"seed": 3}),
+        ("world", PLAIN, {"world": 2}),
+        ("data.policy", replace(PLAIN, policy="dali"), {}),
+        ("data.magnitude", replace(PLAIN, magnitude=9.0), {}),
+    ],
+)
+def test_a_state_of_another_run_is_refused(
+    manifest: Manifest, key: str, config: DataConfig, sizes: dict[str, int]
+) -> None:
+    state = train_loader(manifest).state()
+    with pytest.raises(CheckpointError, match=f"{key}=.*{key}="):
+        train_loader(manifest, config, **sizes, state=state)  # type: ignore[arg-type]
+
+
+def test_a_state_of_another_version_of_the_graph_is_refused(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI would restore it into whatever graph is there."""
+    monkeypatch.setattr("mpl_fast.data.position.GRAPH", 1)
+    state = train_loader(manifest).state()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="by another version of the input pipeline"):
+        train_loader(manifest, state=state)
+
+
+def test_a_state_with_the_names_of_older_versions_is_read(manifest: Manifest) -> None:
+    """Options had other names, and neither interpolation nor the table of operations was kept."""
+    whole = train_loader(manifest)
+    next(whole)
+    state = whole.state()
+    made_with = json.loads(state["made_with"])
+    assert made_with.pop("operations") and made_with.pop("data.interpolation") == "bicubic"
+    made_with["data.layers"] = made_with.pop("data.num_ops")
+    assert made_with.pop("data.crop") == "pad_crop"
+    old = {**state, "made_with": json.dumps(made_with | {"data.weak": "cifar"})}
+    assert same(next(train_loader(manifest, state=old)), next(whole))
+    other = {**state, "made_with": json.dumps(made_with | {"data.weak": "imagenet"})}
+    with pytest.raises(CheckpointError, match=r"data\.crop=random_resized.*data\.crop=pad_crop"):
+        train_loader(manifest, state=other)
+    with pytest.raises(CheckpointError, match=r"interpolation=bicubic.*interpolation=bilinear"):
+        train_loader(manifest, replace(PLAIN, interpolation="bilinear"), state=old)
+
+
+def test_another_table_of_operations_refuses_a_state_except_under_policy_dali(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dali = replace(PLAIN, policy="dali")
+    states = [train_loader(manifest, config).state() for config in (PLAIN, dali)]
+    monkeypatch.setattr("mpl_fast.data.position.OPERATIONS", OPERATIONS[1:])
+    with pytest.raises(CheckpointError, match="by another version of the input pipeline"):
+        train_loader(manifest, state=states[0])
+    train_loader(manifest, dali, state=states[1])
+
+
+def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
+    """As many records, but others: another draw, order or image."""
+    state = train_loader(manifest).state()
+    pack(PackOptions(
+        src=(str(manifest.root.parent / "train"),),
+        val=str(manifest.root.parent / "val"),
+        out=manifest.root.parent / "other",
+        split=SplitOptions(labeled="20", shards=3, shuffle_seed=9),
+        quiet=True,
+    ))  # fmt: skip
+    other = read_manifest(manifest.root.parent / "other")
+    counts = [[split.records for split in m.splits.values()] for m in (manifest, other)]
+    assert counts[0] == counts[1]
+    with pytest.raises(
+        CheckpointError, match=r"the records in data\.root are others than the check"
+    ):
+        train_loader(other, state=state)
+
+
+def test_records_may_be_moved(manifest: Manifest, tmp_path: Path) -> None:
+    whole = train_loader(manifest)
+    next(whole)
+    moved = read_manifest(shutil.copytree(manifest.root, tmp_path / "moved"))
+    assert same(next(train_loader(moved, state=whole.state())), next(whole))
+
+
+def test_batch_larger_than_the_data(manifest: Manifest) -> None:
+    with pytest.raises(ConfigError, match=r"6 labeled images x 4 ranks = 24 .* has 20 records"):
+        train_loader(manifest, labeled=6, world=4)
+    with pytest.raises(ConfigError, match=r"51 unlabeled images x 1 ranks = 51 .* 50 records"):
+        train_loader(manifest, unlabeled=51)
+    with pytest.raises(ConfigError, match="0 labeled images"):
+        train_loader(manifest, labeled=0, unlabeled=0)
+
+
+def test_gpu_asked_for_without_cuda(manifest: Manifest) -> None:
+    with pytest.raises(ConfigError, match=r"data\.device is gpu, but training runs on cpu"):
+        train_loader(manifest, replace(PLAIN, device="gpu"))
+
+
+def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cpu_threads(PLAIN) == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert cpu_threads(PLAIN) == 1
+    assert cpu_threads(replace(PLAIN, threads=5)) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert cpu_threads(PLAIN) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("policy", ["mpl", "dali"])
+def test_training_on_cuda(manifest: Manifest, where: str, policy: str) -> None:
+    """DALI on either processor hands over CUDA tensors, and resumes bitwise."""
+    config = replace(PLAIN, device=where, policy=policy)  # type: ignore[arg-type]
+    device = torch.device("cuda", 0)
+    whole = train_loader(manifest, config, device=device, dtype=torch.bfloat16)
+    for _ in range(7):
+        next(whole)
+    resumed = train_loader(
+        manifest, config, device=device, dtype=torch.bfloat16, state=whole.state()
+    )
+    for _ in range(4):
+        batch = next(whole)
+        assert same(batch, next(resumed))
+        for images in (batch.labeled, batch.weak, batch.strong):
+            assert images.device == device
+            assert images.is_contiguous(memory_format=torch.channels_last)
+        numbers = [round((value - 2) / 4) for value in levels(batch.weak)]
+        assert [number % CLASSES for number in numbers] == batch.truth.tolist()

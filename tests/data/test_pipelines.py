@@ -1,0 +1,266 @@
+"""The graphs: both views share a crop, each has its own flip, every crop is the published one."""
+
+import hashlib
+import io
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.pipelines import Engine, _train_graph
+from mpl_fast.data.position import GRAPH
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+from tests.data.numbered_images import eval_loader, train_loader
+
+Pixels = NDArray[np.uint8]
+# Outputs are gray levels / 255.
+RAW = DataConfig(image_size=32, mean=(0, 0, 0), std=(1, 1, 1), translate=4, cutout=4, num_ops=1)
+
+
+def ramp(side: int) -> Pixels:
+    """Red is the row and green the column, from 0 to 255."""
+    steps = np.linspace(0, 255, side).round().astype(np.uint8)
+    return np.stack(
+        [np.repeat(steps[:, None], side, 1), np.repeat(steps[None], side, 0),
+         np.full((side, side), 40, np.uint8)], axis=-1)  # fmt: skip
+
+
+def packed(folder: Path, images: dict[str, bytes], copies: int = 1) -> Manifest:
+    """One class with these files, each under several names, as training and validation data."""
+    source = folder / "images" / "one"
+    source.mkdir(parents=True)
+    for name, content in images.items():
+        for copy in range(copies):
+            (source / f"{copy}{name}").write_bytes(content)
+    total = str(len(images) * copies)
+    pack(
+        PackOptions(
+            src=(str(source.parent),),
+            val=str(source.parent),
+            out=folder / "rec",
+            split=SplitOptions(labeled=total),
+            quiet=True,
+        )
+    )
+    return read_manifest(folder / "rec")
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Four equal 256 x 256 ramps."""
+    content = encoded(Image.fromarray(ramp(256)), "PNG")
+    return packed(tmp_path_factory.mktemp("ramps"), {"ramp.png": content}, copies=4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Pixels]:
+    """Four equal 32 x 32 noise images, and their pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), "PNG")
+    return packed(tmp_path_factory.mktemp("small"), {"noise.png": content}, copies=4), noise
+
+
+def views(manifest: Manifest, config: DataConfig, batches: int) -> tuple[Pixels, Pixels]:
+    """Weak and strong views as (n, H, W, 3) gray levels."""
+    loader = train_loader(manifest, config, labeled=1, unlabeled=4)
+    drawn = [next(loader) for _ in range(batches)]
+    weak = torch.cat([batch.weak for batch in drawn])
+    strong = torch.cat([batch.strong for batch in drawn])
+    return gray_levels(weak), gray_levels(strong)
+
+
+def gray_levels(images: torch.Tensor) -> Pixels:
+    levels: Pixels = (255 * images).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return levels
+
+
+def evaluated(manifest: Manifest, config: DataConfig) -> Pixels:
+    loader = eval_loader(manifest, config)
+    return np.concatenate([gray_levels(images[:count]) for images, _, count in loader])
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "pad_crop"])
+def test_views_share_their_crop(ramps: Manifest, crop: str) -> None:
+    """Where no operation was applied, about half of the images, the views are equal."""
+    config = replace(RAW, crop=crop, flip=False)  # type: ignore[arg-type]
+    first, second = views(ramps, config, batches=30)
+    equal = (first == second).all(axis=(1, 2, 3))
+    assert 0.35 < equal.mean() < 0.75  # not applied, or an operation that leaves this image alone
+    assert len({view.tobytes() for view in first}) > 40
+
+
+def test_views_flip_each_for_itself(ramps: Manifest) -> None:
+    """All four pairs of flips come, each about a quarter of the time; green grows to the right."""
+    first, second = views(ramps, RAW, batches=100)
+    mirrored = second[:, :, ::-1]
+    untouched = (first == second).all(axis=(1, 2, 3)) | (first == mirrored).all(axis=(1, 2, 3))
+    assert untouched.sum() > 100
+    flips = [
+        view[untouched][:, 16, 0, 1] > view[untouched][:, 16, -1, 1] for view in (first, second)
+    ]
+    for one in (False, True):
+        for other in (False, True):
+            share = ((flips[0] == one) & (flips[1] == other)).mean()
+            assert 0.15 < share < 0.35
+
+
+def test_imagenet_crop_is_the_published_one(ramps: Manifest) -> None:
+    """Area 8 to 100 %, aspect 3/4 to 4/3, anywhere; read off the ramp's ends in each crop."""
+    first, _ = views(ramps, replace(RAW, flip=False), batches=100)
+    rows, columns = first[:, :, 16, 0].astype(float), first[:, 16, :, 1].astype(float)
+    # 32 samples at the middles of 32 strips span 31/32 of the crop.
+    heights, widths = (np.ptp(line, axis=1) / 255 * 32 / 31 for line in (rows, columns))
+    areas, aspects = heights * widths, widths / heights
+    assert areas.min() > 0.07
+    assert areas.min() < 0.14
+    assert 0.85 < areas.max() < 1.05
+    assert 0.70 < aspects.min() < 0.80
+    assert 1.25 < aspects.max() < 1.42
+    assert abs(np.median(areas) - 0.5) < 0.1
+    assert rows.min() < 10
+    assert rows.max() > 245
+
+
+def test_cifar_crop_pads_4_gray_pixels(small: tuple[Manifest, Pixels]) -> None:
+    """Every crop is one of the 81 of the padded image, bit for bit, and nearly all of them come."""
+    manifest, noise = small
+    padded = np.pad(noise, ((4, 4), (4, 4), (0, 0)), constant_values=128)
+    windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+    first, _ = views(manifest, replace(RAW, crop="pad_crop", flip=False), batches=100)
+    places = [windows[view.tobytes()] for view in first]
+    assert len(set(places)) > 70
+
+
+def test_evaluation_of_stored_size_changes_nothing(small: tuple[Manifest, Pixels]) -> None:
+    manifest, noise = small
+    images = evaluated(manifest, replace(RAW, crop="pad_crop"))
+    assert images.shape == (4, 32, 32, 3)
+    assert (images == noise).all()
+
+
+def by_pillow(
+    image: Image.Image, side: int, crop: int, kind: Image.Resampling = Image.Resampling.BICUBIC
+) -> NDArray[np.int64]:
+    """Shorter side to ``side``, and the center; halves of a pixel are rounded up."""
+    scale = side / min(image.size)
+    size = [round(scale * length) for length in image.size]
+    resized = np.asarray(image.resize((size[0], size[1]), kind))
+    left, top = ((length - crop + 1) // 2 for length in size)
+    return resized[top : top + crop, left : left + crop].astype(np.int64)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_imagenet_evaluation_is_pillows(
+    interpolation: Literal["bicubic", "bilinear"], tmp_path: Path
+) -> None:
+    """64 / 0.875 = 73 pixels, center 64 x 64; within a gray level on average, wide and high."""
+    wide, flower = (Image.fromarray(array) for array in load_sample_images().images)
+    high = wide.rotate(90, expand=True)
+    files = [encoded(image, "JPEG", quality=95) for image in (wide, flower, high)]
+    kind = Image.Resampling[interpolation.upper()]
+    expected = [by_pillow(Image.open(io.BytesIO(file)), 73, 64, kind) for file in files]
+    manifest = packed(tmp_path, {f"{number}.jpg": file for number, file in enumerate(files)})
+    found = set()
+    other_kind = Image.Resampling["BILINEAR" if interpolation == "bicubic" else "BICUBIC"]
+    for image in evaluated(manifest, replace(RAW, image_size=64, interpolation=interpolation)):
+        off = [np.abs(image - other).mean() for other in expected]
+        assert min(off) < 1.0
+        wrong = by_pillow(Image.open(io.BytesIO(files[int(np.argmin(off))])), 73, 64, other_kind)
+        assert min(off) < 0.5 * np.abs(image - wrong).mean()
+        found.add(int(np.argmin(off)))
+    assert found == {0, 1, 2}
+
+
+def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right to view
+    content = encoded(Image.fromarray(ramp(32)), "JPEG", quality=100, exif=exif)
+    manifest = packed(tmp_path, {"turned.jpg": content}, copies=4)
+    for image in evaluated(manifest, replace(RAW, crop="pad_crop")):
+        assert np.abs(image.astype(int) - ramp(32)).max() < 12
+    first, _ = views(manifest, replace(RAW, flip=False), batches=2)
+    assert (first[:, 30, 16, 0] > first[:, 2, 16, 0]).all()  # red still grows downwards
+    assert (first[:, 16, 30, 1] > first[:, 16, 2, 1]).all()  # and green to the right
+
+
+def test_gray_images_become_three_channels(tmp_path: Path) -> None:
+    gray = Image.fromarray(ramp(32)[:, :, 0])
+    (image,) = evaluated(
+        packed(tmp_path, {"gray.jpg": encoded(gray, "JPEG", quality=100)}),
+        replace(RAW, crop="pad_crop"),
+    )
+    assert image.shape == (32, 32, 3)
+    assert np.abs(image.astype(int) - np.asarray(gray)[:, :, None]).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "policy", ["mpl", "mpl_branched", pytest.param("dali", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("crop", ["random_resized", "pad_crop"])
+def test_gpu_graph_keeps_images_on_the_gpu(ramps: Manifest, crop: str, policy: str) -> None:
+    """Checked on the graph's description, without a GPU: no operator there takes its data from
+    another processor, and nothing but a decoder brings an image over."""
+    config = replace(RAW, crop=crop, policy=policy, final_cutout=4)  # type: ignore[arg-type]
+    outputs = training_graph(ramps, config, gpu=0)._graph_out
+    assert [output.device for output in outputs] == ["gpu"] * 3
+    flows = Counter(
+        (operator._op.device, data.device)
+        for operator in operators_behind(outputs)
+        for data in operator.inputs[: operator.spec.NumRegularInput()]
+    )
+    assert set(flows) == {("cpu", "cpu"), ("mixed", "cpu"), ("gpu", "gpu")}
+    assert flows["mixed", "cpu"] == 1
+
+
+def training_graph(manifest: Manifest, config: DataConfig, gpu: int | None) -> Pipeline:
+    engine = Engine(batch=2, gpu=gpu, threads=1, shard=0, shards=1)
+    return pipeline_def(_train_graph, enable_conditionals=True)(
+        config, manifest.splits["unlabeled"], engine, True, batch_size=2, device_id=gpu
+    )
+
+
+def test_graphs_are_those_that_saved_positions_belong_to(ramps: Manifest) -> None:
+    """DALI restores a state by the names of operators, which it numbers in the order of their
+    construction. Whoever changes a graph on purpose increases `GRAPH` and replaces the hash."""
+    names = []
+    for policy, crop, gpu in itertools.product(
+        ("mpl", "mpl_branched"), ("random_resized", "pad_crop"), (None, 0)
+    ):
+        config = replace(RAW, policy=policy, crop=crop, final_cutout=4, num_ops=2)  # type: ignore[arg-type]
+        operators = operators_behind(training_graph(ramps, config, gpu)._graph_out)
+        names += sorted(f"{o.name}({', '.join(i.name for i in o.inputs)})" for o in operators)
+    assert GRAPH == 2
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] == "159e974aa26f"
+
+
+def operators_behind(outputs: Sequence[DataNode]) -> list[Any]:
+    """Every operator that an output depends on, once."""
+    found: dict[int, Any] = {}
+    waiting = list(outputs)
+    while waiting:
+        operator = waiting.pop().source
+        if id(operator) not in found:
+            found[id(operator)] = operator
+            waiting += operator.inputs
+    return list(found.values())

@@ -1,0 +1,181 @@
+"""The policies: how operations, signs and centers are drawn, and what follows the operations."""
+
+import warnings
+from collections import Counter
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from nvidia.dali import fn
+from nvidia.dali.auto_aug import rand_augment
+from nvidia.dali.data_node import DataNode
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data import pipelines, randaugment
+from mpl_fast.data.grouped import BY_CODE, CODES, MATRICES
+from mpl_fast.data.operations import Apply, Draws, Operation
+from tests.data.operations_by_pillow import CIFAR, Pixels, by_code, photographs, strong_views
+
+# A strength of 0.8 times the nominal one, at which no two operations have the same result.
+DISTINCT = replace(CIFAR, magnitude=8.0, num_ops=1)
+MPL = pytest.mark.parametrize("policy", ["mpl", "mpl_branched"])
+
+
+@pytest.mark.parametrize(
+    ("key", "table"),
+    [
+        ("policy", randaugment.POLICIES),
+        ("crop", pipelines.TRAIN_CROPS),
+        ("crop", pipelines.EVAL_CROPS),
+        ("interpolation", pipelines.INTERPOLATIONS),
+    ],
+)
+def test_every_choice_has_a_function(key: str, table: dict[str, object]) -> None:
+    assert set(table) == set(get_args(get_type_hints(DataConfig)[key]))
+
+
+def test_every_operation_is_drawn_evenly_and_really_applied() -> None:
+    """By what became of a photograph: 10,000 of them, one layer."""
+    image = photographs(32)[0]
+    forced = by_code(DISTINCT, [image] * CODES, list(range(CODES)))
+    moves = {operation.name for operation in BY_CODE[: len(MATRICES)]}
+    names = [f"{o.name}{sign if o.name in moves else ''}" for o in BY_CODE for sign in "-+"]
+    known = {result.tobytes(): name for result, name in zip(forced, names, strict=True)}
+    known = {result: name for result, name in known.items() if name != "Cutout"}
+    known[image.tobytes()] = "none"
+    assert len(known) == 1 + 2 * len(moves) + 9  # all different
+    views = strong_views(image, DISTINCT, rounds=20)
+    found = Counter(known.get(view.tobytes()) or cutout(view, image) for view in views)
+    assert abs(found.pop("none") / len(views) - 0.5) < 0.02
+    total = found.total()
+    assert set(found) == set(names)
+    weights = {name: 1 / 30 if name[:-1] in moves else 1 / 15 for name in found}
+    chi2 = sum((found[name] / total - share) ** 2 / share for name, share in weights.items())
+    assert total * chi2 < 43.8  # 19 degrees, p = 0.001
+
+
+def cutout(view: Pixels, image: Pixels) -> str:
+    """Cutout, if the view is the image but for one gray rectangle."""
+    rows, columns = np.nonzero((view != image).any(axis=-1))
+    patch = view[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert (patch == 128).all()
+    return "Cutout"
+
+
+def mark(number: int) -> Apply:
+    """Appends a number to the gray level as a digit of base 64."""
+    return lambda image, draws, config: fn.cast_like(image * 64 + (number + 1), image)
+
+
+def mark_code(image: DataNode, code: DataNode, center: DataNode, config: DataConfig) -> DataNode:
+    return fn.cast_like(image * 64 + (code + 1), image)
+
+
+def drawn(policy: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.int64]:
+    """Of 20,000 images: numbers or codes of both layers, -1 where one is not applied; (n, 2)."""
+    marks = tuple(Operation(o.name, o.number, mark(o.number)) for o in BY_CODE)
+    monkeypatch.setattr(randaugment, "OPERATIONS", marks)
+    monkeypatch.setattr(randaugment, "apply_code", mark_code)
+    config = DataConfig(policy=policy, num_ops=2, image_size=1)  # type: ignore[arg-type]
+    marked = strong_views(np.zeros((1, 1, 3), np.int32), config, rounds=40)
+    digits = marked[:, 0, 0, 0].astype(int)
+    return np.stack([digits // 64, digits % 64], axis=1) - 1
+
+
+@pytest.mark.parametrize(  # chi-square at p = 0.001 of choices - 1 degrees
+    ("policy", "choices", "limit"), [("mpl", CODES, 58.3), ("mpl_branched", len(BY_CODE), 36.1)]
+)
+def test_layers_draw_evenly_and_share_one_probability_per_image(
+    policy: str, choices: int, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = drawn(policy, monkeypatch)
+    applied = (both >= 0).sum(axis=1)
+    # E[p^2] of p ~ U(0.2, 0.8) is 0.28; two independent probabilities would give 0.25.
+    assert abs((applied == 0).mean() - 0.28) < 0.012
+    assert abs((applied == 2).mean() - 0.28) < 0.012
+    found = both[both >= 0]
+    expected = len(found) / choices
+    counts = np.bincount(found, minlength=choices)
+    assert ((counts - expected) ** 2 / expected).sum() < limit
+    twice = both[applied == 2]
+    repeated = (twice[:, 0] == twice[:, 1]).mean()
+    assert abs(repeated - 1 / choices) < 0.012  # with replacement
+
+
+def reveal(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
+    return fn.cast_like(image * 0 + 100 + 50 * draws.sign() + draws.center, image)
+
+
+def reveal_center(
+    image: DataNode, code: DataNode, center: DataNode, config: DataConfig
+) -> DataNode:
+    return fn.cast_like(image * 0 + 150 + 0 * code + center, image)
+
+
+@MPL
+def test_signs_and_centers_are_drawn_evenly(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of policy mpl are in its codes."""
+    monkeypatch.setattr(randaugment, "OPERATIONS", (Operation("reveal", 0, reveal),))
+    monkeypatch.setattr(randaugment, "apply_code", reveal_center)
+    config = DataConfig(policy=policy, num_ops=1, image_size=8)  # type: ignore[arg-type]
+    seen = strong_views(np.zeros((1, 1, 2), np.uint8), config, rounds=12)[:, 0, 0].astype(int)
+    applied = seen[seen[:, 0] > 0]
+    assert abs(len(applied) / len(seen) - 0.5) < 0.03
+    if policy == "mpl_branched":
+        assert abs((applied[:, 0] >= 150).mean() - 0.5) < 0.04
+    for axis in (0, 1):
+        counts = np.bincount(applied[:, axis] % 50, minlength=8)
+        assert len(counts) == 8
+        assert counts.min() > len(applied) / 8 * 0.8
+
+
+def test_equal_seeds_give_equal_views() -> None:
+    image = photographs(32)[0]
+    first, again = (strong_views(image, replace(CIFAR, num_ops=2), 1, seed=5) for _ in range(2))
+    other = strong_views(image, replace(CIFAR, num_ops=2), 1, seed=6)
+    assert np.array_equal(first, again)
+    assert (first == other).all(axis=(1, 2, 3)).mean() < 0.5
+
+
+def test_final_cutout_grays_one_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(randaugment.POLICIES, "mpl", lambda image, config: image)
+    config = DataConfig(image_size=32, final_cutout=8)
+    views = strong_views(np.zeros((32, 32, 3), np.uint8), config, rounds=1)
+    for view in views:
+        rows, columns = np.nonzero(view[:, :, 0] == 128)
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) == height * width  # one rectangle
+        assert 8 <= height <= 16
+        assert 8 <= width <= 16
+        assert (view.astype(int).sum(axis=(0, 1)) == 128 * height * width).all()
+
+
+@pytest.mark.slow
+def test_dali_policy_stops_at_level_10_and_grows_below() -> None:
+    image = photographs(32)[0]
+    at = {
+        level: strong_views(image, replace(CIFAR, policy="dali", magnitude=level), 1)
+        for level in (2.0, 10.0, 17.0)
+    }
+    assert np.array_equal(at[10.0], at[17.0])
+    weak, full = (np.abs(at[level].astype(int) - image).mean() for level in (2.0, 10.0))
+    assert 1 < weak < 0.8 * full
+
+
+def test_only_dalis_own_deprecations_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kind of warning within DALI's policy, and any outside it, is shown."""
+    image = photographs(32)[0]
+    original = rand_augment.rand_augment
+
+    def noisy(*arguments: object, **options: object) -> DataNode:
+        warnings.warn("kept", RuntimeWarning, stacklevel=1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(rand_augment, "rand_augment", noisy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strong_views(image, replace(CIFAR, policy="dali"), 1)
+        warnings.warn("mine", DeprecationWarning, stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["kept", "mine"]

@@ -1,0 +1,157 @@
+"""`--dry-run` prints its estimate and writes nothing; the numbers follow by hand."""
+
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from mpl_fast import train
+from mpl_fast.config import ModelConfig, MPLConfig, RunConfig
+from mpl_fast.config.command_line import as_yaml, parse, wants_dry_run
+from mpl_fast.dry_run.estimate import Memory
+from mpl_fast.dry_run.network import NetworkCost
+from mpl_fast.dry_run.rows import StepRows
+from mpl_fast.dry_run.table import Plan, table
+from mpl_fast.errors import ConfigError
+from tests.tiny_run import arguments, run
+
+HERE = ["--run-dir", "r", "--data.root", "d"]
+NAMES = ["recipe", "network", "ranks", "a step", "its passes", "length", "operations", "memory"]
+NAMES += ["checkpoint", "time", "decoding"]
+
+
+def paragraphs(text: str) -> dict[str, str]:
+    """The text after each name, as one line."""
+    joined = re.sub(r"\n {2,}", " ", text)
+    lines = [line for line in joined.splitlines() if line[:14].strip() in NAMES]
+    return {line[:14].strip(): line[14:] for line in lines}
+
+
+def dry_run(given: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Runs the command in this process: exit code, stdout, stderr."""
+    with mock.patch("sys.argv", ["train.py", *given, "--dry-run"]):
+        try:
+            code = train.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, *capfd.readouterr()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_prints_once_and_leaves_nothing(
+    ranks: int, tiny_rec: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "deep" / "run"
+    given = arguments(folder, tiny_rec)
+    if ranks == 1:
+        code, out, err = dry_run(given, capfd)
+    else:
+        done = run([*given, "--dry-run"], ranks=ranks)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    assert code == 0, err
+    found = paragraphs(out)
+    assert list(found) == NAMES
+    assert out.count("nothing is trained or written") == 1
+    assert not folder.exists() and len(list(folder.parent.iterdir())) == 1  # the config
+    share = {1: "4 + 8", 2: "2 + 4"}[ranks]
+    assert found["a step"] == f"4 labeled + 8 unlabeled images, {share} on a rank"
+    assert found["its passes"].startswith(f"on a rank {36 // ranks} images forward")
+    assert found["length"] == "6 steps, 0.8 passes over 60 unlabeled images"
+    assert found["ranks"] == f"{ranks} x cpu, float32, compile off"
+
+
+def test_it_refuses_what_training_would(
+    tiny_rec: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path / "run", tiny_rec)
+    code, _, err = dry_run([*given, "--labeled-batch=4000"], capfd)
+    assert code == 2
+    assert "labeled_batch 4000 is larger than the 20 labeled images" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(
+    tiny_rec: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path / "run", tiny_rec)
+    code, out, err = dry_run([*given, "--device=cuda"], capfd)
+    assert code == 0, err
+    found = paragraphs(out)
+    assert found["ranks"].startswith("1 x a GPU that this machine does not have, bfloat16")
+    assert found["time"].startswith("unknown")
+
+
+def test_the_option_is_the_parsers_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wants_dry_run([*HERE, "--dry-run"]) and wants_dry_run(["--dry_run"])
+    assert not wants_dry_run(HERE)
+    assert parse([*HERE, "--dry-run"]) == parse(HERE)
+    assert "dry_run" not in as_yaml(parse([*HERE, "--dry-run"]))
+    with pytest.raises(SystemExit):
+        parse([*HERE, "--dry-run", "--print_config"])
+    assert "dry_run" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="dry_run"):
+        parse([*HERE, "--dry-run=maybe"])
+    (tmp_path / "c.yaml").write_text("dry_run: true\n")
+    with pytest.raises(ConfigError, match=r"c.yaml:1: unknown key dry_run"):
+        parse(["--config", str(tmp_path / "c.yaml"), *HERE])
+
+
+def plan(rate: float, device_bytes: int = 0) -> Plan:
+    """Two ranks, each with 8 GFLOP a step."""
+    config = RunConfig(
+        algorithm=MPLConfig(),
+        model=ModelConfig(name="resnet50"),
+        steps=101,
+        eval_every=50,
+        labeled_batch=4,
+        unlabeled_batch=28,
+    )
+    return Plan(
+        config=config,
+        world=2,
+        device="cpu",
+        device_bytes=device_bytes,
+        bf16=False,
+        cost=NetworkCost(25_600_000, 4, 4, 1_000_000_000, 2_000_000_000, 1.0, 1.0, 1.0),
+        rows=StepRows(forward=6, backward=1, largest=5),
+        memory=Memory(1e9, 2e9, 0, 0, 0, 0, 4e9, 0),
+        checkpoint=123_000_000,
+        records=280,
+        validation=1000,
+        rate=rate,
+        timed=5,
+    )
+
+
+def test_time_and_rate_follow_from_the_measured_rate() -> None:
+    found = paragraphs(table(plan(rate=16e9)))
+    # 0.5 s a step and 31.25 s for each of 3 evaluations of 500 images on a rank.
+    said = "roughly 0.5 s a step, 2:24 with evaluations, if all went at the 16 GFLOP/s"
+    assert found["time"].startswith(said)
+    assert found["decoding"].startswith("64 images/s (32 on a rank) keep up")
+    # 8 forward passes on each rank for 2 labeled images there.
+    assert found["operations"].startswith("16 GFLOP a step, 4.0 forward passes (1 GFLOP each)")
+    assert found["operations"].endswith("1.62 TFLOP in all")
+    assert found["network"].startswith("2 x resnet50, 25.6 M trained parameters each")
+    assert found["length"] == "101 steps, 10.1 passes over 280 unlabeled images"
+    assert found["checkpoint"] == "123 MB each, 2 are kept"
+    assert all(len(line) <= 100 for line in table(plan(rate=16e9)).splitlines())
+
+
+def test_memory_names_its_parts_and_what_does_not_fit() -> None:
+    parts = "weights 1 GB, gradients 2 GB, activations 4 GB"
+    assert paragraphs(table(plan(1.0)))["memory"].startswith(
+        f"7 GB on a rank at the peak ({parts})"
+    )
+    assert paragraphs(table(plan(1.0, device_bytes=8_000_000_000)))["memory"].endswith("DALI take")
+    small = paragraphs(table(plan(1.0, device_bytes=6_000_000_000)))["memory"]
+    assert small.startswith("7 GB on a rank of 6 GB") and "TOO MUCH: lower the batches" in small
+
+
+def test_without_a_device_no_time_is_invented() -> None:
+    found = paragraphs(table(plan(rate=0.0)))
+    assert found["time"].startswith("unknown")
+    assert found["decoding"].startswith("32 images a step")

@@ -1,0 +1,154 @@
+"""A checkpoint is whole or absent, and damage never goes unnoticed."""
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpl_fast.errors import CheckpointError
+from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from tests.tiny_run import ROOT
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "checkpoints", keep=2, rank=0, world=1)
+
+
+def save(store: Checkpoints, step: int) -> Path:
+    return store.save(step, {"w": torch.full((100,), float(step))}, {"rng": torch.arange(3)})
+
+
+def test_goes_round(store: Checkpoints) -> None:
+    shared, mine = store.load(save(store, 5))
+    assert torch.equal(shared["w"], torch.full((100,), 5.0))
+    assert torch.equal(mine["rng"], torch.arange(3))
+    assert torch.equal(read_shared(store.folder / "step_00000005")["w"], shared["w"])
+
+
+def test_keeps_the_newest(store: Checkpoints) -> None:
+    for step in (1, 2, 3):
+        save(store, step)
+    assert sorted(p.name for p in store.folder.iterdir()) == ["step_00000002", "step_00000003"]
+
+
+def test_nothing_yet(store: Checkpoints) -> None:
+    assert store.newest() == (None, [])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "one flipped bit": lambda c: _flip(c / "state.pt"),
+    "truncated": lambda c: (c / "state.pt").write_bytes((c / "state.pt").read_bytes()[:50]),
+    "empty": lambda c: (c / "rank_0.pt").write_bytes(b""),
+    "file gone": lambda c: (c / "rank_0.pt").unlink(),
+    "manifest gone": lambda c: (c / "checkpoint.json").unlink(),
+    "manifest cut": lambda c: (c / "checkpoint.json").write_text('{"format": "mpl'),
+    "manifest of another kind": lambda c: (c / "checkpoint.json").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_falls_back_to_the_one_before(kind: str, store: Checkpoints) -> None:
+    good, bad = save(store, 1), save(store, 2)
+    DAMAGE[kind](bad)
+    found, reasons = store.newest()
+    assert found == good
+    assert len(reasons) == 1 and "step_00000002 is damaged" in reasons[0]
+
+
+def test_all_damaged_is_an_error_that_names_them(store: Checkpoints) -> None:
+    for step in (1, 2):
+        _flip(save(store, step) / "state.pt")
+    with pytest.raises(CheckpointError, match=r"step_00000002.*step_00000001"):
+        store.newest()
+
+
+def test_leftovers_of_a_kill_are_removed_and_never_read(store: Checkpoints) -> None:
+    save(store, 1)
+    half = store.folder / ".writing_00000002"
+    half.mkdir()
+    (half / "state.pt").write_bytes(b"half")
+    again = Checkpoints(store.folder, keep=2, rank=0, world=1)
+    assert not half.exists()
+    assert again.newest()[0] == store.folder / "step_00000001"
+
+
+def test_another_number_of_ranks_is_refused(store: Checkpoints) -> None:
+    path = save(store, 1)
+    other = Checkpoints(store.folder, keep=2, rank=0, world=4)
+    with pytest.raises(CheckpointError, match="written by 1 ranks and this run has 4"):
+        other.load(path)
+
+
+def test_a_failing_write_leaves_the_old_one(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(store, 1)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(store, 2)
+    assert newest(store.folder) == (good, [])
+
+
+def test_a_save_behind_damaged_ones_keeps_the_good_and_drops_the_damaged(
+    tmp_path: Path,
+) -> None:
+    store = Checkpoints(tmp_path, keep=2, rank=0, world=1)
+    wide = Checkpoints(tmp_path, keep=9, rank=0, world=1)
+    for step in (500, 1000, 1500):
+        save(wide, step)
+    for step in (1000, 1500):
+        _flip(tmp_path / f"step_{step:08d}" / "state.pt")
+    save(store, 600)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000500", "step_00000600"]
+
+
+def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
+    save(store, 1)
+    path = store.save(1, {"w": torch.zeros(1)}, {})
+    assert torch.equal(store.load(path)[0]["w"], torch.zeros(1))
+    assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
+
+
+FULL = """
+import resource, signal, sys, torch
+from pathlib import Path
+from mpl_fast.training.checkpoint import Checkpoints
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+saved = {"weights": torch.ones(2_000_000)}
+try:
+    Checkpoints(Path(sys.argv[1]), keep=2, rank=0, world=1).save(1, saved, {})
+except OSError as error:
+    print("OSError", error.errno)
+"""
+
+
+@pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
+def test_a_full_disk_is_an_oserror(limit: int, tmp_path: Path) -> None:
+    """And not what torch's archive says when it is closed half-way."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.stdout.split() == ["OSError", str(errno.EFBIG)], done.stderr
+    assert not list(tmp_path.glob("step_*"))

@@ -1,0 +1,30 @@
+"""What a person reads of a run's rows and sizes."""
+
+import pytest
+
+from mpl_fast.training.console import Console, quantity
+
+ROW = {"images_per_second": 100.0, "data_wait": 0.25, "loss/consistency": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(940, "940"), (1290, "1.29 k"), (77_850, "77.8 k"), (1_467_610, "1.47 M")]
+)
+def test_quantities_have_three_digits_and_a_unit(count: int, text: str) -> None:
+    assert quantity(count) == text
+
+
+@pytest.mark.parametrize(
+    ("rates", "shown"),
+    [
+        ({"lr/learner": 0.1}, "lr 0.1"),
+        ({"lr/teacher": 0.2, "lr/student": 0.0}, "lr teacher 0.2, student 0"),
+        ({"lr/first": 0.2, "lr/second": 0.1}, "lr first 0.2, second 0.1"),
+    ],
+)
+def test_a_row_names_its_rates(
+    rates: dict[str, float], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Console(10, silent=False).row(10, ROW | rates)
+    line = capsys.readouterr().out
+    assert line.rstrip().endswith(f"100 img/s, data wait 25 % | consistency 0.5 | {shown}")

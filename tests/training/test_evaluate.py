@@ -1,0 +1,49 @@
+"""Top-1, top-5 and the count, by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpl_fast.algorithms.base import EvalEnsemble
+from mpl_fast.errors import DataError
+from mpl_fast.training.evaluate import evaluate
+
+
+class Fixed:
+    """A learner whose logits are the images themselves."""
+
+    def infer_average(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+class One:
+    """An algorithm that evaluates that learner."""
+
+    learners: dict[str, object] = {}  # noqa: RUF012
+    eval_ensemble = EvalEnsemble([Fixed()])  # type: ignore[list-item]
+
+
+def images(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows)[:, :, None, None]
+
+
+BATCHES = [
+    # right at once; right among five; wrong
+    (
+        images([9, 1, 2, 3, 4, 5], [5, 9, 8, 7, 6, 1], [0, 9, 8, 7, 6, 5]),
+        torch.tensor([0, 0, 0]),
+        3,
+    ),
+    # the second row is padding
+    (images([0, 9, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0]), torch.tensor([1, 1]), 1),
+]
+
+
+def test_counts_what_counts() -> None:
+    found = evaluate(One(), BATCHES, 4)  # type: ignore[arg-type]
+    assert found == {"top1": 50.0, "top5": 75.0, "count": 4}
+
+
+def test_a_missing_image_is_an_error() -> None:
+    with pytest.raises(DataError, match="saw 4 images, the manifest lists 5"):
+        evaluate(One(), BATCHES, 5)  # type: ignore[arg-type]

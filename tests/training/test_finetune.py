@@ -1,0 +1,216 @@
+"""What a run begins with: another run's weights, to be fine-tuned, or those of a file."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpl_fast import models
+from mpl_fast.config import FinetuneConfig, LearnerConfig
+from mpl_fast.distributed import DistEnv
+from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.learner import Learner
+from mpl_fast.training.checkpoint import load_start
+from tests.tiny_run import (
+    ALGORITHMS,
+    LEARNER,
+    arguments,
+    assert_same,
+    final_state,
+    rows,
+    run_in_turn,
+)
+
+HERE = DistEnv(0, 1, torch.device("cpu"))
+PLAIN = "  learner: {lr: 0.05, warmup: 0, ema: 0}\n"
+
+
+@pytest.fixture(scope="module")
+def starts(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs to be tuned: Meta Pseudo Labels, two role players, and one without an average."""
+    folder = tmp_path_factory.mktemp("starts")
+    ALGORITHMS["supervised plain"] = PLAIN
+    sessions = [
+        arguments(folder / name.replace(" ", "_"), tiny_rec, recipe=name)
+        for name in ("mpl", "mpl_roleplay", "supervised plain")
+    ]
+    del ALGORITHMS["supervised plain"]
+    done = run_in_turn(*sessions)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def tuning(folder: Path, rec: Path, start: Path, *options: str) -> list[str]:
+    """A fine-tuning run; 20 labels in batches of 4 are 5 steps an epoch."""
+    ALGORITHMS["finetune"] = f"  learner: {LEARNER}\n  start: {start}\n"
+    made = arguments(folder, rec, recipe="finetune")
+    del ALGORITHMS["finetune"]
+    return [*made, "--epochs", "1.5", "--eval-epochs", "0.5", "--checkpoint-every", "2", *options]
+
+
+def fresh(ema: float = 0.0) -> Learner:
+    torch.manual_seed(3)
+    return Learner(models.build("wrn_10_1", 10), LearnerConfig(ema=ema), steps=6)
+
+
+def assert_is(network: torch.nn.Module | None, expected: dict[str, Tensor]) -> None:
+    assert network is not None
+    assert_same({**network.state_dict()}, {**expected})
+
+
+@pytest.mark.parametrize(
+    ("run", "weights", "name", "taken"),
+    [
+        ("mpl", "average", "student", "average"),
+        ("mpl", "network", "student", "network"),
+        ("mpl_roleplay", "average", "second", "average"),
+        ("supervised_plain", "average", "learner", "network"),
+    ],
+)
+def test_tuning_begins_with_the_network_that_was_evaluated(
+    run: str, weights: Any, name: str, taken: str, starts: Path
+) -> None:
+    """All of its tensors, batch-norm statistics too; the optimizer is a fresh one."""
+    config = FinetuneConfig(start=str(starts / run), weights=weights)
+    learner = fresh(ema=0.5)
+    told, warnings = load_start(config, learner, "wrn_10_1", HERE)
+    state = final_state(starts / run)["learners"][name]
+    assert_is(learner.network, state[taken])
+    assert_is(learner.average, state[taken])
+    gathered = learner.optimizer.state.values()
+    assert gathered and not any(state["momentum_buffer"].any() for state in gathered)
+    assert not warnings and f"the {taken} of {name} after step 6" in told
+    if run == "mpl":
+        differ = [not torch.equal(v, state["network"][k]) for k, v in state["average"].items()]
+        assert any(differ)  # or the two could not be told from each other
+
+
+@pytest.fixture(scope="module")
+def tuned(starts: Path, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two ranks tune what one has trained: in one go; stopped, and resumed where the start is no
+    longer to be found; and once without a change, neither of weights nor of statistics."""
+    folder = tmp_path_factory.mktemp("tuned")
+    start = shutil.copytree(starts / "mpl", folder / "start")
+    still = ["--algorithm.learner.lr", "0", "--model.frozen", "true"]
+    sessions = {
+        name: tuning(folder / name, tiny_rec, start, *options)
+        for name, options in (("straight", []), ("stopped", []), ("still", still))
+    }
+    pause = ["--stop-at", "3"]
+    first = run_in_turn(
+        sessions["straight"],
+        [*sessions["stopped"], *pause],
+        [*sessions["still"], *pause],
+        ranks=2,
+    )
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"begins with the average of student after step 6, .*/start/", first.stdout)
+    shutil.rmtree(start)
+    second = run_in_turn(sessions["stopped"], sessions["still"], ranks=2)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("resuming after step 3") == 2
+    (folder / "said").write_text(first.stdout + second.stdout)
+    yield folder
+
+
+def evaluations(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["eval/top1"]) for r in rows(folder) if "eval/top1" in r]
+
+
+def test_tuning_lasts_its_epochs_and_is_evaluated_on_the_way(tuned: Path, starts: Path) -> None:
+    """1.5 epochs of 5 steps, looked at before them and each half epoch."""
+    found = evaluations(tuned / "straight")
+    assert [step for step, _ in found] == [0, 3, 6, 8]
+    assert found[0][1] == json.loads((starts / "mpl" / "summary.json").read_text())["top1"]
+
+
+def test_tuning_resumes_without_its_start(tuned: Path) -> None:
+    assert_same(final_state(tuned / "straight", 8), final_state(tuned / "stopped", 8))
+    assert evaluations(tuned / "straight") == evaluations(tuned / "stopped")
+
+
+@pytest.mark.parametrize("name", ["straight", "stopped", "still"])
+def test_best_and_last_are_both_told(name: str, tuned: Path) -> None:
+    found = evaluations(tuned / name)
+    best = max(top1 for _, top1 in found)
+    at = next(step for step, top1 in found if top1 == best)
+    summary = json.loads((tuned / name / "summary.json").read_text())
+    assert (summary["best_top1"], summary["best_step"]) == (best, at)
+    assert summary["top1"] == found[-1][1]
+    assert final_state(tuned / name, 8)["best"] == {"best_top1": best, "best_step": at}
+    line = f"done: top-1 {found[-1][1]:.2f} % (best {best:.2f} % at step {at})"
+    assert line in (tuned / "said").read_text()
+    if name == "still":  # the first of equals, which lies before the stop
+        assert at == 0 and summary["top1"] == best
+
+
+def test_a_start_that_cannot_be_had_is_one_line(starts: Path, tmp_path: Path) -> None:
+    empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
+    (empty / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError) as told:
+        load_start(FinetuneConfig(start=str(empty)), fresh(), "wrn_10_1", HERE)
+    assert str(told.value).startswith(f"algorithm.start: {empty}/checkpoints holds no usable")
+    assert "give the run directory of a run that has trained" in str(told.value)
+    assert "\n" not in str(told.value)
+    with pytest.raises(ConfigError, match=f"algorithm.start: there is no folder {nowhere}"):
+        load_start(FinetuneConfig(start=str(nowhere)), fresh(), "wrn_10_1", HERE)
+
+
+def test_a_start_of_another_network_is_one_line(starts: Path) -> None:
+    config = FinetuneConfig(start=str(starts / "mpl"))
+    others = {"wrn_28_2": 10, "convlarge": 10, "wrn_10_1": 7}
+    for name, classes in others.items():
+        other = Learner(models.build(name, classes), LearnerConfig(), steps=6)
+        with pytest.raises(CheckpointError) as told:
+            load_start(config, other, name, HERE)
+        text = str(told.value)
+        assert "step_00000006 is of another network" in text and f"model.name {name}" in text
+        assert f"{starts}/mpl/config.yaml" in text and "\n" not in text
+
+
+def test_a_damaged_start_falls_back_with_a_warning(starts: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(starts / "mpl", tmp_path / "start")
+    file = start / "checkpoints" / "step_00000006" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    learner = fresh()
+    told, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1", HERE)
+    assert "after step 4" in told
+    assert len(warnings) == 1 and "step_00000006 is damaged" in warnings[0]
+    assert_is(learner.network, final_state(start, 4)["learners"]["student"]["average"])
+
+
+def test_transfer_trains_the_head_alone(tiny_rec: Path, tmp_path: Path) -> None:
+    """Weights of a file, its trunk frozen: after the run it is bit for bit the file's."""
+    torch.manual_seed(5)
+    source = models.build("wrn_10_1", 10).state_dict()
+    for key, value in source.items():
+        if "running" in key:
+            value.add_(0.25)
+    save_file(source, tmp_path / "trunk.safetensors")
+    torch.save(source, tmp_path / "trunk.pth")
+    names = {"mpl exact": "trunk.safetensors", "mpl_roleplay": "trunk.pth"}
+    sessions = []
+    for name, file in names.items():
+        made = arguments(tmp_path / name.replace(" ", "_"), tiny_rec, recipe=name)
+        model = ["--model.pretrained", str(tmp_path / file), "--model.frozen", "true"]
+        sessions.append([*made, *model])
+    done = run_in_turn(*([*s, "--stop-at", "3"] for s in sessions))
+    assert done.returncode == 0, done.stderr
+    for file in names.values():
+        (tmp_path / file).unlink()  # a checkpoint holds all of it
+    done = run_in_turn(*sessions)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        for learner in final_state(tmp_path / name.replace(" ", "_"))["learners"].values():
+            trunk = {k for k in source if not k.startswith("head.")}
+            assert len(trunk) > 20 and len(source) - len(trunk) == 2
+            for part in ("network", "average"):
+                assert all(torch.equal(learner[part][key], source[key]) for key in trunk)
+                assert not torch.equal(learner[part]["head.weight"], source["head.weight"])
