@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpl_fast.kernels.launch import align, dense_rows, on_device, register, wrap_triton
+from mpl_fast.kernels.launch import dense_rows, on_device, register, wrap_triton
 from mpl_fast.kernels.outputs import TeacherInputs, TeacherOut
 from mpl_fast.kernels.rows import (
     LOG2E,
@@ -265,9 +265,7 @@ def _teacher(
     part = x.new_empty((len(STATISTICS), rows - n_unlabeled), dtype=torch.float32)
     label = x.new_empty(n_unlabeled, dtype=torch.int64)
     gradient = x.new_empty(x.shape)
-    wrap_triton(teacher_kernel, x, rows - n_unlabeled)(
-        x,
-        x.stride(0),
+    wrap_triton(teacher_kernel, rows - n_unlabeled, x)(
         gradient,
         target,
         given[0] if given else target,
@@ -284,7 +282,6 @@ def _teacher(
         GIVEN=bool(given),
         FROM_STRONG=from_strong,
         HAS_TRUTH=bool(truth),
-        ALIGN=align(x.stride(0)),
     )
     return part, label, gradient
 
