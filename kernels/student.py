@@ -37,11 +37,11 @@ from mpl_fast.kernels.rows import (
     aligned,
     hard_row,
     inverse,
-    known,
     load_block,
     rescaled,
     store_block,
     store_hard_gradient,
+    valid_label,
 )
 
 
@@ -152,7 +152,7 @@ def student_kernel(
             tl.store(saved_ptr + 3 * rows + row, z_t)
     else:
         label = tl.load(label_ptr + row)
-        y, valid = known(label, C)
+        y, valid = valid_label(label, C)
         share = _share(rows, weight_ptr + row, WEIGHTED) * valid
         loss, m, z, top = hard_row(x_row, y, smoothing, C, not GRAD, BLOCK)
         if GRAD:
@@ -202,7 +202,7 @@ def student_gradient_kernel(
         z_t = tl.load(saved_ptr + 3 * rows + row)
         _store_soft_gradient(x_row, t_row, g_row, m, z, m_t, z_t, coef, smoothing, C, BLOCK)
     else:
-        y, valid = known(tl.load(label_ptr + row), C)
+        y, valid = valid_label(tl.load(label_ptr + row), C)
         store_hard_gradient(x_row, g_row, m, z, y, coef * valid, smoothing, C, BLOCK)
 
 

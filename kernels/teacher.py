@@ -27,11 +27,11 @@ from mpl_fast.kernels.rows import (
     aligned,
     hard_row,
     inverse,
-    known,
     load_block,
     rescaled,
     store_block,
     store_hard_gradient,
+    valid_label,
     zero_row,
 )
 
@@ -127,7 +127,7 @@ def _pair(
     else:
         # A row of NaN has no arg-max: keep the index inside the row in every case.
         label = tl.minimum(top_s if FROM_STRONG else top_w, C - 1).to(tl.int64)
-    y, valid = known(label, C)
+    y, valid = valid_label(label, C)
     # Not before the loop over the rows, which needs the registers; nor are loads kept across one.
     inv_n = inverse(n)
     conf = tl.div_rn(1.0, z_w)  # rounded as PyTorch's division: it is compared
@@ -213,7 +213,7 @@ def teacher_kernel(
     g_row = g_ptr + row * C
     part_ptr += row
     if row < n_l:
-        y, valid = known(tl.load(target_ptr + row), C)
+        y, valid = valid_label(tl.load(target_ptr + row), C)
         loss, m, z, _ = hard_row(x_row, y, smoothing, C, False, BLOCK)
         share = valid * inverse(n_l)
         store_hard_gradient(x_row, g_row, m, z, y, share, smoothing, C, BLOCK)
