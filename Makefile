@@ -41,7 +41,7 @@ demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=
 	$(DEMO)
 
 bench: $(STAMP) ## Every benchmark once, tiny, in about five minutes: proves that they run, not speed
-	$(PY) tools/bench_all.py --smoke --out runs/bench
+	$(PY) -m tools.bench all --smoke --out runs/bench
 
 lock: ## Resolves setup.py anew into requirements.lock, for every Python that it allows
 	$(PYTHON) -m venv build/lock

@@ -1,7 +1,7 @@
-"""What one training step receives."""
+"""What one training step receives, and the protocol of what supplies it."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,36 +10,56 @@ from torch import Tensor
 class Batch(NamedTuple):
     """Labeled images and two views of unlabeled ones; row i of both views is the same image.
 
-    A labeled-only recipe receives ``U == 0``. Images are channels_last in memory. Those that a
-    loader gives lie in one piece of memory, in the order weak, labeled, strong: whatever a network
-    sees together is a view of it (`joined`).
+    A labeled-only recipe receives ``U == 0``. Images are channels_last. A loader's images lie in
+    one piece of memory in the order weak, labeled, strong (`image_buffer`): all of them, and
+    labeled with strong, can then be passed to a network without a copy (`joined`). The order of
+    the fields has no other meaning.
     """
 
     labeled: Tensor  # (L, 3, H, W) float, normalized, crop and flip
     labels: Tensor  # (L,) int64
     weak: Tensor  # (U, 3, H, W) crop and flip
     strong: Tensor  # (U, 3, H, W) the same crop, its own flip, RandAugment
-    truth: Tensor  # (U,) int64, what the records say of the unlabeled images: for metrics only
+    truth: Tensor  # (U,) int64, labels of the unlabeled images in the records: for metrics only
+
+
+class Loader(Protocol):
+    """Endless training batches of one rank. `data.loader.TrainLoader` is the one of this package;
+    `training.build.train_loader` is where another one would be constructed."""
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises `DataError` for records that cannot be read."""
+
+    def state(self) -> Mapping[str, str | bytes]:
+        """The position after the last batch returned, for checkpoints: a loader constructed with
+        it continues from there, bit for bit."""
+
+
+EvalBatches = Iterable[tuple[Tensor, Tensor, int]]
+"""One pass over this rank's validation images: images (B, 3, H, W), labels (B,) int64, and how many
+leading rows are valid. Every rank has equally many batches."""
 
 
 def image_buffer(
     labeled: int, unlabeled: int, size: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialized labeled, weak and strong images, neighbors in one piece of memory."""
+    """Uninitialized labeled, weak and strong images: views of one tensor, in the order weak,
+    labeled, strong."""
     rows = torch.empty((labeled + 2 * unlabeled, size, size, 3), dtype=dtype, device=device)
     weak, middle, strong = rows.permute(0, 3, 1, 2).split([unlabeled, labeled, unlabeled])
     return middle, weak, strong
 
 
 def joined(views: Sequence[Tensor]) -> Tensor:
-    """All rows in one tensor: without a copy where they are neighbors in memory, in this order."""
+    """The concatenation along rows: without a copy if the views are adjacent in memory, in this
+    order."""
     first = views[0]
     if len(views) == 1:
         return first
     memory, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
     for view in views:
-        here = view.untyped_storage().data_ptr() == memory and view.storage_offset() == end
-        if not here or view.stride() != first.stride() or view.requires_grad:
+        adjacent = view.untyped_storage().data_ptr() == memory and view.storage_offset() == end
+        if not adjacent or view.stride() != first.stride() or view.requires_grad:
             return torch.cat(tuple(views))
         rows += len(view)
         end += len(view) * view.stride(0)

@@ -1,4 +1,5 @@
-"""The only file that talks to other ranks. With one process every function is the identity."""
+"""Communication between ranks: all of it is in this file. With one process every function is the
+identity."""
 
 import importlib
 import os
@@ -13,61 +14,69 @@ from torch import Tensor
 
 from mpl_fast.errors import ConfigError
 
-TIMEOUT = timedelta(
-    minutes=10
-)  # of one collective; the slowest wait is another rank's first compile
+TIMEOUT = timedelta(minutes=10)  # of a collective; the longest wait is for another rank's compile
 
 
 @dataclass(frozen=True)
 class DistEnv:
-    """Where this process runs."""
+    """Rank, number of ranks and device of this process."""
 
     rank: int
     world: int
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
-        """Rank 0 is the only one that talks and writes shared files."""
+    def is_rank0(self) -> bool:
+        """Rank 0 alone prints and writes shared files."""
         return self.rank == 0
 
 
-def start(device: str) -> DistEnv:
-    """Joins the other ranks (gloo for CPU tensors, NCCL for CUDA ones) if torchrun started several.
+def ranks_of_launcher() -> tuple[int, int]:
+    """Rank and number of ranks as torchrun set them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` if CUDA is asked for and absent.
+
+def local_rank() -> int:
+    """Rank on this machine as torchrun set it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def init(device: str) -> DistEnv:
+    """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
+
+    `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a GPU for every
+    local rank, and for a WORLD_SIZE that no launcher has set.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    dist_env = DistEnv(rank, world, _device(device, local_rank, local_world))
+    rank, world = ranks_of_launcher()
+    dist_env = DistEnv(rank, world, _device(device))
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
     if launched:
-        # Optimizers import it at their first step. Imported after the group is made it holds on to
-        # it: gloo's threads then outlive `stop`, and sometimes abort the process as Python ends.
+        # Optimizers import torch._dynamo at their first step. Imported after the group is made it
+        # holds a reference to it: gloo's threads then outlive `shutdown`, and sometimes abort the
+        # process when Python exits.
         importlib.import_module("torch._dynamo")
         cuda = dist_env.device.type == "cuda"
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     return dist_env
 
 
-def stop() -> None:
-    """Leaves the group."""
+def shutdown() -> None:
+    """Destroys the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _device(wanted: str, local_rank: int, local_world: int) -> torch.device:
+def _device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU here: use --device cpu or auto")
-    have = torch.cuda.device_count()
-    if local_world > have:  # every rank of this machine sees it, so that rank 0 can tell
-        raise ConfigError(f"{local_world} ranks for {have} GPUs here: use --nproc-per-node={have}")
-    device = torch.device("cuda", local_rank)
+    ranks, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if ranks > have:  # raised by every rank of this machine, of which rank 0 prints it
+        raise ConfigError(f"{ranks} ranks for {have} GPUs here: use --nproc-per-node={have}")
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
 
@@ -78,21 +87,20 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number among the ranks."""
+    """This process's rank."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """A tensor's average over all ranks, off the autograd graph; on CUDA nothing waits for it."""
-    x = x.detach().clone()
+    """All-reduced mean of a tensor, detached; on CUDA without a host synchronization."""
+    x = sum_over_ranks(x)
     if world_size() > 1:
-        dist.all_reduce(x)
         x /= world_size()
     return x
 
 
 def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
-    """Averages many tensors in place with a single all-reduce; of one type, or it is the widest."""
+    """Averages tensors in place with a single all-reduce, in the widest of their dtypes."""
     if world_size() == 1 or not tensors:
         return
     rows = [_in_memory_order(t) for t in tensors]
@@ -104,14 +112,14 @@ def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
-    """The same memory with its dimensions in an order in which flattening is no copy."""
+    """A view with the dimensions in memory order, so that flattening makes no copy."""
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return x.detach().permute(0, 2, 3, 1)
     return x.detach()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """A tensor's sum over all ranks."""
+    """All-reduced sum of a tensor, detached."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -119,11 +127,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Waits until every rank is here, by a host-side all-reduce."""
+    """Blocks until every rank calls it, by an all-reduce of a CPU tensor."""
     sum_over_ranks(torch.zeros(1))
 
 
-def gather(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every rank's picklable value, by rank."""
     if world_size() == 1:
         return [value]
@@ -132,16 +140,16 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's picklable value."""
-    return gather(value)[0]
+    return all_gather_object(value)[0]
 
 
 class StopFlag:
-    """A wish to stop on any rank becomes, one step later, a decision of all.
+    """Asynchronous all-reduce of a stop request: all ranks agree one step after it.
 
-    The all-reduce is of one host integer over gloo and is awaited a step after it was begun, so it
-    costs a step nothing and never waits for the GPU.
+    The all-reduce is of one integer over gloo and is awaited in the next step, so it costs a step
+    nothing and never synchronizes with the GPU.
     """
 
     def __init__(self) -> None:
@@ -150,17 +158,17 @@ class StopFlag:
         self._work: dist.Work | None = None
 
     def request(self) -> None:
-        """Called from a signal handler, so it only notes the wish."""
+        """Requests a stop; safe in a signal handler."""
         self.requested = True
 
-    def agreed(self) -> bool:
-        """Call once a step on every rank: true on all of them or on none."""
+    def should_stop(self) -> bool:
+        """Must be called once a step on every rank: true on all of them or on none."""
         if world_size() == 1:
             return self.requested
-        decided = False
+        stopping = False
         if self._work is not None:
             self._work.wait()
-            decided = bool(self._flag.item())
+            stopping = bool(self._flag.item())
         self._flag = torch.tensor([int(self.requested)], dtype=torch.int32)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
-        return decided
+        return stopping

@@ -1,16 +1,23 @@
-"""The errors a user can cause: each is one clear line, and each kind has its own exit code."""
+"""The errors that a user can correct: one line each, with an exit code for each kind."""
 
+import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
+RANK_DELAY = 5.0  # seconds
 
 
 class UserError(Exception):
-    """Something that the user can mend. Its text is one line: what is wrong, where, what to do."""
+    """Something that the user can correct; its text is one line: what is wrong, and what to do."""
 
     exit_code = 1
     alone = False
-    """Met by this rank and no other, which then has to tell it; else rank 0 does."""
+    """Raised on this rank only, which then prints it; else rank 0 does."""
 
 
 class ConfigError(UserError):
@@ -32,23 +39,30 @@ class DataError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The loss left the finite numbers: going on would only spoil the last good checkpoint."""
+    """Loss, gradients or weights are no longer finite, so that training cannot continue."""
 
     exit_code = 5
 
 
 class CheckpointError(UserError):
-    """No checkpoint can be read, or it belongs to another run than the one asked for."""
+    """No checkpoint can be read, or it belongs to another run."""
 
     exit_code = 6
 
 
-PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
+def fail(program: str, error: UserError) -> NoReturn:
+    """Prints ``PROGRAM: error: ...`` to stderr, on one rank if all raised it, and exits."""
+    if error.alone or os.environ.get("RANK", "0") == "0":
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    else:
+        # torchrun ends all ranks as soon as one has failed: let the one that prints be the first.
+        time.sleep(RANK_DELAY)
+    sys.exit(error.exit_code)
 
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into one line about the output at path."""
+    """Turns an OSError into an `OutputError` that names the file, or else `path`."""
     try:
         yield
     except OSError as error:

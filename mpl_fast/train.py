@@ -8,13 +8,13 @@ from pathlib import Path
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.config.command_line import fail, parse, wants_dry_run
-from mpl_fast.errors import UserError
+from mpl_fast.config.command_line import parse, wants_dry_run
+from mpl_fast.errors import UserError, fail
 from mpl_fast.training.process import die_with_launcher
 
 
 def main() -> int:
-    """Parses first, then imports torch: --help and a misspelt option answer at once."""
+    """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
     die_with_launcher()
     try:
         config = parse(sys.argv[1:])

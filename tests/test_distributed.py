@@ -15,17 +15,17 @@ def test_alone_everything_is_the_identity() -> None:
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     assert torch.equal(distributed.mean_over_ranks(x), x) and x.requires_grad
     assert not distributed.mean_over_ranks(x).requires_grad
-    assert distributed.gather("a") == ["a"] and distributed.from_first(3) == 3
+    assert distributed.all_gather_object("a") == ["a"] and distributed.broadcast_object(3) == 3
     stop = StopFlag()
-    assert not stop.agreed()
+    assert not stop.should_stop()
     stop.request()
-    assert stop.agreed()
+    assert stop.should_stop()
 
 
 def test_cuda_asked_for_and_absent_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device is cuda, but torch sees no GPU here"):
-        distributed.start("cuda")
+        distributed.init("cuda")
 
 
 def test_a_world_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_a_world_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ConfigError, match="use torchrun"):
-        distributed.start("cpu")
+        distributed.init("cpu")
 
 
 def test_more_ranks_than_gpus_is_told_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +41,7 @@ def test_more_ranks_than_gpus_is_told_by_every_rank(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 ranks for 1 GPUs here: use --nproc-per-node=1"):
-        distributed.start("cuda")
+        distributed.init("cuda")
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -54,14 +54,14 @@ def _rank(rank: int, folder: str) -> None:
     many = [torch.full((2, 2), float(rank)), torch.tensor(float(10 * rank))]
     distributed.mean_over_ranks_(many)
     assert many[0].tolist() == [[0.5, 0.5], [0.5, 0.5]] and many[1].item() == 5.0
-    assert distributed.gather(f"r{rank}") == ["r0", "r1"]
-    assert distributed.from_first(f"r{rank}") == "r0"
+    assert distributed.all_gather_object(f"r{rank}") == ["r0", "r1"]
+    assert distributed.broadcast_object(f"r{rank}") == "r0"
     stop = StopFlag()
     votes = []
     for step in range(5):
         if rank == 1 and step == 2:
             stop.request()
-        votes.append(stop.agreed())
+        votes.append(stop.should_stop())
     Path(folder, f"votes{rank}").write_text(str(votes))
     torch.distributed.destroy_process_group()
 

@@ -153,7 +153,7 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
-            if key != "seconds":
+            if key != "train_seconds":
                 assert_same(one[key], other[key], f"{where}.{key}")
     elif isinstance(one, (list, tuple)):
         assert len(one) == len(other), where
@@ -171,14 +171,14 @@ def _train_in_turn(sessions: list[list[str]]) -> None:
     from mpl_fast.config import command_line
     from mpl_fast.training import run
 
-    leave, join = distributed.stop, dist.init_process_group
+    leave, join = distributed.shutdown, dist.init_process_group
 
     def join_once(*options: Any, **named: Any) -> None:
         if not dist.is_initialized():
             join(*options, **named)
 
     with (
-        mock.patch.object(distributed, "stop"),
+        mock.patch.object(distributed, "shutdown"),
         mock.patch.object(dist, "init_process_group", join_once),
     ):
         for session in sessions:

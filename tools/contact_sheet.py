@@ -1,4 +1,4 @@
-"""Shows what training sees: contact_sheet.py REC --out sheet.png [--config configs/NAME.yaml]"""
+"""Writes a PNG of training views: contact_sheet.py REC --out sheet.png [--config RECIPE.yaml]"""
 
 import argparse
 import sys
@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail, parse
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.config.command_line import parse
+from mpl_fast.errors import ConfigError, UserError, fail
 
 DESCRIPTION = """Writes a PNG of real images from REC, one a row: the original, the weak view, and
 several draws of the strong view of the same crop. The views are those of a recipe (--config) or the
@@ -15,7 +15,7 @@ defaults; --data.magnitude 5 and the other --data.* options of train.py change t
 
 
 def main() -> None:
-    """Options of its own, then those of train.py."""
+    """Command line: own options, then those of train.py."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=DESCRIPTION)
     parser.add_argument("rec", metavar="REC", help="folder that make_rec.py pack wrote")
     parser.add_argument("--out", required=True, type=Path, help="PNG file to write")

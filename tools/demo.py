@@ -13,8 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail
-from mpl_fast.errors import UserError
+from mpl_fast.errors import UserError, fail
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
@@ -139,7 +138,7 @@ def _shown(part: Any) -> str:
 
 def _over_seeds(results: list[Result]) -> Result:
     """Means over label draws; `top1_sd` is the standard deviation between them."""
-    means = {k: statistics.fmean(r[k] for r in results) for k in ("top1", "seconds")}
+    means = {k: statistics.fmean(r[k] for r in results) for k in ("top1", "train_seconds")}
     means["images_per_second"] = statistics.fmean(r["images_per_second"] for r in results)
     draws = [r["top1"] for r in results]
     spread = statistics.stdev(draws) if len(draws) > 1 else None
@@ -158,7 +157,7 @@ def table(summary: dict[str, Result], options: argparse.Namespace) -> str:
     for name, title in RECIPES.items():
         r = summary[name]
         spread = "" if r["top1_sd"] is None else f" ± {r['top1_sd']:.1f}"
-        speed = f"{r['seconds']:.0f} | {r['images_per_second']:.0f}"
+        speed = f"{r['train_seconds']:.0f} | {r['images_per_second']:.0f}"
         lines.append(f"| {title} | {r['top1']:.1f}{spread} | {speed} |")
     gain = summary["mpl"]["top1"] - summary["supervised"]["top1"]
     verdict = f"MPL is {gain:+.1f} points against labeled only."

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mpl_fast.packing.command_line import main
+from mpl_fast.packing.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main(sys.argv[1:]))

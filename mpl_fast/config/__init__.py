@@ -1,12 +1,13 @@
-"""Everything that can be set, as frozen dataclasses: one place for a knob's name, default, unit and
-source.
+"""All options as frozen dataclasses: name, type, default, range and --help text in one place.
 
-Nothing here imports torch or DALI, so that ``--help`` answers at once. Defaults are those of the
-published ImageNet-10 % run (README of google-research/meta_pseudo_labels) unless a comment says
-otherwise.
+Nothing here imports torch or DALI, so that ``--help`` takes no seconds. Defaults are those of the
+published ImageNet-10 % run (README of google-research/meta_pseudo_labels) unless a text gives
+another source.
 """
 
 from mpl_fast.config.algorithms import (
+    RECIPES,
+    AlgorithmConfig,
     ConsistencyConfig,
     FinetuneConfig,
     FixMatchConfig,
@@ -17,9 +18,9 @@ from mpl_fast.config.algorithms import (
     SupervisedConfig,
     UDAConfig,
 )
-from mpl_fast.config.check import problems
+from mpl_fast.config.fields import problems
 from mpl_fast.config.learner import LearnerConfig
-from mpl_fast.config.run import RECIPES, AlgorithmConfig, DataConfig, ModelConfig, RunConfig
+from mpl_fast.config.run import DataConfig, ModelConfig, RunConfig
 
 __all__ = [
     "RECIPES",

@@ -1,122 +1,173 @@
-"""What is particular to each algorithm: one dataclass for each recipe."""
+"""Options of each algorithm, one dataclass for each recipe.
+
+Each class also has, for other modules:
+
+- ``recipe``: its name on the command line,
+- ``labeled_only``: whether a step uses no unlabeled images,
+- ``whole_batch``: the option that rules out microbatches, or None,
+- ``repeats_draws``: the option because of which a step draws the same dropout twice, which a CUDA
+  graph cannot capture, or None.
+"""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal, get_args
 
+from mpl_fast.config.fields import (
+    Fraction,
+    FractionBelow1,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+)
 from mpl_fast.config.learner import LearnerConfig
 
 Derivative = Literal["auto", "forward", "central"]
 NormBatches = Literal["joint", "split"]
 LabelKind = Literal["argmax", "sampled", "soft"]
+LABELS_NEEDED: dict[str, LabelKind] = {
+    "exact": "soft",
+    "sampled": "sampled",
+    "per_example": "sampled",
+}  # by feedback
+BY_SGD_STEP = ("exact", "per_example")  # feedbacks that differentiate through a step of plain SGD
 
 
 def _averaged() -> LearnerConfig:
     return LearnerConfig(ema=0.999)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig:
-    """The strong view must agree with the weak one (UDA, arXiv 1904.12848)."""
-
-    weight: float = 20.0
-    """Of the consistency term once the ramp is over."""
-    ramp: int = 50_000
-    """Steps over which `weight` grows linearly from 0."""
-    temperature: float = 0.5
-    """Divides the weak view's logits: below 1 sharpens the target."""
-    threshold: float = 0.6
-    """An image counts if its largest sharpened probability reaches this."""
-    measure: Literal["cross_entropy", "cosine"] = "cross_entropy"
-    """How the disagreement is measured; cosine: 1 - cos of the two probability vectors."""
-
-    def weight_at(self, step: int) -> float:
-        """Weight of step number `step` (from 0)."""
-        return ramped(self.weight, self.ramp, step)
-
-
 def ramped(value: float, ramp: int, step: int) -> float:
-    """A weight that grows linearly over its first `ramp` steps."""
+    """`value`, which grows linearly from 0 over the first `ramp` steps, in step number `step`."""
     return value * min(1.0, (step + 1) / ramp) if ramp else value
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """Consistency loss between the weak and the strong view (UDA, arXiv 1904.12848)."""
+
+    weight: NonNegativeFloat = 20.0
+    """Weight of the consistency loss after its ramp."""
+    ramp: NonNegativeInt = 50_000
+    """Steps over which `weight` grows linearly from 0."""
+    temperature: PositiveFloat = 0.5
+    """Divisor of the weak view's logits; below 1 it sharpens the target."""
+    threshold: Fraction = 0.6
+    """Smallest value of its largest sharpened probability at which an image counts."""
+    measure: Literal["cross_entropy", "cosine"] = "cross_entropy"
+    """Distance of the two views' probabilities: cross-entropy, or 1 - cosine similarity."""
+
+    def weight_at(self, step: int) -> float:
+        """Weight of the consistency loss in step number `step` (from 0)."""
+        return ramped(self.weight, self.ramp, step)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SupervisedConfig:
-    """Labeled images only."""
+    """Supervised training on the labeled images."""
+
+    recipe: ClassVar[str] = "supervised"
+    labeled_only: ClassVar[bool] = True
+    whole_batch: ClassVar[str | None] = None
+    repeats_draws: ClassVar[str | None] = None
 
     learner: LearnerConfig = field(default_factory=_averaged)
-    label_smoothing: float = 0.1
+    label_smoothing: FractionBelow1 = 0.1
     """Label smoothing."""
-    mixup: float = 0.0
-    """Alpha of the Beta distribution that mixes pairs of labeled images (arXiv 1710.09412); 0: no
-    mixing."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of mixup's Beta distribution (arXiv 1710.09412); 0: no mixup."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """A trained network goes on with labeled images only, as the last phase of any recipe."""
+    """Fine-tuning of a trained network on the labeled images, the last phase of any recipe."""
+
+    recipe: ClassVar[str] = "finetune"
+    labeled_only: ClassVar[bool] = True
+    whole_batch: ClassVar[str | None] = None
+    repeats_draws: ClassVar[str | None] = None
 
     start: str = ""
-    """Run directory whose newest checkpoint is the start; of role playing, the network that began
-    as the student."""
+    """Run directory whose newest checkpoint is fine-tuned; of mpl_roleplay, the network that
+    started as the student."""
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(
             lr=3e-5, warmup=0, max_grad_norm=0.0, weight_decay=0.0, schedule="constant", dropout=0.0
         )
     )
     weights: Literal["average", "network"] = "average"
-    """Begin with the moving average of the weights, or with the weights themselves."""
-    label_smoothing: float = 0.0
+    """Start from the moving average of the weights, or from the weights themselves."""
+    label_smoothing: FractionBelow1 = 0.0
     """Label smoothing."""
+
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        if self.start:
+            return []
+        return ["start is missing: give --algorithm.start RUN_DIR, whose checkpoint is fine-tuned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UDAConfig:
-    """Cross-entropy on labels plus consistency between two views of unlabeled images."""
+    """UDA (arXiv 1904.12848): labeled cross-entropy and a consistency loss."""
+
+    recipe: ClassVar[str] = "uda"
+    labeled_only: ClassVar[bool] = False
+    whole_batch: ClassVar[str | None] = None
+    repeats_draws: ClassVar[str | None] = None
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    label_smoothing: float = 0.1
+    label_smoothing: FractionBelow1 = 0.1
     """Label smoothing of the labeled loss."""
     bn_batches: NormBatches = "joint"
-    """joint: all views are normalized as one batch, as published. split: weak views by themselves
-    and without gradient, which saves their backward pass."""
+    """Images that batch norm normalizes together. joint: all views, as published. split: weak views
+    in a pass of their own without gradient, which saves their backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixMatchConfig:
-    """FixMatch (arXiv 2001.07685): confident hard labels of the weak view, learned on the strong
-    one."""
+    """FixMatch (arXiv 2001.07685): hard labels of confident weak views train the strong views."""
+
+    recipe: ClassVar[str] = "fixmatch"
+    labeled_only: ClassVar[bool] = False
+    whole_batch: ClassVar[str | None] = None
+    repeats_draws: ClassVar[str | None] = None
 
     learner: LearnerConfig = field(default_factory=_averaged)
-    weight: float = 1.0
-    """Of the loss on unlabeled images."""
-    threshold: float = 0.95
-    """An image counts if its largest probability reaches this."""
-    label_smoothing: float = 0.0
+    weight: NonNegativeFloat = 1.0
+    """Weight of the loss on unlabeled images."""
+    threshold: Fraction = 0.95
+    """Smallest value of its largest probability at which an image counts."""
+    label_smoothing: FractionBelow1 = 0.0
     """Label smoothing of the labeled loss."""
     bn_batches: NormBatches = "joint"
-    """joint: all views are normalized as one batch, as published. split: weak views by themselves
-    and without gradient, which saves their backward pass."""
+    """Images that batch norm normalizes together. joint: all views, as published. split: weak views
+    in a pass of their own without gradient, which saves their backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MPLConfig:
     """Meta Pseudo Labels (arXiv 2003.10580)."""
 
+    recipe: ClassVar[str] = "mpl"
+    labeled_only: ClassVar[bool] = False
+
     teacher: LearnerConfig = field(default_factory=lambda: LearnerConfig(lr=0.6))
     student: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(delay_steps=20_000, ema=0.999)
     )
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    label_smoothing: float = 0.1
-    """Label smoothing of the teacher's labeled loss and of the student's pseudo-label loss."""
+    label_smoothing: FractionBelow1 = 0.1
+    """Label smoothing of the teacher's labeled loss and of the student's loss."""
     pseudo: Literal["weak", "strong"] = "weak"
-    """View on which the teacher labels the unlabeled images for the student."""
+    """View of an unlabeled image from which the teacher predicts its pseudo label."""
     labels: Literal["auto", "argmax", "sampled", "soft"] = "auto"
-    """Hard labels, drawn ones or the teacher's probabilities. auto: soft for feedback exact,
-    sampled for sampled and per_example, else argmax."""
-    label_threshold: float = 0.0
-    """The student learns only from images of which the teacher is at least so sure; 0: from all."""
+    """Pseudo labels: the teacher's most probable class, a class sampled from its probabilities, or
+    the probabilities. auto: soft for feedback exact, sampled for feedback sampled and per_example,
+    else argmax."""
+    label_threshold: Fraction = 0.0
+    """Smallest value of the teacher's largest probability at which the student learns from an
+    image; 0: it learns from all."""
     feedback: Literal[
         "off",
         "difference",
@@ -126,105 +177,213 @@ class MPLConfig:
         "parity_kekmodel",
         "parity_google",
     ] = "difference"
-    """How the teacher hears of the student's progress. difference: labeled loss before minus after
-    the student's step. sampled: the same for drawn labels, without bias. per_example: a number for
-    each drawn label. exact: the derivative for soft labels, without noise. parity_*: what those
-    codes do, for comparison."""
+    """Effect of the student's update on its labeled loss, as the teacher's loss uses it.
+    difference: labeled loss before minus after the update. sampled: the same for sampled labels,
+    unbiased. per_example: one number for each sampled label. exact: the derivative by the soft
+    labels, without sampling noise. parity_kekmodel, parity_google: as those codes compute it, for
+    comparison. off: none."""
     feedback_weight: float = 1.0
-    """Of the feedback in the teacher's loss."""
-    feedback_ramp: int = 0
+    """Weight of the feedback term in the teacher's loss."""
+    feedback_ramp: NonNegativeInt = 0
     """Steps over which `feedback_weight` grows linearly from 0."""
-    baseline: float = 0.0
-    """Decay of a moving average that is subtracted from the difference (official code: 0.99); 0: no
-    baseline."""
-    held_out: float = 0.0
-    """Share of each labeled batch that judges the student only, so that the teacher's own loss and
-    the feedback do not share it; 0: both have all of it."""
+    baseline: FractionBelow1 = 0.0
+    """Decay of a moving average of the feedback that is subtracted from it (official code: 0.99);
+    0: none is subtracted. For feedback difference, sampled and parity_google."""
+    held_out: FractionBelow1 = 0.0
+    """Share of each labeled batch on which only the feedback is computed; the teacher's labeled
+    loss uses the rest. 0: both use the whole batch."""
     derivative: Derivative = "auto"
-    """Of exact and per_example: forward-mode differentiation, or two more forward passes in float32
-    (central difference). auto: the second where a layer has no first."""
+    """Derivative of feedback exact and per_example: forward-mode differentiation, or a central
+    difference (two more forward passes in float32). auto: central where a layer has no
+    forward-mode derivative."""
     bn_batches: NormBatches = "joint"
-    """joint: the teacher normalizes all views as one batch, as published. split: weak views by
-    themselves and, unless the feedback needs it, without gradient."""
+    """Images that the teacher's batch norm normalizes together. joint: all views, as published.
+    split: weak views in a pass of their own, without gradient unless the feedback needs one."""
     teacher_graph: Literal["hold", "recompute"] = "hold"
-    """hold: the teacher's activations wait while the student trains. recompute: a second forward
-    pass makes them anew, which halves the peak memory."""
+    """hold: the teacher's activations stay in memory during the student's update. recompute: a
+    second forward pass computes them again, which halves the peak memory."""
+
+    @property
+    def whole_batch(self) -> str | None:
+        """The option that rules out microbatches, or None."""
+        return f"feedback {self.feedback}" if self._parity else None
+
+    @property
+    def repeats_draws(self) -> str | None:
+        """The option because of which a step draws the same dropout twice, or None."""
+        if self.teacher_graph == "recompute":
+            return "teacher_graph recompute"
+        if self.feedback in BY_SGD_STEP or self._parity:
+            return f"feedback {self.feedback}"
+        return None
 
     @property
     def label_kind(self) -> LabelKind:
-        """What `labels` auto stands for."""
+        """`labels`, with auto resolved."""
         if self.labels != "auto":
             return self.labels
-        kinds: dict[str, LabelKind] = {
-            "exact": "soft",
-            "sampled": "sampled",
-            "per_example": "sampled",
-        }
-        return kinds.get(self.feedback, "argmax")
+        return LABELS_NEEDED.get(self.feedback, "argmax")
 
     def feedback_weight_at(self, step: int) -> float:
         """Weight of the feedback in step number `step` (from 0)."""
         return ramped(self.feedback_weight, self.feedback_ramp, step)
+
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        found = self._label_problems()
+        if self.baseline and self.feedback not in ("difference", "sampled", "parity_google"):
+            found.append(f"baseline cannot be subtracted from feedback {self.feedback}: set 0")
+        if self.feedback in BY_SGD_STEP:
+            found += needs_sgd("student", self.student)
+        if self.feedback == "off" and self.held_out:
+            found.append("held_out is for the feedback, which is off: set 0")
+        return found + (self._parity_problems() if self._parity else [])
+
+    def _label_problems(self) -> list[str]:
+        needed, kind = LABELS_NEEDED.get(self.feedback), self.label_kind
+        if needed and kind != needed:
+            return [f"feedback {self.feedback} needs labels {needed} (or auto), not {self.labels}"]
+        if self.feedback == "difference" and kind == "soft":
+            return [
+                "feedback difference has no gradient for labels soft: take feedback exact, or "
+                "labels argmax"
+            ]
+        if self.feedback == "difference" and kind == "sampled":
+            return ["labels sampled need feedback sampled, which uses the view they come from"]
+        return []
+
+    def _parity_problems(self) -> list[str]:
+        """The reproduced codes have none of these options."""
+        changed = {
+            "labels": self.labels != "auto",
+            "pseudo": self.pseudo != "weak",
+            "label_threshold": self.label_threshold != 0,
+            "held_out": self.held_out != 0,
+            "bn_batches": self.bn_batches != "joint",
+            "teacher_graph": self.teacher_graph != "hold",
+            "consistency.measure": self.consistency.measure != "cross_entropy",
+        }
+        return [
+            f"{key} cannot be chosen with feedback {self.feedback}"
+            for key, chosen in changed.items()
+            if chosen
+        ]
+
+    @property
+    def _parity(self) -> bool:
+        return self.feedback in ("parity_kekmodel", "parity_google")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolePlayConfig(MPLConfig):
-    """Meta Pseudo Labels whose two networks change roles (saarst/TransferMPL).
+    """Meta Pseudo Labels with two networks that swap roles (saarst/TransferMPL).
 
-    `teacher` and `student` say how the networks are trained that begin in these roles; each keeps
-    its optimizer, learning rate and average when the roles change.
+    `teacher` and `student` train the networks that start in these roles; each network keeps its
+    optimizer, learning rate and moving average when the roles are swapped.
     """
+
+    recipe: ClassVar[str] = "mpl_roleplay"
 
     teacher: LearnerConfig = field(default_factory=_averaged)
     student: LearnerConfig = field(default_factory=_averaged)
-    student_delay_steps: int = 0
-    """Steps in which the network in the student's role rests."""
-    swap_every: int = 0
-    """Steps between changes; 0: an epoch of the unlabeled images."""
+    student_delay_steps: NonNegativeInt = 0
+    """First steps of the run in which the network in the student's role is not updated."""
+    swap_every: NonNegativeInt = 0
+    """Steps between swaps of the roles; 0: one epoch of the unlabeled images."""
     ensemble: Literal["probability", "logits"] = "probability"
-    """What is averaged over the two networks in evaluation."""
+    """Average the two networks' probabilities, or their logits, in evaluation."""
+
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        if self._parity:
+            return [f"feedback {self.feedback} is for recipe mpl, which does not swap roles"]
+        teacher = needs_sgd("teacher", self.teacher) if self.feedback in BY_SGD_STEP else []
+        return MPLConfig.problems(self) + teacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class SMPLConfig:
-    """Self Meta Pseudo Labels (arXiv 2212.13420): one network teaches itself in two updates."""
+    """Self Meta Pseudo Labels (arXiv 2212.13420): one network, two updates in a step."""
+
+    recipe: ClassVar[str] = "smpl"
+    labeled_only: ClassVar[bool] = False
+    whole_batch: ClassVar[str | None] = "recipe smpl"
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
-    label_smoothing: float = 0.1
+    label_smoothing: FractionBelow1 = 0.1
     """Label smoothing of the labeled and of the pseudo-label loss."""
     feedback: Literal["off", "difference", "exact"] = "difference"
-    """What the second update hears of the first: labeled loss before minus after it; or the
-    derivative by soft labels."""
+    """Effect of the first update on the labeled loss, as the second update's loss uses it.
+    difference: labeled loss before minus after the first update. exact: the derivative by the soft
+    labels. off: none."""
     feedback_weight: float = 1.0
-    """Of the feedback in the second update's loss."""
-    feedback_ramp: int = 0
+    """Weight of the feedback term in the second update's loss."""
+    feedback_ramp: NonNegativeInt = 0
     """Steps over which `feedback_weight` grows linearly from 0."""
     derivative: Derivative = "auto"
-    """Of exact: forward-mode differentiation, or two more forward passes (central difference)."""
+    """Derivative of feedback exact: forward-mode differentiation, or a central difference (two more
+    forward passes). auto: central where a layer has no forward-mode derivative."""
+
+    @property
+    def repeats_draws(self) -> str | None:
+        """The option because of which a step draws the same dropout twice, or None."""
+        return "feedback exact" if self.feedback == "exact" else None
 
     def feedback_weight_at(self, step: int) -> float:
         """Weight of the feedback in step number `step` (from 0)."""
         return ramped(self.feedback_weight, self.feedback_ramp, step)
 
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        return needs_sgd("learner", self.learner) if self.feedback == "exact" else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetaSemiConfig:
-    """MetaSemi (Sakura03/SemiMeta): soft labels corrected by the meta-gradient, then learned."""
+    """MetaSemi (Sakura03/SemiMeta): soft labels, corrected by the meta-gradient, as targets."""
+
+    recipe: ClassVar[str] = "metasemi"
+    labeled_only: ClassVar[bool] = False
+    whole_batch: ClassVar[str | None] = "recipe metasemi"
+    repeats_draws: ClassVar[str | None] = "recipe metasemi"
 
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(lr=0.1, max_grad_norm=0.0, nesterov=False, warmup=0)
     )
-    weight: float = 1.0
-    """Of the squared difference between the unlabeled images' probabilities and their labels."""
-    ramp: int = 0
+    weight: NonNegativeFloat = 1.0
+    """Weight of the squared difference between the unlabeled images' probabilities and labels."""
+    ramp: NonNegativeInt = 0
     """Steps over which `weight` grows linearly from 0."""
-    mixup: float = 1.0
+    mixup: NonNegativeFloat = 1.0
     """Alpha of the Beta distribution that mixes labeled with unlabeled images; 0: no mixing."""
     derivative: Derivative = "central"
-    """central: two more forward passes, as published; forward: forward-mode differentiation. auto:
-    forward, or central where a layer has none."""
-    epsilon: float = 0.01
-    """Length of the step in weight space of the central difference."""
-    label_rate: float = 0.0
-    """Rate of the labels' correction; 0: the learning rate, as published."""
+    """Derivative of the labels' correction: a central difference (two more forward passes), as
+    published, or forward-mode differentiation. auto: forward, or central where a layer has no
+    forward-mode derivative."""
+    epsilon: PositiveFloat = 0.01
+    """Length of the central difference's step in weight space."""
+    label_rate: NonNegativeFloat = 0.0
+    """Step size of the labels' correction; 0: the learning rate, as published."""
+
+
+AlgorithmConfig = (
+    SupervisedConfig
+    | FinetuneConfig
+    | UDAConfig
+    | FixMatchConfig
+    | MPLConfig
+    | RolePlayConfig
+    | SMPLConfig
+    | MetaSemiConfig
+)
+RECIPES: dict[str, type[AlgorithmConfig]] = {
+    kind.recipe: kind for kind in get_args(AlgorithmConfig)
+}
+
+
+def needs_sgd(network: str, config: LearnerConfig) -> list[str]:
+    """The problem of a network whose update the feedback differentiates through, if it has one."""
+    if config.optimizer == "sgd":
+        return []
+    return [f"{network}.optimizer must be sgd for this feedback, which is derived for plain SGD"]

@@ -1,115 +1,99 @@
-"""One training run: data, network, algorithm, and how long and where it runs."""
+"""One training run: data, network, algorithm, length, devices, evaluation and checkpoints."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from mpl_fast.config.algorithms import (
-    FinetuneConfig,
-    FixMatchConfig,
-    MetaSemiConfig,
-    MPLConfig,
-    RolePlayConfig,
-    SMPLConfig,
-    SupervisedConfig,
-    UDAConfig,
+from mpl_fast.config.algorithms import AlgorithmConfig, FinetuneConfig, MPLConfig
+from mpl_fast.config.fields import (
+    POSITIVE,
+    Fraction,
+    FractionAbove0,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    at_least,
+    sections,
 )
+from mpl_fast.config.learner import LearnerConfig
 
 GradientSync = Literal["allreduce", "ddp"]
 Graphs = Literal["off", "model", "step"]
+Policy = Literal["mpl", "mpl_branched", "dali"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images are and how they become views."""
+    """Records, their two views, and the input pipeline."""
 
     root: str = ""
     """Folder that `tools/make_rec.py pack` wrote."""
-    image_size: int = 224
+    image_size: Annotated[int, at_least(8)] = 224
     """Side of the square views, in pixels."""
     crop: Literal["random_resized", "pad_crop"] = "random_resized"
-    """Weak view: random resized crop, or the image padded by 4 pixels and cropped back."""
+    """Crop of both views: random resized crop, or padding by 4 pixels and a random crop."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How images are resized, antialiased both: as published, or with half the work, which counts
-    where DALI works on the CPU."""
+    """Filter of resizing, antialiased: bicubic as published, or bilinear, which is half the work on
+    a CPU."""
     flip: bool = True
-    """Mirror at random; switch off where left and right differ in meaning, as in digits."""
-    policy: Literal["mpl", "mpl_branched", "dali"] = "mpl"
-    """Strong view: the official code's 15 operations, the same as a slower reference, or DALI's own
-    RandAugment."""
-    num_ops: int = 2
-    """RandAugment operations in a row."""
-    magnitude: float = 17.0
-    """RandAugment strength; 10 is nominal. Policy dali knows 0 to 10 and stops there."""
+    """Random horizontal flip; switch it off where mirroring changes the class, as in digits."""
+    policy: Policy = "mpl"
+    """RandAugment of the strong view. mpl: the 15 operations of the official code. mpl_branched:
+    the same in a slower implementation, as a reference. dali: NVIDIA DALI's own."""
+    num_ops: NonNegativeInt = 2
+    """RandAugment operations applied one after the other."""
+    magnitude: NonNegativeFloat = 17.0
+    """RandAugment magnitude; 10 is nominal. Policy dali has levels 0 to 10 and takes 10 above."""
     translate: float = 100.0
-    """Pixels that a translation moves at magnitude 10 (CIFAR: 4)."""
-    cutout: int = 40
-    """Half side in pixels of the square that the Cutout operation removes at magnitude 10 (CIFAR:
-    4)."""
-    final_cutout: int = 0
-    """Half side in pixels of a square always removed from the strong view, after RandAugment
-    (CIFAR: 8)."""
-    eval_crop: float = 0.875
-    """Share of the shorter side that evaluation keeps (crop random_resized only)."""
+    """Pixels of a translation at magnitude 10 (CIFAR: 4)."""
+    cutout: NonNegativeInt = 40
+    """Half the side, in pixels, of the Cutout operation's square at magnitude 10 (CIFAR: 4)."""
+    final_cutout: NonNegativeInt = 0
+    """Half the side, in pixels, of a square always cut out of the strong view after RandAugment
+    (CIFAR: 8); 0: none."""
+    eval_crop: FractionAbove0 = 0.875
+    """Share of the shorter side that evaluation's center crop keeps (crop random_resized only)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Of the red, green and blue channel, on a scale of 0 to 1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Of the red, green and blue channel, on a scale of 0 to 1."""
+    """Mean of the red, green and blue channel, on a scale of 0 to 1."""
+    std: Annotated[tuple[float, float, float], POSITIVE] = (0.229, 0.224, 0.225)
+    """Standard deviation of the red, green and blue channel, on a scale of 0 to 1."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes and augments; auto follows the training device."""
-    threads: int = 0
-    """DALI's CPU threads for each rank; 0 shares the machine's cores among its ranks."""
-    prefetch: int = 2
+    """Device on which DALI decodes and augments. auto: the training device."""
+    threads: NonNegativeInt = 0
+    """DALI's CPU threads on each rank; 0: the machine's cores divided by its ranks."""
+    prefetch: PositiveInt = 2
     """Batches that DALI prepares ahead."""
-    shuffle_buffer: int = 4096
-    """Records the reader shuffles among; packing has shuffled the whole set already."""
-    hw_decoder_load: float = 0.65
-    """Share of the images that a GPU's JPEG engine decodes, where there is one."""
+    shuffle_buffer: PositiveInt = 4096
+    """Records among which the reader shuffles; packing has already shuffled the whole set."""
+    hw_decoder_load: Fraction = 0.65
+    """Share of the images that a GPU's hardware JPEG decoder decodes, where there is one."""
+
+    def problems(self) -> list[str]:
+        """What is missing, a line that begins with its key."""
+        if self.root:
+            return []
+        return ["root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network; teacher and student have the same shape and different weights."""
+    """Network architecture, the same for teacher and student."""
 
     name: str = "resnet50"
     """Any timm name, or wrn_28_2, wrn_28_8, convlarge, shake_shake_26 (for 32-pixel images)."""
-    classes: int = 0
-    """Width of the last layer; 0 takes the number of classes in the data, another number must equal
-    it."""
+    classes: NonNegativeInt = 0
+    """Outputs of the last layer, which must equal the number of classes in the data; 0: that
+    number."""
     norm: Literal["batch", "sync"] = "batch"
-    """Batch norm of training passes by each rank's own images, or by those of all ranks (sync: on
-    CUDA, not compiled), for batches too small to be normalized alone. The student is judged by each
-    rank's own in any case."""
-    norm_momentum: float = 0.0
-    """Share of the new batch in batch norm's running statistics; 0 keeps the network's own (wrn
+    """Batch norm over each rank's own images, or over those of all ranks (sync: CUDA only, not
+    compiled), for batches too small to be normalized alone. The student's labeled loss in the
+    feedback is always normalized on each rank alone."""
+    norm_momentum: Fraction = 0.0
+    """Share of a new batch in batch norm's running statistics; 0: as the network defines it (wrn
     0.001, timm 0.1)."""
     pretrained: str = ""
-    """Begin with weights from a .safetensors or .pth file, or, if this is timm, with timm's own;
-    empty: at random."""
+    """Initial weights: a .safetensors or .pth file, or timm for timm's own; empty: random."""
     frozen: bool = False
-    """Train the last layer only; everything else keeps its pretrained weights and statistics."""
-
-
-AlgorithmConfig = (
-    SupervisedConfig
-    | FinetuneConfig
-    | UDAConfig
-    | FixMatchConfig
-    | MPLConfig
-    | RolePlayConfig
-    | SMPLConfig
-    | MetaSemiConfig
-)
-RECIPES: dict[str, type[AlgorithmConfig]] = {
-    "supervised": SupervisedConfig,
-    "finetune": FinetuneConfig,
-    "uda": UDAConfig,
-    "fixmatch": FixMatchConfig,
-    "mpl": MPLConfig,
-    "mpl_roleplay": RolePlayConfig,
-    "smpl": SMPLConfig,
-    "metasemi": MetaSemiConfig,
-}
-LABELED_ONLY = ("supervised", "finetune")  # recipes that read no unlabeled images
+    """Train the last layer only; all other weights and statistics stay as pretrained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,53 +103,111 @@ class RunConfig:
     run_dir: str = ""
     """Folder of the run: config, metrics, checkpoints. The same command with the same folder
     resumes."""
-    recipe: Literal[
-        "supervised", "finetune", "uda", "fixmatch", "mpl", "mpl_roleplay", "smpl", "metasemi"
-    ] = "mpl"
-    """Algorithm; decides which --algorithm.* options there are."""
-    steps: int = 700_000
-    """Training steps in all."""
-    epochs: float = 0.0
-    """Passes over the data, in place of `steps`: over the unlabeled images, or over the labeled
-    ones for recipes that read no others; 0: `steps` counts."""
-    labeled_batch: int = 1024
+    steps: PositiveInt = 700_000
+    """Training steps."""
+    epochs: NonNegativeFloat = 0.0
+    """Training length in place of `steps`: passes over the unlabeled images (over the labeled ones
+    for recipes that use no others); 0: `steps` counts."""
+    labeled_batch: PositiveInt = 1024
     """Labeled images in a step, over all ranks."""
-    unlabeled_batch: int = 15_360
+    unlabeled_batch: NonNegativeInt = 15_360
     """Unlabeled images in a step, over all ranks; supervised and finetune ignore it."""
-    seed: int = 0
-    """Of initial weights, data order, augmentation and dropout."""
+    seed: NonNegativeInt = 0
+    """Seed of initial weights, data order, augmentation and dropout."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto takes CUDA if there is a GPU."""
+    """Training device. auto: CUDA if there is a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the forward pass; weights and losses are float32 always. auto: bf16 on CUDA, fp32 on the
-    CPU."""
+    """Precision of the forward pass; weights and losses are always float32. auto: bf16 on CUDA,
+    fp32 on the CPU."""
     compile: Literal["off", "default", "max-autotune"] = "off"
-    """torch.compile the networks."""
+    """Mode of torch.compile for the networks; off: not compiled."""
     cuda_graphs: Graphs = "off"
-    """Launch kernels together, for small networks on a GPU: those of each compiled pass (model), or
-    of all of a step but the average, once its ramps and waits are over (step)."""
-    microbatches: int = 1
-    """Parts in which a rank computes its batch, one after the other, to need less memory (for mpl
-    together with --algorithm.teacher_graph recompute); batch norm sees each by itself."""
+    """CUDA graphs, which save launch time of small networks on a GPU. model: one for each compiled
+    pass. step: one for the whole step but the moving average, once ramps and delays are over."""
+    microbatches: PositiveInt = 1
+    """Equal parts in which a rank computes its batch one after the other, to save memory (with mpl,
+    also set --algorithm.teacher_graph recompute); batch norm normalizes each part by itself."""
     grad_sync: GradientSync = "allreduce"
-    """How gradients cross ranks: allreduce, all of a network's in one exchange after the
-    backward pass; ddp, in DistributedDataParallel's buckets during it, faster between machines."""
+    """Averaging of gradients over ranks. allreduce: all of a network's at once after the backward
+    pass. ddp: in DistributedDataParallel's buckets during it, faster between machines."""
     deterministic: bool = False
-    """Bitwise repeatable, at some cost in speed."""
-    eval_every: int = 5000
-    """Steps between evaluations (0: only at the end)."""
-    eval_epochs: float = 0.0
-    """Passes between evaluations, in place of `eval_every`; counted as `epochs` are."""
-    eval_batch: int = 1024
+    """Bitwise repeatable results, at some cost in speed."""
+    eval_every: NonNegativeInt = 5000
+    """Steps between evaluations; 0: only at the end."""
+    eval_epochs: NonNegativeFloat = 0.0
+    """Passes between evaluations, in place of `eval_every`, counted as in `epochs`."""
+    eval_batch: PositiveInt = 1024
     """Images in an evaluation batch, over all ranks."""
-    log_every: int = 50
-    """Steps that one row of metrics averages."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints (0: only at the end)."""
-    checkpoint_keep: int = 2
-    """Newest checkpoints to keep."""
-    stop_at: int = 0
-    """Save and pause after this step; a run that is there already goes on (0: run to the end)."""
+    log_every: PositiveInt = 50
+    """Steps averaged in one row of metrics."""
+    checkpoint_every: NonNegativeInt = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    checkpoint_keep: Annotated[int, at_least(2)] = 2
+    """Newest checkpoints that are kept."""
+    stop_at: NonNegativeInt = 0
+    """Save and stop after this step; a run that is already there continues. 0: run to the end."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=MPLConfig)
+
+    @property
+    def recipe(self) -> str:
+        """Algorithm; it determines which --algorithm.* options there are."""
+        return self.algorithm.recipe
+
+    @property
+    def unlabeled_images(self) -> int:
+        """Unlabeled images that a step uses, over all ranks: `unlabeled_batch`, or none."""
+        return 0 if self.algorithm.labeled_only else self.unlabeled_batch
+
+    def problems(self) -> list[str]:
+        """Contradictions between sections, each a line that begins with a key."""
+        found = self._batch_problems() + self._start_problems() + self._graph_problems()
+        if self.model.norm == "sync" and self.compile != "off":
+            found.append("model.norm sync cannot be compiled: set --compile off, or norm batch")
+        if not self.run_dir:
+            found.append("run_dir is missing: give --run-dir FOLDER")
+        return found
+
+    def _batch_problems(self) -> list[str]:
+        found, algorithm = [], self.algorithm
+        if self.unlabeled_batch < 1 and not algorithm.labeled_only:
+            found.append(f"unlabeled_batch must be at least 1 for recipe {self.recipe}, not 0")
+        if self.microbatches > 1 and self.grad_sync == "ddp":
+            found.append("microbatches above 1 need grad_sync allreduce: DDP syncs after each part")
+        if self.microbatches > 1 and algorithm.whole_batch:
+            found.append(
+                f"microbatches must be 1 for {algorithm.whole_batch}, whose step needs the whole "
+                "batch at once"
+            )
+        return found
+
+    def _start_problems(self) -> list[str]:
+        """Of the weights that the run starts from."""
+        finetune, model = isinstance(self.algorithm, FinetuneConfig), self.model
+        if finetune and model.pretrained:
+            return [
+                "model.pretrained is not for recipe finetune, which starts from algorithm.start"
+            ]
+        if model.frozen and not (finetune or model.pretrained):
+            return ["model.frozen would keep random weights: give --model.pretrained FILE too"]
+        return []
+
+    def _graph_problems(self) -> list[str]:
+        if self.cuda_graphs == "model" and self.compile == "off":
+            return ["cuda_graphs model is for compiled networks: give --compile default as well"]
+        if self.cuda_graphs != "step":
+            return []
+        if choice := self.algorithm.repeats_draws:
+            return [
+                f"cuda_graphs step cannot capture {choice}, whose step draws the same dropout "
+                "twice: set cuda_graphs model or off, or another algorithm option"
+            ]
+        if self.grad_sync == "ddp":
+            return ["cuda_graphs step needs grad_sync allreduce: DDP's buckets cannot be captured"]
+        return [
+            f"{prefix}optimizer_backend apex reads its learning rate on the host: set cuda_graphs "
+            "model"
+            for prefix, section in sections(self.algorithm, "algorithm.")
+            if isinstance(section, LearnerConfig) and section.optimizer_backend == "apex"
+        ]

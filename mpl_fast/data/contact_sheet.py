@@ -1,4 +1,4 @@
-"""A picture for human eyes: what the pipelines make of some images, one image a row."""
+"""A PNG of training images: original, weak view and draws of the strong view, one image a row."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from mpl_fast.data.pipelines import (
     random_crop,
     read_shuffled,
 )
-from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
+from mpl_fast.data.randaugment import strengthen
 from mpl_fast.errors import ConfigError, output_errors
 
 Pixels = NDArray[np.uint8]
 GAP = 6  # pixels between tiles
 TITLE = 26  # pixels above them
 CLASS_NAME = 14  # pixels below each row
-LEAST_TILE = 96  # pixels; smaller views are enlarged by a whole number
+MIN_TILE = 96  # pixels; smaller views are enlarged by a whole number
 
 
 def contact_sheet(
@@ -33,16 +33,15 @@ def contact_sheet(
 ) -> None:
     """Writes a PNG of ``images`` rows: original, weak view, and ``draws`` strong views of one crop.
 
-    The views come out of the training graph's own functions, on the CPU, normalized, and are
-    brought back to gray levels here. Raises ConfigError for more images than there are, and
-    OutputError when the file cannot be written.
+    The views are computed by the functions of the training graph, on the CPU, and denormalized.
+    Raises ConfigError if the split has fewer images, and OutputError if the file cannot be written.
     """
     split = manifest.splits["unlabeled"]
     if images > split.records:
         raise ConfigError(f"--images {images}: {split.index} has only {split.records} records")
     rows = _draw_rows(config, split, images, draws, seed)
     titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
-    zoom = -(-LEAST_TILE // config.image_size)
+    zoom = -(-MIN_TILE // config.image_size)
     names = [manifest.classes[label] for label, _ in rows]
     tiles = [[_enlarge(tile, zoom) for tile in row] for _, row in rows]
     sheet = _arrange(tiles, titles, names, zoom * config.image_size)
@@ -55,19 +54,18 @@ def _draw_rows(
 ) -> list[tuple[int, list[Pixels]]]:
     """The class and the tiles of each row, as (h, w, 3) uint8."""
     engine = Engine(batch=images, gpu=None, threads=1, shard=0, shards=1)
-    with own_deprecations_hidden():
-        pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
-            config,
-            split,
-            engine,
-            draws,
-            batch_size=images,
-            device_id=None,
-            num_threads=engine.threads,
-            prefetch_queue_depth=1,
-            seed=seed,
-        )
-        originals, *views, labels = pipeline.run()
+    pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
+        config,
+        split,
+        engine,
+        draws,
+        batch_size=images,
+        device_id=None,
+        num_threads=engine.threads,
+        prefetch_queue_depth=1,
+        seed=seed,
+    )
+    originals, *views, labels = pipeline.run()
     return [
         (
             int(np.asarray(labels.at(row))[0]),
@@ -107,7 +105,7 @@ def _enlarge(tile: Pixels, zoom: int) -> Pixels:
 def _arrange(
     tiles: list[list[Pixels]], titles: list[str], names: list[str], side: int
 ) -> Image.Image:
-    """Lays the tiles on a white sheet, titles above the columns, class names below the rows."""
+    """A white image with the tiles, titles above the columns, class names below the rows."""
     across, down = side + GAP, side + GAP + CLASS_NAME
     sheet = Image.new("RGB", (GAP + across * len(titles), TITLE + down * len(tiles)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -118,6 +116,6 @@ def _arrange(
         draw.text((GAP, top + side), name, "gray", ImageFont.load_default(11))
         for column, tile in enumerate(line):
             below, beside = ((side - length) // 2 for length in tile.shape[:2])
-            place = (GAP + across * column + beside, top + below)
-            sheet.paste(Image.fromarray(tile), place)
+            corner = (GAP + across * column + beside, top + below)
+            sheet.paste(Image.fromarray(tile), corner)
     return sheet

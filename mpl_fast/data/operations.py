@@ -1,6 +1,12 @@
-"""The 15 operations of Meta Pseudo Labels, one DALI graph each."""
+"""The operations of policy ``mpl``: one table, and a DALI graph for each entry.
 
+To add an operation, add an entry to `OPERATIONS`. The branches of both policies, the affine
+matrices and the `signature` in checkpoints follow from the table.
+"""
+
+import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from nvidia.dali import fn, math, types
@@ -10,90 +16,158 @@ from nvidia.dali.data_node import DataNode
 from mpl_fast.config import DataConfig
 
 FILL = 128
-"""Gray level of what an operation uncovers or cuts out."""
-
-Operation = Callable[[DataNode], DataNode]
-"""An image (H, W, 3) uint8 to one of the same shape and type."""
+"""Gray level of uncovered and cut out pixels."""
 
 
-def operations(config: DataConfig, sign: DataNode, center: DataNode) -> dict[str, Operation]:
-    """The 15 operations of policy ``mpl`` at ``config.magnitude``, by the official code's names.
+class Draws(NamedTuple):
+    """Random values of an image."""
 
-    ``sign`` is -1 or 1, for what moves; ``center`` is a pixel (y, x), for what is cut out.
+    sign: Callable[[], DataNode]
+    """Returns -1 or 1, for operations with a direction."""
+    center: DataNode
+    """A pixel (y, x), float (2,), for the cutout."""
+
+
+Apply = Callable[[DataNode, Draws, DataConfig], DataNode]
+"""Images (H, W, 3) uint8 to images of the same shape and type."""
+Matrix = list[tuple[float, float, float]]
+"""(2, 3): the (x, y, 1) of an output pixel to where it reads, in pixels; centers lie at 0.5."""
+
+
+class Operation(NamedTuple):
+    """One operation, at magnitude / 10 of its nominal strength.
+
+    `apply` is enough. An operation that is an affine transform or a linear map of gray levels is
+    faster with one of `matrix`, `line` and `contrast`: policy ``mpl`` then computes it together
+    with others of its kind.
     """
-    level, strength = config.magnitude / 10, factor(config)
-    shear, shift = 0.3 * level, config.translate * level
-    return {
-        "AutoContrast": lambda image: augmentations.auto_contrast.op(image, None),
-        "Equalize": equalize,
-        "Invert": lambda image: augmentations.invert.op(image, None),
-        "Rotate": lambda image: _rotate(image, sign * (30 * level)),
-        "Posterize": lambda image: posterize(image, config),
-        "Solarize": lambda image: solarize(image, config),
-        "Color": lambda image: fn.saturation(image, saturation=strength),
-        "Contrast": lambda image: augmentations.contrast.op(image, strength),
-        "Brightness": lambda image: fn.brightness(image, brightness=strength),
-        "Sharpness": lambda image: _sharpness(image, strength, config.image_size),
-        "ShearX": lambda image: _shear(image, sign, (shear, 0.0)),
-        "ShearY": lambda image: _shear(image, sign, (0.0, shear)),
-        "TranslateX": lambda image: _translate(image, sign, (shift, 0.0)),
-        "TranslateY": lambda image: _translate(image, sign, (0.0, shift)),
-        "Cutout": lambda image: cut(image, center, half(config)),
-    }
+
+    name: str
+    number: int
+    """Position in the official code's list, by which policy ``mpl_branched`` draws."""
+    apply: Apply
+    """The operation by itself: the reference."""
+    matrix: Callable[[DataConfig, int], Matrix] | None = None
+    """Affine matrix, from the config and the sign."""
+    line: Callable[[DataConfig], tuple[float, float]] | None = None
+    """(a, b) of the map from gray level x to ``a x + 255 b``."""
+    contrast: Callable[[DataConfig], float] | None = None
+    """a of the map from gray level x to ``mean + a (x - mean)``, with the image's mean."""
+    fast: Apply | None = None
+    """A faster equivalent of `apply`."""
+
+
+def level(config: DataConfig) -> float:
+    """Strength relative to the nominal one."""
+    return config.magnitude / 10
 
 
 def factor(config: DataConfig) -> float:
-    """Strength of Color, Contrast, Brightness and Sharpness; 1 changes nothing."""
-    return 1.8 * (config.magnitude / 10) + 0.1
-
-
-def half(config: DataConfig) -> int:
-    """Half the side, in pixels, of what the operation Cutout cuts out."""
-    return int(config.cutout * (config.magnitude / 10))
+    """Blending factor of Color, Contrast, Brightness and Sharpness; 1 is the identity."""
+    return 1.8 * level(config) + 0.1
 
 
 def cut(image: DataNode, center: DataNode, half: int) -> DataNode:
-    """Grays out the square of ``2 * half`` pixels around the center, as far as it lies inside."""
+    """Grays out the square of ``2 * half`` pixels around the center, clipped to the image."""
     return fn.erase(
         image, anchor=center - half, shape=(2 * half, 2 * half), axis_names="HW", fill_value=FILL
     )
 
 
-def _rotate(image: DataNode, degrees: DataNode) -> DataNode:
+def _cutout(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
+    return cut(image, draws.center, int(config.cutout * level(config)))
+
+
+def _invert(image: DataNode, _draws: Draws, _config: DataConfig) -> DataNode:
+    return augmentations.invert.op(image, None)
+
+
+def _brightness(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
+    return fn.brightness(image, brightness=factor(config))
+
+
+def _contrast(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
+    return augmentations.contrast.op(image, factor(config))
+
+
+def _color(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
+    return fn.saturation(image, saturation=factor(config))
+
+
+def _rotate(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
     return fn.rotate(
-        image, angle=degrees, keep_size=True, fill_value=FILL, interp_type=types.INTERP_NN
+        image,
+        angle=draws.sign() * (30 * level(config)),
+        keep_size=True,
+        fill_value=FILL,
+        interp_type=types.INTERP_NN,
     )
 
 
-def _shear(image: DataNode, sign: DataNode, shear: tuple[float, float]) -> DataNode:
-    return _warp(image, fn.transforms.shear(shear=sign * types.Constant(shear, dtype=types.FLOAT)))
+def _rotation(config: DataConfig, sign: int) -> Matrix:
+    angle, middle = np.radians(30 * level(config)), config.image_size / 2
+    sine, cosine = sign * np.sin(angle), np.cos(angle)
+    return [
+        (cosine, -sine, middle * (1 - cosine + sine)),
+        (sine, cosine, middle * (1 - cosine - sine)),
+    ]
 
 
-def _translate(image: DataNode, sign: DataNode, pixels: tuple[float, float]) -> DataNode:
-    offset = sign * types.Constant(pixels, dtype=types.FLOAT)
-    return _warp(image, fn.transforms.translation(offset=offset))
+def _shear(axis: int) -> Apply:
+    def apply(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
+        shear = [0.0, 0.0]
+        shear[axis] = 0.3 * level(config)
+        angle = draws.sign() * types.Constant(shear, dtype=types.FLOAT)
+        return warp(image, fn.transforms.shear(shear=angle))
+
+    return apply
 
 
-def _warp(image: DataNode, matrix: DataNode) -> DataNode:
-    """Reads every pixel where the affine matrix sends it; the nearest source pixel counts."""
+def _translate(axis: int) -> Apply:
+    def apply(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
+        pixels = [0.0, 0.0]
+        pixels[axis] = config.translate * level(config)
+        offset = draws.sign() * types.Constant(pixels, dtype=types.FLOAT)
+        return warp(image, fn.transforms.translation(offset=offset))
+
+    return apply
+
+
+def _shear_x(config: DataConfig, sign: int) -> Matrix:
+    return [(1, sign * 0.3 * level(config), 0), (0, 1, 0)]
+
+
+def _shear_y(config: DataConfig, sign: int) -> Matrix:
+    return [(1, 0, 0), (sign * 0.3 * level(config), 1, 0)]
+
+
+def _translate_x(config: DataConfig, sign: int) -> Matrix:
+    return [(1, 0, sign * config.translate * level(config)), (0, 1, 0)]
+
+
+def _translate_y(config: DataConfig, sign: int) -> Matrix:
+    return [(1, 0, 0), (0, 1, sign * config.translate * level(config))]
+
+
+def warp(image: DataNode, matrix: DataNode) -> DataNode:
+    """Reads every pixel where the affine matrix maps it; nearest neighbor."""
     return fn.warp_affine(image, matrix=matrix, fill_value=FILL, interp_type=types.INTERP_NN)
 
 
-def posterize(image: DataNode, config: DataConfig) -> DataNode:
-    """Keeps the upper bits of every value."""
-    bits = min(max(int(4 * (config.magnitude / 10)), 0), 8)
+def _posterize(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
+    bits = min(max(int(4 * level(config)), 0), 8)  # upper bits to keep
     return image & types.Constant(0xFF & ~(0xFF >> bits), dtype=types.UINT8)
 
 
-def solarize(image: DataNode, config: DataConfig) -> DataNode:
+def _solarize(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
     """Inverts values from the threshold on."""
-    threshold = int(256 * (config.magnitude / 10))
+    threshold = int(256 * level(config))
     return image if threshold >= 256 else augmentations.solarize.op(image, threshold)
 
 
-def _sharpness(image: DataNode, factor: float, size: int) -> DataNode:
+def _sharpness(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
     """Blends with the image smoothed by Pillow's 3 x 3 kernel; the outermost pixels stay."""
-    kernel = augmentations.sharpness_kernel_shifted(factor)
+    kernel, size = augmentations.sharpness_kernel_shifted(factor(config)), config.image_size
     sharp = fn.filter(image, types.Constant(kernel, device=image.device))
     inside = np.pad(np.ones((size - 2, size - 2, 1), np.uint8), ((1, 1), (1, 1), (0, 0)))
     inner = types.Constant(inside, device=image.device)
@@ -101,13 +175,48 @@ def _sharpness(image: DataNode, factor: float, size: int) -> DataNode:
     return fn.cast_like(inner * sharp + border * image, image)
 
 
-def equalize(image: DataNode) -> DataNode:
+def _fast_sharpness(image: DataNode, _draws: Draws, config: DataConfig) -> DataNode:
+    """Sharpness with two erasures, which are copies, in place of products with a mask, which
+    take longer than the filter."""
+    kernel = augmentations.sharpness_kernel_shifted(factor(config))
+    sharp = fn.filter(image, types.Constant(kernel, device=image.device))
+    last, side = config.image_size - 1, config.image_size
+    inner = fn.erase(
+        sharp,
+        anchor=[0, 0, last, 0, 0, 0, 0, last],
+        shape=[1, side, 1, side, side, 1, side, 1],
+        axis_names="HW",
+    )
+    border = fn.erase(image, anchor=[1, 1], shape=[side - 2, side - 2], axis_names="HW")
+    return inner | border
+
+
+def _auto_contrast(image: DataNode, _draws: Draws, _config: DataConfig) -> DataNode:
+    return augmentations.auto_contrast.op(image, None)
+
+
+def _fast_auto_contrast(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
+    """Stretches each channel to 0 to 255, except constant ones; on the CPU by one operator."""
+    if image.device == "gpu":
+        return _auto_contrast(image, draws, config)
+    low = fn.cast(fn.reductions.min(image, axis_names="HW"), dtype=types.FLOAT)
+    spread = fn.reductions.max(image, axis_names="HW") - low
+    return fn.crop_mirror_normalize(
+        image,
+        mean=low * (spread > 0.0),
+        std=spread / 255.0 + (spread == 0.0),
+        output_layout="HWC",
+        dtype=types.UINT8,
+    )
+
+
+def _equalize(image: DataNode, _draws: Draws, _config: DataConfig) -> DataNode:
     """Pillow's histogram equalization of each channel, made from OpenCV's, which DALI has.
 
     Pillow maps a value to round(darker / step): darker counts the pixels below the value, step is
     the whole part of 1/255 of the pixels below the maximum. OpenCV's formula applied to the
-    negative gives 255 * darker / (pixels below the maximum); the rest is to scale by the fraction
-    that step lost, which on 32 x 32 images is up to a third.
+    negative gives 255 * darker / (pixels below the maximum); what remains is a factor for the
+    fraction that step lost, which on 32 x 32 images is up to a third.
     """
     white = types.Constant(255, dtype=types.UINT8)
     spread = white - fn.equalize(white - image)
@@ -119,3 +228,28 @@ def equalize(image: DataNode) -> DataNode:
     usable = step > 0.0
     scaled = fn.cast_like(spread * (below / (255.0 * math.max(step, 1.0))), image)
     return usable * scaled + (usable ^ True) * image
+
+
+OPERATIONS = (
+    Operation("Rotate", 3, _rotate, matrix=_rotation),
+    Operation("ShearX", 10, _shear(0), matrix=_shear_x),
+    Operation("ShearY", 11, _shear(1), matrix=_shear_y),
+    Operation("TranslateX", 12, _translate(0), matrix=_translate_x),
+    Operation("TranslateY", 13, _translate(1), matrix=_translate_y),
+    Operation("Invert", 2, _invert, line=lambda config: (-1.0, 1.0)),
+    Operation("Brightness", 8, _brightness, line=lambda config: (factor(config), 0.0)),
+    Operation("Contrast", 7, _contrast, contrast=factor),
+    Operation("Posterize", 4, _posterize),
+    Operation("Solarize", 5, _solarize),
+    Operation("Cutout", 14, _cutout),
+    Operation("AutoContrast", 0, _auto_contrast, fast=_fast_auto_contrast),
+    Operation("Equalize", 1, _equalize),
+    Operation("Color", 6, _color),
+    Operation("Sharpness", 9, _sharpness, fast=_fast_sharpness),
+)
+
+
+def signature(operations: tuple[Operation, ...]) -> str:
+    """Hash of names and numbers: a data position saved with another table does not fit."""
+    entries = "/".join(f"{operation.name} {operation.number}" for operation in operations)
+    return hashlib.sha256(entries.encode()).hexdigest()[:16]

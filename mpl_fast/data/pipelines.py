@@ -1,11 +1,11 @@
 """The DALI graphs: one decode and one random crop feed both views, on a GPU or on the CPU alone.
 
-The training crop of the "imagenet" view is google-research/meta_pseudo_labels/data_utils.py's: 8 to
-100 % of the area, aspect 3/4 to 4/3, 10 attempts, bicubic (here smoothed where it shrinks, as in
-Pillow). The "cifar" view pads with 4 gray pixels and crops back, as there; that code crops and
-flips the strong view once more after the cutout, here both views share their one crop. The EXIF
+Crop "random_resized" is google-research/meta_pseudo_labels/data_utils.py's for ImageNet: 8 to 100 %
+of the area, aspect 3/4 to 4/3, 10 attempts, bicubic (here antialiased where it shrinks, as in
+Pillow). Crop "pad_crop", for CIFAR, pads with 4 gray pixels and crops back, as there; that code
+crops and flips the strong view once more after the cutout, here both views share one crop. The EXIF
 orientation is not applied, as in torchvision. Evaluation differs from torchvision's by at most a
-pixel: the longer side is rounded, not cut off, and so is the corner of the center crop.
+pixel: the longer side and the corner of the center crop are rounded, not truncated.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from nvidia.dali.pipeline import Pipeline
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.operations import FILL
-from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
+from mpl_fast.data.randaugment import strengthen
 
 READER = "reader"
-CIFAR_PADDING = 4  # pixels
+PADDING = 4  # pixels, of pad_crop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What runs one pipeline: batch, processor, CPU threads and the share of the records."""
+    """How a pipeline runs: batch size, device, CPU threads and shard of the records."""
 
     batch: int
     gpu: int | None
@@ -37,7 +37,7 @@ class Engine:
     half: bool = False
     """Return float16 images instead of float32."""
     checkpoint: bytes | None = None
-    """State of an equal pipeline to go on from."""
+    """State of an equal pipeline to continue from."""
 
 
 def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: bool) -> Pipeline:
@@ -45,21 +45,20 @@ def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: 
 
     Views are (batch, image_size, image_size, 3) normalized, labels (batch, 1) int64.
     """
-    with own_deprecations_hidden():
-        pipeline = pipeline_def(_train_graph, enable_conditionals=True)(
-            config,
-            split,
-            engine,
-            strong,
-            batch_size=engine.batch,
-            device_id=engine.gpu,
-            num_threads=engine.threads,
-            prefetch_queue_depth=config.prefetch,
-            seed=engine.seed,
-            enable_checkpointing=True,
-            checkpoint=engine.checkpoint,
-        )
-        pipeline.build()
+    pipeline = pipeline_def(_train_graph, enable_conditionals=True)(
+        config,
+        split,
+        engine,
+        strong,
+        batch_size=engine.batch,
+        device_id=engine.gpu,
+        num_threads=engine.threads,
+        prefetch_queue_depth=config.prefetch,
+        seed=engine.seed,
+        enable_checkpointing=True,
+        checkpoint=engine.checkpoint,
+    )
+    pipeline.build()
     return pipeline
 
 
@@ -103,18 +102,14 @@ def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataN
         stick_to_shard=True,
         pad_last_batch=True,
     )
-    image = decode(encoded, config, engine)
-    if config.crop == "random_resized":
-        image = resize(image, round(config.image_size / config.eval_crop), "not_smaller", config)
-    else:
-        image = resize(image, config.image_size, "stretch", config)
+    image = EVAL_CROPS[config.crop](decode(encoded, config, engine), config)
     return normalize(image, config, engine, 0), _label(label, engine)
 
 
 def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[DataNode, DataNode]:
-    """This rank's records as (encoded image, label (1,) float32), shuffled, without an end.
+    """This rank's records as (encoded image, label (1,) float32), shuffled, endless.
 
-    Shards move on by one every epoch, so that each rank meets all the data.
+    A rank reads the next shard every epoch, so that each rank reads all records in time.
     """
     encoded, label = fn.readers.mxnet(
         name=READER,
@@ -131,19 +126,25 @@ def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[Dat
 
 def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     """Decodes and crops at random: (image_size, image_size, 3) uint8."""
-    if config.crop == "random_resized":
-        image = fn.decoders.image_random_crop(
-            encoded,
-            device=_decoder(engine),
-            random_area=(0.08, 1.0),
-            random_aspect_ratio=(3 / 4, 4 / 3),
-            num_attempts=10,
-            adjust_orientation=False,
-            hw_decoder_load=config.hw_decoder_load,
-        )
-        return resize(image, config.image_size, "stretch", config)
+    return TRAIN_CROPS[config.crop](encoded, config, engine)
+
+
+def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
+    image = fn.decoders.image_random_crop(
+        encoded,
+        device=_decoder(engine),
+        random_area=(0.08, 1.0),
+        random_aspect_ratio=(3 / 4, 4 / 3),
+        num_attempts=10,
+        adjust_orientation=False,
+        hw_decoder_load=config.hw_decoder_load,
+    )
+    return resize(image, config.image_size, "stretch", config)
+
+
+def _pad_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     image = resize(decode(encoded, config, engine), config.image_size, "stretch", config)
-    steps = [float(step) for step in range(-CIFAR_PADDING, CIFAR_PADDING + 1)]
+    steps = [float(step) for step in range(-PADDING, PADDING + 1)]
     return fn.slice(
         image,
         start=fn.cast(fn.random.uniform(values=steps, shape=(2,)), dtype=types.INT32),
@@ -152,6 +153,20 @@ def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNo
         out_of_bounds_policy="pad",
         fill_values=FILL,
     )
+
+
+def _shorter_side(image: DataNode, config: DataConfig) -> DataNode:
+    return resize(image, round(config.image_size / config.eval_crop), "not_smaller", config)
+
+
+def _whole(image: DataNode, config: DataConfig) -> DataNode:
+    return resize(image, config.image_size, "stretch", config)
+
+
+# By DataConfig.crop: the weak view, and what evaluation crops the center of.
+TRAIN_CROPS = {"random_resized": _random_resized, "pad_crop": _pad_crop}
+EVAL_CROPS = {"random_resized": _shorter_side, "pad_crop": _whole}
+INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
 def decode(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
@@ -169,15 +184,19 @@ def _decoder(engine: Engine) -> str:
 
 
 def resize(image: DataNode, side: int, mode: str, config: DataConfig) -> DataNode:
-    """Antialiased; "stretch" makes a square, "not_smaller" keeps the aspect and fits the short
-    side."""
-    cubic = config.interpolation == "bicubic"
-    kind = types.INTERP_CUBIC if cubic else types.INTERP_LINEAR
-    return fn.resize(image, size=(side, side), mode=mode, interp_type=kind, antialias=True)
+    """Antialiased; "stretch" makes a square, "not_smaller" keeps the aspect ratio and makes the
+    shorter side `side` pixels."""
+    return fn.resize(
+        image,
+        size=(side, side),
+        mode=mode,
+        interp_type=INTERPOLATIONS[config.interpolation],
+        antialias=True,
+    )
 
 
 def flip_coin(config: DataConfig) -> DataNode | int:
-    """A coin for each image of each view, or never."""
+    """Whether to mirror: drawn for each image of each view, or 0."""
     return fn.random.coin_flip() if config.flip else 0
 
 

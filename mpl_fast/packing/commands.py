@@ -1,33 +1,37 @@
-"""The commands of make_rec: from parsed options to the result, as JSON or as lines to read."""
+"""Commands of make_rec: from parsed options to a result, as JSON or as lines of text."""
 
 import argparse
 import json
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from mpl_fast.errors import ConfigError
+from mpl_fast.packing.check.info import info, info_lines, per_class
+from mpl_fast.packing.check.load_pack import load_pack
+from mpl_fast.packing.check.lookup import extract, locate, save
+from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run
-from mpl_fast.packing.inspection import info, info_lines, load_pack
-from mpl_fast.packing.lookup import extract, locate, save
-from mpl_fast.packing.pack import PackOptions, finish_parts, pack
-from mpl_fast.packing.plan import Division
-from mpl_fast.packing.progress import Progress
+from mpl_fast.packing.options import (
+    ImageOptions,
+    Json,
+    PackOptions,
+    SplitOptions,
+    image_option_errors,
+)
+from mpl_fast.packing.pack import finish_parts, pack
 from mpl_fast.packing.resplit import resplit
-from mpl_fast.packing.treatment import Treatment, problems
-from mpl_fast.packing.verify import verify
+from mpl_fast.packing.write.progress import Progress
 
-Json = dict[str, Any]
-Result = Json | list[str]  # JSON to print, or lines to read
+Result = Json | list[str]  # JSON to print, or lines of text
 
 
 def run_pack(known: argparse.Namespace) -> Result:
-    """Pack, or tell what packing would do."""
+    """Pack, or with --dry-run return the plan."""
     options = _pack_options(known)
     if known.dry_run:
-        told = dry_run(options)
-        return told if known.json else _dry_lines(told)
+        planned = dry_run(options)
+        return planned if known.json else _dry_run_lines(planned)
     done = pack(options)
     return done if known.json else _pack_lines(options, done)
 
@@ -38,12 +42,12 @@ def run_finish(known: argparse.Namespace) -> Result:
     if known.json:
         return manifest
     if manifest.get("already_complete"):
-        return [f"{known.out}: already complete, nothing to do; verify looks at every byte"]
+        return [_complete(known.out)]
     return _summary(str(known.out), manifest, finished=True)
 
 
 def run_resplit(known: argparse.Namespace) -> Result:
-    """Draw the labeled images anew."""
+    """Draw the labeled images again."""
     manifest = resplit(
         known.out,
         labeled=known.labeled,
@@ -51,31 +55,18 @@ def run_resplit(known: argparse.Namespace) -> Result:
         balance=known.balance,
         unlabeled=known.unlabeled,
     )
-    if known.json:
-        return manifest
-    return [
-        f"{name}: {split['records']} records, {_per_class(split)}"
-        for name, split in manifest["splits"].items()
-    ]
+    return manifest if known.json else _split_lines(manifest["splits"])
 
 
 def run_verify(known: argparse.Namespace) -> Result:
-    """Look at every byte of a pack; DataError tells of damage, after all of it was listed."""
+    """Check every byte of a pack; DataError after all damage was printed."""
     if known.j < 1:
         raise ConfigError(f"-j {known.j}: must be at least 1")
-    totals = read_manifest_totals(known.out)
+    totals = load_pack(known.out)["totals"]
     quiet = known.quiet or known.json
-    progress = None if quiet else Progress("verified", *totals, sys.stderr)
-    try:
-        report = verify(
-            known.out,
-            deep=known.deep,
-            processes=known.j,
-            progress=progress.update if progress else lambda records, size: None,
-        )
-    finally:
-        if progress:
-            progress.close()
+    stream = None if quiet else sys.stderr
+    with Progress("verified", totals["images"], totals["bytes_out"], stream) as progress:
+        report = verify(known.out, deep=known.deep, processes=known.j, progress=progress.update)
     if report.problems and not quiet:
         print("\n".join(report.lines()))
     elif report.problems and known.json:
@@ -84,20 +75,14 @@ def run_verify(known: argparse.Namespace) -> Result:
     return report.as_json() if known.json else report.lines()
 
 
-def read_manifest_totals(root: Path) -> tuple[int, int]:
-    """Return the records and bytes of a finished pack."""
-    totals = load_pack(root)["totals"]
-    return totals["images"], totals["bytes_out"]
-
-
 def run_info(known: argparse.Namespace) -> Result:
-    """Tell what a folder holds."""
-    told = info(known.out)
-    return told if known.json else info_lines(told)
+    """Return what a folder contains."""
+    found = info(known.out)
+    return found if known.json else info_lines(found)
 
 
 def run_locate(known: argparse.Namespace) -> Result:
-    """Find the record that DALI tells of."""
+    """Find the record at a position that DALI printed."""
     found = locate(known.out, " ".join(known.where))
     return found.as_json() if known.json else found.lines()
 
@@ -116,8 +101,10 @@ def run_extract(known: argparse.Namespace) -> Result:
 
 
 def _pack_options(known: argparse.Namespace) -> PackOptions:
-    treatment = Treatment(**{item.name: getattr(known, item.name) for item in fields(Treatment)})
-    wrong = problems(treatment)
+    given = vars(known)
+    image = ImageOptions(**{item.name: given[item.name] for item in fields(ImageOptions)})
+    split = SplitOptions(**{item.name: given[item.name] for item in fields(SplitOptions)})
+    wrong = image_option_errors(image)
     for name, value in (("--shards", known.shards), ("-j", known.j)):
         if value is not None and value < 1:
             wrong.append(f"{name} {value}: must be at least 1")
@@ -132,8 +119,8 @@ def _pack_options(known: argparse.Namespace) -> PackOptions:
         root=known.root,
         labels=known.labels,
         val_labels=known.val_labels,
-        division=Division(**{item.name: getattr(known, item.name) for item in fields(Division)}),
-        treatment=treatment,
+        split=split,
+        image=image,
         part=known.part,
         engine=known.engine,
         processes=known.j,
@@ -153,22 +140,22 @@ def _pack_lines(options: PackOptions, done: Json) -> list[str]:
     if done.get("mended"):
         return [f"{options.out}: packed again: {', '.join(done['mended'])}"]
     if done.get("already_complete"):
-        return [f"{options.out}: already complete, nothing to do; verify looks at every byte"]
+        return [_complete(options.out)]
     return _summary(str(options.out), done)
 
 
+def _complete(out: Path) -> str:
+    return f"{out}: already complete, nothing to do; verify checks every byte"
+
+
 def _summary(out: str, manifest: Json, *, finished: bool = False) -> list[str]:
-    """Return what a pack has become; where it was only finished, its time says nothing."""
-    lines = []
-    for name, split in manifest["splits"].items():
-        lines.append(
-            f"{name}: {split['records']} records, {_per_class(split)}, "
-            f"{len(split['shards'])} shards"
-        )
+    """Return the summary of a pack; if it was only finished, without its speed."""
     # An image may be in two .rec files.
     actions = [action for _, action in {(r["source"], r["action"]) for r in manifest["bad"]}]
-    for action in sorted(set(actions)):
-        lines.append(f"{actions.count(action)} images were {action}; the manifest names them")
+    changed = [
+        f"{actions.count(action)} images were {action}; the manifest names them"
+        for action in sorted(set(actions))
+    ]
     totals = manifest["totals"]
     seconds = max(totals["seconds"], 1e-3)
     speed = (
@@ -179,27 +166,30 @@ def _summary(out: str, manifest: Json, *, finished: bool = False) -> list[str]:
         f"{out}: {totals['images']} records, {manifest['classes']['n']} classes, "
         f"{totals['bytes_out']} bytes in {len(manifest['shards'])} shards"
     )
-    return [*lines, whole if finished else whole + speed]
-
-
-def _dry_lines(told: Json) -> list[str]:
+    splits = manifest["splits"]
     lines = [
-        f"{name}: {split['records']} records, {_per_class(split)}"
-        for name, split in told["splits"].items()
+        f"{line}, {len(split['shards'])} shards"
+        for line, split in zip(_split_lines(splits), splits.values(), strict=True)
     ]
-    shards = told["shards"]
+    return [*lines, *changed, whole if finished else whole + speed]
+
+
+def _dry_run_lines(planned: Json) -> list[str]:
+    shards = planned["shards"]
     sizes = [shard["bytes"] for shard in shards]
+    read, written = planned["bytes_in"] / 1e9, planned["bytes_out_at_most"] / 1e9
     return [
-        *lines,
+        *_split_lines(planned["splits"]),
         f"{len(shards)} shards of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB: "
         f"{shards[0]['file']} ... {shards[-1]['file']}",
-        f"{told['out']}: {told['images']} records, {told['classes']} classes, "
-        f"{told['bytes_in'] / 1e9:.3f} GB read, at most {told['bytes_out_at_most'] / 1e9:.3f} GB "
-        f"written, {told['seconds_at_least']} s and more (from a sample; the disk is not in it)",
+        f"{planned['out']}: {planned['images']} records, {planned['classes']} classes, "
+        f"{read:.3f} GB read, at most {written:.3f} GB written, {planned['seconds_at_least']} s "
+        "and more (from a sample; the disk is not in it)",
         "dry run: nothing was written",
     ]
 
 
-def _per_class(split: Json) -> str:
-    low, high = split["per_class_min"], split["per_class_max"]
-    return f"{low if low == high else f'{low} to {high}'} a class"
+def _split_lines(splits: Json) -> list[str]:
+    return [
+        f"{name}: {split['records']} records, {per_class(split)}" for name, split in splits.items()
+    ]

@@ -1,43 +1,45 @@
-"""What a pack would do, told without doing it."""
+"""The --dry-run of pack: its plan, and an estimate of its time from a sample of the images."""
 
 import tempfile
 import time
 from collections import Counter
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from mpl_fast.packing.pack import PackOptions, check_options, plan_to
-from mpl_fast.packing.plan import RECORD_BYTES, TABLE_BYTES, Split, splits
-from mpl_fast.packing.reader import Reader
-from mpl_fast.packing.table import Table, reading
-from mpl_fast.packing.treatment import treat
+from mpl_fast.packing.options import Json, PackOptions
+from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
+from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
+from mpl_fast.packing.plan.prepare import check_options, plan_to
+from mpl_fast.packing.plan.table import Table, open_table
+from mpl_fast.packing.write.process_image import process_image
+from mpl_fast.packing.write.reader import Reader
 
-Json = dict[str, Any]
 _SAMPLE_SECONDS = 1.5
 _SAMPLE_IMAGES = 500
 
 
 def dry_run(options: PackOptions) -> Json:
-    """Return the plan as counts, bytes, shards, splits and time; nothing is written to --out.
+    """Return counts, bytes, shards, splits and time of the plan; nothing is written to --out.
 
-    The time is that of a sample of the images, read, checked and perhaps re-encoded here, over
-    all processes: writing is not in it, so the disk may make it longer.
+    The time is measured on a sample of the images, which are read, checked and perhaps re-encoded,
+    and divided by the number of processes. It does not include writing.
     """
     check_options(options)
     with tempfile.TemporaryDirectory(prefix="make_rec-") as folder:
         path = Path(folder, "plan")
         plan_to(path, options)
-        with reading(path) as table:
-            return _told(table, options)
+        with open_table(path) as table:
+            return _summary(table, options)
 
 
-def _told(table: Table, options: PackOptions) -> Json:
+def _summary(table: Table, options: PackOptions) -> Json:
     shards = table.shards()
     images = sum(shard.records for shard in shards)
     size = sum(shard.bytes for shard in shards)
-    how = options.division
-    listed = splits(how.layout, how.unlabeled, val=options.val is not None)
+    how = options.split
+    listed = planned_splits(how.layout, how.unlabeled, val=options.val is not None)
+    seconds = images * _seconds_per_image(table, options) / max(1, options.processes)
     return {
         "out": str(options.out),
         "layout": how.layout,
@@ -49,11 +51,11 @@ def _told(table: Table, options: PackOptions) -> Json:
             {"file": shard.file, "records": shard.records, "bytes": shard.bytes} for shard in shards
         ],
         "splits": {split.name: _split(table, split) for split in listed},
-        "seconds_at_least": round(images * _seconds_an_image(table, options) / _jobs(options), 1),
+        "seconds_at_least": round(seconds, 1),
     }
 
 
-def _split(table: Table, split: Split) -> Json:
+def _split(table: Table, split: PlannedSplit) -> Json:
     counts: Counter[int] = Counter()
     for shard in table.shards():
         if shard.prefix == split.prefix:
@@ -66,22 +68,15 @@ def _split(table: Table, split: Split) -> Json:
     }
 
 
-def _jobs(options: PackOptions) -> int:
-    return max(1, options.processes)
-
-
-def _seconds_an_image(table: Table, options: PackOptions) -> float:
-    """Return how long one image takes one process, from the first ones of the plan."""
-    reader = Reader(table.sources(), table.classes(), 0)
-    records = table.records(table.shards()[0])
+def _seconds_per_image(table: Table, options: PackOptions) -> float:
+    """Return the time of one image in one process, measured on the first images of the plan."""
+    records = islice(table.records(table.shards()[0]), _SAMPLE_IMAGES)
     start = time.monotonic()
     done = 0
-    try:
-        for opened in reader.opened(islice(records, _SAMPLE_IMAGES)):
-            treat(reader.image(opened), opened.record.name, options.treatment)
+    with closing(Reader(table.sources(), table.classes(), 0)) as reader:
+        for opened in reader.opened(records):
+            process_image(reader.image(opened), opened.record.name, options.image)
             done += 1
             if time.monotonic() - start > _SAMPLE_SECONDS:
                 break
-    finally:
-        reader.close()
     return (time.monotonic() - start) / max(done, 1)

@@ -1,4 +1,4 @@
-"""What a run consists of, built from its config and checked against its data."""
+"""Builds algorithm and data loaders from a config, and checks the config against the data."""
 
 import dataclasses
 import math
@@ -9,8 +9,8 @@ import torch
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
 from mpl_fast.algorithms.mpl import count_held_out
-from mpl_fast.config import LearnerConfig, RunConfig
-from mpl_fast.config.run import LABELED_ONLY
+from mpl_fast.batch import EvalBatches, Loader
+from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import DistEnv, world_size
@@ -19,7 +19,7 @@ from mpl_fast.learner import Learner
 
 
 def count_classes(config: RunConfig, manifest: Manifest) -> int:
-    """Width of the networks. Raises `ConfigError` if config and data disagree."""
+    """Number of classes. Raises `ConfigError` if config and data differ."""
     if "val" not in manifest.splits:
         raise DataError(f"{manifest.root} has no validation split: pack it with --val")
     have, wanted = len(manifest.classes), config.model.classes
@@ -31,10 +31,13 @@ def count_classes(config: RunConfig, manifest: Manifest) -> int:
 
 
 def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> None:
-    """Every rank gets the same number of images, and no batch holds an image twice."""
+    """Raises `ConfigError` for a batch size or device that the config cannot be trained with.
+
+    Every rank needs the same number of images, and no batch may hold an image twice.
+    """
     wanted = {"labeled": config.labeled_batch}
-    if config.recipe not in LABELED_ONLY:
-        wanted["unlabeled"] = config.unlabeled_batch
+    if config.unlabeled_images:
+        wanted["unlabeled"] = config.unlabeled_images
     for split, batch in wanted.items():
         records = manifest.splits[split].records
         if batch % dist_env.world:
@@ -44,7 +47,7 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
                 f"{split}_batch {batch} is larger than the {records} {split} images in "
                 f"{manifest.root}: lower it to {records} or less"
             )
-    _check_parts(config, dist_env)
+    _check_microbatches(config, dist_env)
     if config.model.norm == "sync" and dist_env.device.type != "cuda" and dist_env.world > 1:
         raise ConfigError(
             "model.norm is sync, which PyTorch has for CUDA alone: set batch, or train on GPUs"
@@ -53,33 +56,35 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
         raise ConfigError(
             f"cuda_graphs is {config.cuda_graphs}, but device is {dist_env.device.type}: set off"
         )
-    mixup, rows = getattr(config.algorithm, "mixup", 0.0), config.labeled_batch // dist_env.world
-    if mixup and config.recipe == "supervised" and rows % 2:
+    algorithm, rows = config.algorithm, config.labeled_batch // dist_env.world
+    if isinstance(algorithm, SupervisedConfig) and algorithm.mixup and rows % 2:
         raise ConfigError(
             f"labeled_batch {config.labeled_batch} gives a rank {rows} images, which "
             f"algorithm.mixup cannot pair: take a multiple of {2 * dist_env.world}"
         )
-    held_out = getattr(config.algorithm, "held_out", 0.0)
-    if held_out and config.labeled_batch < 2 * dist_env.world:
+    if _held_out(config) and config.labeled_batch < 2 * dist_env.world:
         raise ConfigError(
             f"labeled_batch {config.labeled_batch} gives a rank one image, which "
             f"algorithm.held_out cannot share out: raise it to {2 * dist_env.world} or more"
         )
 
 
-def _check_parts(config: RunConfig, dist_env: DistEnv) -> None:
-    """Parts must be equal, or the mean over them would not be the whole batch's."""
+def _check_microbatches(config: RunConfig, dist_env: DistEnv) -> None:
+    """Microbatches must be equal, or the mean over them would not be the mean of the batch."""
     labeled = config.labeled_batch // dist_env.world
-    held_out = getattr(config.algorithm, "held_out", 0.0)
-    rows = {"labeled": labeled - count_held_out(labeled, held_out)}
-    if config.recipe not in LABELED_ONLY:
-        rows["unlabeled"] = config.unlabeled_batch // dist_env.world
+    rows = {"labeled": labeled - count_held_out(labeled, _held_out(config))}
+    if config.unlabeled_images:
+        rows["unlabeled"] = config.unlabeled_images // dist_env.world
     for split, count in rows.items():
         if count % config.microbatches:
             raise ConfigError(
                 f"microbatches {config.microbatches} does not divide the {count} {split} images "
                 f"that a rank learns from in a step: change {split}_batch"
             )
+
+
+def _held_out(config: RunConfig) -> float:
+    return config.algorithm.held_out if isinstance(config.algorithm, MPLConfig) else 0.0
 
 
 def build_algorithm(
@@ -90,9 +95,9 @@ def build_algorithm(
     *,
     fresh: bool = True,
 ) -> Algorithm:
-    """The configured algorithm with freshly initialised networks, the same on every rank.
+    """The configured algorithm with initialized networks, equal on every rank.
 
-    Pretrained weights are read if it is `fresh`: a checkpoint replaces them all.
+    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
     """
     facts = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
@@ -123,8 +128,8 @@ def build_algorithm(
     return algorithms.build(config.algorithm, new_learner, facts)
 
 
-def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalLoader:
-    """Validation images for this rank."""
+def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:
+    """Loader of this rank's validation images."""
     return EvalLoader(
         config.data,
         manifest,
@@ -137,16 +142,16 @@ def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> Eva
 
 
 def steps_in(epochs: float, config: RunConfig, manifest: Manifest) -> int:
-    """Steps that pass so many times over the unlabeled images, or the labeled ones of a recipe that
-    reads no others; the last one may begin another pass."""
-    labeled_only = config.recipe in LABELED_ONLY
+    """Steps in so many passes over the unlabeled images (labeled ones for recipes without unlabeled
+    images), rounded up."""
+    labeled_only = config.algorithm.labeled_only
     split = "labeled" if labeled_only else "unlabeled"
     batch = config.labeled_batch if labeled_only else config.unlabeled_batch
     return max(1, math.ceil(epochs * manifest.splits[split].records / batch))
 
 
-def settle_steps(config: RunConfig, manifest: Manifest) -> RunConfig:
-    """The config with the steps that follow from epochs, where these are given."""
+def resolve_epochs(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The config with `steps` and `eval_every` computed from epochs, where those are given."""
     steps, every = config.steps, config.eval_every
     if config.epochs:
         steps = steps_in(config.epochs, config, manifest)
@@ -156,8 +161,8 @@ def settle_steps(config: RunConfig, manifest: Manifest) -> RunConfig:
 
 
 def images_per_step(config: RunConfig) -> int:
-    """Distinct images that one step takes, over all ranks."""
-    return config.labeled_batch + (0 if config.recipe in LABELED_ONLY else config.unlabeled_batch)
+    """Distinct images in one step, over all ranks."""
+    return config.labeled_batch + config.unlabeled_images
 
 
 def uses_bf16(config: RunConfig, device: torch.device) -> bool:
@@ -167,14 +172,13 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
 
 def train_loader(
     config: RunConfig, manifest: Manifest, dist_env: DistEnv, state: dict[str, Any] | None
-) -> TrainLoader:
-    """Endless training batches for this rank, from the start or from a checkpoint's `state`."""
-    unlabeled = images_per_step(config) - config.labeled_batch
+) -> Loader:
+    """Endless loader of this rank's training batches, from the start or a checkpoint's `state`."""
     return TrainLoader(
         config.data,
         manifest,
         labeled=config.labeled_batch // dist_env.world,
-        unlabeled=unlabeled // dist_env.world,
+        unlabeled=config.unlabeled_images // dist_env.world,
         rank=dist_env.rank,
         world=dist_env.world,
         seed=config.seed,

@@ -1,5 +1,4 @@
-"""What a person sees of a run: plain lines every few seconds, and a moving bar on a terminal
-only."""
+"""Console output of a run: a line every few seconds, and a progress bar on a terminal."""
 
 import os
 import sys
@@ -7,7 +6,7 @@ import time
 
 from mpl_fast.training.metrics import Row
 
-SECONDS = 5.0  # between two lines, at the least
+MIN_SECONDS = 5.0  # between two rows
 SHOWN = {
     "loss/labeled": "labeled",
     "loss/consistency": "consistency",
@@ -18,52 +17,52 @@ SHOWN = {
 
 
 class Console:
-    """Speaks for rank 0; the other ranks have a silent one."""
+    """Prints a run's messages and progress; silent on all ranks but the first."""
 
     def __init__(self, steps: int, *, silent: bool) -> None:
         self.steps, self.silent = steps, silent
         self.bar = sys.stdout.isatty() and not silent
-        self._spoke = 0.0
+        self._printed_at = 0.0
         self._first: tuple[int, float] | None = None
         self._latest = ""
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
+    def print(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
         if not self.silent:
-            self._print(f"\r\033[K{text}" if self.bar else text)
+            self._write(f"\r\033[K{text}" if self.bar else text)
 
     def warn(self, text: str) -> None:
-        """A line on standard error."""
+        """Prints a warning to standard error."""
         if not self.silent:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def row(self, done: int, row: Row) -> None:
-        """Remembers a row of metrics and shows it if the last line is some seconds old."""
-        wanted = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
+        """Prints a row of metrics, at most one every `MIN_SECONDS`, and the last one always."""
+        shown = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
         rates = _rates({k.removeprefix("lr/"): v for k, v in row.items() if k.startswith("lr/")})
         speed = f"{row['images_per_second']:.0f} img/s, data wait {100 * row['data_wait']:.0f} %"
-        self._latest = " | ".join([speed, *wanted, rates])
-        if time.perf_counter() - self._spoke >= SECONDS or done == self.steps:
-            self.say(f"{self._progress(done)} | {self._latest}")
-            self._spoke = time.perf_counter()
+        self._latest = " | ".join([speed, *shown, rates])
+        if time.perf_counter() - self._printed_at >= MIN_SECONDS or done == self.steps:
+            self.print(f"{self._progress(done)} | {self._latest}")
+            self._printed_at = time.perf_counter()
 
-    def tick(self, done: int) -> None:
-        """A sign of life between rows: the bar on a terminal, else a line when it has been quiet
-        long."""
+    def progress(self, done: int) -> None:
+        """Shows progress between rows: the bar on a terminal, else a line after
+        2 `MIN_SECONDS` without one."""
         now = time.perf_counter()
         if self._first is None:
             self._first = (done, now)
-            self._spoke = now
+            self._printed_at = now
         if self.bar:
             filled = 24 * done // self.steps
             drawn = "█" * filled + "·" * (24 - filled)
-            self._print(f"\r\033[K{drawn} {self._progress(done)}", end="")
-        elif now - self._spoke >= 2 * SECONDS:
-            self.say(f"{self._progress(done)} | {self._latest or 'first steps'}")
-            self._spoke = now
+            self._write(f"\r\033[K{drawn} {self._progress(done)}", end="")
+        elif now - self._printed_at >= 2 * MIN_SECONDS:
+            self.print(f"{self._progress(done)} | {self._latest or 'first steps'}")
+            self._printed_at = now
 
-    def _print(self, text: str, end: str = "\n") -> None:
-        """A reader that has gone, as in `train.py | head`, does not end a run of days."""
+    def _write(self, text: str, end: str = "\n") -> None:
+        """Goes on silently if the reader has closed its end, as in ``train.py | head``."""
         try:
             print(text, end=end, flush=True)
         except BrokenPipeError:

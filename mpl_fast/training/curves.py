@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError
 
 PANELS = {
@@ -15,10 +17,10 @@ PANELS = {
 
 
 def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
-    """Writes a PNG with a panel for each quantity that some run has.
+    """Writes a PNG, PDF or SVG with a panel for each quantity that at least one run has.
 
-    `runs` are label and run directory; runs of one label share a color, so that seeds stand
-    together. Raises `DataError` for a folder without metrics.
+    `runs` are pairs of label and run directory; runs of one label, such as seeds, share a color.
+    Raises `DataError` for a folder without metrics and `ConfigError` for an unusable `out`.
     """
     import matplotlib
 
@@ -58,13 +60,22 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     file = folder / "metrics.jsonl"
     if not file.exists():
         raise DataError(f"{file} does not exist: name a run directory that has trained")
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(file):
+        step = row.pop("step")
+        for name, value in row.items():
+            curves.setdefault(name, []).append((step, value))
+    return curves
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl under present names; a line that a kill has cut short is left out."""
+    rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-            step = row.pop("step")
-        except (ValueError, KeyError):  # a kill may cut the last line short
+        except ValueError:
             continue
-        for name, value in row.items():
-            found.setdefault(name, []).append((step, value))
-    return found
+        if isinstance(row, dict) and "step" in row:
+            rows.append(renamed(row, METRIC_NAMES))
+    return rows

@@ -1,46 +1,80 @@
 """Accuracy on the validation split: every image counts exactly once, on any number of ranks."""
 
-from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
-from mpl_fast.distributed import sum_over_ranks
-from mpl_fast.errors import DataError
-from mpl_fast.learner.compilation import mark_step
+from mpl_fast.batch import EvalBatches
+from mpl_fast.config import RunConfig
+from mpl_fast.data.manifest import read_manifest
+from mpl_fast.errors import CheckpointError, DataError
+from mpl_fast.learner import compilation, rng
+from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
+from mpl_fast.training.checkpoint import newest, read_shared, restore
+from mpl_fast.training.console import Console
+from mpl_fast.training.run_dir import keep_compile_cache
+
+Accuracy = dict[str, float]
 
 
 @torch.no_grad()
-def evaluate(
-    algorithm: Algorithm, batches: Iterable[tuple[Tensor, Tensor, int]], expected: int
-) -> dict[str, float]:
-    """Top-1 and top-5 in percent and the number of images, of the voters' averaged weights.
+def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accuracy:
+    """Evaluates the averaged weights of `algorithm.eval_ensemble`.
 
-    `batches` yields images ``(B, 3, H, W)``, labels ``(B,)`` int64 and how many leading rows count.
+    Returns top1 and top5 in percent and count, the number of images over all ranks.
     Raises `DataError` if the ranks together did not see `expected` images.
     """
     hits: Tensor | None = None
     for images, labels, count in batches:
-        mark_step()
-        correct = _hits(predict(algorithm, images)[:count], labels[:count])
-        hits = correct if hits is None else hits + correct
+        compilation.mark_step()
+        batch_hits = _hits(predict(algorithm, images)[:count], labels[:count])
+        hits = batch_hits if hits is None else hits + batch_hits
     if hits is None:
         raise DataError("the validation split gave no image")
-    top1, top5, count = (int(x) for x in sum_over_ranks(hits).tolist())
+    top1, top5, count = (int(x) for x in distributed.sum_over_ranks(hits).tolist())
     if count != expected:
         raise DataError(f"validation saw {count} images, the manifest lists {expected}: pack again")
     return {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
 
 
-def accuracy_line(accuracy: dict[str, float]) -> str:
-    """What `evaluate` found, in words."""
+def evaluate_run(config: RunConfig) -> Accuracy:
+    """Evaluates the newest checkpoint of `config.run_dir` and prints one line.
+
+    Raises `UserError` as training does, and `CheckpointError` if no checkpoint is usable.
+    """
+    manifest = read_manifest(config.data.root)
+    config = resolve_epochs(config, manifest)
+    classes = count_classes(config, manifest)
+    dist_env = distributed.init(config.device)
+    console = Console(config.steps, silent=not dist_env.is_rank0)
+    folder = Path(config.run_dir) / "checkpoints"
+    checkpoint, damage = distributed.broadcast_object(newest(folder) if dist_env.is_rank0 else None)
+    if checkpoint is None:
+        raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
+    for warning in damage:
+        console.warn(f"{warning}; evaluating {checkpoint.name}")
+    algorithm = build_algorithm(config, manifest, classes, dist_env.device, fresh=False)
+    keep_compile_cache(config)
+    rng.seed_run(config, dist_env)
+    restore(algorithm, read_shared(checkpoint), checkpoint)
+    expected = manifest.splits["val"].records
+    accuracy = evaluate(algorithm, eval_loader(config, manifest, dist_env), expected)
+    console.print(f"{checkpoint}: {accuracy_line(accuracy)}")
+    distributed.shutdown()
+    return accuracy
+
+
+def accuracy_line(accuracy: Accuracy) -> str:
+    """The result of `evaluate` as text."""
     return "top-1 {top1:.2f} %, top-5 {top5:.2f} % of {count:.0f} images".format(**accuracy)
 
 
 def _hits(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Right first guesses, right among five guesses, and rows: ``(3,)`` int64 on the device."""
+    """``(3,)`` int64 on the device: rows correct at the first guess, within five, and all rows."""
     guesses = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
-    right = guesses == labels[:, None]
+    correct = guesses == labels[:, None]
     rows = torch.full((), len(labels), device=labels.device)
-    return torch.stack([right[:, 0].sum(), right.sum(), rows])
+    return torch.stack([correct[:, 0].sum(), correct.sum(), rows])

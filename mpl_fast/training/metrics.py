@@ -1,4 +1,4 @@
-"""Means of a step's metrics, which stay on the device until somebody has to see them."""
+"""Means of training metrics over an interval of steps, summed on the device without waiting."""
 
 import math
 import time
@@ -10,117 +10,133 @@ from torch import Tensor
 from mpl_fast.distributed import sum_over_ranks
 
 Row = dict[str, float]
-AHEAD = 2  # steps
+MAX_QUEUED_STEPS = 2
 
 
-class Due(NamedTuple):
-    """An interval whose numbers are on their way to the host."""
+class PendingRow(NamedTuple):
+    """An interval whose values are being copied to the host."""
 
     step: int  # steps done at its end
     names: list[str]
-    numbers: Tensor  # on the host, once `arrived`
-    arrived: torch.cuda.Event | None
-    kept: Row  # what was known at its end
+    values: Tensor  # on the host, valid once `copied` has completed
+    copied: torch.cuda.Event | None  # None on a CPU
+    host_values: Row
 
 
 class Meter:
-    """Sums metrics on the device, and the seconds that the loop waited for data on the host.
+    """Sums each metric by its name on the device, and the time spent waiting for data on the host.
 
-    Only finite values are summed: one bad batch does not hide the others of its interval.
+    Only finite values are summed, so that one bad batch does not hide the others of its interval.
+    Steps may return different metrics, in any order: the mean of a metric is over the steps that
+    returned it. All ranks must return the same names within an interval.
     """
 
     def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sum: Tensor | None = None  # (2, metrics): sums of finite values, and their number
+        # For each tuple of names that a step returned: (2, names) sums and counts of finite values.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
         self._steps, self._waited = 0, 0.0
-        self._due: list[Due] = []
+        self._pending: list[PendingRow] = []
         self._began = time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor], waited: float) -> None:
-        """Takes in one step; starts a few small kernels and waits for nothing."""
+        """Adds one step's metrics (0-dim tensors) and its seconds of waiting for data.
+
+        Launches a few small kernels and does not wait for the device.
+        """
         values = torch.stack([m.detach().float() for m in metrics.values()])
         finite = values.isfinite()
-        now = torch.stack([torch.where(finite, values, 0.0), finite.float()])
-        self._names = list(metrics)
-        self._sum = now if self._sum is None else self._sum + now
+        step = torch.stack([torch.where(finite, values, 0.0), finite.float()])
+        names = tuple(metrics)
+        self._sums[names] = self._sums[names] + step if names in self._sums else step
         self._steps += 1
         self._waited += waited
 
-    def close(self, step: int, kept: Row, last: dict[str, Tensor]) -> None:
-        """Ends an interval with the step of this number, and sends it to the host.
+    def close(self, step: int, host_values: Row, latest: dict[str, Tensor]) -> None:
+        """Ends the interval after step number `step` and starts its copy to the host.
 
-        `kept` and the tensors of `last` (0-dim, as they are now, alike on all ranks) go into its
-        row besides the means.
+        `host_values`, and the present values of `latest` (0-dim tensors, equal on all ranks), are
+        added to the row. Raises `AssertionError` if no step was added.
         """
-        if self._sum is None:
+        if self.empty:
             raise AssertionError("a row needs at least one step")
-        sums = sum_over_ranks(self._sum)
+        names = list(dict.fromkeys(name for group in self._sums for name in group))
+        columns = [_column(self._sums, name) for name in names]
+        sums = sum_over_ranks(torch.stack(columns, dim=1))  # (2, names)
         means = sums[0] / sums[1]  # NaN where no value was finite
-        numbers = torch.cat([means, *(value.float()[None] for value in last.values())])
-        arrived = None
-        if numbers.is_cuda:
-            numbers = _sent(numbers)
-            arrived = torch.cuda.Event()
-            arrived.record()
+        values = torch.cat([means, *(value.float()[None] for value in latest.values())])
+        copied = None
+        if values.is_cuda:
+            values = _copy_to_host(values)
+            copied = torch.cuda.Event()
+            copied.record()
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
-        kept = {**kept, "steps": self._steps, "seconds": seconds}
-        kept["data_wait"] = self._waited / max(seconds, 1e-9)
-        self._due.append(Due(step, [*self._names, *last], numbers, arrived, kept))
-        self._sum, self._steps, self._waited = None, 0, 0.0
+        host_values = {**host_values, "steps": self._steps, "train_seconds": seconds}
+        host_values["data_wait"] = self._waited / max(seconds, 1e-9)
+        self._pending.append(PendingRow(step, [*names, *latest], values, copied, host_values))
+        self._sums, self._steps, self._waited = {}, 0, 0.0
 
     def rows(self, *, late: int = 0) -> list[tuple[int, Row]]:
-        """Steps done and row of every interval that is due, but for the `late` newest ones.
+        """Returns number of steps done and row of every closed interval but the `late` newest.
 
-        This is where the host waits for the device. `seconds` is wall time between two closings,
-        `steps` their number, `data_wait` the share of the time spent waiting for images on this
-        rank.
+        Waits for the device until their values are copied. In a row `train_seconds` is the wall
+        time between two calls of `close`, `steps` the number of steps, and `data_wait` the share of
+        the time that this rank waited for images.
         """
-        rows = []
-        while len(self._due) > late:
-            rows.append(self._row(self._due.pop(0)))
+        due = max(0, len(self._pending) - late)
+        rows = [_row(pending) for pending in self._pending[:due]]
+        del self._pending[:due]
         return rows
 
-    def _row(self, due: Due) -> tuple[int, Row]:
-        if due.arrived is not None:
-            due.arrived.synchronize()
-        return due.step, dict(zip(due.names, due.numbers.tolist(), strict=True)) | due.kept
-
     def pause(self, seconds: float) -> None:
-        """Leaves time that was not training (evaluation, checkpoints) out of the present
-        interval."""
+        """Excludes seconds of evaluation or checkpointing from the present interval."""
         self._began += seconds
 
     @property
     def empty(self) -> bool:
-        """No step since the last interval was closed."""
-        return self._sum is None
+        """Whether no step was added since the last `close`."""
+        return not self._sums
 
 
-def _sent(numbers: Tensor) -> Tensor:
-    """A copy in pinned memory, on its way."""
-    room = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    return room.copy_(numbers, non_blocking=True)
+def _column(sums: dict[tuple[str, ...], Tensor], name: str) -> Tensor:
+    """``(2,)``: sum and count of a metric over all steps that returned it."""
+    parts = [part[:, names.index(name)] for names, part in sums.items() if name in names]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _copy_to_host(values: Tensor) -> Tensor:
+    """An asynchronous copy in pinned memory."""
+    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return pinned.copy_(values, non_blocking=True)
+
+
+def _row(pending: PendingRow) -> tuple[int, Row]:
+    if pending.copied is not None:
+        pending.copied.synchronize()
+    values = dict(zip(pending.names, pending.values.tolist(), strict=True))
+    return pending.step, values | pending.host_values
 
 
 def non_finite(row: Row) -> str | None:
-    """Name of the first value that is not a finite number, if there is one."""
+    """Name of the first value that is not a finite number, or None."""
     return next((name for name, value in row.items() if not math.isfinite(value)), None)
 
 
 class QueueLimiter:
-    """Keeps the host at most two steps ahead of a GPU, where a step is but a few launches: what is
-    in the queue holds memory, and a signal would be heard late."""
+    """Keeps the host at most two steps ahead of a GPU.
+
+    Work in the queue holds memory, and a signal is only handled after the steps already queued.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._steps: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
+        self._events: list[torch.cuda.Event] | None = [] if device.type == "cuda" else None
 
     def step(self) -> None:
-        """Call after each; waits for the one before the last."""
-        if self._steps is None:
+        """To be called after each step; waits for the end of the step before the last."""
+        if self._events is None:
             return
         event = torch.cuda.Event()
         event.record()
-        self._steps.append(event)
-        if len(self._steps) > AHEAD:
-            self._steps.pop(0).synchronize()
+        self._events.append(event)
+        if len(self._events) > MAX_QUEUED_STEPS:
+            self._events.pop(0).synchronize()

@@ -1,4 +1,4 @@
-"""The run directory: what was asked for, on what machine, and everything that came out."""
+"""The run directory: configuration, environment, metrics and summary of a run."""
 
 import fcntl
 import json
@@ -13,17 +13,27 @@ from typing import Any
 import torch
 import yaml
 
-from mpl_fast import distributed
+from mpl_fast import atomic, distributed
 from mpl_fast.config import RunConfig
+from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.learner import compilation
+from mpl_fast.training.curves import read_rows
 from mpl_fast.training.metrics import Row
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
-# Keys that may change when a run is resumed, for they do not change its result.
-FREE = {"run_dir", "log_every", "checkpoint_every", "checkpoint_keep", "eval_every", "eval_batch"}
-FREE |= {
+# Options that may change when a run is resumed, since they do not change its result.
+FREE_OPTIONS = {
+    "run_dir",
+    "log_every",
+    "checkpoint_every",
+    "checkpoint_keep",
+    "eval_every",
+    "eval_batch",
+}
+FREE_OPTIONS |= {
     "eval_epochs",
     "stop_at",
     "cuda_graphs",
@@ -38,19 +48,19 @@ FREE |= {
 
 
 class RunDir:
-    """Writes a run's files; only rank 0 has one."""
+    """Writes a run's files. Exists on rank 0 only."""
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
         self._lock = _locked(self.path)
-        _agree(self.path / "config.yaml", config)
-        _replace(self.path / "config.yaml", as_yaml(config))
+        _check_same_config(self.path / "config.yaml", config)
+        atomic.write_text(self.path / "config.yaml", as_yaml(config))
         self._write_environment()
         self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
 
     def close(self) -> None:
-        """Makes everything durable and frees the folder for another run."""
+        """Syncs all files to disk and releases the lock of the folder."""
         self.sync()
         self._rows.close()
         if self._board is not None:
@@ -58,27 +68,27 @@ class RunDir:
         self._lock.close()
 
     def resume_at(self, step: int) -> None:
-        """Drops rows that an interrupted run wrote after the checkpoint, so that no step stands
-        twice."""
+        """Drops rows that an interrupted run wrote after the checkpoint, so that no step is
+        there twice."""
         file = self.path / "metrics.jsonl"
         self._rows.close()
-        kept = [r for r in _readable_rows(file) if r["step"] <= step]
-        _replace(file, "".join(json.dumps(r) + "\n" for r in kept))
+        kept = [r for r in read_rows(file) if r["step"] <= step]
+        atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
         self._rows = file.open("a", encoding="utf-8")
         from tensorboardX import SummaryWriter  # takes seconds to import
 
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def row(self, step: int, values: Row) -> None:
-        """One line of metrics.jsonl and one point of each TensorBoard curve; `step` is steps
-        done."""
+        """Appends a line to metrics.jsonl and a point to each TensorBoard curve; `step` is the
+        number of steps done."""
         self._rows.write(json.dumps({"step": step, **values}) + "\n")
         self._rows.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Makes the rows so far durable."""
+        """Syncs the rows written so far to disk."""
         self._rows.flush()
         os.fsync(self._rows.fileno())
         if self._board is not None:
@@ -86,31 +96,33 @@ class RunDir:
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
-        _replace(self.path / "summary.json", json.dumps(values, indent=1) + "\n")
+        atomic.write_json(self.path / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
-        """summary.json of a run that has ended, if this one has."""
+        """The content of summary.json, or None if the run has not ended."""
         file = self.path / "summary.json"
-        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-        return found
+        return renamed(json.loads(file.read_text()), METRIC_NAMES) if file.exists() else None
 
     def _write_environment(self) -> None:
         file = self.path / "env.json"
         sessions = _sessions(file) if file.exists() else []
-        _replace(file, json.dumps(environment() | {"earlier_sessions": sessions}, indent=1) + "\n")
+        atomic.write_json(file, environment() | {"earlier_sessions": sessions})
 
 
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
-    """The run directory on rank 0; its refusal reaches every rank as the `ConfigError` it is."""
-    folder, refusal = None, None
-    if dist_env.is_first:
+    """Opens the run directory on rank 0; returns None on other ranks.
+
+    A collective. Every rank raises the `UserError` that rank 0 met.
+    """
+    folder, failure = None, None
+    if dist_env.is_rank0:
         try:
             folder = RunDir(config)
         except UserError as error:
-            refusal = error
-    if refusal := distributed.from_first(refusal):
-        raise refusal
-    if not all(distributed.gather((Path(config.run_dir) / "config.yaml").exists())):
+            failure = error
+    if failure := distributed.broadcast_object(failure):
+        raise failure
+    if not all(distributed.all_gather_object((Path(config.run_dir) / "config.yaml").exists())):
         raise ConfigError(
             f"run_dir {config.run_dir} is not the same folder for all ranks: "
             "give a path on a file system that all machines share"
@@ -118,8 +130,14 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
     return folder
 
 
+def keep_compile_cache(config: RunConfig) -> None:
+    """Keeps compiled kernels in the run directory, so that the next start compiles nothing."""
+    if config.compile != "off":
+        compilation.set_cache_dirs(Path(config.run_dir) / "compile_cache")
+
+
 def _sessions(file: Path) -> list[Any]:
-    """What env.json knows of earlier sessions; a file that a user spoilt is no reason to stop."""
+    """Earlier sessions listed in env.json; none if the file is unreadable."""
     try:
         latest = json.loads(file.read_text())
         return [*latest.pop("earlier_sessions"), latest]
@@ -128,7 +146,7 @@ def _sessions(file: Path) -> list[Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and the commit of the code: what a result depends on besides its config."""
+    """Versions, devices and git commit: what a result depends on besides its config."""
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -156,7 +174,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this file lies in, marked if it has been changed since."""
+    """Commit of this file's checkout, ending in -dirty if files were changed since."""
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -167,7 +185,7 @@ def _commit() -> str | None:
 
 
 def _locked(path: Path) -> Any:
-    """Creates the folder and takes its lock, which the system frees when this process ends."""
+    """Creates the folder and locks it; the system releases the lock when this process ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a")
@@ -179,21 +197,24 @@ def _locked(path: Path) -> Any:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except OSError:
-            time.sleep(0.1)  # a run that was just killed needs a moment to vanish
+            time.sleep(0.1)  # a run that was just killed may still be ending
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 
 
-def _agree(file: Path, config: RunConfig) -> None:
-    """A run directory belongs to one config, but for the keys that do not matter to the result.
+def _check_same_config(file: Path, config: RunConfig) -> None:
+    """Raises `ConfigError` if a run directory with checkpoints has another config.
 
-    Until there is a checkpoint there is nothing to protect, and a mistake may be mended in place.
-    A key that did not exist when the run began had what is now its default.
+    `FREE_OPTIONS` may differ. An option that did not exist when the run began had the value that is
+    its default now.
     """
     if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
-    old, new = _flat(yaml.safe_load(file.read_text()) or {}), _flat(yaml.safe_load(as_yaml(config)))
-    old = _flat(yaml.safe_load(as_yaml(RunConfig(algorithm=type(config.algorithm)())))) | old
-    keys = [k for k in {**old, **new} if k not in FREE and old.get(k) != new.get(k)]
+    defaults, new = (
+        _flat(yaml.safe_load(as_yaml(c)))
+        for c in (RunConfig(algorithm=type(config.algorithm)()), config)
+    )
+    old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
+    keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
     if keys:
         shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
@@ -208,24 +229,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         )
         leaves |= inner
     return leaves
-
-
-def _readable_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a file whose last line a kill may have cut short."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    aside = file.with_name(f".{file.name}.writing")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.rename(file)

@@ -1,9 +1,9 @@
-"""A whole training step as one CUDA graph: one launch in place of some thousands.
+"""A training step as one CUDA graph: one launch in place of some thousands.
 
-A graph repeats the same kernels on the same addresses. So images and random numbers are copied to
-where it reads them, learning rates are tensors (`Learner` with ``graphs="step"``), and whatever
-else depends on the number of the step must be constant: see an algorithm's `graph_key`. Until
-then, and for the first steps of a phase, which warm up, steps run kernel by kernel.
+A graph repeats the same kernels on the same addresses. Images and random numbers are therefore
+copied to fixed addresses, learning rates are tensors (`Learner` with ``graphs="step"``), and steps
+with an equal `Algorithm.graph_key` share a graph. Steps without a key, and the first steps of each
+key, which warm up, are launched kernel by kernel.
 """
 
 from collections import defaultdict
@@ -16,19 +16,18 @@ from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.learner.rng import StaticDraws
 
 Replay = Callable[[], Metrics]
-WARMUP = 3  # steps: libraries choose algorithms and allocate in the first ones
+WARMUP = 3  # steps in which libraries choose algorithms and allocate memory
 
 
 class StepGraph:
-    """Runs an algorithm's steps; a drop-in for its `step`, bit for bit."""
+    """Replaces `Algorithm.step`, with bitwise equal results."""
 
     def __init__(
         self, algorithm: Algorithm, capture: Callable[[Replay], Replay] | None = None
     ) -> None:
-        """`capture` makes a function that repeats what another one did; a test may give its own."""
+        """`capture` returns a function that repeats its argument; tests may replace it."""
         self._algorithm, self._capture = algorithm, capture or self._captured
-        # One stream and one pool of memory for everything: the allocator keeps both apart, and
-        # graphs run one after another.
+        # One stream and one memory pool for all graphs, which run one after another.
         on_gpu = torch.cuda.is_available()
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None
@@ -39,40 +38,40 @@ class StepGraph:
 
     def step(self, batch: Batch, t: int) -> Metrics:
         """As `Algorithm.step`; what it returns is overwritten by the next call."""
-        phase = self._algorithm.graph_key(t)
-        if phase is None:
+        key = self._algorithm.graph_key(t)
+        if key is None:
             return self._algorithm.step(batch, t)
-        if phase not in self._replays and self._warmed[phase] < WARMUP:
-            self._warmed[phase] += 1
-            return self._aside(lambda: self._noted_step(phase, batch, t))
-        mine = self._take(batch)
-        draws = self._draws[phase]
+        if key not in self._replays and self._warmed[key] < WARMUP:
+            self._warmed[key] += 1
+            return self._on_side_stream(lambda: self._record_step(key, batch, t))
+        static = self._copy_in(batch)
+        draws = self._draws[key]
         draws.fill(t)
-        if phase not in self._replays:
-            self._replays[phase] = self._capture(lambda: self._step_in_place(draws, mine, t))
-        return self._replays[phase]()
+        if key not in self._replays:
+            self._replays[key] = self._capture(lambda: self._static_step(draws, static, t))
+        return self._replays[key]()
 
-    def _noted_step(self, phase: Hashable, batch: Batch, t: int) -> Metrics:
-        with self._draws[phase].record():
+    def _record_step(self, key: Hashable, batch: Batch, t: int) -> Metrics:
+        with self._draws[key].record():
             return self._algorithm.step(batch, t)
 
-    def _step_in_place(self, draws: StaticDraws, batch: Batch, t: int) -> Metrics:
+    def _static_step(self, draws: StaticDraws, batch: Batch, t: int) -> Metrics:
         with draws.replay():
             return self._algorithm.step(batch, t)
 
-    def _take(self, batch: Batch) -> Batch:
-        """The batch, where graphs read it."""
+    def _copy_in(self, batch: Batch) -> Batch:
+        """Copies a batch to the addresses that graphs read from."""
         if self._batch is None:
             labeled, size = batch.labeled, batch.labeled.shape[-1]
             room = image_buffer(len(labeled), len(batch.weak), size, labeled.dtype, labeled.device)
             labels, truth = torch.empty_like(batch.labels), torch.empty_like(batch.truth)
             self._batch = Batch(room[0], labels, room[1], room[2], truth)
-        for mine, given in zip(self._batch, batch, strict=True):
-            mine.copy_(given)
+        for static, given in zip(self._batch, batch, strict=True):
+            static.copy_(given)
         return self._batch
 
     def _captured(self, work: Replay) -> Replay:
-        """A CUDA graph of what `work` launches; other threads, such as DALI's, may allocate."""
+        """Captures what `work` launches; other threads, such as DALI's, may allocate meanwhile."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(
@@ -86,8 +85,8 @@ class StepGraph:
 
         return replay
 
-    def _aside(self, work: Replay) -> Metrics:
-        """On a stream of its own, as what is captured later wants it."""
+    def _on_side_stream(self, work: Replay) -> Metrics:
+        """Runs `work` on the stream on which graphs are captured."""
         if self._stream is None:
             return work()
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -53,7 +53,7 @@ def new(
 
 
 def teacher_gradient(feedback: str, weight: float) -> tuple[Tensor, Metrics]:
-    """Nothing clips or decays it, so that the weights tell it after the step, up to a factor."""
+    """Up to a factor: nothing clips or decays it, so it is the change of the weights."""
     algorithm, _ = new(feedback, weight=weight)
     teacher = algorithm.learners["teacher"]
     before = teacher.weights()

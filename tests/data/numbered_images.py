@@ -11,8 +11,8 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import DataConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 
 CPU = torch.device("cpu")
 CLASSES, EACH = 5, 10  # training images; classes and images of one
@@ -47,7 +47,7 @@ def pack_numbered(base: Path) -> Manifest:
             src=(str(base / "train"),),
             val=str(base / "val"),
             out=base / "rec",
-            division=Division(labeled="20", shards=3),
+            split=SplitOptions(labeled="20", shards=3),
             quiet=True,
         )
     )

@@ -1,4 +1,4 @@
-"""The 15 operations beside each other: by Pillow, and as plain DALI graphs; on photographs."""
+"""Every operation computed by Pillow, by its own DALI graph and by its code; on photographs."""
 
 import io
 import tarfile
@@ -14,16 +14,13 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_images
 
 from mpl_fast.config import DataConfig
-from mpl_fast.data.operations import operations
-from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
+from mpl_fast.data.grouped import apply_code
+from mpl_fast.data.operations import OPERATIONS, Draws
+from mpl_fast.data.randaugment import strengthen
 
 Pixels = NDArray[np.uint8]
 IMAGENET = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-1000.tar"
 GRAY = (128, 128, 128)
-NAMES = [
-    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "Color", "Contrast",
-    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout",
-]  # fmt: skip
 CIFAR = DataConfig(image_size=32, translate=4.0, cutout=4)
 CENTER = (0.25, 0.9)  # (y, x) as shares of the size, so near an edge that squares stick out
 
@@ -85,26 +82,45 @@ def by_pillow(name: str, image: Image.Image, config: DataConfig, sign: int) -> I
 
 @cache
 def by_dali(config: DataConfig, sign: int, gpu: bool = False) -> dict[str, list[Pixels]]:
-    """All 15 operations on the photographs, each applied for certain."""
+    """All operations on the photographs, each applied for certain, by its own graph."""
     images = photographs(config.image_size)
 
     def graph() -> tuple[DataNode, ...]:
         image = fn.external_source(source=lambda: images, layout="HWC")
         image = image.gpu() if gpu else image
         fixed_sign = fn.random.uniform(values=[float(sign)])
-        center = types.Constant([float(value) for value in pixel(CENTER, config)])
-        table = operations(config, fixed_sign, center)
-        assert list(table) == NAMES
-        return tuple(operation(image) for operation in table.values())
+        draws = Draws(lambda: fixed_sign, _center(config))
+        return tuple(operation.apply(image, draws, config) for operation in OPERATIONS)
 
     pipeline = pipeline_def(graph)(
         batch_size=len(images), num_threads=1, device_id=0 if gpu else None
     )
     outputs = [output.as_cpu() for output in pipeline.run()]
     return {
-        name: [np.asarray(output.at(row)) for row in range(len(images))]
-        for name, output in zip(NAMES, outputs, strict=True)
+        operation.name: [np.asarray(output.at(row)) for row in range(len(images))]
+        for operation, output in zip(OPERATIONS, outputs, strict=True)
     }
+
+
+def by_code(
+    config: DataConfig, images: list[Pixels], codes: list[int], *, gpu: bool = False
+) -> list[Pixels]:
+    """Every image with its own code, in one mixed batch."""
+
+    def graph() -> DataNode:
+        image = fn.external_source(source=lambda: images, layout="HWC")
+        code = fn.external_source(source=lambda: [np.int32(code) for code in codes])
+        return apply_code(image.gpu() if gpu else image, code, _center(config), config)
+
+    pipeline = pipeline_def(graph, enable_conditionals=True)(
+        batch_size=len(images), num_threads=2, device_id=0 if gpu else None
+    )
+    (output,) = pipeline.run()
+    return [np.array(image) for image in output.as_cpu()]
+
+
+def _center(config: DataConfig) -> DataNode:
+    return types.Constant([float(value) for value in pixel(CENTER, config)])
 
 
 def strong_views(image: Pixels, config: DataConfig, rounds: int, seed: int = 1) -> Pixels:
@@ -114,9 +130,7 @@ def strong_views(image: Pixels, config: DataConfig, rounds: int, seed: int = 1) 
         constant = types.Constant(image, layout="HWC")
         return strengthen(constant, config)
 
-    with own_deprecations_hidden():
-        pipeline = pipeline_def(graph, enable_conditionals=True)(
-            batch_size=500, num_threads=2, device_id=None, seed=seed
-        )
-        batches = [np.array(pipeline.run()[0].as_tensor()) for _ in range(rounds)]
-    return np.concatenate(batches)
+    pipeline = pipeline_def(graph, enable_conditionals=True)(
+        batch_size=500, num_threads=2, device_id=None, seed=seed
+    )
+    return np.concatenate([np.array(pipeline.run()[0].as_tensor()) for _ in range(rounds)])

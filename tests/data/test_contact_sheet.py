@@ -1,15 +1,17 @@
-"""The command that shows what training sees: a readable PNG, and one line for bad input."""
+"""The command contact_sheet.py: a PNG of views, and one line for bad input."""
 
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+from tools import contact_sheet
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "contact_sheet.py"
 GREEN = (0, 200, 0)
@@ -23,21 +25,30 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (120, 60), GREEN).save(folder / f"{number}.png")
-    division = Division(labeled="1")
-    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", division=division, quiet=True))
+    split = SplitOptions(labeled="1")
+    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", split=split, quiet=True))
     return base / "rec"
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True
-    )
+def command(
+    capsys: pytest.CaptureFixture[str], *arguments: str | Path
+) -> tuple[int, str, list[str]]:
+    """Runs the command in this process: exit code, stdout, lines of stderr."""
+    with mock.patch("sys.argv", ["contact_sheet.py", *map(str, arguments)]):
+        try:
+            contact_sheet.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err.splitlines()
 
 
 def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
-    done = command(
-        records, "--out", out, "--images", "2", "--draws", "3", "--data.image-size", "100"
+    options = ["--images", "2", "--draws", "3", "--data.image-size", "100"]
+    done = subprocess.run(
+        [sys.executable, TOOL, records, "--out", out, *options], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(out)
@@ -63,14 +74,19 @@ def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
         (["missing", "--out", "x.nothing"], 2, "must name a file that ends in .png"),
         (["missing", "--out", "folder.png"], 2, "must name a file that ends in .png"),
         (["missing", "--out", "long.png"], 2, "File name too long"),
-        (["REC", "--out", "link.png", "--images", "1"], 3, "No such file"),
+        (["REC", "--out", "link.png", "--images", "1", "--draws", "1"], 3, "No such file"),
         (["REC", "--out", "x.png", "--data.image-size", "1"], 2, "at least 8"),
         (["REC", "--out", "x.png", "--data.policy", "none"], 2, "data.policy"),
         (["REC", "--out", "x.png", "--draw", "3"], 2, "unknown option --draw"),
     ],
 )
 def test_bad_input_is_one_line(
-    records: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+    records: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"REC": str(records), "x.png": str(tmp_path / "x.png"),
               "nowhere/x.png": str(tmp_path / "nowhere" / "x.png"),
@@ -79,8 +95,9 @@ def test_bad_input_is_one_line(
               "long.png": str(tmp_path / f"{'x' * 300}.png")}  # fmt: skip
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "x.png")
-    done = command(*(places.get(argument, argument) for argument in arguments))
-    assert done.returncode == code
-    assert words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    given = [places.get(argument, argument) for argument in arguments]
+    ended, _, errors = command(capsys, *given)
+    assert ended == code
+    assert words in errors[-1]
+    assert not any("Traceback" in line for line in errors)
     assert not (tmp_path / "x.png").exists()

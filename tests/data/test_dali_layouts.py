@@ -10,8 +10,8 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
-from mpl_fast.packing.sparse_index import padded
-from tests.small_pack import Record, SmallPack, make_pack
+from mpl_fast.packing.publish.sparse_index import padded_lines
+from tests.packing.small_pack import Record, SmallPack, make_pack
 
 # Five files of four records: 0-3, 4-7, 8-11, 12-15, 16-19. The letters are the three cases in
 # which DALI's cursor goes astray: (a) a file in the middle has no record, (b) the first record
@@ -111,7 +111,7 @@ def _entry(pack: SmallPack, record: Record) -> tuple[int, int, int]:
 
 
 def _sparse_index(pack: SmallPack, chosen: Sequence[int], path: Path) -> Path:
-    path.write_text("".join(padded(_entry(pack, pack.records[number]) for number in chosen)))
+    path.write_text("".join(padded_lines(_entry(pack, pack.records[number]) for number in chosen)))
     return path
 
 

@@ -1,5 +1,6 @@
 """The training loader: what a batch is, how ranks share, how a run goes on, what is refused."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from mpl_fast.batch import Batch
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.operations import OPERATIONS
 from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
 from tests.data.numbered_images import (
     CLASSES,
     PLAIN,
@@ -113,7 +115,12 @@ def test_ranks_divide_an_epoch_and_change_shards(manifest: Manifest) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
-    ("policy", "crop"), [("mpl", "random_resized"), ("mpl", "pad_crop"), ("dali", "random_resized")]
+    ("policy", "crop"),
+    [
+        ("mpl", "random_resized"),
+        ("mpl", "pad_crop"),
+        pytest.param("dali", "random_resized", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: str) -> None:
     """20 labeled and 50 unlabeled records: stops fall before, within and after epochs' ends."""
@@ -167,11 +174,40 @@ def test_a_state_of_another_version_of_the_graph_is_refused(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DALI would restore it into whatever graph is there."""
-    monkeypatch.setattr("mpl_fast.data.loader.GRAPH", 1)
+    monkeypatch.setattr("mpl_fast.data.position.GRAPH", 1)
     state = train_loader(manifest).state()
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="by another version of the input pipeline"):
         train_loader(manifest, state=state)
+
+
+def test_a_state_with_the_names_of_older_versions_is_read(manifest: Manifest) -> None:
+    """Options had other names, and neither interpolation nor the table of operations was kept."""
+    whole = train_loader(manifest)
+    next(whole)
+    state = whole.state()
+    made_with = json.loads(state["made_with"])
+    assert made_with.pop("operations") and made_with.pop("data.interpolation") == "bicubic"
+    made_with["data.layers"] = made_with.pop("data.num_ops")
+    assert made_with.pop("data.crop") == "pad_crop"
+    old = {**state, "made_with": json.dumps(made_with | {"data.weak": "cifar"})}
+    assert same(next(train_loader(manifest, state=old)), next(whole))
+    other = {**state, "made_with": json.dumps(made_with | {"data.weak": "imagenet"})}
+    with pytest.raises(CheckpointError, match=r"data\.crop=random_resized.*data\.crop=pad_crop"):
+        train_loader(manifest, state=other)
+    with pytest.raises(CheckpointError, match=r"interpolation=bicubic.*interpolation=bilinear"):
+        train_loader(manifest, replace(PLAIN, interpolation="bilinear"), state=old)
+
+
+def test_another_table_of_operations_refuses_a_state_except_under_policy_dali(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dali = replace(PLAIN, policy="dali")
+    states = [train_loader(manifest, config).state() for config in (PLAIN, dali)]
+    monkeypatch.setattr("mpl_fast.data.position.OPERATIONS", OPERATIONS[1:])
+    with pytest.raises(CheckpointError, match="by another version of the input pipeline"):
+        train_loader(manifest, state=states[0])
+    train_loader(manifest, dali, state=states[1])
 
 
 def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
@@ -181,7 +217,7 @@ def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
         src=(str(manifest.root.parent / "train"),),
         val=str(manifest.root.parent / "val"),
         out=manifest.root.parent / "other",
-        division=Division(labeled="20", shards=3, shuffle_seed=9),
+        split=SplitOptions(labeled="20", shards=3, shuffle_seed=9),
         quiet=True,
     ))  # fmt: skip
     other = read_manifest(manifest.root.parent / "other")

@@ -18,7 +18,7 @@ from mpl_fast.data.manifest import (
     text_hashes,
 )
 from mpl_fast.errors import DataError
-from tests.small_pack import make_pack
+from tests.packing.small_pack import make_pack
 
 FIRST, SECOND = "train-00000-of-00002", "train-00001-of-00002"
 STEMS = ("train", "train_label", "train_unlabel", "val")

@@ -1,6 +1,8 @@
-"""The graphs: both views share a crop, each flips alone, and every crop is the published one."""
+"""The graphs: both views share a crop, each has its own flip, every crop is the published one."""
 
+import hashlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,25 +15,25 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from mpl_fast.config import DataConfig
-from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.pipelines import Engine, _train_graph
-from mpl_fast.data.randaugment import own_deprecations_hidden
-from mpl_fast.packing.pack import PackOptions, pack
-from mpl_fast.packing.plan import Division
+from mpl_fast.data.position import GRAPH
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+from tests.data.numbered_images import eval_loader, train_loader
 
-CPU = torch.device("cpu")
 Pixels = NDArray[np.uint8]
 # Outputs are gray levels / 255.
 RAW = DataConfig(image_size=32, mean=(0, 0, 0), std=(1, 1, 1), translate=4, cutout=4, num_ops=1)
 
 
 def ramp(side: int) -> Pixels:
-    """Red tells the row and green the column, from 0 to 255."""
+    """Red is the row and green the column, from 0 to 255."""
     steps = np.linspace(0, 255, side).round().astype(np.uint8)
     return np.stack(
         [np.repeat(steps[:, None], side, 1), np.repeat(steps[None], side, 0),
@@ -51,7 +53,7 @@ def packed(folder: Path, images: dict[str, bytes], copies: int = 1) -> Manifest:
             src=(str(source.parent),),
             val=str(source.parent),
             out=folder / "rec",
-            division=Division(labeled=total),
+            split=SplitOptions(labeled=total),
             quiet=True,
         )
     )
@@ -81,17 +83,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Pixels]:
 
 def views(manifest: Manifest, config: DataConfig, batches: int) -> tuple[Pixels, Pixels]:
     """Weak and strong views as (n, H, W, 3) gray levels."""
-    loader = TrainLoader(
-        config,
-        manifest,
-        labeled=1,
-        unlabeled=4,
-        rank=0,
-        world=1,
-        seed=0,
-        device=CPU,
-        dtype=torch.float32,
-    )
+    loader = train_loader(manifest, config, labeled=1, unlabeled=4)
     drawn = [next(loader) for _ in range(batches)]
     weak = torch.cat([batch.weak for batch in drawn])
     strong = torch.cat([batch.strong for batch in drawn])
@@ -104,7 +96,7 @@ def gray_levels(images: torch.Tensor) -> Pixels:
 
 
 def evaluated(manifest: Manifest, config: DataConfig) -> Pixels:
-    loader = EvalLoader(config, manifest, batch=4, rank=0, world=1, device=CPU, dtype=torch.float32)
+    loader = eval_loader(manifest, config)
     return np.concatenate([gray_levels(images[:count]) for images, _, count in loader])
 
 
@@ -222,18 +214,15 @@ def test_gray_images_become_three_channels(tmp_path: Path) -> None:
     assert np.abs(image.astype(int) - np.asarray(gray)[:, :, None]).max() <= 3
 
 
-@pytest.mark.parametrize("policy", ["mpl", "mpl_branched", "dali"])
+@pytest.mark.parametrize(
+    "policy", ["mpl", "mpl_branched", pytest.param("dali", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("crop", ["random_resized", "pad_crop"])
 def test_gpu_graph_keeps_images_on_the_gpu(ramps: Manifest, crop: str, policy: str) -> None:
     """Checked on the graph's description, without a GPU: no operator there takes its data from
     another processor, and nothing but a decoder brings an image over."""
     config = replace(RAW, crop=crop, policy=policy, final_cutout=4)  # type: ignore[arg-type]
-    engine = Engine(batch=2, gpu=0, threads=1, shard=0, shards=1)
-    with own_deprecations_hidden():
-        pipeline = pipeline_def(_train_graph, enable_conditionals=True)(
-            config, ramps.splits["unlabeled"], engine, True, batch_size=2, device_id=0
-        )
-    outputs = pipeline._graph_out
+    outputs = training_graph(ramps, config, gpu=0)._graph_out
     assert [output.device for output in outputs] == ["gpu"] * 3
     flows = Counter(
         (operator._op.device, data.device)
@@ -242,6 +231,27 @@ def test_gpu_graph_keeps_images_on_the_gpu(ramps: Manifest, crop: str, policy: s
     )
     assert set(flows) == {("cpu", "cpu"), ("mixed", "cpu"), ("gpu", "gpu")}
     assert flows["mixed", "cpu"] == 1
+
+
+def training_graph(manifest: Manifest, config: DataConfig, gpu: int | None) -> Pipeline:
+    engine = Engine(batch=2, gpu=gpu, threads=1, shard=0, shards=1)
+    return pipeline_def(_train_graph, enable_conditionals=True)(
+        config, manifest.splits["unlabeled"], engine, True, batch_size=2, device_id=gpu
+    )
+
+
+def test_graphs_are_those_that_saved_positions_belong_to(ramps: Manifest) -> None:
+    """DALI restores a state by the names of operators, which it numbers in the order of their
+    construction. Whoever changes a graph on purpose increases `GRAPH` and replaces the hash."""
+    names = []
+    for policy, crop, gpu in itertools.product(
+        ("mpl", "mpl_branched"), ("random_resized", "pad_crop"), (None, 0)
+    ):
+        config = replace(RAW, policy=policy, crop=crop, final_cutout=4, num_ops=2)  # type: ignore[arg-type]
+        operators = operators_behind(training_graph(ramps, config, gpu)._graph_out)
+        names += sorted(f"{o.name}({', '.join(i.name for i in o.inputs)})" for o in operators)
+    assert GRAPH == 2
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] == "159e974aa26f"
 
 
 def operators_behind(outputs: Sequence[DataNode]) -> list[Any]:

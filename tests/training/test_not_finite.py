@@ -148,7 +148,7 @@ from mpl_fast.algorithms.base import train_step
 from tests.algorithms.problems import state
 from tests.training.test_not_finite import batch, new
 
-dist_env = distributed.start("cpu")
+dist_env = distributed.init("cpu")
 algorithm, skipped = new("uda"), []
 train_step(algorithm, batch(dist_env.rank), 0)
 skipped.append(int(algorithm.learners["learner"].skipped))
@@ -162,5 +162,5 @@ train_step(algorithm, batch(7 + dist_env.rank), 2)
 skipped.append(int(algorithm.learners["learner"].skipped))
 result = {"skipped": skipped, "before": before, "after": after, "end": state(algorithm)}
 torch.save(result, f"{sys.argv[1]}/{dist_env.rank}.pt")
-distributed.stop()
+distributed.shutdown()
 """

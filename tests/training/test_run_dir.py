@@ -25,7 +25,7 @@ def test_everything_promised_is_there(finished: Path) -> None:
     env = json.loads((finished / "env.json").read_text())
     assert env["versions"]["torch"] and env["devices"] and "git_commit" in env
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary["steps"] == 6 and summary["count"] == 50 and summary["seconds"] > 0
+    assert summary["steps"] == 6 and summary["count"] == 50 and summary["train_seconds"] > 0
     assert list((finished / "tensorboard").glob("events.out.tfevents*"))
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == [
         "step_00000004",
@@ -34,7 +34,7 @@ def test_everything_promised_is_there(finished: Path) -> None:
 
 
 def test_rows_say_what_happened(finished: Path) -> None:
-    training = [r for r in rows(finished) if "seconds" in r]
+    training = [r for r in rows(finished) if "train_seconds" in r]
     assert [r["step"] for r in training] == [2, 4, 6]
     wanted = {
         "loss/labeled",

@@ -46,11 +46,11 @@ def train(recipe: str, out: str, options: set[str], dist_env: distributed.DistEn
 
 
 def main(out: str, *options: str) -> None:
-    dist_env = distributed.start("cpu")
+    dist_env = distributed.init("cpu")
     for recipe in options:
         if not recipe.startswith("--"):
             train(recipe, out, {*options}, dist_env)
-    distributed.stop()
+    distributed.shutdown()
     alive = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
     # Such a thread may abort the process while Python ends.
     assert not any("gloo" in name for name in alive), alive

@@ -1,50 +1,46 @@
-"""Seconds of pieces of work that take turns, so that what else a machine does meets all alike."""
+"""Interleaved timing: variants take turns, so that other load on the machine affects all alike."""
 
 import random
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 
-
-class Spread(NamedTuple):
-    """What repeated measurements of one thing gave."""
-
-    median: float
-    low: float
-    high: float
-    n: int
+V = TypeVar("V")
+T = TypeVar("T")
+Work = Callable[[], Any]
 
 
 def interleaved(
-    works: Mapping[str, Callable[[], Any]],
+    variants: Mapping[str, V],
+    timer: Callable[[V], T],
     *,
     rounds: int,
     warmup: int = 2,
     seed: int = 0,
     seconds: float = float("inf"),
-) -> dict[str, list[float]]:
-    """Seconds of every work in every round, in an order drawn anew for each round.
+) -> dict[str, list[T]]:
+    """What `timer` returns for every variant in every round, in an order drawn anew for each round.
 
-    Waits for a GPU before and after, if there is one. After `seconds` no further round begins.
+    The first `warmup` rounds are dropped. After `seconds` no further round begins, but one is
+    always measured.
     """
-    order, names = random.Random(seed), list(works)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    order, names = random.Random(seed), list(variants)
+    found: dict[str, list[T]] = {name: [] for name in names}
     began = time.perf_counter()
     for number in range(-warmup, rounds):
         if number > 0 and time.perf_counter() - began > seconds:
             break
         for name in order.sample(names, len(names)):
-            took = seconds_of(works[name])
+            measured = timer(variants[name])
             if number >= 0:
-                found[name].append(took)
+                found[name].append(measured)
     return found
 
 
-def seconds_of(work: Callable[[], Any]) -> float:
-    """Wall time of one call, with what it left on the GPU's queue."""
+def seconds_of(work: Work) -> float:
+    """Wall time of one call, including the GPU work that it queued."""
     wait_for_gpu()
     began = time.perf_counter()
     work()
@@ -52,17 +48,17 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def repeated(work: Work, times: int) -> Work:
+    """The same work so many times back to back, without waiting for the GPU in between."""
+
+    def all_of_them() -> None:
+        for _ in range(times):
+            work()
+
+    return all_of_them
+
+
 def wait_for_gpu() -> None:
-    """Nothing, where there is none."""
+    """Does nothing where there is no GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def spread(values: list[float]) -> Spread:
-    """Median, extremes and number."""
-    return Spread(median(values), min(values), max(values), len(values))
-
-
-def ratio(found: Mapping[str, list[float]], slow: str, fast: str) -> Spread:
-    """How many times faster one was than the other, round by round."""
-    return spread([s / f for s, f in zip(found[slow], found[fast], strict=True)])

@@ -1,0 +1,69 @@
+"""The data position in checkpoints: DALI's state of each pipeline, and what it is valid for."""
+
+import json
+from collections.abc import Mapping
+
+from mpl_fast.config import DataConfig
+from mpl_fast.config.aliases import current_options
+from mpl_fast.data.manifest import Manifest
+from mpl_fast.data.operations import OPERATIONS, signature
+from mpl_fast.errors import CheckpointError
+
+GRAPH = 2  # increase it when a DALI graph changes: positions saved before are then refused
+MADE_WITH = "made_with"
+# What positions that lack a key were saved with.
+EARLIER = {"data.interpolation": "bicubic", "operations": "2d1c266d8ed08b87"}
+
+Identity = Mapping[str, str | int | float]
+
+
+def identity_of(
+    config: DataConfig, manifest: Manifest, gpu: int | None
+) -> dict[str, str | int | float]:
+    """Everything that shapes records, graph and draws. DALI itself restores a state into a pipeline
+    with other settings without an error."""
+    return {
+        "data": manifest.content[:16],
+        "graph": GRAPH,
+        "operations": signature(OPERATIONS) if config.policy != "dali" else EARLIER["operations"],
+        "data.device": "cpu" if gpu is None else "gpu",
+        "data.image_size": config.image_size,
+        "data.crop": config.crop,
+        "data.interpolation": config.interpolation,
+        "data.flip": config.flip,
+        "data.policy": config.policy,
+        "data.num_ops": config.num_ops,
+        "data.magnitude": config.magnitude,
+        "data.translate": config.translate,
+        "data.cutout": config.cutout,
+        "data.final_cutout": config.final_cutout,
+        "data.shuffle_buffer": config.shuffle_buffer,
+    }
+
+
+def save_position(identity: Identity, states: Mapping[str, bytes]) -> dict[str, str | bytes]:
+    """The position of streams with these DALI states."""
+    return {MADE_WITH: json.dumps(identity, sort_keys=True), **states}
+
+
+def stream_states(position: Mapping[str, str | bytes], identity: Identity) -> dict[str, bytes]:
+    """The DALI states of a position. Raises CheckpointError unless it has this identity."""
+    before = EARLIER | current_options(json.loads(position[MADE_WITH]))
+    if before.get("data") != identity["data"]:
+        raise CheckpointError(
+            "the records in data.root are others than the checkpoint's: "
+            "resume with the same records or start a new run"
+        )
+    for key in ("graph", "operations"):
+        if before.get(key) != identity[key]:
+            raise CheckpointError(
+                "the data position was saved by another version of the input pipeline: "
+                "finish the run with that version or start a new run"
+            )
+    for key in sorted(identity.keys() | before.keys()):
+        if before.get(key) != identity.get(key):
+            raise CheckpointError(
+                f"the data position was saved with {key}={before.get(key)}, this run has "
+                f"{key}={identity.get(key)}: resume with the same settings or start a new run"
+            )
+    return {name: value for name, value in position.items() if isinstance(value, bytes)}

@@ -1,1 +1,0 @@
-"""Studies that answer a question about the algorithms, each a command that writes its numbers."""

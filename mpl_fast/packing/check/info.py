@@ -1,0 +1,124 @@
+"""The info command: content of a finished pack, or progress of an unfinished one."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.data.manifest import MANIFEST
+from mpl_fast.packing.check.load_pack import load_pack
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import Json
+from mpl_fast.packing.plan.table import TABLE, open_table
+from mpl_fast.packing.publish.out_folder import WORK
+from mpl_fast.packing.write.shard_receipt import receipt_path
+
+_KEPT = (
+    *("tool", "created", "plan_sha256", "layout", "sources", "transform", "options"),
+    *("bad", "duplicates", "totals"),
+)
+
+
+def info(root: Path) -> Json:
+    """Return what a folder contains; if it is not finished, how many of its shards are."""
+    if (root / WORK / TABLE).is_file() and not (root / MANIFEST).exists():
+        return _unfinished(root)
+    manifest = load_pack(root)
+    prefixes = Counter(shard["prefix"] for shard in manifest["shards"])
+    sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    splits = {
+        name: {
+            "records": split["records"],
+            "per_class_min": split.get("per_class_min"),
+            "per_class_max": split.get("per_class_max"),
+            "shards": len(split["shards"]),
+            "shard_bytes": sum(sizes[file] for file in split["shards"]),
+            "idx": split["idx"],
+        }
+        for name, split in manifest["splits"].items()
+    }
+    return {
+        "finished": True,
+        "classes": manifest["classes"].get("n"),
+        "splits": splits,
+        "shards": dict(prefixes),
+        **{name: manifest.get(name) for name in _KEPT},
+    }
+
+
+def _unfinished(root: Path) -> Json:
+    work = root / WORK
+    with open_table(work / TABLE) as table:
+        shards, sources, options = table.shards(), table.sources(), table.options()
+        classes = len(table.classes())
+    done = [shard for shard in shards if receipt_path(work, shard.file).exists()]
+    return {
+        "finished": False,
+        "classes": classes,
+        "shards_done": len(done),
+        "shards_planned": len(shards),
+        "records_done": sum(shard.records for shard in done),
+        "records_planned": sum(shard.records for shard in shards),
+        "missing": [shard.file for shard in shards if shard not in done],
+        "sources": [{"spec": source.spec, "kind": source.kind} for source in sources],
+        "options": options,
+    }
+
+
+def info_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the result of info as aligned lines of text."""
+    rows = list(_unfinished_rows(found) if not found["finished"] else _finished_rows(found))
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"{name:<{width}}{text}" for name, text in rows]
+
+
+def _unfinished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    again = "run the same pack command again, for every part"
+    ready = "all parts are there; run make_rec.py finish"
+    yield "state", f"not finished; {again if found['missing'] else ready}"
+    shards = f"{found['shards_done']} of {found['shards_planned']} done"
+    missing = f"; missing: {first_few(found['missing'], 3)}" if found["missing"] else ""
+    yield "shards", shards + missing
+    yield "records", f"{found['records_done']} of {found['records_planned']} done"
+    yield "classes", str(found["classes"])
+    yield from _settings(found)
+
+
+def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "layout", str(found["layout"])
+    yield "packed", f"{found['created']} by {found['tool']}"
+    yield "classes", str(found["classes"])
+    for name, split in found["splits"].items():
+        files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB, by {split['idx']}"
+        yield name, f"{split['records']:>10} records, {per_class(split)}, in {files}"
+    totals = found["totals"] or {}
+    if totals:
+        yield (
+            "written",
+            f"{totals.get('images', 0):>10} records, {totals.get('bytes_in', 0) / 1e9:.3f} GB of "
+            f"images as {totals.get('bytes_out', 0) / 1e9:.3f} GB",
+        )
+    yield from _settings(found)
+    yield "transform", _pairs(found["transform"] or {})
+    bad = Counter(entry["action"] for entry in found["bad"] or [])
+    yield "bad images", _pairs(bad) if bad else "none"
+    duplicates = found["duplicates"] or {}
+    yield "duplicates", _pairs({k: v for k, v in duplicates.items() if k != "examples"})
+
+
+def per_class(split: Mapping[str, Any]) -> str:
+    """Return the records of a class as text."""
+    low, high = split["per_class_min"], split["per_class_max"]
+    return f"{low if low == high else f'{low} to {high}'} a class"
+
+
+def _settings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for source in found["sources"] or []:
+        size = f", {source['images']} images, {source['bytes']} bytes" if "bytes" in source else ""
+        yield "source", f"{source['spec']} ({source['kind']}{size})"
+    yield "options", _pairs(found["options"] or {})
+
+
+def _pairs(fields: Mapping[str, Any]) -> str:
+    shown = {name: value for name, value in fields.items() if value is not None}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,0 +1,75 @@
+"""Loads the manifest of a finished pack with all types checked, so that damage is one error."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.atomic import sha256_of
+from mpl_fast.data.manifest import MANIFEST, load_manifest
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import Json
+from mpl_fast.packing.plan.table import TABLE
+from mpl_fast.packing.publish.out_folder import WORK
+
+_SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "sha256": str, "first_id": int}
+_SPLIT = {"records": int, "shards": list, "idx": str, "idx_sha256": str, "lst": str}
+_TOTALS = {"images": int, "bytes_in": int, "bytes_out": int, "seconds": (int, float)}
+_ALL = {"totals": dict, "options": dict, "transform": dict, "sources": list, "bad": list}
+_ALL |= {"table_sha256": str, "layout": str, "duplicates": dict}
+_SOURCE = {"spec": str, "kind": str, "images": int, "bytes": int}
+_BAD = {"action": str}
+
+
+def load_pack(root: Path) -> Json:
+    """Return the manifest of a finished folder; DataError says what to do about another one."""
+    try:
+        publishing = (root / WORK / MANIFEST).is_file()
+        packing = (root / WORK).is_dir() and not (root / MANIFEST).exists()
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}") from error
+    if publishing:
+        raise DataError(
+            f"{root}: was stopped during its final renames; run: make_rec.py finish {root}"
+        )
+    if packing:
+        raise DataError(
+            f"{root}: its packing is not finished; run the same pack command again, or after "
+            "pack --part: make_rec.py finish"
+        )
+    manifest = load_manifest(root)
+    try:
+        entries: list[tuple[Json, Mapping[str, Any]]] = [(manifest, _ALL)]
+        entries += [(manifest["totals"], _TOTALS)]
+        entries += [(entry, _SHARD) for entry in manifest["shards"]]
+        entries += [(entry, _SPLIT) for entry in manifest["splits"].values()]
+        entries += [(entry, _SOURCE) for entry in manifest["sources"]]
+        entries += [(entry, _BAD) for entry in manifest["bad"]]
+        wrong = [
+            name
+            for entry, form in entries
+            for name, kind in form.items()
+            if not isinstance(entry[name], kind)
+        ]
+        known = {entry["file"] for entry in manifest["shards"]}
+        wrong += [name for s in manifest["splits"].values() for name in {*s["shards"]} - known]
+        wrong += [] if isinstance(manifest["classes"]["sha256"], str) else ["classes"]
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise DataError(f"{root / MANIFEST}: damaged ({first_few(wrong)}); pack again")
+    return manifest
+
+
+def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
+    """DataError when the table does not have the sha256 in the manifest."""
+    path = root / TABLE
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    if found != manifest["table_sha256"]:
+        raise DataError(
+            f"{path}: damaged, its sha256 is not the manifest's; make_rec.py verify {root} lists "
+            "all damage, then pack again"
+        )

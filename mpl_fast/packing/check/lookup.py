@@ -1,0 +1,192 @@
+"""Finds one record of a finished pack by position, id or name; the locate and extract commands."""
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.atomic import write_bytes
+from mpl_fast.data.records import parse_payload, unframe
+from mpl_fast.errors import DataError, OutputError, output_errors
+from mpl_fast.packing.check.load_pack import load_pack, require_table
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.plan.table import (
+    TABLE,
+    RecordRow,
+    Table,
+    WrittenRow,
+    image_key,
+    open_table,
+    origin_of,
+    to_utf8,
+)
+
+_PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One record of a finished pack."""
+
+    id: int
+    label: int
+    image: str  # class/name
+    source: str  # where the image came from
+    splits: tuple[str, ...]  # that list it
+    shard: str
+    offset: int  # of the record in that file
+    length: int  # bytes of the record
+    size: int  # bytes of its image
+    crc32: int  # of its image
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return the fields as text, one a line."""
+        fields = asdict(self) | {"splits": ", ".join(self.splits), "crc32": f"{self.crc32:08x}"}
+        return [f"{name:<7} {value}" for name, value in fields.items()]
+
+
+def locate(root: Path, text: str) -> Found:
+    """Return the record at a position that DALI prints as "PATH at index OFFSET".
+
+    text is a line that contains this, or `FILE OFFSET`. The offset counts within that file and may
+    be inside the record. Raises DataError when there is none.
+    """
+    manifest = load_pack(root)
+    require_table(root, manifest)
+    match = _PLACE.search(text)
+    if not match:
+        raise DataError(
+            f"{text!r} names no record; give what DALI prints, `FILE.rec at index OFFSET`, where "
+            "the offset counts in that file"
+        )
+    file, offset = match[1], int(match[2])
+    entry = next((entry for entry in manifest["shards"] if entry["file"] == file), None)
+    if entry is None:
+        files = first_few((entry["file"] for entry in manifest["shards"]), 3)
+        raise DataError(f"{root}: has no {file}; its files are {files}")
+    if offset >= entry["bytes"]:
+        raise DataError(f"{root / file}: has {entry['bytes']} bytes, so no record at {offset}")
+    with open_table(root / TABLE) as table:
+        shard = next(shard for shard in table.shards() if shard.file == file)
+        query = (
+            "SELECT id FROM written WHERE id BETWEEN ? AND ? AND offset <= ? "
+            "ORDER BY id DESC LIMIT 1"
+        )
+        ((number,),) = table.query(query, (*shard.ids, offset))
+        return _found(root, manifest, table, number)
+
+
+def find(root: Path, what: str) -> Found:
+    """Return the record with the id, class/name or name `what`; of equal images, the first.
+
+    Raises DataError when there is none, or when several have this name and differ.
+    """
+    manifest = load_pack(root)
+    require_table(root, manifest)
+    with open_table(root / TABLE) as table:
+        classes = table.classes()
+        planned = _with_id(table, what) or _with_name(table, classes, what)
+        if not planned:
+            raise DataError(f"{root}: has no {what}; give an id, class/name or name of its .lst")
+        places = {record.id: _place(table, record.id) for record in planned}
+        written = {number: row for number, row in places.items() if row}
+        if not written:
+            raise DataError(f"{root}: {what} was left out when this was packed; see info")
+        if len({(row.size, row.crc32) for row in written.values()}) > 1:
+            listed = [f"{r.id} ({image_key(classes, r)})" for r in planned if r.id in written]
+            raise DataError(
+                f"{root}: {len(listed)} images are called {what}; give the id of one: "
+                f"{first_few(listed)}"
+            )
+        return _found(root, manifest, table, min(written))
+
+
+def extract(root: Path, what: str) -> tuple[Found, bytes]:
+    """Return the result of find, and the image; DataError when it is damaged."""
+    found = find(root, what)
+    path = root / found.shard
+    try:
+        with path.open("rb") as file:
+            framed = os.pread(file.fileno(), found.length, found.offset)
+        image = parse_payload(unframe(framed)).image
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except DataError as error:
+        raise _damaged(path, found, str(error)) from error
+    if len(image) != found.size or zlib.crc32(image) != found.crc32:
+        raise _damaged(path, found, "its checksum is wrong")
+    return found, image
+
+
+def save(image: bytes, path: Path, *, force: bool) -> None:
+    """Write an image to path atomically; OutputError when the file exists, unless force."""
+    if path.exists() and not force:
+        raise OutputError(f"{path}: is there already; --force replaces it")
+    with output_errors(path):
+        write_bytes(path, image)
+
+
+def _damaged(path: Path, found: Found, reason: str) -> DataError:
+    return DataError(
+        f"{path}: record {found.id} ({found.image}) is damaged: {reason}; make_rec.py verify finds "
+        "all damage"
+    )
+
+
+def _with_id(table: Table, what: str) -> list[RecordRow]:
+    record = (
+        table.record(int(what)) if what.isdecimal() and len(what) <= len("3470205706") else None
+    )
+    return [record] if record else []
+
+
+def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
+    """Return the records with the name or class/name `what`."""
+    query = "SELECT * FROM records WHERE name = CAST(? AS TEXT)"
+    class_name, slash, name = what.rpartition("/")
+    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name),))]
+    return [row for row in rows if not slash or classes[row.label] == class_name]
+
+
+def _place(table: Table, number: int) -> WrittenRow | None:
+    rows = table.query("SELECT * FROM written WHERE id = ?", (number,))
+    return next((WrittenRow(*row) for row in rows), None)
+
+
+def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -> Found:
+    record, written = table.record(number), _place(table, number)
+    assert record is not None and written is not None  # checked by the callers
+    shard = next(s for s in table.shards() if s.first_id <= number < s.first_id + s.records)
+    return Found(
+        id=number,
+        label=record.label,
+        image=image_key(table.classes(), record),
+        source=origin_of(table.sources()[record.source], record),
+        splits=tuple(
+            name
+            for name, split in manifest["splits"].items()
+            if shard.file in split["shards"] and _lists(root / split["lst"], number)
+        ),
+        shard=shard.file,
+        offset=written.offset,
+        length=written.length,
+        size=written.size,
+        crc32=written.crc32,
+    )
+
+
+def _lists(path: Path, number: int) -> bool:
+    """Return whether a .lst contains a record id."""
+    start = b"%d\t" % number
+    try:
+        with path.open("rb") as file:
+            return any(line.startswith(start) for line in file)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,293 @@
+"""Command line of make_rec: the parser of each command, exit codes, signals, printed output."""
+
+import argparse
+import difflib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from mpl_fast.errors import ConfigError, OutputError, UserError
+from mpl_fast.packing import commands
+from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, LAYOUTS
+from mpl_fast.packing.publish.out_folder import WORK
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
+_UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}  # powers of 2
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_PART = re.compile(r"(\d+)/(\d+)")
+_PACK = """\
+Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI and MXNet read.
+
+sources (--src, --val):
+  DIR              class folders: an image's class is the name of its folder
+  ARCHIVE          a .tar, also .tar.xz, .tar.gz, .tar.bz2, with class folders or one tar a class
+                   inside, as ILSVRC2012_img_train.tar; nothing is extracted
+  ARCHIVE:FOLDER   one folder of an archive
+  FILE.lst         MXNet's list: id, label, path; the paths start at --root
+  FILE.rec         records, whose names are in FILE.lst beside it
+  with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
+  `name class`, or a class, in the order of the names
+
+examples:
+  make_rec.py pack --src train --val val --out rec --labeled 10%
+  make_rec.py pack --src ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
+      --val-labels validation_labels.txt --out rec --labeled 10percent.txt --short-side 480
+  make_rec.py pack ... --part 3/8   (on each of 8 machines that share the disk; then: finish rec)
+"""
+_EPILOG = """\
+A run that was stopped continues where it was: run the same command again. Finished shards wait in
+OUT/.pack until all are there, and an older pack in OUT stays readable until then.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, in the form of all other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"make_rec: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(ConfigError.exit_code)
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    parser = Parser(
+        prog="make_rec",
+        description="Pack images into records for training; verify, inspect and resplit them.",
+        epilog="Begin with: make_rec.py pack --src train --val val --out rec --labeled 10%",
+        allow_abbrev=False,
+    )
+    found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pack(found)
+    _add_resplit(found)
+    _add_verify(found)
+    _add_small_commands(found)
+    return parser
+
+
+def _command(
+    parent: "argparse._SubParsersAction[Parser]",
+    name: str,
+    run: Callable[[argparse.Namespace], commands.Result],
+    summary: str,
+    more: str = "",
+    epilog: str | None = None,
+) -> Parser:
+    command = parent.add_parser(
+        name,
+        allow_abbrev=False,
+        help=summary,
+        description=more or f"{summary[0].upper()}{summary[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run, parser=command)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    return command
+
+
+def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "write labeled, unlabeled and validation records from images"
+    command = _command(parent, "pack", commands.run_pack, summary, _PACK, _EPILOG)
+    _add_sources(command)
+    _add_split(command.add_argument_group("splits"))
+    _add_files(command.add_argument_group("files"))
+    _add_images(command.add_argument_group("images"))
+    add = command.add_argument_group("work").add_argument
+    cores = len(os.sched_getaffinity(0))
+    add("-j", type=int, default=cores, metavar="N", help=f"processes, each at a shard ({cores})")
+    ahead = "threads of a process that open files ahead, more for disks that answer slowly (4)"
+    add("--read-threads", type=int, default=4, metavar="N", help=ahead)
+    add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
+    engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that sees the same disks"
+    add("--engine", choices=("local", "ray"), default="local", help=engine)
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and an estimate of its time, write nothing",
+    )
+    add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
+
+
+def _add_sources(command: Parser) -> None:
+    add = command.add_argument
+    add("--src", required=True, nargs="+", help="training images; several sources are joined")
+    add("--out", required=True, type=_path, help="folder to write, made if missing")
+    add("--val", metavar="SRC", help="validation images, which training needs")
+    add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
+    add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
+    add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
+
+
+def _add_split(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--labeled", default="10%", metavar="HOW",
+        help="share (10%%), number of images (4000), or a file that names them: base names as in "
+        "SimCLR's 10percent.txt, class/name, or an .lst (default: 10%%)")  # fmt: skip
+    add("--balance", choices=BALANCES, default="count",
+        help="the same number from every class, or by its size (default: count)")  # fmt: skip
+    unlabeled = "all training images, the labeled ones too, or only the rest (default: all)"
+    add("--unlabeled", choices=("all", "rest"), default="all", help=unlabeled)
+    add("--split-seed", type=int, default=0, metavar="N", help="draws the labeled images (0)")
+
+
+def _add_files(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    add("--layout", choices=LAYOUTS, default="shared",
+        help="one copy of the training images, splits are index files; or separate .rec files, "
+        "as SemiMeta and MXNet expect (default: shared)")  # fmt: skip
+    cut = group.add_mutually_exclusive_group()
+    cut.add_argument("--shard-size", type=_size, default=1 << 30, metavar="BYTES",
+                     help="about the size of a .rec file, such as 512M (default: 1G)")  # fmt: skip
+    cut.add_argument("--shards", type=int, metavar="N", help="or the number of .rec files of each")
+    add("--order", choices=("shuffle", "list"), default="shuffle",
+        help="of the records: shuffled, or by class and name (default: shuffle)")  # fmt: skip
+    add("--shuffle-seed", type=int, default=0, metavar="N", help="shuffles them (0)")
+
+
+def _add_images(group: "argparse._ArgumentGroup") -> None:
+    add = group.add_argument
+    smaller = "make images smaller whose shorter side has more than S pixels; none is enlarged"
+    add("--short-side", type=int, metavar="S", help=smaller)
+    add("--quality", type=int, default=90, metavar="Q", help="of those, as JPEG (90)")
+    add("--min-shrink", type=float, default=1.1, metavar="F",
+        help="keep an image as it is when it is less than F times too large (1.1)")  # fmt: skip
+    add("--check", choices=CHECKS, default="decode",
+        help="decode every image strictly; or (header) look for its first bytes and any end mark, "
+        "which misses damage and most images cut after a thumbnail; or only refuse empty files "
+        "(default: decode)")  # fmt: skip
+    add("--on-bad", choices=tuple(ACTIONS), default="fail",
+        help="images that cannot be decoded: list all and stop; leave them out; or convert what "
+        "can be, also PNG named .JPEG and CMYK, to RGB JPEG (default: fail)")  # fmt: skip
+
+
+def _add_resplit(parent: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "draw the labeled images anew: writes index files only, the records stay"
+    command = _command(parent, "resplit", commands.run_resplit, summary)
+    command.add_argument("out", type=_path, metavar="OUT", help="a pack of the shared layout")
+    _add_split(command.add_argument_group("splits"))
+
+
+def _add_verify(parent: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "compare every file with its checksum, and name what is damaged"
+    more = (
+        "Compare every file of a pack with its checksum and every index with its records; name\n"
+        "the shard, the record and the source image of any damage."
+    )
+    command = _command(parent, "verify", commands.run_verify, summary, more)
+    add = command.add_argument
+    add("out", type=_path, metavar="OUT", help="a finished pack")
+    add("--deep", action="store_true", help="also decode every image, strictly")
+    cores = len(os.sched_getaffinity(0))
+    add("-j", type=int, default=cores, metavar="N", help=f"processes ({cores})")
+
+
+def _add_small_commands(parent: "argparse._SubParsersAction[Parser]") -> None:
+    summary = "finish a pack whose parts were packed with --part"
+    command = _command(parent, "finish", commands.run_finish, summary)
+    command.add_argument("out", type=_path, metavar="OUT", help="the folder of the parts")
+
+    summary = "print what a folder contains: splits, shards, sources, options"
+    command = _command(parent, "info", commands.run_info, summary)
+    command.add_argument("out", type=_path, metavar="OUT", help="a pack, also an unfinished one")
+
+    summary = "find the image at a position that DALI printed as `PATH at index OFFSET`"
+    command = _command(parent, "locate", commands.run_locate, summary)
+    command.add_argument("out", type=_path, metavar="OUT", help="a finished pack")
+    command.add_argument(
+        "where", nargs="+", help="what DALI printed, or FILE.rec and an offset in it"
+    )
+
+    summary = "write the image of a record to a file"
+    command = _command(parent, "extract", commands.run_extract, summary)
+    add = command.add_argument
+    add("out", type=_path, metavar="OUT", help="a finished pack")
+    add("what", help="a record's id, or class/name")
+    add("--to", type=_path, metavar="FILE", help="default: its name, here; - is standard output")
+    add("--force", action="store_true", help="replace FILE")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("its value is empty; give a path")
+    return Path(text)
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text)
+    size = float(found[1]) * (1 << _UNITS[found[2].lower()]) if found else 0.0
+    if not 1 <= size < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text} is no size; write 512M or 1G")
+    return int(size)
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = _PART.fullmatch(text)
+    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= number <= parts:
+        raise argparse.ArgumentTypeError(f"{text} is no part; write 1/8 to 8/8")
+    return number, parts
+
+
+def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    """Return the parsed options; an unknown one is an error that suggests the closest known one."""
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command: Parser = known.parser
+        names = [name for action in command._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
+        parser.error(f"unknown: {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return known
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line; return the exit code."""
+    known = parse(build_parser(), arguments)
+    for number in _STOPS:
+        signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
+        sys.stdout.reconfigure(errors="surrogateescape")
+    try:
+        summary = known.run(known)
+    except UserError as error:
+        print(f"make_rec: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        kept = f"; {_kept(known.out)}" if known.command == "pack" else ""
+        print(f"make_rec: interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
+    lines = [json.dumps(summary, indent=1)] if isinstance(summary, dict) else summary
+    return _print([] if known.quiet and not isinstance(summary, dict) else lines)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt once: the cleanup after a first Ctrl-C ignores a second one."""
+    for stop in _STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _print(lines: list[str]) -> int:
+    try:
+        print("\n".join(lines), end="\n" if lines else "", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails, too
+        if not isinstance(error, BrokenPipeError):
+            print(f"make_rec: error: standard output: {error.strerror}", file=sys.stderr)
+        return OutputError.exit_code
+    return 0
+
+
+def _kept(out: Path) -> str:
+    finished = len(list((out / WORK).glob("*.rec.done")))
+    if not finished:
+        return f"nothing was kept in {out}"
+    return f"{finished} finished shards are kept in {out / WORK}, the same command goes on"

@@ -1,0 +1,92 @@
+"""Options of `make_rec.py pack`: sources, splits and shards, checks and changes of images."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+LAYOUTS = ("shared", "separate")
+BALANCES = ("count", "proportional")
+CHECKS = ("decode", "header", "none")
+ACTIONS = {"fail": "failed", "skip": "skipped", "convert": "converted"}
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How images are divided into splits and shards; each field is the option of that name."""
+
+    labeled: str = "10%"
+    balance: str = "count"
+    unlabeled: str = "all"  # includes the labeled images, as in the official MPL code; or "rest"
+    split_seed: int = 0
+    layout: str = "shared"
+    shards: int | None = None  # .rec files of each prefix; None: as shard_size determines
+    shard_size: int = 1 << 30  # bytes
+    order: str = "shuffle"  # or "list": by class and name
+    shuffle_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How images are checked and changed; each field is the option of that name."""
+
+    check: str = "decode"  # one of CHECKS
+    on_bad: str = "fail"  # a key of ACTIONS
+    short_side: int | None = None  # pixels; None keeps all sizes
+    quality: int = 90  # JPEG quality of resized images, 1 to 100
+    min_shrink: float = 1.1  # an image whose short side is less than this times short_side is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """All options of `make_rec.py pack`."""
+
+    src: tuple[str, ...]
+    out: Path
+    val: str | None = None
+    root: Path | None = None  # of the paths in a list
+    labels: Path | None = None  # of the images in src outside class folders
+    val_labels: Path | None = None
+    split: SplitOptions = field(default_factory=SplitOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
+    part: tuple[int, int] | None = None  # (i, n): every n-th shard, from number i - 1 on
+    engine: str = "local"
+    processes: int = 1
+    read_threads: int = 0
+    force: bool = False
+    quiet: bool = False
+
+    def planned(self) -> Json:
+        """Return the options that determine the content of the pack, as JSON."""
+        paths = {name: getattr(self, name) for name in ("root", "labels", "val_labels")}
+        return {
+            "src": list(self.src),
+            "val": self.val,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
+            **asdict(self.split),
+            **asdict(self.image),
+        }
+
+
+def stored_image_options(planned: Json) -> ImageOptions:
+    """Return the image options in what `PackOptions.planned` returned."""
+    return ImageOptions(**{item.name: planned[item.name] for item in fields(ImageOptions)})
+
+
+def image_option_errors(how: ImageOptions) -> list[str]:
+    """Return one line for each invalid option."""
+    found = []
+    if how.check not in CHECKS:
+        found.append(f"--check {how.check}: must be one of {', '.join(CHECKS)}")
+    if how.on_bad not in ACTIONS:
+        found.append(f"--on-bad {how.on_bad}: must be one of {', '.join(ACTIONS)}")
+    if how.on_bad == "convert" and how.check != "decode":
+        found.append(f"--on-bad convert needs --check decode, not {how.check}")
+    if how.short_side is not None and how.short_side < 1:
+        found.append(f"--short-side {how.short_side}: must be at least 1 pixel")
+    if not 1 <= how.quality <= 100:
+        found.append(f"--quality {how.quality}: must be 1 to 100")
+    if not 1 <= how.min_shrink < math.inf:
+        found.append(f"--min-shrink {how.min_shrink}: must be at least 1")
+    return found

@@ -1,0 +1,66 @@
+"""First phase of packing: checks the options against the file system, opens sources, plans."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpl_fast.errors import ConfigError, DataError, OutputError
+from mpl_fast.packing.options import PackOptions
+from mpl_fast.packing.plan.make_plan import make_plan
+from mpl_fast.packing.sources.archives import Spools
+from mpl_fast.packing.sources.source import Source, open_source
+
+
+def warn(lines: Sequence[str]) -> None:
+    """Print warnings to stderr, without the empty ones."""
+    for line in filter(None, lines):
+        print(f"make_rec: warning: {line}", file=sys.stderr, flush=True)
+
+
+def check_options(options: PackOptions) -> None:
+    """Refuse what can be refused before anything is created."""
+    try:
+        out = options.out.resolve()
+        if options.out.exists() and not options.out.is_dir():
+            raise OutputError(f"--out {options.out}: is a file, not a folder")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise OutputError(f"--out {options.out}: {_reason(error)}") from error
+    if options.val_labels and options.val is None:
+        raise ConfigError(f"--val-labels {options.val_labels}: there is no --val that needs them")
+    for name, specs in (("--src", options.src), ("--val", (options.val,))):
+        for spec in specs:
+            if spec == "":
+                raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
+            if spec and _is_inside(out, name, spec):
+                raise ConfigError(f"--out {options.out}: is inside the source {spec}")
+
+
+def _is_inside(out: Path, name: str, spec: str) -> bool:
+    try:
+        path = Path(spec).resolve()
+        return path.is_dir() and (out == path or path in out.parents)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} {spec}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def plan_to(path: Path, options: PackOptions) -> None:
+    """Write the plan to path, in a work folder into which compressed archives are unpacked."""
+    train, val = _open_sources(options, path.parent)
+    warn(make_plan(path, train, val, options.split, options.image, options.planned()))
+
+
+def _open_sources(options: PackOptions, work: Path) -> tuple[list[Source], Source | None]:
+    def report(line: str) -> None:
+        if not options.quiet:
+            print(f"make_rec: {line}", file=sys.stderr, flush=True)
+
+    spools = Spools(work, report)
+    root, labels, val_labels = options.root, options.labels, options.val_labels
+    train = [open_source(spec, root=root, labels=labels, spools=spools) for spec in options.src]
+    if options.val is None:
+        return train, None
+    return train, open_source(options.val, root=root, labels=val_labels, spools=spools)

@@ -1,0 +1,244 @@
+"""Last phase of packing: completes the table and writes indexes, listings and the manifest."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from mpl_fast import __version__
+from mpl_fast.atomic import atomic_file, atomic_path, sha256_of, write_text
+from mpl_fast.data.manifest import CLASSES, FORMAT
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.options import ImageOptions, Json
+from mpl_fast.packing.plan.layout import planned_splits
+from mpl_fast.packing.plan.sharding import plan_digest
+from mpl_fast.packing.plan.table import (
+    TABLE,
+    ShardRow,
+    Table,
+    create_written,
+    edit_table,
+    image_key,
+    open_table,
+    origin_of,
+    table_errors,
+)
+from mpl_fast.packing.publish.duplicates import find_duplicates
+from mpl_fast.packing.publish.split_files import write_split
+from mpl_fast.packing.write.process_image import describe_processing
+from mpl_fast.packing.write.shard_receipt import COLUMNS, ShardReceipt, receipt_path
+
+_BLOCK = 1 << 14  # rows in memory at a time
+
+
+def unfinished_shards(work: Path, shards: Iterable[ShardRow]) -> list[str]:
+    """Return the files of shards that are missing or of another plan; only sizes are compared."""
+    return [shard.file for shard in shards if not _is_finished(work, shard)]
+
+
+def _is_finished(work: Path, shard: ShardRow) -> bool:
+    file = work / shard.file
+    if not file.exists():
+        return False
+    try:
+        receipt = _receipt(work, shard)
+    except DataError:  # missing or damaged: the shard is packed again
+        return False
+    planned = (receipt.content, receipt.stamps) == (shard.content, shard.stamps)
+    return planned and file.stat().st_size == receipt.size
+
+
+def _receipt(work: Path, shard: ShardRow) -> ShardReceipt:
+    return ShardReceipt.load(receipt_path(work, shard.file))
+
+
+def finish(work: Path, image_options: ImageOptions) -> Json:
+    """Write all files of the pack except shards and manifest into work; return the manifest.
+
+    Its creation time and duration are still empty. Raises DataError when a shard of the plan is
+    missing.
+    """
+    with open_table(work / TABLE) as table:
+        missing = unfinished_shards(work, table.shards())
+        if missing:
+            raise DataError(
+                f"{work.parent}: {len(missing)} shards of the plan are not there: "
+                f"{first_few(missing)}; pack them (every part), then finish"
+            )
+    # The table is replaced last: if stopped before, finishing the plan again gives the same bytes.
+    with atomic_path(work / TABLE) as completed:
+        bad = _complete_table(work, completed)
+        skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
+        if skipped and image_options.on_bad == "fail":
+            raise DataError(
+                f"{work.parent}: shards that were packed with --on-bad skip lack {len(skipped)} "
+                f"images: {first_few(skipped, between='; ')}; use --on-bad skip, or repair them"
+            )
+        with open_table(completed) as table:
+            manifest = _manifest(work, table, image_options) | {"bad": bad}
+        manifest["table_sha256"] = sha256_of(completed)
+    return manifest
+
+
+def _complete_table(work: Path, target: Path) -> list[Json]:
+    """Write the table with the position of every record to target; return the remarks."""
+    shutil.copyfile(work / TABLE, target)
+    with table_errors(target), closing(edit_table(target)) as connection:
+        table = Table(connection)
+        # An earlier finish may have completed the table before it was stopped: then keep its bytes.
+        if not _has_written(table, _written(work, table)):
+            create_written(connection)
+            connection.execute("BEGIN")
+            rows = _written(work, table)
+            connection.executemany("INSERT INTO written VALUES (?, ?, ?, ?, ?)", rows)
+            # The unpacked copy of an archive is removed when the pack is complete.
+            connection.execute("UPDATE sources SET file = spec WHERE file LIKE 'spool-%'")
+            connection.execute("COMMIT")
+        return _remarks(work, table)
+
+
+def _written(work: Path, table: Table) -> Iterator[tuple[int, ...]]:
+    """Yield id, offset, length, size and crc32 of every record, in order."""
+    for shard in table.shards():
+        receipt = _receipt(work, shard)
+        columns = [getattr(receipt, name) for name in COLUMNS]
+        for start in range(0, len(receipt.ids), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            yield from zip(*(column[block].tolist() for column in columns), strict=True)
+
+
+def _has_written(table: Table, rows: Iterator[tuple[int, ...]]) -> bool:
+    """Return whether the table is completed already, with exactly these rows."""
+    if not list(table.query("SELECT 1 FROM sqlite_master WHERE name = 'written'")):
+        return False
+    stored = table.query("SELECT * FROM written ORDER BY id")
+    return all(old == new for old, new in zip_longest(stored, rows))
+
+
+def _remarks(work: Path, table: Table) -> list[Json]:
+    """Return the manifest's entries about images that were skipped or converted."""
+    classes, sources = table.classes(), table.sources()
+    entries = []
+    for shard in table.shards():
+        for remark in _receipt(work, shard).remarks:
+            record = table.record(remark.id)
+            assert record is not None, remark
+            entries.append(
+                {
+                    "image": image_key(classes, record),
+                    "source": origin_of(sources[record.source], record),
+                    "reason": remark.reason,
+                    "action": remark.action,
+                }
+            )
+    return entries
+
+
+def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
+    options = table.options()
+    classes = table.classes()
+    shards, totals = _shards(work, table)
+    return {
+        "format": FORMAT,
+        "tool": f"mpl_fast {__version__}",
+        "created": "",
+        "plan_sha256": plan_digest(table),
+        "layout": options["layout"],
+        "options": options,
+        "sources": _sources(table),
+        "classes": {
+            "n": len(classes),
+            "file": CLASSES,
+            "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
+        },
+        "transform": describe_processing(image_options),
+        "shards": shards,
+        "splits": _splits(work, table, {shard["file"]: shard["bytes"] for shard in shards}),
+        "table": TABLE,
+        "duplicates": find_duplicates(table),
+        "totals": totals,
+    }
+
+
+def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
+    options = table.options()
+    rows = table.shards()
+    val = any(shard.prefix == "val" for shard in rows)
+    written = {}
+    for split in planned_splits(options["layout"], options["unlabeled"], val=val):
+        own = [shard for shard in rows if shard.prefix == split.prefix]
+        entry = write_split(work, table, split.stem, own, sizes, split.labeled)
+        if not entry["records"]:
+            raise DataError(
+                f"{split.name}: all its images are skipped, and an index without records cannot "
+                "be read; repair the images, or choose other labeled ones"
+            )
+        written[split.name] = entry
+    return written
+
+
+def _sources(table: Table) -> list[Json]:
+    options = table.options()
+    # Labeled images that are in two .rec files are counted once.
+    twice = options["layout"] == "separate" and options["unlabeled"] == "all"
+    images = "(SELECT DISTINCT source, path, start, size FROM records)" if twice else "records"
+    query = f"SELECT source, count(*), sum(size) FROM {images} GROUP BY source"
+    totals = {source: (images, size) for source, images, size in table.query(query)}
+    entries = []
+    for source in table.sources():
+        count, size = totals.get(source.number, (0, 0))
+        entries.append({"spec": source.spec, "kind": source.kind, "images": count, "bytes": size})
+    return entries
+
+
+def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
+    """Return the manifest's entries of all shards, and their totals."""
+    rows = table.shards()
+    counts = Counter(shard.prefix for shard in rows)
+    entries = []
+    totals: Counter[str] = Counter()
+    for shard in rows:
+        receipt = _receipt(work, shard)
+        entry: Json = {
+            "file": shard.file,
+            "prefix": shard.prefix,
+            "bytes": receipt.size,
+            "records": len(receipt.ids),
+            "sha256": receipt.sha256,
+            "multipart": receipt.multipart,
+            "first_id": shard.first_id,
+        }
+        if counts[shard.prefix] > 1:  # else the split's index is the shard's own
+            entry["idx"] = f"{Path(shard.file).stem}.idx"
+            entry["idx_sha256"] = _write_index(work / entry["idx"], receipt)
+        entries.append(entry)
+        totals["images"] += len(receipt.ids)
+        totals["bytes_in"] += receipt.bytes_in
+        totals["bytes_out"] += receipt.size
+        totals["reencoded"] += receipt.reencoded
+        totals["orientation_dropped"] += receipt.rotated
+    return entries, {**totals, "seconds": 0.0}
+
+
+def _write_index(path: Path, receipt: ShardReceipt) -> str:
+    with atomic_file(path) as file:
+        for number, offset in zip(receipt.ids.tolist(), receipt.offsets.tolist(), strict=True):
+            file.write(b"%d\t%d\n" % (number, offset))
+    return file.sha256
+
+
+def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
+    """Return a warning when labeled images were left out as bad; "" when none was."""
+    labeled = manifest["splits"]["labeled"]
+    if manifest["layout"] == "separate":
+        drawn = sum(shard.records for shard in table.shards() if shard.prefix == "train_label")
+    else:
+        ((drawn,),) = table.query("SELECT count(*) FROM records WHERE labeled")
+    if labeled["records"] == drawn:
+        return ""
+    none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or repair them"
+    return f"{drawn - labeled['records']} of the {drawn} labeled images were left out as bad{none}"

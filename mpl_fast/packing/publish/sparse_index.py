@@ -1,0 +1,97 @@
+"""Index files that list only some records of several files, in the form that DALI reads correctly.
+
+DALI sorts the offsets and follows the files with a cursor that advances by at most one file per
+line, and not on the last line (recordio_loader.h of DALI 2.4). So it reads from the wrong file when
+a file has no listed record. A repeated line gives no second record but advances the cursor: such
+lines pad a sparse index here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from mpl_fast.errors import DataError
+
+
+class DaliPosition(NamedTuple):
+    """Where DALI reads a record."""
+
+    file: int
+    offset: int  # in that file; beyond its end if DALI reads from the wrong file
+    size: int  # bytes up to the next record of the index, or to the end of the last file
+
+
+def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
+    """Yield the lines `id TAB offset` of an index, repeated as DALI's cursor needs them.
+
+    entries are (record id, file number, offset over the joined files) in the order of the offsets.
+    If every file has a listed record, each record gets one line, except a last record that is
+    alone in its file.
+    """
+    cursor = 0
+    waiting: tuple[int, int, int] | None = None
+    for entry in entries:
+        if waiting:
+            record_id, file, offset = waiting
+            line = f"{record_id}\t{offset}\n"
+            yield line
+            for _ in range(file - cursor - 1):
+                yield line
+            cursor = file
+        waiting = entry
+    if waiting:
+        record_id, file, offset = waiting
+        for _ in range(1 + file - cursor):
+            yield f"{record_id}\t{offset}\n"
+
+
+def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[DaliPosition]:
+    """Yield where DALI reads each record of an index, given its offsets in ascending order.
+
+    sizes are the bytes of the joined files.
+    """
+    starts = [0, *accumulate(sizes)]
+    file = 0
+    previous: int | None = None
+    for offset in offsets:
+        if previous is not None:
+            if file + 1 < len(sizes) and previous >= starts[file + 1]:
+                file += 1
+            if offset > previous:
+                yield DaliPosition(file, previous - starts[file], offset - previous)
+        previous = offset
+    if previous is not None:
+        yield DaliPosition(file, previous - starts[file], starts[-1] - previous)
+
+
+def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
+    """Return the number of records that DALI reads by an index, each from the right file.
+
+    sizes are the bytes of the joined files. Raises DataError with the index's name when a line is
+    malformed, an offset is out of order or range, or DALI would read from a wrong file.
+    """
+    records = 0
+    for place in dali_positions(_offsets(lines, sum(sizes), name), sizes):
+        if place.offset >= sizes[place.file]:
+            raise DataError(
+                f"{name}: DALI would read its record {records + 1} from the wrong file (number "
+                f"{place.file}, beyond its end); the lines lack padding"
+            )
+        records += 1
+    return records
+
+
+def _offsets(lines: Iterable[str], total: int, name: str) -> Iterator[int]:
+    previous = 0
+    for number, line in enumerate(lines, 1):
+        key, _, text = line.rstrip("\n").partition("\t")
+        if not (key.isdecimal() and text.isdecimal()):
+            raise DataError(f"{name}:{number}: {line.rstrip()!r} is not `id TAB offset`")
+        offset = int(text)
+        if not previous <= offset < total:
+            raise DataError(
+                f"{name}:{number}: offset {offset} is not between {previous} (the line before) "
+                f"and {total} (bytes of the .rec files)"
+            )
+        yield offset
+        previous = offset

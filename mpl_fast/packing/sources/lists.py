@@ -1,0 +1,153 @@
+"""MXNet's .lst: id, label and path of each image."""
+
+import os
+import stat
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import Tally
+
+LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
+
+
+class Line(NamedTuple):
+    """One line of a .lst."""
+
+    number: int  # from 1
+    id: int
+    label: int
+    path: str  # as written in the list
+
+
+class ListedFile(NamedTuple):
+    """A file that a .lst names."""
+
+    label: int
+    path: str  # below the root, with "/"
+    size: int  # bytes
+    stamp: int  # modification time, ns
+
+
+def whole_label(label: str | float) -> int:
+    """Return a label ("16", "16.000000", "1e3") as a class index; ValueError if it is none."""
+    try:
+        number = float(label)
+    except ValueError as error:
+        raise ValueError(f"label {label!r} is no number") from error
+    if not number.is_integer() or not 0 <= number < LABEL_LIMIT:
+        raise ValueError(f"label {label} is no whole number in 0..{LABEL_LIMIT - 1}")
+    return int(number)
+
+
+def read_list(path: Path) -> Iterator[Line]:
+    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line."""
+    labels: dict[str, int] = {}  # few, on many lines
+    for number, text in text_lines(path):
+        try:
+            record_id, label, name = _columns(text)
+            if label not in labels:
+                labels[label] = whole_label(label)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number}: {error}") from error
+        yield Line(number, record_id, labels[label], name)
+
+
+def _columns(text: str) -> tuple[int, str, str]:
+    columns = text.split("\t")
+    if len(columns) < 3 or not columns[-1]:
+        raise ValueError(f"{text!r} is not `id TAB label TAB path`")
+    if len(columns) > 3:
+        raise ValueError(f"{len(columns) - 2} labels, but only one an image can be packed")
+    if not columns[0].isdecimal():
+        raise ValueError(f"id {columns[0]!r} is no whole number")
+    return int(columns[0]), columns[1], columns[2]
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield number and text of each line that is not blank, without line end or byte order mark.
+
+    Only LF and CR LF end a line: a file name may contain any other character.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                text = line.rstrip("\r\n")
+                if text and not text.isspace():
+                    yield number, text
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+
+
+def class_names(path: Path) -> tuple[str, ...]:
+    """Return the class names by label, taken from the folders in a .lst.
+
+    A label whose images are all in one folder is named by that folder, any other by its number.
+    If two labels would get the same name, all are named by their numbers.
+    """
+    folders: dict[int, str] = {}  # "": several
+    for line in read_list(path):
+        folder = line.path.rpartition("/")[0].rpartition("/")[2]
+        if folders.setdefault(line.label, folder) != folder:
+            folders[line.label] = ""
+    if not folders:
+        raise DataError(f"{path}: lists no image")
+    numbers = [str(label) for label in range(max(folders) + 1)]
+    names = [folders.get(label) or number for label, number in enumerate(numbers)]
+    return tuple(names if len(set(names)) == len(names) else numbers)
+
+
+def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
+    """Yield the files that a .lst names, which must be below root.
+
+    Raises DataError when a path leaves root or is listed twice, and, at the end, when files are
+    missing.
+    """
+    _require_unique(path, root)
+    missing = Tally()
+    for line in read_list(path):
+        relative = _below(root, line, path)
+        state = _state(f"{root}/{relative}")
+        if state is None:
+            missing.add(f"{relative} (line {line.number})")
+        else:
+            yield ListedFile(line.label, relative, state.st_size, state.st_mtime_ns)
+    if missing.count:
+        raise DataError(f"{path}: {missing.count} files are not in {root}: {missing}")
+
+
+def _state(path: str) -> os.stat_result | None:
+    """Return the stat of a regular file, else None."""
+    try:
+        state = os.stat(path)  # noqa: PTH116 (a Path for each image takes twice the time)
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return None
+    return state if stat.S_ISREG(state.st_mode) else None
+
+
+def _below(root: Path, line: Line, path: Path) -> str:
+    """Return a listed path relative to root; links are not resolved here."""
+    name = os.path.normpath(line.path)
+    if name.startswith("/"):
+        name = os.path.relpath(name, root.absolute())
+    if name.startswith("../") or name in ("..", "."):
+        raise DataError(f"{path}: line {line.number}: {line.path} is not below {root}; see --root")
+    return name
+
+
+def _require_unique(path: Path, root: Path) -> None:
+    """DataError when a .lst names a file twice; uses 8 bytes of memory per line."""
+    import numpy as np  # late: the command line's --help must not wait for it
+
+    hashes = array("q", (hash(_below(root, line, path)) for line in read_list(path)))
+    if not hashes:
+        return
+    ordered = np.sort(np.frombuffer(hashes, np.int64))
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    first: dict[str, int] = {}
+    for line in read_list(path) if twice else ():
+        name = _below(root, line, path)
+        if hash(name) in twice and first.setdefault(name, line.number) != line.number:
+            raise DataError(f"{path}: line {line.number}: {name} is on line {first[name]} already")

@@ -1,0 +1,55 @@
+"""Reads JPEG header segments: EXIF orientation and the Adobe marker."""
+
+import struct
+from collections.abc import Iterator
+
+_APP1, _APP14, _START_OF_SCAN = 0xE1, 0xEE, 0xDA  # second byte of a marker
+_EXIF = b"Exif\0\0"
+_ORIENTATION = 0x0112  # tag
+_ENTRY = "HHIH"  # tag, type, count, and the value where it is a short
+
+
+def orientation(image: bytes | memoryview) -> int:
+    """Return the EXIF orientation of a JPEG, 1 to 8; 1 if it is missing or damaged."""
+    for marker, content in _segments(image):
+        if marker == _APP1 and content[: len(_EXIF)] == _EXIF:
+            return _tiff_orientation(bytes(content[len(_EXIF) :]))
+    return 1
+
+
+def has_adobe_mark(image: bytes | memoryview) -> bool:
+    """Return whether a JPEG has an Adobe marker: such CMYK images are stored inverted."""
+    return any(marker == _APP14 and head[:5] == b"Adobe" for marker, head in _segments(image))
+
+
+def _segments(image: bytes | memoryview) -> Iterator[tuple[int, bytes | memoryview]]:
+    """Yield (second byte of the marker, content) up to the compressed data or to damage."""
+    position = 2
+    while image[position : position + 1] == b"\xff":
+        head = image[position + 1 : position + 4]
+        if len(head) < 3 or head[0] == _START_OF_SCAN:
+            return
+        if head[0] == 0xFF:  # a marker may be preceded by any number of these
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(head[1:], "big")
+        yield head[0], image[position + 4 : end]
+        position = max(end, position + 4)
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    """Read the tag from the first directory of a TIFF header."""
+    byte_order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if byte_order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(byte_order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(byte_order + "H", tiff, directory)
+        for entry in range(entries):
+            place = directory + 2 + 12 * entry
+            tag, _, _, value = struct.unpack_from(byte_order + _ENTRY, tiff, place)
+            if tag == _ORIENTATION:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # an offset outside the segment
+        pass
+    return 1

@@ -1,0 +1,244 @@
+"""Decodes image files, strictly or as far as possible, and encodes JPEG.
+
+Pixels are (height, width, 3) uint8 in OpenCV's order, blue first, or (height, width, 1) for gray.
+Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied.
+"""
+
+import re
+import struct
+import zlib
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from mpl_fast.packing.write.jpeg_segments import has_adobe_mark
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PIXEL_LIMIT = 1 << 28  # of one image; as RGB that is 805 MB
+_PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # mark, chunk type, width, height, bits, color type
+_GRAY_PNG = (0, 4)  # color types: gray, gray with alpha
+_MARKS = {
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "GIF": re.compile(rb"GIF8[79]a"),
+    "WebP": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "BMP": re.compile(rb"BM"),
+}
+
+
+class PixelsError(Exception):
+    """An image cannot be decoded or encoded, for the reason in its one-line text."""
+
+
+class _TooManyPixelsError(PixelsError):
+    """An image is too large to be decoded safely."""
+
+
+class Shape(NamedTuple):
+    """Size and color of an image according to its header."""
+
+    height: int
+    width: int
+    color: str  # "Gray", "CMYK", "YCCK" or another
+
+
+def kind_of(image: bytes | memoryview) -> str:
+    """Return "JPEG", "PNG", "GIF", "WebP", "BMP" or "" according to the first bytes."""
+    return next((kind for kind, mark in _MARKS.items() if mark.match(image)), "")
+
+
+def read_shape(image: bytes | memoryview) -> Shape:
+    """Return the stored size and color of a JPEG or PNG; PixelsError when its header is damaged."""
+    if kind_of(image) == "PNG":
+        shape = _png_shape(image)
+    else:
+        import simplejpeg  # late, as all imports here: --help must not wait for it
+
+        try:
+            height, width, color, _ = simplejpeg.decode_jpeg_header(image)
+        except ValueError as error:
+            reason = "damaged JPEG header, or an unusual subsampling of colors"
+            raise PixelsError(f"{reason} ({_one_line(error)})") from error
+        shape = Shape(height, width, color)
+    if shape.height * shape.width > PIXEL_LIMIT:
+        size = f"{shape.width} x {shape.height}"
+        raise _TooManyPixelsError(f"{size} pixels are more than {PIXEL_LIMIT}")
+    return shape
+
+
+def check_jpeg(image: bytes | memoryview) -> None:
+    """Decode a JPEG strictly; PixelsError when anything in it is damaged.
+
+    It is decoded at 1/8 of its size, which reads all compressed data in 2/3 of the time.
+    """
+    read_shape(image)
+    _decode_jpeg(image, (1, 1), "BGR", strict=True)
+
+
+def decode(
+    image: bytes | memoryview, size: tuple[int, int] | None = None, *, strict: bool = True
+) -> "NDArray[np.uint8]":
+    """Return the pixels of an image file, reduced to size (height, width) if it is given.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 if that is still at least size. If not strict, a damaged
+    image is decoded as far as possible, and the rest is gray or black. Raises PixelsError when the
+    image cannot be decoded.
+    """
+    kind = kind_of(image)
+    if not kind:
+        raise PixelsError("no image that can be read here")
+    if kind == "JPEG":
+        try:
+            return _decode_any_jpeg(image, size, strict=strict)
+        except _TooManyPixelsError:
+            raise
+        except PixelsError:
+            if strict:
+                raise  # else try OpenCV, which supports every subsampling of colors
+    if kind == "PNG" and strict:
+        _check_chunks(image)
+    pixels = _decode_with_opencv(image, gray=kind == "PNG" and read_shape(image).color == "Gray")
+    return pixels if size is None else shrink(pixels, size)
+
+
+def shrink(
+    pixels: "NDArray[np.uint8]", size: tuple[int, int], full: tuple[float, float] | None = None
+) -> "NDArray[np.uint8]":
+    """Return pixels area-averaged to a smaller size (height, width).
+
+    full is the exact height and width of the image in these pixels: of a JPEG decoded at 1/2, the
+    last row may be half outside the image.
+    """
+    import numpy as np
+
+    height, width = size
+    full_height, full_width = full or pixels.shape[:2]
+    cv2 = _opencv()
+    scales = {"fx": width / full_width, "fy": height / full_height}
+    smaller = cv2.resize(pixels, None, **scales, interpolation=cv2.INTER_AREA)
+    # A partial row or column can make the result one too large.
+    return np.ascontiguousarray(smaller[:height, :width]).reshape(height, width, -1)
+
+
+def encode(pixels: "NDArray[np.uint8]", quality: int) -> bytes:
+    """Return pixels as a baseline JPEG with 4:2:0 chroma subsampling, without metadata."""
+    import simplejpeg
+
+    color, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("BGR", "420")
+    try:
+        encoded: bytes = simplejpeg.encode_jpeg(
+            pixels, quality=quality, colorspace=color, colorsubsampling=sampling
+        )
+    except ValueError as error:
+        height, width, _ = pixels.shape
+        raise PixelsError(f"{width} x {height} pixels: {_one_line(error)}") from error
+    return encoded
+
+
+def _decode_any_jpeg(
+    image: bytes | memoryview, size: tuple[int, int] | None, *, strict: bool
+) -> "NDArray[np.uint8]":
+    shape = read_shape(image)
+    factor = 1 if size is None else _factor(shape, size)
+    scaled = -(-shape.height // factor), -(-shape.width // factor)
+    if shape.color in ("CMYK", "YCCK"):
+        pixels = _decode_inks(image, scaled, strict=strict)
+    else:
+        color = "GRAY" if shape.color == "Gray" else "BGR"
+        pixels = _decode_jpeg(image, scaled, color, strict=strict)
+    if size is None:
+        return pixels
+    return shrink(pixels, size, (shape.height / factor, shape.width / factor))
+
+
+def _decode_inks(
+    image: bytes | memoryview, size: tuple[int, int], *, strict: bool
+) -> "NDArray[np.uint8]":
+    """Return the RGB pixels of a CMYK JPEG, with DALI's formula color * black / 255."""
+    import numpy as np
+
+    passing = _decode_jpeg(image, size, "CMYK", strict=strict)
+    if not has_adobe_mark(image):
+        passing = ~passing
+    color, black = passing[..., 2::-1].astype(np.uint16), passing[..., 3:]
+    return (color * black // 255).astype(np.uint8)
+
+
+def _factor(shape: Shape, size: tuple[int, int]) -> int:
+    """Return the largest of 8, 4, 2 and 1 by which shape can be divided and still be >= size.
+
+    libjpeg-turbo also has 8/3, 8/5, .. but only powers of two are fast.
+    """
+    fits = min(shape.height // size[0], shape.width // size[1])
+    return next(factor for factor in (8, 4, 2, 1) if factor <= max(fits, 1))
+
+
+def _decode_jpeg(
+    image: bytes | memoryview, size: tuple[int, int], color: str, *, strict: bool
+) -> "NDArray[np.uint8]":
+    import simplejpeg
+
+    height, width = size
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            image, colorspace=color, min_height=height, min_width=width, strict=strict
+        )
+    except (ValueError, MemoryError) as error:
+        raise PixelsError(_one_line(error)) from error
+    return pixels
+
+
+def _decode_with_opencv(image: bytes | memoryview, *, gray: bool) -> "NDArray[np.uint8]":
+    import numpy as np
+
+    cv2 = _opencv()
+    flags = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR
+    try:
+        content = np.frombuffer(image, np.uint8)
+        pixels = cv2.imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise PixelsError(_one_line(error)) from error
+    if pixels is None:
+        raise PixelsError(f"OpenCV cannot decode this {kind_of(image)}")
+    decoded: NDArray[np.uint8] = pixels.reshape(*pixels.shape[:2], -1)
+    return decoded
+
+
+def _png_shape(image: bytes | memoryview) -> Shape:
+    if len(image) < _PNG_HEADER.size:
+        raise PixelsError("cut short (no IHDR chunk)")
+    _, kind, width, height, _, color = _PNG_HEADER.unpack_from(image)
+    if kind != b"IHDR":
+        raise PixelsError("damaged PNG (no IHDR chunk)")
+    return Shape(height, width, "Gray" if color in _GRAY_PNG else "RGB")
+
+
+def _check_chunks(image: bytes | memoryview) -> None:
+    """Check the chunk checksums of a PNG, which OpenCV ignores or only warns about."""
+    position = 8
+    kind = b""
+    while kind != b"IEND":
+        size = int.from_bytes(image[position : position + 4], "big")
+        body = image[position + 4 : position + 8 + size]
+        kind = bytes(body[:4])
+        checksum = image[position + 8 + size : position + 12 + size]
+        if len(body) != size + 4 or checksum != zlib.crc32(body).to_bytes(4, "big"):
+            raise PixelsError(f"damaged PNG chunk at byte {position}")
+        position += 12 + size
+
+
+@cache
+def _opencv() -> ModuleType:
+    """Return OpenCV limited to one thread, since every core has a worker already."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are reported here
+    return cv2
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

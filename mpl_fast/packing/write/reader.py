@@ -1,0 +1,153 @@
+"""Reads the images of a shard from byte ranges of files; a file changed since planning is an error.
+
+Files are opened ahead of their use, and the kernel is advised of each byte range (posix_fadvise),
+so that a disk or network has many requests in flight.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from typing import NamedTuple
+
+from mpl_fast.data.records import parse_payload, unframe
+from mpl_fast.errors import DataError
+from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_of
+
+_BATCH = 8  # records that are opened together
+_CHANGED = "changed while it was being packed (or since it was planned); pack again"
+
+
+class OpenedRecord(NamedTuple):
+    """A record whose file is open; the kernel may already read it ahead."""
+
+    record: RecordRow
+    source: SourceRow
+    file: int  # descriptor
+
+
+class Reader:
+    """Reads the records of one shard in order; `classes` are used in error messages only."""
+
+    def __init__(self, sources: Sequence[SourceRow], classes: list[str], threads: int) -> None:
+        self._sources = {source.number: source for source in sources}
+        self._classes = classes
+        self._threads = ThreadPoolExecutor(threads) if threads else None
+        self._batches_ahead = threads + 1
+        self._shared: dict[int, int] = {}  # source number to descriptor
+        self._own: set[int] = set()  # descriptors of files that hold one image
+
+    def opened(self, records: Iterable[RecordRow]) -> Iterator[OpenedRecord]:
+        """Yield the records in order; a file of one image is closed before the next is yielded."""
+        rows = iter(records)
+        batches: deque[Callable[[], list[OpenedRecord]]] = deque()
+        while True:
+            while len(batches) < self._batches_ahead and (batch := list(islice(rows, _BATCH))):
+                batches.append(self._open_ahead(batch))
+            if not batches:
+                return
+            for opened in batches.popleft()():
+                yield opened
+                if opened.file in self._own:
+                    self._own.remove(opened.file)
+                    os.close(opened.file)
+
+    def fill(self, opened: OpenedRecord, views: list[memoryview]) -> None:
+        """Read the image of a record into views, whose total size is the image's."""
+        record = opened.record
+        start = max(0, record.start)
+        whole = True
+        try:
+            for view in views:
+                whole = whole and _read(opened.file, view, start)
+                start += len(view)
+            if record.start < 0:
+                stat = os.fstat(opened.file)
+                whole = whole and (stat.st_size, stat.st_mtime_ns) == (record.size, record.stamp)
+        except OSError as error:
+            raise DataError(f"{self._name(opened)}: {error.strerror}") from error
+        if not whole:
+            raise DataError(f"{self._name(opened)} {_CHANGED}")
+
+    def image(self, opened: OpenedRecord) -> bytes:
+        """Return the image of a record, without the frame and header of a .rec file."""
+        buffer = bytearray(opened.record.size)
+        self.fill(opened, [memoryview(buffer)])
+        content = bytes(buffer)
+        if opened.source.kind != "records":
+            return content
+        try:
+            return parse_payload(unframe(content)).image
+        except DataError as error:
+            raise DataError(f"{self._name(opened)}: {error}") from error
+
+    def require_unchanged(self) -> None:
+        """DataError when a file of many images changed since planning."""
+        for number, file in self._shared.items():
+            self._check_shared(self._sources[number], file)
+
+    def close(self) -> None:
+        """Close every file."""
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        for file in (*self._shared.values(), *self._own):
+            os.close(file)
+
+    def _open_ahead(self, batch: list[RecordRow]) -> Callable[[], list[OpenedRecord]]:
+        """Start to open the files of a batch; return a function that waits for them."""
+        for number in {record.source for record in batch}:
+            source = self._sources[number]
+            if source.kind != "folder" and number not in self._shared:
+                self._shared[number] = _open(source.file, source.spec)
+                self._check_shared(source, self._shared[number])
+        if self._threads:
+            return self._threads.submit(self._open_batch, batch).result
+        opened = self._open_batch(batch)
+        return lambda: opened
+
+    def _open_batch(self, batch: list[RecordRow]) -> list[OpenedRecord]:
+        result = []
+        for record in batch:
+            source = self._sources[record.source]
+            if source.kind == "folder":
+                file = _open(f"{source.file}/{record.path}", image_key(self._classes, record))
+                self._own.add(file)
+            else:
+                file = self._shared[source.number]
+            with suppress(OSError):  # advice only
+                os.posix_fadvise(file, max(0, record.start), record.size, os.POSIX_FADV_WILLNEED)
+            result.append(OpenedRecord(record, source, file))
+        return result
+
+    def _check_shared(self, source: SourceRow, file: int) -> None:
+        try:
+            stat = os.fstat(file)
+        except OSError as error:
+            raise DataError(f"{source.spec}: {source.file}: {error.strerror}") from error
+        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.stamp):
+            raise DataError(f"{source.spec}: {source.file} {_CHANGED}")
+
+    def _name(self, opened: OpenedRecord) -> str:
+        return (
+            f"{image_key(self._classes, opened.record)}: {origin_of(opened.source, opened.record)}"
+        )
+
+
+def _open(path: str, name: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{name}: {path}: {error.strerror}; it was there when planned") from error
+
+
+def _read(file: int, view: memoryview, start: int) -> bool:
+    """Fill view from offset start; return False when the file ends before."""
+    while view:
+        size = os.preadv(file, [view], start)
+        if not size:
+            return False
+        view = view[size:]
+        start += size
+    return True

@@ -1,0 +1,134 @@
+"""Writes a shard from a ring of buffers, filled in place while threads write and hash full ones.
+
+Large O_DIRECT writes bypass the page cache: no second copy of the data, and no stalls when the
+kernel writes dirty pages back. File systems without O_DIRECT get buffered writes.
+"""
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+BUFFER = 8 << 20  # bytes written at a time
+_RING = 3  # buffers: one being filled, perhaps on into the next, one being written
+_BLOCK = 4096  # bytes; direct writes are whole blocks
+
+
+class ShardWriter:
+    """A new file, written sequentially; a failed write raises OSError in one of the next calls."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o666)
+        self._direct = _set_direct(self._file, True)
+        self._buffers = [memoryview(mmap.mmap(-1, BUFFER)) for _ in range(_RING)]
+        self._uses: list[tuple[Future[None], ...]] = [()] * _RING
+        # A thread each: one buffer is hashed while another is written.
+        self._writes = ThreadPoolExecutor(1)
+        self._digests = ThreadPoolExecutor(1)
+        self._digest = hashlib.sha256()
+        self.position = 0
+        """Offset in the file of what is written next."""
+
+    def fits(self, size: int) -> bool:
+        """Return whether the next `size` bytes fit into the ring, to be filled in place."""
+        return (self.position + size) // BUFFER - self.position // BUFFER < _RING
+
+    def room(self, start: int, size: int) -> list[memoryview]:
+        """Return writable views of the file's bytes start to start + size, one per buffer.
+
+        They must start at `position` or later, within what fits. They are written when `advance`
+        moves the position past them.
+        """
+        views = []
+        while size:
+            number, at = divmod(start, BUFFER)
+            view = self._free_buffer(number)[at : at + size]
+            views.append(view)
+            start += len(view)
+            size -= len(view)
+        return views
+
+    def put(self, start: int, content: "bytes | memoryview") -> None:
+        """Copy content to the file's bytes from start on, within the same limits as room."""
+        at = 0
+        for view in self.room(start, len(content)):
+            view[:] = content[at : at + len(view)]
+            at += len(view)
+
+    def advance(self, size: int) -> None:
+        """Move the position past the next `size` bytes, which are filled; write full buffers."""
+        first = self.position // BUFFER
+        self.position += size
+        for number in range(first, self.position // BUFFER):
+            self._hand_over(number, BUFFER)
+
+    def append(self, content: bytes) -> None:
+        """Write content of any length at the position."""
+        rest = memoryview(content)
+        while rest:
+            piece = rest[: BUFFER - self.position % BUFFER]
+            self.put(self.position, piece)
+            self.advance(len(piece))
+            rest = rest[len(piece) :]
+
+    def finish(self) -> str:
+        """Write the last buffer, wait until the file is on disk, and return its sha256."""
+        number, size = divmod(self.position, BUFFER)
+        self._hand_over(number, size)
+        for last in range(number, number + _RING):
+            self._free_buffer(last)
+        os.ftruncate(self._file, self.position)
+        os.fsync(self._file)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        for threads in (self._writes, self._digests):
+            threads.shutdown(cancel_futures=True)
+        os.close(self._file)
+
+    def _free_buffer(self, number: int) -> memoryview:
+        """Return the buffer of the file's number-th block, once its previous content is written."""
+        for use in self._uses[number % _RING]:
+            use.result()
+        self._uses[number % _RING] = ()
+        return self._buffers[number % _RING]
+
+    def _hand_over(self, number: int, size: int) -> None:
+        for use in chain(*self._uses):
+            if use.done():
+                use.result()  # raises, for example when the disk is full
+        content = self._free_buffer(number)[:size]
+        self._uses[number % _RING] = (
+            self._writes.submit(self._write, number, size),
+            self._digests.submit(self._digest.update, content),
+        )
+
+    def _write(self, number: int, size: int) -> None:
+        view = self._buffers[number % _RING][: size + -size % _BLOCK]  # finish truncates the file
+        offset = number * BUFFER
+        while view:
+            try:
+                written = os.pwrite(self._file, view, offset)
+            except OSError as error:
+                if not self._direct or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                self._direct = _set_direct(self._file, False)
+                continue
+            view = view[written:]
+            offset += written
+
+
+def _set_direct(file: int, direct: bool) -> bool:
+    """Switch O_DIRECT on or off; return whether it is on now."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | (os.O_DIRECT if direct else 0))
+    except OSError:
+        return False
+    return direct

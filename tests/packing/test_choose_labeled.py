@@ -1,0 +1,176 @@
+"""The labeled draw is even, seeded, the same everywhere, and says what it cannot do."""
+
+import hashlib
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
+
+Images = list[tuple[int, str, str]]
+
+
+def images_of(counts: dict[str, int]) -> Images:
+    names = [
+        (name, f"{name}_{number}.jpg") for name, count in counts.items() for number in range(count)
+    ]
+    return [(7 * at, *pair) for at, pair in enumerate(names)]  # ids need not be consecutive
+
+
+def chosen_keys(images: Images, how: str, seed: int, balance: str = "count") -> set[str]:
+    ids = choose_labeled(iter(images), how, seed=seed, balance=balance)
+    chosen = {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
+    assert len(chosen) == len(ids)
+    return chosen
+
+
+def per_class(keys: set[str]) -> Counter[str]:
+    return Counter(key.partition("/")[0] for key in keys)
+
+
+def test_draw_is_the_first_by_keyed_hash() -> None:
+    images = images_of({"ant": 20, "bee": 20})
+    expected = {
+        f"{name}/{file}"
+        for name in ("ant", "bee")
+        for file in sorted(
+            (f"{name}_{number}.jpg" for number in range(20)),
+            key=lambda file: hashlib.sha256(f"3:{name}/{file}".encode()).hexdigest(),
+        )[:4]
+    }
+    assert chosen_keys(images, "20%", 3) == expected
+    assert chosen_keys(images[::-1], "8", 3) == expected
+    assert chosen_keys(images, "8", 4) != expected
+
+
+def test_golden_draw() -> None:
+    assert chosen_keys(images_of({"ant": 9, "bee": 9}), "2", 0) == {
+        "ant/ant_6.jpg",
+        "bee/bee_1.jpg",
+    }
+
+
+def test_smaller_draw_is_part_of_larger() -> None:
+    images = images_of(dict.fromkeys("abcdefg", 50))
+    draws = [chosen_keys(images, how, 1) for how in ("7", "10", "5%", "10%", "100", "100%")]
+    assert [len(draw) for draw in draws] == [7, 10, 18, 35, 100, 350]
+    assert all(small <= large for small, large in itertools.pairwise(draws))
+
+
+def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
+    keys = chosen_keys(images_of({"a": 100, "b": 40, "c": 30}), "50%", 0)
+    assert sorted(per_class(keys).values()) == [28, 28, 29]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("2", "2 labeled images for 3 classes leave 1 classes without any; choose at least 3"),
+        ("15%", "2 labeled images for 3 classes"),
+        ("16", "that is 16 labeled images, the source has 15"),
+        ("120%", "that is 18 labeled images, the source has 15"),
+        ("0", "that is 0 labeled images"),
+        ("0.01%", "that is 0 labeled images"),
+        ("ten%", "not a share such as 10%"),
+        ("1/0%", "not a share such as 10%"),
+        ("0.1", "give a share"),
+        ("-3", "give a share"),
+        ("missing.txt", "or an existing file"),
+        ("", "or an existing file"),
+        ("x" * 300, "File name too long"),
+        ("1e5000000%", "not a share such as 10%"),
+        ("9" * 5000, "not a share such as 10%"),
+        ("9" * 5000 + "%", "not a share such as 10%"),
+    ],
+)
+def test_bad_amounts(how: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chosen_keys(images_of({"a": 5, "b": 5, "c": 5}), how, 0)
+
+
+def test_small_class_is_named() -> None:
+    with pytest.raises(DataError, match=r"1 classes .* even share: b \(3 of 5\)"):
+        chosen_keys(images_of({"a": 9, "b": 3}), "10", 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ant/ant_1.jpg\nbee/bee_0.jpg\n",
+        "bee_0.jpg\nant_1.jpg",
+        "\ufeffant_1.jpg\r\n\r\nbee_0.jpg\r\n",
+        "7\t0\tant/ant_1.jpg\n9\t1.000000\tbee/bee_0.jpg\n",
+        "train/ant/ant_1.jpg\n./bee/bee_0.jpg\n",
+        "ant/ant_1.jpg 0\nbee/bee_0.jpg 1\n",
+    ],
+)
+def test_list_forms(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_bytes(text.encode())
+    keys = chosen_keys(images_of({"ant": 3, "bee": 3}), str(path), 0)
+    assert keys == {"ant/ant_1.jpg", "bee/bee_0.jpg"}
+
+
+def test_list_with_spaces_in_names(tmp_path: Path) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text("great owl/an owl.jpg\n")
+    image = (0, "great owl", "an owl.jpg")
+    assert chosen_keys([image], str(path), 0) == {"great owl/an owl.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "no name in this list"),
+        ("".join(f"cat/{n}.jpg\n" for n in range(12)), r"12 names fit no image: .* and 2 more$"),
+        ("ant_0.jpg\nant/ant_0.jpg\n", "1 names are listed more than once: ant/ant_0.jpg"),
+        ("ant_0.jpg\n", "1 classes have no labeled image: bee"),
+        ("same.jpg\n", r"1 names fit images of several classes \(write class/name\): same.jpg"),
+    ],
+)
+def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text(text)
+    images = images_of({"ant": 2, "bee": 2})
+    images += [(1000 + at, name, "same.jpg") for at, name in enumerate(("ant", "bee"))]
+    with pytest.raises(DataError, match=message) as caught:
+        chosen_keys(images, str(path), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_proportional_draw_follows_the_sizes_and_nests() -> None:
+    images = images_of({"a": 1000, "b": 300, "c": 61, "d": 10})
+    draws = {n: chosen_keys(images, str(n), 5, "proportional") for n in (300, 301, 685, 1371)}
+    for total, draw in draws.items():
+        assert len(draw) == total
+        counts = per_class(draw)
+        for name, size in (("a", 1000), ("b", 300), ("c", 61), ("d", 10)):
+            assert abs(counts[name] - size * total / 1371) < 1.5
+    ordered = list(draws.values())
+    assert all(small <= large for small, large in itertools.pairwise(ordered))
+
+
+def test_proportional_draw_takes_the_first_of_each_class_by_rank() -> None:
+    images = images_of({"a": 30, "b": 90})
+    keys = [f"{class_name}/{name}" for _, class_name, name in images]
+    part = chosen_keys(images, "40", 2, "proportional")
+    for name in "ab":
+        ranked = sorted((key for key in keys if key[0] == name), key=lambda key: hash_rank(2, key))
+        count = per_class(part)[name]
+        assert set(ranked[:count]) == {key for key in part if key[0] == name}
+
+
+def test_proportional_draw_names_classes_that_get_nothing() -> None:
+    images = images_of({"a": 5000, "tiny": 1})
+    with pytest.raises(ConfigError, match="1 small classes get no labeled image: tiny"):
+        chosen_keys(images, "2", 1, "proportional")
+
+
+def test_first_word_counts_only_where_the_whole_line_fits_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "labeled.txt"
+    path.write_text("an owl.jpg\n")
+    images = [(0, "bird", "an"), (1, "bird", "an owl.jpg")]
+    assert chosen_keys(images, str(path), 0) == {"bird/an owl.jpg"}

@@ -1,0 +1,123 @@
+"""An image that passes the check is decoded by DALI, as the check decodes it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from mpl_fast.packing.write.image_check import find_fault
+from mpl_fast.packing.write.pixels import decode
+from tests.packing.hazard_images import chunks_of, encoded, photo, png_of, unusable, usable
+
+USABLE = usable()
+
+
+def decoded_by_dali(images: Sequence[bytes]) -> list[NDArray[np.uint8]]:
+    """Return the RGB of each, also cropped as in training; raises at the first that fails."""
+    following = iter(images)
+
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipeline:
+        image = fn.external_source(
+            lambda: [np.frombuffer(next(following), np.uint8)], dtype=types.UINT8, ndim=1
+        )
+        whole = fn.decoders.image(image, device="cpu", adjust_orientation=False)
+        crop = fn.decoders.image_random_crop(image, device="cpu", adjust_orientation=False)
+        pipeline.set_outputs(whole, crop)
+    pipeline.build()
+    return [np.array(pipeline.run()[0].at(0)) for _ in images]
+
+
+@pytest.fixture(scope="module")
+def by_dali() -> dict[str, NDArray[np.uint8]]:
+    return dict(zip(USABLE, decoded_by_dali(list(USABLE.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_what_dali_decodes(name: str, by_dali: dict[str, NDArray[np.uint8]]) -> None:
+    image = USABLE[name]
+    assert find_fault(image, "decode") is None
+    assert find_fault(memoryview(image), "header") is None
+    pixels = decode(memoryview(image))[..., ::-1]
+    assert np.array_equal(np.broadcast_to(pixels, by_dali[name].shape), by_dali[name])
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    cases = unusable(tmp_path)
+    faults = {name: find_fault(memoryview(image), "decode") for name, (image, _) in cases.items()}
+    missed = {
+        name: faults[name] for name, (_, part) in cases.items() if part not in str(faults[name])
+    }
+    assert missed == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("empty", "empty file"),
+        ("half", "cut short (no end-of-image mark)"),
+        ("png half", "cut short (no IEND chunk)"),
+        ("gif", "neither JPEG nor PNG but GIF"),
+        ("text", "neither JPEG nor PNG"),
+        ("half with an end mark", None),  # all that this check does not see
+        ("png bit flip", None),
+    ],
+)
+def test_header_alone(name: str, fault: str | None, tmp_path: Path) -> None:
+    image, _ = unusable(tmp_path)[name]
+    assert find_fault(image, "header") == find_fault(memoryview(image), "header") == fault
+
+
+def test_end_mark_far_from_the_end() -> None:
+    jpeg = encoded(photo(), "JPEG")
+    assert find_fault(memoryview(jpeg + bytes(100_000)), "header") is None
+
+
+def test_none_asks_only_for_bytes() -> None:
+    assert find_fault(b"", "none") == "empty file"
+    assert find_fault(b"text", "none") is None
+
+
+def damaged(image: bytes, random: np.random.Generator) -> bytes:
+    """Return image with some bytes changed, lost, added or cleared, or cut off."""
+    content = bytearray(image)
+    most = len(content) if random.random() < 0.5 else min(700, len(content))  # or in the header
+    place = int(random.integers(2, most))
+    size = int(random.integers(1, 64))
+    way = random.integers(5)
+    if way == 0:
+        content[place] ^= 1 << int(random.integers(8))
+    elif way == 1:
+        del content[place : place + size]
+    elif way == 2:
+        content[place:place] = random.bytes(size)
+    elif way == 3:
+        content[place : place + size] = bytes(len(content[place : place + size]))
+    else:
+        content[place:] = b"\xff\xd9"
+    return bytes(content)
+
+
+def damaged_png(image: bytes, random: np.random.Generator) -> bytes:
+    """Return image with a bit flipped in a chunk whose checksum is right."""
+    chunks = chunks_of(image)
+    row = int(random.integers(len(chunks) - 1))
+    content = bytearray(chunks[row][1])
+    content[int(random.integers(len(content)))] ^= 1 << int(random.integers(8))
+    chunks[row] = chunks[row][0], bytes(content)
+    return png_of(chunks)
+
+
+def test_dali_decodes_whatever_passes() -> None:
+    random = np.random.default_rng(0)
+    jpegs = ["jpeg", "progressive", "gray", "restart markers", "cmyk", "arithmetic", "exif 6"]
+    pngs = ["png", "png palette alpha", "png gray alpha", "png 16 bit", "png with exif"]
+    images = [damaged(USABLE[name], random) for name in jpegs for _ in range(100)]
+    images += [damaged_png(USABLE[name], random) for name in pngs for _ in range(40)]
+    passed = [image for image in images if find_fault(image, "decode") is None]
+    assert 50 < len(passed) < len(images) / 2
+    assert len(decoded_by_dali(passed)) == len(passed)

@@ -1,0 +1,209 @@
+"""Lists and labels files are read to the letter, and each fault is named with its line."""
+
+from pathlib import Path
+
+import pytest
+
+from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.first_few import Tally
+from mpl_fast.packing.sources.labels_file import Labels
+from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
+from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_list_of_files(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", {"x/ant/a.jpg": b"1", "y/bee/b.png": b"22", "c.gif": b"3"})
+    path = write(tmp_path / "all.lst", "7\t2\tx/ant/a.jpg\n9\t0\t./y/bee/b.png\n8\t4\tc.gif\n")
+    source, images = listed(path, tmp_path, root=tree)
+    assert (source.kind, source.file, source.size, source.stamp) == ("folder", tree, 0, 0)
+    assert keys(images) == ["4/c.gif", "ant/a.jpg", "bee/b.png"]
+    assert [image.path for image in images] == ["c.gif", "x/ant/a.jpg", "y/bee/b.png"]
+    assert [content(source, image) for image in images] == [b"3", b"1", b"22"]
+    assert source.class_order == ("bee", "1", "ant", "3", "4")
+    assert source.warnings == [f"{path}: 2 of the labels 0 to 4 have no image: 1, 3"]
+    beside = write(tree / "all.lst", path.read_bytes())
+    assert listed(beside, tmp_path)[1] == images
+    with pytest.raises(DataError, match=r"none: no such folder; the images listed in .*all.lst"):
+        listed(path, tmp_path, root=tmp_path / "none")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_line_ends_marks_and_blank_lines(tmp_path: Path, end: str, mark: str) -> None:
+    rows = (f"{mark}0\t16.000000\ta b/é.jpg", "", " \t ", '1\t1e3\t"c".jpg')
+    path = write(tmp_path / "a.lst", end.join(rows))
+    assert list(read_list(path)) == [Line(1, 0, 16, "a b/é.jpg"), Line(4, 1, 1000, '"c".jpg')]
+
+
+def test_names_that_are_no_utf8_or_have_other_line_breaks(tmp_path: Path) -> None:
+    name = b"ant/caf\xe9\x0b\xe2\x80\xa8.jpg".decode("utf-8", "surrogateescape")
+    make_tree(tmp_path, {name: b"1"})
+    path = write(tmp_path / "a.lst", b"0\t0\tant/caf\xe9\x0b\xe2\x80\xa8.jpg\n")
+    source, images = listed(path, tmp_path)
+    assert (keys(images), content(source, images[0])) == ([name], b"1")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1\t0", r"'1\\t0' is not `id TAB label TAB path`"),
+        ("1 0 b.jpg", "'1 0 b.jpg' is not `id TAB label TAB path`"),
+        ("1\t0\t", r"'1\\t0\\t' is not `id TAB label TAB path`"),
+        ("1\t0\t1\tb.jpg", "2 labels, but only one an image can be packed"),
+        ("x\t0\tb.jpg", "id 'x' is no whole number"),
+        ("1.5\t0\tb.jpg", "id '1.5' is no whole number"),
+        ("1\tant\tb.jpg", "label 'ant' is no number"),
+        ("1\tnan\tb.jpg", r"label nan is no whole number in 0..16777215"),
+        ("1\tinf\tb.jpg", "label inf is no whole number"),
+        ("1\t-1\tb.jpg", "label -1 is no whole number"),
+        ("1\t2.5\tb.jpg", "label 2.5 is no whole number"),
+        ("1\t16777216\tb.jpg", "label 16777216 is no whole number"),
+        ("1\t0\t../b.jpg", r"\.\./b.jpg is not below .*; see --root"),
+        ("1\t0\tx/../../b.jpg", r"x/\.\./\.\./b.jpg is not below"),
+        ("1\t0\t/b.jpg", "/b.jpg is not below"),
+        ("1\t0\t.", r"\. is not below"),
+        ("1\t0\ta.jpg", "a.jpg is on line 1 already"),
+        ("1\t1\tx/.././a.jpg", "a.jpg is on line 1 already"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, row: str, message: str) -> None:
+    make_tree(tmp_path, {"a.jpg": b"1"})
+    path = write(tmp_path / "a.lst", f"0\t0\ta.jpg\n\n{row}\n")
+    with pytest.raises(DataError, match=rf"a.lst: line 3: {message}"):
+        listed(path, tmp_path)
+
+
+def test_largest_label(tmp_path: Path) -> None:
+    assert whole_label("16777215.0") == (1 << 24) - 1
+    assert whole_label(16777215.0) == (1 << 24) - 1
+
+
+def test_absolute_paths_below_root(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"ant/a.jpg": b"1"})
+    path = write(tmp_path / "a.lst", f"0\t0\t{tmp_path}/ant/a.jpg\n")
+    source, images = listed(path, tmp_path)
+    assert (images[0].path, content(source, images[0])) == ("ant/a.jpg", b"1")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"ant/a.jpg": b"1"})
+    rows = ["0\t0\tant/a.jpg", *(f"{n}\t0\tant/{n:02}.jpg" for n in range(1, 13)), "13\t0\tant"]
+    path = write(tmp_path / "a.lst", "\n".join(rows))
+    shown = ", ".join(["ant (line 14)", *(f"ant/{n:02}.jpg (line {n + 1})" for n in range(1, 10))])
+    with pytest.raises(DataError) as error:
+        listed(path, tmp_path)
+    assert str(error.value) == f"{path}: 13 files are not in {tmp_path}: {shown} and 3 more"
+
+
+def test_list_without_lines_and_without_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.lst: lists no image"):
+        listed(write(tmp_path / "a.lst", "\n\n"), tmp_path)
+    with pytest.raises(DataError, match=r"b.lst: no such folder or file"):
+        listed(tmp_path / "b.lst", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (["0\tx/ant/a.jpg", "0\ty/ant/b.jpg", "1\tbee/c.jpg"], ("ant", "bee")),
+        (["0\tant/a.jpg", "0\tbee/b.jpg", "1\tcat/c.jpg"], ("0", "cat")),  # a label, two folders
+        (["0\tant/a.jpg", "0\tbee/b.jpg", "0\tant/c.jpg"], ("0",)),
+        (["0\tx/ant/a.jpg", "1\ty/ant/b.jpg"], ("0", "1")),  # a folder, two labels
+        (["0\tant/a.jpg", "2\t0/b.jpg", "1\tc.jpg"], ("ant", "1", "0")),
+        (["0\t2/a.jpg", "2\tb.jpg"], ("0", "1", "2")),  # a folder named as another's number
+    ],
+)
+def test_class_names(tmp_path: Path, rows: list[str], names: tuple[str, ...]) -> None:
+    text = "".join(f"{number}\t{row}\n" for number, row in enumerate(rows))
+    assert class_names(write(tmp_path / "a.lst", text)) == names
+
+
+def test_tally() -> None:
+    tally = Tally(2)
+    for entry in "cabd":
+        tally.add(entry)
+    assert (tally.count, str(tally)) == (4, "a, b and 2 more")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "b.jpg\tbee\na b.jpg\tant one\n",
+        "b.jpg,bee\r\n\r\nval/a b.jpg,ant one\r\n",
+        "\ufeffant one\nbee\n".replace("ant one", "ant"),
+        "b.jpg bee\na b.jpg ant",
+    ],
+)
+def test_labels_of_a_flat_folder_and_archive(tmp_path: Path, text: str) -> None:
+    contents = {"a b.jpg": b"1", "b.jpg": b"22"}
+    labels = write(tmp_path / "labels.txt", text)
+    tree = make_tree(tmp_path / "tree", contents)
+    archive = make_tar(
+        tmp_path / "val.tar", [(f"val/{key}", value) for key, value in contents.items()]
+    )
+    ant = "ant one" if "one" in text else "ant"
+    for spec in (tree, archive, f"{archive}:val"):
+        source, images = listed(spec, tmp_path, labels=labels)
+        assert keys(images) == [f"{ant}/a b.jpg", "bee/b.jpg"]
+        assert [content(source, image) for image in images] == [b"1", b"22"]
+        assert (source.warnings, source.class_order) == ([], None)
+
+
+def test_one_class_a_line_follows_the_order_of_names(tmp_path: Path) -> None:
+    rows = [("z/03.jpg", b"3"), ("02.jpg", b"2"), ("y/01.jpg", b"1")]
+    archive = make_tar(tmp_path / "val.tar", rows)
+    labels = write(tmp_path / "labels.txt", "ant\nbee\nant\n")
+    images = listed(archive, tmp_path, labels=labels)[1]
+    assert keys(images) == ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]
+    for text, message in (
+        ("ant\nbee\n", "1 names do not fit the images of .*val.tar: 03.jpg .no line"),
+        ("ant\nbee\nant\nbee\n", "1 names do not fit the images of .*: class 4 .no image"),
+    ):
+        with pytest.raises(DataError, match=message):
+            listed(archive, tmp_path, labels=write(labels, text))
+
+
+def test_labels_and_images_must_fit(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "tree", {"a.jpg": b"1", "B.jpg": b"2", "x/a.jpg": b"3"})
+    labels = write(tmp_path / "labels.txt", "a.jpg ant\n\nb.jpg bee\n")
+    with pytest.raises(DataError) as error:
+        listed(tree, tmp_path, labels=labels)
+    faults = "B.jpg (no line), a.jpg (several images), b.jpg (line 3, no image)"
+    assert str(error.value) == f"{labels}: 3 names do not fit the images of {tree}: {faults}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jpg ant\nant\n", "line 2: 'ant': each line must be `name class`, or each a class"),
+        ("ant\na.jpg ant\n", "line 2: 'a.jpg ant': each line must be"),
+        ("a.jpg\t\n", r"line 1: 'a.jpg\\t': each line must be"),
+        ("a.jpg ant\nx/a.jpg bee\n", "line 2: a.jpg is on line 1 already"),
+        ("a.jpg x/ant\n", "line 1: a class with a slash in it: 'x/ant'"),
+        ("\n", "gives no class"),
+        ("490\n1\n1000\n", "these look like the ILSVRC devkit's numbers"),
+    ],
+)
+def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
+    labels = write(tmp_path / "labels.txt", text)
+    tree = make_tree(tmp_path / "tree", {"a.jpg": b"1"})
+    with pytest.raises(DataError, match=rf"labels.txt: {message}"):
+        listed(tree, tmp_path, labels=labels)
+
+
+def test_numbers_that_are_no_devkit_ids(tmp_path: Path) -> None:
+    for text in ("0\n1\n", "1\n1001\n", "1\nn01440764\n"):
+        labels = Labels(write(tmp_path / "labels.txt", text))
+        assert [labels.take("a.jpg"), labels.take("b.jpg")] == text.split()
+
+
+def test_labels_for_what_has_its_own(tmp_path: Path) -> None:
+    labels = write(tmp_path / "labels.txt", "a.jpg ant\n")
+    for path in (write(tmp_path / "a.lst", ""), make_records(tmp_path / "a.rec", [])):
+        with pytest.raises(ConfigError, match=rf"{path} has its own labels"):
+            listed(path, tmp_path, labels=labels)

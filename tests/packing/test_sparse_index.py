@@ -1,0 +1,99 @@
+"""The padding of sparse indexes, against the cursor of DALI's reader as it is written down."""
+
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpl_fast.errors import DataError
+from mpl_fast.packing.publish.sparse_index import (
+    DaliPosition,
+    check_index,
+    dali_positions,
+    padded_lines,
+)
+
+Entries = list[tuple[int, int, int]]
+
+
+@st.composite
+def listings(draw: st.DrawFn) -> tuple[Entries, list[int]]:
+    """Some records of up to 8 files of up to 4 records each, and the sizes of the files."""
+    lengths = draw(
+        st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=8)
+    )
+    flat = [(file, length) for file, record in enumerate(lengths) for length in record]
+    starts = [0, *accumulate(length for _, length in flat)]
+    chosen = draw(st.sets(st.integers(0, len(flat) - 1), min_size=1))
+    entries = [(100 + at, flat[at][0], starts[at]) for at in sorted(chosen)]
+    return entries, [sum(record) for record in lengths]
+
+
+@given(listings())
+def test_dali_finds_every_record_in_its_own_file(listing: tuple[Entries, list[int]]) -> None:
+    entries, sizes = listing
+    lines = list(padded_lines(entries))
+    found = list(dali_positions((int(line.split("\t")[1]) for line in lines), sizes))
+    starts = [0, *accumulate(sizes)]
+    assert [place[:2] for place in found] == [
+        (file, offset - starts[file]) for _, file, offset in entries
+    ]
+    assert check_index(lines, sizes, "x.idx") == len(entries)
+    assert [line for at, line in enumerate(lines) if line not in lines[:at]] == [
+        f"{number}\t{offset}\n" for number, _, offset in entries
+    ]
+
+
+@given(listings())
+def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list[int]]) -> None:
+    entries, sizes = listing
+    plain = [f"{number}\t{offset}\n" for number, _, offset in entries]
+    starts = [0, *accumulate(sizes)]
+    found = dali_positions([offset for _, _, offset in entries], sizes)
+    right = all(
+        place[:2] == (file, offset - starts[file])
+        for place, (_, file, offset) in zip(found, entries, strict=True)
+    )
+    if right:
+        assert check_index(plain, sizes, "x.idx") == len(entries)
+    else:
+        with pytest.raises(DataError, match=r"^x\.idx: DALI would read its record \d+ from the"):
+            check_index(plain, sizes, "x.idx")
+
+
+def test_lines_are_repeated_by_the_rule() -> None:
+    """Files begin at 0, 10, 20, 30. The last line needs one more, as no line comes after it."""
+    first, second, third = "1\t0\n", "2\t25\n", "3\t35\n"
+    assert list(padded_lines([(1, 0, 0), (2, 2, 25), (3, 3, 35)])) == [
+        first,
+        *[second] * 2,
+        *[third] * 2,
+    ]
+    assert list(padded_lines([(2, 2, 25)])) == [second] * 3
+    assert list(padded_lines([(1, 0, 0), (5, 0, 5)])) == [first, "5\t5\n"]
+    assert list(padded_lines([])) == []
+
+
+def test_places_are_those_of_dalis_cursor() -> None:
+    """Without padding it stays behind: by one file a line, and for the last line altogether."""
+    assert list(dali_positions([5, 25, 35], [10, 10, 10, 10])) == [
+        DaliPosition(file=0, offset=5, size=20),
+        DaliPosition(file=1, offset=15, size=10),
+        DaliPosition(file=1, offset=25, size=5),
+    ]
+    assert list(dali_positions([], [10])) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (["1\t0\n", "x\t5\n"], "x.idx:2: 'x\\\\t5' is not `id TAB offset`"),
+        (["1 0\n"], "x.idx:1: '1 0' is not `id TAB offset`"),
+        (["1\t6\n", "2\t5\n"], "x.idx:2: offset 5 is not between 6 .* and 20 "),
+        (["1\t20\n"], "x.idx:1: offset 20 is not between 0 .* and 20 "),
+    ],
+)
+def test_lines_that_are_no_index_are_refused(lines: list[str], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        check_index(lines, [10, 10], "x.idx")

@@ -1,0 +1,72 @@
+"""The benchmark of starting times its processes to the right moment; no time is looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools.bench import startup
+
+
+@pytest.mark.slow
+def test_smoke_measures_every_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, train = tmp_path / "deep" / "startup.json", startup.Starts._until
+    compiled: list[set[str]] = []  # libraries in the caches after each start
+
+    def noting(self: startup.Starts, step: int, run: Path, mode: str, caches: Path) -> float:
+        seconds = train(self, step, run, mode, caches)
+        compiled.append({file.name for file in caches.rglob("*.so")})
+        return seconds
+
+    monkeypatch.setattr(startup.Starts, "_until", noting)
+    assert startup.main(["--smoke", "--out", str(out)]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == [
+        "--help",
+        "parse a command line",
+        "import torch",
+        "import the trainer",
+        "first step, not compiled",
+        "first step, compiled cold",
+        "first step, compiled warm",
+        "resume to the next step, warm",
+    ]
+    assert all(row["n"] == 1 and row["median"] > 0 for row in rows.values())
+    assert rows["--help"]["target"] == 0.5
+    assert rows["import the trainer"]["limit"] == rows["import torch"]["median"]
+    assert "first step, compiled warm" in capsys.readouterr().out
+    plain, cold, warm, resume = compiled
+    assert not plain and cold  # on a CPU
+    assert warm == resume == cold
+
+
+def test_a_run_that_fails_fails_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.json"
+    monkeypatch.setattr(startup, "short_processes", lambda: {"import torch": int})
+    monkeypatch.setattr(startup, "short_rows", lambda seconds: [])
+    assert startup.main(["--smoke", "--out", str(out), "--image-size", "4"]) == 1
+    why = json.loads(out.read_text())["failed"]["a process"]
+    assert "data.image_size must be at least 8, not 4" in why
+
+
+def test_rows_are_read_when_they_are_complete() -> None:
+    assert not startup.has_row("", 1)
+    assert not startup.has_row('{"step": 1', 1)
+    assert startup.has_row('{"step": 1}\n', 1)
+    assert not startup.has_row('{"step": 1}\n{"step": 2', 2)
+
+
+def test_a_command_that_fails_is_an_error() -> None:
+    with pytest.raises(startup.FailedError, match="ModuleNotFoundError"):
+        startup.run_to_its_end(["-c", "import no_such_module_anywhere"])
+
+
+def test_steps_of_a_start_are_limited_by_the_one_that_is_not_compiled() -> None:
+    seconds = {"not compiled": [4.0, 2.0, 3.0], "cold": [9.0], "warm": [6.0], "resume": [5.0]}
+    rows = startup.first_step_rows(seconds)
+    assert [row.limit for row in rows] == [None, 3.0, 3.0, 3.0]
+    assert [row.found.median for row in rows] == [3.0, 9.0, 6.0, 5.0]

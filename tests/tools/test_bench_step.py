@@ -1,0 +1,328 @@
+"""The benchmark of the step compares like with like and reports right; no time is looked at."""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpl_fast import losses
+from mpl_fast.algorithms.base import train_step
+from mpl_fast.config import MPLConfig, UDAConfig
+from tools.bench import step, step_checks, step_reference, step_variants
+from tools.bench.harness import Report
+from tools.bench.step import Found, Scene, rows
+from tools.bench.step_phases import REMAINDER, phases
+from tools.bench.step_reference import PlainStep
+from tools.bench.step_variants import RECIPES, Flavor, Setting, Variant, batch, network
+
+CPU = torch.device("cpu")
+TINY = Setting("wrn_10_1", 3, 2, 8, CPU)
+PLAIN_PHASES = {
+    "teacher forward and losses",
+    "student forward and loss",
+    "student backward and update",
+    "average of weights",
+    "labeled loss",
+    "feedback's loss",
+    "teacher backward and update",
+    "numbers read by the host",
+    REMAINDER,
+}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The JSON of a smoke test of the variants that compile nothing."""
+    out = tmp_path_factory.mktemp("bench") / "out.json"
+    only = ["plain", "fp32 eager"]
+    assert step.main(["--smoke", "--device", "cpu", "--out", str(out), "--only", *only]) == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+@pytest.mark.slow
+def test_smoke_times_every_variant_and_claims_nothing(smoke: dict[str, Any]) -> None:
+    found = {row["name"]: row for row in smoke["rows"]}
+    assert smoke["claim"].startswith("a smoke test")
+    for name in ("plain fp32", "plain amp", "ours fp32 eager joint", "one pass fp32 eager"):
+        assert found[f"mpl, {name}: step"]["median"] > 0.0
+    assert "mpl, plain fp32 / ours fp32 eager joint" in found
+    assert "mpl, ours fp32 eager joint: step / its 46 passes" in found  # 2 (5 + 9 * 2)
+    assert not any(row["steady"] or row["target"] is not None for row in smoke["rows"])
+    phase = "mpl, plain fp32, phase: "
+    assert {n.removeprefix(phase) for n in found if n.startswith(phase)} == PLAIN_PHASES
+    assert smoke["skipped"] == []
+    assert smoke["best of ours"] == {"mpl": "ours fp32 eager joint"}
+
+
+@pytest.mark.slow
+def test_ours_and_the_plain_step_are_the_same_step(smoke: dict[str, Any]) -> None:
+    (checked,) = smoke["correctness"]
+    assert "our parity step and the plain step in float64" in checked["what"]
+    assert checked["error"] < 1e-9  # what is allowed is 1e-6
+    assert smoke["failed"] == {}
+
+
+def test_another_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smoother(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+        return losses.smoothed_ce(logits, labels, label_smoothing=smoothing * 1.001).loss
+
+    monkeypatch.setattr(step_reference, "_smoothed", smoother)
+    assert step_checks.parity(TINY).wrong
+
+
+def test_what_is_off_is_a_failure(tmp_path: Path) -> None:
+    report = Report("step", argparse.Namespace(minutes=None, out=tmp_path / "out.json"))
+    report.more["correctness"] = []
+    checks = [step_checks.Check("x", error, 0.1) for error in (0.05, 0.2, float("nan"))]
+    step._note(report, [one._replace(what=str(one.error)) for one in checks])
+    assert list(report.failed) == ["0.2", "nan"]
+    assert report.failed["0.2"] == "off by 0.2, allowed are 0.1"
+
+
+def test_the_plain_step_reads_six_numbers_and_moves_everything() -> None:
+    config = RECIPES["mpl"]
+    assert isinstance(config, MPLConfig)
+    nets = [network(TINY, seed) for seed in (0, 1)]
+    before = [[p.detach().clone() for p in net.parameters()] for net in nets]
+    plain = PlainStep(nets[0], nets[1], step_variants.plain_settings(config))
+    average = [p.clone() for p in plain.average.parameters()]
+    metrics = plain.step(batch(TINY, "mpl"))
+    assert len(metrics) == 6
+    assert all(isinstance(value, float) for value in metrics.values())
+    for net, old in zip(nets, before, strict=True):
+        assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True))
+    decay = config.student.ema
+    student = plain.student.parameters()
+    for kept, new, first in zip(plain.average.parameters(), student, average, strict=True):
+        torch.testing.assert_close(kept, decay * first + (1 - decay) * new.detach())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "passes"),
+    [
+        # In units of the labeled images: those of the design, and two passes on labeled ones.
+        ("mpl", "joint", 5 + 9 * 7),
+        ("mpl", "split", 5 + 7 * 7),
+        # A labeled pass with its gradient, and the unlabeled ones with a derivative.
+        ("mpl_exact", "joint", 3 * 15 + 3 * 7 + 3 + 3 * 7),
+        ("uda", "joint", 3 * 15),
+        ("uda", "split", 3 * 8 + 7),
+        ("supervised", "joint", 3 * 8),  # as many labeled images as others have in all
+        ("smpl", "joint", 7 + 2 + 3 * 7 + 3 * 15),
+        # Labeled gradient, labels, two passes for the central difference; then mixed and weak ones.
+        ("metasemi", "joint", 3 + 7 + 2 * 7 + 3 * 7 + 3 * 7),
+    ],
+)
+def test_passes_are_those_of_a_real_step(
+    recipe: str, kind: Any, passes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = step_variants.with_norm_batches(RECIPES[recipe], kind)
+    assert config is not None
+    monkeypatch.setitem(RECIPES, recipe, config)
+    assert step.passes(TINY._replace(labeled=4, mu=7), recipe) == 4 * passes
+
+
+def test_the_images_lie_as_a_loader_gives_them() -> None:
+    made = batch(TINY, "mpl", torch.bfloat16)
+    assert made.labeled.shape == (3, 3, 8, 8)
+    assert made.weak.shape == made.strong.shape == (6, 3, 8, 8)
+    assert made.weak.dtype == torch.bfloat16
+    assert made.strong.is_contiguous(memory_format=torch.channels_last)
+    one_piece = {view.untyped_storage().data_ptr() for view in (made.labeled, made.weak)}
+    assert len(one_piece) == 1
+    assert len(batch(TINY, "supervised").labels) == TINY.distinct == 9
+
+
+def test_phases_add_up_and_name_the_learner() -> None:
+    one = step_variants.ours(TINY, "mpl", Flavor())
+    assert one is not None
+    one.step()
+    began = time.perf_counter()
+    parts = phases(one.step, one.owners)
+    whole = time.perf_counter() - began
+    names = {"teacher forward", "student labeled loss", "student forward", "ends", REMAINDER}
+    assert names <= set(parts)
+    assert any(name.startswith("teacher backward") for name in parts)
+    assert any(name.startswith("student") and "update" in name for name in parts)
+    assert all(seconds >= 0.0 for seconds in parts.values())
+    assert 0.0 < sum(parts.values()) <= whole
+    assert type(next(iter(one.owners.values()))).__call__.__name__ == "__call__"  # unwrapped again
+
+
+def test_a_method_that_calls_another_counts_once() -> None:
+    class Owner:
+        def backward_and_step(self) -> None:
+            time.sleep(0.01)
+            self.optimizer_step()
+
+        def optimizer_step(self) -> None:
+            time.sleep(0.02)
+
+    owner = Owner()
+    parts = phases(lambda: owner.backward_and_step(), {"x": owner})
+    assert set(parts) == {"x backward and update", REMAINDER}
+    assert parts["x backward and update"] >= 0.03
+
+
+def test_a_wrong_compiled_network_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiling: the flavor says compiled, and the learner's logits are others."""
+    flavor = Flavor(False, "default", "joint")
+    algorithm = step_variants.algorithm_of(TINY, RECIPES["mpl"], Flavor())
+    one = Variant(flavor.name, dict, algorithm.learners, flavor)
+    images = batch(TINY, "mpl")
+    train_step(algorithm, images, 0)
+    checks = step_checks.compiled_logits(one, images.labeled)
+    assert [check.wrong for check in checks] == [False, False]
+    learner = algorithm.learners["teacher"]
+    forward = learner.forward_batch_stats
+    monkeypatch.setattr(learner, "forward_batch_stats", lambda x: forward(x) * 1.01)
+    checks = step_checks.compiled_logits(one, images.labeled)
+    assert [check.wrong for check in checks] == [True, False]
+
+
+def test_losses_are_compared_with_those_of_their_like() -> None:
+    eager, compiled = Flavor(), Flavor(compiled="default")
+    half, split = Flavor(True, "default"), Flavor(norm_batches="split")
+    metrics = {
+        eager: {"loss/student": 2.0, "loss/labeled": 1.0, "loss/feedback": 0.1, "feedback": 0.1},
+        compiled: {"loss/student": 2.0, "loss/labeled": 1.0005, "loss/feedback": -0.1},
+        half: {"loss/student": 3.0, "loss/labeled": 1.0},
+        split: {"loss/student": 3.0, "loss/labeled": 1.0},
+        half._replace(graphs="step"): {"loss/student": 3.6, "loss/labeled": 1.0},
+    }
+    first, second = step_checks.same_losses(metrics, CPU)
+    assert first.what.endswith("ours fp32 compiled joint and of ours fp32 eager joint")
+    assert first.error == pytest.approx(2.5e-4, rel=1e-3) and not first.wrong
+    assert "bf16 compiled step-graph joint" in second.what
+    assert second.error == pytest.approx(0.2) and second.wrong
+
+
+def found(**seconds: list[float]) -> Found:
+    return Found({name.replace("_", " "): times for name, times in seconds.items()}, {}, {})
+
+
+def by_name(measured: Found, scene: Scene) -> dict[str, Any]:
+    return {row.name: row for row in rows(measured, scene)}
+
+
+def test_ratios_and_targets_on_a_cpu() -> None:
+    times = found(
+        plain_fp32=[3.0, 6.0],
+        ours_bf16_compiled_joint=[1.5, 2.0],
+        ours_bf16_compiled_split=[1.0, 1.0],
+        ours_fp32_compiled_split=[2.0, 3.0],
+        one_pass_bf16_compiled=[0.3, 0.4],
+    )
+    setting = Setting("wrn_28_2", 8, 7, 32, CPU)
+    made = by_name(times, Scene(setting, "mpl", 8 * 68.0, "", False))
+    best = made["mpl, plain fp32 / best of ours"]
+    assert best.found[:3] == (4.5, 3.0, 6.0)  # round by round
+    assert (best.target, best.steady, best.better) == (2.5, True, "higher")
+    equal = made["mpl, plain fp32 / best of ours in fp32"]
+    assert (equal.found.median, equal.target) == (1.75, 1.3)
+    split = made["mpl, ours bf16 compiled joint / split"]
+    assert (split.found.median, split.target) == (1.75, None)
+    # 64 images took 0.3 s with three passes each; the step makes 544.
+    share = made["mpl, ours bf16 compiled joint: step / its 544 passes"]
+    expected = [1.5 / (544 * 0.3 / 192), 2.0 / (544 * 0.4 / 192)]
+    assert [share.found.high, share.found.low] == pytest.approx(sorted(expected, reverse=True))
+    assert made["mpl, plain fp32: distinct images"].found.high == pytest.approx(64 / 3.0)
+    other = Scene(setting._replace(model="resnet50"), "mpl", 1.0, "", False)
+    assert all(row.target is None for row in by_name(times, other).values())
+    smoke = by_name(times, Scene(setting, "mpl", 1.0, "", True))
+    assert not any(row.target or row.steady for row in smoke.values())
+
+
+def test_targets_on_an_h100() -> None:
+    times = found(plain_fp32=[0.2], plain_amp=[0.1], ours_bf16_compiled_split=[0.014])
+    gpu = "NVIDIA H100 80GB HBM3"
+    setting = Setting("wrn_28_2", 64, 7, 32, CPU)
+    made = by_name(times, Scene(setting, "mpl", 1.0, gpu, False))
+    assert made["mpl, plain amp / best of ours"].target == 4.0
+    assert made["mpl, plain fp32 / best of ours"].target is None
+    assert made["mpl, ours bf16 compiled split: step"].target == 15.0
+    large = by_name(times, Scene(Setting("resnet50", 32, 7, 224, CPU), "mpl", 1.0, gpu, False))
+    assert large["mpl, plain amp / best of ours"].target == 2.5
+    assert large["mpl, ours bf16 compiled split: distinct images"].target == 1000.0
+    assert large["mpl, ours bf16 compiled split: step"].target is None
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, out: Path, builders: dict[str, Any], *arguments: str
+) -> dict[str, Any]:
+    """The JSON of a smoke test of other variants, after the exit code 0."""
+    monkeypatch.setattr(step, "builders", lambda *given: builders)
+    parity = step_checks.Check("parity", 0.0, 1.0)
+    monkeypatch.setattr(step_checks, "parity", lambda setting: parity)
+    assert step.main(["--smoke", "--device", "cpu", "--out", str(out), *arguments]) == 0
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def test_what_fails_is_left_out_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def full() -> dict[str, float]:
+        nonlocal steps
+        steps += 1
+        if steps > 3:  # warm steps fit, those beside the others do not
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {}
+
+    def broken() -> Variant:
+        raise RuntimeError("no compiler\nand a long text")
+
+    builders = {
+        "plain fp32": lambda: Variant("plain fp32", dict, {}),
+        "plain amp": lambda: Variant("plain amp", full, {}),
+        "ours fp32 eager joint": broken,
+    }
+    result = run(monkeypatch, tmp_path / "out.json", builders)
+    times = [row["name"] for row in result["rows"] if row["unit"] == "ms"]
+    assert times == ["mpl, plain fp32: step"]
+    assert result["skipped"] == [
+        "mpl: failed: ours fp32 eager joint: RuntimeError: no compiler and a long text",
+        "mpl: failed: plain amp: out of memory beside the others",
+    ]
+
+
+def test_without_time_the_first_one_is_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("plain amp", "plain fp32")
+    builders = {name: lambda name=name: Variant(name, dict, {"": object()}) for name in names}
+    result = run(monkeypatch, tmp_path / "out.json", builders, "--minutes", "1e-9")
+    times = [(row["name"], row["n"]) for row in result["rows"] if row["unit"] == "ms"]
+    assert times == [("mpl, plain amp: step", 1)]
+    assert result["skipped"] == ["mpl: no time: plain fp32", "mpl: no time: phases"]
+
+
+def test_a_recipe_without_the_choice_has_one_form() -> None:
+    assert step_variants.with_norm_batches(RECIPES["smpl"], "split") is None
+    uda, split = RECIPES["uda"], step_variants.with_norm_batches(RECIPES["uda"], "split")
+    assert isinstance(uda, UDAConfig)
+    assert split == dataclasses.replace(uda, bn_batches="split")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "wrn_28_3"], "wrn_28_3"),
+        (["--smoke", "--only", "nothing"], "--only nothing"),
+    ],
+)
+def test_one_line_for_a_wrong_option(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step.main([*options, "--device", "cpu", "--out", str(tmp_path / "out.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
+    assert not list(tmp_path.iterdir())

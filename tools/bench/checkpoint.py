@@ -1,0 +1,170 @@
+"""Measures checkpoints: how long a save stops training, bytes a second, verifying and loading.
+
+The network is trained by Meta Pseudo Labels, so a checkpoint holds two learners. The limits are of
+the same bytes in the same run: written to a file in the same folder and synced, read from it, and
+hashed in memory.
+"""
+
+import argparse
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpl_fast import algorithms, models
+from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.config import LearnerConfig, MPLConfig
+from mpl_fast.errors import output_errors
+from mpl_fast.learner import Learner
+from mpl_fast.learner.rng import generator_states
+from mpl_fast.training.checkpoint import Checkpoints, newest, restore
+from tools.bench.clock import Work, interleaved, seconds_of
+from tools.bench.harness import Report, at_least, run
+from tools.bench.machine import DEVICES, choose_device
+from tools.bench.results import Row, spread
+
+TINY = {"model": "wrn_10_1", "classes": 10, "rounds": 1}
+STALL = 50.0  # ms, the target of a save
+BLOCK = 1 << 22  # bytes read at a time, as verifying does
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See `tools.bench.harness.run`."""
+    return run("checkpoint", __doc__, arguments, measure, options, rounds=5, tiny=TINY)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Beside those of every benchmark."""
+    add = parser.add_argument
+    add("--model", default="resnet50", metavar="NAME", help="(%(default)s)")
+    add("--classes", type=at_least(1), default=1000, metavar="N", help="(%(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    add("--folder", type=Path, default=Path("runs"), help="on the disk to measure (%(default)s)")
+
+
+def measure(options: argparse.Namespace, report: Report) -> None:
+    """In a new folder in `--folder`, which is removed."""
+    device = choose_device(options.device)
+    options.device = device.type
+    torch.manual_seed(options.seed)
+    algorithm = build_algorithm(options.model, options.classes, device)
+    report.claim = (
+        f"median of at most {options.rounds} interleaved rounds; files are read from the page cache"
+    )
+    with output_errors(options.folder):
+        options.folder.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix=".bench_checkpoint_", dir=options.folder)
+    with place as folder:
+        disk = Disk(algorithm, Path(folder))
+        seconds = interleaved(
+            disk.works(),
+            seconds_of,
+            rounds=options.rounds,
+            warmup=1,
+            seed=options.seed,
+            seconds=report.seconds_left(),
+        )
+    report.add(rows(seconds, disk.bytes))
+
+
+def build_algorithm(model: str, classes: int, device: torch.device) -> Algorithm:
+    """Raises `ConfigError` for an unknown name."""
+
+    def new_learner(config: LearnerConfig) -> Learner:
+        return Learner(models.build(model, classes), config, steps=1, device=device)
+
+    return algorithms.build(MPLConfig(), new_learner)
+
+
+class Disk:
+    """Checkpoints as training writes and reads them, and the same bytes handled plainly.
+
+    One checkpoint exists from the beginning; each `save` adds one, and the oldest is removed.
+    """
+
+    def __init__(self, algorithm: Algorithm, folder: Path) -> None:
+        self._algorithm, self._plain = algorithm, folder / "plain"
+        self._checkpoints = Checkpoints(folder / "checkpoints", keep=2, rank=0, world=1)
+        self._step = 0
+        self.save()
+        files = sorted(file for file in self._latest.iterdir() if file.suffix == ".pt")
+        self._content = b"".join(file.read_bytes() for file in files)
+        self.plain_write()
+
+    @property
+    def bytes(self) -> int:
+        """Of a checkpoint."""
+        return len(self._content)
+
+    def works(self) -> dict[str, Work]:
+        """What is timed, by name."""
+        every: tuple[Callable[[], Any], ...] = (self.save, self.verify, self.load, self.resume)
+        plain: tuple[Work, ...] = (self.plain_write, self.plain_read, self.plain_hash)
+        return {work.__name__: work for work in (*every, *plain)}
+
+    def save(self) -> None:
+        """What training waits for."""
+        algorithm, self._step = self._algorithm, self._step + 1
+        shared: dict[str, Any] = {
+            "step": self._step,
+            "learners": {name: x.state_dict() for name, x in algorithm.learners.items()},
+            "algorithm": dict(algorithm.state),
+        }
+        self._latest = self._checkpoints.save(self._step, shared, generator_states())
+
+    def verify(self) -> None:
+        """Finds the newest undamaged checkpoint, by its checksums."""
+        found, damage = newest(self._checkpoints.folder)
+        if found != self._latest or damage:
+            raise AssertionError(f"{found} is not {self._latest}: {damage}")
+
+    def load(self) -> dict[str, Any]:
+        """Into host memory."""
+        return self._checkpoints.load(self._latest)[0]
+
+    def resume(self) -> None:
+        """From a new process's networks to those of the checkpoint."""
+        self.verify()
+        restore(self._algorithm, self.load(), self._latest)
+
+    def plain_write(self) -> None:
+        """The same bytes to one file, synced."""
+        with self._plain.open("wb") as file:
+            file.write(self._content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def plain_read(self) -> None:
+        """The same bytes from one file."""
+        with self._plain.open("rb") as file:
+            while file.read(BLOCK):
+                pass
+
+    def plain_hash(self) -> None:
+        """SHA-256 of the same bytes."""
+        hashlib.sha256(self._content).digest()
+
+
+def rows(seconds: Mapping[str, Sequence[float]], size: int) -> list[Row]:
+    """Milliseconds and rates of a checkpoint of `size` bytes, limited by the plain work's."""
+    ms = {name: spread([1e3 * s for s in found]) for name, found in seconds.items()}
+    rate = {name: spread([1e-6 * size / s for s in found]) for name, found in seconds.items()}
+
+    def speed(name: str, label: str, limit: str = "") -> Row:
+        most = rate[limit].median if limit else None
+        return Row(label, rate[name], "MB/s", "higher", limit=most)
+
+    stop, least = ms["save"], ms["plain_write"].median
+    return [
+        Row("a checkpoint", spread([size / 1e6]), "MB", steady=True),
+        Row("a save stops training", stop, "ms", limit=least, target=STALL),
+        speed("save", "save", "plain_write"),
+        speed("verify", "verify", "plain_hash"),
+        speed("load", "load", "plain_read"),
+        Row("verify, load and restore", ms["resume"], "ms"),
+        *(speed(f"plain_{name}", f"plain {name}") for name in ("write", "read", "hash")),
+    ]

@@ -1,0 +1,324 @@
+"""Measures DALI's training input against torchvision v2 in a DataLoader, on the same records.
+
+All variants are open at once and take turns in short rounds. Each delivers normalized float32
+batches with equal threads, or worker processes. Ratios are those within a round.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from mpl_fast.config import DataConfig
+from mpl_fast.data.manifest import Split, read_manifest
+from mpl_fast.data.pipelines import (
+    Engine,
+    decode,
+    flip_coin,
+    normalize,
+    random_crop,
+    read_shuffled,
+    train_pipeline,
+)
+from mpl_fast.data.randaugment import strengthen
+from mpl_fast.data.stream import Stream
+from mpl_fast.errors import ConfigError
+from tools.bench import input_peers
+from tools.bench.clock import interleaved, wait_for_gpu
+from tools.bench.harness import Report, at_least, run
+from tools.bench.machine import DEVICES, choose_device
+from tools.bench.results import Row, spread
+from tools.bench.smooth_images import packed
+
+TINY = {"batch": 8, "batches": 1, "rounds": 1}
+TICK = os.sysconf("SC_CLK_TCK")
+LOADS = (0.65, 0.0, 0.12, 0.25, 0.4, 0.8, 1.0)
+POLICIES: tuple[Literal["mpl", "mpl_branched", "dali"], ...] = ("mpl", "mpl_branched", "dali")
+PEER = "torchvision-pil"
+# On a CPU, times that peer's rate.
+TARGETS = {("weak: dali", PEER): 1.6, ("both: dali-mpl", PEER): 1.3}
+
+Task = Literal["decode", "weak", "strong", "both"]
+Batches = Iterator[tuple[Tensor, ...]]
+
+
+class Setting(NamedTuple):
+    """What all variants have in common."""
+
+    config: DataConfig
+    split: Split
+    batch: int
+    threads: int  # of DALI; processes of a DataLoader
+    device: torch.device
+
+
+class Variant(NamedTuple):
+    """One way to make a task's views."""
+
+    maker: str
+    task: Task
+    open: Callable[[], Batches]
+    ahead: int  # batches that are prepared before they are taken
+    peer: bool
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"{self.task}: {self.maker}"
+
+
+class Round(NamedTuple):
+    """One measurement."""
+
+    images_per_s: float
+    cpu_us: float  # of this process and its children, an image
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See `tools.bench.harness.run`."""
+    return run("input", __doc__, arguments, measure, options, rounds=5, tiny=TINY)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Beside those of every benchmark."""
+    add = parser.add_argument
+    add("--rec", type=Path, metavar="DIR", help="records that make_rec.py packed")
+    add("--device", choices=DEVICES, default="auto", help="where DALI works (%(default)s)")
+    workers = "DALI threads, or worker processes (%(default)s)"
+    add("--threads", type=at_least(1), default=2, metavar="N", help=workers)
+    add("--batch", type=at_least(1), default=64, metavar="N", help="images (%(default)s)")
+    add("--batches", type=at_least(1), default=8, metavar="N", help="timed a round (%(default)s)")
+    cubic = "of all variants; bilinear is torchvision's default (%(default)s)"
+    add("--interpolation", choices=("bicubic", "bilinear"), default="bicubic", help=cubic)
+    add("--only", default="", metavar="TEXT", help="variants with this in 'views: name'")
+    add("--sweep", action="store_true", help="our own settings against each other instead")
+
+
+def measure(options: argparse.Namespace, report: Report) -> None:
+    """Over the records of `--rec`; a smoke test generates some."""
+    device = choose_device(options.device)
+    options.device = device.type
+    if not (options.rec or options.smoke):
+        raise ConfigError("--rec names a folder of records; --smoke makes some")
+    with tempfile.TemporaryDirectory() as folder:
+        records = options.rec or packed(Path(folder), 24, labeled=8)
+        split = read_manifest(records).splits["unlabeled"]
+        size = 64 if options.smoke else 224
+        config = DataConfig(image_size=size, interpolation=options.interpolation)
+        setting = Setting(config, split, options.batch, options.threads, device)
+        every = swept(setting) if options.sweep else all_variants(setting)
+        variants = [one for one in every if options.only in one.name]
+        if not variants:
+            raise ConfigError(f"--only {options.only}: there is no such variant")
+        report.claim = (
+            f"median (lowest to highest) of at most {options.rounds} interleaved rounds of "
+            f"{options.batches} batches of {options.batch}; {options.threads} threads or workers"
+        )
+        found = rounds(variants, options, report)
+        report.more["records"] = split.records
+        report.add(rows(variants, found, smoke=options.smoke))
+
+
+def rounds(
+    variants: Sequence[Variant], options: argparse.Namespace, report: Report
+) -> dict[str, list[Round]]:
+    """All variants once in every round, all of them open throughout, by name."""
+    before, running = os.getloadavg()[0], dict[str, tuple[Variant, Batches]]()
+    for variant in variants:
+        source = variant.open()
+        if wrong := difference(variant, next(source), options.batch):
+            report.fail(variant.name, wrong)
+        else:
+            running[variant.name] = variant, source
+
+    def timer(one: tuple[Variant, Batches]) -> Round:
+        wait_until_idle()
+        return measured(one[1], one[0].ahead + 1, options.batches, options.batch)
+
+    found = interleaved(
+        running,
+        timer,
+        rounds=options.rounds,
+        warmup=0,
+        seed=options.seed,
+        seconds=report.seconds_left(),
+    )
+    report.more["load_average"] = [round(value, 2) for value in (before, os.getloadavg()[0])]
+    return found
+
+
+def difference(variant: Variant, views: Sequence[Tensor], batch: int) -> str:
+    """What is wrong with the number or length of the tensors; empty if nothing is."""
+    expected = 3 if variant.task == "both" else 2
+    if len(views) == expected and all(len(view) == batch for view in views):
+        return ""
+    return f"{[tuple(view.shape) for view in views]} for {expected} tensors of {batch} images"
+
+
+def measured(source: Batches, ahead: int, batches: int, batch: int) -> Round:
+    """The batches that were prepared ahead are taken first, untimed."""
+    for _ in range(ahead):
+        next(source)
+    wait_for_gpu()
+    cpu, began = cpu_seconds(), time.perf_counter()
+    for _ in range(batches):
+        next(source)
+    wait_for_gpu()
+    wall, images = time.perf_counter() - began, batches * batch
+    return Round(images / wall, 1e6 * (cpu_seconds() - cpu) / images)
+
+
+def wait_until_idle(longest: float = 10.0) -> None:
+    """Until no variant prepares batches any more: under 5 % of a core for 0.2 s."""
+    deadline = time.perf_counter() + longest
+    before = cpu_seconds()
+    while time.perf_counter() < deadline:
+        time.sleep(0.2)
+        now = cpu_seconds()
+        if now - before <= 0.02:
+            return
+        before = now
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that are running, such as a DataLoader's workers."""
+    own = os.getpid()
+    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+    ticks = 0
+    for child in children:
+        fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / TICK
+
+
+def all_variants(setting: Setting) -> list[Variant]:
+    """Peers first: their processes should be forked before DALI starts threads."""
+    return [*peers(setting), *ours(setting)]
+
+
+def peers(setting: Setting) -> list[Variant]:
+    """Torchvision in processes and, where SPDL is installed, in threads."""
+    tasks: tuple[Task, ...] = ("weak", "both")
+    kinds: tuple[input_peers.Kind, ...] = ("pil", "tensor")
+    config, split, batch, workers, _ = setting
+
+    def views(kind: input_peers.Kind, task: Task) -> input_peers.Views:
+        return input_peers.Views(config, split, kind, strong=task == "both")
+
+    def processes(kind: input_peers.Kind, task: Task) -> Variant:
+        def batches() -> Batches:
+            return input_peers.loader(views(kind, task), batch, workers)
+
+        return Variant(f"torchvision-{kind}", task, batches, input_peers.AHEAD * workers, True)
+
+    def threads(task: Task) -> Variant:
+        def batches() -> Batches:
+            return input_peers.threads(views("tensor", task), batch, workers)
+
+        return Variant("spdl-tensor", task, batches, input_peers.THREADED_AHEAD, True)
+
+    found = [processes(kind, task) for task in tasks for kind in kinds]
+    return [*found, *map(threads, tasks)] if input_peers.has_spdl() else found
+
+
+def ours(setting: Setting) -> list[Variant]:
+    """Decoding alone, the weak view, and the strong view of each policy, alone and with it."""
+    found = [streamed("dali", "decode", setting), streamed("dali", "weak", setting)]
+    tasks: tuple[Task, ...] = ("strong", "both")
+    for task in tasks:
+        for policy in POLICIES:
+            own = setting._replace(config=replace(setting.config, policy=policy))
+            found.append(streamed(f"dali-{policy}", task, own))
+    return found
+
+
+def swept(setting: Setting) -> list[Variant]:
+    """Our pipeline for both views with every setting of threads, prefetch and, on a GPU, the share
+    of images that its JPEG engine decodes."""
+    gpu = setting.device.type == "cuda"
+    loads = LOADS if gpu else (setting.config.hw_decoder_load,)
+    counts = sorted({max(1, setting.threads // 2), setting.threads, 2 * setting.threads})
+    found = []
+    for threads in counts:
+        for prefetch in (1, 2, 3, 4):
+            for load in loads if prefetch == setting.config.prefetch else loads[:1]:
+                config = replace(setting.config, prefetch=prefetch, hw_decoder_load=load)
+                name = f"threads {threads} prefetch {prefetch}" + (f" engine {load}" if gpu else "")
+                own = setting._replace(config=config, threads=threads)
+                found.append(streamed(name, "both", own))
+    return found
+
+
+def streamed(name: str, task: Task, setting: Setting) -> Variant:
+    """The tensors as training gets them."""
+    config, split, batch, threads, device = setting
+    gpu = 0 if device.type == "cuda" else None
+    engine = Engine(batch=batch, gpu=gpu, threads=threads, shard=0, shards=1)
+
+    def build() -> Pipeline:
+        if task in ("decode", "strong"):
+            return own_pipeline(config, split, engine, task)
+        return train_pipeline(config, split, engine, strong=task == "both")
+
+    def batches() -> Batches:
+        stream = Stream(build, split, device, torch.float32)
+        while True:
+            yield next(stream)
+
+    return Variant(name, task, batches, config.prefetch, False)
+
+
+def own_pipeline(config: DataConfig, split: Split, engine: Engine, task: Task) -> Pipeline:
+    """(strong, label), or (one pixel of the whole decoded image, label): training has neither."""
+
+    def graph() -> tuple[DataNode, DataNode]:
+        encoded, label = read_shuffled(config, split, engine)
+        label = fn.cast(label, dtype=types.INT64)
+        label = label if engine.gpu is None else label.gpu()
+        if task == "decode":
+            return fn.crop(decode(encoded, config, engine), crop=(1, 1)), label
+        strong = strengthen(random_crop(encoded, config, engine), config)
+        return normalize(strong, config, engine, flip_coin(config)), label
+
+    return pipeline_def(graph, enable_conditionals=True)(
+        batch_size=engine.batch,
+        device_id=engine.gpu,
+        num_threads=engine.threads,
+        prefetch_queue_depth=config.prefetch,
+        seed=engine.seed,
+    )
+
+
+def rows(
+    variants: Sequence[Variant], found: Mapping[str, Sequence[Round]], *, smoke: bool = False
+) -> list[Row]:
+    """Of each variant its rate and CPU time, and the ratios of both to every peer's.
+
+    Those of a `smoke` test are no claim and have no target.
+    """
+    made, there = [], [one for one in variants if one.name in found]
+    for one in there:
+        mine = found[one.name]
+        rates = spread([turn.images_per_s for turn in mine])
+        made.append(Row(one.name, rates, "img/s", "higher"))
+        made.append(Row(f"{one.name}, CPU", spread([turn.cpu_us for turn in mine]), "us/img"))
+        for peer in there:
+            if peer.peer and peer.task == one.task and not one.peer:
+                target = None if smoke else TARGETS.get((one.name, peer.maker))
+                pairs = list(zip(mine, found[peer.name], strict=True))
+                speed = spread([own.images_per_s / other.images_per_s for own, other in pairs])
+                saved = spread([other.cpu_us / own.cpu_us for own, other in pairs])
+                name = f"{one.name} against {peer.maker}"
+                made.append(Row(name, speed, "x", "higher", not smoke, target=target))
+                made.append(Row(f"{name}, CPU saved", saved, "x", "higher", not smoke))
+    return made

@@ -1,0 +1,107 @@
+"""Counts host synchronizations, launches and collectives of a warm step of each recipe.
+
+Host synchronizations: on CUDA those that PyTorch reports, on a CPU the operators that would wait
+for a GPU. Launches: kernels, copies and fills; on a CPU operators other than views. Collectives: of
+a step on 2 ranks, DDP's own included. (The loop around the step adds one more on the host, the
+request to stop, which it waits for a step later and the GPU never.) Nothing is timed. The plain
+step is counted as well, without a budget. Exit code 1: a step is above its budget.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from mpl_fast import distributed
+from mpl_fast.training.process import die_with_launcher
+from tools.bench import step_variants
+from tools.bench.count import collectives, host_syncs, launches, operators
+from tools.bench.harness import Report, at_least, run
+from tools.bench.machine import DEVICES, choose_device
+from tools.bench.results import count_row
+from tools.bench.step_variants import RECIPES, Flavor, Setting, Variant, default_size, network
+from tools.bench.torchrun import arguments_of, on_ranks
+
+TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2}
+SYNCS, COLLECTIVES = 0, 3  # budgets of a step
+RANKS, WARM = 2, 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See `tools.bench.harness.run`."""
+    return run("syncs", __doc__, arguments, measure, options, rounds=1, tiny=TINY)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Beside those of every benchmark."""
+    add, number, recipes = parser.add_argument, at_least(1), tuple(RECIPES)
+    add("--model", default="wrn_28_2", metavar="NAME", help="any that mpl_fast has (%(default)s)")
+    add("--labeled", type=number, default=4, metavar="N", help="labeled images (%(default)s)")
+    add("--mu", type=number, default=2, metavar="N", help="unlabeled for each (%(default)s)")
+    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    add("--recipe", nargs="+", choices=recipes, default=recipes, metavar="NAME", help="(all)")
+
+
+def measure(options: argparse.Namespace, report: Report) -> None:
+    """The plain step, then recipe after recipe."""
+    device, size = choose_device(options.device), default_size(options.model)
+    size = 16 if options.smoke else size
+    setting = Setting(options.model, options.labeled, options.mu, size, device)
+    network(setting)  # a wrong name is an error here, not on every rank
+    report.claim = f"counts of one warm step of {setting.model}, eager"
+    report.more["where"] = {}
+    exchanged = on_ranks("tools.bench.syncs", RANKS, setting, options.recipe, None)
+    _count("plain mpl", step_variants.plain(setting, amp=False), device, report, budget=None)
+    for recipe in options.recipe:
+        one = step_variants.ours(setting, recipe, Flavor(bf16=device.type == "cuda"))
+        assert one is not None
+        _count(recipe, one, device, report, budget=SYNCS)
+        _add(f"{recipe}: collectives", Counter(exchanged[recipe]), COLLECTIVES, report)
+
+
+def _count(
+    name: str, one: Variant, device: torch.device, report: Report, *, budget: int | None
+) -> None:
+    for _ in range(WARM):  # libraries synchronize when they are loaded
+        one.step()
+    _add(f"{name}: host synchronizations", host_syncs(one.step, device), budget, report)
+    if device.type == "cuda":
+        report.add([count_row(f"{name}: launches", launches(one.step), "a step")])
+    else:
+        calls = operators(one.step).launches
+        report.add([count_row(f"{name}: operator calls", calls, "a step")])
+
+
+def _add(name: str, found: Counter[str], budget: int | None, report: Report) -> None:
+    if found:
+        report.more["where"][name] = dict(found)
+    if budget is not None and found.total() > budget:
+        report.fail(name, f"above the budget of {budget}: {dict(found)}")
+    report.add([count_row(name, found.total(), "a step", target=budget)])
+
+
+def rank(given: Sequence[str]) -> None:
+    """On one rank: counts the collectives of a step of each recipe; rank 0 writes them.
+
+    Which collectives there are does not depend on the device, so gloo connects the ranks.
+    """
+    die_with_launcher()
+    distributed.init("cpu")
+    out, setting, recipes = arguments_of(given, torch.device("cpu"))
+    found: dict[str, Counter[str]] = {}
+    for recipe in recipes:
+        one = step_variants.ours(setting, recipe, Flavor())
+        assert one is not None
+        for _ in range(WARM):  # DDP orders its buckets in its first steps
+            one.step()
+        found[recipe] = collectives(one.step)
+    if distributed.rank() == 0:
+        out.write_text(json.dumps(found))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    rank(sys.argv[1:])

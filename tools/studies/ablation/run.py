@@ -1,0 +1,108 @@
+"""Trains one run of an ablation as a process of its own."""
+
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
+from tools.studies.ablation.plan import Job
+
+TRAIN = Path(__file__).resolve().parents[3] / "mpl_fast" / "train.py"
+PR_SET_PDEATHSIG = 1  # prctl(2)
+LINES_SHOWN = ("evaluated:", "resuming after", "train: error:")
+WARNING = "warning: "  # how a line of such begins
+SESSION = "\n$ "  # before the command, in a log
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's summary.json, or the reason why there is none."""
+
+    job: Job
+    summary: dict[str, Any] | None
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
+    """Trains to the end, or resumes; shows evaluations and warnings and writes all to `log`. Raises
+    KeyboardInterrupt, after Ctrl-C, once the run has saved its state.
+
+    `shown`: variants with a warning that was shown already; grows.
+    """
+    if not job.complete:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        code, reason = _train(job, ranks, log, shown)
+        if code:
+            reason = reason or f"ended with exit code {code}, see {log.name}"
+            return Result(job, None, reason, _warnings(log))
+    try:
+        summary = renamed(json.loads((job.folder / "summary.json").read_text()), METRIC_NAMES)
+        return Result(job, summary, warnings=_warnings(log))
+    except (OSError, ValueError):
+        return Result(job, None, f"ended without a summary, see {log.name}", _warnings(log))
+
+
+def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> tuple[int, str]:
+    """Exit code, and the error that the run has printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), str(TRAIN), *job.arguments]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    interrupted, reason = False, ""
+    with log.open("a", encoding="utf-8") as lines:
+        lines.write(f"{SESSION}{shlex.join(command)}\n")
+        while True:
+            try:
+                for line in process.stdout:
+                    lines.write(line)
+                    lines.flush()
+                    _show(line.strip(), job, shown)
+                    if "train: error:" in line:
+                        reason = line.partition("train: error:")[2].strip()
+                code = process.wait()
+                break
+            except KeyboardInterrupt:  # the run has received it as well, and saves
+                interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt
+    return code, reason
+
+
+def _show(line: str, job: Job, shown: set[tuple[str, str]]) -> None:
+    """A warning once for all seeds of a variant, which mostly share it."""
+    if line.startswith(WARNING) and (job.variant.name, line) not in shown:
+        shown.add((job.variant.name, line))
+        print(f"  {job.name}: {line}", flush=True)
+    elif any(word in line for word in LINES_SHOWN):
+        print(f"  {line}", flush=True)
+
+
+def _warnings(log: Path) -> tuple[str, ...]:
+    """Of the last session: those before it may have had other settings."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    session = text.rpartition(SESSION)[2].splitlines()
+    return tuple(line.removeprefix(WARNING) for line in session if line.startswith(WARNING))
+
+
+def _stop_with_parent() -> None:
+    """Linux sends SIGTERM when the ablation dies: the run saves, and unlocks its folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
