@@ -37,7 +37,7 @@ class SelfMetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        if t < config.consistency.ramp or t < config.feedback_ramp or config.feedback == "exact":
+        if t < max(config.consistency.ramp, config.feedback_ramp) or config.repeats_draws:
             return None
         return self.learner.lr == 0.0
 
