@@ -1,6 +1,6 @@
 """What one training step receives, and the protocol of what supplies it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -33,6 +33,11 @@ class Loader(Protocol):
     def state(self) -> Mapping[str, str | bytes]:
         """The position after the last batch returned, for checkpoints: a loader constructed with
         it continues from there, bit for bit."""
+
+
+EvalBatches = Iterable[tuple[Tensor, Tensor, int]]
+"""One pass over this rank's validation images: images (B, 3, H, W), labels (B,) int64, and how many
+leading rows are valid. Every rank has equally many batches."""
 
 
 def image_buffer(

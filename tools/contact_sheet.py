@@ -1,4 +1,4 @@
-"""Writes a PNG of training views: contact_sheet.py REC --out sheet.png [--config configs/NAME.yaml]"""
+"""Writes a PNG of training views: contact_sheet.py REC --out sheet.png [--config RECIPE.yaml]"""
 
 import argparse
 import sys

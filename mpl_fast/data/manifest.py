@@ -1,4 +1,4 @@
-"""The manifest of a folder of records: written last by packing, checked first by loading."""
+"""The manifest of a folder of records: packing writes it last, loading checks it first."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Split:
-    """The files of one split. Offsets in the index count over the shards joined in this order."""
+    """The files of one split. The index has offsets into the concatenated shards, in this order."""
 
     records: int
     shards: tuple[Path, ...]
@@ -31,21 +31,21 @@ class Split:
 class Manifest:
     """A complete folder of records: class names (position = label) and splits by name.
 
-    The names are "labeled", "unlabeled" and, when it was packed, "val"; "train" is both together
-    where they share their records.
+    The splits are "labeled", "unlabeled" and, if it was packed, "val"; "train" is the union of the
+    first two if they share their records.
     """
 
     root: Path
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
-    content: str  # sha256 that tells these records from all others, wherever the folder lies
+    content: str  # sha256 that identifies the records, independent of the folder's path
 
 
 def read_manifest(root: str | Path) -> Manifest:
-    """Return the manifest of root after the cheap checks, so that no stale file is read as data.
+    """Return the manifest of root after the cheap checks, which find stale files.
 
-    Checked: every .rec file's size, the sha256 of every split's .idx file, the class names, and
-    that the .lst files are there. Raises DataError, one line that names the file and what to do.
+    Checked: size of every .rec file, sha256 of every split's .idx file and of the class names, and
+    that the .lst files exist. Raises DataError, one line that names the file and what to do.
     """
     root = Path(root)
     stored = load_manifest(root)
@@ -57,7 +57,7 @@ def read_manifest(root: str | Path) -> Manifest:
         splits = {
             name: _read_split(root, split, shards) for name, split in stored["splits"].items()
         }
-        # With the sha256 of every file.
+        # Includes the sha256 of every file.
         content = json.dumps([stored["splits"], stored["shards"]], sort_keys=True)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise DataError(

@@ -1,4 +1,4 @@
-"""The bytes of an MXNet record: an image header, an image, and the frame around them.
+"""MXNet records: an image header, an image, and the frame around them.
 
 The frame is dmlc-core's (include/dmlc/recordio.h, src/recordio.cc), the header is MXNet's
 (python/mxnet/recordio.py).
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0xCED7230A
 LENGTH_LIMIT = 1 << 29  # bytes; the frame keeps a length in 29 bits
-ID_LIMIT = MAGIC  # an id with the magic word in it would cut the 24-byte header apart
+ID_LIMIT = MAGIC  # a larger id could hold the magic word, at which the header would be cut
 
 _FRAME = struct.Struct("<II")  # magic, part << 29 | length
 _HEADER = struct.Struct("<IfQQ")  # 0 = one label, label, id, second id
@@ -26,9 +26,9 @@ _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 
 
 class Payload(NamedTuple):
-    """What a record holds."""
+    """The content of a record."""
 
-    labels: tuple[float, ...]  # float32 values; several when the record has an array of them
+    labels: tuple[float, ...]  # float32 values; several if the record has an array of them
     id: int
     image: bytes
 
@@ -40,9 +40,9 @@ def image_record(label: float, record_id: int, image: bytes) -> bytes:
 
 
 def record_head(label: float, record_id: int, size: int) -> bytes:
-    """Return the 32 bytes before an image of `size` bytes in which the magic word is not.
+    """Return the 32 bytes before an image of `size` bytes that does not hold the magic word.
 
-    The image and zeros up to a multiple of 4 bytes complete the record, as image_record makes it.
+    The image and zeros up to a multiple of 4 bytes complete the record: see `image_record`.
     """
     _check_id(record_id)
     if size > IMAGE_LIMIT:
@@ -53,8 +53,8 @@ def record_head(label: float, record_id: int, size: int) -> bytes:
 def frame(payload: bytes) -> bytes:
     """Return payload as one record, cut into parts where it holds the magic word at a 4-byte step.
 
-    A reader finds a record by its magic word, so the word may not stand inside one: each is left
-    out, becomes the border of two parts, and is put back by the reader.
+    Readers find records by the magic word, so it must not occur in one: it is left out at the
+    border of two parts, and readers insert it again.
     """
     size = len(payload)
     if size >= LENGTH_LIMIT:
@@ -71,7 +71,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def unframe(framed: bytes) -> bytes:
-    """Return the payload of one framed record, magic words put back: what frame was given.
+    """Return the payload of one framed record: the inverse of `frame`.
 
     DataError when `framed` is not exactly one whole record.
     """
@@ -107,12 +107,12 @@ def parse_payload(payload: bytes) -> Payload:
 
 
 def is_multipart(record: bytes) -> bool:
-    """Tell whether a framed record was cut into parts."""
+    """Whether a framed record was cut into parts."""
     return record[7] >> 5 != _WHOLE
 
 
 def holds_magic(image: "bytes | memoryview") -> bool:
-    """Tell whether the magic word stands at a 4-byte step of an image: frame would cut it."""
+    """Whether an image holds the magic word at a 4-byte step, where `frame` would cut it."""
     return bool((_words(image) == MAGIC).any())
 
 
@@ -127,6 +127,6 @@ def _magic_offsets(payload: bytes) -> list[int]:
 
 
 def _words(content: "bytes | memoryview") -> "NDArray[np.uint32]":
-    import numpy as np  # late: the command line's --help must not wait for it
+    import numpy as np  # late: --help must be fast
 
     return np.frombuffer(content, "<u4", len(content) // 4)

@@ -108,11 +108,11 @@ class Stream:
         except RuntimeError as error:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # raises after a CUDA error
-            split = self._split
+            split, text = self._split, " ".join(str(error).split())
             where = split.shards[0] if len(split.shards) == 1 else split.index
             raise DataError(
-                f"{where}: DALI cannot read a record or decode an image; `make_rec.py verify --deep "
-                f"{where.parent}` finds damaged ones. DALI: ...{' '.join(str(error).split())[-SHOWN:]}"
+                f"{where}: DALI cannot read a record or decode an image; `make_rec.py verify "
+                f"--deep {where.parent}` finds damaged ones. DALI: ...{text[-SHOWN:]}"
             ) from error
 
 

@@ -1,1 +1,1 @@
-"""What a run would take, told before it begins: rows, operations, memory, time."""
+"""Estimates of a run before it starts: images a step, operations, memory, time."""

@@ -1,4 +1,4 @@
-"""From rows and a network's costs to operations, memory and time; arithmetic only."""
+"""Operations, memory and checkpoint size from the rows of a step and the cost of a network."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,51 +13,50 @@ from mpl_fast.config import (
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
 
-# Forward-mode differentiation of a product w x computes w x, dw x and w dx.
-PRODUCTS_OF_A_TANGENT = 3
-IN_FLIGHT = 2  # activations that a layer reads and writes, besides what is saved
+PRODUCTS_OF_A_TANGENT = 3  # forward-mode differentiation of w x computes w x, dw x and w dx
+IN_FLIGHT = 2  # activations that a layer reads and writes, besides the saved ones
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank's device at the peak of a step, by what they are for."""
+    """Bytes on one rank's device at the peak of a step, by purpose."""
 
     weights: float
     gradients: float
     optimizer: float
     average: float
     copies: float
-    """Of weights, for a derivative along the labeled gradient."""
+    """Of weights, for a JVP along the labeled gradient."""
     images: float
     activations: float
     in_flight: float
-    """What a layer reads and writes, besides what is saved."""
+    """What a layer reads and writes, besides the saved activations."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the costs of a step depend on besides its rows and its network."""
+    """What the memory of a step depends on besides its rows and its network."""
 
     algorithm: AlgorithmConfig
     labeled: int
     """Images on this rank."""
     unlabeled: int
-    """Images on this rank, of which there are two views."""
+    """Images on this rank, each with two views."""
     side: int
     """Pixels."""
     bf16: bool
     graphs: bool = False
-    """CUDA graphs, which read images from places of their own."""
+    """With CUDA graphs, which copy images to static buffers."""
 
 
 def learners(algorithm: AlgorithmConfig) -> list[LearnerConfig]:
-    """Of each network that is trained."""
+    """The config of each trained network."""
     if isinstance(algorithm, MPLConfig):
         return [algorithm.teacher, algorithm.student]
     return [algorithm.learner]
 
 
 def step_flops(rows: StepRows, cost: NetworkCost) -> int:
-    """Of one rank's step; those of losses and optimizers are left out, being under a percent."""
+    """FLOPs of one rank's step, without losses and optimizers, which are under one percent."""
     forward = rows.forward + PRODUCTS_OF_A_TANGENT * rows.tangent
     return forward * cost.forward + rows.backward * cost.backward
 
@@ -94,8 +93,8 @@ def _moments(learner: LearnerConfig) -> int:
 
 
 def _copies(algorithm: AlgorithmConfig) -> int:
-    """The weights before the student's step and the labeled gradient; for a difference also the
-    latter scaled, and the weights moved by that."""
+    """Weight-sized tensors of a JVP: weights before the student's step and labeled gradient; for a
+    central difference also the scaled gradient and the shifted weights."""
     if isinstance(algorithm, MPLConfig | SMPLConfig):
         if algorithm.feedback not in ("exact", "per_example"):
             return 0

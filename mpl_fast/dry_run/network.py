@@ -1,4 +1,4 @@
-"""What one network costs an image: operations, and memory that waits for the backward pass."""
+"""Cost of one network per image: operations, saved activations, and time."""
 
 import time
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast.models import count_parameters
 
-ROWS = (2, 4)  # two sizes, for what grows with the rows and what does not; batch norm wants two
-SECONDS = 2.0  # of timing, about
+ROWS = (2, 4)  # batch sizes; their difference separates costs per image from costs per pass
+SECONDS = 2.0  # of timing
 
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """Of one network in training; FLOPs count a multiplication and its addition as two."""
+    """Cost of one network in training; a multiply-add is two FLOPs."""
 
     parameters: int
     """Trained values."""
@@ -31,7 +31,7 @@ class NetworkCost:
     saved: float
     """Bytes that an image's forward pass keeps for the backward pass."""
     saved_once: float
-    """Bytes that a pass keeps whatever its rows are, such as weights in bfloat16."""
+    """Bytes that a pass keeps for any number of rows, such as weights in bfloat16."""
     largest: float
     """Bytes of an image's largest activation."""
 
@@ -39,10 +39,10 @@ class NetworkCost:
 def measure(
     network: nn.Module, side: int, *, device: torch.device, bf16: bool, compiled: bool = False
 ) -> NetworkCost:
-    """Runs a network on the device, on a few images of `side` pixels.
+    """Runs a network on a few images of `side` pixels.
 
-    `compiled` counts what is saved after PyTorch's partition of the compiled graph, which computes
-    some activations anew; that takes seconds. The network is compiled and has gradients afterwards.
+    With `compiled`, saved activations are those after PyTorch's partition of the graph, which
+    recomputes some of them; this takes seconds. The network is then compiled, and has gradients.
     """
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     few, many = (_images(rows, side, device, bf16) for rows in ROWS)
@@ -66,8 +66,7 @@ def measure(
 def seconds_per_image(
     network: nn.Module, side: int, rows: int, *, device: torch.device, bf16: bool
 ) -> float:
-    """Shortest wall time of a forward and backward pass over `rows` images, by the image: what
-    else a machine does makes others longer."""
+    """Minimum wall time per image of forward and backward passes over `rows` images."""
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images = _images(rows, side, device, bf16)
 
@@ -108,20 +107,18 @@ def _logits(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
 
 
 def _flops(network: nn.Module, images: Tensor, bf16: bool) -> tuple[int, int]:
-    """Of a forward and of a backward pass over all images."""
-    found = []
+    """FLOPs of a forward and of a backward pass over all images."""
     counter = FlopCounterMode(display=False)
     with counter:
         loss = _logits(network, images, bf16).float().sum()
-    found.append(counter.get_total_flops())
+    forward = counter.get_total_flops()
     with counter:
         loss.backward()
-    found.append(counter.get_total_flops())
-    return found[0], found[1]
+    return forward, counter.get_total_flops()
 
 
 def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:
-    """Bytes of each piece of memory that a pass keeps, other than the weights and the images."""
+    """Bytes of each storage that a pass saves, except weights and images."""
     kept = (*network.parameters(), *network.buffers(), images)
     known = {t.untyped_storage().data_ptr() for t in kept}
     found: dict[int, int] = {}
@@ -135,5 +132,5 @@ def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = _logits(network, images, bf16).float().sum()
     pieces = list(found.values())
-    del loss  # only now: memory of what was freed may be given out again under the same address
+    del loss  # not earlier: a freed storage's address may be used again
     return pieces

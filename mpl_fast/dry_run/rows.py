@@ -1,7 +1,6 @@
-"""How many images pass through the networks in one step: counted in a step of the real algorithm.
+"""Images that pass through the networks in one step, counted in a step of the real algorithm.
 
-Its networks are stand-ins of a few weights, so that a batch of any size takes a moment; there is no
-table of recipes that could drift from what they do.
+The networks are linear stand-ins with a few weights, so that a batch of any size is fast.
 """
 
 import weakref
@@ -17,26 +16,26 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import AlgorithmConfig, LearnerConfig
 from mpl_fast.learner import Learner
 
-SIDE = 2  # of the stand-ins' images
+SIDE = 2  # pixels of the stand-ins' images
 CLASSES = 2
 
 
 @dataclass
 class StepRows:
-    """Images in the passes of one step, of all networks together."""
+    """Images in the passes of one step, summed over networks."""
 
     forward: int = 0
-    """Of forward passes, those that a backward pass follows included."""
+    """In forward passes, with or without a backward pass."""
     backward: int = 0
-    """Of backward passes."""
+    """In backward passes."""
     tangent: int = 0
-    """Of passes of forward-mode differentiation, not counted as forward."""
+    """In passes of forward-mode differentiation, not counted as forward."""
     largest: int = 0
     """In the largest pass."""
     held: int = 0
-    """Whose activations wait for a backward pass at the same time, at the most."""
+    """Maximum of images whose activations are saved at the same time."""
     held_passes: int = 0
-    """Passes that these belong to."""
+    """Number of passes that saved these."""
 
 
 def count(
@@ -48,11 +47,11 @@ def count(
     step: int | None = None,
     microbatches: int = 1,
 ) -> StepRows:
-    """Rows of step number `step` (the last one of `steps`) on a rank's share of a batch."""
+    """Rows of step number `step` (default: the last) with a rank's labeled and unlabeled images."""
     counter = _Counter()
 
     def new_learner(learner: LearnerConfig) -> Learner:
-        # Whose kernels move the weights changes no row, and some are for a GPU alone.
+        # The optimizer's backend changes no row, and some backends need a GPU.
         learner = replace(learner, optimizer_backend="torch")
         return Learner(_StandIn(counter), learner, steps=steps)
 
@@ -62,7 +61,7 @@ def count(
 
 
 class _Counter:
-    """Notes passes as they come, and how long what they save is kept."""
+    """Counts passes and the rows whose activations are saved."""
 
     def __init__(self) -> None:
         self.found = StepRows()
@@ -85,12 +84,12 @@ class _Counter:
         self.found.backward += rows
 
     def __deepcopy__(self, memo: object) -> "_Counter":
-        """The copy that a learner averages its weights in reports to the same counter."""
+        """The copy of a network for averaged weights has the same counter."""
         return self
 
 
 class _Pass:
-    """One forward pass; it is held as long as the backward pass may ask for what it saved."""
+    """One forward pass; autograd holds it as long as it holds what the pass saved."""
 
     def __init__(self, counter: _Counter, rows: int) -> None:
         self._counter, self._rows, self._held = counter, rows, False
@@ -104,7 +103,7 @@ class _Pass:
 
 
 class _StandIn(nn.Module):
-    """A linear network that counts: its one product saves its input, once in a pass."""
+    """A linear network that counts its passes; its one product saves its input."""
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -114,12 +113,12 @@ class _StandIn(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 2)`` of ``(N, 3, 2, 2)`` images."""
         counter, rows = self.counter, len(images)
-        this = counter.passes(rows)
+        current = counter.passes(rows)
         if forward_ad.unpack_dual(self.weight).tangent is not None:
             counter.found.tangent += rows
         else:
             counter.found.forward += rows
-        with torch.autograd.graph.saved_tensors_hooks(this.save, lambda saved: saved[1]):
+        with torch.autograd.graph.saved_tensors_hooks(current.save, lambda saved: saved[1]):
             logits = images.flatten(1) @ self.weight
         if logits.requires_grad:
             logits.register_hook(lambda _: counter.back(rows))

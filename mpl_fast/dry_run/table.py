@@ -1,44 +1,47 @@
-"""What a dry run prints: names, and a sentence on each."""
+"""The text of a dry run: a paragraph for each property of the run."""
 
 import textwrap
 from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
-from mpl_fast.dry_run.estimate import Memory
+from mpl_fast.dry_run.estimate import Memory, step_flops
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
 from mpl_fast.training.console import duration, quantity
 
-WIDTH, GAP = 100, 14  # of lines, and of the names they begin with
+WIDTH, INDENT = 100, 14  # columns of a line, and of the name before each paragraph
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is told of a run."""
+    """Everything that is printed about a run."""
 
     config: RunConfig
     world: int
     device: str
     """Name of a rank's device; empty if this machine does not have it."""
     device_bytes: int
-    """Its memory; 0 if that is the machine's own."""
+    """Its memory; 0 for the CPU."""
     bf16: bool
     cost: NetworkCost
     rows: StepRows
     """Of one rank."""
-    flops: int
-    """Of one rank's step."""
     memory: Memory
     checkpoint: int
     """Bytes."""
     records: int
-    """Images in a pass over what `epochs` counts."""
+    """Images in a pass over the split that `epochs` is about."""
     validation: int
     """Images."""
     rate: float
-    """FLOP/s that the network reached on this device just now; 0 where it is not here."""
-    probed: int
-    """Images in that pass."""
+    """FLOP/s measured with this network on this device; 0 if the device is not here."""
+    timed: int
+    """Images in the measured pass."""
+
+    @property
+    def flops(self) -> int:
+        """Of one rank's step."""
+        return step_flops(self.rows, self.cost)
 
     @property
     def seconds(self) -> float:
@@ -48,7 +51,7 @@ class Plan:
 
 def table(plan: Plan) -> str:
     """A paragraph for each name."""
-    told = {
+    paragraphs = {
         "recipe": plan.config.recipe,
         "network": _network(plan),
         "ranks": _ranks(plan),
@@ -62,8 +65,8 @@ def table(plan: Plan) -> str:
         "decoding": _decoding(plan),
     }
     lines = [
-        textwrap.fill(f"{name:<{GAP}}{text}", WIDTH, subsequent_indent=" " * GAP)
-        for name, text in told.items()
+        textwrap.fill(f"{name:<{INDENT}}{text}", WIDTH, subsequent_indent=" " * INDENT)
+        for name, text in paragraphs.items()
     ]
     return "\n".join(["dry run: nothing is trained or written", *lines])
 
@@ -95,9 +98,9 @@ def _images(plan: Plan) -> str:
 
 def _passes(plan: Plan) -> str:
     rows = plan.rows
-    along = f", {rows.tangent:,} in forward mode" if rows.tangent else ""
+    tangent = f", {rows.tangent:,} in forward mode" if rows.tangent else ""
     return (
-        f"on a rank {rows.forward:,} images forward, {rows.backward:,} backward{along}; "
+        f"on a rank {rows.forward:,} images forward, {rows.backward:,} backward{tangent}; "
         f"the largest has {rows.largest:,}"
     )
 
@@ -146,13 +149,12 @@ def _time(plan: Plan) -> str:
     return (
         f"roughly {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, if all went "
         f"at the {_amount(plan.rate)}FLOP/s that this network just reached here in a few seconds, "
-        f"forward and backward on {plan.probed} images, not compiled"
+        f"forward and backward on {plan.timed} images, not compiled"
     )
 
 
 def _decoding(plan: Plan) -> str:
-    config = plan.config
-    images = config.labeled_batch + config.unlabeled_images
+    images = plan.config.labeled_batch + plan.config.unlabeled_images
     if not plan.rate:
         return f"{images:,} images a step, over its seconds, are what keeps up with it"
     rate = images / plan.seconds
@@ -171,7 +173,7 @@ def _count(value: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """A number, a space and the letter of its size: ``4.09 G``."""
+    """Three digits, a space and an SI prefix: ``4.09 G``."""
     for letter, size in zip("EPTGMk", (1e18, 1e15, 1e12, 1e9, 1e6, 1e3), strict=True):
         if value >= size:
             return f"{value / size:.3g} {letter}"

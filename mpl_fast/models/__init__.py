@@ -1,4 +1,4 @@
-"""Networks by name: any of timm's, and those of the semi-supervised CIFAR literature."""
+"""Networks by name: those of timm, and those of the semi-supervised CIFAR literature."""
 
 import difflib
 import importlib
@@ -36,11 +36,10 @@ def build(
 ) -> nn.Module:
     """A network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
 
-    `dropout` drops pooled features; `norm_momentum` above 0 replaces the batch norms' own.
-    `pretrained` is empty for fresh weights, ``timm`` for those that timm publishes, or a file
-    (`pretrained.load`). `frozen` leaves only the classifier head to be trained (`frozen.freeze`).
-    Raises `ConfigError` for a name that neither timm nor this package knows, and for weights
-    that cannot be had or do not fit.
+    `dropout` applies to the pooled features; `norm_momentum` above 0 replaces the momentum of batch
+    norms. `pretrained` is empty for random weights, ``timm`` for those that timm publishes, or a
+    file (`pretrained.load`). With `frozen` only the classifier head is trained (`frozen.freeze`).
+    Raises `ConfigError` for an unknown name, and for weights that cannot be loaded or do not fit.
     """
     if name in OWN:
         network = _own(name, classes, dropout, pretrained)
@@ -68,10 +67,10 @@ def _own(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
 
 
 def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
-    import timm  # takes a second: only for those who need it
+    import timm  # late: takes a second
 
-    shape, dot, _ = name.partition(".")  # timm's resnet50.a1_in1k: the weights' name after the dot
-    tagged = timm.list_models(shape, include_tags=True) if dot else []
+    architecture, dot, _ = name.partition(".")  # resnet50.a1_in1k: the weights' tag after the dot
+    tagged = timm.list_models(architecture, include_tags=True) if dot else []
     if not timm.is_model(name) or (dot and name not in tagged):
         names = [*OWN, *timm.list_models(), *tagged]
         near = difflib.get_close_matches(name, names, n=4) or OWN
@@ -85,12 +84,12 @@ def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module
 
 
 def synchronized(network: nn.Module) -> nn.Module:
-    """With batch norms that normalize by the images of all ranks; activations in them are kept."""
+    """Converts batch norms to SyncBatchNorm, including timm's with an activation."""
     layers: Any = importlib.import_module("timm.layers")  # late: 1 s
     converted: nn.Module = layers.convert_sync_batchnorm(network)
     return converted
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Number of trained values."""
+    """Number of trainable parameters."""
     return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)

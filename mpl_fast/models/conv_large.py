@@ -9,9 +9,9 @@ class ConvLarge(nn.Module):
 
     As in MetaSemi's PyTorch code: batch norm where the papers have weight normalization with
     mean-only batch norm, half of the *channels* dropped after each pooling where Mean Teacher drops
-    single values, no Gaussian noise on the input, PyTorch's own initialisation. Those dropped
-    channels belong to the network; `dropout` comes on top, on the pooled features, and is 0 in the
-    literature. Images ``(N, 3, H, W)`` need at least 12 pixels a side.
+    single values, no Gaussian noise on the input, PyTorch's default initialization. `dropout` is
+    additional, on the pooled features, and is 0 in the literature. Images ``(N, 3, H, W)`` need
+    at least 12 pixels a side.
     """
 
     SLOPE = 0.1
@@ -43,7 +43,7 @@ class ConvLarge(nn.Module):
         return logits
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, by timm's name for it."""
+        """The last layer; timm's name for this method."""
         return self.head
 
 

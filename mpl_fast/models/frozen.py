@@ -1,4 +1,4 @@
-"""A frozen trunk: only the classifier head learns, batch norm keeps its pretrained statistics."""
+"""Frozen trunk: only the classifier head is trained, and batch norm statistics are fixed."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ from mpl_fast.models.head import head_prefixes
 
 
 def freeze(network: nn.Module) -> None:
-    """Leaves a gradient to the classifier head alone, and fixes every other batch norm.
+    """Disables gradients outside the classifier head, and replaces batch norms by `FrozenNorm`.
 
-    Dropout stays as it is. The names in `state_dict` stay too, so a checkpoint of a frozen network
-    fits the free one.
+    Dropout is unchanged. Keys of `state_dict` are unchanged too, so a checkpoint of a frozen
+    network fits one that is not frozen.
     """
     head = head_prefixes(network)
     for name, parameter in network.named_parameters():
@@ -22,10 +22,10 @@ def freeze(network: nn.Module) -> None:
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm in evaluation mode for good, whatever `train` says.
+    """Batch norm that is always in evaluation mode.
 
-    Not one of PyTorch's batch norms by type, on purpose: who makes those use the batch's own
-    statistics must pass this one by. What timm puts into a norm (its activation) is taken over.
+    Not a subclass of PyTorch's batch norm, so that code which makes those use batch statistics
+    skips it. Submodules of the norm, such as timm's activation, are applied after it.
     """
 
     running_mean: Tensor | None
@@ -39,13 +39,13 @@ class FrozenNorm(nn.Module):
         self.register_buffer("running_mean", norm.running_mean)
         self.register_buffer("running_var", norm.running_var)
         self.register_buffer("num_batches_tracked", norm.num_batches_tracked)
-        for name, follower in norm.named_children():
-            self.add_module(name, follower)
+        for name, module in norm.named_children():
+            self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
-        for follower in self.children():
-            x = follower(x)
+        for module in self.children():
+            x = module(x)
         return x

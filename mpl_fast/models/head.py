@@ -1,4 +1,4 @@
-"""Which part of a network is the classifier head: what transfer learning leaves out."""
+"""The classifier head of a network."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def head_prefixes(network: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names in `network.state_dict()` that belong to its last layer."""
-    unknown: Any = network  # of timm's classes or of ours: they share this method
-    found = unknown.get_classifier()  # one module, or several of a network with several heads
+    """Prefixes of the keys in `network.state_dict()` that belong to the last layer."""
+    classifier: Any = network  # timm's networks and those of this package have this method
+    found = classifier.get_classifier()  # one module, or several of a network with several heads
     heads = found if isinstance(found, tuple | list) else [found]
     return tuple(
         f"{name}." for name, module in network.named_modules() if any(module is h for h in heads)

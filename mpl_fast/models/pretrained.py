@@ -1,4 +1,4 @@
-"""Weights to begin with: a local file, or those that timm publishes."""
+"""Pretrained weights: from a local file, or those that timm publishes."""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,19 @@ from torch import Tensor, nn
 from mpl_fast.errors import ConfigError
 from mpl_fast.models.head import head_prefixes
 
-COUNTER = "num_batches_tracked"  # of a batch norm: some formats leave it out, and nothing needs it
-WRAPPED = "module."  # before every key, if a DistributedDataParallel was saved
-SHOWN = 3  # keys in an error's one line
+COUNTER = "num_batches_tracked"  # of batch norms; optional, since nothing reads it
+WRAPPED = "module."  # prefix of every key of a saved DistributedDataParallel
+SHOWN = 3  # keys in an error message
 
 
 def load(network: nn.Module, source: str) -> None:
-    """Fills a network from ``FILE``, or from one entry of a larger file, ``FILE:ENTRY``.
+    """Loads a network from ``FILE``, or from one entry of a larger file, ``FILE:ENTRY``.
 
     FILE is a ``.safetensors`` or a ``torch.save`` of the network's state dict. ENTRY is a key in
-    it, or a learner in a checkpoint of ours, ``RUN/checkpoints/step_N/state.pt:student``, whose
-    average is taken if it has one. The classifier head stays as it is if the file has none or one
-    of another shape. Raises `ConfigError` for a file that cannot be read or does not fit otherwise.
+    it, or a learner in a checkpoint of this package, ``RUN/checkpoints/step_N/state.pt:student``;
+    its averaged weights are loaded if there are any. The classifier head is not loaded if the file
+    has none or one of another shape. Raises `ConfigError` for a file that cannot be read or does
+    not fit otherwise.
     """
     given, own, head = _read(source), network.state_dict(), head_prefixes(network)
     _check(source, given, own, head)
@@ -31,11 +32,11 @@ def load(network: nn.Module, source: str) -> None:
 
 
 def from_timm(name: str, classes: int, dropout: float) -> nn.Module:
-    """A network of timm with its published weights, from timm's cache or the internet.
+    """A timm network with its published weights, from timm's cache or the internet.
 
-    The head is theirs too if they have as many classes. Raises `ConfigError` without weights.
+    The head is loaded if it has as many classes. Raises `ConfigError` if there are no weights.
     """
-    import timm  # takes a second: only for those who need it
+    import timm  # late: takes a second
 
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
@@ -44,7 +45,7 @@ def from_timm(name: str, classes: int, dropout: float) -> nn.Module:
         network: nn.Module = timm.create_model(
             name, pretrained=True, num_classes=classes, drop_rate=dropout
         )
-    except Exception as error:  # of the network, the hub, the cache or the file: many libraries'
+    except Exception as error:  # of the hub, the cache or the file, from many libraries
         raise ConfigError(
             f"model.pretrained: timm's weights for {name!r} could not be had "
             f"({_reason(error)}); without internet, download them elsewhere and give the file"
@@ -58,7 +59,7 @@ def _read(source: str) -> dict[str, Tensor]:
         raise ConfigError(f"model.pretrained: there is no file {file}; give a file, 'timm' or ''")
     try:
         loaded = _read_file(file)
-    except Exception as error:  # a broken file can make these readers raise anything
+    except Exception as error:  # these readers can raise anything for a damaged file
         raise ConfigError(
             f"model.pretrained: {file} cannot be read ({_reason(error)}); give a "
             ".safetensors file, or what torch.save made of network.state_dict()"
@@ -81,7 +82,7 @@ def _read(source: str) -> dict[str, Tensor]:
 
 
 def _split(source: str) -> tuple[Path, str]:
-    """File and entry; a file whose own name has a colon is a file."""
+    """File and entry; an existing file whose name has a colon has no entry."""
     file, colon, entry = source.rpartition(":")
     if not colon or Path(source).is_file():
         return Path(source), ""

@@ -1,4 +1,5 @@
-"""Shake-shake networks: two residual branches in a random mix, another forward than backward."""
+"""Shake-shake networks: two residual branches mixed by random weights, different in forward and
+backward pass."""
 
 import math
 from itertools import pairwise
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 class ShakeShake(nn.Module):
     """Residual network with shake-shake regularization (arXiv 1705.07485), for 32-pixel images.
 
-    As Mean Teacher's PyTorch code has it, which MetaSemi took over: a stem of 16 channels without
-    norm, a shifted 1x1 convolution where the resolution halves, no norm or activation before
-    the pooling. Unlike there, one linear layer. `dropout` drops pooled features and is 0 in
-    the literature. Images ``(N, 3, H, W)`` need sides divisible by 4.
+    As in Mean Teacher's PyTorch code, which MetaSemi uses: a stem of 16 channels without norm, a
+    shifted 1x1 convolution where the resolution halves, no norm or activation before the pooling.
+    Unlike there, one linear layer. `dropout` applies to the pooled features and is 0 in the
+    literature. Images ``(N, 3, H, W)`` need sides divisible by 4.
     """
 
     def __init__(self, depth: int, width: int, classes: int, dropout: float) -> None:
@@ -28,9 +29,9 @@ class ShakeShake(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], classes)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels
@@ -42,22 +43,21 @@ class ShakeShake(nn.Module):
         return logits
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, by timm's name for it."""
+        """The last layer; timm's name for this method."""
         return self.head
 
 
 def shake(first: Tensor, second: Tensor) -> Tensor:
-    """Mixes two tensors ``(N, C, H, W)`` by `alpha` and has the derivatives of a mix by `beta`.
+    """Mixes two tensors ``(N, C, H, W)`` by `alpha`, with the derivatives of a mix by `beta`.
 
-    Both are drawn for each image, uniform in [0, 1) and independent. Of the value ``beta first +
-    (1 - beta) second + (alpha - beta) (first - second)`` the last term is detached, so that no
-    gradient function of our own is needed: the network stays one graph under `torch.compile`;
-    forward-mode differentiation has the same `beta`, so that a JVP is the exact transpose of the
-    backward pass; and as both are drawn in the forward pass, repeating that from the same random
-    state repeats the gradient too.
+    Both are drawn for each image, uniform in [0, 1) and independent. In the value ``beta first +
+    (1 - beta) second + (alpha - beta) (first - second)`` the last term is detached, so no custom
+    autograd function is needed: the network is one graph under `torch.compile`; forward-mode
+    differentiation uses the same `beta`, so a JVP is the exact transpose of the backward pass; and
+    since both are drawn in the forward pass, the same random state gives the same gradient.
     """
     shape = (2, len(first), 1, 1, 1)
-    # Never drawn in 16 bits, so that a pass in another precision has the same mix.
+    # Drawn in 32 bits or more, so that a pass in another precision has the same mix.
     wide = torch.promote_types(first.dtype, torch.float32)
     alpha, beta = torch.rand(shape, dtype=wide, device=first.device).to(first.dtype)
     difference = first - second
@@ -66,7 +66,7 @@ def shake(first: Tensor, second: Tensor) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Two branches, shaken in training and averaged in evaluation, beside a shortcut."""
+    """Two branches, mixed in training and averaged in evaluation, and a shortcut."""
 
     def __init__(self, before: int, after: int, *, halve: bool) -> None:
         super().__init__()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class WideResNet(nn.Module):
     """Wide ResNet (arXiv 1605.07146) after kekmodel/MPL-pytorch.
 
-    Stem of 16 channels, LeakyReLU of slope 0.1, batch norm that keeps 99.9 % of its statistics,
-    dropout on the pooled features. Unlike there, the first block of the later stages feeds its
-    first convolution the normalized features too; that code computes them and does not use them.
+    Stem of 16 channels, LeakyReLU with slope 0.1, batch norm with momentum 0.001, dropout on the
+    pooled features. Unlike there, the first convolution of the later stages gets the normalized
+    features too; that code computes them and does not use them.
     """
 
     SLOPE = 0.1
@@ -32,9 +32,9 @@ class WideResNet(nn.Module):
         self.norm = _norm(channels[-1])
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], classes)
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=self.SLOPE, mode="fan_out")
@@ -47,14 +47,14 @@ class WideResNet(nn.Module):
         return logits
 
     def get_classifier(self) -> nn.Module:
-        """The last layer, by timm's name for it."""
+        """The last layer; timm's name for this method."""
         return self.head
 
 
 class _Block(nn.Module):
     """Norm, activation, convolution, twice, around a shortcut.
 
-    `activate_shortcut`: the very first block also feeds the activated features to its shortcut.
+    With `activate_shortcut`, of the very first block, the shortcut gets the activated features.
     """
 
     def __init__(self, before: int, after: int, stride: int, activate_shortcut: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
 from mpl_fast.algorithms.mpl import count_held_out
+from mpl_fast.batch import EvalBatches, Loader
 from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.data.loader import EvalLoader, TrainLoader
 from mpl_fast.data.manifest import Manifest
@@ -127,7 +128,7 @@ def build_algorithm(
     return algorithms.build(config.algorithm, new_learner, facts)
 
 
-def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalLoader:
+def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:
     """Loader of this rank's validation images."""
     return EvalLoader(
         config.data,
@@ -171,14 +172,13 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
 
 def train_loader(
     config: RunConfig, manifest: Manifest, dist_env: DistEnv, state: dict[str, Any] | None
-) -> TrainLoader:
+) -> Loader:
     """Endless loader of this rank's training batches, from the start or a checkpoint's `state`."""
-    unlabeled = images_per_step(config) - config.labeled_batch
     return TrainLoader(
         config.data,
         manifest,
         labeled=config.labeled_batch // dist_env.world,
-        unlabeled=unlabeled // dist_env.world,
+        unlabeled=config.unlabeled_images // dist_env.world,
         rank=dist_env.rank,
         world=dist_env.world,
         seed=config.seed,

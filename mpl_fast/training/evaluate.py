@@ -1,6 +1,5 @@
 """Accuracy on the validation split: every image counts exactly once, on any number of ranks."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
+from mpl_fast.batch import EvalBatches
 from mpl_fast.config import RunConfig
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import CheckpointError, DataError
@@ -21,13 +21,10 @@ Accuracy = dict[str, float]
 
 
 @torch.no_grad()
-def evaluate(
-    algorithm: Algorithm, batches: Iterable[tuple[Tensor, Tensor, int]], expected: int
-) -> Accuracy:
+def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accuracy:
     """Evaluates the averaged weights of `algorithm.eval_ensemble`.
 
-    `batches` yields images ``(B, 3, H, W)``, labels ``(B,)`` int64 and the number of leading rows
-    that count. Returns top1 and top5 in percent and count, the number of images over all ranks.
+    Returns top1 and top5 in percent and count, the number of images over all ranks.
     Raises `DataError` if the ranks together did not see `expected` images.
     """
     hits: Tensor | None = None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from nvidia.dali import fn
+from nvidia.dali.auto_aug import rand_augment
 from nvidia.dali.data_node import DataNode
 
 from mpl_fast.config import DataConfig
@@ -166,13 +167,13 @@ def test_dali_policy_stops_at_level_10_and_grows_below() -> None:
 def test_only_dalis_own_deprecations_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another kind of warning within DALI's policy, and any outside it, is shown."""
     image = photographs(32)[0]
-    original = randaugment.rand_augment.rand_augment
+    original = rand_augment.rand_augment
 
     def noisy(*arguments: object, **options: object) -> DataNode:
         warnings.warn("kept", RuntimeWarning, stacklevel=1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(randaugment.rand_augment, "rand_augment", noisy)
+    monkeypatch.setattr(rand_augment, "rand_augment", noisy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         strong_views(image, replace(CIFAR, policy="dali"), 1)

@@ -93,10 +93,10 @@ def test_rows_and_operations_are_those_of_a_real_step(recipe: str, tmp_path: Pat
         seen.backward,
         seen.tangent,
     )
-    told, found = estimate.step_flops(rows, cost()), flops.get_total_flops()
+    expected, found = estimate.step_flops(rows, cost()), flops.get_total_flops()
     # A pass in forward mode has no tangent of the images, so that the first layer costs less; and
     # the dot product that a step may take of logits is no pass.
-    assert found == pytest.approx(told, rel=0.02 if rows.tangent else 1e-4)
+    assert found == pytest.approx(expected, rel=0.02 if rows.tangent else 1e-4)
 
 
 def test_rows_of_meta_pseudo_labels_by_hand() -> None:
@@ -190,9 +190,9 @@ def test_saved_activations_are_those_of_a_real_step(
     kept = Kept(algorithm, batch)
     train_step(algorithm, batch, config.steps - 1)
     setting = estimate.Setting(config.algorithm, L, U, SIDE, bf16)
-    told = estimate.memory(setting, rows_of(config), cost(bf16)).activations
+    estimated = estimate.memory(setting, rows_of(config), cost(bf16)).activations
     assert kept.now == 0
-    assert told == pytest.approx(kept.most, rel=0.1)
+    assert estimated == pytest.approx(kept.most, rel=0.1)
 
 
 def test_a_compiled_network_saves_less() -> None:
@@ -210,22 +210,22 @@ def test_memory_of_weights_is_exact(optimizer: Any) -> None:
     algorithm, batch = real(RunConfig(algorithm=config, steps=9))
     train_step(algorithm, batch, 0)
     setting = estimate.Setting(config, L, U, SIDE, False)
-    told = estimate.memory(setting, StepRows(), cost())
+    estimated = estimate.memory(setting, StepRows(), cost())
     learners = list(algorithm.learners.values())
     held = [list(x.optimizer.state.values()) for x in learners]
     moments = [t for states in held for s in states for t in s.values() if t.ndim]
-    assert told.weights == sum(_size(x.network) for x in learners)
-    assert told.average == _size(algorithm.learners["student"].average)
-    assert told.optimizer == sum(t.nbytes for t in moments)
-    assert told.gradients == sum(p.nbytes for x in learners for p in x.parameters)
+    assert estimated.weights == sum(_size(x.network) for x in learners)
+    assert estimated.average == _size(algorithm.learners["student"].average)
+    assert estimated.optimizer == sum(t.nbytes for t in moments)
+    assert estimated.gradients == sum(p.nbytes for x in learners for p in x.parameters)
     assert (
-        told.images
+        estimated.images
         == (L + 2 * U) * 3 * SIDE * SIDE * 4
         == sum(view.nbytes for view in (batch.labeled, batch.weak, batch.strong))
     )
-    assert told.copies == told.activations == told.in_flight == 0
+    assert estimated.copies == estimated.activations == estimated.in_flight == 0
     graphs = replace(setting, graphs=True)
-    assert estimate.memory(graphs, StepRows(), cost()).images == 2 * told.images
+    assert estimate.memory(graphs, StepRows(), cost()).images == 2 * estimated.images
 
 
 def _size(network: nn.Module | None) -> int:
@@ -242,8 +242,8 @@ def test_copies_of_weights_for_a_derivative() -> None:
         (MetaSemiConfig(), 4),
         (SupervisedConfig(), 0),
     ):
-        told = estimate.memory(estimate.Setting(config, L, U, SIDE, False), StepRows(), some)
-        assert told.copies == copies * some.trained_bytes
+        estimated = estimate.memory(estimate.Setting(config, L, U, SIDE, False), StepRows(), some)
+        assert estimated.copies == copies * some.trained_bytes
 
 
 def test_size_of_a_checkpoint(tmp_path: Path) -> None:
@@ -252,5 +252,7 @@ def test_size_of_a_checkpoint(tmp_path: Path) -> None:
     train_step(algorithm, batch, 0)
     buffer = io.BytesIO()
     torch.save({k: x.state_dict() for k, x in algorithm.learners.items()}, buffer)
-    told = estimate.checkpoint_bytes(config.algorithm, cost())
-    assert 0 < len(buffer.getbuffer()) - told < 200_000  # names and padding of some 300 tensors
+    estimated = estimate.checkpoint_bytes(config.algorithm, cost())
+    assert (
+        0 < len(buffer.getbuffer()) - estimated < 200_000
+    )  # names and padding of some 300 tensors

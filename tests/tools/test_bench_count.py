@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpl_fast import distributed
 from tools.bench.count import collectives
 
-distributed.start("cpu")
+distributed.init("cpu")
 net = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))  # 1.4 MB each
 replica = DistributedDataParallel(net, bucket_cap_mb=1, forward_sync_buffers=False)
 
@@ -40,7 +40,7 @@ for _ in range(3):
 found = collectives(step)
 if distributed.rank() == 0:
     open(sys.argv[1], "w").write(json.dumps(found))
-distributed.stop()
+distributed.shutdown()
 """
 
 

@@ -30,7 +30,7 @@ from mpl_fast.data.pipelines import (
     read_shuffled,
     train_pipeline,
 )
-from mpl_fast.data.randaugment import own_deprecations_hidden, strengthen
+from mpl_fast.data.randaugment import strengthen
 from mpl_fast.data.stream import Stream
 from mpl_fast.errors import ConfigError
 from tools.bench import input_peers
@@ -290,14 +290,13 @@ def own_pipeline(config: DataConfig, split: Split, engine: Engine, task: Task) -
         strong = strengthen(random_crop(encoded, config, engine), config)
         return normalize(strong, config, engine, flip_coin(config)), label
 
-    with own_deprecations_hidden():
-        return pipeline_def(graph, enable_conditionals=True)(
-            batch_size=engine.batch,
-            device_id=engine.gpu,
-            num_threads=engine.threads,
-            prefetch_queue_depth=config.prefetch,
-            seed=engine.seed,
-        )
+    return pipeline_def(graph, enable_conditionals=True)(
+        batch_size=engine.batch,
+        device_id=engine.gpu,
+        num_threads=engine.threads,
+        prefetch_queue_depth=config.prefetch,
+        seed=engine.seed,
+    )
 
 
 def rows(

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one clear line, an exit code, and nothing overwritten."""
+"""User errors end in one line, an exit code, and nothing overwritten."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ Say = Callable[[list[str]], tuple[int, str]]
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
-    """Runs the command in this process; returns its exit code and what it said on stderr."""
+    """Runs the command in this process; returns its exit code and its stderr."""
 
     def command(options: list[str]) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["train.py", *options])
@@ -28,16 +28,45 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> S
     return command
 
 
-def test_missing_data_root(say: Say, tmp_path: Path) -> None:
-    code, text = say(arguments(tmp_path / "run", tmp_path / "nowhere"))
-    assert code == 4 and text.count("\n") == 1 and "nowhere" in text
-    assert not (tmp_path / "run").exists()
-
-
-def test_empty_data_root(say: Say, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    code, text = say(arguments(tmp_path / "run", tmp_path / "empty"))
-    assert code == 4 and text.count("\n") == 1 and "empty" in text
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ("--data.root TMP/nowhere", 4, ["nowhere"]),
+        ("--data.root TMP", 4, ["TMP"]),  # an empty folder
+        ("--model.classes 7", 2, ["model.classes is 7", "has 10 classes"]),
+        ("--labeled-batch 500", 2, ["labeled_batch 500 is larger than the"]),
+        ("--unlabeled-batch 500", 2, ["unlabeled_batch 500 is larger than the"]),
+        ("--model.name resnet51", 2, ["resnet51", "resnet50"]),
+        ("--model.pretrained TMP/nowhere.pth", 2, ["there is no file TMP/nowhere.pth"]),
+        (
+            "--algorithm.held-out 0.5 --labeled-batch 1",
+            2,
+            ["labeled_batch 1 gives a rank one image"],
+        ),
+        ("--run-dir /proc/mpl_fast/run", 2, ["cannot be written"]),
+        ("--cuda-graphs step", 2, ["cuda_graphs is step, but", "cpu: set off"]),
+        ("--microbatches 3", 2, ["microbatches 3 does not divide the 4 labeled images"]),
+        (
+            "--microbatches 2 --algorithm.held_out 0.25",
+            2,
+            ["microbatches 2 does not divide the 3 labeled images that a rank learns from"],
+        ),
+        (
+            "--algorithm.teacher.optimizer_backend apex",
+            2,
+            ["optimizer_backend apex needs NVIDIA's apex, which is not installed"],
+        ),
+    ],
+)
+def test_one_line(
+    options: str, code: int, words: list[str], say: Say, tiny_rec: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    given = options.replace("TMP", str(tmp_path / "data")).split()
+    ended, text = say([*arguments(tmp_path / "run", tiny_rec), *given])
+    assert ended == code and text.count("\n") == 1, text
+    assert all(part.replace("TMP", str(tmp_path / "data")) in text for part in words), text
+    assert code != 4 or not (tmp_path / "run").exists()
 
 
 def test_index_that_does_not_match(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
@@ -55,31 +84,6 @@ def test_records_cut_short(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
     assert code == 4 and text.count("\n") == 1 and "val.rec" in text
 
 
-def test_class_count_that_does_not_match(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.classes", "7"])
-    assert code == 2 and "model.classes is 7" in text and "has 10 classes" in text
-
-
-@pytest.mark.parametrize("which", ["labeled", "unlabeled"])
-def test_batch_larger_than_the_dataset(
-    which: str, say: Say, tiny_rec: Path, tmp_path: Path
-) -> None:
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), f"--{which}-batch", "500"])
-    assert code == 2 and text.count("\n") == 1
-    assert f"{which}_batch 500 is larger than the" in text
-
-
-def test_unknown_model(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.name", "resnet51"])
-    assert code == 2 and text.count("\n") == 1 and "resnet51" in text and "resnet50" in text
-
-
-def test_pretrained_weights_that_are_not_there(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
-    file = str(tmp_path / "nowhere.pth")
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--model.pretrained", file])
-    assert code == 2 and text.count("\n") == 1 and f"there is no file {file}" in text
-
-
 def test_fine_tuning_of_a_run_that_is_not_there(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
     """Nothing is left behind that would stand in the way of the right command."""
     start = tmp_path / "nowhere"
@@ -90,14 +94,6 @@ def test_fine_tuning_of_a_run_that_is_not_there(say: Say, tiny_rec: Path, tmp_pa
     assert code == 2 and text.count("\n") == 1
     assert f"algorithm.start: there is no folder {start}" in text
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-def test_a_labeled_batch_too_small_to_be_shared_out(
-    say: Say, tiny_rec: Path, tmp_path: Path
-) -> None:
-    options = [*arguments(tmp_path / "run", tiny_rec), "--algorithm.held-out", "0.5"]
-    code, text = say([*options, "--labeled-batch", "1"])
-    assert code == 2 and text.count("\n") == 1 and "labeled_batch 1 gives a rank one image" in text
 
 
 def test_cuda_asked_for_and_absent(
@@ -113,12 +109,6 @@ def test_run_directory_that_is_a_file(say: Say, tiny_rec: Path, tmp_path: Path) 
     code, text = say(arguments(tmp_path / "run", tiny_rec))
     assert code == 2 and text.count("\n") == 1 and "cannot be written" in text
     assert (tmp_path / "run").read_text() == "precious"
-
-
-def test_run_directory_below_something_unwritable(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
-    options = arguments(tmp_path / "x", tiny_rec)
-    code, text = say([*options, "--run-dir", "/proc/mpl_fast/run"])
-    assert code == 2 and text.count("\n") == 1 and "cannot be written" in text
 
 
 def test_run_directory_of_another_config(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
@@ -139,28 +129,6 @@ def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     mended = run([*options, "--stop-at", "1", "--algorithm.student.delay-steps", "9"])
     assert mended.returncode == 0, mended.stderr
     assert "warning: the student never moves: its wait of 9 steps" in mended.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--cuda-graphs", "step"], "cuda_graphs is step, but this trains on cpu: set off"),
-        (["--microbatches", "3"], "microbatches 3 does not divide the 4 labeled images"),
-        (
-            ["--microbatches", "2", "--algorithm.held_out", "0.25"],
-            "microbatches 2 does not divide the 3 labeled images that a rank learns from",
-        ),
-        (
-            ["--algorithm.teacher.optimizer_backend", "apex"],
-            "optimizer_backend apex needs NVIDIA's apex, which is not installed",
-        ),
-    ],
-)
-def test_what_this_machine_or_batch_cannot_do(
-    options: list[str], says: str, say: Say, tiny_rec: Path, tmp_path: Path
-) -> None:
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), *options])
-    assert code == 2 and says in text
 
 
 def test_two_runs_in_one_directory(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
@@ -191,10 +159,10 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     assert not (folder / "summary.json").exists()
 
 
-def test_an_error_is_told_once_under_torchrun(tiny_rec: Path, tmp_path: Path) -> None:
+def test_an_error_is_printed_once_under_torchrun(tiny_rec: Path, tmp_path: Path) -> None:
     """By rank 0, though both ranks meet it; torchrun adds a report of its own."""
     (tmp_path / "run").write_text("in the way")
     failed = run(arguments(tmp_path / "run", tiny_rec), ranks=2)
     assert failed.returncode != 0
     assert failed.stderr.count("train: error:") == 1, failed.stderr
-    assert "trainer.py" not in failed.stderr  # no traceback through our code
+    assert "mpl_fast/training" not in failed.stderr  # no traceback through our code
