@@ -89,14 +89,14 @@ class MetaPseudoLabels:
     def _student_backward(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
         logits = self.student(strong)
-        out, grad_logits = losses.student_loss_and_grad(
+        loss, grad_logits = losses.student_loss_and_grad(
             logits,
             labels.target,
             label_smoothing=self.config.label_smoothing,
             weight=labels.weight,
         )
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
-        return logits.detach(), out.loss
+        return logits.detach(), loss
 
     def _teacher_loss(
         self,

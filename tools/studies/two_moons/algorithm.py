@@ -83,7 +83,7 @@ class RunDifference:
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
         target = losses.pseudo_labels(logits.detach()).label if self._relabel else self._target
         each_row = self.h.repeat(len(logits) // len(self.h))
-        return losses.student_loss(logits, target, weight=each_row).loss
+        return losses.student_loss(logits, target, weight=each_row)
 
     def metrics(self) -> Metrics:
         return {"feedback": self.h.mean(), "loss/student_labeled": self._new.mean()}
