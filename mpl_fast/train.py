@@ -8,8 +8,8 @@ from pathlib import Path
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.config.command_line import fail, parse, wants_dry_run
-from mpl_fast.errors import UserError
+from mpl_fast.config.command_line import parse, wants_dry_run
+from mpl_fast.errors import UserError, fail
 from mpl_fast.training.process import die_with_launcher
 
 

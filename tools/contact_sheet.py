@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail, parse
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.config.command_line import parse
+from mpl_fast.errors import ConfigError, UserError, fail
 
 DESCRIPTION = """Writes a PNG of real images from REC, one a row: the original, the weak view, and
 several draws of the strong view of the same crop. The views are those of a recipe (--config) or the

@@ -13,8 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail
-from mpl_fast.errors import UserError
+from mpl_fast.errors import UserError, fail
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}

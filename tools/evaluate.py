@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail, parse
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.config.command_line import parse
+from mpl_fast.errors import ConfigError, UserError, fail
 from mpl_fast.training.process import die_with_launcher
 
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...

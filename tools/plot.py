@@ -6,8 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.command_line import fail
-from mpl_fast.errors import UserError
+from mpl_fast.errors import UserError, fail
 
 
 def main() -> None:

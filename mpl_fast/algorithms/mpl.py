@@ -39,10 +39,7 @@ class MetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        ramps = t < max(config.consistency.ramp, config.feedback_ramp)
-        # Repeating a pass's dropout sets the generator's state, which a graph cannot.
-        repeats = config.teacher_graph == "recompute"
-        if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
+        if config.repeats_draws or t < max(config.consistency.ramp, config.feedback_ramp):
             return None
         return self.student.lr == 0.0, self.student.frozen
 
@@ -51,7 +48,16 @@ class MetaPseudoLabels:
         own, held_out = hold_out_labeled(batch, config.held_out)
         parts = microbatches(own, self.microbatches)
         rows = row_slices(len(batch.weak), self.microbatches)
-        views = [self._teacher_views(part) for part in parts]
+        views = [
+            Views(
+                teacher,
+                part,
+                config.bn_batches,
+                weak_gradient=self.feedback_view == "weak",
+                recompute=config.teacher_graph == "recompute",
+            )
+            for part in parts
+        ]
 
         # The teacher labels the unlabeled images.
         logits = joined([view.detached_logits(config.pseudo) for view in views])  # (U, C)
@@ -77,26 +83,17 @@ class MetaPseudoLabels:
         teacher.optimizer_step()
         return {**mean_metrics(metrics), **feedback.metrics()}
 
-    def _teacher_views(self, batch: Batch) -> Views:
-        return Views(
-            self.teacher,
-            batch,
-            self.config.bn_batches,
-            weak_gradient=self.feedback_view == "weak",
-            recompute=self.config.teacher_graph == "recompute",
-        )
-
     def _student_backward(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
         logits = self.student(strong)
-        out, grad_logits = losses.student_loss_and_grad(
+        loss, grad_logits = losses.student_loss_and_grad(
             logits,
             labels.target,
             label_smoothing=self.config.label_smoothing,
             weight=labels.weight,
         )
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
-        return logits.detach(), out.loss
+        return logits.detach(), loss
 
     def _teacher_loss(
         self,

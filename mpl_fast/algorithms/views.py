@@ -6,6 +6,7 @@ forward pass over all of them, or over labeled and strong ones, copies nothing.
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +35,16 @@ def name_views(logits: Tensor, batch: Batch) -> ViewLogits:
     return ViewLogits(logits, *logits.split(sizes))
 
 
+@dataclass
+class _Pass:
+    """One forward pass over some views, and its logits once it was run."""
+
+    images: dict[View, Tensor]
+    gradient: bool = True
+    rng: RngState | None = None  # before a pass without gradient that is repeated with it
+    logits: Tensor | None = None
+
+
 class Views:
     """Logits of a batch's views from one or two forward passes, each run when first needed.
 
@@ -51,59 +62,41 @@ class Views:
         weak_gradient: bool = False,
         recompute: bool = False,
     ) -> None:
+        self._learner, self._batch, self._recompute = learner, batch, recompute
         weak: dict[View, Tensor] = {"weak": batch.weak}
         others: dict[View, Tensor] = {"labeled": batch.labeled, "strong": batch.strong}
         if bn_batches == "joint":
-            self._passes = [_Pass(learner, weak | others, recompute=recompute)]
+            self._passes = [_Pass(weak | others)]
         else:
-            first = _Pass(learner, weak, gradient=weak_gradient, recompute=recompute)
-            self._passes = [first, _Pass(learner, others, recompute=recompute)]
-        self._batch = batch
+            self._passes = [_Pass(weak, gradient=weak_gradient), _Pass(others)]
 
     def detached_logits(self, view: View) -> Tensor:
         """Logits ``(U, C)`` of one view, constants; runs only the pass that holds the view."""
-        return next(p for p in self._passes if view in p.images).detached()[view]
+        one = next(one for one in self._passes if view in one.images)
+        if self._recompute and one.gradient and one.logits is None:
+            one.rng = rng_state(self._learner.device)
+            logits = self._learner.forward_no_grad(*one.images.values())
+        else:
+            logits = self._forward(one)
+        return _by_view(logits, one.images)[view].detach()
 
     def logits(self) -> ViewLogits:
         """Logits of all views, with gradient."""
         rows: dict[View, Tensor] = {}
         # What ran without gradient runs first again: running statistics depend on the order.
-        for one in sorted(self._passes, key=lambda p: p.rng is None):
-            rows |= one.logits()
+        for one in sorted(self._passes, key=lambda one: one.rng is None):
+            rows |= _by_view(self._forward(one), one.images)
         ordered = torch.cat([rows["labeled"], rows["weak"], rows["strong"]])
         return name_views(ordered, self._batch)
 
+    def _forward(self, one: _Pass) -> Tensor:
+        if one.logits is None:
+            replay = replay_rng(one.rng, self._learner.device) if one.rng else nullcontext()
+            with torch.set_grad_enabled(one.gradient), replay:
+                one.logits = self._learner(*one.images.values())
+        return one.logits
 
-class _Pass:
-    """A forward pass over some views, run when its logits are first needed."""
 
-    def __init__(
-        self,
-        learner: Learner,
-        images: dict[View, Tensor],
-        *,
-        gradient: bool = True,
-        recompute: bool,
-    ) -> None:
-        self.images = images
-        self.rng: RngState | None = None  # before the pass without gradient that is to be repeated
-        self._learner, self._gradient = learner, gradient
-        self._recompute = recompute and gradient
-        self._logits: Tensor | None = None
-
-    def detached(self) -> dict[View, Tensor]:
-        if self._recompute and self._logits is None:
-            self.rng = rng_state(self._learner.device)
-            return self._by_view(self._learner.forward_no_grad(*self.images.values()))
-        return {view: rows.detach() for view, rows in self.logits().items()}
-
-    def logits(self) -> dict[View, Tensor]:
-        if self._logits is None:
-            replay = replay_rng(self.rng, self._learner.device) if self.rng else nullcontext()
-            with torch.set_grad_enabled(self._gradient), replay:
-                self._logits = self._learner(*self.images.values())
-        return self._by_view(self._logits)
-
-    def _by_view(self, logits: Tensor) -> dict[View, Tensor]:
-        sizes = [len(images) for images in self.images.values()]
-        return dict(zip(self.images, logits.split(sizes), strict=True))
+def _by_view(logits: Tensor, images: dict[View, Tensor]) -> dict[View, Tensor]:
+    sizes = [len(view) for view in images.values()]
+    return dict(zip(images, logits.split(sizes), strict=True))

@@ -26,7 +26,6 @@ from mpl_fast.config.fields import (
 from mpl_fast.config.run import RunConfig
 from mpl_fast.config.values import convert, metavar, ranges, wanted
 from mpl_fast.errors import ConfigError
-from mpl_fast.errors import fail as fail
 
 USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
 --run-dir RUN

@@ -90,7 +90,8 @@ class Learner:
         Running statistics are neither read nor updated. They lag behind the weights, so right after
         an update the labeled loss under them would be too high.
         """
-        return self._forward_batch_stats(images)
+        with batch_statistics(self.network):
+            return self._evaluate(self.network, images)
 
     def labeled_gradient(
         self, images: Tensor, labels: Tensor, statistics: Literal["batch", "running"] = "batch"
@@ -100,10 +101,9 @@ class Learner:
 
         The logits are those of `forward_batch_stats`, or, with running statistics, of `infer`.
         """
-        if statistics == "running":
+        of_batch = batch_statistics(self.network) if statistics == "batch" else nullcontext()
+        with of_batch:
             logits = self._evaluate(self.network, images)
-        else:
-            logits = self._forward_batch_stats(images)
         loss = losses.smoothed_ce(logits, labels).loss
         gradient = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
         mean_over_ranks_(gradient)
@@ -130,11 +130,11 @@ class Learner:
         """
         if method != "auto":
             self._derivative.method = method
-        statistics = batch_statistics(self.network) if training else nullcontext()
+        of_batch = batch_statistics(self.network) if training else nullcontext()
         dropout = DropoutMaskDtype(torch.bfloat16) if self.bf16 else nullcontext()
         self.network.train(training)
         try:
-            with statistics, dropout:
+            with of_batch, dropout:
                 return self._derivative.jvp(weights, direction, images, epsilon)
         finally:
             self.network.train()
@@ -148,10 +148,6 @@ class Learner:
     def infer_average(self, images: Tensor) -> Tensor:
         """Logits ``(N, C)`` of the averaged network, or of the network if none is averaged."""
         return self._evaluate(self.average or self.network, images)
-
-    def _forward_batch_stats(self, images: Tensor) -> Tensor:
-        with batch_statistics(self.network):
-            return self._evaluate(self.network, images)
 
     def _evaluate(self, network: nn.Module, images: Tensor) -> Tensor:
         was_training = network.training

@@ -1,257 +1,190 @@
-"""Every algorithm steps; MPL's feedback is what its definition says."""
+"""Every algorithm: it trains every network on batches of every shape, and what MPL's step is."""
 
 import copy
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpl_fast import algorithms
+from mpl_fast.algorithms import Algorithm
 from mpl_fast.algorithms.base import predict, train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
-from mpl_fast.config import (
-    RECIPES,
-    AlgorithmConfig,
-    ConsistencyConfig,
-    FinetuneConfig,
-    FixMatchConfig,
-    LearnerConfig,
-    MetaSemiConfig,
-    MPLConfig,
-    RolePlayConfig,
-    SMPLConfig,
-    SupervisedConfig,
-    UDAConfig,
+from mpl_fast.config import RECIPES, ConsistencyConfig, LearnerConfig, MPLConfig, UDAConfig
+from tests.algorithms.problems import (
+    CLASSES,
+    VARIANTS,
+    PlainLearner,
+    as_dtype,
+    assert_same,
+    batch,
+    confident,
+    mpl_by_hand,
+    network,
+    new,
 )
-from mpl_fast.learner import Learner
 
-CLASSES = 5
 FAST = LearnerConfig(lr=0.1, warmup=0, ema=0.9, dropout=0.0, weight_decay=0.0, max_grad_norm=0.0)
-SURE = ConsistencyConfig(weight=2.0, ramp=0, temperature=0.7, threshold=0.0)
-CONFIGS: dict[str, AlgorithmConfig] = {
-    "supervised": SupervisedConfig(learner=FAST),
-    "uda": UDAConfig(learner=FAST, consistency=SURE),
-    "mpl": MPLConfig(teacher=FAST, student=FAST, consistency=SURE),
-    "finetune": FinetuneConfig(learner=FAST),
-    "fixmatch": FixMatchConfig(learner=FAST, threshold=0.3),
-    "mpl_roleplay": RolePlayConfig(teacher=FAST, student=FAST, consistency=SURE, swap_every=2),
-    "smpl": SMPLConfig(learner=FAST, consistency=SURE),
-    "metasemi": MetaSemiConfig(learner=FAST),
-}
-VARIANTS: dict[str, AlgorithmConfig] = {
-    **CONFIGS,
-    "supervised, mixup": SupervisedConfig(learner=FAST, mixup=1.0),
-    "metasemi, plain": MetaSemiConfig(learner=FAST, mixup=0.0, derivative="forward"),
-    "smpl, exact": SMPLConfig(learner=FAST, consistency=SURE, feedback="exact"),
-    "smpl, off": SMPLConfig(learner=FAST, consistency=SURE, feedback="off"),
-    "uda, cosine": UDAConfig(learner=FAST, consistency=replace(SURE, measure="cosine")),
-    "uda, split": UDAConfig(learner=FAST, consistency=SURE, bn_batches="split"),
-    "mpl, held out, baseline": MPLConfig(
-        teacher=FAST, student=FAST, consistency=SURE, held_out=0.5, baseline=0.9
-    ),
-    "mpl, exact, split, recompute": MPLConfig(
-        teacher=FAST,
-        student=FAST,
-        consistency=SURE,
-        feedback="exact",
-        bn_batches="split",
-        teacher_graph="recompute",
-        label_threshold=0.21,
-    ),
-    **{
-        f"mpl, {feedback}": MPLConfig(
-            teacher=FAST, student=FAST, consistency=SURE, feedback=feedback
-        )
-        for feedback in get_args(get_type_hints(MPLConfig)["feedback"])
-    },
-}
+CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=0, temperature=0.7, threshold=0.0)
+MPL = MPLConfig(teacher=FAST, student=FAST, consistency=CONSISTENCY)
+# torch's attention has no forward-mode differentiation in evaluation mode.
+ANY_LAYER = [n for n, c in VARIANTS.items() if getattr(c, "derivative", "auto") != "forward"]
+SHAPES = {"vectors": (5,), "sequences": (4, 6), "images": (3, 5, 5), "videos": (2, 3, 4, 4)}
 
 
-def network(norm: bool = True) -> nn.Module:
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 8, 3, 2),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-    ]
-    if norm:
-        layers.insert(1, nn.BatchNorm2d(8))
-    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
+def with_norm() -> nn.Module:
+    return network(norm=True)
 
 
-def batch(seed: int = 0, labeled: int = 6, unlabeled: int = 9) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randn(labeled + unlabeled, 3, 16, 16, generator=g)
-    labels = torch.randint(CLASSES, (labeled + unlabeled,), generator=g)
-    weak = images[labeled:]
-    strong = weak + 0.3 * torch.randn(weak.shape, generator=g)
-    return Batch(images[:labeled], labels[:labeled], weak, strong, labels[labeled:])
-
-
-def new(config: AlgorithmConfig, norm: bool = True, double: bool = False) -> algorithms.Algorithm:
-    torch.manual_seed(0)
-
-    def learner(optim: LearnerConfig) -> Learner:
-        made = network(norm)
-        return Learner(made.double() if double else made, optim, steps=100)
-
-    return algorithms.build(config, learner)
-
-
-def test_every_recipe_is_covered() -> None:
-    assert set(CONFIGS) == set(RECIPES)
-    assert all(isinstance(CONFIGS[name], RECIPES[name]) for name in RECIPES)
+def test_the_variants_include_every_recipe() -> None:
+    assert {name.split()[0] for name in VARIANTS} == set(RECIPES)
+    assert all(isinstance(c, RECIPES[name.split()[0]]) for name, c in VARIANTS.items())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_steps_move_every_learner_and_report_finite_scalars(name: str) -> None:
-    algorithm = new(VARIANTS[name])
+def test_steps_update_every_learner_and_lower_the_labeled_loss(name: str) -> None:
+    """The same batch again and again; all metrics are finite scalars without gradient."""
+    algorithm, data = new(VARIANTS[name], with_norm), batch(unlabeled=9)
     before = {k: copy.deepcopy(v.network.state_dict()) for k, v in algorithm.learners.items()}
-    for t in range(3):
-        metrics = train_step(algorithm, batch(t), t)
+    labeled = []
+    for t in range(60):
+        metrics = train_step(algorithm, data, t)
+        labeled.append(metrics["loss/labeled"])
         for value in metrics.values():
             assert value.ndim == 0 and not value.requires_grad and torch.isfinite(value)
+    assert labeled[-1] < 0.6 * labeled[0]
     for key, learner in algorithm.learners.items():
         for parameter, value in learner.network.state_dict().items():
             if parameter.endswith("weight"):
-                assert not torch.equal(value, before[key][parameter]), (
-                    f"{key}.{parameter} stood still"
-                )
-    torch.testing.assert_close(predict(algorithm, batch().weak).sum(-1), torch.ones(9))
+                assert not torch.equal(value, before[key][parameter]), f"{key}.{parameter}"
+    torch.testing.assert_close(predict(algorithm, data.weak).sum(-1), torch.ones(9))
+
+
+class Attention(nn.Module):
+    """Neither a chain of layers nor batch norm: the elements of a row attend to each other."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.inside = nn.Parameter(torch.randn(numbers, 4))
+        self.mix = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.out = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, CLASSES)``."""
+        words = x.flatten(1)[:, :, None] * self.inside
+        mixed, _ = self.mix(words, words, words)
+        logits: Tensor = self.out(mixed.mean(1))
+        return logits
+
+
+def perceptron(numbers: int) -> nn.Module:
+    hidden = [nn.Linear(numbers, 9), nn.BatchNorm1d(9), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(9, CLASSES))
+
+
+def trained_on(
+    name: str, shape: tuple[int, ...], make: Any = perceptron, dtype: torch.dtype = torch.float64
+) -> tuple[Algorithm, Batch]:
+    """A variant after two steps on one batch, whose metrics were finite."""
+    algorithm = new(VARIANTS[name], lambda: make(torch.Size(shape).numel()).to(dtype), steps=10)
+    data = as_dtype(batch(1, 6, 9, shape), dtype)
+    for t in range(2):
+        metrics = train_step(algorithm, data, t)
+        assert all(v.ndim == 0 and torch.isfinite(v) for v in metrics.values())
+    return algorithm, data
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_images_may_have_any_shape(name: str, shape: str) -> None:
+    algorithm, data = trained_on(name, SHAPES[shape])
+    torch.testing.assert_close(predict(algorithm, data.weak).sum(-1), torch.ones(9))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_labels_are_learned(name: str) -> None:
-    """The same batch again and again: the labeled loss falls to a fraction."""
-    algorithm = new(VARIANTS[name])
-    key = "loss/labeled"
-    first = train_step(algorithm, batch(), 0)[key]
-    for t in range(1, 60):
-        last = train_step(algorithm, batch(), t)[key]
-    assert last < 0.6 * first
+def test_the_shape_of_an_image_does_not_matter_to_a_network_that_flattens_it(name: str) -> None:
+    (images, _), (vectors, _) = trained_on(name, (3, 2, 2)), trained_on(name, (12,))
+    for key, learner in images.learners.items():
+        assert_same(learner.parameters, vectors.learners[key].parameters, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ANY_LAYER)
+def test_a_network_may_be_any_module(name: str, dtype: torch.dtype) -> None:
+    algorithm, data = trained_on(name, SHAPES["vectors"], Attention, dtype)
+    assert predict(algorithm, data.weak).shape == (9, CLASSES)
+    for learner in algorithm.learners.values():
+        assert all(p.dtype == dtype for p in learner.parameters)
 
 
 def test_feedback_is_exactly_zero_for_a_student_that_does_not_move() -> None:
     still = LearnerConfig(lr=0.0, warmup=0, dropout=0.5, ema=0.9)
-    algorithm = new(MPLConfig(teacher=FAST, student=still, consistency=SURE))
+    algorithm = new(replace(MPL, student=still), lambda: network(norm=True, dropout=0.5))
     for t in range(3):
-        assert train_step(algorithm, batch(t), t)["h"].item() == 0.0
+        assert train_step(algorithm, batch(t), t)["feedback"].item() == 0.0
 
 
 def test_feedback_is_old_minus_new_labeled_loss() -> None:
-    algorithm = new(CONFIGS["mpl"], norm=False)
-    assert isinstance(algorithm, MetaPseudoLabels)
-    data = batch()
+    algorithm, data = new(MPL, lambda: confident(network())), batch()
+    student = algorithm.learners["student"]
 
     def labeled_loss() -> Tensor:
-        return F.cross_entropy(algorithm.student.forward_batch_stats(data.labeled), data.labels)
+        return F.cross_entropy(student.forward_batch_stats(data.labeled), data.labels)
 
     old = labeled_loss()
-    metrics = train_step(algorithm, data, 0)
-    torch.testing.assert_close(metrics["h"], old - labeled_loss())
-    assert metrics["h"].abs() > 1e-4
-
-
-def mpl_step_by_hand(
-    config: MPLConfig, teacher: nn.Module, student: nn.Module, data: Batch
-) -> None:
-    """The step written out in plain PyTorch, with momentum-free first SGD steps, no batch norm."""
-    a, c = config.label_smoothing, config.consistency
-    z_l, z_w, z_s = (teacher(x) for x in (data.labeled, data.weak, data.strong))
-    label = z_w.argmax(-1)
-
-    def ce() -> Tensor:
-        with torch.no_grad():
-            return F.cross_entropy(student(data.labeled), data.labels)
-
-    old: Tensor = ce()
-    descend(
-        student, F.cross_entropy(student(data.strong), label, label_smoothing=a), config.student.lr
-    )
-    h = old - ce()
-    target = (z_w.detach() / c.temperature).softmax(-1)
-    uda = -(target * z_s.log_softmax(-1)).sum(-1)
-    mask = (target.max(-1).values >= c.threshold).double()
-    loss = F.cross_entropy(z_l, data.labels, label_smoothing=a)
-    loss = loss + c.weight * (uda * mask).mean() + h * F.cross_entropy(z_s, label)
-    descend(teacher, loss, config.teacher.lr)
-
-
-def descend(module: nn.Module, loss: Tensor, lr: float) -> None:
-    """The first Nesterov step with momentum 0.9: the velocity is the gradient, looked ahead
-    once."""
-    parameters = list(module.parameters())
-    with torch.no_grad():
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.sub_(lr * 1.9 * g)
+    found = train_step(algorithm, data, 0)["feedback"]
+    torch.testing.assert_close(found, (old - labeled_loss()).to(found.dtype))
+    assert found.abs() > 1e-4
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_mpl_step_equals_the_definition(threshold: float) -> None:
-    consistency = ConsistencyConfig(weight=2.0, ramp=0, temperature=0.7, threshold=threshold)
-    config = MPLConfig(teacher=FAST, student=FAST, consistency=consistency)
-    algorithm = new(config, norm=False, double=True)
+    config = replace(MPL, consistency=replace(CONSISTENCY, threshold=threshold))
+    algorithm, data = new(config, lambda: confident(network())), batch(unlabeled=9)
     assert isinstance(algorithm, MetaPseudoLabels)
-    data = batch()
-    data = Batch(
-        data.labeled.double(), data.labels, data.weak.double(), data.strong.double(), data.truth
-    )
-    teacher = copy.deepcopy(algorithm.teacher.network)
-    student = copy.deepcopy(algorithm.student.network)
+    teacher, student = (PlainLearner(learner) for learner in algorithm.learners.values())
     train_step(algorithm, data, 0)
-    mpl_step_by_hand(config, teacher, student, data)
-    for mine, by_hand in (
-        (algorithm.teacher.network, teacher),
-        (algorithm.student.network, student),
-    ):
-        for p, q in zip(mine.parameters(), by_hand.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-8)
+    mpl_by_hand(config, teacher, student, data, 0)
+    for learner, plain in ((algorithm.teacher, teacher), (algorithm.student, student)):
+        found, expected = learner.network.state_dict(), plain.network.state_dict()
+        assert_same(found, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_feedback_off_leaves_the_teacher_to_uda() -> None:
     """With the feedback off the teacher ends where UDA on the same batch does."""
-    off = new(MPLConfig(teacher=FAST, student=FAST, consistency=SURE, feedback="off"), norm=False)
-    uda = new(UDAConfig(learner=FAST, consistency=SURE), norm=False)
-    on = new(CONFIGS["mpl"], norm=False)
-    for algorithm in (off, uda, on):
+    uda = UDAConfig(learner=FAST, consistency=CONSISTENCY)
+    off, alone, on = (new(config) for config in (replace(MPL, feedback="off"), uda, MPL))
+    for algorithm in (off, alone, on):
         train_step(algorithm, batch(), 0)
-    teacher, alone = off.learners["teacher"].parameters, uda.learners["learner"].parameters
-    for p, q in zip(teacher, alone, strict=True):
-        torch.testing.assert_close(p, q)
-    heard = on.learners["teacher"].parameters
-    assert any(not torch.allclose(p, q, atol=1e-6) for p, q in zip(heard, alone, strict=True))
+    expected = alone.learners["learner"].parameters
+    assert_same(off.learners["teacher"].parameters, expected, rtol=1e-6, atol=1e-9)
+    with_feedback = on.learners["teacher"].parameters
+    pairs = zip(with_feedback, expected, strict=True)
+    assert any(not torch.allclose(p, q, atol=1e-6) for p, q in pairs)
 
 
-def test_student_waits_then_moves() -> None:
-    waiting = LearnerConfig(lr=0.1, warmup=0, delay_steps=2, ema=0.9, dropout=0.0)
-    algorithm = new(MPLConfig(teacher=FAST, student=waiting, consistency=SURE))
-    start = [p.clone() for p in algorithm.learners["student"].parameters]
+def test_a_delayed_student_starts_after_its_delay() -> None:
+    algorithm = new(replace(MPL, student=replace(FAST, delay_steps=2)), with_norm)
+    student = algorithm.learners["student"]
+    start = student.weights()
     for t in range(3):
-        student = algorithm.learners["student"].parameters
-        assert all(torch.equal(p, q) for p, q in zip(student, start, strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(student.parameters, start, strict=True))
         train_step(algorithm, batch(t), t)
-    assert not torch.equal(algorithm.learners["student"].parameters[0], start[0])
+    assert not torch.equal(student.parameters[0], start[0])
 
 
-def test_pseudo_label_can_come_from_the_strong_view() -> None:
-    weak, strong = (
-        new(MPLConfig(teacher=FAST, student=FAST, consistency=SURE, pseudo=view), norm=False)
-        for view in ("weak", "strong")
-    )
+def test_pseudo_labels_can_come_from_the_strong_view() -> None:
+    weak, strong = (new(replace(MPL, pseudo=view)) for view in ("weak", "strong"))
     data = batch()
     bright = torch.full_like(data.weak, 9.0)
-    far = data._replace(weak=bright, strong=-bright)
-    labels = [
-        weak.learners["teacher"].forward_batch_stats(x).argmax(-1) for x in (far.weak, far.strong)
-    ]
+    data = data._replace(weak=bright, strong=-bright)
+    teacher = weak.learners["teacher"]
+    labels = [teacher.forward_batch_stats(x).argmax(-1) for x in (data.weak, data.strong)]
     assert not torch.equal(*labels)
     for algorithm in (weak, strong):
-        train_step(algorithm, far, 0)
-    pairs = zip(
-        weak.learners["student"].parameters, strong.learners["student"].parameters, strict=True
-    )
+        train_step(algorithm, data, 0)
+    pairs = zip(*(a.learners["student"].parameters for a in (weak, strong)), strict=True)
     assert any(not torch.allclose(p, q) for p, q in pairs)

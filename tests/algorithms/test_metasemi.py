@@ -9,66 +9,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mpl_fast import algorithms
-from mpl_fast.algorithms.base import AlgorithmContext, train_step
+from mpl_fast.algorithms import AlgorithmContext
+from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.metasemi import MetaSemi
 from mpl_fast.batch import Batch
-from mpl_fast.config import LearnerConfig, MetaSemiConfig
-from mpl_fast.learner import Learner, rng
+from mpl_fast.config import MetaSemiConfig
+from mpl_fast.learner import rng
+from tests.algorithms import problems
+from tests.algorithms.problems import CLASSES, PLAIN, assert_same, flat
 
-CLASSES, SEED = 5, 11
-LEARNER = LearnerConfig(
-    lr=0.2,
-    nesterov=False,
-    warmup=0,
-    schedule="constant",
-    weight_decay=0.0,
-    max_grad_norm=0.0,
-    dropout=0.0,
-)
+SEED = 11
+LEARNER = replace(PLAIN, lr=0.2, momentum=0.9)
 CONFIG = MetaSemiConfig(learner=LEARNER, derivative="forward")
 
 
 def network() -> nn.Module:
-    """Float64, and with statistics that no batch has."""
-    torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2),
-        nn.BatchNorm2d(6),
-        nn.Tanh(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(24, CLASSES),
-    ).double()
+    """With running statistics that no batch has."""
+    made = problems.network(norm=True)
     norm = made[1]
     assert isinstance(norm, nn.BatchNorm2d)
-    norm.running_mean = torch.linspace(-0.3, 0.4, 6, dtype=torch.float64)
-    norm.running_var = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
+    norm.running_mean = torch.linspace(-0.3, 0.4, 4, dtype=torch.float64)
+    norm.running_var = torch.linspace(0.2, 0.9, 4, dtype=torch.float64)
     return made
 
 
 def batch(seed: int = 0, labeled: int = 4, unlabeled: int = 7) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    images = torch.randn(labeled + unlabeled, 3, 9, 9, generator=g, dtype=torch.float64)
-    labels = torch.randint(CLASSES, (labeled + unlabeled,), generator=g)
-    weak = images[labeled:]
-    return Batch(images[:labeled], labels[:labeled], weak, weak + 9.0, labels[labeled:])
+    return problems.batch(seed, labeled, unlabeled, (3, 9, 9))
 
 
-def new(config: MetaSemiConfig) -> MetaSemi:
-    def learner(optim: LearnerConfig) -> Learner:
-        return Learner(network(), optim, steps=100)
-
-    made = algorithms.build(config, learner, AlgorithmContext(SEED))
+def metasemi(config: MetaSemiConfig) -> MetaSemi:
+    made = problems.new(config, network, context=AlgorithmContext(SEED))
     assert isinstance(made, MetaSemi)
     made.learner.begin_step(0)
     return made
 
 
+def initial() -> nn.Module:
+    """The network that `metasemi` starts with."""
+    torch.manual_seed(0)
+    return network()
+
+
 def by_autograd(data: Batch, outer: float, lr: float = 0.2) -> Tensor:
     """Labels after a step of `outer` along the gradient of the labeled loss, through the network's
     own step of rate `lr` down mean ||f - y||^2, at y = f."""
-    module = network().eval()
+    module = initial().eval()
     theta = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
 
     def at(weights: dict[str, Tensor], images: Tensor) -> Tensor:
@@ -93,12 +78,12 @@ def test_correction_is_the_meta_gradient(
 ) -> None:
     """The published step, lr * 2 J g, is U times the meta-gradient of an inner step of rate lr."""
     data = batch()
-    algorithm = new(replace(CONFIG, derivative=derivative, label_rate=label_rate))  # type: ignore[arg-type]
+    algorithm = metasemi(replace(CONFIG, derivative=derivative, label_rate=label_rate))  # type: ignore[arg-type]
     labels, labeled = algorithm.corrected_labels(data)
     rate = label_rate or LEARNER.lr
     outer = len(data.weak) * rate / 0.2
     torch.testing.assert_close(labels, by_autograd(data, outer), rtol=0, atol=tolerance)
-    module = network().eval()
+    module = initial().eval()
     plain = module(data.weak).softmax(-1)
     assert (labels - plain).abs().max() > 0.01
     expected = F.cross_entropy(module(data.labeled), data.labels)
@@ -107,19 +92,19 @@ def test_correction_is_the_meta_gradient(
         assert (labels == 0).any()  # what relu cut off
 
 
-def test_no_label_can_vanish() -> None:
+def test_no_label_can_become_zero_everywhere() -> None:
     """J g sums to 0 in each row, so that some class always gains: however large the step."""
     data = batch()
-    labels, _ = new(replace(CONFIG, label_rate=1e6)).corrected_labels(data)
+    labels, _ = metasemi(replace(CONFIG, label_rate=1e6)).corrected_labels(data)
     torch.testing.assert_close(labels.sum(-1), torch.ones(7, dtype=torch.float64))
     assert (labels == 0).any(-1).all()
 
 
 def test_labels_lower_the_labeled_loss() -> None:
     """The network after its consistency step on corrected labels does better than on its own."""
-    data, algorithm = batch(), new(replace(CONFIG, label_rate=1.0))
+    data, algorithm = batch(), metasemi(replace(CONFIG, label_rate=1.0))
     labels, before = algorithm.corrected_labels(data)
-    module = network().eval()
+    module = initial().eval()
     consistency = (module(data.weak).softmax(-1) - labels).square().sum(-1).mean()
     gradients = torch.autograd.grad(consistency, list(module.parameters()))
     with torch.no_grad():
@@ -131,11 +116,13 @@ def test_labels_lower_the_labeled_loss() -> None:
 @pytest.mark.parametrize("epsilon", [0.01, 0.5])
 def test_epsilon_is_the_length_of_the_step_in_weight_space(epsilon: float) -> None:
     data = batch()
-    labels, _ = new(replace(CONFIG, derivative="central", epsilon=epsilon)).corrected_labels(data)
-    module = network().eval()
+    labels, _ = metasemi(replace(CONFIG, derivative="central", epsilon=epsilon)).corrected_labels(
+        data
+    )
+    module = initial().eval()
     loss = F.cross_entropy(module(data.labeled), data.labels)
     gradients = torch.autograd.grad(loss, list(module.parameters()))
-    step = epsilon / torch.cat([g.flatten() for g in gradients]).norm()
+    step = epsilon / flat(gradients).norm()
     ends = []
     with torch.no_grad():
         for sign in (1.0, -1.0):
@@ -150,22 +137,21 @@ def test_epsilon_is_the_length_of_the_step_in_weight_space(epsilon: float) -> No
 
 
 def test_a_longer_difference_is_a_worse_derivative() -> None:
-    exact = new(CONFIG).corrected_labels(batch())[0]
+    exact = metasemi(CONFIG).corrected_labels(batch())[0]
     errors = []
     for epsilon in (0.01, 0.1, 1.0):
-        central = new(replace(CONFIG, derivative="central", epsilon=epsilon))
+        central = metasemi(replace(CONFIG, derivative="central", epsilon=epsilon))
         errors.append((central.corrected_labels(batch())[0] - exact).abs().max().item())
     assert 0 < 30 * errors[0] < errors[1] and 10 * errors[1] < errors[2]  # of second order
 
 
 @pytest.mark.parametrize("derivative", ["forward", "central"])
 def test_correction_leaves_the_network_alone(derivative: str) -> None:
-    algorithm = new(replace(CONFIG, derivative=derivative))  # type: ignore[arg-type]
+    algorithm = metasemi(replace(CONFIG, derivative=derivative))  # type: ignore[arg-type]
     module = algorithm.learner.network
     before = copy.deepcopy(module.state_dict())
     algorithm.corrected_labels(batch())
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    assert_same(module.state_dict(), before)
     assert all(m.training for m in module.modules())
     assert all(p.grad is None for p in module.parameters())
 
@@ -174,9 +160,9 @@ def test_correction_sees_running_statistics() -> None:
     """A label depends on no other unlabeled image, which in training mode it would."""
     data = batch()
     alone = data._replace(weak=data.weak[:1], strong=data.strong[:1], truth=data.truth[:1])
-    whole, one = (new(CONFIG).corrected_labels(d)[0] for d in (data, alone))
+    whole, one = (metasemi(CONFIG).corrected_labels(d)[0] for d in (data, alone))
     torch.testing.assert_close(whole[:1], one, rtol=0, atol=1e-12)
-    other = new(CONFIG)
+    other = metasemi(CONFIG)
     other.learner.network.get_buffer("1.running_var").mul_(4.0)
     assert (other.corrected_labels(data)[0] - whole).abs().max() > 1e-3
 
@@ -204,7 +190,7 @@ def test_steps_by_hand(mixup: float, unlabeled: int) -> None:
     """Three steps of SGD with momentum on KL (or CE) plus ramped squared difference, in training
     mode: first the mixed images, then the unlabeled ones, with batch norm's statistics."""
     config = replace(CONFIG, mixup=mixup, weight=3.0, ramp=2)
-    algorithm, module = new(config), network().train()
+    algorithm, module = metasemi(config), initial().train()
     optimizer = torch.optim.SGD(module.parameters(), LEARNER.lr, momentum=0.9)
     for t in range(3):
         data = batch(t, unlabeled=unlabeled)
@@ -223,15 +209,13 @@ def test_steps_by_hand(mixup: float, unlabeled: int) -> None:
         found = [metrics[f"loss/{name}"].item() for name in ("labeled", "fit", "consistency")]
         wanted = [labeled.item(), (fit + entropy).item(), consistency.item()]
         assert found == pytest.approx(wanted, rel=1e-9)
-        theirs = algorithm.learner.network.state_dict()
-        for name, value in module.state_dict().items():
-            torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9, msg=name)
+        assert_same(algorithm.learner.network.state_dict(), module.state_dict(), atol=1e-9)
 
 
-def test_metrics_tell_of_the_labels() -> None:
+def test_metrics_are_of_the_corrected_labels() -> None:
     data = batch()
-    labels, _ = new(CONFIG).corrected_labels(data)
-    metrics = train_step(new(CONFIG), data, 0)
+    labels, _ = metasemi(CONFIG).corrected_labels(data)
+    metrics = train_step(metasemi(CONFIG), data, 0)
     hits = [int(row.argmax()) == int(y) for row, y in zip(labels, data.truth, strict=True)]
     assert metrics["accuracy/pseudo"].item() == pytest.approx(sum(hits) / 7)
     assert metrics["confidence"].item() == pytest.approx(labels.max(-1).values.mean().item())

@@ -53,7 +53,7 @@ def new(
 
 
 def teacher_gradient(feedback: str, weight: float) -> tuple[Tensor, Metrics]:
-    """Nothing clips or decays it, so that the weights tell it after the step, up to a factor."""
+    """Up to a factor: nothing clips or decays it, so it is the change of the weights."""
     algorithm, _ = new(feedback, weight=weight)
     teacher = algorithm.learners["teacher"]
     before = teacher.weights()
@@ -65,7 +65,7 @@ def teacher_gradient(feedback: str, weight: float) -> tuple[Tensor, Metrics]:
 def test_the_feedback_of_google_has_no_gradient() -> None:
     without, _ = teacher_gradient("parity_google", 0.0)
     loud, metrics = teacher_gradient("parity_google", 1000.0)
-    assert metrics["h"].abs() > 1e-2  # it is not for want of a feedback
+    assert metrics["feedback"].abs() > 1e-2
     assert metrics["loss/feedback"].abs() > 1e-2
     assert (loud - without).norm() < 1e-12 * without.norm()
 
@@ -87,7 +87,7 @@ def test_h_is_new_minus_old_less_its_moving_average(baseline: float, decay: floa
     for t in range(4):
         data = batch(t)
         old = F.cross_entropy(student(data.labeled), data.labels).detach()
-        h = float(train_step(algorithm, data, t)["h"])
+        h = float(train_step(algorithm, data, t)["feedback"])
         change = float(F.cross_entropy(student(data.labeled), data.labels).detach() - old)
         mean += (1.0 - decay) * (change - mean)
         assert h == pytest.approx(change - mean, rel=1e-5, abs=1e-7)  # float32

@@ -37,7 +37,7 @@ NETWORKS = ("teacher", "student", "ema")
 NAMES = {  # logged quantity: our metric, and the field of the plain step's values
     "t_loss_l": ("loss/labeled", "labeled"), "t_loss_u": ("loss/consistency", "consistency"),
     "s_loss_l_old": ("loss/student_old", "old"), "s_loss": ("loss/student", "student"),
-    "s_loss_l_new": ("loss/student_labeled", "new"), "dot_product": ("h", "h"),
+    "s_loss_l_new": ("loss/student_labeled", "new"), "dot_product": ("feedback", "h"),
     "t_loss_mpl": ("loss/feedback", "feedback"), "t_loss": ("loss/teacher", "teacher"),
 }  # fmt: skip
 OPTIONS = {  # the plain step's: key of the recording's cfg
@@ -175,7 +175,7 @@ def ours(case: Case, norm_momentum: float = NORM_MOMENTUM) -> Trajectory:
             "t_lr": made.teacher.lr,
             "uda_weight": made.config.consistency.weight_at(t),
             "mask": round(float(metrics["mask_rate"]) * len(batch.weak)) / len(batch.weak),
-            "hard": made.taught,
+            "hard": made.student_labels,
             "s_grad_norm": torch.stack(squares["student"]).sum().sqrt(),
             "t_grad_norm": torch.stack(squares["teacher"]).sum().sqrt(),
             **{logged: metrics[name] for logged, (name, _) in NAMES.items()},

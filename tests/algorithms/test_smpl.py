@@ -8,26 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpl_fast import algorithms
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.smpl import SelfMetaPseudoLabels
 from mpl_fast.batch import Batch
-from mpl_fast.config import ConsistencyConfig, LearnerConfig, SMPLConfig
-from mpl_fast.learner import Learner
+from mpl_fast.config import ConsistencyConfig, SMPLConfig
+from tests.algorithms import problems
 
 Array = np.ndarray
 START = [0.7, -0.4]
-PLAIN = LearnerConfig(
-    lr=0.3,
-    momentum=0.0,
-    nesterov=False,
-    warmup=0,
-    schedule="constant",
-    weight_decay=0.0,
-    max_grad_norm=0.0,
-    dropout=0.0,
-)
-MOVING = {
+PLAIN = replace(problems.PLAIN, lr=0.3)
+OPTIMIZERS = {
     "plain": PLAIN,
     "momentum": replace(PLAIN, momentum=0.9),
     "nesterov": replace(PLAIN, momentum=0.9, nesterov=True),
@@ -53,17 +43,15 @@ class TwoWeights(nn.Module):
         return x * self.w
 
 
-def batch(seed: int = 0, labeled: int = 3, unlabeled: int = 5) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(labeled + unlabeled, 2, generator=g, dtype=torch.float64)
-    labels = torch.randint(2, (labeled + unlabeled,), generator=g)
-    weak = x[labeled:] * 2
-    strong = weak + torch.randn(weak.shape, generator=g, dtype=torch.float64)
-    return Batch(x[:labeled], labels[:labeled], weak, strong, labels[labeled:])
+def batch(seed: int = 0) -> Batch:
+    data = problems.batch(seed, 3, 5, (2,), classes=2)
+    noise = (data.strong - data.weak) / 0.3
+    weak = 2.0 * data.weak
+    return data._replace(weak=weak, strong=weak + noise)
 
 
-def new(config: SMPLConfig) -> SelfMetaPseudoLabels:
-    made = algorithms.build(config, lambda optim: Learner(TwoWeights(), optim, steps=100))
+def smpl(config: SMPLConfig) -> SelfMetaPseudoLabels:
+    made = problems.new(config, TwoWeights)
     assert isinstance(made, SelfMetaPseudoLabels)
     return made
 
@@ -99,8 +87,8 @@ class ByHand:
     velocity: Array
     h: float = 0.0
 
-    def descend(self, gradient: Array) -> float:
-        """SGD as torch has it; returns the rate that moved this gradient."""
+    def sgd_step(self, gradient: Array) -> float:
+        """SGD as in torch; returns the rate that this gradient was multiplied by."""
         optim = self.config.learner
         self.velocity = optim.momentum * self.velocity + gradient
         ahead = gradient + optim.momentum * self.velocity
@@ -108,7 +96,7 @@ class ByHand:
         return optim.lr * (1 + optim.momentum if optim.nesterov else 1.0)
 
     def step(self, data: Batch, t: int, h_type: type[np.floating]) -> None:
-        """`h_type` is the precision that the library tells h in, and weighs it in."""
+        """`h_type` is the precision of the library's h, and of its product with the weight."""
         config, a = self.config, self.config.label_smoothing
         x_l, x_w, x_s = (x.numpy() for x in (data.labeled, data.weak, data.strong))
         truth, before = one_hot(data.labels.numpy()), self.w
@@ -116,7 +104,7 @@ class ByHand:
         if config.feedback != "exact":
             own = one_hot(own.argmax(-1))
 
-        rate = self.descend(ce_gradient(x_s, before, smoothed(own, a)))
+        rate = self.sgd_step(ce_gradient(x_s, before, smoothed(own, a)))
 
         w = self.w
         ramp = min(1.0, (t + 1) / 2)
@@ -127,9 +115,9 @@ class ByHand:
         if config.feedback == "difference":
             old, new = (cross_entropy(x_l * at, truth) for at in (before, w))
             self.h = float(h_type(old - new))
-            weighed = float(h_type(ramp * 3.0) * h_type(self.h))
+            weighted = float(h_type(ramp * 3.0) * h_type(self.h))
             again = one_hot((x_w * w).argmax(-1))
-            gradient = gradient + weighed * ce_gradient(x_s, w, again)
+            gradient = gradient + weighted * ce_gradient(x_s, w, again)
         if config.feedback == "exact":
             dz = x_s * ce_gradient(x_l, w, truth)  # along the labeled gradient at the moved weights
             p, q = softmax(x_s * before), softmax(x_w * w)
@@ -138,43 +126,43 @@ class ByHand:
             self.h = -scale * float((u * q).sum(-1).mean())
             centered = u - (q * u).sum(-1, keepdims=True)
             gradient = gradient + ramp * 3.0 * scale * (q * centered * x_w).mean(0)
-        self.descend(gradient)
+        self.sgd_step(gradient)
 
 
-@pytest.mark.parametrize("moving", MOVING)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("feedback", ["off", "difference", "exact"])
-def test_both_updates_by_hand(feedback: str, moving: str) -> None:
+def test_both_updates_by_hand(feedback: str, optimizer: str) -> None:
     """Over three steps, so that a gradient or velocity that survives would show."""
-    config = replace(CONFIG, feedback=feedback, learner=MOVING[moving], derivative="forward")  # type: ignore[arg-type]
-    algorithm, hand = new(config), ByHand(config, np.array(START), np.zeros(2))
+    config = replace(CONFIG, feedback=feedback, learner=OPTIMIZERS[optimizer], derivative="forward")  # type: ignore[arg-type]
+    algorithm, hand = smpl(config), ByHand(config, np.array(START), np.zeros(2))
     for t in range(3):
         data = batch(t)
         metrics = train_step(algorithm, data, t)
-        hand.step(data, t, np.float32 if metrics["h"].dtype == torch.float32 else np.float64)
+        hand.step(data, t, np.float32 if metrics["feedback"].dtype == torch.float32 else np.float64)
         w = algorithm.learner.parameters[0].detach().numpy()
         np.testing.assert_allclose(w, hand.w, rtol=0, atol=1e-12)
-        assert metrics["h"].item() == pytest.approx(hand.h, rel=1e-9, abs=1e-15)
-        assert (feedback == "off") == (metrics["h"].item() == 0.0)
+        assert metrics["feedback"].item() == pytest.approx(hand.h, rel=1e-9, abs=1e-15)
+        assert (feedback == "off") == (metrics["feedback"].item() == 0.0)
 
 
 def test_central_differences_come_close() -> None:
     made = []
     for derivative in ("forward", "central"):
         config = replace(CONFIG, feedback="exact", derivative=derivative)
-        algorithm = new(config)
+        algorithm = smpl(config)
         train_step(algorithm, batch(), 0)
         made.append(algorithm.learner.parameters[0].detach())
     torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-5)
     assert not torch.equal(made[1], made[0])
 
 
-@pytest.mark.parametrize("moving", ["plain", "nesterov"])
-def test_exact_feedback_is_the_meta_gradient(moving: str) -> None:
+@pytest.mark.parametrize("optimizer", ["plain", "nesterov"])
+def test_exact_feedback_is_the_meta_gradient(optimizer: str) -> None:
     """Autograd through the first update, down to the labels, and from them through softmax."""
-    config = replace(CONFIG, feedback="exact", learner=MOVING[moving], feedback_ramp=0)
+    config = replace(CONFIG, feedback="exact", learner=OPTIMIZERS[optimizer], feedback_ramp=0)
     data, optim = batch(), config.learner
     # The second update with and without feedback: the rest of its gradient drops out.
-    ends = [new(config), new(replace(config, feedback_weight=0.0))]
+    ends = [smpl(config), smpl(replace(config, feedback_weight=0.0))]
     for algorithm in ends:
         train_step(algorithm, data, 0)
     with_it, without = (e.learner.parameters[0].detach() for e in ends)
@@ -183,15 +171,15 @@ def test_exact_feedback_is_the_meta_gradient(moving: str) -> None:
 
     w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     labels = (data.weak * w).softmax(-1).detach().requires_grad_()
-    lesson = F.cross_entropy(data.strong * w, labels, label_smoothing=config.label_smoothing)
-    (lesson_gradient,) = torch.autograd.grad(lesson, w, create_graph=True)
-    moved = w - optim.lr * ahead * lesson_gradient
+    first = F.cross_entropy(data.strong * w, labels, label_smoothing=config.label_smoothing)
+    (first_gradient,) = torch.autograd.grad(first, w, create_graph=True)
+    moved = w - optim.lr * ahead * first_gradient
     result = F.cross_entropy(data.labeled * moved, data.labels)
     (to_labels,) = torch.autograd.grad(result, labels)
     at = moved.detach().requires_grad_()
-    (wanted,) = torch.autograd.grad((to_labels * (data.weak * at).softmax(-1)).sum(), at)
-    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
-    assert wanted.norm() > 1e-3
+    (expected,) = torch.autograd.grad((to_labels * (data.weak * at).softmax(-1)).sum(), at)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    assert expected.norm() > 1e-3
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -205,16 +193,17 @@ def test_labels_that_helped_become_likelier(helps: bool) -> None:
         ends = []
         for weight in (3.0, 0.0):
             config = replace(CONFIG, feedback=feedback, feedback_weight=weight, feedback_ramp=0)
-            algorithm = new(replace(config, consistency=quiet, label_smoothing=0.0))
-            h = train_step(algorithm, data, 0)["h"].item()
+            algorithm = smpl(replace(config, consistency=quiet, label_smoothing=0.0))
+            h = train_step(algorithm, data, 0)["feedback"].item()
             assert feedback == "exact" or (h > 0) == helps
             ends.append((x * algorithm.learner.parameters[0].detach()).softmax(-1)[0, 0].item())
-        heard, unheard = ends
-        assert (heard > unheard) == helps and abs(heard - unheard) > 1e-3
+        with_feedback, without = ends
+        assert (with_feedback > without) == helps
+        assert abs(with_feedback - without) > 1e-3
 
 
-def test_no_feedback_for_a_network_that_rests() -> None:
-    algorithm = new(replace(CONFIG, learner=replace(PLAIN, delay_steps=1)))
-    assert train_step(algorithm, batch(), 0)["h"].item() == 0.0
+def test_no_feedback_before_the_learning_rate_rises() -> None:
+    algorithm = smpl(replace(CONFIG, learner=replace(PLAIN, delay_steps=1)))
+    assert train_step(algorithm, batch(), 0)["feedback"].item() == 0.0
     assert algorithm.learner.parameters[0].tolist() == START
-    assert train_step(algorithm, batch(), 1)["h"].item() != 0.0
+    assert train_step(algorithm, batch(), 1)["feedback"].item() != 0.0

@@ -1,26 +1,46 @@
-"""One pass or two, now or later: the same numbers, and as many passes as are promised."""
+"""Views: one forward pass or two, now or recomputed: equal numbers, and as many passes as said."""
 
-from collections.abc import Callable
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.algorithms.views import Views
-from mpl_fast.config import MPLConfig
-from tests.algorithms.meta_problems import NESTEROV, STUDENT, batch, config, counted, mpl
+from tests.algorithms.problems import NESTEROV, STUDENT, batch, mpl, mpl_config
 
 L, U = 6, 5
 ALL = L + 2 * U
 NORMS, GRAPHS, VIEWS = ("joint", "split"), ("hold", "recompute"), ("weak", "strong")
+Passes = list[tuple[int, bool]]  # images of each forward pass, and whether it has a gradient
+
+
+def count_passes(network: nn.Module) -> Passes:
+    """A list that grows with every forward pass of the network."""
+    passes: Passes = []
+    first = next(itertools.islice(network.children(), 1))
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        passes.append((len(output), output.requires_grad))
+
+    first.register_forward_hook(note)
+    return passes
+
+
+def passes_of_a_step(algorithm: MetaPseudoLabels) -> tuple[Passes, Passes]:
+    """Those of the teacher and of the student."""
+    teacher, student = (count_passes(x.network) for x in algorithm.learners.values())
+    train_step(algorithm, batch(0, L, U), 0)
+    return teacher, student
 
 
 def trained(steps: int, **options: Any) -> MetaPseudoLabels:
     """After some steps with batch norm and dropout."""
-    algorithm = mpl(config(student=NESTEROV, **options), norm=True, dropout=0.5)
+    algorithm = mpl(mpl_config(student=NESTEROV, **options), norm=True, dropout=0.5)
     torch.manual_seed(2)
     for t in range(steps):
         train_step(algorithm, batch(t, L, U), t)
@@ -48,8 +68,8 @@ def test_the_comparison_above_would_see_other_statistics_or_dropout() -> None:
     assert not torch.allclose(one["1.running_mean"], two["1.running_mean"])
 
 
-TEACHER: dict[tuple[str, str, bool], list[tuple[int, bool]]] = {
-    # Batch norms, graph, and whether the weak view hears: the images of each pass, with gradient?
+TEACHER: dict[tuple[str, str, bool], Passes] = {
+    # Batch norms, graph, and whether the feedback's gradient goes through the weak view.
     ("joint", "hold", False): [(ALL, True)],
     ("joint", "hold", True): [(ALL, True)],
     ("joint", "recompute", False): [(ALL, False), (ALL, True)],
@@ -59,7 +79,7 @@ TEACHER: dict[tuple[str, str, bool], list[tuple[int, bool]]] = {
     ("split", "recompute", False): [(U, False), (L + U, True)],
     ("split", "recompute", True): [(U, False), (U, True), (L + U, True)],
 }
-STUDENTS: dict[str, list[tuple[int, bool]]] = {
+STUDENTS: dict[str, Passes] = {
     "off": [(U, True), (L, False)],
     "difference": [(L, False), (U, True), (L, False)],
     "sampled": [(L, False), (U, True), (L, False)],
@@ -74,63 +94,64 @@ STUDENTS: dict[str, list[tuple[int, bool]]] = {
 @pytest.mark.parametrize("norms", NORMS)
 def test_passes_are_those_of_the_table(norms: str, graph: str, feedback: str) -> None:
     name, central = feedback.split(",")[0], "central" in feedback
-    algorithm = mpl(
-        config(
-            name,
-            bn_batches=norms,
-            teacher_graph=graph,
-            derivative="central" if central else "forward",
-        ),
-        norm=True,
-    )
-    teacher, student = (counted(algorithm.learners[n].network) for n in ("teacher", "student"))
-    train_step(algorithm, batch(0, L, U), 0)
-    heard = name in ("sampled", "per_example", "exact")
-    assert teacher == TEACHER[norms, graph, heard]
+    options: dict[str, Any] = {"derivative": "central" if central else "forward"}
+    chosen = mpl_config(name, bn_batches=norms, teacher_graph=graph, **options)
+    teacher, student = passes_of_a_step(mpl(chosen, norm=True))
+    assert teacher == TEACHER[norms, graph, name in ("sampled", "per_example", "exact")]
     assert student == STUDENTS[feedback]
 
 
 @pytest.mark.parametrize("feedback", ["difference", "exact"])
-def test_a_waiting_student_is_asked_for_no_more_than_without_feedback(feedback: str) -> None:
-    algorithm = mpl(config(feedback, replace(STUDENT, delay_steps=1)), norm=True)
-    student = counted(algorithm.student.network)
-    train_step(algorithm, batch(0, L, U), 0)
-    assert student == STUDENTS["off"]
+def test_a_delayed_student_has_no_more_passes_than_without_feedback(feedback: str) -> None:
+    chosen = mpl_config(feedback, replace(STUDENT, delay_steps=1))
+    assert passes_of_a_step(mpl(chosen, norm=True))[1] == STUDENTS["off"]
 
 
 @pytest.mark.parametrize("feedback", ["parity_kekmodel", "parity_google"])
 def test_passes_of_the_published_steps(feedback: str) -> None:
-    algorithm = mpl(config(feedback), norm=True)
-    teacher, student = (counted(algorithm.learners[n].network) for n in ("teacher", "student"))
-    train_step(algorithm, batch(0, L, U), 0)
+    teacher, student = passes_of_a_step(mpl(mpl_config(feedback), norm=True))
     assert teacher == [(ALL, True)]
     assert student == [(L + U, True), (L, False)]
 
 
-def views(norms: Any, **options: bool) -> tuple[Views, Callable[[], MetaPseudoLabels]]:
-    algorithm = mpl(MPLConfig(teacher=STUDENT, student=STUDENT), norm=True)
+def views(norms: Any, **options: bool) -> tuple[Views, MetaPseudoLabels]:
+    algorithm = mpl(mpl_config("difference", NESTEROV), norm=True)
     algorithm.teacher.begin_step(0)
-    return Views(algorithm.teacher, batch(0, L, U), norms, **options), lambda: algorithm
+    return Views(algorithm.teacher, batch(0, L, U), norms, **options), algorithm
 
 
-@pytest.mark.parametrize("heard", [False, True])
-def test_split_weak_rows_have_a_gradient_only_if_they_are_heard(heard: bool) -> None:
-    made, algorithm = views("split", weak_gradient=heard)
-    peeked = made.detached_logits("weak")
-    assert not peeked.requires_grad
+@pytest.mark.parametrize("norms", NORMS)
+def test_logits_are_named_rows_in_the_order_labeled_weak_strong(norms: str) -> None:
+    made, algorithm = views(norms)
     logits = made.logits()
-    torch.testing.assert_close(logits[L : L + U], peeked, rtol=0, atol=0)
-    parameters = algorithm().teacher.parameters
-    given = torch.autograd.grad(logits[L : L + U].sum(), parameters, allow_unused=True)
-    assert any(g is not None and bool(g.any()) for g in given) == heard
+    assert [len(x) for x in logits] == [ALL, L, U, U]
+    assert torch.equal(logits.all, torch.cat([logits.labeled, logits.weak, logits.strong]))
+    data, network = batch(0, L, U), algorithm.teacher.network
+    if norms == "joint":
+        expected = network(torch.cat([data.labeled, data.weak, data.strong]))
+    else:
+        labeled, strong = network(torch.cat([data.labeled, data.strong])).split([L, U])
+        expected = torch.cat([labeled, network(data.weak), strong])
+    torch.testing.assert_close(logits.all, expected)
+
+
+@pytest.mark.parametrize("weak_gradient", [False, True])
+def test_split_weak_rows_have_a_gradient_only_if_it_is_chosen(weak_gradient: bool) -> None:
+    made, algorithm = views("split", weak_gradient=weak_gradient)
+    detached = made.detached_logits("weak")
+    assert not detached.requires_grad
+    weak = made.logits().weak
+    torch.testing.assert_close(weak, detached, rtol=0, atol=0)
+    found = torch.autograd.grad(weak.sum(), algorithm.teacher.parameters, allow_unused=True)
+    assert any(g is not None and bool(g.any()) for g in found) == weak_gradient
 
 
 def test_each_half_of_a_split_is_normalized_by_itself() -> None:
     made, algorithm = views("split")
-    data, network = batch(0, L, U), algorithm().teacher.network
-    weak, rest = made.logits()[L : L + U], made.detached_logits("strong")
+    data, network = batch(0, L, U), algorithm.teacher.network
+    weak, strong = made.logits().weak, made.detached_logits("strong")
     torch.testing.assert_close(weak, network(data.weak))
-    torch.testing.assert_close(rest, network(torch.cat([data.labeled, data.strong]))[L:])
+    torch.testing.assert_close(strong, network(torch.cat([data.labeled, data.strong]))[L:])
     joint, _ = views("joint")
     assert not torch.allclose(joint.detached_logits("weak"), weak)
     whole = network(torch.cat([data.labeled, data.weak, data.strong]))
@@ -139,14 +160,14 @@ def test_each_half_of_a_split_is_normalized_by_itself() -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("norms", NORMS)
-def test_a_peek_leaves_the_statistics_to_the_pass_with_gradient(
+def test_detached_logits_leave_the_statistics_to_the_pass_with_gradient(
     norms: str, recompute: bool
 ) -> None:
     made, algorithm = views(norms, weak_gradient=True, recompute=recompute)
-    seen = algorithm().teacher.network.state_dict()["1.num_batches_tracked"]
+    tracked = algorithm.teacher.network.state_dict()["1.num_batches_tracked"]
     made.detached_logits("weak")
-    assert seen == (0 if recompute else 1)
+    assert tracked == (0 if recompute else 1)
     made.detached_logits("weak")
     made.logits()
     made.logits()
-    assert seen == (1 if norms == "joint" else 2)
+    assert tracked == (1 if norms == "joint" else 2)

@@ -1,33 +1,21 @@
-"""Which apex is installed is told right, and a wrong one is an error of one line."""
+"""Which package is installed as apex is detected, and a wrong one is an error of one line."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny_run import ROOT
+from mpl_fast.errors import ConfigError
+from mpl_fast.learner import apex
 
-EXPLODES = "raise AssertionError('apex was imported only to look at it')\n"
+RAISES = "raise AssertionError('apex was imported')\n"
 FUSED_SGD = """
 import amp_C
 class FusedSGD:
     def __init__(self, params, lr, momentum=0, dampening=0, weight_decay=0, nesterov=False):
         self.given = (params, lr, momentum, nesterov)
-"""
-ASKED = """
-from mpl_fast.learner import apex
-from mpl_fast.errors import ConfigError
-import sys
-sys.argv[1] == "cuda" and setattr(apex.torch.cuda, "is_available", lambda: True)
-print(apex.find())
-try:
-    groups = [{"params": [], "weight_decay": 0.1}]
-    made = apex.fused_sgd(groups, lr=0.5, momentum=0.9, nesterov=True)
-    print(type(made).__module__, *made.given)
-except ConfigError as error:
-    print(error.exit_code, error)
 """
 NVIDIAS = {
     "apex/__init__.py": "",
@@ -36,31 +24,32 @@ NVIDIAS = {
 }
 PACKAGES = {
     "absent": {},
-    "another_package": {"apex/__init__.py": EXPLODES, "apex/optimizers.txt": ""},
-    "another_package as a module": {"apex.py": EXPLODES},
-    "without_extensions": {**NVIDIAS, "apex/__init__.py": EXPLODES},
+    "another_package": {"apex/__init__.py": RAISES, "apex/optimizers.txt": ""},
+    "another_package as a module": {"apex.py": RAISES},
+    "without_extensions": {**NVIDIAS, "apex/__init__.py": RAISES},
     "usable": {**NVIDIAS, "amp_C.py": ""},
 }
+GROUPS = [{"params": [], "weight_decay": 0.1}]
 
 
-def asked(folder: Path, files: dict[str, str], device: str = "cuda") -> list[str]:
-    """Two lines: the state, and what came of an optimizer."""
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    done = subprocess.run(
-        [sys.executable, "-c", ASKED, device],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture(autouse=True)
+def unloaded() -> Iterator[None]:
+    """Whatever a test imports as apex is forgotten by the next one."""
+    yield
+    for name in [n for n in sys.modules if n.split(".")[0] in ("apex", "amp_C")]:
+        del sys.modules[name]
+
+
+def install(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, cuda: bool = True) -> None:
+    for file, text in PACKAGES[name].items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
 
 
 @pytest.mark.parametrize(
-    ("installed", "says"),
+    ("installed", "words"),
     [
         ("absent", "not installed: build it from https://github.com/NVIDIA/apex"),
         ("another_package", "the package named apex here is another one"),
@@ -68,25 +57,32 @@ def asked(folder: Path, files: dict[str, str], device: str = "cuda") -> list[str
         ("without_extensions", "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"),
     ],
 )
-def test_what_is_wrong_is_one_line(installed: str, says: str, tmp_path: Path) -> None:
-    state, told = asked(tmp_path, PACKAGES[installed])
-    assert state == installed.split()[0]
-    assert told.startswith("2 optimizer_backend apex needs ") and says in told
+def test_what_is_wrong_is_one_line(
+    installed: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(installed, tmp_path, monkeypatch)
+    assert apex.find() == installed.split()[0]
+    with pytest.raises(ConfigError) as raised:
+        apex.fused_sgd(GROUPS, lr=0.5, momentum=0.9, nesterov=True)
+    error = str(raised.value)
+    assert raised.value.exit_code == 2 and len(error.splitlines()) == 1
+    assert error.startswith("optimizer_backend apex needs ") and words in error
 
 
-def test_nvidias_gets_the_groups_and_the_rates(tmp_path: Path) -> None:
-    state, made = asked(tmp_path, PACKAGES["usable"])
-    assert state == "usable"
-    assert made == ("apex.optimizers.fused_sgd [{'params': [], 'weight_decay': 0.1}] 0.5 0.9 True")
+def test_fused_sgd_gets_the_groups_and_the_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("usable", tmp_path, monkeypatch)
+    assert apex.find() == "usable" and "apex" not in sys.modules
+    made = apex.fused_sgd(GROUPS, lr=0.5, momentum=0.9, nesterov=True)
+    assert type(made).__module__ == "apex.optimizers.fused_sgd"
+    assert made.given == (GROUPS, 0.5, 0.9, True)  # type: ignore[attr-defined]
 
 
-def test_it_needs_a_gpu(tmp_path: Path) -> None:
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        pytest.skip("the environment says which devices there are")
-    _, told = asked(tmp_path, PACKAGES["usable"] | {"sitecustomize.py": NO_GPU}, "cpu")
-    assert told == "2 optimizer_backend apex needs a CUDA device: take torch, which computes " + (
-        "the same"
+def test_it_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("usable", tmp_path, monkeypatch, cuda=False)
+    with pytest.raises(ConfigError) as raised:
+        apex.require()
+    assert str(raised.value) == (
+        "optimizer_backend apex needs a CUDA device: take torch, which computes the same"
     )
-
-
-NO_GPU = "import os; os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"

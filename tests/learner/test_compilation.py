@@ -1,4 +1,4 @@
-"""Compiled in place a network is the same network, and a second process compiles nothing again."""
+"""Compiled in place, a network computes the same; a second process takes it from the cache."""
 
 import json
 import os
@@ -64,6 +64,7 @@ def run(folder: Path, **environment: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_second_process_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
     first, second = run(tmp_path / "caches"), run(tmp_path / "caches")
     assert first["folder"] == second["folder"] == str(tmp_path / "caches" / "inductor")
@@ -74,9 +75,7 @@ def test_the_second_process_finds_what_the_first_one_compiled(tmp_path: Path) ->
     assert second["compiled"] == first["compiled"]
 
 
-def test_a_folder_that_the_user_chose_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     set_cache_dirs(tmp_path / "run")
@@ -108,7 +107,7 @@ def test_off_leaves_a_network_alone() -> None:
 
 
 def test_graphs_need_a_mark_once_a_backward_pass_came_between() -> None:
-    """What the docstring says of PyTorch's generations, asked of its own rules."""
+    """PyTorch's rules of generations, which `_inductor_mode` describes."""
     from torch._inductor import cudagraph_trees as trees
 
     manager = object.__new__(trees.CUDAGraphTreeManager)
@@ -116,7 +115,7 @@ def test_graphs_need_a_mark_once_a_backward_pass_came_between() -> None:
     try:
         trees.MarkStepBox.mark_step_counter = 0
         manager.current_gen = manager.get_curr_generation() - 1  # at the next compiled call
-        manager.running_forwards_with_pending_backwards = True  # the teacher's is owed
+        manager.running_forwards_with_pending_backwards = True  # the teacher's is pending
         assert not manager.can_start_new_generation()
         manager.running_forwards_with_pending_backwards = False  # the student's was run
         assert manager.can_start_new_generation()
@@ -129,7 +128,7 @@ def test_graphs_need_a_mark_once_a_backward_pass_came_between() -> None:
         trees.MarkStepBox.mark_step_counter = before
 
 
-def test_deterministic_switches_timing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_choices_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     compilation.disable_timing_choices()
     assert torch._inductor.config.deterministic

@@ -1,4 +1,4 @@
-"""Directional derivatives in weight space, and that the network is left as it was."""
+"""Directional derivatives in weight space, which do not change the network."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ from mpl_fast.learner import Learner, rng
 from mpl_fast.learner.batch_norm import batch_statistics
 from mpl_fast.learner.jvp import WeightDerivative, log_softmax_jvp
 from mpl_fast.models.frozen import freeze
-from tests.algorithms.meta_problems import batch, network, off_by
+from tests.algorithms.problems import batch, network, relative_error
 
 CPU = torch.device("cpu")
 IMAGES = batch().weak
@@ -34,8 +34,8 @@ class Old(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        slope: Tensor = grads[0] * (1 - x.tanh() ** 2)
-        return slope
+        grad_x: Tensor = grads[0] * (1 - x.tanh() ** 2)
+        return grad_x
 
 
 class OldTanh(nn.Module):
@@ -44,16 +44,16 @@ class OldTanh(nn.Module):
         return found
 
 
-def learner(made: nn.Module | None = None, **options: Any) -> Learner:
+def learner(net: nn.Module | None = None, **options: Any) -> Learner:
     torch.manual_seed(0)
-    made = made or network(norm=True, dropout=0.5)
-    return Learner(made, LearnerConfig(lr=0.1, warmup=0), steps=10, **options)
+    net = net or network(norm=True, dropout=0.5)
+    return Learner(net, LearnerConfig(lr=0.1, warmup=0), steps=10, **options)
 
 
-def direction(given: Learner) -> list[Tensor]:
+def direction(made: Learner) -> list[Tensor]:
     g = torch.Generator().manual_seed(1)
     return [
-        torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) for p in given.parameters
+        torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) for p in made.parameters
     ]
 
 
@@ -69,9 +69,9 @@ def by_differences(
     return value / (12 * step)
 
 
-def called_at(given: Learner, images: Tensor, training: bool) -> Callable[[list[Tensor]], Tensor]:
+def called_at(made: Learner, images: Tensor, training: bool) -> Callable[[list[Tensor]], Tensor]:
     """A copy of the network, called at other weights."""
-    twin = copy.deepcopy(given.network).train(training)
+    twin = copy.deepcopy(made.network).train(training)
     names = [name for name, p in twin.named_parameters() if p.requires_grad]
     return lambda weights: torch.func.functional_call(
         twin, dict(zip(names, weights, strict=True)), (images,)
@@ -80,64 +80,66 @@ def called_at(given: Learner, images: Tensor, training: bool) -> Callable[[list[
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method, tolerance", [("forward", 1e-8), ("central", 1e-3)])
-def test_derivative_is_that_of_a_pass(method: Method, tolerance: float, training: bool) -> None:
-    given = learner()
-    given.begin_step(0)
-    given(IMAGES)  # so that running statistics are not those of this batch
-    v, weights = direction(given), given.weights()
+def test_the_derivative_is_that_of_a_forward_pass(
+    method: Method, tolerance: float, training: bool
+) -> None:
+    made = learner()
+    made.begin_step(0)
+    made(IMAGES)  # so that running statistics are not those of this batch
+    v, weights = direction(made), made.weights()
     state = rng.rng_state(CPU)
-    wanted = by_differences(called_at(given, IMAGES, training), weights, v)
+    expected = by_differences(called_at(made, IMAGES, training), weights, v)
     with rng.replay_rng(state, CPU):
-        found = given.jvp(weights, v, IMAGES, method, training=training)
-    assert found.dtype == torch.float64 and off_by(found, wanted) < tolerance
-    other = given.jvp(weights, v, IMAGES, method, training=not training)
-    assert off_by(other, wanted) > 0.01
+        found = made.jvp(weights, v, IMAGES, method, training=training)
+    assert found.dtype == torch.float64 and relative_error(found, expected) < tolerance
+    other = made.jvp(weights, v, IMAGES, method, training=not training)
+    assert relative_error(other, expected) > 0.01
 
 
-def test_weights_may_be_others_than_the_present_ones() -> None:
-    given = learner(network())
-    before, v = given.weights(), direction(given)
-    there = given.jvp(before, v, IMAGES, "forward")
+def test_weights_need_not_be_those_of_the_network() -> None:
+    made = learner(network())
+    before, v = made.weights(), direction(made)
+    there = made.jvp(before, v, IMAGES, "forward")
     with torch.no_grad():
-        torch._foreach_add_(given.parameters, 1.0)
-    assert torch.equal(given.jvp(before, v, IMAGES, "forward"), there)
-    assert off_by(given.jvp(given.weights(), v, IMAGES, "forward"), there) > 0.01
+        torch._foreach_add_(made.parameters, 1.0)
+    assert torch.equal(made.jvp(before, v, IMAGES, "forward"), there)
+    assert relative_error(made.jvp(made.weights(), v, IMAGES, "forward"), there) > 0.01
 
 
 def test_epsilon_is_a_length_in_weight_space() -> None:
     """Whatever the length of the direction, and 0 where there is none."""
-    given = learner(network())
-    weights, v = given.weights(), direction(given)
-    short = given.jvp(weights, [d * 1e-6 for d in v], IMAGES, "central")
-    torch.testing.assert_close(short * 1e6, given.jvp(weights, v, IMAGES, "central"))
-    assert not given.jvp(weights, [0 * d for d in v], IMAGES, "central").any()
+    made = learner(network())
+    weights, v = made.weights(), direction(made)
+    short = made.jvp(weights, [d * 1e-6 for d in v], IMAGES, "central")
+    torch.testing.assert_close(short * 1e6, made.jvp(weights, v, IMAGES, "central"))
+    assert not made.jvp(weights, [0 * d for d in v], IMAGES, "central").any()
 
 
-def test_log_softmax_along() -> None:
+def test_log_softmax_jvp() -> None:
     g = torch.Generator().manual_seed(0)
     logits, change = torch.randn(2, 4, 5, generator=g, dtype=torch.float64)
-    wanted = torch.func.jvp(lambda z: z.log_softmax(-1), (logits,), (change,))[1]
-    torch.testing.assert_close(log_softmax_jvp(logits, change), wanted)
+    expected = torch.func.jvp(lambda z: z.log_softmax(-1), (logits,), (change,))[1]
+    torch.testing.assert_close(log_softmax_jvp(logits, change), expected)
     lifted = log_softmax_jvp(logits.bfloat16(), change.float())
     assert lifted.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["forward", "central"])
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_in_the_network(method: Method, training: bool) -> None:
-    given = learner()
-    given.begin_step(0)
-    given(IMAGES)
-    held = given.network.state_dict()
+def test_the_network_is_not_changed(method: Method, training: bool) -> None:
+    made = learner()
+    made.begin_step(0)
+    made(IMAGES)
+    held = made.network.state_dict()
     before = {key: value.clone() for key, value in held.items()}
     present = torch.get_rng_state()
     with rng.replay_rng(rng.rng_state(CPU), CPU):
-        given.jvp(given.weights(), direction(given), IMAGES, method, training=training)
+        made.jvp(made.weights(), direction(made), IMAGES, method, training=training)
     assert torch.equal(torch.get_rng_state(), present)
-    assert held["1.num_batches_tracked"] == 1 and given.network.training
-    for key, value in given.network.state_dict().items():
+    assert held["1.num_batches_tracked"] == 1 and made.network.training
+    for key, value in made.network.state_dict().items():
         assert value.data_ptr() == held[key].data_ptr() and torch.equal(value, before[key]), key
-    assert all(p.grad is None for p in given.parameters)
+    assert all(p.grad is None for p in made.parameters)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -149,8 +151,8 @@ def test_batch_statistics(training: bool) -> None:
         before = {key: value.clone() for key, value in norm.state_dict().items()}
         with batch_statistics(norm):
             found = norm(x)
-        wanted = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
-        assert torch.equal(found, wanted)
+        expected = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+        assert torch.equal(found, expected)
         for key, value in norm.state_dict().items():
             assert torch.equal(value, before[key]), key
         assert set(before) >= {"running_mean", "running_var", "num_batches_tracked"}
@@ -164,7 +166,7 @@ def test_batch_statistics_end_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("how", ["requires_grad", "freeze"])
-def test_frozen_norms_keep_what_they_were_trained_to(how: str) -> None:
+def test_frozen_norms_keep_their_statistics(how: str) -> None:
     made: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
     made.fc = nn.Linear(64, 4)
     made.get_classifier = lambda: made.fc
@@ -175,20 +177,20 @@ def test_frozen_norms_keep_what_they_were_trained_to(how: str) -> None:
     else:
         made[1].requires_grad_(False)
         made.eval()
-    wanted = copy.deepcopy(made).eval()(IMAGES)
+    expected = copy.deepcopy(made).eval()(IMAGES)
     with batch_statistics(made):
-        assert torch.equal(made(IMAGES), wanted)
+        assert torch.equal(made(IMAGES), expected)
 
 
 @pytest.mark.parametrize("method", ["forward", "central"])
-def test_bfloat16_learners_take_it_in_float32(method: Method) -> None:
+def test_derivatives_of_bfloat16_learners_are_float32(method: Method) -> None:
     half, full = learner(network(norm=True).float(), bf16=True), learner(network(norm=True).float())
     images, v = IMAGES.float(), direction(full)
     assert half(images).dtype == torch.bfloat16
-    found, wanted = (x.jvp(full.weights(), v, images, method) for x in (half, full))
-    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+    found, expected = (x.jvp(full.weights(), v, images, method) for x in (half, full))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
     sixteen = half.jvp(full.weights(), v, images.bfloat16(), method)
-    assert sixteen.dtype == torch.float32 and off_by(sixteen, wanted) < 0.1
+    assert sixteen.dtype == torch.float32 and relative_error(sixteen, expected) < 0.1
 
 
 def old_network() -> nn.Module:
@@ -198,23 +200,23 @@ def old_network() -> nn.Module:
     return made
 
 
-def test_a_layer_without_forward_mode_is_told_once_and_differenced() -> None:
-    given = learner(old_network())
-    given.begin_step(0)
-    weights, v, state = given.weights(), direction(given), rng.rng_state(CPU)
+def test_auto_warns_once_of_a_layer_without_forward_mode_and_takes_differences() -> None:
+    made = learner(old_network())
+    made.begin_step(0)
+    weights, v, state = made.weights(), direction(made), rng.rng_state(CPU)
     with pytest.warns(UserWarning, match="no forward-mode differentiation.*jvp"):
-        found = given.jvp(weights, v, IMAGES)
+        found = made.jvp(weights, v, IMAGES)
     with rng.replay_rng(state, CPU):
-        assert torch.equal(given.jvp(weights, v, IMAGES, "central"), found)
+        assert torch.equal(made.jvp(weights, v, IMAGES, "central"), found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        given.jvp(weights, v, IMAGES)
+        made.jvp(weights, v, IMAGES)
 
 
-def test_a_layer_without_forward_mode_is_an_error_if_that_was_asked_for() -> None:
-    given = learner(old_network())
+def test_forward_is_an_error_for_a_layer_without_forward_mode() -> None:
+    made = learner(old_network())
     with pytest.raises(ConfigError, match=r"derivative forward: .* take central or auto"):
-        given.jvp(given.weights(), direction(given), IMAGES, "forward")
+        made.jvp(made.weights(), direction(made), IMAGES, "forward")
 
 
 def test_an_operation_that_ends_the_tangent_is_noticed() -> None:
@@ -232,15 +234,15 @@ def test_an_operation_that_ends_the_tangent_is_noticed() -> None:
         derivative.jvp(weights, weights, IMAGES)
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
-    given = learner(network())
+def test_other_errors_of_a_layer_are_raised() -> None:
+    made = learner(network())
     with pytest.raises(RuntimeError, match="channels"):
-        given.jvp(given.weights(), direction(given), IMAGES[:, :2], "auto")
-    assert given._derivative.method == "auto"
+        made.jvp(made.weights(), direction(made), IMAGES[:, :2], "auto")
+    assert made._derivative.method == "auto"
 
 
 def test_batch_statistics_of_synchronized_norms() -> None:
-    """They insist on a counter while they keep statistics; inside, they keep none."""
+    """They need a counter while they track statistics; inside, they track none."""
     norm = nn.SyncBatchNorm(3)
     with batch_statistics(norm):
         assert not norm.track_running_stats and norm.num_batches_tracked is None

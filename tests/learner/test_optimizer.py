@@ -1,4 +1,4 @@
-"""A step of the optimizer by hand, with either library's kernels."""
+"""Steps of the clipped optimizer, written out by hand, with PyTorch's and apex's kernels."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ CONFIG = LearnerConfig(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01, m
 
 
 class LikeApex(torch.optim.Optimizer):
-    """What apex's kernel does, read off its source (csrc/multi_tensor_sgd_kernel.cu), on a CPU."""
+    """apex's kernel in plain PyTorch, after its source (csrc/multi_tensor_sgd_kernel.cu)."""
 
     def __init__(self, groups: Any, lr: float, momentum: float, nesterov: bool) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
@@ -60,15 +60,15 @@ def by_hand(network: nn.Module, steps: list[tuple[int, float]]) -> list[Tensor]:
     weights = [p.detach().double() for p in network.parameters()]
     momenta = [torch.zeros_like(w) for w in weights]
     for seed, scale in steps:
-        slopes = [s.double() for s in gradients(network, seed, scale)]
-        norm = torch.cat([s.flatten() for s in slopes]).norm()
+        grads = [s.double() for s in gradients(network, seed, scale)]
+        norm = torch.cat([g.flatten() for g in grads]).norm()
         if not norm.isfinite():
             continue
         factor = min(1.0, CONFIG.max_grad_norm / (norm.item() + 1e-6))
-        for i, (w, s) in enumerate(zip(weights, slopes, strict=True)):
-            s = s * factor + (CONFIG.weight_decay * w if w.ndim > 1 else 0.0)
-            momenta[i] = 0.9 * momenta[i] + s
-            weights[i] = w - 0.1 * (s + 0.9 * momenta[i])
+        for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            g = g * factor + (CONFIG.weight_decay * w if w.ndim > 1 else 0.0)
+            momenta[i] = 0.9 * momenta[i] + g
+            weights[i] = w - 0.1 * (g + 0.9 * momenta[i])
     return weights
 
 
@@ -80,24 +80,24 @@ BAD = [(0, math.nan), (1, 3.0), (2, 0.01), (3, math.inf), (4, 1.0)]
 def test_steps_are_those_by_hand(
     backend: Any, steps: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Clipped, decayed, and left out where a gradient is not finite, the first of all included."""
-    network, descent = made(replace(CONFIG, optimizer_backend=backend), monkeypatch)
-    wanted = by_hand(network, steps)
+    """Clipped, decayed, and skipped where a gradient is not finite, even the first of all."""
+    network, optimizer = made(replace(CONFIG, optimizer_backend=backend), monkeypatch)
+    expected = by_hand(network, steps)
     for seed, scale in steps:
-        clipping, finite = descent.step(gradients(network, seed, scale))
+        clipping, finite = optimizer.step(gradients(network, seed, scale))
         assert bool(finite) == math.isfinite(scale)
         if finite:
             assert (clipping < 1) == (scale >= 1)
-    for p, w in zip(network.parameters(), wanted, strict=True):
+    for p, w in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach().double(), w, rtol=1e-5, atol=1e-7)
 
 
 def test_a_norm_too_large_for_its_type_counts_as_not_finite(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    network, descent = made(CONFIG, monkeypatch)
+    network, optimizer = made(CONFIG, monkeypatch)
     before = [p.detach().clone() for p in network.parameters()]
-    _, finite = descent.step(gradients(network, 0, 1e30))
+    _, finite = optimizer.step(gradients(network, 0, 1e30))
     assert not finite
     assert all(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
 
@@ -107,33 +107,33 @@ def test_without_nvidias_apex_its_backend_is_refused() -> None:
         ClippedOptimizer(nn.Linear(2, 2), replace(CONFIG, optimizer_backend="apex"))
 
 
-def test_a_rate_in_a_tensor_moves_like_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_learning_rate_in_a_tensor_is_like_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for fixed in (False, True):
         torch.manual_seed(0)
         network = nn.Linear(3, 2)
-        descent = ClippedOptimizer(network, CONFIG, lr_tensor=fixed)
+        optimizer = ClippedOptimizer(network, CONFIG, lr_tensor=fixed)
         for seed, rate in enumerate((0.3, 0.1, 0.0)):
-            descent.lr = rate
-            descent.step(gradients(network, seed))
-        assert descent.lr == 0.0
-        state = descent.state_dict()
+            optimizer.lr = rate
+            optimizer.step(gradients(network, seed))
+        assert optimizer.lr == 0.0
+        state = optimizer.state_dict()
         assert all(group["lr"] == 0.0 for group in state["param_groups"])
         ends.append([p.detach().clone() for p in network.parameters()])
     assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_options_are_this_run_s_and_not_the_checkpoint_s(fixed: bool, optimizer: Any) -> None:
-    """Of before there were fused steps on a CPU, or with another choice of graphs."""
-    config = replace(CONFIG, optimizer=optimizer, nesterov=optimizer == "sgd")
+def test_loading_a_state_keeps_the_options_of_this_run(fixed: bool, name: Any) -> None:
+    """A state without fused steps, or with another choice of graphs."""
+    config = replace(CONFIG, optimizer=name, nesterov=name == "sgd")
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
-    descent = ClippedOptimizer(network, config, lr_tensor=not fixed)
-    descent.lr = 0.3
-    descent.step(gradients(network, 0))
-    state = copy.deepcopy(descent.state_dict())
+    optimizer = ClippedOptimizer(network, config, lr_tensor=not fixed)
+    optimizer.lr = 0.3
+    optimizer.step(gradients(network, 0))
+    state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
         group["fused"] = False
     other = ClippedOptimizer(network, config, lr_tensor=fixed)

@@ -1,4 +1,4 @@
-"""Random numbers of several ranks are those of one, and generators come back as they were."""
+"""Random numbers do not depend on the number of ranks, and replayed dropout restores the state."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_betas_have_their_moments() -> None:
     assert found.var().item() == pytest.approx(1 / (4 * (2 * 0.75 + 1)), abs=0.004)
 
 
-def test_again_repeats_dropout_and_puts_the_generator_back() -> None:
+def test_replay_repeats_dropout_and_restores_the_generator() -> None:
     layer, ones = nn.Dropout(0.5), torch.ones(4, 50)
     before = rng.rng_state(CPU)
     first, second = layer(ones), layer(ones)
@@ -81,7 +81,7 @@ def test_again_repeats_dropout_and_puts_the_generator_back() -> None:
     assert not torch.equal(first, second)
 
 
-def test_again_puts_the_generator_back_after_an_error() -> None:
+def test_replay_restores_the_generator_after_an_error() -> None:
     before = rng.rng_state(CPU)
     torch.rand(3)
     present = torch.get_rng_state()
@@ -91,8 +91,8 @@ def test_again_puts_the_generator_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param("cuda", marks=pytest.mark.gpu)], ids=str)
-def test_dropout_drawn_as_another_type_keeps_what_that_type_keeps(device: Any) -> None:
-    """On a GPU float32 numbers would not keep what 16-bit ones do."""
+def test_dropout_has_the_mask_of_another_dtype(device: Any) -> None:
+    """On a GPU the mask of a float32 tensor is another one than that of a 16-bit one."""
     x = torch.rand(64, 130, device=device) + 0.5
     torch.manual_seed(3)
     kept = F.dropout(x.bfloat16(), 0.3) != 0
@@ -106,7 +106,7 @@ def test_dropout_drawn_as_another_type_keeps_what_that_type_keeps(device: Any) -
 
 
 @pytest.mark.gpu
-def test_again_repeats_dropout_on_a_gpu() -> None:
+def test_replay_repeats_dropout_on_a_gpu() -> None:
     device = torch.device("cuda")
     layer, ones = nn.Dropout(0.5), torch.ones(4, 50, device=device)
     before = rng.rng_state(device)

@@ -157,7 +157,7 @@ def test_plain_pytorch_computes_the_definition() -> None:
         one = losses.case_of(SMALL._replace(loss=loss), "cpu")
         for name in (PLAIN, EAGER):
             assert compare(one, losses_variants.build(name, one.shape), "cpu").wrong == ""
-        assert (one.wanted.gradient is None) == (loss in WITHOUT_GRADIENT)
+        assert (one.expected.gradient is None) == (loss in WITHOUT_GRADIENT)
 
 
 def test_feedback_is_of_two_labeled_losses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_feedback_is_of_two_labeled_losses(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_grid_is_whole() -> None:
     """4 losses: ImageNet at 4 batches, ImageNet-21k at 3; float32 at one batch of each."""
-    grid = [shape for shapes in (GOALS, NEXT, *losses.rest()) for shape in shapes]
+    grid = [shape for shapes in (GOALS, NEXT, *losses.other_shapes()) for shape in shapes]
     assert len(grid) == len(set(grid)) == 4 * (4 + 3) + 4 * 2
     assert all(shape.batch == 4096 for shape in grid if shape.dtype == torch.float32)
     assert all(shape.batch <= 4096 for shape in grid if shape.classes != 1000)
@@ -258,7 +258,7 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "CHECKED": [(10, torch.float32)],
         "GOALS": small[:1],
         "NEXT": small[1:],
-        "rest": lambda: [[SMALL._replace(batch=32)]],
+        "other_shapes": lambda: [[SMALL._replace(batch=32)]],
         "build": uncompiled,
         "require_device": lambda: None,
         "synchronization": lambda work: "",

@@ -278,7 +278,7 @@ def test_what_fails_is_left_out_and_the_others_are_measured(
         return {}
 
     def broken() -> Variant:
-        raise RuntimeError("no compiler\nand a long story")
+        raise RuntimeError("no compiler\nand a long text")
 
     builders = {
         "plain fp32": lambda: Variant("plain fp32", dict, {}),
@@ -289,7 +289,7 @@ def test_what_fails_is_left_out_and_the_others_are_measured(
     times = [row["name"] for row in result["rows"] if row["unit"] == "ms"]
     assert times == ["mpl, plain fp32: step"]
     assert result["skipped"] == [
-        "mpl: failed: ours fp32 eager joint: RuntimeError: no compiler and a long story",
+        "mpl: failed: ours fp32 eager joint: RuntimeError: no compiler and a long text",
         "mpl: failed: plain amp: out of memory beside the others",
     ]
 
@@ -316,7 +316,7 @@ def test_a_recipe_without_the_choice_has_one_form() -> None:
     ("options", "words"),
     [
         (["--model", "wrn_28_3"], "wrn_28_3"),
-        (["--smoke", "--only", "nobody"], "--only nobody"),
+        (["--smoke", "--only", "nothing"], "--only nothing"),
     ],
 )
 def test_one_line_for_a_wrong_option(

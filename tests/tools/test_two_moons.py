@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpl_fast.algorithms.labels import Labels
 from mpl_fast.learner import rng
 from tools.studies.command import Content, write
 from tools.studies.two_moons.__main__ import main
+from tools.studies.two_moons.algorithm import RATE, RunDifference, algorithm
 from tools.studies.two_moons.data import BATCH, Options, Problem, problem, stacked
 from tools.studies.two_moons.networks import Weights
 from tools.studies.two_moons.report import as_json, as_markdown
 from tools.studies.two_moons.training import (
-    RATE,
-    RunDifference,
-    algorithm,
     evaluate,
     gain,
     spread,
@@ -225,7 +224,8 @@ def test_difference_is_zero_for_a_student_that_does_not_move(moons: Problem) -> 
     student = algorithm(VARIANTS["mpl_difference"], moons, 0).learners["student"]
     batch = moons.batch(0)
     feedback = RunDifference(student, batch.labeled, batch.labels)
-    feedback.observe_update(batch.strong, None, torch.zeros(()))  # type: ignore[arg-type]
+    labels = Labels(batch.truth, None, batch.truth)
+    feedback.observe_update(batch.strong, labels, torch.zeros(()))
     assert torch.equal(feedback.h, torch.zeros(OPTIONS.runs, dtype=torch.float64))
 
 

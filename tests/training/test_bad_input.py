@@ -137,7 +137,7 @@ def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     options = arguments(tmp_path / "run", tiny_rec)
     code, _ = train_command([*options, "--model.name", "resnet51"])
     assert code == 2 and (tmp_path / "run" / "config.yaml").exists()
-    mended = run([*options, "--stop-at", "1", "--algorithm.student.wait", "9"])
+    mended = run([*options, "--stop-at", "1", "--algorithm.student.delay-steps", "9"])
     assert mended.returncode == 0, mended.stderr
     assert "warning: the student never moves: its wait of 9 steps" in mended.stderr
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of training: NCCL, no host synchronization, the whole road."""
+"""What only a GPU can show of training: NCCL, no host synchronization, graphs, whole runs."""
 
 import json
 import subprocess
@@ -11,20 +11,15 @@ import torch
 from mpl_fast import algorithms
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
-from mpl_fast.config import MPLConfig
 from mpl_fast.config.run import Graphs
 from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode, mark_step
 from mpl_fast.models import build
 from mpl_fast.training.step_graph import StepGraph
+from tests.algorithms.problems import VARIANTS
 from tests.tiny_run import arguments, command, environment, run
-from tests.training.two_ranks import CONFIGS, LEARNER
 
 pytestmark = pytest.mark.gpu
-VARIANTS = {
-    **CONFIGS,
-    "mpl parity_kekmodel": MPLConfig(teacher=LEARNER, student=LEARNER, feedback="parity_kekmodel"),
-}
 
 
 def batch(device: str) -> Batch:
@@ -56,8 +51,8 @@ def test_a_step_never_waits_for_the_device(recipe: str) -> None:
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
-GRAPHED = ["supervised", "supervised mixup", "uda", "fixmatch", "mpl", "mpl sampled", "smpl"]
-GRAPHED += ["mpl_roleplay", "mpl baseline held_out"]
+GRAPHED = ["supervised", "supervised mixup", "uda", "fixmatch", "mpl difference", "mpl sampled"]
+GRAPHED += ["smpl difference", "mpl_roleplay", "mpl held_out baseline masked"]
 
 
 def images(t: int) -> Batch:
@@ -81,13 +76,13 @@ def trained(recipe: str, graphs: Graphs, compiled: Mode = "off") -> tuple[Any, l
         ),
     )
     repeated = StepGraph(algorithm)
-    told = []
+    rows = []
     for t in range(16):
         mark_step()
         step = repeated.step if graphs == "step" else algorithm.step
         metrics = train_step(algorithm, images(t), t, step)
-        told.append({name: value.item() for name, value in metrics.items()})
-    return {n: learner.state_dict() for n, learner in algorithm.learners.items()}, told
+        rows.append({name: value.item() for name, value in metrics.items()})
+    return {n: learner.state_dict() for n, learner in algorithm.learners.items()}, rows
 
 
 @pytest.mark.parametrize("recipe", GRAPHED)
@@ -96,28 +91,30 @@ def test_graphs_of_the_step_are_the_step_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    (state, told), (graphed, also_told) = (trained(recipe, graphs) for graphs in ("off", "step"))
-    assert also_told == told
+    (state, rows), (graphed, graphed_rows) = (trained(recipe, g) for g in ("off", "step"))
+    assert graphed_rows == rows
     for name, learner in state.items():
         for key, value in learner["network"].items():
             assert torch.equal(graphed[name]["network"][key], value), f"{name}.{key}"
 
 
-@pytest.mark.parametrize("recipe", ["mpl", "mpl exact", "smpl"])
+@pytest.mark.parametrize("recipe", ["mpl difference", "mpl exact", "smpl difference"])
 def test_graphs_of_compiled_networks_change_nothing(
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A judging of the student stands between the teacher's forward and backward passes."""
+    """A forward pass of the student comes between the teacher's forward and backward passes."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    (_, told), (_, graphed) = (trained(recipe, graphs, "default") for graphs in ("off", "model"))
-    for one, two in zip(told, graphed, strict=True):
+    (_, rows), (_, graphed) = (trained(recipe, graphs, "default") for graphs in ("off", "model"))
+    for one, two in zip(rows, graphed, strict=True):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize("where", ["gpu", "cpu"])
 @pytest.mark.parametrize("policy", ["mpl", "dali"])
-def test_the_road_runs_under_nccl(where: str, policy: str, tiny_rec: Path, tmp_path: Path) -> None:
+def test_a_run_under_nccl_stops_and_resumes(
+    where: str, policy: str, tiny_rec: Path, tmp_path: Path
+) -> None:
     """torchrun with one rank on CUDA, DALI on either device; stopped once and resumed."""
     folder = tmp_path / "run"
     options = arguments(folder, tiny_rec, policy=policy)

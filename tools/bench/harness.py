@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -44,7 +45,7 @@ class Report:
         """One sentence: what the numbers are."""
         self.rows: list[Row] = []
         self.skipped: list[str] = []
-        """What was left out, for want of time or of a package."""
+        """What was left out, for lack of time or of a package."""
         self.failed: dict[str, str] = {}
         """Variants that raised or computed something else, with the reason: exit code 1."""
         self.more: Json = {}
@@ -88,6 +89,11 @@ class Report:
             self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - began)
             self.save()
 
+    @cached_property
+    def _machine(self) -> Json:
+        """Once: git and nvidia-smi take longer than many a measurement."""
+        return describe(self._options.commit)
+
     def result(self) -> Json:
         """What is written."""
         smoke = "a smoke test: no number here is a claim"
@@ -95,7 +101,7 @@ class Report:
             "form": FORM,
             "bench": self._bench,
             "claim": smoke if self._options.smoke else self.claim,
-            "machine": describe(self._options.commit),
+            "machine": self._machine,
             "settings": {key: str(value) for key, value in vars(self._options).items()},
             "rows": [row_json(row) for row in self.rows],
             "failed": self.failed,

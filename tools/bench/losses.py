@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         raise ConfigError("there is no CUDA device; --smoke runs without one")
 
 
-def rest() -> list[list[Shape]]:
+def other_shapes() -> list[list[Shape]]:
     """All other shapes: of each type the teacher's and the student's, then the two small ones."""
     grid = [(1000, 256), (1000, 1024), (1000, 4096), (1000, 32768)]
     grid += [(21841, 256), (21841, 1024), (21841, 4096)]
@@ -108,7 +108,7 @@ class Case(NamedTuple):
     shape: Shape
     seed: int
     inputs: Inputs
-    wanted: Done
+    expected: Done
 
 
 class Errors(NamedTuple):
@@ -136,11 +136,11 @@ def compare(one: Case, call: Call, device: str, *, rough: bool = False) -> Error
     moved.logits.requires_grad_()
     if moved.logits.is_cuda:
         _fill_memory_with_nan(one.shape)
-    got, wanted = call(moved), one.wanted
+    got, expected = call(moved), one.expected
     allowed = STATISTIC + (2 * torch.finfo(one.shape.dtype).eps if rough else 0.0)
     wrong, worst, off = [], 0.0, 0.0
     for field, value in got.out._asdict().items():
-        truth = getattr(wanted.out, field).detach()
+        truth = getattr(expected.out, field).detach()
         value = value.detach().to(truth.device)
         if value.dtype == torch.int64:
             if not torch.equal(value, truth):
@@ -150,8 +150,8 @@ def compare(one: Case, call: Call, device: str, *, rough: bool = False) -> Error
         worst = max(worst, error)
         if not error <= allowed:
             wrong.append(f"{field} is off by {error:.1e}")
-    if got.gradient is not None and wanted.gradient is not None:
-        truth = wanted.gradient
+    if got.gradient is not None and expected.gradient is not None:
+        truth = expected.gradient
         off = _distance(got.gradient.detach().to(truth.device).double(), truth)
         rounding = _distance(truth.to(one.shape.dtype).double(), truth)
         if not off <= (2.0 if rough else ROUNDING) * rounding + FLOAT32:  # also true of NaN
@@ -237,7 +237,7 @@ def _on_gpu(options: argparse.Namespace, report: Report) -> None:
     faulty = check(CHECKED, (*OURS, PLAIN, EAGER), GPU, report)
     require_device()
     order = random.Random(options.seed)
-    for shapes in [GOALS[2:3]] if options.smoke else [GOALS, NEXT, *rest()]:
+    for shapes in [GOALS[2:3]] if options.smoke else [GOALS, NEXT, *other_shapes()]:
         for shape in order.sample(shapes, len(shapes)):
             right = [n for n in names(shape) if (n, shape.loss) not in faulty]
             measure_shape(shape, right, copied.high, options, report)

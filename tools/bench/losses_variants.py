@@ -1,4 +1,4 @@
-"""The losses at one size: inputs, and who computes loss and gradient of them.
+"""The losses at one size: inputs, and the variants that compute loss and gradient of them.
 
 Variants: the fused kernels in one pass and through autograd, our definition eager and compiled,
 plain PyTorch as people write it (no guard against an impossible label), and Liger if installed.

@@ -20,7 +20,7 @@ from mpl_fast.learner.compilation import CACHES
 from tools.bench.clock import Work, interleaved, seconds_of
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, ROOT, choose_device
-from tools.bench.results import Row, spread
+from tools.bench.results import Row, last_line, spread
 from tools.bench.smooth_images import packed
 
 TINY = {"model": "wrn_10_1", "recipe": "supervised", "labeled": 4, "unlabeled": 4, "rounds": 1}
@@ -99,7 +99,7 @@ def short_processes() -> dict[str, Work]:
 def run_to_its_end(arguments: Sequence[str]) -> None:
     """Runs Python. Raises `FailedError`."""
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise FailedError(f"{' '.join(arguments)}: {last_line(done.stderr)}")
 
@@ -146,7 +146,7 @@ class Starts:
         with (self._folder / "output").open("w+") as output:
             began = time.perf_counter()
             process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment() | places
+                command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **places}
             )
             try:
                 took = seconds_to_row(run / "metrics.jsonl", step, process, began)
@@ -181,17 +181,6 @@ def has_row(rows: str, step: int) -> bool:
     """Whether a complete line is of this step."""
     complete = rows.split("\n")[:-1]
     return any(json.loads(line)["step"] == step for line in complete)
-
-
-def environment() -> dict[str, str]:
-    """This process's, with this repository first on the path."""
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
-
-
-def last_line(text: str) -> str:
-    """Of what a process printed."""
-    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def short_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:

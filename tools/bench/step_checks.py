@@ -27,7 +27,7 @@ from tools.bench.step_variants import (
 # Largest difference over the largest value. On a GPU float32 products may be TF32's, in another
 # order in compiled networks.
 EXACT, FP32, TF32, BF16 = 1e-6, 1e-3, 0.03, 0.1
-COMPARED = ("loss/labeled", "loss/consistency", "loss/student", "h", "loss/teacher")
+COMPARED = ("loss/labeled", "loss/consistency", "loss/student", "feedback", "loss/teacher")
 PARITY_STEPS = 3
 
 

@@ -190,7 +190,7 @@ class PlainStep:
             "loss/labeled": values.labeled.item(),
             "loss/consistency": values.consistency.item(),
             "loss/student": values.student.item(),
-            "h": values.h.item(),
+            "feedback": values.h.item(),
             "loss/teacher": values.teacher.item(),
             "mask": values.mask.item(),
         }

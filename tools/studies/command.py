@@ -11,8 +11,7 @@ from typing import NoReturn
 
 import mpl_fast
 from mpl_fast.atomic import atomic_path
-from mpl_fast.config.command_line import fail
-from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
+from mpl_fast.errors import ConfigError, OutputError, UserError, fail, output_errors
 
 Content = str | Callable[[Path], None]  # of a file: a text, or a function that writes to a path
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C

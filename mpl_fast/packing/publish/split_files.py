@@ -30,13 +30,10 @@ def write_split(
     with atomic_file(work / index) as idx, atomic_file(work / listing) as lst:
 
         def entries() -> Iterator[tuple[int, int, int]]:
-            start = 0
-            for number, shard in enumerate(shards):
-                for record_id, label, name, offset in _listed(table, shard, labeled):
-                    counts[label] += 1
-                    lst.write(to_utf8(f"{record_id}\t{label}\t{classes[label]}/{name}\n"))
-                    yield record_id, number, start + offset
-                start += sizes[shard.file]
+            for record_id, label, name, file, offset in _listed(table, shards, sizes, labeled):
+                counts[label] += 1
+                lst.write(to_utf8(f"{record_id}\t{label}\t{classes[label]}/{name}\n"))
+                yield record_id, file, offset
 
         for line in padded_lines(entries()):
             idx.write(line.encode())
@@ -56,13 +53,17 @@ def write_split(
 
 
 def _listed(
-    table: Table, shard: ShardRow, labeled: int | None
-) -> Iterator[tuple[int, int, str, int]]:
-    """Yield (id, label, name, offset) of written records."""
+    table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int], labeled: int | None
+) -> Iterator[tuple[int, int, str, int, int]]:
+    """Yield (id, label, name, file number, offset over the joined files) of written records."""
     which = "" if labeled is None else f"AND labeled = {labeled} "
     # Only these columns: whole rows take longer.
     query = (
         "SELECT id, label, name, offset FROM records CROSS JOIN written USING (id) "
         f"WHERE id BETWEEN ? AND ? {which}ORDER BY id"
     )
-    yield from table.query(query, shard.ids)
+    start = 0
+    for number, shard in enumerate(shards):
+        for record_id, label, name, offset in table.query(query, shard.ids):
+            yield record_id, label, name, number, start + offset
+        start += sizes[shard.file]

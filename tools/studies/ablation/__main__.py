@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_fast.config.command_line import fail
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.errors import ConfigError, UserError, output_errors
+from mpl_fast.errors import ConfigError, UserError, fail, output_errors
 from tools.studies.ablation import report
 from tools.studies.ablation.picture import draw
 from tools.studies.ablation.plan import DEFAULTS, Job, Variant, jobs

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from tools.studies.command import versions
+from tools.studies.two_moons.algorithm import RATE
 from tools.studies.two_moons.data import BATCH, NOISE, POINTS, Options, Setting
 from tools.studies.two_moons.networks import WIDTHS
 from tools.studies.two_moons.training import (
-    RATE,
     Result,
     Results,
     gain,
