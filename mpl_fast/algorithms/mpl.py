@@ -39,10 +39,7 @@ class MetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        ramps = t < max(config.consistency.ramp, config.feedback_ramp)
-        # Repeating a pass's dropout sets the generator's state, which a graph cannot.
-        repeats = config.teacher_graph == "recompute"
-        if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
+        if config.repeats_draws or t < max(config.consistency.ramp, config.feedback_ramp):
             return None
         return self.student.lr == 0.0, self.student.frozen
 

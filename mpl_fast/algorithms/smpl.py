@@ -37,7 +37,7 @@ class SelfMetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        if t < config.consistency.ramp or t < config.feedback_ramp or config.feedback == "exact":
+        if config.repeats_draws or t < max(config.consistency.ramp, config.feedback_ramp):
             return None
         return self.learner.lr == 0.0
 

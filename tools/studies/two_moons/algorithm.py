@@ -99,10 +99,10 @@ class RunDifference:
 class RunsMPL(MetaPseudoLabels):
     """MPL on many runs at once."""
 
-    def _make_feedback(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
+    def _make_feedback(self, strong: Sequence[Tensor], batch: Batch) -> Feedback:
         if self.config.feedback in ("difference", "sampled"):
-            return RunDifference(self.student, judging.labeled, judging.labels)
-        return super()._make_feedback(strong, judging)
+            return RunDifference(self.student, batch.labeled, batch.labels)
+        return super()._make_feedback(strong, batch)
 
 
 class RunsSMPL(SelfMetaPseudoLabels):
