@@ -25,8 +25,8 @@ from tools.bench.losses_variants import (
     PLAIN,
     WITHOUT_GRADIENT,
     Call,
-    Done,
     Inputs,
+    Outputs,
     Shape,
     definition,
     draw,
@@ -103,7 +103,7 @@ def broken(fault: str) -> Call:
     """Our definition with one thing wrong."""
     sound = definition(SMALL)
 
-    def call(x: Inputs) -> Done:
+    def call(x: Inputs) -> Outputs:
         out, gradient = sound(x)
         assert gradient is not None
         if fault == "gradient":
@@ -116,7 +116,7 @@ def broken(fault: str) -> Call:
             out = out._replace(label=out.label.roll(1))
         if fault == "raises":
             raise RuntimeError("no such kernel")
-        return Done(out, gradient)
+        return Outputs(out, gradient)
 
     return call
 
