@@ -85,10 +85,11 @@ def drawn(policy: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize(  # chi-square at p = 0.001 of choices - 1 degrees
-    ("policy", "choices", "limit"), [("mpl", CODES, 58.3), ("mpl_branched", len(BY_CODE), 36.1)]
+    ("policy", "choices", "limit", "near"),
+    [("mpl", CODES, 58.3, 0.008), ("mpl_branched", len(BY_CODE), 36.1, 0.012)],
 )
 def test_layers_draw_evenly_and_share_one_probability_per_image(
-    policy: str, choices: int, limit: float, monkeypatch: pytest.MonkeyPatch
+    policy: str, choices: int, limit: float, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = drawn(policy, monkeypatch)
     applied = (both >= 0).sum(axis=1)
@@ -101,7 +102,7 @@ def test_layers_draw_evenly_and_share_one_probability_per_image(
     assert ((counts - expected) ** 2 / expected).sum() < limit
     twice = both[applied == 2]
     repeated = (twice[:, 0] == twice[:, 1]).mean()
-    assert abs(repeated - 1 / choices) < 0.012  # with replacement
+    assert abs(repeated - 1 / choices) < near  # with replacement
 
 
 def reveal(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
