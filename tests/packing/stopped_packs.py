@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-
 from tests.packing.pack_command import TOOL, command_line, environment
 
 SHARDS = 8

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 import simplejpeg
-
-from mpl_fast.data.manifest import read_manifest
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     CLASSES,
     TOOL,
     hashes,
-    make_tree,
+    image_tree,
     manifest_of,
     names,
     pack,
@@ -31,12 +29,14 @@ from tests.packing.pack_command import (
     run,
 )
 
+from mpl_fast.data.manifest import read_manifest
+
 COMMANDS = ("pack", "resplit", "verify", "finish", "info", "locate", "extract")
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def files_of(*stems: str, kinds: tuple[str, ...] = ("rec", "idx", "lst")) -> set[str]:

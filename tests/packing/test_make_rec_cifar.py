@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.packing.pack_command import hashes, identities, pack, read_split, run
 
 from mpl_fast.data.manifest import read_manifest
-from tests.packing.pack_command import hashes, identities, pack, read_split, run
 from tests.packing.stopped_packs import SlowPack
 
 

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.packing.packs import hashes, identities, jpeg, image_tree, names, pack, refuse, run
 
-from tests.packing.pack_command import hashes, identities, jpeg, make_tree, names, pack, refuse, run
 from tests.packing.stopped_packs import run_meddled
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 @contextmanager

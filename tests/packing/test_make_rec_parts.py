@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     command_line,
     environment,
     hashes,
     identities,
     jpeg,
-    make_tree,
+    image_tree,
     manifest_of,
     names,
     pack,
@@ -22,12 +21,13 @@ from tests.packing.pack_command import (
     refuse,
     run,
 )
+
 from tests.packing.stopped_packs import run_meddled
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

@@ -6,13 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     command_line,
     hashes,
     identities,
     jpeg,
-    make_tree,
+    image_tree,
     names,
     pack,
     refuse,
@@ -22,7 +21,7 @@ from tests.packing.pack_command import (
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:

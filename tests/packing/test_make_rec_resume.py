@@ -7,17 +7,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     hashes,
     identities,
-    make_tree,
+    image_tree,
     names,
     pack,
     read_split,
     refuse,
     run,
 )
+
 from tests.packing.stopped_packs import SLOW, SlowPack, make_slow_tree
 
 Identity = dict[str, tuple[int, int]]
@@ -25,7 +25,7 @@ Identity = dict[str, tuple[int, int]]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def common(tree: Path) -> tuple[object, ...]:

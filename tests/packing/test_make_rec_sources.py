@@ -6,13 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from tests.packing.pack_command import CLASSES, jpeg, make_tree, manifest_of, pack, read_split, run
+from tests.packing.packs import CLASSES, jpeg, image_tree, manifest_of, pack, read_split, run
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def images_of(out: Path, stem: str = "train") -> dict[str, bytes]:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.packing.pack_command import hashes, identities, make_tree, names, pack, refuse, run
 
 from mpl_fast.data.manifest import read_manifest
-from tests.packing.pack_command import hashes, identities, make_tree, names, pack, refuse, run
 from tests.packing.stopped_packs import SLOW, SlowPack, make_slow_tree, run_meddled
 
 

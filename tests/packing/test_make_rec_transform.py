@@ -6,11 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     hashes,
     jpeg,
-    make_tree,
+    image_tree,
     manifest_of,
     pack,
     png,
@@ -22,7 +21,7 @@ from tests.packing.pack_command import (
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def damage(train: Path) -> dict[str, str]:
