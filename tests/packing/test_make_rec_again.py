@@ -330,6 +330,23 @@ def test_shard_that_left_images_out_is_no_shard_of_a_strict_pack(
     assert len(read_split(tmp_path / "out", "train")) == 24
 
 
+def test_kill_when_all_files_have_their_names(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ("--src", tree / "train", "--labeled", "6", "--shards", 2, "--out", out)
+    run("pack", *common)
+    before = hashes(out)
+    (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
+    (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
+    (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
+    for command in (("finish", out), ("pack", *common), ("resplit", out, "--labeled", "6")):
+        run(*command)
+        assert not (out / ".pack").exists()
+        if command[0] != "resplit":
+            assert hashes(out) == before
+        (out / ".pack").mkdir()
+        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
+
+
 # Parts of a folder, then `finish`: the bytes of a single run.
 
 
