@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.packing.packs import KEEP, options_of, plan_work, write_shards
+from tests.packing.packs import jpeg
+from tests.packing.packs import make_tree
 
 from mpl_fast.errors import OutputError
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
@@ -17,9 +20,6 @@ from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
-from tests.packing.made_packs import KEEP, options_of, plan_work, write_shards
-from tests.packing.pack_command import jpeg
-from tests.packing.small_sources import make_tree
 
 REMEDY = "choose another --out, or --force to replace it"
 FIRST = "train-00000-of-00002.rec"

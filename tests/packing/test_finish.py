@@ -10,6 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.packing.packs import (
+    KEEP,
+    Planned,
+    finished,
+    options_of,
+    plan_work,
+    write_shards,
+    written_rows,
+)
+from tests.packing.packs import jpeg, read_record, split_line
+from tests.packing.packs import make_tar, make_tree
 
 from mpl_fast.data.manifest import file_names, read_manifest, text_hashes
 from mpl_fast.errors import DataError
@@ -20,17 +31,6 @@ from mpl_fast.packing.publish.duplicates import describe_duplicates
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
-from tests.packing.made_packs import (
-    KEEP,
-    Planned,
-    finished,
-    options_of,
-    plan_work,
-    write_shards,
-    written_rows,
-)
-from tests.packing.pack_command import jpeg, read_record, split_line
-from tests.packing.small_sources import make_tar, make_tree
 
 HOW = SplitOptions(labeled="4", shards=2)
 SKIP = ImageOptions(on_bad="skip")
