@@ -12,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mpl_fast.data.manifest import MANIFEST
+from mpl_fast.errors import ConfigError, DataError, OutputError, UserError
+from mpl_fast.packing.check.verify import verify
+from mpl_fast.packing.plan.table import TABLE
+from mpl_fast.packing.resplit import resplit
 from tests.packing.packs import (
     ROOT,
     environment,
@@ -22,12 +28,6 @@ from tests.packing.packs import (
     read_split,
     run,
 )
-
-from mpl_fast.data.manifest import MANIFEST
-from mpl_fast.errors import ConfigError, DataError, OutputError, UserError
-from mpl_fast.packing.check.verify import verify
-from mpl_fast.packing.plan.table import TABLE
-from mpl_fast.packing.resplit import resplit
 
 FIRST: dict[str, Any] = {"labeled": "3", "split_seed": 0, "balance": "count", "unlabeled": "all"}
 
