@@ -31,30 +31,6 @@ LAYOUT = pytest.mark.parametrize("chosen", LAYOUTS.values(), ids=LAYOUTS.keys())
 Sample = tuple[bytes, float]
 
 
-def _reader(
-    paths: Sequence[Path],
-    index: Path,
-    mmap: bool,
-    shard: int,
-    shards: int,
-    stick: bool,
-    shuffle: bool,
-) -> Any:
-    images, labels = fn.readers.mxnet(
-        path=[str(path) for path in paths],
-        index_path=[str(index)],
-        name="reader",
-        dont_use_mmap=not mmap,
-        shard_id=shard,
-        num_shards=shards,
-        stick_to_shard=stick,
-        random_shuffle=shuffle,
-        initial_fill=8,
-        tensor_init_bytes=1024,
-    )
-    return images, labels
-
-
 def _pipeline(
     pack: SmallPack,
     index: Path,
@@ -67,14 +43,22 @@ def _pipeline(
     shuffle: bool = False,
     checkpoint: Any = None,
 ) -> Pipeline:
-    pipeline: Pipeline = pipeline_def(_reader)(
-        _files(pack),
-        index,
-        mmap,
-        shard,
-        shards,
-        stick,
-        shuffle,
+    def reader() -> Any:
+        images, labels = fn.readers.mxnet(
+            path=[str(path) for path in _files(pack)],
+            index_path=[str(index)],
+            name="reader",
+            dont_use_mmap=not mmap,
+            shard_id=shard,
+            num_shards=shards,
+            stick_to_shard=stick,
+            random_shuffle=shuffle,
+            initial_fill=8,
+            tensor_init_bytes=1024,
+        )
+        return images, labels
+
+    pipeline: Pipeline = pipeline_def(reader)(
         batch_size=batch,
         num_threads=1,
         device_id=None,

@@ -15,13 +15,12 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.operations import OPERATIONS
 from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
-from mpl_fast.packing.options import PackOptions, SplitOptions
-from mpl_fast.packing.pack import pack
 from tests.data.numbered_images import (
     CLASSES,
     PLAIN,
     level,
     levels,
+    pack_folder,
     pack_numbered,
     same,
     train_loader,
@@ -168,7 +167,7 @@ def test_a_state_of_another_run_is_refused(
 ) -> None:
     state = train_loader(manifest).state()
     with pytest.raises(CheckpointError, match=f"{key}=.*{key}="):
-        train_loader(manifest, config, **sizes, state=state)  # type: ignore[arg-type]
+        train_loader(manifest, config, **sizes, state=state)
 
 
 def test_a_state_of_another_version_of_the_graph_is_refused(
@@ -218,14 +217,9 @@ def test_another_table_of_operations_refuses_a_state_except_under_policy_dali(
 def test_a_state_of_other_records_is_refused(manifest: Manifest) -> None:
     """As many records, but others: another draw, order or image."""
     state = train_loader(manifest).state()
-    pack(PackOptions(
-        src=(str(manifest.root.parent / "train"),),
-        val=str(manifest.root.parent / "val"),
-        out=manifest.root.parent / "other",
-        split=SplitOptions(labeled="20", shards=3, shuffle_seed=9),
-        quiet=True,
-    ))  # fmt: skip
-    other = read_manifest(manifest.root.parent / "other")
+    base = manifest.root.parent
+    split = {"labeled": "20", "shards": 3, "shuffle_seed": 9}
+    other = pack_folder(base / "train", base / "other", val=base / "val", **split)
     counts = [[split.records for split in m.splits.values()] for m in (manifest, other)]
     assert counts[0] == counts[1]
     with pytest.raises(

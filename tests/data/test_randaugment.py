@@ -101,9 +101,11 @@ def drawn(policy: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.int64]:
     return np.stack([digits // 64, digits % 64], axis=1) - 1
 
 
-@pytest.mark.parametrize(("policy", "choices"), [("mpl", CODES), ("mpl_branched", len(BY_CODE))])
+@pytest.mark.parametrize(
+    ("policy", "choices", "near"), [("mpl", CODES, 0.008), ("mpl_branched", len(BY_CODE), 0.012)]
+)
 def test_layers_draw_evenly_and_share_one_probability_per_image(
-    policy: str, choices: int, monkeypatch: pytest.MonkeyPatch
+    policy: str, choices: int, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = drawn(policy, monkeypatch)
     applied = (both >= 0).sum(axis=1)
@@ -116,7 +118,7 @@ def test_layers_draw_evenly_and_share_one_probability_per_image(
     assert ((counts - expected) ** 2 / expected).sum() < chi2_limit(choices)
     twice = both[applied == 2]
     repeated = (twice[:, 0] == twice[:, 1]).mean()
-    assert abs(repeated - 1 / choices) < 0.012  # with replacement
+    assert abs(repeated - 1 / choices) < near  # with replacement
 
 
 def reveal(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
