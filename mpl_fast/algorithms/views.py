@@ -1,8 +1,9 @@
 """One network's logits of the labeled, weak and strong images of a batch, by name.
 
-Logits are ordered labeled | weak | strong, which is what `losses.teacher_loss_and_grad` takes; only
-this module knows that order. Images lie weak | labeled | strong in memory (`mpl_fast.batch`), so a
-forward pass over all of them, or over labeled and strong ones, copies nothing.
+Logits are ordered labeled | weak | strong, which is what `losses.teacher_loss_and_grad` takes; no
+other module depends on that order. Images are ordered weak | labeled | strong in memory
+(`mpl_fast.batch`), so a forward pass over all of them, or over labeled and strong ones, copies
+nothing.
 """
 
 from contextlib import nullcontext

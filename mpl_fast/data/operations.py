@@ -31,7 +31,7 @@ class Draws(NamedTuple):
 Apply = Callable[[DataNode, Draws, DataConfig], DataNode]
 """Images (H, W, 3) uint8 to images of the same shape and type."""
 Matrix = list[tuple[float, float, float]]
-"""(2, 3): the (x, y, 1) of an output pixel to where it reads, in pixels; centers lie at 0.5."""
+"""(2, 3): the (x, y, 1) of an output pixel to where it reads, in pixels; centers are at 0.5."""
 
 
 class Operation(NamedTuple):
