@@ -23,7 +23,8 @@ class Draws(NamedTuple):
     """Random values of an image."""
 
     sign: Callable[[], DataNode]
-    """Returns -1 or 1, for operations with a direction."""
+    """Returns -1 or 1, for operations with a direction. A function, since DALI splits a value among
+    the branches of an `if` where it is read: only branches that call it are given the value."""
     center: DataNode
     """A pixel (y, x), float (2,), for the cutout."""
 
@@ -44,7 +45,8 @@ class Operation(NamedTuple):
 
     name: str
     number: int
-    """Position in the official code's list, by which policy ``mpl_branched`` draws."""
+    """Position in the official code's list, or the next free number: the order of the branches of
+    policy ``mpl_branched``."""
     apply: Apply
     """The operation by itself: the reference."""
     matrix: Callable[[DataConfig, int], Matrix] | None = None

@@ -8,7 +8,7 @@ import pytest
 from mpl_fast.training import process
 
 
-def test_an_echo_is_the_same_wish_and_a_late_repetition_ends(
+def test_an_echo_is_the_same_request_and_a_late_repetition_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
