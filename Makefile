@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test demo bench lock clean
+.PHONY: help venv check lint format test demo bench lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,12 +25,15 @@ $(STAMP): requirements.lock setup.py
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+check: lint ## Formatting, ruff, mypy and the fast tests
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+
 lint: $(STAMP) ## Formatting, ruff, mypy
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 
-format: $(STAMP) ## Rewrites files the way lint wants them
+format: $(STAMP) ## Rewrites files in the form that lint requires
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 

@@ -14,7 +14,7 @@ settings.register_profile("default", deadline=None, max_examples=30)
 settings.load_profile("default")
 
 
-# A shell starts background jobs deaf to Ctrl-C, which processes of the tests would inherit.
+# A shell starts background jobs with Ctrl-C ignored, which processes of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
