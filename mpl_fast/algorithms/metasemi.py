@@ -34,7 +34,7 @@ class MetaSemi:
         self.state: dict[str, Tensor] = {}
 
     def graph_key(self, t: int) -> Hashable | None:
-        return None  # the central difference sets the state of generators, which no graph can
+        return None  # see `repeats_draws` of its config
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, learner = self.config, self.learner

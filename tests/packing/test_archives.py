@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from tests.packing.small_sources import content, keys, listed, make_tar
 
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.sources.archives import Spools, members
-from tests.packing.small_sources import content, keys, listed, make_tar
 
 CONTENTS = {
     "train/ant/a.jpg": b"one",

@@ -4,10 +4,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from tests.packing.small_sources import content, keys, listed, make_records
 
 from mpl_fast.data.records import MAGIC, frame, image_record
 from mpl_fast.errors import DataError
-from tests.packing.small_sources import content, keys, listed, make_records
 
 MAGIC_WORD = struct.pack("<I", MAGIC)
 ROWS = [

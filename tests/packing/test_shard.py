@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from tests.packing.shard_table import FIRST_ID, SHARD, files, folder, make_table, one_file, own_file
 
 from mpl_fast.data.records import IMAGE_LIMIT, frame, image_record, is_multipart
 from mpl_fast.errors import DataError
@@ -19,7 +20,6 @@ from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.shard_writer import BUFFER
-from tests.packing.shard_table import FIRST_ID, SHARD, files, folder, make_table, one_file, own_file
 
 MAGIC = bytes.fromhex("0a23d7ce")
 UNCHECKED = ImageOptions(check="none")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.archives import Spools
 from mpl_fast.packing.sources.source import open_source
-from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
 
 
 def test_folder_at_any_depth(tmp_path: Path) -> None:

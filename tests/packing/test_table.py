@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.packing.made_packs import written_rows
 
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.plan.table import (
@@ -24,7 +25,6 @@ from mpl_fast.packing.plan.table import (
     table_errors,
     to_utf8,
 )
-from tests.packing.made_packs import written_rows
 
 ODD = "\udcff o'n;e\"%?#"
 SOURCES = [

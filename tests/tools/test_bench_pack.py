@@ -1,4 +1,4 @@
-"""The benchmark of packing counts right and finds who lost an image; no time is looked at."""
+"""The benchmark of packing counts right and rejects lost images; no time is looked at."""
 
 import argparse
 import itertools

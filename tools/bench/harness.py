@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -50,7 +51,8 @@ class Report:
         self.more: Json = {}
         """Further parts of the JSON file, such as measured limits."""
         self._bench, self._options = bench, options
-        self._deadline = time.monotonic() + 60.0 * (options.minutes or float("inf"))
+        minutes = float("inf") if options.minutes is None else options.minutes
+        self._deadline = time.monotonic() + 60.0 * minutes
         self._longest: dict[str, float] = {}
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -88,6 +90,11 @@ class Report:
             self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - began)
             self.save()
 
+    @cached_property
+    def _machine(self) -> Json:
+        """Once: git and nvidia-smi take longer than many a measurement."""
+        return describe(self._options.commit)
+
     def result(self) -> Json:
         """What is written."""
         smoke = "a smoke test: no number here is a claim"
@@ -95,7 +102,7 @@ class Report:
             "form": FORM,
             "bench": self._bench,
             "claim": smoke if self._options.smoke else self.claim,
-            "machine": describe(self._options.commit),
+            "machine": self._machine,
             "settings": {key: str(value) for key, value in vars(self._options).items()},
             "rows": [row_json(row) for row in self.rows],
             "failed": self.failed,

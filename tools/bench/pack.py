@@ -123,7 +123,7 @@ def make_data(setting: Setting, chosen: Sequence[Variant]) -> None:
     options, folder, data = setting.options, setting.folder, setting.data
     archive, images = options.images, folder / "images"
     groups, tar = {one.group for one in chosen}, folder / "members.tar"
-    say("making the data sets")
+    print_progress("making the data sets")
     if groups & {"pass", "verify"}:
         size = round(options.gigabytes * 1e9)
         pack_data.make_folders(archive, images, size)
@@ -158,7 +158,7 @@ def measure_all(
         if one.name in report.failed:
             return
         number = len(done[one.name]) + 1
-        say(f"{number}/{setting.options.rounds}: {one.name}")
+        print_progress(f"{number}/{setting.options.rounds}: {one.name}")
         out = fresh_folder(setting, one)
         # Each time anew: a virtual machine's host may take unused pages back within a minute.
         for name in GROUPS[one.group].read:
@@ -270,6 +270,6 @@ def describe_disk(folder: Path) -> Json:
     }
 
 
-def say(line: str) -> None:
-    """Progress."""
+def print_progress(line: str) -> None:
+    """On stderr."""
     print(f"tools.bench pack: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The data sets that are packed: class folders of photographs, and a tar of very many members."""
+"""What packing is measured on: class folders of photographs, and a tar of very many members."""
 
 import itertools
 import random
