@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpl_fast.kernels.launch import dense_rows, register, wrap_triton
 from mpl_fast.kernels.outputs import PseudoLabels
-from mpl_fast.kernels.rows import LOG2E, LOWEST, aligned, load_block, rescaled
+from mpl_fast.kernels.rows import LOG2E, LOWEST, aligned, fold_max, load_block, rescaled
 
 NOWHERE = tl.constexpr(2**31 - 1)
 
@@ -25,9 +25,7 @@ NOWHERE = tl.constexpr(2**31 - 1)
 @triton.jit
 def _fold(x, start, m, z, a, top):
     """Adds a block to maximum, Z, sum e log2(e) and the arg-max."""
-    block_max, at = tl.max(x, 0, return_indices=True)
-    top = tl.where(block_max > m, start + at, top)  # > and not >=: of equals, the first
-    m_new = tl.maximum(m, block_max)
+    m_new, top = fold_max(x, start, m, top, True)
     step = tl.where(z == 0.0, 0.0, (m - m_new) * LOG2E)
     scale = tl.exp2(step)
     d = (x - m_new) * LOG2E

@@ -67,14 +67,20 @@ def rescaled(total, shift, z, scale):
 
 
 @triton.jit
-def _fold_hard(x, offs, start, m, z, sum_d, top, C: tl.constexpr, TOP: tl.constexpr):
-    """Adds a block to maximum m, z = sum exp(x - m), sum_d = sum (x - m) and, if TOP, arg-max."""
+def fold_max(x, start, m, top, TOP: tl.constexpr):
+    """The maximum of a block and of those before it and, if TOP, its first column."""
     if TOP:
-        block_max, block_top = tl.max(x, 0, return_indices=True)
-        top = tl.where(block_max > m, start + block_top, top)  # > and not >=: of equals, the first
+        block_max, at = tl.max(x, 0, return_indices=True)
+        top = tl.where(block_max > m, start + at, top)  # > and not >=: of equals, the first
     else:
         block_max = tl.max(x, 0)
-    m_new = tl.maximum(m, block_max)
+    return tl.maximum(m, block_max), top
+
+
+@triton.jit
+def _fold_hard(x, offs, start, m, z, sum_d, top, C: tl.constexpr, TOP: tl.constexpr):
+    """Adds a block to maximum m, z = sum exp(x - m), sum_d = sum (x - m) and, if TOP, arg-max."""
+    m_new, top = fold_max(x, start, m, top, TOP)
     step = tl.where(z == 0.0, 0.0, m - m_new)  # moves the sums so far to the new maximum
     d = x - m_new
     z = z * tl.exp2(step * LOG2E) + tl.sum(tl.exp2(d * LOG2E), 0)

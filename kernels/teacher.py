@@ -25,6 +25,7 @@ from mpl_fast.kernels.rows import (
     LOG2E,
     LOWEST,
     aligned,
+    fold_max,
     hard_row,
     inverse,
     load_block,
@@ -39,14 +40,24 @@ STATISTICS = TeacherOut._fields[:-1]  # the rows of `part_ptr`
 
 
 @triton.jit
-def _fold(w, s, start, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t):
-    """Adds a block of both rows to maxima, Z, arg-maxes, sum e_w d_w / T and sum e_w d_s."""
-    block_w, at_w = tl.max(w, 0, return_indices=True)
-    block_s, at_s = tl.max(s, 0, return_indices=True)
-    top_w = tl.where(block_w > m_w, start + at_w, top_w)
-    top_s = tl.where(block_s > m_s, start + at_s, top_s)
-    max_w = tl.maximum(m_w, block_w)
-    max_s = tl.maximum(m_s, block_s)
+def _fold(
+    w,
+    s,
+    start,
+    m_w,
+    z_w,
+    a_w,
+    m_s,
+    z_s,
+    dot,
+    top,
+    inv_t,
+    TOP_WEAK: tl.constexpr,
+    TOP_STRONG: tl.constexpr,
+):
+    """Adds a block of both rows to maxima, Z, sum e_w d_w / T, sum e_w d_s, and an arg-max."""
+    max_w, top = fold_max(w, start, m_w, top, TOP_WEAK)
+    max_s, top = fold_max(s, start, m_s, top, TOP_STRONG)
     step_w = tl.where(z_w == 0.0, 0.0, (m_w - max_w) * inv_t)
     step_s = tl.where(z_s == 0.0, 0.0, m_s - max_s)
     scale_w = tl.exp2(step_w * LOG2E)
@@ -59,11 +70,19 @@ def _fold(w, s, start, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t):
     z_s = z_s * tl.exp2(step_s * LOG2E) + tl.sum(tl.exp2(d_s * LOG2E), 0)
     a_w += tl.sum(tl.where(e_w > 0, e_w * d_w, 0.0), 0)
     dot += tl.sum(tl.where(e_w > 0, e_w * d_s, 0.0), 0)
-    return max_w, z_w, a_w, top_w, max_s, z_s, dot, top_s
+    return max_w, z_w, a_w, max_s, z_s, dot, top
 
 
 @triton.jit
-def _sums(w_ptr, s_ptr, inv_t, C: tl.constexpr, BLOCK: tl.constexpr):
+def _sums(
+    w_ptr,
+    s_ptr,
+    inv_t,
+    C: tl.constexpr,
+    TOP_WEAK: tl.constexpr,
+    TOP_STRONG: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """`_fold` of all blocks of two rows; a Z of 0 becomes NaN: all classes at -inf."""
     m_w = tl.full([], LOWEST, tl.float32)
     m_s = tl.full([], LOWEST, tl.float32)
@@ -71,18 +90,17 @@ def _sums(w_ptr, s_ptr, inv_t, C: tl.constexpr, BLOCK: tl.constexpr):
     z_s = tl.full([], 0.0, tl.float32)
     a_w = tl.full([], 0.0, tl.float32)
     dot = tl.full([], 0.0, tl.float32)
-    top_w = tl.full([], 0, tl.int32)
-    top_s = tl.full([], 0, tl.int32)
+    top = tl.full([], 0, tl.int32)
     for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
         w = load_block(w_ptr, offs, C)
         s = load_block(s_ptr, offs, C)
-        m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = _fold(
-            w, s, i, m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s, inv_t
+        m_w, z_w, a_w, m_s, z_s, dot, top = _fold(
+            w, s, i, m_w, z_w, a_w, m_s, z_s, dot, top, inv_t, TOP_WEAK, TOP_STRONG
         )
     z_w = tl.where(z_w == 0.0, float("nan"), z_w)
     z_s = tl.where(z_s == 0.0, float("nan"), z_s)
-    return m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s
+    return m_w, z_w, a_w, m_s, z_s, dot, top
 
 
 @triton.jit
@@ -112,8 +130,8 @@ def _pair(
     inv_t,
     threshold,
     C: tl.constexpr,
-    GIVEN: tl.constexpr,
-    FROM_STRONG: tl.constexpr,
+    TOP_WEAK: tl.constexpr,
+    TOP_STRONG: tl.constexpr,
     HAS_TRUTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -121,12 +139,11 @@ def _pair(
 
     Returns the shares of uda, mpl, mask rate, confidence, entropy and labels equal to truth.
     """
-    m_w, z_w, a_w, top_w, m_s, z_s, dot, top_s = _sums(w_ptr, s_ptr, inv_t, C, BLOCK)
-    if GIVEN:
+    m_w, z_w, a_w, m_s, z_s, dot, top = _sums(w_ptr, s_ptr, inv_t, C, TOP_WEAK, TOP_STRONG, BLOCK)
+    # A row of NaN has no arg-max: keep the index inside the row in every case.
+    label = tl.minimum(top, C - 1).to(tl.int64)
+    if not (TOP_WEAK or TOP_STRONG):
         label = tl.load(given_ptr)
-    else:
-        # A row of NaN has no arg-max: keep the index inside the row in every case.
-        label = tl.minimum(top_s if FROM_STRONG else top_w, C - 1).to(tl.int64)
     y, valid = valid_label(label, C)
     # Not before the loop over the rows, which needs the registers; nor are loads kept across one.
     inv_n = inverse(n)
@@ -181,7 +198,7 @@ def teacher_kernel(
     x_stride,
     g_ptr,  # (n_l + 2 n_u, C), written
     target_ptr,  # (n_l,) int64
-    given_ptr,  # (n_u,) int64 if GIVEN
+    given_ptr,  # (n_u,) int64, the labels if neither TOP_WEAK nor TOP_STRONG
     truth_ptr,  # (n_u,) int64 if HAS_TRUTH
     label_ptr,  # (n_u,) int64, written
     part_ptr,  # (len(STATISTICS), n_l + n_u) float32, written
@@ -193,8 +210,8 @@ def teacher_kernel(
     threshold,
     smoothing,
     C: tl.constexpr,
-    GIVEN: tl.constexpr,
-    FROM_STRONG: tl.constexpr,
+    TOP_WEAK: tl.constexpr,
+    TOP_STRONG: tl.constexpr,
     HAS_TRUTH: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -234,8 +251,8 @@ def teacher_kernel(
             inv_t,
             threshold,
             C,
-            GIVEN,
-            FROM_STRONG,
+            TOP_WEAK,
+            TOP_STRONG,
             HAS_TRUTH,
             BLOCK,
         )
@@ -279,8 +296,8 @@ def _teacher(
         1.0 / temperature,
         float(threshold),
         float(label_smoothing),
-        GIVEN=bool(given),
-        FROM_STRONG=from_strong,
+        TOP_WEAK=not (given or from_strong),
+        TOP_STRONG=from_strong and not given,
         HAS_TRUTH=bool(truth),
     )
     return part, label, gradient

@@ -73,6 +73,24 @@ def test_no_number_is_held_through_a_loop_that_fills_all_registers(
     assert {(kernel.stack, kernel.local) for kernel in found} == {(0, 0)}
 
 
+@compiles
+@pytest.mark.parametrize(
+    ("variant", "rows"),
+    [
+        ("teacher_loss_and_grad strong", 3),  # a labeled row; a weak and a strong one
+        ("student_loss_and_grad hard", 1),
+        ("student_loss_and_grad soft", 2),
+        ("pseudo_labels sampled", 1),
+    ],
+)
+def test_a_row_that_is_one_block_is_read_once(variant: str, rows: int) -> None:
+    """A store between its sums and its gradient would make the compiler read it again."""
+    found = aot.compile_job(aot.Job(90, variant, 1000, "bfloat16"))
+    assert isinstance(found, list), found
+    (kernel,) = found
+    assert {width: 32 * count for width, count in kernel.loads.items()} == {16: rows * 1024 // 8}
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def greedy(x_ptr: tl.tensor, y_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Holds a row that does not fit into a warp's registers."""
