@@ -10,7 +10,7 @@ import pytest
 
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.sources.archives import Spools, members
-from tests.packing.small_sources import content, keys, listed, make_tar
+from tests.packing.packs import content, keys, listed, make_tar
 
 CONTENTS = {
     "train/ant/a.jpg": b"one",

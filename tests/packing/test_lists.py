@@ -10,7 +10,7 @@ from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally
 from mpl_fast.packing.sources.labels_file import Labels
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
-from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
+from tests.packing.packs import content, keys, listed, make_records, make_tar, make_tree
 
 
 def write(path: Path, text: str | bytes) -> Path:

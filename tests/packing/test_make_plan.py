@@ -17,7 +17,7 @@ from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits, shard_gro
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
-from tests.packing.made_packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of
+from tests.packing.packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of
 
 TRAIN = images_of({"ant": 10, "bee": 10})
 VAL = images_of({"bee": 2, "ant": 1})

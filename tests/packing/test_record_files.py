@@ -8,7 +8,7 @@ import pytest
 
 from mpl_fast.data.records import MAGIC, frame, image_record
 from mpl_fast.errors import DataError
-from tests.packing.small_sources import content, keys, listed, make_records
+from tests.packing.packs import content, keys, listed, make_records
 
 MAGIC_WORD = struct.pack("<I", MAGIC)
 ROWS = [

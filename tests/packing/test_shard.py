@@ -19,9 +19,17 @@ from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.shard_writer import BUFFER
-from tests.packing.shard_table import FIRST_ID, SHARD, files, folder, make_table, one_file, own_file
+from tests.packing.packs import (
+    FIRST_ID,
+    MAGIC,
+    SHARD,
+    files,
+    folder,
+    make_table,
+    one_file,
+    own_file,
+)
 
-MAGIC = bytes.fromhex("0a23d7ce")
 UNCHECKED = ImageOptions(check="none")
 HEAD = 32  # bytes before an image
 

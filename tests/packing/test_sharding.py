@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, plan_digest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, open_table
-from tests.packing.made_packs import KEEP, images_of, plan_of, source_of
+from tests.packing.packs import KEEP, images_of, plan_of, source_of
 
 ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 

@@ -11,7 +11,7 @@ import pytest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.archives import Spools
 from mpl_fast.packing.sources.source import Source, open_source
-from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
+from tests.packing.packs import content, keys, listed, make_records, make_tar, make_tree
 
 
 def entries(spec: Path, spools: Path) -> list[tuple[str, bytes]]:

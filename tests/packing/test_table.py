@@ -25,7 +25,7 @@ from mpl_fast.packing.plan.table import (
     table_errors,
     to_utf8,
 )
-from tests.packing.made_packs import written_rows
+from tests.packing.packs import written_rows
 
 ODD = "\udcff o'n;e\"%?#"
 SOURCES = [
