@@ -40,7 +40,7 @@ def jpeg(number: int, height: int = 12, width: int = 16) -> bytes:
 
 
 def records_of(images: list[bytes]) -> list[bytes]:
-    """Return the records of images, with the ids and labels of shard_table."""
+    """Return the records of images, with the ids and labels of make_table."""
     return [
         image_record(number % 3, FIRST_ID + number, image) for number, image in enumerate(images)
     ]
