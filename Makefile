@@ -5,6 +5,7 @@ STEPS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
@@ -26,7 +27,7 @@ $(STAMP): requirements.lock setup.py
 	touch $@
 
 check: lint ## Formatting, ruff, mypy and the fast tests
-	$(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP) ## Formatting, ruff, mypy
 	$(VENV)/bin/ruff format --check
@@ -37,8 +38,8 @@ format: $(STAMP) ## Rewrites files in the form that lint requires
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 
-test: $(STAMP) ## The whole test suite, 10 to 13 minutes on 2 cores
-	$(PY) -m pytest -n 2 --dist loadfile
+test: $(STAMP) ## The whole test suite
+	$(PYTEST)
 
 demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=3 for mean and sd)
 	$(DEMO)

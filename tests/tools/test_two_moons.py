@@ -35,9 +35,6 @@ RUN = 2  # the one that the plain loop repeats: first weights of the second labe
 DIFFERENCE = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def moons() -> Problem:
     return problem("3/3", OPTIONS)
