@@ -31,8 +31,8 @@ pytestmark = [
 ]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="of kernels on the interpreter")
 CLASSES = 10
-# Whose own compiler takes minutes for the losses in plain PyTorch.
-INDUCTOR = "inductor" if INTERPRETED else "eager"
+# Of plain PyTorch only the trace is tested: to compile it takes minutes.
+COMPILERS = ["aot_eager", "inductor"] if INTERPRETED else ["eager"]
 ONE_PASS = {name: LOSSES[name] for name in LOSSES if name not in TERMS}
 
 
@@ -78,7 +78,7 @@ def gradients(
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "aot_eager") for name in LOSSES), ("smoothed_ce", INDUCTOR)],
+    [*((name, COMPILERS[0]) for name in LOSSES), *(("smoothed_ce", c) for c in COMPILERS[1:])],
 )
 def test_one_graph_serves_every_batch_size(name: str, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
@@ -94,7 +94,7 @@ def test_one_graph_serves_every_batch_size(name: str, backend: str) -> None:
 
 @EVERY_LOSS
 def test_a_batch_may_be_empty(name: str) -> None:
-    compiled, plain = compiled_and_plain(name, "aot_eager")
+    compiled, plain = compiled_and_plain(name, COMPILERS[0])
     found, wanted = compiled(*problem(0)), plain(*problem(0))
     assert all(map(torch.equal, found, wanted))
     assert found[-1].shape == (0, CLASSES) or name == "pseudo"
@@ -103,7 +103,7 @@ def test_a_batch_may_be_empty(name: str) -> None:
 @EVERY_TERMS
 def test_compiled_without_gradients(name: str) -> None:
     x, a = problem(6)
-    compiled = torch.compile(TERMS[name], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(TERMS[name], fullgraph=True, backend=COMPILERS[0])
     with torch.no_grad():
         found, wanted = (named(f(x, a)) for f in (compiled, TERMS[name]))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -114,14 +114,14 @@ def test_compiled_without_gradients(name: str) -> None:
 def test_two_derivatives_are_refused_when_compiled(name: str) -> None:
     x, a = problem(6)
     leaf = x.requires_grad_()
-    compiled = torch.compile(TERMS[name], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(TERMS[name], fullgraph=True, backend=COMPILERS[0])
     loss = named(compiled(leaf, a))["loss"]
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_numbers_that_change_are_no_new_graph(backend: str) -> None:
     """Python's numbers become inputs of the graph."""
     counter = CompileCounterWithBackend(backend)
