@@ -1,8 +1,8 @@
-"""Compiles every kernel for GPUs that are not here, and tells what each takes of one.
+"""Compiles every kernel for GPUs that are not here; reports registers, spills, access widths.
 
     python -m mpl_fast.kernels.aot [--arch 80 90 100] [--only NAME ...] [--json FILE]
 
-The functions of `fused` run on small CPU tensors with a pretended driver; where they would launch a
+The functions of `fused` run on small CPU tensors with a simulated driver; where they would launch a
 kernel, Triton compiles it instead. Exit code 1: a kernel spills, reads or writes rows in less than
 16 bytes at a time although their pitch would allow it, or does not compile.
 """
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-# One small block; ImageNet; the widest row that stays in registers; ImageNet-21k padded to 8 and
-# not, in a loop.
-SHAPES = ((10, 10), (1000, 1000), (8192, 8192), (21841, 21848), (21841, 21841))
+# One small block; ImageNet; the widest row that stays in registers; in a loop, ImageNet-21k with
+# an odd pitch, and padded to a multiple of 8.
+CLASSES = (10, 1000, 8192, 21841, 21848)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = 16  # bytes, the most that one instruction moves on all of these architectures
 
@@ -36,15 +36,14 @@ class Job(NamedTuple):
     arch: int
     variant: str  # a key of `variants.VARIANTS`
     classes: int
-    width: int
     dtype: str
 
     def __str__(self) -> str:
-        return f"sm_{self.arch} {self.variant}, {self.classes} of {self.width}, {self.dtype}"
+        return f"sm_{self.arch} {self.variant}, {self.classes} classes, {self.dtype}"
 
 
 class Compiled(NamedTuple):
-    """One kernel and what it takes; see `machine_code.Code`."""
+    """One kernel and its resources; see `machine_code.Code`."""
 
     kernel: str
     job: Job
@@ -59,8 +58,8 @@ class Compiled(NamedTuple):
     seconds: float
 
 
-class PretendDriver:
-    """Says that a GPU of some architecture is here, so that Triton compiles for it."""
+class SimulatedDriver:
+    """Reports a GPU of some architecture, so that Triton compiles for it."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -94,7 +93,7 @@ def recording(arch: int) -> Iterator[list[tuple[str, Any, float]]]:
     with tempfile.TemporaryDirectory() as folder:
         # An empty cache: seconds mean compiling, and what was left by a fault is not found again.
         os.environ["TRITON_CACHE_DIR"] = folder
-        driver._active, JITFunction.run = PretendDriver(arch), record
+        driver._active, JITFunction.run = SimulatedDriver(arch), record
         try:
             yield launches
         finally:
@@ -108,7 +107,7 @@ def compile_job(job: Job) -> list[Compiled] | str:
     """The kernels that a job launches, or in a line why there are none."""
     from mpl_fast.kernels import machine_code, variants
 
-    rows = variants.Rows(job.classes, job.width, getattr(torch, job.dtype))
+    rows = variants.Rows(job.classes, getattr(torch, job.dtype))
     try:
         with recording(job.arch) as launches:
             variants.VARIANTS[job.variant](rows)
@@ -126,13 +125,13 @@ def compile_job(job: Job) -> list[Compiled] | str:
 
 
 def compile_all(
-    jobs: Sequence[Job], processes: int, say: Callable[[str], None]
+    jobs: Sequence[Job], processes: int, report: Callable[[str], None]
 ) -> tuple[list[Compiled], list[str]]:
     """All different kernels of these jobs, and a line for each job that failed."""
     kernels: dict[tuple[int, str], Compiled] = {}
     failures = []
     for number, (job, found) in enumerate(_results(jobs, processes), 1):
-        say(f"{number}/{len(jobs)} {job}")
+        report(f"{number}/{len(jobs)} {job}")
         if isinstance(found, str):
             failures.append(f"{job}: {found}")
         else:
@@ -154,7 +153,7 @@ def faults(kernel: Compiled) -> list[str]:
     found = []
     if kernel.stack or kernel.local:
         found.append(f"spills {kernel.stack} bytes of stack, {kernel.local} of local memory")
-    pitch = kernel.job.width * getattr(torch, kernel.job.dtype).itemsize
+    pitch = kernel.job.classes * getattr(torch, kernel.job.dtype).itemsize
     for verb, widths in (("reads", kernel.loads), ("writes", kernel.stores)):
         if widths and pitch % WIDE == 0 and min(widths) < WIDE:
             found.append(f"{verb} rows of {pitch} bytes {min(widths)} bytes at a time")
@@ -165,13 +164,13 @@ def faults(kernel: Compiled) -> list[str]:
 
 def table(kernels: Sequence[Compiled]) -> str:
     """A line for each kernel; `load` and `store` are the fewest bytes of an access to a row."""
-    head = ("kernel", "first launched by", "sm", "classes", "width", "dtype", "warps", "registers")
+    head = ("kernel", "first launched by", "sm", "classes", "dtype", "warps", "registers")
     rows = [(*head, "stack", "local", "shared", "load", "store", "seconds")]
     for k in kernels:
         job = k.job
         rows.append(
             (
-                *(k.kernel, job.variant, job.arch, job.classes, job.width, job.dtype, k.warps),
+                *(k.kernel, job.variant, job.arch, job.classes, job.dtype, k.warps),
                 *(k.registers, k.stack, k.local, k.shared),
                 *(min(k.loads, default="-"), min(k.stores, default="-"), f"{k.seconds:.1f}"),
             )  # type: ignore[arg-type]
@@ -189,10 +188,10 @@ def all_jobs(architectures: Sequence[int], only: Sequence[str]) -> list[Job]:
 
     names = [name for name in VARIANTS if not only or name.startswith(tuple(only))]
     return [
-        Job(arch, name, classes, width, str(dtype).removeprefix("torch."))
+        Job(arch, name, classes, str(dtype).removeprefix("torch."))
         for arch in architectures
         for name in names
-        for classes, width in SHAPES
+        for classes in CLASSES
         for dtype in DTYPES
     ]
 
@@ -222,10 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = all_jobs(options.arch, options.only)
     if not jobs:
         parser.error(f"--only {' '.join(options.only)}: no function has such a name")
-    kernels, failures = compile_all(jobs, options.processes, _say)
+    kernels, failures = compile_all(jobs, options.processes, _progress)
     wrong = failures + [text for kernel in kernels for text in faults(kernel)]
     if options.json:
-        options.json.write_text(json.dumps(report(kernels, wrong), indent=1) + "\n")
+        options.json.write_text(json.dumps(summary(kernels, wrong), indent=1) + "\n")
     print(table(kernels))
     print(f"{len(kernels)} kernels, {len(wrong)} faults")
     for text in wrong:
@@ -233,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(wrong))
 
 
-def report(kernels: Sequence[Compiled], wrong: Sequence[str]) -> dict[str, Any]:
+def summary(kernels: Sequence[Compiled], wrong: Sequence[str]) -> dict[str, Any]:
     """What --json writes."""
     import triton
 
@@ -242,7 +241,7 @@ def report(kernels: Sequence[Compiled], wrong: Sequence[str]) -> dict[str, Any]:
     return {"versions": versions, "kernels": rows, "faults": [*wrong]}
 
 
-def _say(text: str) -> None:
+def _progress(text: str) -> None:
     print(f"aot: {text}", file=sys.stderr, flush=True)
 
 

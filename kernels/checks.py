@@ -1,23 +1,21 @@
-"""Refuses arguments that cannot be right, by shape, type and number: tensor values stay unread."""
+"""Checks of the losses' arguments: shapes, types, devices and numbers, never values of tensors."""
 
 import torch
 from torch import Tensor
 
-from mpl_fast.kernels.outputs import Pseudo, Scalar
+from mpl_fast.kernels.outputs import Scalar, TeacherInputs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def logits(x: Tensor, num_classes: int | None) -> int:
-    """The number of classes of logits (N, W); columns from `num_classes` on are padding."""
+def logits(x: Tensor) -> None:
+    """(rows, classes) floating point."""
     if x.dim() != 2:
         raise ValueError(f"logits must have 2 dimensions (rows, classes), not {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"logits must be floating point, not {x.dtype}")
-    classes = x.shape[1] if num_classes is None else num_classes
-    if not 1 <= classes <= x.shape[1]:
-        raise ValueError(f"num_classes is {classes}, but the logits have {x.shape[1]} columns")
-    return classes
+    if x.shape[1] == 0:
+        raise ValueError(f"logits must have at least one class, not {tuple(x.shape)}")
 
 
 def labels(name: str, x: Tensor, rows: int, like: Tensor) -> None:
@@ -28,18 +26,10 @@ def labels(name: str, x: Tensor, rows: int, like: Tensor) -> None:
 
 
 def floats(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Floating numbers of a shape, such as a weight for each row."""
+    """Floating point of a shape, such as a weight for each row."""
     _shape(name, x, shape, like)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, not {x.dtype}")
-
-
-def labels_or_logits(name: str, x: Tensor, rows: int, like: Tensor) -> None:
-    """A class for each row, or a row of logits as wide as ours."""
-    if x.dim() == 2:
-        floats(name, x, (rows, like.shape[1]), like)
-    else:
-        labels(name, x, rows, like)
 
 
 def smoothing(value: float) -> None:
@@ -50,7 +40,7 @@ def smoothing(value: float) -> None:
 
 
 def temperature(value: float) -> None:
-    """A temperature divides: neither it nor its inverse may vanish in float32."""
+    """A temperature divides: neither it nor its inverse may become 0 in float32."""
     _number("temperature", value)
     if not 1e-38 <= value <= 1e38:
         raise ValueError(f"temperature must be positive and finite, not {value}")
@@ -63,32 +53,16 @@ def threshold(value: float) -> None:
         raise ValueError(f"threshold must be a number >= 0, not {value}")
 
 
-def momentum(value: float) -> None:
-    """A running mean lies between what it was and what is new."""
-    _number("momentum", value)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"momentum must be in [0, 1], not {value}")
-
-
 def scalar(name: str, value: Scalar, like: Tensor) -> None:
     """A weight is a number or a 0-dim tensor where the logits are: moving it would synchronize."""
     if not isinstance(value, Tensor):
         return
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-dim tensor, not {tuple(value.shape)}")
-    _place(name, value, "the logits are", like)
+    _same_device(name, value, "the logits are", like)
 
 
-def grad_scale(value: Tensor | None, like: Tensor) -> None:
-    """A loss scale is a tensor: a number would be frozen into a captured graph."""
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"grad_scale must be None or a 0-dim tensor, not {value!r}")
-    floats("grad_scale", value, (), like)
-
-
-def feedback(old: Tensor, new: Tensor, average: Tensor | None, factor: float) -> None:
+def feedback(old: Tensor, new: Tensor, average: Tensor | None, momentum: float) -> None:
     """Two losses and their running mean; a number would be frozen into a captured graph."""
     given = {"old": old, "new": new}
     if average is not None:
@@ -100,85 +74,62 @@ def feedback(old: Tensor, new: Tensor, average: Tensor | None, factor: float) ->
             raise ValueError(f"{name} must be a 0-dim tensor, not {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be floating point, not {x.dtype}")
-        _place(name, x, "old is", old)
+        _same_device(name, x, "old is", old)
     if average is not None and average.dtype != torch.float32:
         raise TypeError(f"average must be float32, as the feedback is, not {average.dtype}")
-    momentum(factor)
+    _number("momentum", momentum)
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be in [0, 1], not {momentum}")
 
 
-def student(
-    x: Tensor,
-    pseudo: Tensor,
-    target: Tensor | None,
-    label_smoothing: float,
-    sharpening: float,
-    weight: Tensor | None,
-    num_classes: int | None,
-) -> int:
-    """All that a student's loss is given, in its order; returns the number of classes."""
-    classes = logits(x, num_classes)
-    n_labeled = 0
-    if target is not None:
-        n_labeled = target.shape[0] if target.dim() else 0
-        labels("target", target, n_labeled, x)
-        if n_labeled > x.shape[0]:
-            raise ValueError(f"{x.shape[0]} rows of logits are less than {n_labeled} labeled ones")
-    labels_or_logits("pseudo", pseudo, x.shape[0] - n_labeled, x)
+def student(x: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None) -> None:
+    """All arguments of a student's loss."""
+    logits(x)
+    if pseudo.dim() == 2:
+        floats("pseudo", pseudo, tuple(x.shape), x)
+    else:
+        labels("pseudo", pseudo, x.shape[0], x)
     smoothing(label_smoothing)
-    temperature(sharpening)
     if weight is not None:
-        floats("weight", weight, (pseudo.shape[0],), x)
-    return classes
+        floats("weight", weight, (x.shape[0],), x)
 
 
-def teacher(
-    x: Tensor,
-    target: Tensor,
-    n_unlabeled: int,
-    uda_weight: Scalar,
-    h: Scalar,
-    sharpening: float,
-    least_confidence: float,
-    label_smoothing: float,
-    pseudo: Pseudo,
-    truth: Tensor | None,
-    num_classes: int | None,
-) -> int:
-    """All that a teacher's loss is given, in its order; returns the number of classes."""
-    classes = logits(x, num_classes)
-    n_labeled = target.shape[0] if target.dim() else 0  # of a 0-dim target `labels` complains
+def teacher(inputs: TeacherInputs) -> None:
+    """All arguments of the teacher's loss."""
+    x, target, n_unlabeled, pseudo = inputs.logits, inputs.target, inputs.n_unlabeled, inputs.pseudo
+    logits(x)
+    n_labeled = target.shape[0] if target.dim() else 0  # a 0-dim target is refused by `labels`
     if n_unlabeled < 0 or x.shape[0] != n_labeled + 2 * n_unlabeled:
         raise ValueError(
             f"{x.shape[0]} rows of logits are not {n_labeled} labeled + 2 x {n_unlabeled}"
             " unlabeled ones"
         )
     labels("target", target, n_labeled, x)
-    temperature(sharpening)
-    threshold(least_confidence)
-    smoothing(label_smoothing)
-    scalar("uda_weight", uda_weight, x)
-    scalar("feedback", h, x)
+    temperature(inputs.temperature)
+    threshold(inputs.threshold)
+    smoothing(inputs.label_smoothing)
+    scalar("uda_weight", inputs.uda_weight, x)
+    scalar("feedback", inputs.feedback, x)
     if isinstance(pseudo, Tensor):
         labels("pseudo", pseudo, n_unlabeled, x)
     elif pseudo not in ("weak", "strong"):
         raise ValueError(f"pseudo must be 'weak', 'strong' or a tensor of labels, not {pseudo!r}")
-    if truth is not None:
-        labels("truth", truth, n_unlabeled, x)
-    return classes
+    if inputs.truth is not None:
+        labels("truth", inputs.truth, n_unlabeled, x)
 
 
 def _shape(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, not {tuple(x.shape)}")
-    _place(name, x, "the logits are", like)
+    _same_device(name, x, "the logits are", like)
 
 
-def _place(name: str, x: Tensor, others_are: str, like: Tensor) -> None:
+def _same_device(name: str, x: Tensor, others_are: str, like: Tensor) -> None:
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, but {others_are} on {like.device}")
 
 
 def _number(name: str, value: float) -> None:
-    """Looking at a tensor's value would wait for the GPU."""
+    """Reading a tensor's value would wait for the GPU."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number, not a tensor")

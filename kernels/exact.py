@@ -1,26 +1,37 @@
-"""The exact feedback in one launch, weight / n times the sum of u softmax(z / T), and its gradient.
+"""The exact feedback, weight / n times the sum of u softmax(z), and its gradient.
 
 One program takes one row z with its direction u and reads both once, however long the row. With
-q = softmax(z / T) and n rows,
+q = softmax(z) and n rows,
 
-    value = weight / n sum_c u_c q_c      dvalue/dz_c = weight / (n T) q_c (u_c - mean)
+    value = weight / n sum_c u_c q_c      dvalue/dz_c = weight / n q_c (u_c - mean)
 
-where mean = sum_k u_k q_k. A row's maximum, Z and mean are left behind for the gradient.
+where mean = sum_k u_k q_k. A row's maximum, Z and mean are saved for the backward pass, which
+recomputes the gradient from the logits: that is exact for every gradient with respect to the value.
 """
 
+from typing import Any, cast
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mpl_fast.kernels.rows import LOG2E, LOWEST, inverse, load_block, store_block
+from mpl_fast.kernels.launch import (
+    align,
+    dense_rows,
+    no_second_derivative,
+    on_device,
+    register,
+    wrap_triton,
+)
+from mpl_fast.kernels.outputs import Scalar
+from mpl_fast.kernels.rows import LOG2E, LOWEST, aligned, inverse, load_block, store_block
 
 
 @triton.jit
-def _load_direction(u_ptr, offs, C: tl.constexpr, W: tl.constexpr):
-    """A block of a row of u as float32, 0 beyond C."""
-    u = tl.load(u_ptr + offs, mask=offs < W, other=0.0).to(tl.float32)
-    if W != C:
-        u = tl.where(offs < C, u, 0.0)
-    return u
+def _load_direction(u_ptr, offs, C: tl.constexpr):
+    """A block of a row of u as float32, 0 from C on."""
+    return tl.load(u_ptr + offs, mask=offs < C, other=0.0).to(tl.float32)
 
 
 # Neither counts nor the alignment of single numbers are compiled in: see `teacher_kernel`.
@@ -29,40 +40,34 @@ def _load_direction(u_ptr, offs, C: tl.constexpr, W: tl.constexpr):
     do_not_specialize_on_alignment=["weight_ptr", "saved_ptr", "part_ptr"],
 )
 def exact_kernel(
-    x_ptr,  # (rows, W)
+    x_ptr,  # (rows, C)
     x_stride,
-    direction_ptr,  # (rows, W)
+    direction_ptr,  # (rows, C)
     direction_stride,
     weight_ptr,  # a number
     saved_ptr,  # (3, rows) float32, written
     part_ptr,  # (rows,) float32, written: shares of the value
     rows,
-    inv_t,
     C: tl.constexpr,
-    W: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: one program for each row."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 logits
-    # Tells the compiler that rows are aligned: see `student_kernel`.
-    x_row = x_ptr + row * ((x_stride // ALIGN) * ALIGN)
-    u_row = direction_ptr + row * ((direction_stride // ALIGN) * ALIGN)
-    # tl.cast: inductor hands floats over as float64.
+    row = tl.program_id(0).to(tl.int64)  # row * stride can exceed 2**31 elements
+    x_row = x_ptr + row * aligned(x_stride, ALIGN)
+    u_row = direction_ptr + row * aligned(direction_stride, ALIGN)
     inv_rows = inverse(rows)
-    inv_t = tl.cast(inv_t, tl.float32)
-    rate = inv_t * LOG2E  # of exponents to the base of 2: one product less for each logit
     m = tl.full([], LOWEST, tl.float32)
     z = tl.full([], 0.0, tl.float32)
     dot = tl.full([], 0.0, tl.float32)
-    for i in range(0, W, BLOCK):
+    for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
-        x = load_block(x_row, offs, C, W)
+        x = load_block(x_row, offs, C)
         m_new = tl.maximum(m, tl.max(x, 0))
-        scale = tl.exp2((m - m_new) * rate)
-        e = tl.exp2((x - m_new) * rate)  # subtract first: x / T overflows if T is tiny
+        scale = tl.exp2((m - m_new) * LOG2E)
+        e = tl.exp2((x - m_new) * LOG2E)
         z = z * scale + tl.sum(e, 0)
-        dot = dot * scale + tl.sum(e * _load_direction(u_row, offs, C, W), 0)
+        dot = dot * scale + tl.sum(e * _load_direction(u_row, offs, C), 0)
         m = m_new
     mean = dot / z  # of a row all at -inf: 0 / 0, NaN as in PyTorch
     tl.store(part_ptr + row, tl.load(weight_ptr).to(tl.float32) * inv_rows * mean)
@@ -76,35 +81,97 @@ def exact_kernel(
     do_not_specialize_on_alignment=["weight_ptr", "saved_ptr", "upstream_ptr"],
 )
 def exact_gradient_kernel(
-    x_ptr,  # (rows, W)
+    x_ptr,  # (rows, C)
     x_stride,
-    direction_ptr,  # (rows, W)
+    direction_ptr,  # (rows, C)
     direction_stride,
     weight_ptr,  # a number
     saved_ptr,  # (3, rows) float32, of `exact_kernel`
-    upstream_ptr,  # a number: the gradient from above
-    g_ptr,  # (rows, W), written
+    upstream_ptr,  # a number: the gradient with respect to the value
+    g_ptr,  # (rows, C), written
     rows,
-    inv_t,
     C: tl.constexpr,
-    W: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: one program for each row."""
     row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * ((x_stride // ALIGN) * ALIGN)
-    u_row = direction_ptr + row * ((direction_stride // ALIGN) * ALIGN)
-    inv_rows = inverse(rows)
-    inv_t = tl.cast(inv_t, tl.float32)
-    rate = inv_t * LOG2E
+    x_row = x_ptr + row * aligned(x_stride, ALIGN)
+    u_row = direction_ptr + row * aligned(direction_stride, ALIGN)
     m = tl.load(saved_ptr + row)
     z = tl.load(saved_ptr + rows + row)
     mean = tl.load(saved_ptr + 2 * rows + row)
     coef = tl.load(upstream_ptr).to(tl.float32) * tl.load(weight_ptr).to(tl.float32)
-    coef *= inv_rows * inv_t / z
-    for i in range(0, W, BLOCK):
+    coef *= inverse(rows) / z
+    for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
-        e = tl.exp2((load_block(x_row, offs, C, W) - m) * rate)
-        u = _load_direction(u_row, offs, C, W)
-        store_block(g_ptr + row * W, offs, coef * e * (u - mean), C, W)
+        e = tl.exp2((load_block(x_row, offs, C) - m) * LOG2E)
+        store_block(g_ptr + row * C, offs, coef * e * (_load_direction(u_row, offs, C) - mean), C)
+
+
+def _exact(x: Tensor, direction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of the value (rows,), and what the gradient needs (3, rows). weight: 0-dim."""
+    rows = x.shape[0]
+    part = x.new_empty(rows, dtype=torch.float32)
+    saved = x.new_empty((3, rows), dtype=torch.float32)
+    wrap_triton(exact_kernel, x, rows)(
+        x,
+        x.stride(0),
+        direction,
+        direction.stride(0),
+        weight,
+        saved,
+        part,
+        rows,
+        ALIGN=align(x.stride(0), direction.stride(0)),
+    )
+    return part, saved
+
+
+def _exact_gradient(
+    x: Tensor, direction: Tensor, weight: Tensor, saved: Tensor, upstream: Tensor
+) -> Tensor:
+    """The gradient (rows, C). saved: the second output of `_exact`. upstream: 0-dim."""
+    gradient = x.new_empty(x.shape)
+    wrap_triton(exact_gradient_kernel, x, x.shape[0])(
+        x,
+        x.stride(0),
+        direction,
+        direction.stride(0),
+        weight,
+        saved,
+        upstream,
+        gradient,
+        x.shape[0],
+        ALIGN=align(x.stride(0), direction.stride(0)),
+    )
+    return gradient
+
+
+exact = register("mpl_fast::exact", _exact)
+exact_gradient = register("mpl_fast::exact_gradient", _exact_gradient)
+
+
+class _ExactFeedback(torch.autograd.Function):
+    """Saves the logits, and each row's maximum, Z and mean, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
+        part, saved = exact(x, direction, weight)
+        ctx.save_for_backward(x, direction, weight, saved)
+        return part.sum()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        no_second_derivative()
+        x, direction, weight, saved = ctx.saved_tensors
+        return exact_gradient(x, direction, weight, saved, upstream), None, None
+
+
+def exact_feedback(logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor:
+    """`losses.exact_feedback`. 2 launches forward, 1 backward; 1 more if weight is a number.
+
+    All is read twice, a gradient written once.
+    """
+    x, fixed = dense_rows(logits), dense_rows(direction.detach())
+    return cast(Tensor, _ExactFeedback.apply(x, fixed, on_device(weight, logits)))

@@ -1,8 +1,10 @@
-"""The losses with Triton, one module of the backend: see `losses` for what each one computes."""
+"""The losses with Triton kernels, under the names of `reference`: one file a loss."""
 
-from mpl_fast.kernels.fused_rows import cosine_loss, exact_feedback, pseudo_labels
-from mpl_fast.kernels.fused_student import student_loss, student_loss_and_grad
-from mpl_fast.kernels.fused_teacher import smoothed_ce, teacher_loss, teacher_loss_and_grad
+from mpl_fast.kernels.cosine import cosine_loss
+from mpl_fast.kernels.exact import exact_feedback
+from mpl_fast.kernels.pseudo import pseudo_labels
+from mpl_fast.kernels.student import smoothed_ce, student_loss, student_loss_and_grad
+from mpl_fast.kernels.teacher import teacher_loss_and_grad
 
 __all__ = [
     "cosine_loss",
@@ -11,6 +13,5 @@ __all__ = [
     "smoothed_ce",
     "student_loss",
     "student_loss_and_grad",
-    "teacher_loss",
     "teacher_loss_and_grad",
 ]

@@ -1,16 +1,16 @@
-"""How a fused loss reaches its kernel: block sizes, scalars on the device, torch.library.
+"""Launches of the kernels: block sizes, scalars on the device, registration with torch.library.
 
-An op is one function that allocates outputs and launches a kernel. PyTorch's compiler sees it
+An op is one function that allocates outputs and launches a kernel. PyTorch's compiler calls it
 through torch.library: as `triton_op`, whose kernel inductor launches itself, where Triton compiles,
 and as an opaque `custom_op` on Triton's interpreter, whose kernels cannot be traced. Eager calls
 skip torch.library: its dispatcher costs more than the launch.
 
-Signatures of ops use Tensor, list[Tensor], int, float and bool alone, which every version reads
-alike: an absent tensor is an empty list, or any other tensor together with a flag.
+Signatures of ops use Tensor, list[Tensor], int, float and bool alone, which every version of
+PyTorch accepts: an absent tensor is an empty list.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
@@ -31,23 +31,20 @@ INTERPRETED = not isinstance(load_block, JITFunction)
 
 
 class Launch(NamedTuple):
-    """How a row of a given width is cut into blocks."""
+    """Columns of a block, and warps of a program, which computes one row."""
 
-    block: int  # columns
-    single: bool  # the whole row is one block, kept in registers
+    block: int
     warps: int
 
 
-def launch_config(width: int) -> Launch:
+def launch_config(classes: int) -> Launch:
     """Few warps for each row: more of them wait for one another instead of for memory.
 
     Chosen by instruction counts of the compiled code for sm_90 against its memory time, not by
-    timing; up to 8192 columns no configuration here spills registers.
+    timing. Up to 8192 columns a row is one block and stays in registers, without a spill.
     """
-    block = max(16, 1 << (width - 1).bit_length())
-    if block > 8192:
-        return Launch(2048, False, 4)
-    return Launch(block, True, max(1, block // 1024))
+    block = max(16, 1 << (classes - 1).bit_length())
+    return Launch(2048, 4) if block > 8192 else Launch(block, max(1, block // 1024))
 
 
 def align(*strides: int) -> int:
@@ -55,10 +52,15 @@ def align(*strides: int) -> int:
     return math.gcd(16, *(int(stride) for stride in strides))  # int(): may be symbolic
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied only if neighbors in a row are not next to each other in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def on_device(value: Scalar, like: Tensor) -> Tensor:
     """A 0-dim float32 on the device of `like`: filled there, since a copy would synchronize.
 
-    A tensor lies there already, or `checks.scalar` has refused it.
+    A tensor is there already, or `checks.scalar` has refused it.
     """
     if isinstance(value, Tensor):
         return value.detach().to(torch.float32)
@@ -68,31 +70,41 @@ def on_device(value: Scalar, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
-def wrap_triton(kernel: Any, x: Tensor, programs: int, warps: int) -> Callable[..., None]:
-    """Launches `kernel` on a grid of `programs`; x, one of its tensors, tells if this is a trace.
+def wrap_triton(kernel: Any, x: Tensor, programs: int) -> Callable[..., None]:
+    """Launches `kernel`, for rows as long as those of x, on a grid of `programs`; none if 0.
 
     Named as PyTorch's function, since its compiler searches an op's source for calls of that name:
-    the kernels that it finds become part of the key of its caches.
+    the kernels that it finds become part of the key of its caches. So each op calls this itself.
     """
-    if isinstance(x, (FakeTensor, FunctionalTensor)):
-        return partial(torch.library.wrap_triton(kernel)[(programs,)], num_warps=warps)
-    # Fusion is said aloud, since Triton 3.9 warns that its default will change. Inductor decides
-    # that by itself and takes no such argument.
-    return partial(kernel[(programs,)], num_warps=warps, enable_fp_fusion=True)
+    is_traced = isinstance(x, (FakeTensor, FunctionalTensor))
+    if programs == 0 or (is_traced and INTERPRETED):
+        return lambda *_, **__: None
+    classes = x.shape[1]
+    block, warps = launch_config(classes)
+    if is_traced:
+        traced = torch.library.wrap_triton(kernel)[(programs,)]
+        return partial(traced, C=classes, BLOCK=block, num_warps=warps)
+
+    def launch(*args: Any, **constants: Any) -> None:
+        # Triton launches on the current device, not on the tensors'.
+        with torch.cuda.device_of(x):
+            # Fusion is explicit, since Triton 3.9 warns that its default will change. Inductor
+            # decides that by itself and takes no such argument.
+            options = {"num_warps": warps, "enable_fp_fusion": True}
+            kernel[(programs,)](*args, **constants, C=classes, BLOCK=block, **options)
+
+    return launch
 
 
-def register(
-    name: str, function: Callable[Arguments, Result], fake: Callable[..., Result]
-) -> Callable[Arguments, Result]:
+def register(name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Makes `function` the op `name` ("mpl_fast::x"); call what this returns.
 
-    fake: the same outputs from shapes alone; no gradient passes through an op, nor does it write to
-    its arguments or return one of them.
+    An op has no gradient, writes to none of its arguments and returns none of them.
     """
     op: Any
     if INTERPRETED:
         op = torch.library.custom_op(name, function, mutates_args=())
-        op.register_fake(fake)
+        op.register_fake(function)  # allocates outputs and launches nothing
     else:
         op = torch.library.triton_op(name, function, mutates_args=())
 
@@ -104,12 +116,12 @@ def register(
     return call
 
 
-def constants(marked: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs that an autograd.Function marked as not differentiable.
+def constant(marked: Tensor) -> Tensor:
+    """An output that an autograd.Function marked as not differentiable.
 
-    The compiler of PyTorch 2.11 forgets that they are, and fails where it asks for their gradient.
+    The compiler of PyTorch 2.11 loses that mark, and fails where it needs the output's gradient.
     """
-    return [x.detach() for x in marked] if torch.compiler.is_compiling() else [*marked]
+    return marked.detach() if torch.compiler.is_compiling() else marked
 
 
 def no_second_derivative() -> None:

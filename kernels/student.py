@@ -1,203 +1,329 @@
-"""The student's loss in one launch: pseudo labels hard or soft, weights, the labeled cross-entropy.
+"""The student's loss: smoothed, weighted cross-entropy with hard or soft pseudo labels.
 
-One program takes one row, labeled or strong. With d = s - max(s) of a strong row s, a the label
-smoothing, w the row's weight and n the number of strong rows, its pseudo label adds
+One program takes one row. With d = s - max(s) of a row s, a the label smoothing, w the row's weight
+and n the number of rows, its label adds
 
     loss = w / n (log Z - (1 - a) sum q d - a mean d)      Z = sum exp(d)
     dL/ds = u w / n (softmax(s) - (1 - a) q - a / C)
 
-where q is 1[y] of a hard label y, or softmax(t / T) of a teacher's logits t, and u is the gradient
-that arrives from above. Labeled rows are only looked at: their gradient is 0. A program does what
-it is compiled for: STATS (it leaves each row's maximum and Z behind), GRAD (it takes them up again
-and reads each logit once, however long the row; labeled rows not at all), or both at once: a row
-that fits into registers (SINGLE) is read once then, a longer one twice.
+where q is 1[y] of a hard label y, or softmax(t) = e_t / Z_t of a teacher's logits t, and u is the
+gradient with respect to the loss. One launch computes loss and gradient for u = 1 (GRAD), or the
+loss alone. Then the backward pass launches a second kernel, which recomputes the gradient from the
+logits and each row's maximum and Z: that is exact for every u, and 16-bit gradients are rounded
+once, after it is multiplied in. Without GRAD and with hard labels the accuracy is computed, too.
 
-Statistics leave as one column of partial sums for each program, already divided by the number of
-rows, which the caller adds up: unlike atomics that is deterministic.
+Loss and accuracy are written as one partial sum for each program, already divided by n; their sum
+is taken afterwards, which is deterministic, unlike atomics.
 """
 
+from typing import Any, cast
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mpl_fast.kernels.rows import LOG2E, inverse, labeled_row, zero_row
-from mpl_fast.kernels.soft import arrived, row_share, soft_row
-
-# The rows of `part_ptr`.
-STATISTICS = ("loss", "labeled_ce", "labeled_accuracy")
-
-# A target whose row adds 0 to the labeled cross-entropy and still counts as a row.
-IGNORED = tl.constexpr(-100)
+from mpl_fast.kernels.launch import (
+    align,
+    constant,
+    dense_rows,
+    no_second_derivative,
+    register,
+    wrap_triton,
+)
+from mpl_fast.kernels.outputs import CEOut
+from mpl_fast.kernels.rows import (
+    LOG2E,
+    LOWEST,
+    aligned,
+    hard_row,
+    inverse,
+    known,
+    load_block,
+    rescaled,
+    store_block,
+    store_hard_gradient,
+)
 
 
 @triton.jit
-def _store_column(part_ptr, pitch, loss, labeled_ce, labeled_hit):
-    """One program's share of STATISTICS, in that order."""
-    tl.store(part_ptr, loss)
-    tl.store(part_ptr + pitch, labeled_ce)
-    tl.store(part_ptr + 2 * pitch, labeled_hit)
+def _fold_soft(s, t, offs, start, m_s, z_s, m_t, z_t, dot, sum_d, C: tl.constexpr):
+    """Adds a block of both rows to maxima, Z, sum e_t d_s and sum d_s."""
+    max_s = tl.maximum(m_s, tl.max(s, 0))
+    max_t = tl.maximum(m_t, tl.max(t, 0))
+    step_s = tl.where(z_s == 0.0, 0.0, m_s - max_s)
+    step_t = tl.where(z_t == 0.0, 0.0, (m_t - max_t) * LOG2E)
+    scale_t = tl.exp2(step_t)
+    dot = rescaled(dot, step_s, z_t, scale_t)
+    d_s = s - max_s
+    e_t = tl.exp2((t - max_t) * LOG2E)
+    z_s = z_s * tl.exp2(step_s * LOG2E) + tl.sum(tl.exp2(d_s * LOG2E), 0)
+    z_t = z_t * scale_t + tl.sum(e_t, 0)
+    dot += tl.sum(tl.where(e_t > 0, e_t * d_s, 0.0), 0)
+    sum_d += step_s * start + tl.sum(tl.where(offs < C, d_s, 0.0), 0)
+    return max_s, z_s, max_t, z_t, dot, sum_d
 
 
 @triton.jit
-def _labeled_program(
-    x_ptr,
-    part_ptr,
-    pitch,
-    target,
-    inv_n,
-    C: tl.constexpr,
-    W: tl.constexpr,
-    SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _soft_row(s_ptr, t_ptr, smoothing, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Cross-entropy of a row with softmax(t), the maximum and Z of both rows."""
+    m_s = tl.full([], LOWEST, tl.float32)
+    m_t = tl.full([], LOWEST, tl.float32)
+    z_s = tl.full([], 0.0, tl.float32)
+    z_t = tl.full([], 0.0, tl.float32)
+    dot = tl.full([], 0.0, tl.float32)
+    sum_d = tl.full([], 0.0, tl.float32)
+    for i in range(0, C, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        s = load_block(s_ptr, offs, C)
+        t = load_block(t_ptr, offs, C)
+        m_s, z_s, m_t, z_t, dot, sum_d = _fold_soft(
+            s, t, offs, i, m_s, z_s, m_t, z_t, dot, sum_d, C
+        )
+    # All classes at -inf are NaN, as in PyTorch: of s by the logarithm, of t by 0 / 0.
+    loss = tl.log(tl.where(z_s == 0.0, float("nan"), z_s)) - (1.0 - smoothing) * (dot / z_t)
+    if smoothing > 0:  # 0 * -inf would be NaN
+        loss -= smoothing * (1.0 / C) * sum_d
+    return loss, m_s, z_s, m_t, z_t
+
+
+@triton.jit
+def _store_soft_gradient(
+    s_ptr, t_ptr, g_ptr, m_s, z_s, m_t, z_t, coef, smoothing, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A labeled row: statistics."""
-    # Not checked on the host: a label out of range shows as NaN, never as a stray read.
-    bad = (target < 0) | (target >= C)
-    safe = tl.where(bad, 0, target)
-    ce, top, _, _ = labeled_row(
-        x_ptr, x_ptr, 0.0, 0.0, safe, 0.0, 0.0, C, W, True, False, SINGLE, BLOCK
-    )
-    ce = tl.where(target == IGNORED, 0.0, tl.where(bad, float("nan"), ce * inv_n))
-    _store_column(part_ptr, pitch, 0.0, ce, tl.where(top == target, inv_n, 0.0))
+    """Writes coef * dCE/ds of a row: softmax(s) - (1 - a) softmax(t) - a / C, a = smoothing."""
+    c_p = coef / z_s
+    c_q = coef * (1.0 - smoothing) / z_t
+    c_1 = coef * smoothing * (1.0 / C)
+    for i in range(0, C, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        p = tl.exp2((load_block(s_ptr, offs, C) - m_s) * LOG2E) * c_p
+        q = tl.exp2((load_block(t_ptr, offs, C) - m_t) * LOG2E) * c_q
+        store_block(g_ptr, offs, p - q - c_1, C)
 
 
 @triton.jit
-def _hard_program(
-    x_ptr,
-    g_ptr,
-    saved_ptr,
-    saved_pitch,
-    part_ptr,
-    pitch,
-    label,
-    share,
-    upstream,
-    smoothing,
-    C: tl.constexpr,
-    W: tl.constexpr,
-    STATS: tl.constexpr,
-    GRAD: tl.constexpr,
-    SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A strong row with a label: loss, gradient."""
-    bad = (label < 0) | (label >= C)
-    share = tl.where(bad, float("nan"), share)
-    safe = tl.where(bad, 0, label)
-    m = 0.0
-    z = 0.0
-    if not STATS:
-        m = tl.load(saved_ptr)
-        z = tl.load(saved_ptr + saved_pitch)
-    loss, _, m, z = labeled_row(
-        x_ptr, g_ptr, m, z, safe, share * upstream, smoothing, C, W, STATS, GRAD, SINGLE, BLOCK
-    )
-    if STATS:
-        _store_column(part_ptr, pitch, loss * share, 0.0, 0.0)
-        if not GRAD:
-            tl.store(saved_ptr, m)
-            tl.store(saved_ptr + saved_pitch, z)
+def _share(rows, weight_ptr, WEIGHTED: tl.constexpr):
+    """A row's factor in a weighted mean over rows."""
+    share = inverse(rows)
+    if WEIGHTED:
+        share *= tl.load(weight_ptr).to(tl.float32)
+    return share
 
 
 # Neither counts nor the alignment of single numbers are compiled in: see `teacher_kernel`.
 @triton.jit(
-    do_not_specialize=["n_l", "n_u"],
-    do_not_specialize_on_alignment=[
-        "target_ptr",
-        "label_ptr",
-        "weight_ptr",
-        "upstream_ptr",
-        "saved_ptr",
-        "part_ptr",
-    ],
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["label_ptr", "weight_ptr", "saved_ptr", "part_ptr"],
 )
 def student_kernel(
-    x_ptr,  # (n_l + n_u, W) rows labeled | strong
+    x_ptr,  # (rows, C)
     x_stride,
-    g_ptr,  # (n_l + n_u, W), written if GRAD
-    target_ptr,  # (n_l,) int64
-    label_ptr,  # (n_u,) int64, unless SOFT
-    soft_ptr,  # (n_u, W) logits if SOFT
+    label_ptr,  # (rows,) int64, unless SOFT
+    soft_ptr,  # (rows, C) logits if SOFT
     soft_stride,
-    weight_ptr,  # (n_u,) if WEIGHTED
-    upstream_ptr,  # a number if SCALED
-    saved_ptr,  # (2 or 4 if SOFT, n_u) float32, written if STATS and not GRAD
-    part_ptr,  # (len(STATISTICS), n_l + n_u) float32, written if STATS
-    n_l,
-    n_u,
-    inv_t,
+    weight_ptr,  # (rows,) if WEIGHTED
+    part_ptr,  # (2, rows) float32, written: shares of the loss and, unless SOFT or GRAD, accuracy
+    saved_ptr,  # (2 or 4 if SOFT, rows) float32, written unless GRAD
+    g_ptr,  # (rows, C), written if GRAD
+    rows,
     smoothing,
     C: tl.constexpr,
-    W: tl.constexpr,
     SOFT: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    SCALED: tl.constexpr,
-    STATS: tl.constexpr,
     GRAD: tl.constexpr,
     ALIGN: tl.constexpr,
-    SINGLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: n_l + n_u programs, in the order of the rows."""
-    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31 logits
-    # Tells the compiler that rows are aligned: it looks by itself for multiples of 16 only, and a
-    # bfloat16 row of 1000 would be read two bytes at a time.
-    x_stride = (x_stride // ALIGN) * ALIGN
-    soft_stride = (soft_stride // ALIGN) * ALIGN
-    # tl.cast: inductor hands floats over as float64, and a count of 1 as a constant.
-    n_l = tl.cast(n_l, tl.int64)
-    n_u = tl.cast(n_u, tl.int64)
-    inv_t = tl.cast(inv_t, tl.float32)
+    """Grid: one program for each row."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride can exceed 2**31 elements
+    x_row = x_ptr + row * aligned(x_stride, ALIGN)
+    g_row = g_ptr + row * C
+    # tl.cast, since inductor passes floats as float64, and a count of 1 as a constant.
+    rows = tl.cast(rows, tl.int64)
     smoothing = tl.cast(smoothing, tl.float32)
-    pitch = n_l + n_u
-    x_row = x_ptr + row * x_stride
-    g_row = g_ptr + row * W
-    if row < n_l:
-        if STATS:
-            target = tl.load(target_ptr + row)
-            inv_n = inverse(n_l)
-            _labeled_program(x_row, part_ptr + row, pitch, target, inv_n, C, W, SINGLE, BLOCK)
+    if SOFT:
+        t_row = soft_ptr + row * aligned(soft_stride, ALIGN)
+        loss, m, z, m_t, z_t = _soft_row(x_row, t_row, smoothing, C, BLOCK)
+        share = _share(rows, weight_ptr + row, WEIGHTED)  # only now: the loop needs the registers
         if GRAD:
-            zero_row(g_row, W, BLOCK)
-    else:
-        u = row - n_l
-        if SOFT:
-            loss = soft_row(
-                x_row,
-                soft_ptr + u * soft_stride,
-                g_row,
-                saved_ptr + u,
-                n_u,
-                n_u,
-                weight_ptr + u,
-                upstream_ptr,
-                inv_t * LOG2E,
-                smoothing,
-                C,
-                W,
-                WEIGHTED,
-                SCALED,
-                STATS,
-                GRAD,
-                BLOCK,
-            )
-            if STATS:
-                _store_column(part_ptr + row, pitch, loss, 0.0, 0.0)
+            _store_soft_gradient(x_row, t_row, g_row, m, z, m_t, z_t, share, smoothing, C, BLOCK)
         else:
-            _hard_program(
-                x_row,
-                g_row,
-                saved_ptr + u,
-                n_u,
-                part_ptr + row,
-                pitch,
-                tl.load(label_ptr + u),
-                row_share(n_u, weight_ptr + u, WEIGHTED),
-                arrived(upstream_ptr, SCALED),
-                smoothing,
-                C,
-                W,
-                STATS,
-                GRAD,
-                SINGLE,
-                BLOCK,
-            )
+            tl.store(saved_ptr + 2 * rows + row, m_t)
+            tl.store(saved_ptr + 3 * rows + row, z_t)
+    else:
+        label = tl.load(label_ptr + row)
+        y, valid = known(label, C)
+        share = _share(rows, weight_ptr + row, WEIGHTED) * valid
+        loss, m, z, top = hard_row(x_row, y, smoothing, C, not GRAD, BLOCK)
+        if GRAD:
+            store_hard_gradient(x_row, g_row, m, z, y, share, smoothing, C, BLOCK)
+        else:
+            tl.store(part_ptr + rows + row, tl.where(top == label, inverse(rows), 0.0))
+    if not GRAD:
+        tl.store(saved_ptr + row, m)
+        tl.store(saved_ptr + rows + row, z)
+    tl.store(part_ptr + row, loss * share)
+
+
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["label_ptr", "weight_ptr", "saved_ptr", "upstream_ptr"],
+)
+def student_gradient_kernel(
+    x_ptr,  # (rows, C)
+    x_stride,
+    label_ptr,  # (rows,) int64, unless SOFT
+    soft_ptr,  # (rows, C) logits if SOFT
+    soft_stride,
+    weight_ptr,  # (rows,) if WEIGHTED
+    saved_ptr,  # (2 or 4 if SOFT, rows) float32, of `student_kernel`
+    upstream_ptr,  # a number: the gradient with respect to the loss
+    g_ptr,  # (rows, C), written
+    rows,
+    smoothing,
+    C: tl.constexpr,
+    SOFT: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: one program for each row."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * aligned(x_stride, ALIGN)
+    g_row = g_ptr + row * C
+    rows = tl.cast(rows, tl.int64)
+    smoothing = tl.cast(smoothing, tl.float32)
+    m = tl.load(saved_ptr + row)
+    z = tl.load(saved_ptr + rows + row)
+    coef = _share(rows, weight_ptr + row, WEIGHTED) * tl.load(upstream_ptr).to(tl.float32)
+    if SOFT:
+        t_row = soft_ptr + row * aligned(soft_stride, ALIGN)
+        m_t = tl.load(saved_ptr + 2 * rows + row)
+        z_t = tl.load(saved_ptr + 3 * rows + row)
+        _store_soft_gradient(x_row, t_row, g_row, m, z, m_t, z_t, coef, smoothing, C, BLOCK)
+    else:
+        y, valid = known(tl.load(label_ptr + row), C)
+        store_hard_gradient(x_row, g_row, m, z, y, coef * valid, smoothing, C, BLOCK)
+
+
+def _student(
+    x: Tensor, pseudo: Tensor, weight: list[Tensor], label_smoothing: float, grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of loss and accuracy (1 or 2, rows), what a gradient needs, or the gradient (rows, C).
+
+    weight: (rows,), or none. Accuracy is there for hard labels without grad alone.
+    """
+    (rows, classes), soft = x.shape, pseudo.dim() == 2
+    part = x.new_empty((1 if soft or grad else 2, rows), dtype=torch.float32)
+    saved = x.new_empty((0 if grad else 4 if soft else 2, rows), dtype=torch.float32)
+    gradient = x.new_empty((rows if grad else 0, classes))
+    pitch = pseudo.stride(0) if soft else 0
+    wrap_triton(student_kernel, x, rows)(
+        x,
+        x.stride(0),
+        pseudo,
+        pseudo if soft else x,
+        pitch,
+        weight[0] if weight else x,
+        part,
+        saved,
+        gradient,
+        rows,
+        float(label_smoothing),
+        SOFT=soft,
+        WEIGHTED=bool(weight),
+        GRAD=grad,
+        ALIGN=align(x.stride(0), pitch),
+    )
+    return part, saved, gradient
+
+
+def _student_gradient(
+    x: Tensor,
+    pseudo: Tensor,
+    weight: list[Tensor],
+    label_smoothing: float,
+    saved: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    """The gradient (rows, C). saved: the second output of `_student`. upstream: 0-dim."""
+    gradient = x.new_empty(x.shape)
+    soft = pseudo.dim() == 2
+    pitch = pseudo.stride(0) if soft else 0
+    wrap_triton(student_gradient_kernel, x, x.shape[0])(
+        x,
+        x.stride(0),
+        pseudo,
+        pseudo if soft else x,
+        pitch,
+        weight[0] if weight else x,
+        saved,
+        upstream,
+        gradient,
+        x.shape[0],
+        float(label_smoothing),
+        SOFT=soft,
+        WEIGHTED=bool(weight),
+        ALIGN=align(x.stride(0), pitch),
+    )
+    return gradient
+
+
+student = register("mpl_fast::student", _student)
+student_gradient = register("mpl_fast::student_gradient", _student_gradient)
+
+
+class _StudentLoss(torch.autograd.Function):
+    """Saves the logits, and each row's maximum and Z, for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pseudo: Tensor, label_smoothing: float, *weight: Tensor
+    ) -> tuple[Tensor, ...]:
+        part, saved, _ = student(x, pseudo, [*weight], label_smoothing, False)
+        if not torch.compiler.is_compiling():  # it cannot trace this
+            ctx.set_materialize_grads(False)  # a zero for the accuracy would be a launch
+        outputs = part.sum(1).unbind()
+        ctx.save_for_backward(x, pseudo, saved, *weight)
+        ctx.label_smoothing = label_smoothing
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        no_second_derivative()
+        x, pseudo, saved, *weight = ctx.saved_tensors
+        gradient = None
+        if upstream is not None:
+            gradient = student_gradient(x, pseudo, weight, ctx.label_smoothing, saved, upstream)
+        return gradient, None, None, *(None for _ in weight)
+
+
+def smoothed_ce(logits: Tensor, target: Tensor, label_smoothing: float) -> CEOut:
+    """`losses.smoothed_ce`. 2 launches forward, 1 backward; logits read twice, written once."""
+    out = _StudentLoss.apply(dense_rows(logits), target.contiguous(), label_smoothing)
+    loss, accuracy = cast(tuple[Tensor, Tensor], out)
+    return CEOut(loss, constant(accuracy))
+
+
+def student_loss(
+    logits: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None
+) -> Tensor:
+    """`losses.student_loss`. 2 launches forward, 1 backward; logits read twice, written once."""
+    x, label = dense_rows(logits), dense_rows(pseudo.detach())
+    out = _StudentLoss.apply(x, label, label_smoothing, *_weights(weight))
+    return cast(tuple[Tensor, ...], out)[0]
+
+
+def student_loss_and_grad(
+    logits: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`losses.student_loss_and_grad`. 2 launches; logits read once, a gradient written once."""
+    x, label = dense_rows(logits.detach()), dense_rows(pseudo.detach())
+    part, _, gradient = student(x, label, _weights(weight), label_smoothing, True)
+    return part.sum(), gradient
+
+
+def _weights(weight: Tensor | None) -> list[Tensor]:
+    return [] if weight is None else [weight.detach().contiguous()]

@@ -1,139 +1,73 @@
-"""Every function of the fused losses in every variant, on a few rows: what compiles all kernels."""
+"""Every function of the fused losses in every variant, on a few rows: compiles all kernels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpl_fast.kernels import fused
-from mpl_fast.kernels.outputs import Pseudo
+from mpl_fast.kernels.outputs import Pseudo, TeacherInputs
 
-LABELED, UNLABELED = 3, 2  # counts are no part of a kernel
+LABELED, UNLABELED = 3, 2  # counts are not compiled in
 
 
 class Rows(NamedTuple):
-    """What kind of rows: all that a kernel is compiled for."""
+    """What a kernel is compiled for."""
 
     classes: int
-    width: int  # classes and padding
     dtype: torch.dtype
 
-    def logits(self, count: int) -> Tensor:
-        """(count, width) zeros that want a gradient."""
-        return torch.zeros(count, self.width, dtype=self.dtype, requires_grad=True)
-
-
-def _labels(count: int) -> Tensor:
-    return torch.arange(count)
+    def logits(self, count: int = UNLABELED) -> Tensor:
+        """(count, classes) zeros that require a gradient."""
+        return torch.zeros(count, self.classes, dtype=self.dtype, requires_grad=True)
 
 
 def _teacher(rows: Rows, pseudo: Pseudo) -> None:
-    out = fused.teacher_loss(
-        rows.logits(LABELED + 2 * UNLABELED),
-        _labels(LABELED),
-        UNLABELED,
-        uda_weight=1.0,
-        feedback=0.1,
-        temperature=0.7,
-        threshold=0.6,
-        label_smoothing=0.1,
-        pseudo=pseudo,
-        truth=_labels(UNLABELED),
-        num_classes=rows.classes,
-    )
-    out.loss.backward()
-
-
-def _teacher_and_grad(rows: Rows, pseudo: Pseudo) -> None:
+    logits, target = rows.logits(LABELED + 2 * UNLABELED), torch.arange(LABELED)
+    truth = torch.arange(UNLABELED)
     fused.teacher_loss_and_grad(
-        rows.logits(LABELED + 2 * UNLABELED),
-        _labels(LABELED),
-        UNLABELED,
-        uda_weight=1.0,
-        feedback=0.1,
-        temperature=0.7,
-        threshold=0.6,
-        label_smoothing=0.1,
-        pseudo=pseudo,
-        truth=_labels(UNLABELED),
-        num_classes=rows.classes,
+        TeacherInputs(logits, target, UNLABELED, 1.0, 0.1, 0.7, 0.6, 0.1, pseudo, truth)
     )
 
 
-def _student(rows: Rows, pseudo: Tensor) -> None:
-    out = fused.student_loss(
-        rows.logits(LABELED + UNLABELED),
-        pseudo,
-        _labels(LABELED),
-        label_smoothing=0.1,
-        weight=torch.ones(UNLABELED),
-        num_classes=rows.classes,
-    )
-    out.loss.backward()
-
-
-def _student_and_grad(rows: Rows, pseudo: Tensor) -> None:
-    fused.student_loss_and_grad(
-        rows.logits(LABELED + UNLABELED),
-        pseudo,
-        _labels(LABELED),
-        label_smoothing=0.1,
-        weight=torch.ones(UNLABELED),
-        num_classes=rows.classes,
-    )
+def _student(rows: Rows, soft: bool, grad: bool) -> None:
+    pseudo = rows.logits().detach() if soft else torch.arange(UNLABELED)
+    arguments = rows.logits(), pseudo, 0.1, torch.ones(UNLABELED)
+    if grad:
+        fused.student_loss_and_grad(*arguments)
+    else:
+        fused.student_loss(*arguments).backward()
 
 
 def _smoothed_ce(rows: Rows) -> None:
-    out = fused.smoothed_ce(
-        rows.logits(LABELED), _labels(LABELED), label_smoothing=0.1, num_classes=rows.classes
-    )
-    out.loss.backward()
+    fused.smoothed_ce(rows.logits(LABELED), torch.arange(LABELED), 0.1).loss.backward()
 
 
 def _pseudo_labels(rows: Rows, uniforms: Tensor | None) -> None:
-    fused.pseudo_labels(
-        rows.logits(UNLABELED).detach(),
-        temperature=0.7,
-        uniforms=uniforms,
-        num_classes=rows.classes,
-    )
+    fused.pseudo_labels(rows.logits(), uniforms)
 
 
-def _cosine(rows: Rows, target: Tensor) -> None:
-    out = fused.cosine_loss(
-        rows.logits(UNLABELED), target, temperature=0.7, threshold=0.6, num_classes=rows.classes
-    )
-    out.loss.backward()
+def _cosine(rows: Rows) -> None:
+    fused.cosine_loss(rows.logits(), rows.logits(), 0.7, 0.6).loss.backward()
 
 
 def _exact(rows: Rows) -> None:
-    direction = torch.zeros(UNLABELED, rows.width)
-    loss = fused.exact_feedback(
-        rows.logits(UNLABELED), direction, weight=1.0, temperature=0.7, num_classes=rows.classes
-    )
-    loss.backward()
-
-
-def _soft(rows: Rows) -> Tensor:
-    return rows.logits(UNLABELED).detach()
+    fused.exact_feedback(rows.logits(), rows.logits().float(), 1.0).backward()
 
 
 VARIANTS: dict[str, Callable[[Rows], None]] = {
-    "teacher_loss weak": lambda rows: _teacher(rows, "weak"),
-    "teacher_loss strong": lambda rows: _teacher(rows, "strong"),
-    "teacher_loss given": lambda rows: _teacher(rows, _labels(UNLABELED)),
-    "teacher_loss_and_grad weak": lambda rows: _teacher_and_grad(rows, "weak"),
-    "teacher_loss_and_grad strong": lambda rows: _teacher_and_grad(rows, "strong"),
-    "teacher_loss_and_grad given": lambda rows: _teacher_and_grad(rows, _labels(UNLABELED)),
-    "student_loss hard": lambda rows: _student(rows, _labels(UNLABELED)),
-    "student_loss soft": lambda rows: _student(rows, _soft(rows)),
-    "student_loss_and_grad hard": lambda rows: _student_and_grad(rows, _labels(UNLABELED)),
-    "student_loss_and_grad soft": lambda rows: _student_and_grad(rows, _soft(rows)),
+    "teacher_loss_and_grad weak": partial(_teacher, pseudo="weak"),
+    "teacher_loss_and_grad strong": partial(_teacher, pseudo="strong"),
+    "teacher_loss_and_grad given": partial(_teacher, pseudo=torch.arange(UNLABELED)),
+    "student_loss hard": partial(_student, soft=False, grad=False),
+    "student_loss soft": partial(_student, soft=True, grad=False),
+    "student_loss_and_grad hard": partial(_student, soft=False, grad=True),
+    "student_loss_and_grad soft": partial(_student, soft=True, grad=True),
     "smoothed_ce": _smoothed_ce,
-    "pseudo_labels arg-max": lambda rows: _pseudo_labels(rows, None),
-    "pseudo_labels sampled": lambda rows: _pseudo_labels(rows, torch.zeros(UNLABELED)),
-    "cosine_loss hard": lambda rows: _cosine(rows, _labels(UNLABELED)),
-    "cosine_loss soft": lambda rows: _cosine(rows, _soft(rows)),
+    "pseudo_labels arg-max": partial(_pseudo_labels, uniforms=None),
+    "pseudo_labels sampled": partial(_pseudo_labels, uniforms=torch.zeros(UNLABELED)),
+    "cosine_loss": _cosine,
     "exact_feedback": _exact,
 }

@@ -1,4 +1,4 @@
-"""With one rank everything is the identity; two ranks vote, average and gather by gloo."""
+"""With one rank everything is the identity; two ranks average, gather and agree by gloo."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_world_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) 
         distributed.init("cpu")
 
 
-def test_more_ranks_than_gpus_is_told_by_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_is_an_error_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -69,5 +69,5 @@ def _rank(rank: int, folder: str) -> None:
 def test_two_ranks_average_and_decide_together(tmp_path: Path) -> None:
     spawn(_rank, args=(str(tmp_path),), nprocs=2)
     votes = [(tmp_path / f"votes{rank}").read_text() for rank in (0, 1)]
-    # One rank's wish at step 2 is everyone's decision at step 3.
+    # Requested by one rank at step 2, agreed by all at step 3.
     assert votes[0] == votes[1] == str([False, False, False, True, True])

@@ -86,7 +86,7 @@ class DifferenceFeedback:
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
         labels = self._pseudo.select(rows)
-        return self.h * losses.student_loss(logits, labels.target, weight=labels.weight).loss
+        return self.h * losses.student_loss(logits, labels.target, weight=labels.weight)
 
     def metrics(self) -> Metrics:
         return {"feedback": self.h, "loss/student_labeled": self._new}
@@ -144,7 +144,7 @@ class DerivativeFeedback:
         target = self._pseudo.target[rows]
         h = -self._rate * self._u[rows].gather(-1, target[:, None])[:, 0]
         self._decreases.append(h.mean())
-        return losses.student_loss(logits, target, weight=h).loss
+        return losses.student_loss(logits, target, weight=h)
 
     def metrics(self) -> Metrics:
         return {

@@ -44,9 +44,9 @@ class FixMatch:
             logits.labeled, batch.labels, label_smoothing=config.label_smoothing
         )
         unlabeled = losses.student_loss(logits.strong, pseudo.label, weight=mask)
-        return labeled.loss + config.weight * unlabeled.loss, {
+        return labeled.loss + config.weight * unlabeled, {
             "loss/labeled": labeled.loss.detach(),
-            "loss/consistency": unlabeled.loss.detach(),
+            "loss/consistency": unlabeled.detach(),
             "mask_rate": mask.mean(),
             "confidence": pseudo.confidence.mean(),
             "accuracy/pseudo": (pseudo.label == batch.truth).float().mean(),

@@ -34,7 +34,7 @@ class MetaSemi:
         self.state: dict[str, Tensor] = {}
 
     def graph_key(self, t: int) -> Hashable | None:
-        return None  # the central difference sets the state of generators, which no graph can
+        return None  # see `repeats_draws` of its config
 
     def step(self, batch: Batch, t: int) -> Metrics:
         config, learner = self.config, self.learner
@@ -45,7 +45,7 @@ class MetaSemi:
             # Cross-entropy with soft labels, given as logits; the published divergence differs by
             # the entropy of the labels, which has no gradient.
             target = mixed.clamp_min(MIN_PROBABILITY).log()
-            fit = losses.student_loss(learner(images), target).loss
+            fit = losses.student_loss(learner(images), target)
         else:
             fit = losses.smoothed_ce(learner(batch.labeled), batch.labels).loss
         logits = learner(batch.weak).to(labels.dtype)

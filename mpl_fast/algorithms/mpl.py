@@ -39,10 +39,7 @@ class MetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        ramps = t < max(config.consistency.ramp, config.feedback_ramp)
-        # Repeating a pass's dropout sets the generator's state, which a graph cannot.
-        repeats = config.teacher_graph == "recompute"
-        if ramps or repeats or config.feedback not in ("off", "difference", "sampled"):
+        if config.repeats_draws or t < max(config.consistency.ramp, config.feedback_ramp):
             return None
         return self.student.lr == 0.0, self.student.frozen
 
@@ -89,14 +86,14 @@ class MetaPseudoLabels:
     def _student_backward(self, strong: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
         logits = self.student(strong)
-        out, grad_logits = losses.student_loss_and_grad(
+        loss, grad_logits = losses.student_loss_and_grad(
             logits,
             labels.target,
             label_smoothing=self.config.label_smoothing,
             weight=labels.weight,
         )
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
-        return logits.detach(), out.loss
+        return logits.detach(), loss
 
     def _teacher_loss(
         self,

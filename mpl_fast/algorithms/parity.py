@@ -36,7 +36,7 @@ class Kekmodel(MetaPseudoLabels):
         old = losses.smoothed_ce(labeled.detach(), batch.labels).loss
         student_loss = losses.student_loss(
             strong, self.student_labels, label_smoothing=config.label_smoothing
-        ).loss
+        )
         student.backward_and_step(student_loss)
         student.end_step(t)  # the average is updated before the next pass moves the statistics
 
@@ -81,9 +81,7 @@ class Google(MetaPseudoLabels):
         student_logits = student(batch.strong, batch.labeled)
         strong, labeled = student_logits.split([len(batch.strong), len(batch.labeled)])
         old = losses.smoothed_ce(labeled.detach(), batch.labels).loss
-        student_loss = losses.student_loss(
-            strong, soft, label_smoothing=config.label_smoothing
-        ).loss
+        student_loss = losses.student_loss(strong, soft, label_smoothing=config.label_smoothing)
         student.backward_and_step(student_loss)
 
         new = losses.smoothed_ce(student.forward_no_grad(batch.labeled), batch.labels).loss
@@ -93,7 +91,7 @@ class Google(MetaPseudoLabels):
         )
         ramp_step = t - 1  # the ramp of that code begins at 0
         loss = uda_loss(logits, batch, ramp_step, config.consistency, config.label_smoothing)
-        feedback = losses.student_loss(logits.strong, soft).loss
+        feedback = losses.student_loss(logits.strong, soft)
         teacher.backward_and_step(*loss.terms, config.feedback_weight_at(t) * h * feedback)
         return {
             **loss.metrics,

@@ -37,7 +37,7 @@ class SelfMetaPseudoLabels:
 
     def graph_key(self, t: int) -> Hashable | None:
         config = self.config
-        if t < config.consistency.ramp or t < config.feedback_ramp or config.feedback == "exact":
+        if config.repeats_draws or t < max(config.consistency.ramp, config.feedback_ramp):
             return None
         return self.learner.lr == 0.0
 
@@ -49,7 +49,7 @@ class SelfMetaPseudoLabels:
         labels = make_labels(learner.forward_no_grad(batch.weak), kind)
         feedback = self._make_feedback(batch)
         strong = learner(batch.strong)  # (U, C)
-        student, grad_logits = losses.student_loss_and_grad(
+        student_loss, grad_logits = losses.student_loss_and_grad(
             strong, labels.target, label_smoothing=config.label_smoothing
         )
         rate = learner.backward_and_step((strong, grad_logits))
@@ -69,7 +69,7 @@ class SelfMetaPseudoLabels:
         learner.backward_and_step(*terms)
         return {
             **loss.metrics,
-            "loss/student": student.loss,
+            "loss/student": student_loss,
             "loss/feedback": term.detach(),
             **feedback.metrics(),
         }

@@ -53,10 +53,9 @@ class Supervised:
             return out.loss, {"loss/labeled": out.loss.detach(), "accuracy/labeled": out.accuracy}
         loss = logits.new_zeros(())
         for target, weight in targets:
-            out_mixed = losses.student_loss(
+            loss = loss + losses.student_loss(
                 logits, target, label_smoothing=smoothing, weight=weight
             )
-            loss = loss + out_mixed.loss
         accuracy = losses.smoothed_ce(logits.detach(), labels).accuracy
         return loss, {"loss/labeled": loss.detach(), "accuracy/labeled": accuracy}
 

@@ -100,8 +100,8 @@ class Stream:
     def _data_errors(self) -> Iterator[None]:
         """Turns DALI's RuntimeError into a DataError, unless the GPU fails too.
 
-        DALI raises this one type for everything. Of what a pipeline does, reading and decoding
-        depend on the data; the rest of its message is shown in case it is something else.
+        DALI raises this one type for everything. Of a pipeline's operators, only readers and
+        decoders can fail on the data; the end of DALI's message is shown for other causes.
         """
         try:
             yield

@@ -17,10 +17,12 @@ from mpl_fast.config import RECIPES, ConsistencyConfig, LearnerConfig, MPLConfig
 from tests.algorithms.problems import (
     CLASSES,
     VARIANTS,
+    PlainLearner,
     as_dtype,
     assert_same,
     batch,
     confident,
+    mpl_by_hand,
     network,
     new,
 )
@@ -138,48 +140,17 @@ def test_feedback_is_old_minus_new_labeled_loss() -> None:
     assert found.abs() > 1e-4
 
 
-def mpl_step_by_hand(
-    config: MPLConfig, teacher: nn.Module, student: nn.Module, data: Batch
-) -> None:
-    """The step written out in plain PyTorch, with momentum-free first SGD steps, no batch norm."""
-    a, c = config.label_smoothing, config.consistency
-    z_l, z_w, z_s = (teacher(x) for x in (data.labeled, data.weak, data.strong))
-    label = z_w.argmax(-1)
-
-    def labeled_loss() -> Tensor:
-        with torch.no_grad():
-            return F.cross_entropy(student(data.labeled), data.labels)
-
-    old = labeled_loss()
-    first_step(student, F.cross_entropy(student(data.strong), label, label_smoothing=a), 0.1)
-    h = old - labeled_loss()
-    target = (z_w.detach() / c.temperature).softmax(-1)
-    uda = -(target * z_s.log_softmax(-1)).sum(-1)
-    mask = (target.max(-1).values >= c.threshold).double()
-    loss = F.cross_entropy(z_l, data.labels, label_smoothing=a)
-    loss = loss + c.weight * (uda * mask).mean() + h * F.cross_entropy(z_s, label)
-    first_step(teacher, loss, 0.1)
-
-
-def first_step(module: nn.Module, loss: Tensor, lr: float) -> None:
-    """The first Nesterov step with momentum 0.9: lr * 1.9 * gradient."""
-    parameters = list(module.parameters())
-    with torch.no_grad():
-        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            p.sub_(lr * 1.9 * g)
-
-
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_mpl_step_equals_the_definition(threshold: float) -> None:
     config = replace(MPL, consistency=replace(CONSISTENCY, threshold=threshold))
     algorithm, data = new(config, lambda: confident(network())), batch(unlabeled=9)
     assert isinstance(algorithm, MetaPseudoLabels)
-    networks = algorithm.teacher.network, algorithm.student.network
-    teacher, student = copy.deepcopy(networks)
+    teacher, student = (PlainLearner(learner) for learner in algorithm.learners.values())
     train_step(algorithm, data, 0)
-    mpl_step_by_hand(config, teacher, student, data)
-    for found, by_hand in zip(networks, (teacher, student), strict=True):
-        assert_same(found.state_dict(), by_hand.state_dict(), rtol=1e-7, atol=1e-8)
+    mpl_by_hand(config, teacher, student, data, 0)
+    for learner, plain in ((algorithm.teacher, teacher), (algorithm.student, student)):
+        found, expected = learner.network.state_dict(), plain.network.state_dict()
+        assert_same(found, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_feedback_off_leaves_the_teacher_to_uda() -> None:

@@ -62,7 +62,7 @@ KINDS: dict[str, Callable[[Learner, Batch], Feedback]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_feedback_of_a_frozen_student_is_exactly_zero(kind: str) -> None:
-    """Whatever its momentum is, whatever dropout drops and running statistics are."""
+    """With momentum, dropout and any running statistics."""
     algorithm = mpl(mpl_config("off", NESTEROV), norm=True, dropout=0.5)
     train_step(algorithm, batch(1), 0)
     student, data = algorithm.student, batch()

@@ -13,8 +13,7 @@ from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig
 from tests.algorithms.problems import MPL, VARIANTS, assert_same, batch, confident, network, new
 
-WHOLE = ("smpl", "metasemi", "mpl parity")  # which compute a batch in one piece
-SPLITTABLE = {name: c for name, c in VARIANTS.items() if not name.startswith(WHOLE)}
+SPLITTABLE = {name: config for name, config in VARIANTS.items() if not config.whole_batch}
 SPLITTABLE["mpl soft masked"] = replace(MPL, feedback="exact", label_threshold=0.4)
 L, U = 8, 12
 

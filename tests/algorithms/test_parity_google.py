@@ -65,7 +65,7 @@ def teacher_gradient(feedback: str, weight: float) -> tuple[Tensor, Metrics]:
 def test_the_feedback_of_google_has_no_gradient() -> None:
     without, _ = teacher_gradient("parity_google", 0.0)
     loud, metrics = teacher_gradient("parity_google", 1000.0)
-    assert metrics["feedback"].abs() > 1e-2  # it is not for want of a feedback
+    assert metrics["feedback"].abs() > 1e-2
     assert metrics["loss/feedback"].abs() > 1e-2
     assert (loud - without).norm() < 1e-12 * without.norm()
 

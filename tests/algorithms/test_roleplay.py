@@ -8,8 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpl_fast.algorithms import AlgorithmContext
 from mpl_fast.algorithms.base import predict, train_step
@@ -21,7 +20,7 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.learner import Learner
 from mpl_fast.training.build import build_algorithm
 from tests.algorithms import problems
-from tests.algorithms.problems import assert_same
+from tests.algorithms.problems import PlainLearner, assert_same, mpl_by_hand
 from tests.tiny_run import arguments
 
 STEPS = 6
@@ -54,67 +53,24 @@ def role_play(config: RolePlayConfig) -> RolePlay:
     return made
 
 
-class PlainLearner:
-    """A network with its optimizer and average, in plain PyTorch."""
-
-    def __init__(self, net: nn.Module, config: LearnerConfig) -> None:
-        self.net, self.config, self.average = net, config, copy.deepcopy(net)
-        self.optimizer = torch.optim.SGD(
-            net.parameters(), config.lr, momentum=config.momentum, nesterov=True
-        )
-
-    def backward_and_step(self, loss: Tensor, t: int) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.config.lr_at(t, STEPS)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-    @torch.no_grad()
-    def end_step(self, t: int) -> None:
-        decay = min(self.config.ema, (1 + t) / (10 + t))
-        for average, p in zip(self.average.parameters(), self.net.parameters(), strict=True):
-            average.mul_(decay).add_(p, alpha=1 - decay)
-
-
-def mpl_step(teacher: PlainLearner, student: PlainLearner, data: Batch, t: int) -> None:
-    """Meta Pseudo Labels in this step's roles, written out."""
-    a, c = CONFIG.label_smoothing, CONFIG.consistency
-    z_l, z_w, z_s = (teacher.net(x) for x in (data.labeled, data.weak, data.strong))
-    label, target = z_w.argmax(-1), (z_w.detach() / c.temperature).softmax(-1)
-    old = F.cross_entropy(student.net(data.labeled), data.labels).detach()
-    student.backward_and_step(
-        F.cross_entropy(student.net(data.strong), label, label_smoothing=a), t
-    )
-    h = old - F.cross_entropy(student.net(data.labeled), data.labels).detach()
-    mask = (target.amax(-1) >= c.threshold).double()
-    consistency = -((target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
-    loss = F.cross_entropy(z_l, data.labels, label_smoothing=a) + c.weight * consistency
-    teacher.backward_and_step(loss + h * F.cross_entropy(z_s, label), t)
-    for learner in (teacher, student):
-        learner.end_step(t)
-
-
 def test_weights_momentum_average_and_schedule_change_roles_together() -> None:
     """Six steps with two swaps, by hand. To single precision, which h, a difference, has."""
     algorithm = role_play(CONFIG)
-    first, second = (
-        PlainLearner(copy.deepcopy(learner.network), learner.config)
-        for learner in algorithm.learners.values()
-    )
+    first, second = (PlainLearner(learner) for learner in algorithm.learners.values())
     for t in range(STEPS):
         train_step(algorithm, batch(t), t)
         teacher, student = (first, second) if t in (0, 1, 4, 5) else (second, first)
-        mpl_step(teacher, student, batch(t), t)
+        mpl_by_hand(CONFIG, teacher, student, batch(t), t)
     assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-7)
     for learner, plain in zip(algorithm.learners.values(), (first, second), strict=True):
         assert learner.average is not None
-        assert_close(learner.network.state_dict(), plain.net.state_dict())
+        assert_close(learner.network.state_dict(), plain.network.state_dict())
         assert_close(learner.average.state_dict(), plain.average.state_dict())
         momenta = [
             [optimizer.state[p]["momentum_buffer"] for p in parameters]
             for optimizer, parameters in (
                 (learner.optimizer, learner.parameters),
-                (plain.optimizer, plain.net.parameters()),
+                (plain.optimizer, plain.network.parameters()),
             )
         ]
         assert_close(momenta[0], momenta[1])

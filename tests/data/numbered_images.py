@@ -1,4 +1,4 @@
-"""A small packed folder whose images tell their number, and loaders over it."""
+"""A small packed folder whose images have their number as a gray level, and loaders over it."""
 
 from collections.abc import Mapping
 from pathlib import Path

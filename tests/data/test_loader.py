@@ -1,4 +1,4 @@
-"""The training loader: what a batch is, how ranks share, how a run goes on, what is refused."""
+"""The training loader: form of a batch, shards of ranks, resumption, refusals."""
 
 import json
 import shutil
@@ -265,7 +265,7 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("policy", ["mpl", "dali"])
 def test_training_on_cuda(manifest: Manifest, where: str, policy: str) -> None:
-    """DALI on either processor hands over CUDA tensors, and resumes bitwise."""
+    """DALI on either processor yields CUDA tensors, and resumes bitwise."""
     config = replace(PLAIN, device=where, policy=policy)  # type: ignore[arg-type]
     device = torch.device("cuda", 0)
     whole = train_loader(manifest, config, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A folder of records is only read when every file is the one its manifest tells of."""
+"""A folder of records is read only if every file matches the manifest."""
 
 import hashlib
 import json

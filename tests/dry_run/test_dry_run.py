@@ -3,6 +3,7 @@
 import io
 import weakref
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def rows_of(config: RunConfig) -> StepRows:
     return count(config.algorithm, L, u, steps=config.steps, microbatches=config.microbatches)
 
 
+@cache
 def cost(bf16: bool = False) -> NetworkCost:
     return measure(models.build("wrn_10_1", CLASSES), SIDE, device=CPU, bf16=bf16)
 
@@ -100,7 +102,7 @@ def test_rows_and_operations_are_those_of_a_real_step(recipe: str, tmp_path: Pat
 
 
 def test_rows_of_meta_pseudo_labels_by_hand() -> None:
-    """128 labeled images and 7 times as many; what the teacher sees, and what the student."""
+    """128 labeled images and 7 times as many; in teacher and student."""
     joint = count(MPLConfig(), 128, 896, steps=100_000)
     assert joint.forward == (128 + 2 * 896) + 128 + 896 + 128
     assert joint.backward == (128 + 2 * 896) + 896
@@ -112,7 +114,7 @@ def test_rows_of_meta_pseudo_labels_by_hand() -> None:
     assert again.forward == joint.forward + 128 + 2 * 896
     assert again.held == 128 + 2 * 896
     waiting = count(MPLConfig(feedback="exact"), 128, 896, steps=100_000, step=0)
-    assert waiting.tangent == 0  # a student that does not move has nothing to tell
+    assert waiting.tangent == 0  # no feedback while the student is not updated
 
 
 def test_operations_and_memory_of_a_network_by_hand() -> None:
@@ -120,7 +122,7 @@ def test_operations_and_memory_of_a_network_by_hand() -> None:
     found = measure(network, 8, device=CPU, bf16=False)
     conv, linear = 2 * 3 * 9 * 4 * 64, 2 * 4 * 64 * 5
     assert found.forward == conv + linear
-    assert found.backward == conv + 2 * linear  # the images want no gradient
+    assert found.backward == conv + 2 * linear  # no gradient of the images
     assert found.parameters == 3 * 9 * 4 + 4 + 4 * 64 * 5 + 5
     assert found.bytes == found.trained_bytes == 4 * found.parameters
     assert found.saved == 4 * 4 * 64  # what the linear layer saw

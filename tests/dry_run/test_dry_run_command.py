@@ -39,7 +39,7 @@ def dry_run(given: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, s
     return code, *capfd.readouterr()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_prints_once_and_leaves_nothing(
     ranks: int, tiny_rec: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

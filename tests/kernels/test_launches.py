@@ -1,10 +1,10 @@
-"""What a loss launches, and which kernels are compiled for it: counted without a GPU.
+"""Launches of each loss, and the kernels that are compiled for it, counted without a GPU.
 
-Triton compiles for a pretended one and nothing runs: values are whatever was in memory.
+Triton compiles for a simulated one and nothing runs: values are undefined.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +16,17 @@ pytest.importorskip("triton")
 
 from mpl_fast import losses
 from mpl_fast.kernels import aot
+from tests.kernels.cases import LOSSES, TERMS, Arguments, named
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
 Launched = tuple[str, Any, float]
-LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+LABELS = torch.arange(9)
 SCALAR, DOUBLE = torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)
 # Of PyTorch's operations these launch nothing: they allocate, or look at memory in another way.
-SILENT = {"detach", "new_empty", "unbind", "slice"}
+SILENT = {"detach", "new_empty", "split", "unbind", "slice"}
 
 
 class Launches(TorchDispatchMode):
@@ -54,141 +55,99 @@ def kernels() -> Iterator[list[Launched]]:
 
 
 def logits() -> Tensor:
-    """7 rows; not a leaf, as those of a network, which is given gradients without a copy."""
-    return torch.zeros(7, 16, requires_grad=True) * 1.0
+    """9 rows; not a leaf, as those of a network, whose gradient is not copied."""
+    return torch.zeros(9, 16, requires_grad=True) * 1.0
 
 
-def teacher(x: Tensor, weight: float | Tensor = SCALAR) -> losses.TeacherOut:
-    return losses.teacher_loss(x, LABELS[:3], 2, uda_weight=weight, feedback=SCALAR)
-
-
-PLAIN: dict[str, tuple[Callable[[Tensor], tuple[Tensor, ...]], list[str], list[str]]] = {
-    "loss": (lambda x: teacher(x)[:1], ["sum", "teacher_kernel"], ["teacher_kernel"]),
-    "number": (
-        lambda x: teacher(x, 2.0)[:1],
-        ["full", "sum", "teacher_kernel"],
-        ["teacher_kernel"],
-    ),
-    "float64": (
-        lambda x: teacher(x, DOUBLE)[:1],
-        ["_to_copy", "sum", "teacher_kernel"],
-        ["teacher_kernel"],
-    ),
-    "term": (
-        lambda x: teacher(x)[1:2],
-        ["sum", "teacher_kernel"],
-        ["teacher_kernel", "zeros_like"],
-    ),
-    "two terms": (
-        lambda x: teacher(x)[:2],
-        ["sum", "teacher_kernel"],
-        ["teacher_kernel", "zeros_like"],
-    ),
-    "all terms": (lambda x: teacher(x)[:4], ["sum", "teacher_kernel"], ["teacher_kernel"]),
-    "smoothed_ce": (
-        lambda x: losses.smoothed_ce(x, LABELS)[:1],
-        ["sum", "teacher_kernel"],
-        ["teacher_kernel"],
-    ),
-    "student": (
-        lambda x: losses.student_loss(x, LABELS)[:1],
-        ["student_kernel", "sum"],
-        ["student_kernel"],
-    ),
-    "exact": (
-        lambda x: (losses.exact_feedback(x, x.detach(), weight=SCALAR),),
-        ["exact_kernel", "sum"],
-        ["exact_gradient_kernel"],
-    ),
-    "cosine": (
-        lambda x: losses.cosine_loss(x, x.detach())[:1],
-        ["cosine_kernel", "sum"],
-        ["cosine_gradient_kernel"],
-    ),
+ROWS: Arguments = Arguments(LABELS, torch.zeros(9, 16), feedback=SCALAR, uda_weight=SCALAR)
+# Name: the kernels forward and backward.
+KERNELS = {
+    "smoothed_ce": ("student_kernel", "student_gradient_kernel"),
+    "student hard": ("student_kernel", "student_gradient_kernel"),
+    "student soft": ("student_kernel", "student_gradient_kernel"),
+    "cosine": ("cosine_kernel", "cosine_gradient_kernel"),
+    "exact": ("exact_kernel", "exact_gradient_kernel"),
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", KERNELS)
 def test_two_forward_one_backward_and_the_one_that_starts_it(
     name: str, kernels: list[Launched]
 ) -> None:
-    loss, forward, backward = PLAIN[name]
+    forward, backward = KERNELS[name]
     x = logits()
-    with Launches(kernels) as seen:
-        value = loss(x)
-    assert seen.all() == forward
-    with Launches(kernels) as seen:
-        torch.autograd.grad(value, x, [SCALAR] * len(value), retain_graph=True)
-    assert seen.all() == backward
-    with Launches(kernels) as seen:
-        torch.autograd.grad(value, x)
-    assert seen.all() == sorted(["ones_like"] * len(value) + backward)
+    with Launches(kernels) as counted:
+        loss = named(TERMS[name](x, ROWS))["loss"]
+    assert counted.all() == sorted(["sum", forward])
+    with Launches(kernels) as counted:
+        torch.autograd.grad(loss, x, SCALAR, retain_graph=True)
+    assert counted.all() == [backward]
+    with Launches(kernels) as counted:
+        torch.autograd.grad(loss, x)
+    assert counted.all() == sorted(["ones_like", backward])
 
 
-def test_two_launches_in_one_pass(kernels: list[Launched]) -> None:
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [
+        ("teacher", ["sum", "teacher_kernel"]),
+        ("student hard, one pass", ["student_kernel", "sum"]),
+        ("student soft, one pass", ["student_kernel", "sum"]),
+        ("pseudo", ["pseudo_kernel"]),
+    ],
+)
+def test_two_launches_in_one_pass(name: str, launches: list[str], kernels: list[Launched]) -> None:
     x = logits()
-    with Launches(kernels) as seen:
-        losses.teacher_loss_and_grad(
-            x, LABELS[:3], 2, uda_weight=SCALAR, feedback=SCALAR, grad_scale=SCALAR
-        )
-    assert seen.all() == ["sum", "teacher_kernel"]
-    with Launches(kernels) as seen:
-        losses.student_loss_and_grad(x, LABELS, grad_scale=SCALAR)
-    assert seen.all() == ["student_kernel", "sum"]
-    with Launches(kernels) as seen:
-        losses.pseudo_labels(x)
-    assert seen.all() == ["pseudo_kernel"]
+    with Launches(kernels) as counted:
+        LOSSES[name](x, ROWS)
+    assert counted.all() == launches
+
+
+@pytest.mark.parametrize(("weight", "launch"), [(2.0, "full"), (DOUBLE, "_to_copy")])
+def test_a_weight_that_is_no_float32_tensor_is_a_launch(
+    weight: float | Tensor, launch: str, kernels: list[Launched]
+) -> None:
+    x = logits()
+    with Launches(kernels) as counted:
+        LOSSES["teacher"](x, ROWS._replace(uda_weight=weight))
+    assert counted.all() == [launch, "sum", "teacher_kernel"]
+    with Launches(kernels) as counted:
+        TERMS["exact"](x, ROWS._replace(feedback=weight))
+    assert counted.all() == sorted([launch, "exact_kernel", "sum"])
 
 
 def test_feedback(kernels: list[Launched]) -> None:
-    with Launches(kernels) as seen:
+    with Launches(kernels) as counted:
         losses.mpl_feedback(SCALAR, SCALAR)
-    assert seen.all() == ["sub"]
-    with Launches(kernels) as seen:
+    assert counted.all() == ["sub"]
+    with Launches(kernels) as counted:
         losses.mpl_feedback(SCALAR, SCALAR, SCALAR.clone())
-    assert seen.all() == ["abs", "clone", "lerp_", "lt", "sub", "sub", "where"]
+    assert counted.all() == ["abs", "clone", "lerp_", "lt", "sub", "sub", "where"]
 
 
-def everything(x: Tensor, labels: Tensor, numbers: Tensor) -> None:
-    """Each loss with its gradient; whatever a caller may give has been cut from these tensors."""
-    weight, feedback, upstream = numbers[0], numbers[1], numbers[2]
-    rows, label = len(x), labels[: len(x)]
-    terms = losses.teacher_loss(
-        x,
-        label[:3],
-        2,
-        uda_weight=weight,
-        feedback=feedback,
-        pseudo=labels[3:5],
-        truth=labels[5:7],
-    )[:4]
-    torch.autograd.grad(terms, x, [upstream] * 4)
-    torch.autograd.grad(losses.smoothed_ce(x, label).loss, x, upstream)
-    for pseudo in (label, x.detach()):
-        taught = losses.student_loss(x, pseudo, weight=numbers[:rows])
-        torch.autograd.grad(taught.loss, x, upstream)
-        losses.student_loss_and_grad(x, pseudo, grad_scale=upstream)
-        torch.autograd.grad(losses.cosine_loss(x, pseudo).loss, x, upstream)
-    losses.teacher_loss_and_grad(
-        x, label[:3], 2, uda_weight=weight, feedback=feedback, grad_scale=upstream
-    )
-    losses.pseudo_labels(x, uniforms=numbers[:rows])
-    exact = losses.exact_feedback(x, x.detach(), weight=weight)
-    torch.autograd.grad(exact, x, upstream)
+def everything(x: Tensor, label: Tensor, numbers: Tensor) -> None:
+    """Each loss with its gradient; all that a caller may pass is a view of these tensors."""
+    a = Arguments(label[:9], x.detach(), numbers[:9], uda_weight=numbers[0], feedback=numbers[1])
+    for loss in LOSSES.values():
+        loss(x, a)
+    for terms in TERMS.values():
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(named(terms(leaf, a))["loss"], leaf, numbers[2])
+    losses.pseudo_labels(x, uniforms=numbers[:9])
 
 
-def test_where_single_numbers_lie_is_not_compiled_in(kernels: list[Launched]) -> None:
+def test_addresses_of_single_numbers_are_not_compiled_in(kernels: list[Launched]) -> None:
     """Views into larger tensors, 4 or 8 bytes further on: else a kernel of their own for each."""
     found = []
     for shift in (0, 1, 3):
         before = len(kernels)
         everything(logits(), torch.zeros(16, dtype=torch.int64)[shift:], torch.ones(16)[shift:])
         found.append([(name, kernel.hash) for name, kernel, _ in kernels[before:]])
-    assert len(found[0]) == 18
+    assert len(found[0]) == 2 * 2 * len(TERMS) + len(LOSSES) - len(TERMS) + 1
     assert found[0] == found[1] == found[2]
 
 
-def test_where_rows_lie_is(kernels: list[Launched]) -> None:
+def test_addresses_of_rows_are(kernels: list[Launched]) -> None:
     """Only where rows start at multiples of 16 bytes are they read 16 bytes at a time."""
     digests = set()
     for shift in (0, 1):

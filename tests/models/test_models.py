@@ -86,7 +86,7 @@ def test_own_noise_is_there_in_training_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet51", "resnet50.no_such_weights", "wrn_28_3"])
-def test_unknown_name_is_told_with_names_that_exist(name: str) -> None:
+def test_unknown_name_is_refused_with_names_that_exist(name: str) -> None:
     near = {"wrn_28_3": "wrn_28_2"}.get(name, "resnet50")
     with pytest.raises(ConfigError, match=rf"'{name}' is unknown to timm; names like .*{near}"):
         models.build(name, 10)
@@ -164,10 +164,10 @@ def test_forward_derivatives_are_the_transpose_of_backward_ones(name: str) -> No
     """In training, with the same noise: what exact feedback rests on, for shake-shake too."""
     logits, weights, direction = problem(name, training=True)
     value, slope = jvp(logits, (weights,), (direction,))[:2]
-    wish = torch.randn_like(value)
-    (pulled,) = vjp(logits, weights)[1](wish)
+    cotangent = torch.randn_like(value)
+    (pulled,) = vjp(logits, weights)[1](cotangent)
     along = sum((pulled[key] * direction[key]).sum() for key in weights)
-    assert torch.allclose((slope * wish).sum(), torch.as_tensor(along), rtol=1e-10)
+    assert torch.allclose((slope * cotangent).sum(), torch.as_tensor(along), rtol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,8 @@ def test_one_entry_of_a_larger_file(tmp_path: Path) -> None:
     assert torch.equal(stem(f"{other}:state_dict"), network["stem.weight"])
     with pytest.raises(ConfigError, match=r"state.pt:pupil has no entry 'pupil', but teacher, st"):
         stem(f"{checkpoint}:pupil")
-    says = r"state.pt is a checkpoint of teacher and student: name one as .*state\.pt:ENTRY"
-    with pytest.raises(ConfigError, match=says):
+    message = r"state.pt is a checkpoint of teacher and student: name one as .*state\.pt:ENTRY"
+    with pytest.raises(ConfigError, match=message):
         stem(checkpoint)
     with pytest.raises(ConfigError, match=r"b.pth is no state dict \(epoch, state_dict\); name on"):
         stem(other)

@@ -10,17 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.packing.packs import (
-    KEEP,
-    Planned,
-    finished,
-    options_of,
-    plan_work,
-    write_shards,
-    written_rows,
-)
-from tests.packing.packs import jpeg, read_record, split_line
-from tests.packing.packs import make_tar, make_tree
 
 from mpl_fast.data.manifest import file_names, read_manifest, text_hashes
 from mpl_fast.errors import DataError
@@ -31,6 +20,20 @@ from mpl_fast.packing.publish.duplicates import describe_duplicates
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
+from tests.packing.packs import (
+    KEEP,
+    Planned,
+    finished,
+    jpeg,
+    make_tar,
+    make_tree,
+    options_of,
+    plan_work,
+    read_record,
+    split_line,
+    write_shards,
+    written_rows,
+)
 
 HOW = SplitOptions(labeled="4", shards=2)
 SKIP = ImageOptions(on_bad="skip")

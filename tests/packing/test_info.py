@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
-from tests.packing.packs import image_tree, pack, run
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.check.info import info, info_lines
 from mpl_fast.packing.check.lookup import extract, find, locate, save
-from tests.packing.packs import jpeg
+from tests.packing.packs import image_tree, jpeg, pack, run
 from tests.packing.small_pack import SmallPack, make_pack
 
 SECOND = "train-00001-of-00002.rec"

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.packing.packs import hashes, image_tree, names, pack, refuse
 
 from mpl_fast.errors import UserError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.write.ray_engine import run_ray
 from mpl_fast.packing.write.workers import Jobs
+from tests.packing.packs import hashes, image_tree, names, pack, refuse
 
 
 @pytest.fixture

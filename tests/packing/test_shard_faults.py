@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from tests.packing.packs import FIRST_ID, SHARD, files, make_table, one_file
 
 from mpl_fast.data.records import image_record
 from mpl_fast.errors import OutputError
@@ -19,6 +18,7 @@ from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow
 from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
+from tests.packing.packs import FIRST_ID, SHARD, files, make_table, one_file
 
 ROOT = Path(__file__).resolve().parents[2]
 UNCHECKED = ImageOptions(check="none")

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.packing.packs import hashes, image_tree, run
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.check.shard_check import check_shard
 from mpl_fast.packing.check.verify import Report, verify
 from mpl_fast.packing.plan.table import TABLE, open_table
-from tests.packing.packs import MAGIC, jpeg
+from tests.packing.packs import MAGIC, hashes, image_tree, jpeg, run
 from tests.packing.small_pack import SmallPack, make_pack
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"

@@ -48,11 +48,11 @@ def ablation(out: Path, rec: Path, *more: str) -> subprocess.CompletedProcess[st
 def killed_and_finished(
     tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str, str]:
-    """Two variants, two seeds; killed outright in the third run, then asked for again."""
+    """Two variants, two seeds; killed outright in the third run, then run again."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    asked = ["--seeds", "3", "5", *VARIANTS]
+    flags = ["--seeds", "3", "5", *VARIANTS]
     first = subprocess.Popen(
-        command(out, tiny_rec, *asked),
+        command(out, tiny_rec, *flags),
         stdout=subprocess.PIPE,
         text=True,
         env=environment(),
@@ -64,7 +64,7 @@ def killed_and_finished(
         time.sleep(0.02)
     first.kill()
     before = first.communicate()[0]
-    done = ablation(out, tiny_rec, *asked)
+    done = ablation(out, tiny_rec, *flags)
     assert done.returncode == 0, done.stderr
     return out, before, done.stdout
 
@@ -141,15 +141,15 @@ def test_another_recipe_takes_what_it_knows_of_the_config(
     assert (fast["seed"], fast["steps"], fast["labeled_batch"]) == (3, STEPS, 4)
 
 
-def test_asked_again_it_trains_nothing(
+def test_run_again_it_trains_nothing(
     killed_and_finished: tuple[Path, str, str], tiny_rec: Path
 ) -> None:
     """And one run that fails has its reason in its row, while the others count."""
     out = killed_and_finished[0]
     files = {f: f.stat().st_mtime_ns for f in out.glob("*/seed*/*") if f.is_file()}
     table = (out / "ablation.json").read_text()
-    asked = ["--seeds", "3", "5", *VARIANTS]
-    again = ablation(out, tiny_rec, *asked)
+    flags = ["--seeds", "3", "5", *VARIANTS]
+    again = ablation(out, tiny_rec, *flags)
     assert again.returncode == 0 and again.stdout.count("complete already") == 4
     assert ": training\n" not in again.stdout
     assert (out / "ablation.json").read_text() == table
@@ -222,11 +222,11 @@ def test_missing_records_are_reported_once_and_before_anything_runs(
 def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
     """Without those of an older, shorter run in the same log."""
     idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.delay_steps=2"]
-    asked = ["--steps", "2", "--seeds", "3", "5", *idle]
+    flags = ["--steps", "2", "--seeds", "3", "5", *idle]
     log = tmp_path / "out" / "logs" / "idle_seed3.log"
     log.parent.mkdir(parents=True)
     log.write_text("warning: the learner never moves: of old\nstep 1/")
-    done = ablation(tmp_path / "out", tiny_rec, *asked)
+    done = ablation(tmp_path / "out", tiny_rec, *flags)
     assert done.returncode == 0, done.stderr
     warning = "the learner never moves: its wait of 2 steps is not over in a run of 2"
     shown = [line for line in done.stdout.splitlines() if "warning: " in line]
@@ -236,7 +236,7 @@ def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: P
     assert [line for line in table.splitlines() if "never moves" in line] == [
         f"- `idle`: {warning}"
     ]
-    again = ablation(tmp_path / "out", tiny_rec, *asked)
+    again = ablation(tmp_path / "out", tiny_rec, *flags)
     assert again.stdout.count("complete already") == 2
     assert (tmp_path / "out" / "ablation.md").read_text() == table
 

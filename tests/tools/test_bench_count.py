@@ -133,6 +133,24 @@ def test_shadows_of_the_hosts_regions_are_no_launches() -> None:
     assert not count._is_launch(event("CPU", False))
 
 
+def test_extra_memory_is_the_peak_without_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noted(name: str, value: int) -> Callable[[], int]:
+        def call() -> int:
+            order.append(name)
+            return value
+
+        return call
+
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, noted(name, 0))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", noted("before", 100))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", noted("peak", 130))
+    assert count.extra_memory(noted("work", 0)) == 30
+    assert order[1:] == ["reset_peak_memory_stats", "before", "work", "synchronize", "peak"]
+
+
 @pytest.mark.slow
 def test_collectives_of_a_program_of_which_they_are_known(tmp_path: Path) -> None:
     """DDP's exchange, one for each of its two buckets, and two by hand."""

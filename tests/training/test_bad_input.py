@@ -10,14 +10,14 @@ import pytest
 from mpl_fast import train
 from tests.tiny_run import arguments, run
 
-Say = Callable[[list[str]], tuple[int, str]]
+Command = Callable[[list[str]], tuple[int, str]]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
+def train_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process; returns its exit code and its stderr."""
 
-    def command(options: list[str]) -> tuple[int, str]:
+    def run_main(options: list[str]) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["train.py", *options])
         try:
             code = train.main()
@@ -25,7 +25,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> S
             code = int(ended.code or 0)
         return code, capfd.readouterr().err
 
-    return command
+    return run_main
 
 
 @pytest.mark.parametrize(
@@ -59,86 +59,97 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> S
     ],
 )
 def test_one_line(
-    options: str, code: int, words: list[str], say: Say, tiny_rec: Path, tmp_path: Path
+    options: str,
+    code: int,
+    words: list[str],
+    train_command: Command,
+    tiny_rec: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "data").mkdir()
     given = options.replace("TMP", str(tmp_path / "data")).split()
-    ended, text = say([*arguments(tmp_path / "run", tiny_rec), *given])
+    ended, text = train_command([*arguments(tmp_path / "run", tiny_rec), *given])
     assert ended == code and text.count("\n") == 1, text
     assert all(part.replace("TMP", str(tmp_path / "data")) in text for part in words), text
     assert code != 4 or not (tmp_path / "run").exists()
 
 
-def test_index_that_does_not_match(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_index_that_does_not_match(train_command: Command, tiny_rec: Path, tmp_path: Path) -> None:
     rec = shutil.copytree(tiny_rec, tmp_path / "rec")
     index = rec / "train_unlabel.idx"
     index.write_text("".join(index.read_text().splitlines(keepends=True)[:-3]))
-    code, text = say(arguments(tmp_path / "run", rec))
+    code, text = train_command(arguments(tmp_path / "run", rec))
     assert code == 4 and text.count("\n") == 1 and "train_unlabel.idx" in text
 
 
-def test_records_cut_short(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_records_cut_short(train_command: Command, tiny_rec: Path, tmp_path: Path) -> None:
     rec = shutil.copytree(tiny_rec, tmp_path / "rec")
     os.truncate(rec / "val.rec", 1000)
-    code, text = say(arguments(tmp_path / "run", rec))
+    code, text = train_command(arguments(tmp_path / "run", rec))
     assert code == 4 and text.count("\n") == 1 and "val.rec" in text
 
 
-def test_fine_tuning_of_a_run_that_is_not_there(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_fine_tuning_of_a_run_that_is_not_there(
+    train_command: Command, tiny_rec: Path, tmp_path: Path
+) -> None:
     """Nothing is left behind that would stand in the way of the right command."""
     start = tmp_path / "nowhere"
     options = ["--data.root", str(tiny_rec), "--run-dir", str(tmp_path / "run"), "--epochs", "1"]
     options += ["--recipe", "finetune", "--algorithm.start", str(start), "--device", "cpu"]
     options += ["--model.name", "wrn_10_1", "--labeled-batch", "4", "--data.image-size", "16"]
-    code, text = say(options)
+    code, text = train_command(options)
     assert code == 2 and text.count("\n") == 1
     assert f"algorithm.start: there is no folder {start}" in text
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_cuda_asked_for_and_absent(
-    say: Say, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_command: Command, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    code, text = say([*arguments(tmp_path / "run", tiny_rec), "--device", "cuda"])
+    code, text = train_command([*arguments(tmp_path / "run", tiny_rec), "--device", "cuda"])
     assert code == 2 and text.count("\n") == 1 and "no GPU" in text
 
 
-def test_run_directory_that_is_a_file(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_run_directory_that_is_a_file(
+    train_command: Command, tiny_rec: Path, tmp_path: Path
+) -> None:
     (tmp_path / "run").write_text("precious")
-    code, text = say(arguments(tmp_path / "run", tiny_rec))
+    code, text = train_command(arguments(tmp_path / "run", tiny_rec))
     assert code == 2 and text.count("\n") == 1 and "cannot be written" in text
     assert (tmp_path / "run").read_text() == "precious"
 
 
-def test_run_directory_of_another_config(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_run_directory_of_another_config(
+    train_command: Command, tiny_rec: Path, tmp_path: Path
+) -> None:
     options = arguments(tmp_path / "run", tiny_rec)
     assert run([*options, "--stop-at", "2"]).returncode == 0
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    code, text = say([*options, "--seed", "9"])
+    code, text = train_command([*options, "--seed", "9"])
     assert code == 2 and text.count("\n") == 1 and "seed was 0 and is 9" in text
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
 def test_a_mistake_can_be_mended_before_the_first_checkpoint(
-    say: Say, tiny_rec: Path, tmp_path: Path
+    train_command: Command, tiny_rec: Path, tmp_path: Path
 ) -> None:
     options = arguments(tmp_path / "run", tiny_rec)
-    code, _ = say([*options, "--model.name", "resnet51"])
+    code, _ = train_command([*options, "--model.name", "resnet51"])
     assert code == 2 and (tmp_path / "run" / "config.yaml").exists()
     mended = run([*options, "--stop-at", "1", "--algorithm.student.delay-steps", "9"])
     assert mended.returncode == 0, mended.stderr
     assert "warning: the student never moves: its wait of 9 steps" in mended.stderr
 
 
-def test_two_runs_in_one_directory(say: Say, tiny_rec: Path, tmp_path: Path) -> None:
+def test_two_runs_in_one_directory(train_command: Command, tiny_rec: Path, tmp_path: Path) -> None:
     import fcntl
 
     options = arguments(tmp_path / "run", tiny_rec)
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        code, text = say(options)
+        code, text = train_command(options)
     assert code == 2 and "in use by another run" in text
 
 

@@ -118,6 +118,7 @@ def test_a_statistic_alone_that_overflows_is_restored() -> None:
     assert torch.equal(learner.network.state_dict()["1.running_mean"], good)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_on_one_rank_is_skipped_on_both(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

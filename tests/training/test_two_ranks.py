@@ -13,6 +13,7 @@ from tests.algorithms.problems import assert_same
 from tests.tiny_run import ROOT, environment
 from tests.training.two_ranks import CONFIGS
 
+pytestmark = pytest.mark.slow
 SCRIPT = str(ROOT / "tests" / "training" / "two_ranks.py")
 WITH_FEEDBACK = [name for name in CONFIGS if "mpl" in name and " off" not in name]
 assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-8)

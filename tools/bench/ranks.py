@@ -26,12 +26,12 @@ from mpl_fast.training.process import die_with_launcher
 from tools.bench import step_variants
 from tools.bench.clock import Work, interleaved, wait_for_gpu
 from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
-from tools.bench.step_variants import Flavor, Setting, default_size, network
+from tools.bench.step_variants import Flavor, Setting, add_setting_options, setting_of
 from tools.bench.torchrun import RanksError, arguments_of, on_ranks
 
-TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "rounds": 1, "steps": 2}
+TINY: dict[str, object] = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_size": 16}
+TINY |= {"rounds": 1, "steps": 2}
 EFFICIENCY = 0.95  # target for GPUs in one machine
 WARM = 3
 TOGETHER, ALONE = "together", "alone"
@@ -45,29 +45,22 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
+    add_setting_options(parser, "CUDA: 64, CPU: 4")
     add, number = parser.add_argument, at_least(1)
-    add("--model", default="wrn_28_2", metavar="NAME", help="any that mpl_fast has (%(default)s)")
-    add("--labeled", type=number, metavar="N", help="labeled images of a rank (CUDA: 64, CPU: 4)")
-    add("--mu", type=number, default=7, metavar="N", help="unlabeled for each (%(default)s)")
-    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
     add("--ranks", type=number, nargs="+", metavar="N", help="(1 2 4 ... all GPUs, or all cores)")
     add("--steps", type=number, default=5, metavar="N", help="in a round (%(default)s)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Round after round; in each all numbers of ranks, in an order drawn anew."""
-    device = choose_device(options.device)
-    cuda = device.type == "cuda"
+    setting = setting_of(options, cuda=64, cpu=4)
+    cuda = setting.device.type == "cuda"
     have = torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0))
     if options.smoke:  # two ranks on a CPU, on however few cores
         options.ranks = [min(2, have) if cuda else 2]
     options.ranks = sorted({*(options.ranks or doubled(have))})
-    options.labeled = options.labeled or (64 if cuda else 4)
     if cuda and options.ranks[-1] > have:
         raise ConfigError(f"--ranks {options.ranks[-1]}: there are {have} GPUs here")
-    size = 16 if options.smoke else default_size(options.model)
-    setting = Setting(options.model, options.labeled, options.mu, size, device)
-    network(setting)  # a wrong name is an error here, not on every rank
     report.claim = "steps of the slowest rank; numbers of ranks took turns"
     measured = interleaved(
         {str(ranks): ranks for ranks in options.ranks},

@@ -24,8 +24,7 @@ from mpl_fast.dry_run import rows as step_rows
 from mpl_fast.errors import ConfigError
 from tools.bench import step_checks
 from tools.bench.clock import interleaved, repeated, seconds_of
-from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import DEVICES, choose_device
+from tools.bench.harness import Report, run
 from tools.bench.results import Row, one_line, ratios, spread
 from tools.bench.step_phases import phases
 from tools.bench.step_variants import (
@@ -36,10 +35,10 @@ from tools.bench.step_variants import (
     Builder,
     Setting,
     Variant,
+    add_setting_options,
     batch,
     builders,
-    default_size,
-    network,
+    setting_of,
 )
 
 TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_size": 16, "rounds": 1}
@@ -96,12 +95,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
-    add, number, recipes = parser.add_argument, at_least(1), tuple(RECIPES)
-    add("--model", default="wrn_28_2", metavar="NAME", help="any that mpl_fast has (%(default)s)")
-    add("--labeled", type=number, metavar="N", help="labeled images in a step (CUDA: 64, CPU: 8)")
-    add("--mu", type=number, default=7, metavar="N", help="unlabeled for each (%(default)s)")
-    add("--image-size", type=number, metavar="N", help="pixels (what the network is made for)")
-    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    add_setting_options(parser, "CUDA: 64, CPU: 8")
+    add, recipes = parser.add_argument, tuple(RECIPES)
     add("--recipe", nargs="+", default=["mpl"], choices=recipes, metavar="NAME", help="(mpl)")
     add("--compile", default="default", choices=("default", "max-autotune"), help="(%(default)s)")
     add("--only", nargs="+", default=[], metavar="TEXT", help="variants with this in the name")
@@ -109,11 +104,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Recipe after recipe."""
-    device = choose_device(options.device)
-    options.device, options.labeled = device.type, options.labeled or _labeled(device)
-    options.image_size = options.image_size or default_size(options.model)
-    setting = Setting(options.model, options.labeled, options.mu, options.image_size, device)
-    network(setting)  # a wrong name is an error here, before minutes of measuring
+    setting = setting_of(options, cuda=64, cpu=8)
     chosen = [_chosen(options, setting, recipe) for recipe in options.recipe]
     # No compiled network may fall back to an eager one unnoticed.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -123,7 +114,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     )
     report.more |= {"correctness": [], BEST: {}}
     _note(report, [step_checks.parity(setting)])
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    gpu = torch.cuda.get_device_name() if setting.device.type == "cuda" else ""
     for number, (recipe, variants) in enumerate(zip(options.recipe, chosen, strict=True)):
         left = report.seconds_left(len(chosen) - number)
         found = _recipe(options, setting, recipe, variants, left, report)
@@ -140,10 +131,6 @@ def passes(setting: Setting, recipe: str) -> float:
     """
     counted = step_rows.count(RECIPES[recipe], *setting.counts(recipe), steps=STEPS, step=0)
     return counted.forward + 2.0 * counted.backward + 3.0 * counted.tangent
-
-
-def _labeled(device: torch.device) -> int:
-    return 64 if device.type == "cuda" else 8
 
 
 def _chosen(options: argparse.Namespace, setting: Setting, recipe: str) -> dict[str, Builder]:

@@ -1,5 +1,6 @@
 """Training steps on synthetic images: recipes, our step in several forms, the plain step."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode
 from mpl_fast.training.step_graph import StepGraph
 from tools.bench import step_reference
+from tools.bench.harness import at_least
+from tools.bench.machine import DEVICES, choose_device
 
 SMALL = ("wrn", "shake", "convlarge")  # networks for images of 32 pixels, in 10 classes
 STEPS = 10**6  # of the imitated run, so that its learning rate hardly changes
@@ -147,9 +150,29 @@ def flavors(setting: Setting, compiled: Mode = "default") -> list[list[Flavor]]:
     return [first, *graphs, single, [Flavor()]]
 
 
-def default_size(model: str) -> int:
-    """Pixels that a network was made for."""
-    return 32 if model.startswith(SMALL) else 224
+def add_setting_options(parser: argparse.ArgumentParser, labeled: str, mu: int = 7) -> None:
+    """Network, sizes and device of a step."""
+    add, number = parser.add_argument, at_least(1)
+    add("--model", default="wrn_28_2", metavar="NAME", help="any that mpl_fast has (%(default)s)")
+    add("--labeled", type=number, metavar="N", help=f"labeled images of a rank ({labeled})")
+    add("--mu", type=number, default=mu, metavar="N", help="unlabeled for each (%(default)s)")
+    add("--image-size", type=number, metavar="N", help="pixels (what the network is made for)")
+    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+
+
+def setting_of(options: argparse.Namespace, *, cuda: int, cpu: int) -> Setting:
+    """The setting of these options; `cuda`, `cpu`: labeled images where none are given.
+
+    Raises `ConfigError` for an unknown network, before minutes of measuring, or processes.
+    """
+    device = choose_device(options.device)
+    options.device = device.type
+    options.labeled = options.labeled or (cuda if device.type == "cuda" else cpu)
+    options.image_size = options.image_size or (32 if options.model.startswith(SMALL) else 224)
+    sizes = (options.labeled, options.mu, options.image_size)
+    setting = Setting(options.model, *sizes, device)
+    network(setting)
+    return setting
 
 
 def network(setting: Setting, seed: int = 0) -> nn.Module:

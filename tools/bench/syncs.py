@@ -19,13 +19,12 @@ from mpl_fast import distributed
 from mpl_fast.training.process import die_with_launcher
 from tools.bench import step_variants
 from tools.bench.count import collectives, host_syncs, launches, operators
-from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import DEVICES, choose_device
+from tools.bench.harness import Report, run
 from tools.bench.results import count_row
-from tools.bench.step_variants import RECIPES, Flavor, Setting, Variant, default_size, network
+from tools.bench.step_variants import RECIPES, Flavor, Variant, add_setting_options, setting_of
 from tools.bench.torchrun import arguments_of, on_ranks
 
-TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2}
+TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_size": 16}
 SYNCS, COLLECTIVES = 0, 3  # budgets of a step
 RANKS, WARM = 2, 2
 
@@ -37,20 +36,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
-    add, number, recipes = parser.add_argument, at_least(1), tuple(RECIPES)
-    add("--model", default="wrn_28_2", metavar="NAME", help="any that mpl_fast has (%(default)s)")
-    add("--labeled", type=number, default=4, metavar="N", help="labeled images (%(default)s)")
-    add("--mu", type=number, default=2, metavar="N", help="unlabeled for each (%(default)s)")
-    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    add_setting_options(parser, "4", mu=2)
+    add, recipes = parser.add_argument, tuple(RECIPES)
     add("--recipe", nargs="+", choices=recipes, default=recipes, metavar="NAME", help="(all)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """The plain step, then recipe after recipe."""
-    device, size = choose_device(options.device), default_size(options.model)
-    size = 16 if options.smoke else size
-    setting = Setting(options.model, options.labeled, options.mu, size, device)
-    network(setting)  # a wrong name is an error here, not on every rank
+    setting = setting_of(options, cuda=4, cpu=4)
+    device = setting.device
     report.claim = f"counts of one warm step of {setting.model}, eager"
     report.more["where"] = {}
     exchanged = on_ranks("tools.bench.syncs", RANKS, setting, options.recipe, None)

@@ -83,7 +83,7 @@ class RunDifference:
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
         target = losses.pseudo_labels(logits.detach()).label if self._relabel else self._target
         each_row = self.h.repeat(len(logits) // len(self.h))
-        return losses.student_loss(logits, target, weight=each_row).loss
+        return losses.student_loss(logits, target, weight=each_row)
 
     def metrics(self) -> Metrics:
         return {"feedback": self.h.mean(), "loss/student_labeled": self._new.mean()}
@@ -99,10 +99,10 @@ class RunDifference:
 class RunsMPL(MetaPseudoLabels):
     """MPL on many runs at once."""
 
-    def _make_feedback(self, strong: Sequence[Tensor], judging: Batch) -> Feedback:
+    def _make_feedback(self, strong: Sequence[Tensor], batch: Batch) -> Feedback:
         if self.config.feedback in ("difference", "sampled"):
-            return RunDifference(self.student, judging.labeled, judging.labels)
-        return super()._make_feedback(strong, judging)
+            return RunDifference(self.student, batch.labeled, batch.labels)
+        return super()._make_feedback(strong, batch)
 
 
 class RunsSMPL(SelfMetaPseudoLabels):

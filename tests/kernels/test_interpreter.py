@@ -1,4 +1,4 @@
-"""The kernels' values without a GPU, on Triton's interpreter: every *in_interpreter.py beside this.
+"""The kernels without a GPU: the tests of all implementations, on Triton's interpreter.
 
 A file apart from `test_aot.py`, so that two workers can run them at the same time.
 """
@@ -12,14 +12,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
+FILES = ("test_contract.py", "test_definition.py", "test_properties.py", "test_compiled.py")
 
 
 @pytest.mark.slow
-def test_values_on_the_interpreter() -> None:
-    """In one process of its own: Triton decides when a kernel is decorated."""
-    files = sorted(map(str, HERE.glob("*in_interpreter.py")))
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", *files]
+@pytest.mark.parametrize("name", FILES)
+def test_on_the_interpreter(name: str) -> None:
+    """In a process of its own: Triton decides when a kernel is decorated."""
+    file = str(Path(__file__).with_name(name))
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=5", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
