@@ -27,7 +27,7 @@ def read_all(reader: Reader, rows: list[RecordRow]) -> Iterator[tuple[RecordRow,
 
 def read(sources: list[SourceRow], rows: list[RecordRow], threads: int = 0) -> list[bytes]:
     """Return the images of rows, read in this order."""
-    with closing(Reader(sources, CLASSES, threads)) as reader:
+    with closing(Reader(sources, list(CLASSES), threads)) as reader:
         pairs = list(read_all(reader, rows))
         reader.require_unchanged()
     assert [row for row, _ in pairs] == rows
@@ -55,7 +55,7 @@ def test_files(tmp_path: Path, photos: list[RecordRow], threads: int) -> None:
     before = open_files()
     assert read([folder(tmp_path)], photos, threads) == IMAGES
     assert open_files() == before
-    with closing(Reader([folder(tmp_path)], CLASSES, threads)) as reader:
+    with closing(Reader([folder(tmp_path)], list(CLASSES), threads)) as reader:
         assert next(iter(reader.opened(photos))).record == photos[0]
     assert open_files() == before
 
@@ -79,7 +79,7 @@ def test_ranges_of_several_files(tmp_path: Path, threads: int) -> None:
 
 def test_images_are_filled_into_pieces(tmp_path: Path) -> None:
     pieces = [bytearray(3), bytearray(1), bytearray(4)]
-    with closing(Reader([archive(tmp_path, b"--abcdefgh--")], CLASSES, 0)) as reader:
+    with closing(Reader([archive(tmp_path, b"--abcdefgh--")], list(CLASSES), 0)) as reader:
         for opened in reader.opened([ARCHIVED._replace(start=2, size=8)]):
             reader.fill(opened, [memoryview(piece) for piece in pieces])
     assert pieces == [b"abc", b"d", b"efgh"]
@@ -158,7 +158,7 @@ def test_a_file_that_changed(
     before = open_files()
     done = []
     with (
-        closing(Reader([folder(tmp_path)], CLASSES, threads)) as reader,
+        closing(Reader([folder(tmp_path)], list(CLASSES), threads)) as reader,
         pytest.raises(DataError, match=f"^cat/50.jpg: {tmp_path}/{message}"),
     ):
         for row, _ in read_all(reader, photos):
@@ -169,7 +169,7 @@ def test_a_file_that_changed(
 
 
 def test_a_file_that_grows_while_it_is_open(tmp_path: Path, photos: list[RecordRow]) -> None:
-    with closing(Reader([folder(tmp_path)], CLASSES, 0)) as reader:
+    with closing(Reader([folder(tmp_path)], list(CLASSES), 0)) as reader:
         opened = next(islice(reader.opened(photos), 50, None))
         (tmp_path / "50.jpg").write_bytes(b"another image, and a longer one than before")
         with pytest.raises(DataError, match=rf"cat/50\.jpg: .*50\.jpg {CHANGED}"):
@@ -187,7 +187,7 @@ def test_a_file_that_grows_while_it_is_open(tmp_path: Path, photos: list[RecordR
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_archive_that_changed(tmp_path: Path, change: str, message: str, when: str) -> None:
     source = archive(tmp_path, b"image")
-    with closing(Reader([source], CLASSES, 0)) as reader:
+    with closing(Reader([source], list(CLASSES), 0)) as reader:
         if when == "after":
             assert list(read_all(reader, [ARCHIVED])) == [(ARCHIVED, b"image")]
         change_file(tmp_path / "a.tar", change, source.stamp)

@@ -15,7 +15,6 @@ import pytest
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, UserError
-from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.resplit import resplit
 from tests.packing.packs import (
@@ -28,6 +27,7 @@ from tests.packing.packs import (
     pack,
     read_split,
     run,
+    verified,
 )
 
 FIRST: dict[str, Any] = {"labeled": "3", "split_seed": 0, "balance": "count", "unlabeled": "all"}
@@ -62,8 +62,7 @@ def contents(root: Path) -> dict[str, object]:
 
 
 def sound(root: Path) -> bool:
-    report = verify(root, deep=False, processes=1, progress=lambda *done: None)
-    return not report.problems
+    return not verified(root).problems
 
 
 @pytest.fixture(scope="module")
