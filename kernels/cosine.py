@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mpl_fast.kernels.launch import (
-    align,
     constant,
     dense_rows,
     no_second_derivative,
@@ -142,17 +141,8 @@ def _cosine(
     rows = x.shape[0]
     part = x.new_empty((2, rows), dtype=torch.float32)
     saved = x.new_empty((4, rows), dtype=torch.float32)
-    wrap_triton(cosine_kernel, x, rows)(
-        x,
-        x.stride(0),
-        target,
-        target.stride(0),
-        saved,
-        part,
-        rows,
-        1.0 / temperature,
-        float(threshold),
-        ALIGN=align(x.stride(0), target.stride(0)),
+    wrap_triton(cosine_kernel, rows, x, target)(
+        saved, part, rows, 1.0 / temperature, float(threshold)
     )
     return part, saved
 
@@ -162,17 +152,8 @@ def _cosine_gradient(
 ) -> Tensor:
     """The gradient (rows, C). saved: the second output of `_cosine`. upstream: 0-dim."""
     gradient = x.new_empty(x.shape)
-    wrap_triton(cosine_gradient_kernel, x, x.shape[0])(
-        x,
-        x.stride(0),
-        target,
-        target.stride(0),
-        saved,
-        upstream,
-        gradient,
-        x.shape[0],
-        1.0 / temperature,
-        ALIGN=align(x.stride(0), target.stride(0)),
+    wrap_triton(cosine_gradient_kernel, x.shape[0], x, target)(
+        saved, upstream, gradient, x.shape[0], 1.0 / temperature
     )
     return gradient
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mpl_fast.kernels.launch import (
-    align,
     dense_rows,
     no_second_derivative,
     on_device,
@@ -114,17 +113,7 @@ def _exact(x: Tensor, direction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     rows = x.shape[0]
     part = x.new_empty(rows, dtype=torch.float32)
     saved = x.new_empty((3, rows), dtype=torch.float32)
-    wrap_triton(exact_kernel, x, rows)(
-        x,
-        x.stride(0),
-        direction,
-        direction.stride(0),
-        weight,
-        saved,
-        part,
-        rows,
-        ALIGN=align(x.stride(0), direction.stride(0)),
-    )
+    wrap_triton(exact_kernel, rows, x, direction)(weight, saved, part, rows)
     return part, saved
 
 
@@ -133,17 +122,8 @@ def _exact_gradient(
 ) -> Tensor:
     """The gradient (rows, C). saved: the second output of `_exact`. upstream: 0-dim."""
     gradient = x.new_empty(x.shape)
-    wrap_triton(exact_gradient_kernel, x, x.shape[0])(
-        x,
-        x.stride(0),
-        direction,
-        direction.stride(0),
-        weight,
-        saved,
-        upstream,
-        gradient,
-        x.shape[0],
-        ALIGN=align(x.stride(0), direction.stride(0)),
+    wrap_triton(exact_gradient_kernel, x.shape[0], x, direction)(
+        weight, saved, upstream, gradient, x.shape[0]
     )
     return gradient
 

@@ -47,11 +47,6 @@ def launch_config(classes: int) -> Launch:
     return Launch(2048, 4) if block > 8192 else Launch(block, max(1, block // 1024))
 
 
-def align(*strides: int) -> int:
-    """The largest divisor of all strides that a kernel makes use of, up to 16 elements."""
-    return math.gcd(16, *(int(stride) for stride in strides))  # int(): may be symbolic
-
-
 def dense_rows(x: Tensor) -> Tensor:
     """x, copied only if neighbors in a row are not next to each other in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -70,8 +65,12 @@ def on_device(value: Scalar, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
-def wrap_triton(kernel: Any, x: Tensor, programs: int) -> Callable[..., None]:
-    """Launches `kernel`, for rows as long as those of x, on a grid of `programs`; none if 0.
+def wrap_triton(kernel: Any, programs: int, x: Tensor, *others: Tensor) -> Callable[..., None]:
+    """Launches `kernel` on a grid of `programs`; launches nothing if there are none.
+
+    x, others: (rows, C), with dense rows; they are the kernel's first arguments, each with the
+    stride between its rows. The constants C, BLOCK and ALIGN are passed, too; ALIGN is a divisor of
+    all strides, up to 16 elements, the most that a kernel makes use of.
 
     Named as PyTorch's function, since its compiler searches an op's source for calls of that name:
     the kernels that it finds become part of the key of its caches. So each op calls this itself.
@@ -81,17 +80,18 @@ def wrap_triton(kernel: Any, x: Tensor, programs: int) -> Callable[..., None]:
         return lambda *_, **__: None
     classes = x.shape[1]
     block, warps = launch_config(classes)
+    rows = [argument for tensor in (x, *others) for argument in (tensor, tensor.stride(0))]
+    alignment = math.gcd(16, *map(int, rows[1::2]))  # int(): may be symbolic
+    options = {"C": classes, "BLOCK": block, "ALIGN": alignment, "num_warps": warps}
     if is_traced:
-        traced = torch.library.wrap_triton(kernel)[(programs,)]
-        return partial(traced, C=classes, BLOCK=block, num_warps=warps)
+        return partial(torch.library.wrap_triton(kernel)[(programs,)], *rows, **options)
 
     def launch(*args: Any, **constants: Any) -> None:
         # Triton launches on the current device, not on the tensors'.
         with torch.cuda.device_of(x):
             # Fusion is explicit, since Triton 3.9 warns that its default will change. Inductor
             # decides that by itself and takes no such argument.
-            options = {"num_warps": warps, "enable_fp_fusion": True}
-            kernel[(programs,)](*args, **constants, C=classes, BLOCK=block, **options)
+            kernel[(programs,)](*rows, *args, **constants, **options, enable_fp_fusion=True)
 
     return launch
 

@@ -1,8 +1,8 @@
-"""Reads a compiled kernel: registers, memory that it spills to, widths of its accesses to rows.
+"""Registers, spills and widths of accesses to rows of a compiled kernel.
 
 A row is what a kernel loads or stores as a block (a tensor in Triton's intermediate code); single
-numbers such as a label are narrow by nature. Both kinds are told apart by the line of source that
-an access stands on, which the intermediate code and the PTX name alike.
+numbers such as a label are narrow by nature. The two kinds are distinguished by the line of source
+of an access, which is the same in the intermediate code and in the PTX.
 """
 
 import re
@@ -29,7 +29,7 @@ Line = tuple[str, str]  # name of a source file, number of a line
 
 
 class Code(NamedTuple):
-    """What a compiled kernel takes."""
+    """Resources of a compiled kernel."""
 
     registers: int  # of each thread
     stack: int  # bytes of each thread; more than 0 is a spill
@@ -40,7 +40,7 @@ class Code(NamedTuple):
 
 
 def read(kernel: Any) -> Code:
-    """What Triton's compiled kernel takes; nothing is run."""
+    """Resources of a kernel that Triton compiled; nothing is run."""
     resources = _resources(kernel.asm["cubin"])
     blocks = _lines_of_blocks(kernel.asm["ttgir"])
     loads, stores = _widths(kernel.asm["ptx"], blocks)
@@ -58,7 +58,7 @@ def _resources(binary: bytes) -> dict[str, int]:
 
 
 def _lines_of_blocks(ttgir: str) -> set[Line]:
-    """Where the source loads or stores a block."""
+    """Lines of the source that load or store a block."""
     named = dict(_NAMED_PLACE.findall(ttgir))
 
     def innermost(name: str) -> Line | None:
@@ -78,16 +78,16 @@ def _widths(ptx: str, blocks: set[Line]) -> tuple[dict[int, int], dict[int, int]
     files = {number: Path(name).name for number, name in _FILE.findall(ptx)}
     found: dict[str, dict[int, int]] = {"ld": {}, "st": {}}
     line: Line = ("", "")
-    # Inside of inline assembly only the first place is true: the compiler counts on from there.
-    inside = settled = False
+    # Inside of inline assembly only the first place is right: the compiler counts on from there.
+    inside = fixed = False
     for text in ptx.splitlines():
         if "inline asm" in text:
-            settled = False
+            fixed = False
             inside = "begin" in text
         elif place := _LINE.match(text):
-            if not settled:
+            if not fixed:
                 line = files.get(place[1], ""), place[2]
-            settled = inside
+            fixed = inside
         elif line in blocks and (access := _ACCESS.search(text)):
             kind, form = access.groups()
             vector, element = _VECTOR.search(form), _ELEMENT.search(form)

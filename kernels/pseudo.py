@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpl_fast.kernels.launch import align, dense_rows, register, wrap_triton
+from mpl_fast.kernels.launch import dense_rows, register, wrap_triton
 from mpl_fast.kernels.outputs import PseudoLabels
 from mpl_fast.kernels.rows import LOG2E, LOWEST, aligned, load_block, rescaled
 
@@ -99,15 +99,8 @@ def _pseudo(x: Tensor, uniforms: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     label = x.new_empty(rows, dtype=torch.int64)
     confidence, entropy = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    wrap_triton(pseudo_kernel, x, rows)(
-        x,
-        x.stride(0),
-        uniforms[0] if uniforms else x,
-        label,
-        confidence,
-        entropy,
-        SAMPLED=bool(uniforms),
-        ALIGN=align(x.stride(0)),
+    wrap_triton(pseudo_kernel, rows, x)(
+        uniforms[0] if uniforms else x, label, confidence, entropy, SAMPLED=bool(uniforms)
     )
     return label, confidence, entropy
 

@@ -51,7 +51,7 @@ def zero_row(row_ptr, C: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def known(label, C: tl.constexpr):
+def valid_label(label, C: tl.constexpr):
     """A class to compute with, and a factor of its loss: NaN if there is no such class.
 
     Labels are not checked on the host; one out of range gives NaN, never a read outside the row.

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mpl_fast.kernels.launch import (
-    align,
     constant,
     dense_rows,
     no_second_derivative,
@@ -38,11 +37,11 @@ from mpl_fast.kernels.rows import (
     aligned,
     hard_row,
     inverse,
-    known,
     load_block,
     rescaled,
     store_block,
     store_hard_gradient,
+    valid_label,
 )
 
 
@@ -119,9 +118,9 @@ def _share(rows, weight_ptr, WEIGHTED: tl.constexpr):
 def student_kernel(
     x_ptr,  # (rows, C)
     x_stride,
-    label_ptr,  # (rows,) int64, unless SOFT
     soft_ptr,  # (rows, C) logits if SOFT
     soft_stride,
+    label_ptr,  # (rows,) int64, unless SOFT
     weight_ptr,  # (rows,) if WEIGHTED
     part_ptr,  # (2, rows) float32, written: shares of the loss and, unless SOFT or GRAD, accuracy
     saved_ptr,  # (2 or 4 if SOFT, rows) float32, written unless GRAD
@@ -153,7 +152,7 @@ def student_kernel(
             tl.store(saved_ptr + 3 * rows + row, z_t)
     else:
         label = tl.load(label_ptr + row)
-        y, valid = known(label, C)
+        y, valid = valid_label(label, C)
         share = _share(rows, weight_ptr + row, WEIGHTED) * valid
         loss, m, z, top = hard_row(x_row, y, smoothing, C, not GRAD, BLOCK)
         if GRAD:
@@ -173,9 +172,9 @@ def student_kernel(
 def student_gradient_kernel(
     x_ptr,  # (rows, C)
     x_stride,
-    label_ptr,  # (rows,) int64, unless SOFT
     soft_ptr,  # (rows, C) logits if SOFT
     soft_stride,
+    label_ptr,  # (rows,) int64, unless SOFT
     weight_ptr,  # (rows,) if WEIGHTED
     saved_ptr,  # (2 or 4 if SOFT, rows) float32, of `student_kernel`
     upstream_ptr,  # a number: the gradient with respect to the loss
@@ -203,7 +202,7 @@ def student_gradient_kernel(
         z_t = tl.load(saved_ptr + 3 * rows + row)
         _store_soft_gradient(x_row, t_row, g_row, m, z, m_t, z_t, coef, smoothing, C, BLOCK)
     else:
-        y, valid = known(tl.load(label_ptr + row), C)
+        y, valid = valid_label(tl.load(label_ptr + row), C)
         store_hard_gradient(x_row, g_row, m, z, y, coef * valid, smoothing, C, BLOCK)
 
 
@@ -218,13 +217,8 @@ def _student(
     part = x.new_empty((1 if soft or grad else 2, rows), dtype=torch.float32)
     saved = x.new_empty((0 if grad else 4 if soft else 2, rows), dtype=torch.float32)
     gradient = x.new_empty((rows if grad else 0, classes))
-    pitch = pseudo.stride(0) if soft else 0
-    wrap_triton(student_kernel, x, rows)(
-        x,
-        x.stride(0),
+    wrap_triton(student_kernel, rows, x, pseudo if soft else x)(
         pseudo,
-        pseudo if soft else x,
-        pitch,
         weight[0] if weight else x,
         part,
         saved,
@@ -234,7 +228,6 @@ def _student(
         SOFT=soft,
         WEIGHTED=bool(weight),
         GRAD=grad,
-        ALIGN=align(x.stride(0), pitch),
     )
     return part, saved, gradient
 
@@ -250,13 +243,8 @@ def _student_gradient(
     """The gradient (rows, C). saved: the second output of `_student`. upstream: 0-dim."""
     gradient = x.new_empty(x.shape)
     soft = pseudo.dim() == 2
-    pitch = pseudo.stride(0) if soft else 0
-    wrap_triton(student_gradient_kernel, x, x.shape[0])(
-        x,
-        x.stride(0),
+    wrap_triton(student_gradient_kernel, x.shape[0], x, pseudo if soft else x)(
         pseudo,
-        pseudo if soft else x,
-        pitch,
         weight[0] if weight else x,
         saved,
         upstream,
@@ -265,7 +253,6 @@ def _student_gradient(
         float(label_smoothing),
         SOFT=soft,
         WEIGHTED=bool(weight),
-        ALIGN=align(x.stride(0), pitch),
     )
     return gradient
 

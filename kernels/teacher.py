@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpl_fast.kernels.launch import align, dense_rows, on_device, register, wrap_triton
+from mpl_fast.kernels.launch import dense_rows, on_device, register, wrap_triton
 from mpl_fast.kernels.outputs import TeacherInputs, TeacherOut
 from mpl_fast.kernels.rows import (
     LOG2E,
@@ -27,11 +27,11 @@ from mpl_fast.kernels.rows import (
     aligned,
     hard_row,
     inverse,
-    known,
     load_block,
     rescaled,
     store_block,
     store_hard_gradient,
+    valid_label,
     zero_row,
 )
 
@@ -127,7 +127,7 @@ def _pair(
     else:
         # A row of NaN has no arg-max: keep the index inside the row in every case.
         label = tl.minimum(top_s if FROM_STRONG else top_w, C - 1).to(tl.int64)
-    y, valid = known(label, C)
+    y, valid = valid_label(label, C)
     # Not before the loop over the rows, which needs the registers; nor are loads kept across one.
     inv_n = inverse(n)
     conf = tl.div_rn(1.0, z_w)  # rounded as PyTorch's division: it is compared
@@ -213,7 +213,7 @@ def teacher_kernel(
     g_row = g_ptr + row * C
     part_ptr += row
     if row < n_l:
-        y, valid = known(tl.load(target_ptr + row), C)
+        y, valid = valid_label(tl.load(target_ptr + row), C)
         loss, m, z, _ = hard_row(x_row, y, smoothing, C, False, BLOCK)
         share = valid * inverse(n_l)
         store_hard_gradient(x_row, g_row, m, z, y, share, smoothing, C, BLOCK)
@@ -265,9 +265,7 @@ def _teacher(
     part = x.new_empty((len(STATISTICS), rows - n_unlabeled), dtype=torch.float32)
     label = x.new_empty(n_unlabeled, dtype=torch.int64)
     gradient = x.new_empty(x.shape)
-    wrap_triton(teacher_kernel, x, rows - n_unlabeled)(
-        x,
-        x.stride(0),
+    wrap_triton(teacher_kernel, rows - n_unlabeled, x)(
         gradient,
         target,
         given[0] if given else target,
@@ -284,7 +282,6 @@ def _teacher(
         GIVEN=bool(given),
         FROM_STRONG=from_strong,
         HAS_TRUTH=bool(truth),
-        ALIGN=align(x.stride(0)),
     )
     return part, label, gradient
 

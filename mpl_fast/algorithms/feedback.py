@@ -22,7 +22,15 @@ ALL = slice(None)
 
 
 class Feedback(Protocol):
-    """The feedback of one step: made before the student's update, complete after it."""
+    """The feedback of one step: made before the student's update, complete after it.
+
+    The feedback term of the teacher's loss is `term`, plus `ce_weight` times the cross-entropy of
+    the strong views with the labels, which the fused loss computes in the same pass (`uda_loss`).
+    """
+
+    @property
+    def ce_weight(self) -> Tensor | float:
+        """0-dim, a constant; 0.0 if `term` is the whole feedback term."""
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         """Called after the student's update on `labels`.
@@ -32,7 +40,7 @@ class Feedback(Protocol):
         """
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
-        """The feedback term, 0-dim, of the teacher's logits ``(rows, C)``, which carry gradient.
+        """A 0-dim loss of the teacher's logits ``(rows, C)``, which carry gradient.
 
         The logits are of the view that the labels are credited to, or of some `rows` of it.
         """
@@ -43,6 +51,8 @@ class Feedback(Protocol):
 
 class NoFeedback:
     """No feedback; only the student's labeled loss is measured."""
+
+    ce_weight = 0.0
 
     def __init__(self, student: Learner, images: Tensor, labels: Tensor) -> None:
         self._student, self._images, self._labels = student, images, labels
@@ -62,6 +72,7 @@ class DifferenceFeedback:
 
     The first-order derivative of Meta Pseudo Labels (arXiv 2003.10580); unbiased if the labels were
     drawn from the teacher. `baseline` (0-dim) is a moving average of h that is subtracted from it.
+    `fused`: leave the cross-entropy of the term to `uda_loss`, which must then be of all images.
     """
 
     def __init__(
@@ -71,9 +82,11 @@ class DifferenceFeedback:
         labels: Tensor,
         baseline: Tensor | None = None,
         momentum: float = 0.99,
+        *,
+        fused: bool = False,
     ) -> None:
         self._student, self._images, self._labels = student, images, labels
-        self._baseline, self._momentum = baseline, momentum
+        self._baseline, self._momentum, self._fused = baseline, momentum, fused
         self._old = labeled_loss(student, images, labels)
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
@@ -82,14 +95,20 @@ class DifferenceFeedback:
         # A skipped update has no feedback: NaN makes the teacher skip its update too.
         after = torch.where(rate.isfinite(), self._new, torch.nan)
         old, new = mean_over_ranks(torch.stack([self._old, after]))
-        self.h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
+        self._h = losses.mpl_feedback(old, new, self._baseline, momentum=self._momentum)
+
+    @property
+    def ce_weight(self) -> Tensor | float:
+        return self._h if self._fused else 0.0
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
+        if self._fused:
+            return logits.new_zeros(())
         labels = self._pseudo.select(rows)
-        return self.h * losses.student_loss(logits, labels.target, weight=labels.weight)
+        return self._h * losses.student_loss(logits, labels.target, weight=labels.weight)
 
     def metrics(self) -> Metrics:
-        return {"feedback": self.h, "loss/student_labeled": self._new}
+        return {"feedback": self._h, "loss/student_labeled": self._new}
 
 
 class DerivativeFeedback:
@@ -103,6 +122,8 @@ class DerivativeFeedback:
     drawn labels: each label has its own h = -r/U * u[label]; unbiased, with less noise than the
     difference. `unlabeled`: the images of the student's passes in this step, in their order.
     """
+
+    ce_weight = 0.0
 
     def __init__(
         self,

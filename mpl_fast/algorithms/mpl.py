@@ -20,7 +20,7 @@ from mpl_fast.algorithms.uda import uda_loss
 from mpl_fast.algorithms.views import ViewLogits, Views
 from mpl_fast.batch import Batch, joined
 from mpl_fast.config import MPLConfig
-from mpl_fast.learner import Term, rng
+from mpl_fast.learner import rng
 
 
 class MetaPseudoLabels:
@@ -77,8 +77,7 @@ class MetaPseudoLabels:
         # The teacher takes one step on UDA's loss and the feedback term.
         metrics = []
         for part, r, view, (_, loss) in zip(parts, rows, views, passes, strict=True):
-            terms, part_metrics = self._teacher_loss(view.logits(), part, labels, r, feedback, t)
-            teacher.backward(*terms, microbatches=self.microbatches)
+            part_metrics = self._teacher_backward(view.logits(), part, labels, r, feedback, t)
             metrics.append({**part_metrics, "loss/student": loss})
         teacher.optimizer_step()
         return {**mean_metrics(metrics), **feedback.metrics()}
@@ -95,7 +94,7 @@ class MetaPseudoLabels:
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
         return logits.detach(), loss
 
-    def _teacher_loss(
+    def _teacher_backward(
         self,
         logits: ViewLogits,
         batch: Batch,
@@ -103,27 +102,22 @@ class MetaPseudoLabels:
         rows: slice,
         feedback: Feedback,
         t: int,
-    ) -> tuple[list[Term], Metrics]:
-        """UDA's loss and the feedback term of one microbatch, whose labels are `rows` of all."""
+    ) -> Metrics:
+        """Backward pass of one microbatch, whose labels are `rows` of all."""
         config, weight = self.config, self.config.feedback_weight_at(t)
-        h: Tensor | None = None
-        if isinstance(feedback, DifferenceFeedback) and self.feedback_view == "strong":
-            # One more cross-entropy of the same logits, which the fused loss has, for all rows.
-            h = feedback.h if labels.weight is None else None
         loss = uda_loss(
             logits,
             batch,
             t,
             config.consistency,
             config.label_smoothing,
-            feedback=0.0 if h is None else weight * h,
+            feedback=weight * feedback.ce_weight,
             pseudo=labels.hard[rows],
         )
-        if h is not None:
-            return loss.terms, {**loss.metrics, "loss/feedback": h * loss.out.mpl}
-        view = logits.strong if self.feedback_view == "strong" else logits.weak
-        term = feedback.term(view, rows)
-        return [*loss.terms, weight * term], {**loss.metrics, "loss/feedback": term.detach()}
+        term = feedback.term(logits.strong if self.feedback_view == "strong" else logits.weak, rows)
+        self.teacher.backward(*loss.terms, weight * term, microbatches=self.microbatches)
+        value = feedback.ce_weight * loss.out.mpl + term.detach()
+        return {**loss.metrics, "loss/feedback": value}
 
     @property
     def feedback_view(self) -> Literal["weak", "strong"]:
@@ -158,8 +152,14 @@ class MetaPseudoLabels:
                 config.label_smoothing,
                 config.derivative,
             )
-        baseline = self.state.get("baseline")
-        return DifferenceFeedback(student, images, labels, baseline, config.baseline)
+        return DifferenceFeedback(
+            student,
+            images,
+            labels,
+            self.state.get("baseline"),
+            config.baseline,
+            fused=self.feedback_view == "strong" and not config.label_threshold,
+        )
 
 
 def count_held_out(labeled: int, share: float) -> int:

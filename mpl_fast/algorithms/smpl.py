@@ -58,19 +58,20 @@ class SelfMetaPseudoLabels:
         # Second update: UDA's loss, and the feedback on the labels of the first update.
         logits = Views(learner, batch).logits()
         weight = config.feedback_weight_at(t)
-        h = feedback.h if isinstance(feedback, DifferenceFeedback) else 0.0
         loss = uda_loss(
-            logits, batch, t, config.consistency, config.label_smoothing, feedback=weight * h
+            logits,
+            batch,
+            t,
+            config.consistency,
+            config.label_smoothing,
+            feedback=weight * feedback.ce_weight,
         )
-        terms, term = loss.terms, h * loss.out.mpl
-        if not isinstance(feedback, DifferenceFeedback | NoFeedback):
-            term = feedback.term(logits.weak)
-            terms = [*terms, weight * term]
-        learner.backward_and_step(*terms)
+        term = feedback.term(logits.weak)
+        learner.backward_and_step(*loss.terms, weight * term)
         return {
             **loss.metrics,
             "loss/student": student_loss,
-            "loss/feedback": term.detach(),
+            "loss/feedback": feedback.ce_weight * loss.out.mpl + term.detach(),
             **feedback.metrics(),
         }
 
@@ -80,7 +81,7 @@ class SelfMetaPseudoLabels:
         if config.feedback == "off" or learner.lr == 0.0:
             return NoFeedback(learner, images, labels)
         if config.feedback == "difference":
-            return DifferenceFeedback(learner, images, labels)
+            return DifferenceFeedback(learner, images, labels, fused=True)
         return DerivativeFeedback(
             "exact",
             learner,

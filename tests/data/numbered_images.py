@@ -1,7 +1,7 @@
 """A small packed folder whose images have their number as a gray level, and loaders over it."""
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,57 +42,37 @@ def pack_numbered(base: Path) -> Manifest:
         save(base / "train" / f"class{number % CLASSES}", number)
     for number in range(VAL):
         save(base / "val" / f"class{number % CLASSES}", number)
-    pack(
-        PackOptions(
-            src=(str(base / "train"),),
-            val=str(base / "val"),
-            out=base / "rec",
-            split=SplitOptions(labeled="20", shards=3),
-            quiet=True,
-        )
+    return pack_folder(base / "train", base / "rec", val=base / "val", labeled="20", shards=3)
+
+
+def pack_folder(src: Path, out: Path, val: Path | None = None, **split: Any) -> Manifest:
+    """Packs class folders; `split` has fields of SplitOptions."""
+    options = PackOptions(
+        src=(str(src),),
+        val=str(val) if val else None,
+        out=out,
+        split=SplitOptions(**split),
+        quiet=True,
     )
-    return read_manifest(base / "rec")
+    pack(options)
+    return read_manifest(out)
 
 
-def train_loader(
-    manifest: Manifest,
-    config: DataConfig = PLAIN,
-    *,
-    labeled: int = 4,
-    unlabeled: int = 8,
-    rank: int = 0,
-    world: int = 1,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    state: Mapping[str, str | bytes] | None = None,
-) -> TrainLoader:
-    return TrainLoader(
-        config,
-        manifest,
-        labeled=labeled,
-        unlabeled=unlabeled,
-        rank=rank,
-        world=world,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        state=state,
-    )
+def train_loader(manifest: Manifest, config: DataConfig = PLAIN, **options: Any) -> TrainLoader:
+    defaults: dict[str, Any] = {"labeled": 4, "unlabeled": 8, "rank": 0, "world": 1, "seed": 0}
+    defaults |= {"device": CPU, "dtype": torch.float32}
+    return TrainLoader(config, manifest, **(defaults | options))
 
 
-def eval_loader(
-    manifest: Manifest,
-    config: DataConfig = PLAIN,
-    *,
-    batch: int = 4,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device = CPU,
-) -> EvalLoader:
-    return EvalLoader(
-        config, manifest, batch=batch, rank=rank, world=world, device=device, dtype=torch.float32
-    )
+def eval_loader(manifest: Manifest, config: DataConfig = PLAIN, **options: Any) -> EvalLoader:
+    defaults: dict[str, Any] = {
+        "batch": 4,
+        "rank": 0,
+        "world": 1,
+        "device": CPU,
+        "dtype": torch.float32,
+    }
+    return EvalLoader(config, manifest, **(defaults | options))
 
 
 def levels(images: torch.Tensor) -> list[int]:

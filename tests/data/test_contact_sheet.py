@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpl_fast.packing.options import PackOptions, SplitOptions
-from mpl_fast.packing.pack import pack
+from tests.data.numbered_images import pack_folder
 from tools import contact_sheet
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "contact_sheet.py"
@@ -25,23 +24,18 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (120, 60), GREEN).save(folder / f"{number}.png")
-    split = SplitOptions(labeled="1")
-    pack(PackOptions(src=(str(folder.parent),), out=base / "rec", split=split, quiet=True))
-    return base / "rec"
+    return pack_folder(folder.parent, base / "rec", labeled="1").root
 
 
-def command(
-    capsys: pytest.CaptureFixture[str], *arguments: str | Path
-) -> tuple[int, str, list[str]]:
-    """Runs the command in this process: exit code, stdout, lines of stderr."""
-    with mock.patch("sys.argv", ["contact_sheet.py", *map(str, arguments)]):
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str]]:
+    """Runs the command in this process: exit code and lines of stderr."""
+    with mock.patch("sys.argv", ["contact_sheet.py", *arguments]):
         try:
             contact_sheet.main()
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
-    out, err = capsys.readouterr()
-    return code, out, err.splitlines()
+    return code, capsys.readouterr().err.splitlines()
 
 
 def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
@@ -68,35 +62,30 @@ def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["missing", "--out", "x.png"], 4, "no such folder of records"),
-        (["REC", "--out", "x.png", "--images", "4"], 2, "has only 3 records"),
-        (["REC", "--out", "nowhere/x.png"], 2, "folder does not exist"),
-        (["missing", "--out", "x.nothing"], 2, "must name a file that ends in .png"),
-        (["missing", "--out", "folder.png"], 2, "must name a file that ends in .png"),
-        (["missing", "--out", "long.png"], 2, "File name too long"),
-        (["REC", "--out", "link.png", "--images", "1", "--draws", "1"], 3, "No such file"),
-        (["REC", "--out", "x.png", "--data.image-size", "1"], 2, "at least 8"),
-        (["REC", "--out", "x.png", "--data.policy", "none"], 2, "data.policy"),
-        (["REC", "--out", "x.png", "--draw", "3"], 2, "unknown option --draw"),
+        ("missing --out TMP/x.png", 4, "no such folder of records"),
+        ("REC --out TMP/x.png --images 4", 2, "has only 3 records"),
+        ("REC --out TMP/nowhere/x.png", 2, "folder does not exist"),
+        ("missing --out TMP/x.nothing", 2, "must name a file that ends in .png"),
+        ("missing --out TMP/folder.png", 2, "must name a file that ends in .png"),
+        (f"missing --out TMP/{'x' * 300}.png", 2, "File name too long"),
+        ("REC --out TMP/link.png --images 1 --draws 1", 3, "No such file"),
+        ("REC --out TMP/x.png --data.image-size 1", 2, "at least 8"),
+        ("REC --out TMP/x.png --data.policy none", 2, "data.policy"),
+        ("REC --out TMP/x.png --draw 3", 2, "unknown option --draw"),
     ],
 )
 def test_bad_input_is_one_line(
     records: Path,
     tmp_path: Path,
-    arguments: list[str],
+    arguments: str,
     code: int,
     words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"REC": str(records), "x.png": str(tmp_path / "x.png"),
-              "nowhere/x.png": str(tmp_path / "nowhere" / "x.png"),
-              "link.png": str(tmp_path / "link.png"),
-              "folder.png": str(tmp_path / "folder.png"),
-              "long.png": str(tmp_path / f"{'x' * 300}.png")}  # fmt: skip
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "x.png")
-    given = [places.get(argument, argument) for argument in arguments]
-    ended, _, errors = command(capsys, *given)
+    given = arguments.replace("REC", str(records)).replace("TMP", str(tmp_path)).split()
+    ended, errors = command(capsys, *given)
     assert ended == code
     assert words in errors[-1]
     assert not any("Traceback" in line for line in errors)

@@ -15,7 +15,7 @@ from tests.packing.small_pack import Record, SmallPack, make_pack
 
 # Five files of four records: 0-3, 4-7, 8-11, 12-15, 16-19. The letters are the three cases in
 # which DALI's cursor goes astray: (a) a file in the middle has no record, (b) the first record
-# lies beyond the second file, (c) the last record is alone in its file, and not at its beginning.
+# is beyond the second file, (c) the last record is alone in its file, and not at its beginning.
 LAYOUTS = {
     "a: the second file has no record": [0, 1, 3, 9, 10, 13, 14, 17, 18],
     "a, twice in a row": [2, 3, 13, 15, 17, 18],
@@ -31,30 +31,6 @@ LAYOUT = pytest.mark.parametrize("chosen", LAYOUTS.values(), ids=LAYOUTS.keys())
 Sample = tuple[bytes, float]
 
 
-def _reader(
-    paths: Sequence[Path],
-    index: Path,
-    mmap: bool,
-    shard: int,
-    shards: int,
-    stick: bool,
-    shuffle: bool,
-) -> Any:
-    images, labels = fn.readers.mxnet(
-        path=[str(path) for path in paths],
-        index_path=[str(index)],
-        name="reader",
-        dont_use_mmap=not mmap,
-        shard_id=shard,
-        num_shards=shards,
-        stick_to_shard=stick,
-        random_shuffle=shuffle,
-        initial_fill=8,
-        tensor_init_bytes=1024,
-    )
-    return images, labels
-
-
 def _pipeline(
     pack: SmallPack,
     index: Path,
@@ -67,14 +43,22 @@ def _pipeline(
     shuffle: bool = False,
     checkpoint: Any = None,
 ) -> Pipeline:
-    pipeline: Pipeline = pipeline_def(_reader)(
-        _files(pack),
-        index,
-        mmap,
-        shard,
-        shards,
-        stick,
-        shuffle,
+    def reader() -> Any:
+        images, labels = fn.readers.mxnet(
+            path=[str(path) for path in _files(pack)],
+            index_path=[str(index)],
+            name="reader",
+            dont_use_mmap=not mmap,
+            shard_id=shard,
+            num_shards=shards,
+            stick_to_shard=stick,
+            random_shuffle=shuffle,
+            initial_fill=8,
+            tensor_init_bytes=1024,
+        )
+        return images, labels
+
+    pipeline: Pipeline = pipeline_def(reader)(
         batch_size=batch,
         num_threads=1,
         device_id=None,

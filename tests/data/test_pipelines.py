@@ -20,12 +20,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from mpl_fast.config import DataConfig
-from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.manifest import Manifest
 from mpl_fast.data.pipelines import Engine, _train_graph
 from mpl_fast.data.position import GRAPH
-from mpl_fast.packing.options import PackOptions, SplitOptions
-from mpl_fast.packing.pack import pack
-from tests.data.numbered_images import eval_loader, train_loader
+from tests.data.numbered_images import eval_loader, pack_folder, train_loader
 
 Pixels = NDArray[np.uint8]
 # Outputs are gray levels / 255.
@@ -47,17 +45,8 @@ def packed(folder: Path, images: dict[str, bytes], copies: int = 1) -> Manifest:
     for name, content in images.items():
         for copy in range(copies):
             (source / f"{copy}{name}").write_bytes(content)
-    total = str(len(images) * copies)
-    pack(
-        PackOptions(
-            src=(str(source.parent),),
-            val=str(source.parent),
-            out=folder / "rec",
-            split=SplitOptions(labeled=total),
-            quiet=True,
-        )
-    )
-    return read_manifest(folder / "rec")
+    total, src = str(len(images) * copies), source.parent
+    return pack_folder(src, folder / "rec", val=src, labeled=total)
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:

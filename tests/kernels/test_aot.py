@@ -47,7 +47,7 @@ def test_every_variant_compiles_without_a_fault(arch: int) -> None:
     assert failures == []
     assert [fault for kernel in kernels for fault in aot.faults(kernel)] == []
     assert 0 < max(kernel.registers for kernel in kernels) <= 180
-    # What says that rows are read 16 bytes at a time also says where they cannot be.
+    # The widths that are found are those of single elements where rows have an odd pitch.
     for kernel in kernels:
         item = getattr(torch, kernel.job.dtype).itemsize
         narrow = kernel.job.classes == 21841

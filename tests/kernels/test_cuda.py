@@ -52,7 +52,7 @@ def everything(p: Problem) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """The kernels, whatever the environment says."""
+    """The kernels, for every value of MPL_FAST_LOSSES."""
     with losses.use("triton"):
         yield
 

@@ -12,22 +12,25 @@ from mpl_fast.data.records import frame, image_record
 from mpl_fast.errors import DataError
 from mpl_fast.packing.plan.table import RecordRow, SourceRow
 from mpl_fast.packing.write.reader import Reader
-from tests.packing.packs import CLASSES, files, folder, one_file, own_file
+from tests.packing.packs import CLASSES, MAGIC, files, folder, one_file, own_file
 
-MAGIC = bytes.fromhex("0a23d7ce")
 ARCHIVED = RecordRow(0, 1, 1, "x.jpg", 0, "in/x.jpg", 0, 5, 0)
 CHANGED = "changed while it was being packed"
 IMAGES = [bytes([number]) * number for number in range(100)]
 
 
+def opened(sources: list[SourceRow], threads: int = 0) -> closing[Reader]:
+    return closing(Reader(sources, list(CLASSES), threads))
+
+
 def read_all(reader: Reader, rows: list[RecordRow]) -> Iterator[tuple[RecordRow, bytes]]:
-    for opened in reader.opened(rows):
-        yield opened.record, reader.image(opened)
+    for record in reader.opened(rows):
+        yield record.record, reader.image(record)
 
 
 def read(sources: list[SourceRow], rows: list[RecordRow], threads: int = 0) -> list[bytes]:
     """Return the images of rows, read in this order."""
-    with closing(Reader(sources, list(CLASSES), threads)) as reader:
+    with opened(sources, threads) as reader:
         pairs = list(read_all(reader, rows))
         reader.require_unchanged()
     assert [row for row, _ in pairs] == rows
@@ -55,7 +58,7 @@ def test_files(tmp_path: Path, photos: list[RecordRow], threads: int) -> None:
     before = open_files()
     assert read([folder(tmp_path)], photos, threads) == IMAGES
     assert open_files() == before
-    with closing(Reader([folder(tmp_path)], list(CLASSES), threads)) as reader:
+    with opened([folder(tmp_path)], threads) as reader:
         assert next(iter(reader.opened(photos))).record == photos[0]
     assert open_files() == before
 
@@ -79,9 +82,9 @@ def test_ranges_of_several_files(tmp_path: Path, threads: int) -> None:
 
 def test_images_are_filled_into_pieces(tmp_path: Path) -> None:
     pieces = [bytearray(3), bytearray(1), bytearray(4)]
-    with closing(Reader([archive(tmp_path, b"--abcdefgh--")], list(CLASSES), 0)) as reader:
-        for opened in reader.opened([ARCHIVED._replace(start=2, size=8)]):
-            reader.fill(opened, [memoryview(piece) for piece in pieces])
+    with opened([archive(tmp_path, b"--abcdefgh--")]) as reader:
+        for record in reader.opened([ARCHIVED._replace(start=2, size=8)]):
+            reader.fill(record, [memoryview(piece) for piece in pieces])
     assert pieces == [b"abc", b"d", b"efgh"]
 
 
@@ -158,7 +161,7 @@ def test_a_file_that_changed(
     before = open_files()
     done = []
     with (
-        closing(Reader([folder(tmp_path)], list(CLASSES), threads)) as reader,
+        opened([folder(tmp_path)], threads) as reader,
         pytest.raises(DataError, match=f"^cat/50.jpg: {tmp_path}/{message}"),
     ):
         for row, _ in read_all(reader, photos):
@@ -169,11 +172,11 @@ def test_a_file_that_changed(
 
 
 def test_a_file_that_grows_while_it_is_open(tmp_path: Path, photos: list[RecordRow]) -> None:
-    with closing(Reader([folder(tmp_path)], list(CLASSES), 0)) as reader:
-        opened = next(islice(reader.opened(photos), 50, None))
+    with opened([folder(tmp_path)]) as reader:
+        record = next(islice(reader.opened(photos), 50, None))
         (tmp_path / "50.jpg").write_bytes(b"another image, and a longer one than before")
         with pytest.raises(DataError, match=rf"cat/50\.jpg: .*50\.jpg {CHANGED}"):
-            reader.image(opened)
+            reader.image(record)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_a_file_that_grows_while_it_is_open(tmp_path: Path, photos: list[RecordR
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_archive_that_changed(tmp_path: Path, change: str, message: str, when: str) -> None:
     source = archive(tmp_path, b"image")
-    with closing(Reader([source], list(CLASSES), 0)) as reader:
+    with opened([source]) as reader:
         if when == "after":
             assert list(read_all(reader, [ARCHIVED])) == [(ARCHIVED, b"image")]
         change_file(tmp_path / "a.tar", change, source.stamp)

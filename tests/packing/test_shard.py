@@ -19,9 +19,17 @@ from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.shard_writer import BUFFER
-from tests.packing.packs import FIRST_ID, SHARD, files, folder, make_table, one_file, own_file
+from tests.packing.packs import (
+    FIRST_ID,
+    MAGIC,
+    SHARD,
+    files,
+    folder,
+    make_table,
+    one_file,
+    own_file,
+)
 
-MAGIC = bytes.fromhex("0a23d7ce")
 UNCHECKED = ImageOptions(check="none")
 HEAD = 32  # bytes before an image
 
@@ -32,7 +40,7 @@ def jpeg(number: int, height: int = 12, width: int = 16) -> bytes:
 
 
 def records_of(images: list[bytes]) -> list[bytes]:
-    """Return the records of images, with the ids and labels of shard_table."""
+    """Return the records of images, with the ids and labels of make_table."""
     return [
         image_record(number % 3, FIRST_ID + number, image) for number, image in enumerate(images)
     ]

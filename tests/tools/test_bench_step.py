@@ -299,7 +299,7 @@ def test_without_time_the_first_one_is_measured_all_the_same(
 ) -> None:
     names = ("plain amp", "plain fp32")
     builders = {name: lambda name=name: Variant(name, dict, {"": object()}) for name in names}
-    result = run(monkeypatch, tmp_path / "out.json", builders, "--minutes", "1e-9")
+    result = run(monkeypatch, tmp_path / "out.json", builders, "--minutes", "0")
     times = [(row["name"], row["n"]) for row in result["rows"] if row["unit"] == "ms"]
     assert times == [("mpl, plain amp: step", 1)]
     assert result["skipped"] == ["mpl: no time: plain fp32", "mpl: no time: phases"]

@@ -51,7 +51,8 @@ class Report:
         self.more: Json = {}
         """Further parts of the JSON file, such as measured limits."""
         self._bench, self._options = bench, options
-        self._deadline = time.monotonic() + 60.0 * (options.minutes or float("inf"))
+        minutes = float("inf") if options.minutes is None else options.minutes
+        self._deadline = time.monotonic() + 60.0 * minutes
         self._longest: dict[str, float] = {}
 
     def add(self, rows: Iterable[Row]) -> None:

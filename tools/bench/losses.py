@@ -35,8 +35,8 @@ from tools.bench.losses_variants import (
     TEMPERATURE,
     THRESHOLD,
     Call,
-    Done,
     Inputs,
+    Outputs,
     Shape,
     build,
     definition,
@@ -108,7 +108,7 @@ class Case(NamedTuple):
     shape: Shape
     seed: int
     inputs: Inputs
-    expected: Done
+    expected: Outputs
 
 
 class Errors(NamedTuple):
@@ -180,14 +180,14 @@ def check(
             except Exception as error:
                 errors = Errors(math.nan, math.nan, one_line(error))
             found = {"shape": str(one.shape), "variant": name, "seed": one.seed}
-            report.more["correctness"].append(found | _sayable(errors))
+            report.more["correctness"].append(found | _as_json(errors))
             if errors.wrong:
                 faulty.add((name, loss))
                 report.fail(f"{one.shape}, {name}", errors.wrong)
     return faulty
 
 
-def _sayable(errors: Errors) -> dict[str, Any]:
+def _as_json(errors: Errors) -> dict[str, Any]:
     """NaN is not JSON."""
     return {k: v if v == v else str(v) for k, v in errors._asdict().items()}
 

@@ -88,14 +88,14 @@ class FeedbackOut(NamedTuple):
     h: Tensor
 
 
-class Done(NamedTuple):
+class Outputs(NamedTuple):
     """What a variant returns; all of it has to be computed."""
 
     out: Any  # TeacherOut, StudentOut, PseudoLabels or FeedbackOut
     gradient: Tensor | None  # like the logits
 
 
-Call = Callable[[Inputs], Done]
+Call = Callable[[Inputs], Outputs]
 
 
 def draw(shape: Shape, device: str, generator: torch.Generator | None = None) -> Inputs:
@@ -167,30 +167,30 @@ def _defined(shape: Shape) -> Callable[[Inputs], Any]:
 def _fused(name: str, shape: Shape) -> Call:
     """Our kernels, called as a step calls them."""
 
-    def teacher(x: Inputs) -> Done:
+    def teacher(x: Inputs) -> Outputs:
         with losses.use("triton"):
-            return Done(*losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x)))
+            return Outputs(*losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x)))
 
-    def student(x: Inputs) -> Done:
+    def student(x: Inputs) -> Outputs:
         with losses.use("triton"):
             loss, gradient = losses.student_loss_and_grad(
                 x.logits, x.pseudo, label_smoothing=SMOOTHING
             )
-        return Done(StudentOut(loss), gradient)
+        return Outputs(StudentOut(loss), gradient)
 
-    def autograd(x: Inputs) -> Done:
+    def autograd(x: Inputs) -> Outputs:
         with losses.use("triton"):
             loss = losses.student_loss(x.logits, x.pseudo, label_smoothing=SMOOTHING)
-        return Done(StudentOut(loss.detach()), torch.autograd.grad(loss, x.logits)[0])
+        return Outputs(StudentOut(loss.detach()), torch.autograd.grad(loss, x.logits)[0])
 
-    def pseudo(x: Inputs) -> Done:
+    def pseudo(x: Inputs) -> Outputs:
         with losses.use("triton"):
-            return Done(losses.pseudo_labels(x.logits.detach()), None)
+            return Outputs(losses.pseudo_labels(x.logits.detach()), None)
 
     if name == AUTOGRAD:
         return autograd
     calls: dict[str, Call] = {"teacher": teacher, "student": student, "pseudo": pseudo}
-    return calls.get(shape.loss, lambda x: Done(_feedback(x, "triton"), None))
+    return calls.get(shape.loss, lambda x: Outputs(_feedback(x, "triton"), None))
 
 
 def _feedback(x: Inputs, choice: losses.Choice) -> FeedbackOut:
@@ -204,12 +204,12 @@ def _feedback(x: Inputs, choice: losses.Choice) -> FeedbackOut:
 def _differentiated(forward: Callable[[Inputs], Any], shape: Shape) -> Call:
     """With autograd's gradient of the loss, where it has one."""
 
-    def call(x: Inputs) -> Done:
+    def call(x: Inputs) -> Outputs:
         out = forward(x)
-        return Done(out, torch.autograd.grad(out.loss, x.logits)[0])
+        return Outputs(out, torch.autograd.grad(out.loss, x.logits)[0])
 
     if shape.loss in WITHOUT_GRADIENT:
-        return lambda x: Done(forward(x), None)
+        return lambda x: Outputs(forward(x), None)
     return call
 
 

@@ -69,6 +69,8 @@ class RunDifference:
     The project's is one number a batch, and a batch here has the rows of many runs.
     """
 
+    ce_weight = 0.0  # `term` is the whole feedback term
+
     def __init__(
         self, student: Learner, points: Tensor, labels: Tensor, relabel: bool = False
     ) -> None:
@@ -78,15 +80,15 @@ class RunDifference:
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self._target, self._new = labels.target, self._losses()
-        self.h = self._old - self._new  # (R,)
+        self._h = self._old - self._new  # (R,)
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
         target = losses.pseudo_labels(logits.detach()).label if self._relabel else self._target
-        each_row = self.h.repeat(len(logits) // len(self.h))
+        each_row = self._h.repeat(len(logits) // len(self._h))
         return losses.student_loss(logits, target, weight=each_row)
 
     def metrics(self) -> Metrics:
-        return {"feedback": self.h.mean(), "loss/student_labeled": self._new.mean()}
+        return {"feedback": self._h.mean(), "loss/student_labeled": self._new.mean()}
 
     def _losses(self) -> Tensor:
         network = self._student.network
