@@ -5,10 +5,11 @@ STEPS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format test demo bench lock clean
+.PHONY: help venv check lint format test demo bench lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,17 +26,20 @@ $(STAMP): requirements.lock setup.py
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+check: lint ## Formatting, ruff, mypy and the fast tests
+	$(PYTEST) -m "not slow"
+
 lint: $(STAMP) ## Formatting, ruff, mypy
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 
-format: $(STAMP) ## Rewrites files the way lint wants them
+format: $(STAMP) ## Rewrites files in the form that lint requires
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 
-test: $(STAMP) ## The whole test suite, 10 to 13 minutes on 2 cores
-	$(PY) -m pytest -n 2 --dist loadfile
+test: $(STAMP) ## The whole test suite
+	$(PYTEST)
 
 demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=3 for mean and sd)
 	$(DEMO)

@@ -10,8 +10,8 @@ from torch import Tensor
 class Batch(NamedTuple):
     """Labeled images and two views of unlabeled ones; row i of both views is the same image.
 
-    A labeled-only recipe receives ``U == 0``. Images are channels_last. A loader's images lie in
-    one piece of memory in the order weak, labeled, strong (`image_buffer`): all of them, and
+    A labeled-only recipe receives ``U == 0``. Images are channels_last. A loader's images are in
+    one piece of memory, in the order weak, labeled, strong (`image_buffer`): all of them, and
     labeled with strong, can then be passed to a network without a copy (`joined`). The order of
     the fields has no other meaning.
     """

@@ -72,7 +72,7 @@ def _device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU here: use --device cpu or auto")
+        raise ConfigError("device is cuda, but torch finds no GPU here: use --device cpu or auto")
     ranks, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if ranks > have:  # raised by every rank of this machine, of which rank 0 prints it
         raise ConfigError(f"{ranks} ranks for {have} GPUs here: use --nproc-per-node={have}")

@@ -1,7 +1,7 @@
-"""What all tests share: where things are, and when a test cannot run here."""
+"""Settings and fixtures of all tests: paths, threads, and when a test cannot run here."""
 
+import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,24 +9,16 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Before torch is imported: the tensors of tests are small, and tests run on all cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Two busy cores make any time limit a coin toss.
 settings.register_profile("default", deadline=None, max_examples=30)
 settings.load_profile("default")
 
 
-# A shell starts background jobs deaf to Ctrl-C, which processes of the tests would inherit.
+# A shell starts background jobs with Ctrl-C ignored, which processes of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """PyTorch with one thread: of tiny tensors more threads only wait for each other."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

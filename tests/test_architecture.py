@@ -150,7 +150,7 @@ def files_of(module: str) -> list[Path]:
     return [file for file in [*places, base / "__init__.py"] if file.exists()]
 
 
-def test_the_reader_of_imports_sees_what_it_must() -> None:
+def test_the_reader_of_imports_finds_what_it_must() -> None:
     """A checker that finds nothing would pass everything."""
     assert "mpl_fast.kernels.reference" in set(imports(PACKAGE / "losses.py"))
     assert "mpl_fast.kernels.fused" in set(imports(PACKAGE / "losses.py"))

@@ -24,7 +24,7 @@ def test_alone_everything_is_the_identity() -> None:
 
 def test_cuda_asked_for_and_absent_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device is cuda, but torch sees no GPU here"):
+    with pytest.raises(ConfigError, match="device is cuda, but torch finds no GPU here"):
         distributed.init("cuda")
 
 

@@ -1,6 +1,6 @@
 """What is installed, and that nothing of ours takes a name that belongs to somebody else.
 
-`kernels/` stands at the top of the repository, where a reader looks for it, and is imported as
+`kernels/` is at the top of the repository, where a reader looks for it, and is imported as
 `mpl_fast.kernels`, through a link. It has no `__init__.py` on purpose: the registry has a package
 named `kernels`, and a folder without that file loses to any real package on the path, so this
 checkout can never shadow it, nor an installation overwrite it.
@@ -86,7 +86,7 @@ def test_wheel_holds_its_license(wheel: list[str]) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 
-def test_apex_of_the_registry_is_never_asked_for(root: Path) -> None:
+def test_apex_of_the_registry_is_never_required(root: Path) -> None:
     """It is an unrelated web toolkit; NVIDIA's has another source."""
     quoted = re.findall(r'"([A-Za-z][\w.-]*)', (root / "setup.py").read_text())
     assert "torch" in quoted
@@ -102,7 +102,7 @@ def test_the_lock_pins_every_line_and_names_no_host(root: Path) -> None:
 
 
 def test_the_lock_pins_every_requirement(root: Path) -> None:
-    """What setup.py asks for by name stands in the lock, or a fresh `.venv` would lack it."""
+    """What setup.py requires is in the lock, or a fresh `.venv` would lack it."""
     setup = ast.parse((root / "setup.py").read_text())
     lists = [
         ast.literal_eval(node.value)

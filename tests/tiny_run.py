@@ -166,7 +166,7 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
 
 
 def _train_in_turn(sessions: list[list[str]]) -> None:
-    """Ranks that have met stay together: a group cannot be left and joined again."""
+    """All sessions use one process group: it cannot be joined again after leaving it."""
     from mpl_fast import distributed
     from mpl_fast.config import command_line
     from mpl_fast.training import run

@@ -126,7 +126,7 @@ def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:
     if interrupted:
         sys.exit("demo: interrupted; the same command goes on from what is saved")
     if process.returncode:
-        sys.exit(process.returncode)  # it has said why
+        sys.exit(process.returncode)  # it has printed the reason
 
 
 def _shown(part: Any) -> str:
@@ -146,7 +146,7 @@ def _over_seeds(results: list[Result]) -> Result:
 
 
 def table(summary: dict[str, Result], options: argparse.Namespace) -> str:
-    """Markdown, and how MPL compares, of which only runs as long as configured can tell."""
+    """Markdown, and how MPL compares, unless the runs were shortened."""
     lines = [
         f"{LABELED // 10} labels a class, {HELD_OUT} held-out digits, "
         f"{options.seeds} label draw(s)",

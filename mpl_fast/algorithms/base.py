@@ -45,7 +45,8 @@ class Algorithm(Protocol):
         """Updates the learners once, in step number `t` (from 0); returns all metrics to log."""
 
     def graph_key(self, t: int) -> Hashable | None:
-        """Which CUDA graph can replay step `t`, or None if no graph can.
+        """Which CUDA graph can replay step `t`: a key, such as "" where all steps are alike, or
+        None if no graph can.
 
         Steps of equal keys launch the same kernels and differ only in what is read from the
         device: images, random draws, learning rates and the state that steps update there.

@@ -1,8 +1,9 @@
 """One network's logits of the labeled, weak and strong images of a batch, by name.
 
-Logits are ordered labeled | weak | strong, which is what `losses.teacher_loss_and_grad` takes; only
-this module knows that order. Images lie weak | labeled | strong in memory (`mpl_fast.batch`), so a
-forward pass over all of them, or over labeled and strong ones, copies nothing.
+Logits are ordered labeled | weak | strong, which is what `losses.teacher_loss_and_grad` takes; no
+other module depends on that order. Images are ordered weak | labeled | strong in memory
+(`mpl_fast.batch`), so a forward pass over all of them, or over labeled and strong ones, copies
+nothing.
 """
 
 from contextlib import nullcontext
@@ -72,29 +73,29 @@ class Views:
 
     def detached_logits(self, view: View) -> Tensor:
         """Logits ``(U, C)`` of one view, constants; runs only the pass that holds the view."""
-        one = next(one for one in self._passes if view in one.images)
-        if self._recompute and one.gradient and one.logits is None:
-            one.rng = rng_state(self._learner.device)
-            logits = self._learner.forward_no_grad(*one.images.values())
+        pass_ = next(pass_ for pass_ in self._passes if view in pass_.images)
+        if self._recompute and pass_.gradient and pass_.logits is None:
+            pass_.rng = rng_state(self._learner.device)
+            logits = self._learner.forward_no_grad(*pass_.images.values())
         else:
-            logits = self._forward(one)
-        return _by_view(logits, one.images)[view].detach()
+            logits = self._forward(pass_)
+        return _by_view(logits, pass_.images)[view].detach()
 
     def logits(self) -> ViewLogits:
         """Logits of all views, with gradient."""
         rows: dict[View, Tensor] = {}
         # What ran without gradient runs first again: running statistics depend on the order.
-        for one in sorted(self._passes, key=lambda one: one.rng is None):
-            rows |= _by_view(self._forward(one), one.images)
+        for pass_ in sorted(self._passes, key=lambda pass_: pass_.rng is None):
+            rows |= _by_view(self._forward(pass_), pass_.images)
         ordered = torch.cat([rows["labeled"], rows["weak"], rows["strong"]])
         return name_views(ordered, self._batch)
 
-    def _forward(self, one: _Pass) -> Tensor:
-        if one.logits is None:
-            replay = replay_rng(one.rng, self._learner.device) if one.rng else nullcontext()
-            with torch.set_grad_enabled(one.gradient), replay:
-                one.logits = self._learner(*one.images.values())
-        return one.logits
+    def _forward(self, pass_: _Pass) -> Tensor:
+        if pass_.logits is None:
+            replay = replay_rng(pass_.rng, self._learner.device) if pass_.rng else nullcontext()
+            with torch.set_grad_enabled(pass_.gradient), replay:
+                pass_.logits = self._learner(*pass_.images.values())
+        return pass_.logits
 
 
 def _by_view(logits: Tensor, images: dict[View, Tensor]) -> dict[View, Tensor]:

@@ -52,7 +52,7 @@ def current_options(options: Mapping[str, Item]) -> dict[str, Item | str]:
 
 def changes(options: Mapping[str, object]) -> list[str]:
     """One phrase for each old name and old value among options, such as ``wait is now
-    delay_steps``; of a name that stands in several sections, one."""
+    delay_steps``; one for a name that several sections have."""
     found = []
     for key, value in options.items():
         present = OPTION_NAMES.get(key, key)

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
 
 
 def wants_dry_run(argv: Sequence[str]) -> bool:
-    """Whether arguments that `parse` has accepted ask for a dry run."""
+    """Whether arguments that `parse` has accepted request a dry run."""
     return "dry_run" in _command_line(argv)
 
 
@@ -141,7 +141,7 @@ def _yaml_values(
     for name, node in tree.value:
         key, where = f"{prefix}{name.value}", f"{file}:{name.start_mark.line + 1}: "
         if key in seen:
-            raise ConfigError(f"{where}{key} stands here for the second time")
+            raise ConfigError(f"{where}{key} is given here for the second time")
         seen.add(key)
         if isinstance(node, yaml.MappingNode):
             yield from _yaml_values(node, file, f"{key}.")

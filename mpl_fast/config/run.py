@@ -37,7 +37,7 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flip; switch it off where mirroring changes the class, as in digits."""
     policy: Policy = "mpl"
-    """RandAugment of the strong view. mpl: the 15 operations of the official code. mpl_branched:
+    """RandAugment of the strong view. mpl: the operations of the official code. mpl_branched:
     the same in a slower implementation, as a reference. dali: NVIDIA DALI's own."""
     num_ops: NonNegativeInt = 2
     """RandAugment operations applied one after the other."""

@@ -50,7 +50,7 @@ def choices(kind: Any) -> tuple[str, ...]:
 
 
 def metavar(kind: Any) -> str:
-    """What stands for the value in --help."""
+    """Placeholder of the value in --help."""
     plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if names := choices(kind) or (("true", "false") if plain is bool else ()):
         return "{" + ",".join(names) + "}"

@@ -23,7 +23,8 @@ class Draws(NamedTuple):
     """Random values of an image."""
 
     sign: Callable[[], DataNode]
-    """Returns -1 or 1, for operations with a direction."""
+    """Returns -1 or 1, for operations with a direction. A function, since DALI splits a value among
+    the branches of an `if` where it is read: only branches that call it are given the value."""
     center: DataNode
     """A pixel (y, x), float (2,), for the cutout."""
 
@@ -31,7 +32,7 @@ class Draws(NamedTuple):
 Apply = Callable[[DataNode, Draws, DataConfig], DataNode]
 """Images (H, W, 3) uint8 to images of the same shape and type."""
 Matrix = list[tuple[float, float, float]]
-"""(2, 3): the (x, y, 1) of an output pixel to where it reads, in pixels; centers lie at 0.5."""
+"""(2, 3): the (x, y, 1) of an output pixel to where it reads, in pixels; centers are at 0.5."""
 
 
 class Operation(NamedTuple):
@@ -44,7 +45,8 @@ class Operation(NamedTuple):
 
     name: str
     number: int
-    """Position in the official code's list, by which policy ``mpl_branched`` draws."""
+    """Position in the official code's list, or the next free number: the order of the branches of
+    policy ``mpl_branched``."""
     apply: Apply
     """The operation by itself: the reference."""
     matrix: Callable[[DataConfig, int], Matrix] | None = None

@@ -11,6 +11,7 @@ from mpl_fast.errors import CheckpointError
 
 GRAPH = 2  # increase it when a DALI graph changes: positions saved before are then refused
 MADE_WITH = "made_with"
+CODE = ("graph", "operations")  # keys that a version of the code decides, not a setting
 # What positions that lack a key were saved with.
 EARLIER = {"data.interpolation": "bicubic", "operations": "2d1c266d8ed08b87"}
 
@@ -54,16 +55,19 @@ def stream_states(position: Mapping[str, str | bytes], identity: Identity) -> di
             "the records in data.root are others than the checkpoint's: "
             "resume with the same records or start a new run"
         )
-    for key in ("graph", "operations"):
-        if before.get(key) != identity[key]:
-            raise CheckpointError(
-                "the data position was saved by another version of the input pipeline: "
-                "finish the run with that version or start a new run"
-            )
-    for key in sorted(identity.keys() | before.keys()):
-        if before.get(key) != identity.get(key):
-            raise CheckpointError(
-                f"the data position was saved with {key}={before.get(key)}, this run has "
-                f"{key}={identity.get(key)}: resume with the same settings or start a new run"
-            )
+    keys = sorted(identity.keys() | before.keys())
+    differing = [key for key in keys if before.get(key) != identity.get(key)]
+    # A change between policy dali and another one may change `operations` too: name the policy.
+    settings = [key for key in differing if key not in CODE]
+    if "graph" in differing or (differing and not settings):
+        raise CheckpointError(
+            "the data position was saved by another version of the input pipeline: "
+            "finish the run with that version or start a new run"
+        )
+    if settings:
+        key = settings[0]
+        raise CheckpointError(
+            f"the data position was saved with {key}={before.get(key)}, this run has "
+            f"{key}={identity.get(key)}: resume with the same settings or start a new run"
+        )
     return {name: value for name, value in position.items() if isinstance(value, bytes)}

@@ -167,7 +167,7 @@ def _set(state: RngState, device: torch.device) -> None:
 
 
 def seed_run(config: RunConfig, dist_env: DistEnv) -> None:
-    """Sets TF32, deterministic algorithms and this rank's generator as the config says."""
+    """Sets TF32, deterministic algorithms and this rank's generator as configured."""
     torch.backends.cuda.matmul.allow_tf32 = (
         torch.backends.cudnn.allow_tf32
     ) = not config.deterministic

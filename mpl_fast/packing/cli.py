@@ -107,7 +107,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     ahead = "threads of a process that open files ahead, more for disks that answer slowly (4)"
     add("--read-threads", type=int, default=4, metavar="N", help=ahead)
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
-    engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that sees the same disks"
+    engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that has the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
     add(
         "--dry-run",

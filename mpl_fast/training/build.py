@@ -99,7 +99,7 @@ def build_algorithm(
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
     """
-    facts = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
+    context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         model = config.model
@@ -125,7 +125,7 @@ def build_algorithm(
         )
 
     torch.manual_seed(config.seed)
-    return algorithms.build(config.algorithm, new_learner, facts)
+    return algorithms.build(config.algorithm, new_learner, context)
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:

@@ -14,7 +14,7 @@ ECHO_SECONDS = 5.0  # a launcher and a scheduler may both forward one and the sa
 
 
 def die_with_launcher() -> None:
-    """Requests a SIGKILL for this process when torchrun dies; without torchrun, or on another
+    """Requests a SIGKILL for this process when torchrun is killed; without torchrun, or on another
     system than Linux, does nothing.
 
     torchrun starts ranks in sessions of their own. If it is killed by SIGKILL it cannot end them,

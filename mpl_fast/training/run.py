@@ -43,7 +43,7 @@ IN_A_ROW = "skipped_in_a_row/"
 def train(config: RunConfig) -> int:
     """Trains to the end, to `stop_at` or until a signal; returns the exit code.
 
-    Raises `UserError` for what the user can correct, on every rank that meets it.
+    Raises `UserError` for what the user can correct, on every rank where it occurs.
     """
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
@@ -320,7 +320,7 @@ class Run:
         for name, delay in delays.items():
             if delay >= config.steps:
                 self.console.warn(
-                    f"the {name} never moves: its wait of {delay} steps "
+                    f"the {name} never moves: its delay of {delay} steps "
                     f"is not over in a run of {config.steps}"
                 )
         if config.compile != "off" and self.steps_done < config.steps:

@@ -112,7 +112,7 @@ class RunDir:
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
     """Opens the run directory on rank 0; returns None on other ranks.
 
-    A collective. Every rank raises the `UserError` that rank 0 met.
+    A collective. Every rank raises the `UserError` that rank 0 raised.
     """
     folder, failure = None, None
     if dist_env.is_rank0:

@@ -28,7 +28,6 @@ from mpl_fast.learner import Learner
 from tools.bench.step_reference import PlainStep, Settings
 
 Row = dict[str, Tensor]  # float64
-pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "kekmodel_steps.json"
 NORM_MOMENTUM = 0.001  # of that code's batch norm
 SIGNS = {"kekmodel": 1.0, "correct": -1.0}  # of new - old

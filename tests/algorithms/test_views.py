@@ -1,4 +1,4 @@
-"""Views: one forward pass or two, now or recomputed: equal numbers, and as many passes as said."""
+"""Views: one forward pass or two, now or recomputed: equal numbers, documented passes."""
 
 import itertools
 from dataclasses import replace

@@ -15,7 +15,7 @@ from tests.packing.small_pack import Record, SmallPack, make_pack
 
 # Five files of four records: 0-3, 4-7, 8-11, 12-15, 16-19. The letters are the three cases in
 # which DALI's cursor goes astray: (a) a file in the middle has no record, (b) the first record
-# lies beyond the second file, (c) the last record is alone in its file, and not at its beginning.
+# is beyond the second file, (c) the last record is alone in its file, and not at its beginning.
 LAYOUTS = {
     "a: the second file has no record": [0, 1, 3, 9, 10, 13, 14, 17, 18],
     "a, twice in a row": [2, 3, 13, 15, 17, 18],

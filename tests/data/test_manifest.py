@@ -64,7 +64,7 @@ def test_whole_folder(root: Path) -> None:
 def test_record_bytes_are_those_of_the_shards(root: Path) -> None:
     splits = read_manifest(root).splits
     size = sum((root / f"{name}.rec").stat().st_size for name in (FIRST, SECOND))
-    # The two labeled records lie among seven.
+    # The two labeled records are among seven.
     assert splits["labeled"].record_bytes == splits["train"].record_bytes == size // 7
     assert splits["val"].record_bytes == (root / "val.rec").stat().st_size // 3
 

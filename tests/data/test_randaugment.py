@@ -40,20 +40,37 @@ def test_every_operation_is_drawn_evenly_and_really_applied() -> None:
     """By what became of a photograph: 10,000 of them, one layer."""
     image = photographs(32)[0]
     forced = by_code(DISTINCT, [image] * CODES, list(range(CODES)))
-    moves = {operation.name for operation in BY_CODE[: len(MATRICES)]}
-    names = [f"{o.name}{sign if o.name in moves else ''}" for o in BY_CODE for sign in "-+"]
+    signed = {
+        operation.name
+        for operation, minus, plus in zip(BY_CODE, forced[::2], forced[1::2], strict=True)
+        if not np.array_equal(minus, plus)
+    }
+    assert signed >= {operation.name for operation in BY_CODE[: len(MATRICES)]}
+    names = [f"{o.name}{sign if o.name in signed else ''}" for o in BY_CODE for sign in "-+"]
     known = {result.tobytes(): name for result, name in zip(forced, names, strict=True)}
     known = {result: name for result, name in known.items() if name != "Cutout"}
     known[image.tobytes()] = "none"
-    assert len(known) == 1 + 2 * len(moves) + 9  # all different
+    assert len(known) == len(BY_CODE) + len(signed)  # all different, with "none" for Cutout
     views = strong_views(image, DISTINCT, rounds=20)
     found = Counter(known.get(view.tobytes()) or cutout(view, image) for view in views)
     assert abs(found.pop("none") / len(views) - 0.5) < 0.02
     total = found.total()
     assert set(found) == set(names)
-    weights = {name: 1 / 30 if name[:-1] in moves else 1 / 15 for name in found}
+    each = 1 / len(BY_CODE)
+    weights = {name: each / 2 if name[:-1] in signed else each for name in found}
     chi2 = sum((found[name] / total - share) ** 2 / share for name, share in weights.items())
-    assert total * chi2 < 43.8  # 19 degrees, p = 0.001
+    assert total * chi2 < chi2_limit(len(found))
+
+
+def chi2_limit(choices: int) -> float:
+    """What chi-square exceeds with p = 0.001 (Wilson and Hilferty's approximation)."""
+    degrees = choices - 1
+    variance = 2 / (9 * degrees)
+    return float(degrees * (1 - variance + 3.0902 * variance**0.5) ** 3)
+
+
+def test_the_limit_is_that_of_tables() -> None:
+    assert [chi2_limit(n) for n in (15, 20, 30)] == pytest.approx([36.12, 43.82, 58.30], rel=0.005)
 
 
 def cutout(view: Pixels, image: Pixels) -> str:
@@ -84,12 +101,11 @@ def drawn(policy: str, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.int64]:
     return np.stack([digits // 64, digits % 64], axis=1) - 1
 
 
-@pytest.mark.parametrize(  # chi-square at p = 0.001 of choices - 1 degrees
-    ("policy", "choices", "limit", "near"),
-    [("mpl", CODES, 58.3, 0.008), ("mpl_branched", len(BY_CODE), 36.1, 0.012)],
+@pytest.mark.parametrize(
+    ("policy", "choices", "near"), [("mpl", CODES, 0.008), ("mpl_branched", len(BY_CODE), 0.012)]
 )
 def test_layers_draw_evenly_and_share_one_probability_per_image(
-    policy: str, choices: int, limit: float, near: float, monkeypatch: pytest.MonkeyPatch
+    policy: str, choices: int, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = drawn(policy, monkeypatch)
     applied = (both >= 0).sum(axis=1)
@@ -99,7 +115,7 @@ def test_layers_draw_evenly_and_share_one_probability_per_image(
     found = both[both >= 0]
     expected = len(found) / choices
     counts = np.bincount(found, minlength=choices)
-    assert ((counts - expected) ** 2 / expected).sum() < limit
+    assert ((counts - expected) ** 2 / expected).sum() < chi2_limit(choices)
     twice = both[applied == 2]
     repeated = (twice[:, 0] == twice[:, 1]).mean()
     assert abs(repeated - 1 / choices) < near  # with replacement

@@ -62,7 +62,7 @@ def cost(bf16: bool = False) -> NetworkCost:
 
 
 class Watched:
-    """Counts the rows that the first convolutions of real networks see, there and back."""
+    """Counts the rows of the first convolutions of real networks, forward and backward."""
 
     def __init__(self, algorithm: Algorithm) -> None:
         self.forward = self.backward = self.tangent = 0

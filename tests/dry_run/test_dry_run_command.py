@@ -129,8 +129,8 @@ def plan(rate: float, device_bytes: int = 0) -> Plan:
 def test_time_and_rate_follow_from_the_measured_rate() -> None:
     found = paragraphs(table(plan(rate=16e9)))
     # 0.5 s a step and 31.25 s for each of 3 evaluations of 500 images on a rank.
-    said = "roughly 0.5 s a step, 2:24 with evaluations, if all went at the 16 GFLOP/s"
-    assert found["time"].startswith(said)
+    expected = "roughly 0.5 s a step, 2:24 with evaluations, if all went at the 16 GFLOP/s"
+    assert found["time"].startswith(expected)
     assert found["decoding"].startswith("64 images/s (32 on a rank) keep up")
     # 8 forward passes on each rank for 2 labeled images there.
     assert found["operations"].startswith("16 GFLOP a step, 4.0 forward passes (1 GFLOP each)")

@@ -161,7 +161,7 @@ def test_forward_derivatives_are_those_of_finite_differences(name: str, training
 
 @pytest.mark.parametrize("name", SMALL)
 def test_forward_derivatives_are_the_transpose_of_backward_ones(name: str) -> None:
-    """In training, with the same noise: what exact feedback rests on, for shake-shake too."""
+    """In training, with the same noise: which exact feedback depends on, for shake-shake too."""
     logits, weights, direction = problem(name, training=True)
     value, slope = jvp(logits, (weights,), (direction,))[:2]
     cotangent = torch.randn_like(value)

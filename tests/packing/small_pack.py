@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import simplejpeg
-
-from mpl_fast.data.manifest import CLASSES, FORMAT, MANIFEST
+from mpl_fast.data.manifest import CLASSES as CLASSES_FILE
+from mpl_fast.data.manifest import FORMAT, MANIFEST
 from mpl_fast.data.records import image_record, is_multipart
 from mpl_fast.packing.plan.table import TABLE, create_table, create_written, to_utf8
 from mpl_fast.packing.publish.sparse_index import padded_lines
+from tests.packing.packs import CLASSES, jpeg, with_magic
 
-CLASS_NAMES = ("ant", "bee", "cat")
-MAGIC = bytes.fromhex("0a23d7ce")
-# A JPEG comment may hold anything: two magic words that start at byte 8 of the file.
-_COMMENT = b"\xff\xfe\x00\x0c" + b"--" + MAGIC * 2
 SPLITS = {"train_label": "labeled", "train_unlabel": "unlabeled", "val": "val"}
 
 
@@ -38,7 +33,7 @@ class Record:
 
     @property
     def key(self) -> str:
-        return f"{CLASS_NAMES[self.label]}/{self.name}"
+        return f"{CLASSES[self.label]}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -50,17 +45,6 @@ class SmallPack:
 
     def of(self, file: str) -> list[Record]:
         return [record for record in self.records.values() if record.file == file]
-
-
-def jpeg(number: int) -> bytes:
-    """Return a JPEG of 12 x 12 pixels, different for every number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=60))
-
-
-def with_magic(image: bytes) -> bytes:
-    """Return a JPEG with magic words in it, so that its record has several parts."""
-    return image[:2] + _COMMENT + image[2:]
 
 
 def make_pack(
@@ -80,7 +64,7 @@ def make_pack(
     root.mkdir(parents=True)
     table = create_table(root / TABLE)
     table.execute("INSERT INTO plan VALUES (?)", (json.dumps({"layout": layout}),))
-    table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASS_NAMES))
+    table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASSES))
     source = root.parent / f"{root.name}-source"
     table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
     create_written(table)
@@ -96,11 +80,11 @@ def make_pack(
             content = b""
             multipart = 0
             for record_id in range(first, first + count):
-                label, name = record_id % len(CLASS_NAMES), f"{prefix}_{record_id}.jpg"
+                label, name = record_id % len(CLASSES), f"{prefix}_{record_id}.jpg"
                 image = (images or {}).get(record_id) or jpeg(record_id)
                 if record_id == 1 and not images:
                     image = with_magic(image)
-                place = f"{CLASS_NAMES[label]}/{name}"
+                place = f"{CLASSES[label]}/{name}"
                 table.execute(
                     "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), 0, ?, -1, ?, 7)",
                     (record_id, label, record_id in labeled, to_utf8(name), place, len(image)),
@@ -162,7 +146,7 @@ def _finish(
             some = [record for record in chosen if record.id in labeled]
             splits["labeled"] = _write_split(pack.root, entries, prefix, "train_label", some)
             splits["unlabeled"] = _write_split(pack.root, entries, prefix, "train_unlabel", chosen)
-    classes = "".join(f"{name}\n" for name in CLASS_NAMES)
+    classes = "".join(f"{name}\n" for name in CLASSES)
     sizes = [len(record.image) for record in pack.records.values()]
     manifest = {
         "format": FORMAT,
@@ -175,9 +159,9 @@ def _finish(
             {"spec": "source", "kind": "folder", "bytes": sum(sizes), "images": len(sizes)}
         ],
         "classes": {
-            "n": len(CLASS_NAMES),
-            "file": CLASSES,
-            "sha256": _write(pack.root / CLASSES, classes),
+            "n": len(CLASSES),
+            "file": CLASSES_FILE,
+            "sha256": _write(pack.root / CLASSES_FILE, classes),
         },
         "transform": {"mode": "none"},
         "shards": entries,
@@ -203,7 +187,7 @@ def _write_split(
     index = "".join(padded_lines((r.id, files.index(r.file), r.start + r.offset) for r in chosen))
     listing = "".join(f"{record.id}\t{record.label}\t{record.key}\n" for record in chosen)
     counts = Counter(record.label for record in chosen)
-    per_class = [counts[label] for label in range(len(CLASS_NAMES))]
+    per_class = [counts[label] for label in range(len(CLASSES))]
     return {
         "records": len(chosen),
         "shards": files,

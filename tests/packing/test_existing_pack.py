@@ -17,9 +17,7 @@ from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
-from tests.packing.made_packs import KEEP, options_of, plan_work, write_shards
-from tests.packing.pack_command import jpeg
-from tests.packing.small_sources import make_tree
+from tests.packing.packs import KEEP, jpeg, make_tree, options_of, plan_work, write_shards
 
 REMEDY = "choose another --out, or --force to replace it"
 FIRST = "train-00000-of-00002.rec"

@@ -20,17 +20,20 @@ from mpl_fast.packing.publish.duplicates import describe_duplicates
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
-from tests.packing.made_packs import (
+from tests.packing.packs import (
     KEEP,
     Planned,
     finished,
+    jpeg,
+    make_tar,
+    make_tree,
     options_of,
     plan_work,
+    read_record,
+    split_line,
     write_shards,
     written_rows,
 )
-from tests.packing.pack_command import jpeg, read_record, split_line
-from tests.packing.small_sources import make_tar, make_tree
 
 HOW = SplitOptions(labeled="4", shards=2)
 SKIP = ImageOptions(on_bad="skip")

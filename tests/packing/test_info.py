@@ -11,8 +11,8 @@ from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.check.info import info, info_lines
 from mpl_fast.packing.check.lookup import extract, find, locate, save
-from tests.packing.pack_command import make_tree, pack, run
-from tests.packing.small_pack import SmallPack, jpeg, make_pack
+from tests.packing.packs import image_tree, jpeg, pack, run
+from tests.packing.small_pack import SmallPack, make_pack
 
 SECOND = "train-00001-of-00002.rec"
 
@@ -51,7 +51,7 @@ def test_info_tells_what_a_finished_folder_holds(small: SmallPack) -> None:
 
 
 def test_info_tells_how_far_an_unfinished_folder_is(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path)
+    tree = image_tree(tmp_path)
     sources = ("--src", tree / "train", "--val", tree / "val", "--shards", 2, "--labeled", 3)
     out = pack(*sources, "--part", "1/2", out=tmp_path / "rec")
     told = info(out)

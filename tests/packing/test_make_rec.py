@@ -1,57 +1,67 @@
-"""tools/make_rec.py as a user runs it: every image lands in the records, as it is."""
+"""make_rec pack from every kind of source: which images the records hold, and what is printed."""
 
-import hashlib
+import io
 import itertools
 import json
 import os
-import sqlite3
-import struct
 import subprocess
 import sys
 import tarfile
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import simplejpeg
 
 from mpl_fast.data.manifest import read_manifest
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     CLASSES,
+    LIMIT,
     TOOL,
+    command_line,
+    environment,
     hashes,
-    make_tree,
+    image_tree,
+    jpeg,
     manifest_of,
     names,
     pack,
-    read_record,
+    png,
     read_split,
     refuse,
     run,
 )
 
 COMMANDS = ("pack", "resplit", "verify", "finish", "info", "locate", "extract")
+ALWAYS = {"classes.txt", "records.sqlite", "manifest.json", ".lock"}
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def files_of(*stems: str, kinds: tuple[str, ...] = ("rec", "idx", "lst")) -> set[str]:
     return {f"{stem}.{kind}" for stem in stems for kind in kinds}
 
 
-ALWAYS = {"classes.txt", "records.sqlite", "manifest.json", ".lock"}
+def images_of(out: Path, stem: str = "train") -> dict[str, bytes]:
+    return {key: image for _, _, key, image in read_split(out, stem)}
+
+
+def images_in(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*.*") if path.is_file())
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
 
 
 def test_shared_layout_holds_every_image_once(tree: Path) -> None:
-    # A clock that jumped: neither times to come nor the oldest ones tell anything.
+    # A clock that jumped: neither times to come nor the oldest ones mean anything.
     os.utime(tree / "train" / "ant" / "0.jpg", (4e9, 4e9))
     os.utime(tree / "train" / "ant" / "3.jpg", (0, 0))
-    done = run("pack", "--src", "train", "--val", "val", "--out", "out/rec", "--labeled", "6",
-               folder=tree)  # fmt: skip
+    common = ("pack", "--src", "train", "--val", "val", "--out", "out/rec", "--labeled", "6")
+    done = run(*common, folder=tree)
     out = tree / "out" / "rec"
     subsets = files_of("train_label", "train_unlabel", kinds=("idx", "lst"))
     assert names(out) == {*ALWAYS, *files_of("train", "val"), *subsets}
@@ -62,8 +72,7 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
         for _, label, key, image in rows[stem]:
             assert image == (tree / folder / key).read_bytes()
             assert CLASSES[int(label)] == key.partition("/")[0]
-    every = {f"{path.parent.name}/{path.name}" for path in (tree / "train").rglob("*.*")}
-    assert {row[2] for row in rows["train"]} == every
+    assert {row[2] for row in rows["train"]} == images_in(tree / "train").keys()
     assert read_split(out, "train_unlabel") == rows["train"]
     assert Counter(row[1] for row in rows["train_label"]) == {0.0: 2, 1.0: 2, 2.0: 2}
     # Shuffled: sorted labels would change twice over the 24 records.
@@ -78,9 +87,7 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
     ]
     size = sum(path.stat().st_size for path in out.glob("*.rec"))
     assert total.startswith(f"out/rec: 30 records, 3 classes, {size} bytes in 2 shards, ")
-    again = run("pack", "--src", "train", "--val", "val", "--out", "out/rec", "--labeled", "6",
-                folder=tree)  # fmt: skip
-    assert "already complete" in again.stdout
+    assert "already complete" in run(*common, folder=tree).stdout
 
 
 def test_nine_files_of_the_separate_layout(tree: Path, tmp_path: Path) -> None:
@@ -91,91 +98,54 @@ def test_nine_files_of_the_separate_layout(tree: Path, tmp_path: Path) -> None:
     rows = {stem: read_split(out, stem) for stem in stems}
     assert [row[0] for stem in stems for row in rows[stem]] == list(range(6 + 24 + 6))
     for stem, folder in zip(stems, ("train", "train", "val"), strict=True):
-        for _, _, key, image in rows[stem]:
-            assert image == (tree / folder / key).read_bytes()
-    assert {row[2] for row in rows["train_label"]} < {row[2] for row in rows["train_unlabel"]}
+        assert images_of(out, stem).items() <= images_in(tree / folder).items()
+    assert images_of(out, "train_label").keys() < images_of(out, "train_unlabel").keys()
     assert list(read_manifest(out).splits) == ["labeled", "unlabeled", "val"]
 
 
-def test_manifest_and_table_tell_the_truth(tree: Path, tmp_path: Path) -> None:
+def test_json_is_the_manifest(tree: Path, tmp_path: Path) -> None:
     done = run("pack", "--src", tree / "train", "--val", tree / "val", "--labeled", 7,
                "--shards", 3, "--json", "--out", tmp_path / "out")  # fmt: skip
-    out = tmp_path / "out"
-    stored = manifest_of(out)
+    stored = manifest_of(tmp_path / "out")
     assert json.loads(done.stdout) == stored
     assert done.stderr == ""
     assert stored["format"] == "mpl_fast.rec/2"
     assert stored["options"]["labeled"] == "7"
-    assert stored["totals"]["images"] == 30
-    assert stored["bad"] == []
-    for entry in (*stored["splits"].values(), *stored["shards"]):
-        for kind in {"idx", "lst"} & entry.keys():
-            content = (out / entry[kind]).read_bytes()
-            assert hashlib.sha256(content).hexdigest() == entry[f"{kind}_sha256"]
-    for shard in stored["shards"]:
-        content = (out / shard["file"]).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == shard["sha256"]
-        assert len(content) == shard["bytes"]
+    assert (stored["totals"]["images"], stored["bad"]) == (30, [])
     labeled = stored["splits"]["labeled"]
     assert (labeled["per_class_min"], labeled["per_class_max"]) == (2, 3)
     assert sum(shard["multipart"] for shard in stored["shards"]) == 1
-    images = [path for path in tree.rglob("*.*") if path.is_file()]
+    images = (path for path in tree.rglob("*.*") if path.is_file())
     assert stored["totals"]["bytes_in"] == sum(path.stat().st_size for path in images)
-    manifest = read_manifest(out)
+    manifest = read_manifest(tmp_path / "out")
     assert manifest.classes == CLASSES
     assert {name: split.records for name, split in manifest.splits.items()} == {
         "train": 24, "labeled": 7, "unlabeled": 24, "val": 6}  # fmt: skip
-    with closing(sqlite3.connect(out / "records.sqlite")) as table:
-        rows = table.execute(
-            "SELECT records.id, path, offset, written.size FROM records JOIN written USING (id)"
-        )
-        places = {number: row for number, *row in rows}
-    assert len(places) == 30
-    for shard in stored["shards"]:
-        content = (out / shard["file"]).read_bytes()
-        folder = tree / ("train" if shard["prefix"] == "train" else "val")
-        for number in range(shard["first_id"], shard["first_id"] + shard["records"]):
-            path, offset, size = places[number]
-            image = read_record(content, offset)[24:]
-            assert image == (folder / path).read_bytes()
-            assert len(image) == size
 
 
-def test_shards_hold_local_indexes(tree: Path, tmp_path: Path) -> None:
-    out = pack("--src", tree / "train", "--labeled", 6, "--shards", 3, out=tmp_path / "out")
-    one = pack("--src", tree / "train", "--labeled", 6, out=tmp_path / "one")
-    joined = b""
-    for number in range(3):
-        stem = f"train-{number:05d}-of-00003"
-        content = (out / f"{stem}.rec").read_bytes()
-        joined += content
-        for line in (out / f"{stem}.idx").read_text().splitlines():
-            record_id, offset = map(int, line.split("\t"))
-            assert struct.unpack_from("<Q", read_record(content, offset), 8) == (record_id,)
-    # Cutting into shards moves no byte: joined, they are the one file.
-    assert joined == (one / "train.rec").read_bytes()
+def test_cutting_into_shards_moves_no_byte(tree: Path, tmp_path: Path) -> None:
+    common = ("--src", tree / "train", "--labeled", 6)
+    out = pack(*common, "--shards", 3, out=tmp_path / "out")
+    one = pack(*common, out=tmp_path / "one")
+    shards = [path.read_bytes() for path in sorted(out.glob("*.rec"))]
+    assert b"".join(shards) == (one / "train.rec").read_bytes()
     assert (out / "train.idx").read_bytes() == (one / "train.idx").read_bytes()
     assert read_split(out, "train_label") == read_split(one, "train_label")
     # The same by their size: three shards of a third.
-    size = (sum(path.stat().st_size for path in (tree / "train").rglob("*.*")) + 2) // 3
-    by_size = pack("--src", tree / "train", "--labeled", 6, "--shard-size", size,
-                   out=tmp_path / "size")  # fmt: skip
-    assert {path.read_bytes() for path in by_size.glob("*.rec")} == {
-        path.read_bytes() for path in out.glob("*.rec")
-    }
+    size = (sum(map(len, images_in(tree / "train").values())) + 2) // 3
+    by_size = pack(*common, "--shard-size", size, out=tmp_path / "size")
+    assert [path.read_bytes() for path in sorted(by_size.glob("*.rec"))] == shards
 
 
 def test_bytes_do_not_depend_on_processes(tree: Path, tmp_path: Path) -> None:
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "50%", "--shards", 2)
-    ways = {"1": ("-j", 1), "2": ("-j", 2, "--read-threads", 3), "9": ("-j", 9)}
-    for name, way in ways.items():  # 9 are more than there are shards
-        pack(*common, *way, out=tmp_path / name)
-    assert hashes(tmp_path / "1") == hashes(tmp_path / "2") == hashes(tmp_path / "9")
+    alone = pack(*common, out=tmp_path / "alone")
+    for number, way in enumerate([("-j", 1), ("-j", 9, "--read-threads", 3)]):
+        out = pack(*common, *way, out=tmp_path / str(number), pool=True)
+        assert hashes(out) == hashes(alone)
     other = pack(*common, "--shuffle-seed", 1, out=tmp_path / "other")
-    assert {row[2] for row in read_split(other, "train_label")} == {
-        row[2] for row in read_split(tmp_path / "1", "train_label")
-    }
-    assert hashes(other)["train.lst"] != hashes(tmp_path / "1")["train.lst"]
+    assert images_of(other, "train_label") == images_of(alone, "train_label")
+    assert hashes(other)["train.lst"] != hashes(alone)["train.lst"]
 
 
 def test_dali_decodes_every_record(tree: Path, tmp_path: Path) -> None:
@@ -206,26 +176,26 @@ def test_dali_decodes_every_record(tree: Path, tmp_path: Path) -> None:
 
 def test_dry_run_counts_what_is_packed_then(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    common = ("--src", tree / "train", "--val", tree / "val", "--labeled", 7, "--shards", 2,
-              "--unlabeled", "rest", "--out", out)  # fmt: skip
-    told = json.loads(run("pack", *common, "--dry-run", "--json").stdout)
-    lines = run("pack", *common, "--dry-run").stdout.splitlines()
+    common = ("pack", "--src", tree / "train", "--val", tree / "val", "--labeled", 7,
+              "--shards", 2, "--unlabeled", "rest", "--out", out)  # fmt: skip
+    planned = json.loads(run(*common, "--dry-run", "--json").stdout)
+    lines = run(*common, "--dry-run").stdout.splitlines()
     assert lines[-1] == "dry run: nothing was written"
     assert "unlabeled: 17 records, 5 to 6 a class" in lines
     assert not out.exists()
-    run("pack", *common)
+    run(*common)
     stored = manifest_of(out)
     counted = ("records", "per_class_min", "per_class_max")
-    assert told["splits"] == {
+    assert planned["splits"] == {
         name: {key: split[key] for key in counted} for name, split in stored["splits"].items()
     }
-    assert [(shard["file"], shard["records"]) for shard in told["shards"]] == [
+    assert [(shard["file"], shard["records"]) for shard in planned["shards"]] == [
         (shard["file"], shard["records"]) for shard in stored["shards"]
     ]
-    assert told["images"] == stored["totals"]["images"] == 30
-    assert told["bytes_in"] == stored["totals"]["bytes_in"]
+    assert planned["images"] == stored["totals"]["images"] == 30
+    assert planned["bytes_in"] == stored["totals"]["bytes_in"]
     written = sum(path.stat().st_size for path in out.glob("*.[ril][eds][cxt]"))
-    assert stored["totals"]["bytes_out"] < written <= told["bytes_out_at_most"]
+    assert stored["totals"]["bytes_out"] < written <= planned["bytes_out_at_most"]
 
 
 def test_quiet_and_help(tree: Path, tmp_path: Path) -> None:
@@ -240,8 +210,8 @@ def test_quiet_and_help(tree: Path, tmp_path: Path) -> None:
     script = f"import sys; sys.argv = ['x']; sys.path.insert(0, {str(TOOL.parent)!r})\n"
     heavy = {"numpy", "cv2", "torch", "nvidia", "simplejpeg", "ray"}
     script += f"import make_rec; print({heavy} & set(sys.modules))"
-    done_import = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done_import.stdout == "set()\n"
+    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert imported.stdout == "set()\n"
 
 
 def test_names_that_are_not_utf8(tree: Path, tmp_path: Path) -> None:
@@ -251,20 +221,22 @@ def test_names_that_are_not_utf8(tree: Path, tmp_path: Path) -> None:
     with tarfile.open(archive, "w:gz", errors="surrogateescape") as tar:
         tar.add(tree / "train", "train")
     out = tmp_path / os.fsdecode(b"o\xe9t")
-    common = ("--src", f"{archive}:train", "--labeled", 6, "--out", out)
-    run("pack", *common, "--quiet")
+    common = ("pack", "--src", f"{archive}:train", "--labeled", 6, "--out", out)
+    run(*common, "--quiet")
     assert (out / "classes.txt").read_bytes() == b"ant\nb\xe9te\ncat\n"
     assert read_manifest(out).classes == ("ant", "b\udce9te", "cat")
-    assert {row[2] for row in read_split(out, "train")} >= {"b\udce9te/0.jpg", "ant/0.jpg"}
+    assert images_of(out).keys() >= {"b\udce9te/0.jpg", "ant/0.jpg"}
     done = subprocess.run(
-        [sys.executable, TOOL, "pack", *map(os.fspath, map(str, common))],
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},  # as where a UTF-8 locale is set
+        command_line(*common),
+        env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},  # as where a UTF-8 locale is set
         capture_output=True,
         check=True,
+        timeout=LIMIT,
     )
     assert done.stdout.startswith(os.fsencode(out) + b": already complete")
 
 
+@pytest.mark.slow
 def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) -> None:
     archive, out = shared_data / "imagenet-1000.tar", tmp_path / "out"
     common = ("--src", archive, "--val", archive, "--out", out, "--layout", "separate",
@@ -279,3 +251,274 @@ def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) 
         assert sorted(row[1] for row in rows) == list(range(1000))
         assert all(simplejpeg.is_jpeg(row[3]) for row in rows)
     assert manifest_of(out)["duplicates"]["across_splits"] == 1000
+
+
+# Sources.
+
+
+def nested_tar(path: Path, folder: Path) -> Path:
+    """Write an archive with a tar for each class, as ILSVRC2012_img_train.tar."""
+    with tarfile.open(path, "w") as outer:
+        for name in CLASSES:
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as inner:
+                for file in sorted((folder / name).iterdir()):
+                    inner.add(file, file.name)
+            item = tarfile.TarInfo(f"{name}.tar")
+            item.size = len(buffer.getvalue())
+            outer.addfile(item, io.BytesIO(buffer.getvalue()))
+    return path
+
+
+def flat_tar(path: Path, folder: Path) -> tuple[Path, Path]:
+    """Write an archive with images in no folder, and the file with a class for each."""
+    files = sorted(folder.rglob("*.jpg"), key=lambda file: (file.name, file.parent.name))
+    with tarfile.open(path, "w") as tar:
+        for number, file in enumerate(files):
+            tar.add(file, f"ILSVRC2012_val_{number:08}.JPEG")
+    labels = path.with_name("validation_labels.txt")
+    labels.write_text("".join(f"{file.parent.name}\n" for file in files))
+    return path, labels
+
+
+def test_nested_archive_and_flat_validation(tree: Path, tmp_path: Path) -> None:
+    archive = nested_tar(tmp_path / "train.tar", tree / "train")
+    val, labels = flat_tar(tmp_path / "val.tar", tree / "val")
+    out = pack("--src", archive, "--val", val, "--val-labels", labels, "--labeled", 6,
+               "--shards", 2, out=tmp_path / "out")  # fmt: skip
+    folder = pack("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 2,
+                  out=tmp_path / "folder")  # fmt: skip
+    # Wherever the images come from, the records are the same.
+    for name in ("train-00000-of-00002.rec", "train-00001-of-00002.rec", "train_label.idx"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    rows = read_split(out, "val")
+    assert sorted((CLASSES[int(row[1])], row[3]) for row in rows) == sorted(
+        (key.partition("/")[0], image) for key, image in images_in(tree / "val").items()
+    )
+    assert all(row[2].partition("/")[2].startswith("ILSVRC2012_val_") for row in rows)
+
+
+def test_list_and_records(tree: Path, tmp_path: Path) -> None:
+    lines = [
+        f"{number}\t{2 - CLASSES.index(key.partition('/')[0])}\ttrain/{key}\n"
+        for number, key in enumerate(sorted(images_in(tree / "train")))
+    ]
+    (tmp_path / "train.lst").write_text("".join(lines))
+    out = pack("--src", tmp_path / "train.lst", "--root", tree, "--labeled", 6,
+               "--order", "list", out=tmp_path / "out")  # fmt: skip
+    assert images_of(out) == images_in(tree / "train")
+    # The list's labels are kept, and with them the order of the classes.
+    assert (out / "classes.txt").read_text() == "cat\nbee\nant\n"
+    keys = [row[2] for row in read_split(out, "train")]
+    assert keys == sorted(keys, key=lambda key: ("cat bee ant".index(key[:3]), key))
+    again = pack("--src", out / "train.rec", "--labeled", 6, "--shards", 3, out=tmp_path / "again")
+    assert (again / "classes.txt").read_text() == "cat\nbee\nant\n"
+    assert images_of(again) == images_of(out)
+    assert {(row[1], row[2]) for row in read_split(again, "train")} == {
+        (row[1], row[2]) for row in read_split(out, "train")
+    }
+    # The draw is by names, so it is the same; the record of two parts is again one.
+    assert images_of(again, "train_label") == images_of(out, "train_label")
+    assert sum(shard["multipart"] for shard in manifest_of(again)["shards"]) == 1
+
+
+def test_several_sources_are_joined(tree: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more" / "bee"
+    more.mkdir(parents=True)
+    (more / "new.jpg").write_bytes(jpeg(77))
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(tree, "tree")
+    out = pack("--src", f"{tmp_path}/all.tar:tree/train", more.parent, "--labeled", 6,
+               "--val", f"{tmp_path}/all.tar:tree/val", out=tmp_path / "out")  # fmt: skip
+    assert images_of(out) == images_in(tree / "train") | {"bee/new.jpg": jpeg(77)}
+    assert images_of(out, "val") == images_in(tree / "val")
+    assert [source["images"] for source in manifest_of(out)["sources"]] == [24, 1, 6]
+
+
+def test_shares_of_labeled_images(tree: Path, tmp_path: Path) -> None:
+    draws = []
+    for share in ("12.5%", "25%"):
+        out = pack("--src", tree / "train", "--labeled", share, "--unlabeled", "rest",
+                   out=tmp_path / share)  # fmt: skip
+        draws.append(images_of(out, "train_label").keys())
+        assert images_of(out, "train_unlabel").keys() == images_of(out).keys() - draws[-1]
+    assert [len(drawn) for drawn in draws] == [3, 6]
+    assert draws[0] < draws[1]
+    for number in range(8, 32):
+        (tree / "train" / "ant" / f"{number}.jpg").write_bytes(jpeg(number))
+    out = pack("--src", tree / "train", "--labeled", "25%", "--balance", "proportional",
+               out=tmp_path / "proportional")  # fmt: skip
+    counts = Counter(key[:3] for key in images_of(out, "train_label"))
+    assert counts == {"ant": 8, "bee": 2, "cat": 2}
+
+
+def test_listed_labeled_images(tree: Path, tmp_path: Path) -> None:
+    for name in CLASSES:  # base names that contain the class, as ImageNet's
+        for path in (tree / "train" / name).iterdir():
+            path.rename(path.with_name(f"{name}_{path.name}"))
+    (tmp_path / "10percent.txt").write_text("ant_3.jpg\nbee_1.jpg\ncat_1.JPEG\n")
+    (tmp_path / "wnid.txt").write_text("ant/ant_3.jpg 0\nbee/bee_1.jpg 1\ncat/cat_1.JPEG 2\n")
+    for name in ("10percent.txt", "wnid.txt"):
+        out = pack("--src", tree / "train", "--labeled", tmp_path / name, out=tmp_path / f"o{name}")
+        drawn = images_of(out, "train_label").keys()
+        assert drawn == {"ant/ant_3.jpg", "bee/bee_1.jpg", "cat/cat_1.JPEG"}
+    (tmp_path / "bad.txt").write_text("ant_3.jpg\nbee_1.jpg\ncat_1.JPEG\ndog_1.jpg\n")
+    bad = ("--labeled", tmp_path / "bad.txt", "--out", tmp_path / "bad")
+    line = refuse("--src", tree / "train", *bad, status=4)
+    assert "bad.txt: 1 names fit no image: dog_1.jpg" in line
+    assert not (tmp_path / "bad").exists()
+
+
+# Images that are damaged, odd or too large.
+
+
+def damage(train: Path) -> dict[str, str]:
+    """Damage images in many ways; return a part of each one's reason."""
+    whole = (train / "ant" / "7.jpg").read_bytes()
+    large = jpeg(0, 100)
+    picture = png(3)
+    faults = {
+        "ant/0.jpg": (b"", "empty file"),
+        "ant/1.jpg": (whole[: len(whole) // 2], "cut short"),
+        "ant/2.jpg": (b"words", "neither JPEG nor PNG"),
+        "ant/3.jpg": (large[: len(large) // 2] + large[-2:], "Corrupt JPEG data"),
+        "bee/1.jpg": (b"GIF89a" + bytes(50), "GIF"),
+        "cat/2.png": (picture[:-20], "cut short"),
+        "cat/3.jpg": (picture[:60] + bytes(4) + picture[64:], "damaged PNG chunk at byte 33"),
+    }
+    for key, (content, _) in faults.items():
+        (train / key).write_bytes(content)
+    return {key: reason for key, (_, reason) in faults.items()}
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_skipped_labeled_images_are_a_warning(tree: Path, tmp_path: Path, layout: str) -> None:
+    common = ("--src", tree / "train", "--labeled", "3", "--layout", layout)
+    drawn = read_split(pack(*common, out=tmp_path / "sound"), "train_label")[0][2]
+    (tree / "train" / drawn).write_bytes(b"words")
+    done = run("pack", *common, "--on-bad", "skip", "--out", tmp_path / "out")
+    assert (
+        "warning: 1 of the 3 labeled images were left out as bad; a class has none" in done.stderr
+    )
+    assert "1 images were skipped" in done.stdout
+
+
+def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
+    train, val, out = tree / "train", tree / "val", tmp_path / "out"
+    faults = damage(train)
+    (val / "ant" / "0.jpg").write_bytes(b"words")
+    common = ("--src", train, "--val", val, "--out", out, "--labeled", "12", "--layout", "separate")
+    line = refuse(*common, status=4)
+    # Once each, although the labeled images are in two files.
+    head, _, rest = line.partition(" nothing was published: ")
+    assert head.endswith("error: 8 images cannot be used,")
+    listed, _, advice = rest.rpartition("; ")
+    named = dict(part.split(": ", 1) for part in listed.split("; "))
+    assert list(named) == [*(str(train / key) for key in faults), str(val / "ant" / "0.jpg")]
+    for key, reason in faults.items():
+        assert reason in named[str(train / key)]
+    assert advice == (
+        "repair or remove them, or leave them out with --on-bad skip, which keeps every "
+        "finished shard"
+    )
+    assert not out.exists()
+    # Looking only at the ends misses what is wrong in the middle, and nothing else.
+    line = refuse(*common, "--check", "header", status=4)
+    assert "6 images cannot" in line
+    assert "ant/3.jpg" not in line
+    assert "cat/3.jpg" not in line
+    line = refuse(*common, "--check", "none", status=4)
+    assert f"1 images cannot be used, nothing was published: {train}/ant/0.jpg: empty file" in line
+
+
+def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None:
+    bad = [tree / "train" / "ant" / f"bad{number:02d}.jpg" for number in range(15)]
+    for path in bad:
+        path.write_bytes(b"words")
+    common = ("--src", tree / "train", "--out", tmp_path / "out", "--labeled", "6")
+    *each, last = run("pack", *common, status=4).stderr.splitlines()
+    assert [line.split(": ")[2] for line in each] == list(map(str, bad))
+    assert "error: 15 images cannot be used" in last
+    assert " and 5 more; repair or remove them" in last
+    assert last.count("neither JPEG nor PNG") == 10
+
+
+def test_skip_leaves_gaps_and_the_manifest_names_them(tree: Path, tmp_path: Path) -> None:
+    train, out = tree / "train", tmp_path / "out"
+    faults = damage(train)
+    common = ("--src", train, "--labeled", "12", "--shards", 2, "--out", out)
+    done = run("pack", *common, "--on-bad", "skip")
+    assert "7 images were skipped; the manifest names them" in done.stdout
+    assert images_of(out) == {
+        key: image for key, image in images_in(train).items() if key not in faults
+    }
+    ids = [row[0] for row in read_split(out, "train")]
+    assert len(ids) == 24 - 7
+    assert ids == sorted(ids)
+    assert set(ids) < set(range(24))  # an id is a place in the plan
+    stored = manifest_of(out)
+    assert {remark["image"]: remark["source"] for remark in stored["bad"]} == {
+        key: str(train / key) for key in faults
+    }
+    for remark in stored["bad"]:
+        assert remark["action"] == "skipped"
+        assert faults[remark["image"]] in remark["reason"]
+    assert stored["splits"]["train"]["records"] == stored["totals"]["images"] == 17
+    assert "already complete" in run("pack", *common, "--on-bad", "skip").stdout
+    # A run without --on-bad skip does not pass over what was left out.
+    line = refuse(*common, status=3)
+    assert "holds a pack that left out 7 images that cannot be used" in line
+
+
+def test_convert_keeps_what_can_be_decoded(tree: Path, tmp_path: Path) -> None:
+    train, large = tree / "train", jpeg(0, 100)
+    (train / "ant" / "3.jpg").write_bytes(large[: len(large) // 2])
+    common = ("--src", train, "--labeled", 6, "--on-bad", "convert", "--out", tmp_path / "out")
+    done = run("pack", *common)
+    bad = {remark["image"]: remark for remark in manifest_of(tmp_path / "out")["bad"]}
+    assert {key: remark["action"] for key, remark in bad.items()} == {
+        "ant/3.jpg": "converted", "cat/0.jpg": "converted"}  # fmt: skip
+    assert bad["cat/0.jpg"]["reason"] == "a PNG named .jpg"
+    assert "cut short" in bad["ant/3.jpg"]["reason"]
+    assert "2 images were converted; the manifest names them" in done.stdout
+    rows = images_of(tmp_path / "out")
+    assert len(rows) == 24
+    shapes = {key: simplejpeg.decode_jpeg(rows[key]).shape for key in bad}
+    assert shapes == {"ant/3.jpg": (100, 100, 3), "cat/0.jpg": (9, 7, 3)}
+    for key in rows.keys() - bad.keys():
+        assert rows[key] == (train / key).read_bytes()
+    (train / "ant" / "4.jpg").write_bytes(b"words")
+    assert "1 images cannot be used" in refuse(*common, "--force", status=4)
+    assert images_of(tmp_path / "out") == rows  # the old pack, untouched
+
+
+def test_short_side_only_shrinks(tree: Path, tmp_path: Path) -> None:
+    train = tree / "train"
+    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8), (96, 64))
+    (train / "ant" / "0.jpg").write_bytes(simplejpeg.encode_jpeg(smooth))
+    (train / "ant" / "1.jpg").write_bytes(simplejpeg.encode_jpeg(smooth[:, :34]))
+    (train / "bee" / "2.png").write_bytes(bytes(cv2.imencode(".png", smooth)[1]))
+    common = ("--src", train, "--labeled", 6, "--shards", 3, "--short-side", 32)
+    out = pack(*common, "--quality", 80, out=tmp_path / "out")
+    rows = images_of(out)
+    shapes = {key: simplejpeg.decode_jpeg(rows[key]).shape for key in ("ant/0.jpg", "bee/2.png")}
+    assert shapes == {"ant/0.jpg": (32, 48, 3), "bee/2.png": (32, 48, 3)}
+    shrunk = cv2.resize(smooth, (48, 32), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(simplejpeg.decode_jpeg(rows["ant/0.jpg"]) - shrunk).mean() < 4
+    # 34 is less than 1.1 times 32, all others are smaller: their bytes stay.
+    for key in rows.keys() - shapes.keys():
+        assert rows[key] == (train / key).read_bytes()
+    stored = manifest_of(out)
+    transform = stored["transform"]
+    assert (transform["mode"], transform["short_side"], transform["quality"]) == (
+        "short-side", 32, 80)  # fmt: skip
+    assert transform["exif_orientation"] == "not applied; dropped where re-encoded"
+    assert stored["totals"]["reencoded"] == 2
+    assert hashes(pack(*common, "--quality", 80, "-j", 3, out=tmp_path / "two", pool=True)) == (
+        hashes(out)
+    )
+    better = pack(*common, "--quality", 95, "--min-shrink", 1, out=tmp_path / "better")
+    assert manifest_of(better)["totals"]["reencoded"] == 3
+    assert (better / "train.lst").read_bytes() == (out / "train.lst").read_bytes()
+    line = refuse("--out", out, *common, status=3)
+    assert "holds another pack (quality was 80, now 90)" in line

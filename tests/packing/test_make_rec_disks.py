@@ -1,4 +1,4 @@
-"""tools/make_rec.py on disks that are full, read-only or unlike others: an error, then a rerun."""
+"""make_rec on disks that are full, read-only or short of space: an error, then a second run."""
 
 import subprocess
 from collections.abc import Iterator
@@ -7,13 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.packing.pack_command import hashes, identities, jpeg, make_tree, names, pack, refuse, run
-from tests.packing.stopped_packs import run_meddled
+from mpl_fast import atomic
+from mpl_fast.packing.publish.out_folder import OutFolder
+from tests.packing.packs import (
+    error_of,
+    hashes,
+    identities,
+    image_tree,
+    jpeg,
+    make_tree,
+    names,
+    pack,
+    refuse,
+    run,
+    run_process,
+)
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 @contextmanager
@@ -28,6 +41,24 @@ def memory_disk(folder: Path, size: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", folder], check=True)
+
+
+def add_large_images(tree: Path) -> None:
+    """Add training images of 30 MB."""
+    large = {f"train/ant/{number}.jpg": jpeg(number, 1200) for number in range(100, 120)}
+    make_tree(tree, large)
+
+
+def full_at(name: str, patch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full when the text file `name` is written."""
+    original = atomic._HashingFile.write
+
+    def write(file: atomic._HashingFile, block: bytes) -> int:
+        if Path(file.name).name == f"{name}.tmp":
+            raise OSError(28, "No space left on device")
+        return original(file, block)
+
+    patch.setattr(atomic._HashingFile, "write", write)
 
 
 def remount(disk: Path, options: str) -> None:
@@ -47,9 +78,8 @@ def test_read_only_folder(tree: Path, tmp_path: Path) -> None:
         assert identities((disk / "old").iterdir()) == before
 
 
-def test_disk_that_fills(tree: Path, tmp_path: Path) -> None:
-    for number in range(100, 120):  # some 30 MB
-        (tree / "train" / "ant" / f"{number}.jpg").write_bytes(jpeg(number, 1200))
+def test_disk_that_fills(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_large_images(tree)
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "6", "--shards", 8,
               "-j", 2, "--check", "none")  # fmt: skip
     fresh = pack(*common, out=tmp_path / "fresh")
@@ -57,11 +87,11 @@ def test_disk_that_fills(tree: Path, tmp_path: Path) -> None:
         out = disk / "out"
         line = refuse(*common, "--out", out, status=3)
         assert line.endswith(" GB needed, 0.02 GB free on this disk")
-        assert names(disk) == set()  # told before any image was read
-        # Space that another program takes meanwhile cannot be told beforehand.
-        done = run_meddled("blind", "", "pack", *common, "--out", out)
-        assert done.returncode == 3
-        assert done.stderr == f"make_rec: error: {out / '.pack'}: No space left on device\n"
+        assert names(disk) == set()  # refused before any image was read
+        with monkeypatch.context() as patch:  # space that another program takes meanwhile
+            patch.setattr(OutFolder, "require_space", lambda folder, needed: None)
+            line = refuse(*common, "--out", out, status=3)
+        assert line == f"make_rec: error: {out / '.pack'}: No space left on device"
         assert names(out) == {".lock", ".pack"}
         kept = identities((out / ".pack").glob("*.rec"))
         assert 2 <= len(kept) < 16
@@ -74,8 +104,7 @@ def test_disk_that_fills(tree: Path, tmp_path: Path) -> None:
 
 
 def test_images_that_become_smaller_may_fit(tree: Path, tmp_path: Path) -> None:
-    for number in range(100, 120):  # some 30 MB
-        (tree / "train" / "ant" / f"{number}.jpg").write_bytes(jpeg(number, 1200))
+    add_large_images(tree)
     with memory_disk(tmp_path / "disk", "20m") as disk:
         common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
         refuse(*common, "--out", disk / "out", status=3)
@@ -86,32 +115,54 @@ def test_images_that_become_smaller_may_fit(tree: Path, tmp_path: Path) -> None:
 def test_no_file_may_grow(tree: Path, tmp_path: Path, kib: int) -> None:
     out = tmp_path / "out"
     common = ("--src", tree / "train", "--out", out, "--labeled", "6")
-    line = refuse(*common, "--shards", 1 + kib // 26, status=3, limit=str(kib))
+    shards = ("--shards", 1 + kib // 26)
+    line = error_of(run_process("pack", *common, *shards, status=3, limit=str(kib)))
     # The table is the largest file here: planning it fails, or completing it at the end.
     name = "records.sqlite.tmp" if kib == 26 else "plan.new"
     assert line == f"make_rec: error: {out}/.pack/{name}: cannot be written (disk I/O error)"
     assert names(out) == {".lock", ".pack"} if kib == 26 else not out.exists()
-    run("pack", *common, "--shards", 1 + kib // 26)
-    fresh = pack(*common[:2], *common[4:], "--shards", 1 + kib // 26, out=tmp_path / "fresh")
+    run("pack", *common, *shards)
+    fresh = pack(*common[:2], *common[4:], *shards, out=tmp_path / "fresh")
     assert hashes(out) == hashes(fresh)
 
 
 @pytest.mark.parametrize("name", ["train-00001-of-00002.idx", "manifest.json"])
-def test_disk_that_fills_at_the_end(tree: Path, tmp_path: Path, name: str) -> None:
+def test_disk_that_fills_at_the_end(
+    tree: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
     out = tmp_path / "out"
-    done = run_meddled("full", name, "pack", *common, "--out", out)
-    assert done.returncode == 3
-    assert done.stderr == f"make_rec: error: {out}: No space left on device\n"
+    with monkeypatch.context() as patch:
+        full_at(name, patch)
+        line = refuse(*common, "--out", out, status=3)
+    assert line == f"make_rec: error: {out}: No space left on device"
     assert names(out) == {".lock", ".pack"}
     run("pack", *common, "--out", out)
+    assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
+
+
+def test_finish_on_a_disk_that_fills(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, out = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6), tmp_path / "out"
+    run("pack", *common, "--part", "1/1", "--out", out)
+    with monkeypatch.context() as patch:
+        full_at("val.lst", patch)
+        line = refuse(out, command="finish", status=3)
+    assert line == f"make_rec: error: {out}: No space left on device"
+    assert names(out) == {".lock", ".pack"}
+    kept = identities((out / ".pack").glob("*.rec"))
+    run("pack", *common, "--part", "1/1", "--out", out)  # every shard is kept
+    assert identities((out / ".pack").glob("*.rec")) == kept
+    run("finish", out)
     assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
 
 
 def test_disk_that_fills_while_unpacking(tree: Path, tmp_path: Path) -> None:
     archive, out = tmp_path / "train.tgz", tmp_path / "out"
     subprocess.run(["tar", "-C", tree, "-czf", archive, "train"], check=True)
-    line = refuse("--src", f"{archive}:train", "--out", out, status=3, limit="4")
+    common = ("pack", "--src", f"{archive}:train", "--out", out)
+    line = error_of(run_process(*common, status=3, limit="4"))
     assert line.startswith(f"make_rec: error: {out}")
     assert line.endswith(": File too large")
     assert not out.exists()

@@ -9,12 +9,12 @@ from mpl_fast.errors import UserError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.write.ray_engine import run_ray
 from mpl_fast.packing.write.workers import Jobs
-from tests.packing.pack_command import hashes, make_tree, names, pack, refuse
+from tests.packing.packs import hashes, image_tree, names, pack, refuse
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    return make_tree(tmp_path)
+    return image_tree(tmp_path)
 
 
 def test_ray_packs_the_same_bytes(tree: Path, tmp_path: Path) -> None:

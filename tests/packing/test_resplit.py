@@ -18,11 +18,11 @@ from mpl_fast.errors import ConfigError, DataError, OutputError, UserError
 from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.resplit import resplit
-from tests.packing.pack_command import (
+from tests.packing.packs import (
     ROOT,
     environment,
     hashes,
-    make_tree,
+    image_tree,
     names,
     pack,
     read_split,
@@ -67,7 +67,7 @@ def sound(root: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tree(tmp_path_factory.mktemp("resplit"))
+    return image_tree(tmp_path_factory.mktemp("resplit"))
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_list_of_names_draws_too(tree: Path, packed: Path, tmp_path: Path) -> 
 
 def test_images_that_were_left_out_took_part_in_the_draw(tmp_path: Path) -> None:
     """Otherwise another image would be labeled in place of each."""
-    tree = make_tree(tmp_path)
+    tree = image_tree(tmp_path)
     for name in ("ant/1.jpg", "bee/5.jpg", "cat/0.jpg"):
         (tree / "train" / name).write_bytes(b"no image")
     half = FIRST | {"labeled": "50%"}

@@ -18,7 +18,7 @@ from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow
 from mpl_fast.packing.write.shard import write_shard
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
-from tests.packing.shard_table import FIRST_ID, SHARD, files, make_table, one_file
+from tests.packing.packs import FIRST_ID, SHARD, files, make_table, one_file
 
 ROOT = Path(__file__).resolve().parents[2]
 UNCHECKED = ImageOptions(check="none")

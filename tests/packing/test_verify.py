@@ -15,8 +15,8 @@ from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.check.shard_check import check_shard
 from mpl_fast.packing.check.verify import Report, verify
 from mpl_fast.packing.plan.table import TABLE, open_table
-from tests.packing.pack_command import hashes, make_tree, run
-from tests.packing.small_pack import MAGIC, SmallPack, jpeg, make_pack
+from tests.packing.packs import MAGIC, hashes, image_tree, jpeg, run
+from tests.packing.small_pack import SmallPack, make_pack
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"
 # Frame, header, and images of 5, 0 and 3 bytes over a multiple of 4; the second has three parts.
@@ -330,7 +330,7 @@ def test_a_killed_worker_is_an_error(pack: SmallPack) -> None:
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_a_damaged_shard_is_mended_as_the_message_says(tmp_path: Path, layout: str) -> None:
-    tree = make_tree(tmp_path)
+    tree = image_tree(tmp_path)
     sources = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 2)
     arguments = (*sources, "--layout", layout, "--out", tmp_path / "rec")
     run("pack", *arguments)

@@ -15,9 +15,16 @@ from mpl_fast.packing.plan.table import TABLE, ShardRow
 from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from mpl_fast.packing.write.workers import Jobs, run_job, run_local
-from tests.packing.made_packs import KEEP, Planned, options_of, plan_work, write_shards
-from tests.packing.pack_command import identities, jpeg
-from tests.packing.small_sources import make_tree
+from tests.packing.packs import (
+    KEEP,
+    Planned,
+    identities,
+    jpeg,
+    make_tree,
+    options_of,
+    plan_work,
+    write_shards,
+)
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"
 

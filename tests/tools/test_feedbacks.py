@@ -15,7 +15,6 @@ from tools.studies.feedbacks import __main__ as feedbacks
 from tools.studies.feedbacks import measure
 from tools.studies.feedbacks.problems import KINDS, gradients, meta_gradient, problem
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = measure.Options(problems=4, drawn=2, draws=300, sizes=(8,))
 
 

@@ -35,9 +35,6 @@ RUN = 2  # the one that the plain loop repeats: first weights of the second labe
 DIFFERENCE = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def moons() -> Problem:
     return problem("3/3", OPTIONS)
@@ -226,7 +223,7 @@ def test_difference_is_zero_for_a_student_that_does_not_move(moons: Problem) -> 
     feedback = RunDifference(student, batch.labeled, batch.labels)
     labels = Labels(batch.truth, None, batch.truth)
     feedback.observe_update(batch.strong, labels, torch.zeros(()))
-    assert torch.equal(feedback.h, torch.zeros(OPTIONS.runs, dtype=torch.float64))
+    assert torch.equal(feedback._h, torch.zeros(OPTIONS.runs, dtype=torch.float64))
 
 
 def test_own_soft_labels_without_augmentation_do_not_move_a_network(moons: Problem) -> None:

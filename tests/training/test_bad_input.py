@@ -92,7 +92,7 @@ def test_records_cut_short(train_command: Command, tiny_rec: Path, tmp_path: Pat
 def test_fine_tuning_of_a_run_that_is_not_there(
     train_command: Command, tiny_rec: Path, tmp_path: Path
 ) -> None:
-    """Nothing is left behind that would stand in the way of the right command."""
+    """Nothing is left behind that would make the right command fail."""
     start = tmp_path / "nowhere"
     options = ["--data.root", str(tiny_rec), "--run-dir", str(tmp_path / "run"), "--epochs", "1"]
     options += ["--recipe", "finetune", "--algorithm.start", str(start), "--device", "cpu"]
@@ -139,7 +139,7 @@ def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     assert code == 2 and (tmp_path / "run" / "config.yaml").exists()
     mended = run([*options, "--stop-at", "1", "--algorithm.student.delay-steps", "9"])
     assert mended.returncode == 0, mended.stderr
-    assert "warning: the student never moves: its wait of 9 steps" in mended.stderr
+    assert "warning: the student never moves: its delay of 9 steps" in mended.stderr
 
 
 def test_two_runs_in_one_directory(train_command: Command, tiny_rec: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
 
 
 def test_an_error_is_printed_once_under_torchrun(tiny_rec: Path, tmp_path: Path) -> None:
-    """By rank 0, though both ranks meet it; torchrun adds a report of its own."""
+    """By rank 0, though it occurs on both ranks; torchrun adds a report of its own."""
     (tmp_path / "run").write_text("in the way")
     failed = run(arguments(tmp_path / "run", tiny_rec), ranks=2)
     assert failed.returncode != 0

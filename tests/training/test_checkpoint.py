@@ -142,7 +142,7 @@ except OSError as error:
 
 @pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
 def test_a_full_disk_is_an_oserror(limit: int, tmp_path: Path) -> None:
-    """And not what torch's archive says when it is closed half-way."""
+    """And not the error of torch's archive when it is closed half-way."""
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path), str(limit)],
         capture_output=True,

@@ -80,16 +80,16 @@ def test_tuning_begins_with_the_network_that_was_evaluated(
     """All of its tensors, batch-norm statistics too; the optimizer is a fresh one."""
     config = FinetuneConfig(start=str(starts / run), weights=weights)
     learner = fresh(ema=0.5)
-    told, warnings = load_start(config, learner, "wrn_10_1", HERE)
+    message, warnings = load_start(config, learner, "wrn_10_1", HERE)
     state = final_state(starts / run)["learners"][name]
     assert_is(learner.network, state[taken])
     assert_is(learner.average, state[taken])
     gathered = learner.optimizer.state.values()
     assert gathered and not any(state["momentum_buffer"].any() for state in gathered)
-    assert not warnings and f"the {taken} of {name} after step 6" in told
+    assert not warnings and f"the {taken} of {name} after step 6" in message
     if run == "mpl":
         differ = [not torch.equal(v, state["network"][k]) for k, v in state["average"].items()]
-        assert any(differ)  # or the two could not be told from each other
+        assert any(differ)  # or the two would be equal
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def tuned(starts: Path, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory
     second = run_in_turn(sessions["stopped"], sessions["still"], ranks=2)
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("resuming after step 3") == 2
-    (folder / "said").write_text(first.stdout + second.stdout)
+    (folder / "output.txt").write_text(first.stdout + second.stdout)
     yield folder
 
 
@@ -146,19 +146,19 @@ def test_best_and_last_are_both_told(name: str, tuned: Path) -> None:
     assert summary["top1"] == found[-1][1]
     assert final_state(tuned / name, 8)["best"] == {"best_top1": best, "best_step": at}
     line = f"done: top-1 {found[-1][1]:.2f} % (best {best:.2f} % at step {at})"
-    assert line in (tuned / "said").read_text()
-    if name == "still":  # the first of equals, which lies before the stop
+    assert line in (tuned / "output.txt").read_text()
+    if name == "still":  # the first of equals, which is before the stop
         assert at == 0 and summary["top1"] == best
 
 
 def test_a_start_that_cannot_be_had_is_one_line(starts: Path, tmp_path: Path) -> None:
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     (empty / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as error:
         load_start(FinetuneConfig(start=str(empty)), fresh(), "wrn_10_1", HERE)
-    assert str(told.value).startswith(f"algorithm.start: {empty}/checkpoints holds no usable")
-    assert "give the run directory of a run that has trained" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert str(error.value).startswith(f"algorithm.start: {empty}/checkpoints holds no usable")
+    assert "give the run directory of a run that has trained" in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=f"algorithm.start: there is no folder {nowhere}"):
         load_start(FinetuneConfig(start=str(nowhere)), fresh(), "wrn_10_1", HERE)
 
@@ -168,9 +168,9 @@ def test_a_start_of_another_network_is_one_line(starts: Path) -> None:
     others = {"wrn_28_2": 10, "convlarge": 10, "wrn_10_1": 7}
     for name, classes in others.items():
         other = Learner(models.build(name, classes), LearnerConfig(), steps=6)
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as error:
             load_start(config, other, name, HERE)
-        text = str(told.value)
+        text = str(error.value)
         assert "step_00000006 is of another network" in text and f"model.name {name}" in text
         assert f"{starts}/mpl/config.yaml" in text and "\n" not in text
 
@@ -180,8 +180,8 @@ def test_a_damaged_start_falls_back_with_a_warning(starts: Path, tmp_path: Path)
     file = start / "checkpoints" / "step_00000006" / "state.pt"
     file.write_bytes(file.read_bytes()[:-1])
     learner = fresh()
-    told, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1", HERE)
-    assert "after step 4" in told
+    message, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1", HERE)
+    assert "after step 4" in message
     assert len(warnings) == 1 and "step_00000006 is damaged" in warnings[0]
     assert_is(learner.network, final_state(start, 4)["learners"]["student"]["average"])
 

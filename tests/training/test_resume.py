@@ -82,7 +82,7 @@ def alive(word: str) -> list[str]:
 def test_killed_and_resumed_equals_straight(
     ranks: int, straight: Path, tiny_rec: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL to what the user started, as soon as the first checkpoint stands.
+    """SIGKILL to what the user started, as soon as the first checkpoint exists.
 
     Under torchrun that is the launcher alone; its workers must follow, or they would train on.
     """

@@ -79,12 +79,12 @@ def test_evaluate_tool_tells_of_a_missing_run_and_another_network(
     finished: Path, tiny_rec: Path, tmp_path: Path
 ) -> None:
     tool = [sys.executable, str(ROOT / "tools" / "evaluate.py")]
-    for options, code, says in (
+    for options, code, message in (
         ([str(tmp_path)], 2, "config.yaml does not exist"),
         ([str(finished), "--model.name", "resnet18"], 6, "is of another network"),
     ):
         done = subprocess.run([*tool, *options], capture_output=True, text=True, check=False)
-        assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_plot_tool_survives_a_cut_line_and_says_when_there_is_nothing(tmp_path: Path) -> None:

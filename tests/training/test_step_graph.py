@@ -106,7 +106,7 @@ def test_repeated_steps_are_the_steps(name: str) -> None:
 
 
 def test_a_step_that_still_changes_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above can fail: with a graph_key that says too early that a ramp is over."""
+    """The comparison above can fail: with a graph_key that ends a ramp too early."""
 
     def early(self: object, t: int) -> Hashable:
         return ""

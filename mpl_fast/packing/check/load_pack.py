@@ -22,7 +22,7 @@ _BAD = {"action": str}
 
 
 def load_pack(root: Path) -> Json:
-    """Return the manifest of a finished folder; DataError says what to do about another one."""
+    """Return the manifest of a finished folder. Raises DataError, with a remedy, for others."""
     try:
         publishing = (root / WORK / MANIFEST).is_file()
         packing = (root / WORK).is_dir() and not (root / MANIFEST).exists()

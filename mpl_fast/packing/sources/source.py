@@ -33,7 +33,7 @@ class Source:
     """An opened --src or --val: the folder or file to read, and how its images are listed."""
 
     spec: str  # as the user wrote it
-    kind: str  # "folder", "archive" or "records", as table.SourceRow says
+    kind: str  # "folder", "archive" or "records", as in table.SourceRow
     file: Path  # the folder, or the file that contains all images
     size: int  # bytes of that file; 0 for a folder
     stamp: int  # its modification time in ns; 0 for a folder

@@ -104,5 +104,5 @@ def _warnings(log: Path) -> tuple[str, ...]:
 
 
 def _stop_with_parent() -> None:
-    """Linux sends SIGTERM when the ablation dies: the run saves, and unlocks its folder."""
+    """Linux sends SIGTERM when the ablation is killed: the run saves, and unlocks its folder."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
