@@ -129,7 +129,7 @@ def _yaml_file(file: str) -> dict[str, Given]:
     values: dict[str, Given] = {}
     for key, given in _yaml_values(tree, file):
         if key in values:
-            raise ConfigError(f"{given.where}{key} stands here for the second time")
+            raise ConfigError(f"{given.where}{key} is given here for the second time")
         values[key] = given
     return values
 

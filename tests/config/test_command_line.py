@@ -175,7 +175,7 @@ def test_a_wrong_option_is_one_clear_line(options: list[str], message: str) -> N
         ("steps: 3\nseed: 1\nsteps: 4\n", "c.yaml:3: steps is given here for the second time"),
         (
             "data.crop: pad_crop\ndata:\n  crop: random_resized\n",
-            "c.yaml:3: data.crop stands here for the second time",
+            "c.yaml:3: data.crop is given here for the second time",
         ),
         (
             "algorithm:\n  smoothing: 0\n  label_smoothing: 0\n",
