@@ -126,7 +126,12 @@ def _yaml_file(file: str) -> dict[str, Given]:
         raise ConfigError(f"{file} is empty")
     if not isinstance(tree, yaml.MappingNode):
         raise ConfigError(f"{file} must hold keys and values, such as 'steps: 1000'")
-    return dict(_yaml_values(tree, file))
+    values: dict[str, Given] = {}
+    for key, given in _yaml_values(tree, file):
+        if key in values:
+            raise ConfigError(f"{given.where}{key} is given here for the second time")
+        values[key] = given
+    return values
 
 
 def _yaml_values(
