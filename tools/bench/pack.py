@@ -162,12 +162,12 @@ def all_variants(setting: Setting) -> list[Variant]:
         Variant("list", "members.tar", listing),
         Variant("resplit", "members.pack", resplit),
     ]
-    ours = [(f"ours-{x}", "images", ("--check", x)) for x in ("none", "header", "decode")]
+    ours = [(f"ours-{x}", "images", ["--check", x]) for x in ("none", "header", "decode")]
     # Pictures that all have to be made smaller, and photographs as ImageNet has them.
     for source, end in (("large", ""), ("photographs", "-photos")):
         command = [*im2rec, folder / source, *resize]
         found.append(Variant(f"im2rec-480{end}", source, command, "rec"))
-        ours.append((f"ours-480{end}", source, ("--short-side", str(SHORT_SIDE), *SHRINK)))
+        ours.append((f"ours-480{end}", source, ["--short-side", str(SHORT_SIDE), *SHRINK]))
     for name, source, how in ours:
         for jobs in (1, 2):
             command = pack_command(folder / source, OUT, *how, "-j", jobs)
