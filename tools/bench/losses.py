@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,10 @@ HOST_CALLS, HOST_ROUNDS = 10, 5
 GPU = "cuda"
 SHORTEST = 10.0  # seconds in which no shape is done
 # What the goals are about; then the small losses and the student's.
-SHAPES = [Shape("teacher", *size, BF16) for size in ((1000, 32768), (21841, 4096), (1000, 256))]
+SHAPES = [
+    Shape("teacher", *size, BF16)
+    for size in ((1000, 32768), (21841, 4096), (1000, 256), (1000, 1024))
+]
 SHAPES += [Shape(loss, 1000, 256, BF16) for loss in LOSSES[1:]]
 SHAPES += [Shape("student", *size, BF16) for size in ((1000, 32768), (21841, 4096))]
 
