@@ -143,9 +143,9 @@ def _yaml_values(
         if key in seen:
             raise ConfigError(f"{where}{key} is given here for the second time")
         seen.add(key)
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.value:
             yield from _yaml_values(node, file, f"{key}.")
-        elif node.tag.endswith(":null"):
+        elif node.tag.endswith(":null") or isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{where}{key} has no value")
         elif isinstance(node, yaml.SequenceNode):
             yield key, Given([str(item.value) for item in node.value], where)
