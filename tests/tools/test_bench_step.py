@@ -63,21 +63,17 @@ def test_smoke_times_every_variant_and_claims_nothing(smoke: dict[str, Any]) -> 
     assert smoke["failed"] == {}
 
 
-def test_another_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_step_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def smoother(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
         return losses.smoothed_ce(logits, labels, label_smoothing=smoothing * 1.001).loss
 
     monkeypatch.setattr(step_reference, "_smoothed", smoother)
-    assert step_checks.parity(TINY).wrong
-
-
-def test_what_is_off_is_a_failure(tmp_path: Path) -> None:
+    check = step_checks.parity(TINY)
+    assert check.wrong and check._replace(error=float("nan")).wrong
     report = Report("step", argparse.Namespace(minutes=None, out=tmp_path / "out.json"))
     report.more["correctness"] = []
-    checks = [step_checks.Check("x", error, 0.1) for error in (0.05, 0.2, float("nan"))]
-    step._note(report, [one._replace(what=str(one.error)) for one in checks])
-    assert list(report.failed) == ["0.2", "nan"]
-    assert report.failed["0.2"] == "off by 0.2, allowed are 0.1"
+    step._note(report, [check, check._replace(what="right", error=0.0)])
+    assert list(report.failed) == [check.what]
 
 
 def test_the_plain_step_reads_six_numbers_and_moves_everything() -> None:
@@ -128,21 +124,6 @@ def test_phases_add_up_and_name_the_learner() -> None:
     assert all(seconds >= 0.0 for seconds in parts.values())
     assert 0.0 < sum(parts.values()) <= whole
     assert type(next(iter(one.owners.values()))).__call__.__name__ == "__call__"  # unwrapped again
-
-
-def test_a_method_that_calls_another_counts_once() -> None:
-    class Owner:
-        def backward_and_step(self) -> None:
-            time.sleep(0.01)
-            self.optimizer_step()
-
-        def optimizer_step(self) -> None:
-            time.sleep(0.02)
-
-    owner = Owner()
-    parts = phases(lambda: owner.backward_and_step(), {"x": owner})
-    assert set(parts) == {"x backward and update", REMAINDER}
-    assert parts["x backward and update"] >= 0.03
 
 
 def test_a_wrong_compiled_network_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
