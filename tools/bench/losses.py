@@ -189,32 +189,25 @@ def _on_cpu(report: Report) -> None:
     check(CHECKED_ON_CPU, [PLAIN, EAGER], "cpu", report)
     check([(100, FP32)], OURS, "cpu", report)
     for loss in LOSSES:
+        large, small = Shape(loss, 1000, 256, BF16), Shape(loss, 100, 16, FP32)
         for name in (PLAIN, EAGER):
-            report.add(_plain_counts(Shape(loss, 1000, 256, BF16), name))
-        small = Shape(loss, 100, 16, FP32)
+            _counts(large, name, report)
         for name in [one for one in OURS if one in names(small)]:
-            _interpreted_counts(small, name, report)
+            _counts(small, name, report)
     report.skipped += [f"{name}: needs a GPU" for name in (COMPILED, LIGER)]
 
 
-def _plain_counts(shape: Shape, name: str) -> list[Row]:
-    call, x = build(name, shape), draw(shape, "cpu")
-    counts, least = count.operators(lambda: call(x)), shape.minimal_bytes / 1e6
-    return [
-        count_row(f"{shape}, {name}, launches", counts.launches, "launches"),
-        count_row(f"{shape}, {name}, memory", counts.bytes / 1e6, "MB", limit=least),
-    ]
-
-
-def _interpreted_counts(shape: Shape, name: str, report: Report) -> None:
-    """Launches of kernels and of PyTorch's own operators together."""
-    call, x = build(name, shape), draw(shape, "cpu")
+def _counts(shape: Shape, name: str, report: Report) -> None:
+    """Launches of our kernels and of PyTorch's operators together; bytes where all can be seen."""
+    call, x, label = build(name, shape), draw(shape, "cpu"), f"{shape}, {name}"
     with count.interpreted_kernels() as kernels:
         counts = count.operators(lambda: call(x))
-    label = f"{shape}, {name}"
-    report.more.setdefault("kernels", {})[label] = list(kernels)
-    launched = counts.launches + len(kernels)
-    report.add([count_row(f"{label}, launches", launched, "launches")])
+    report.add([count_row(f"{label}, launches", counts.launches + len(kernels), "launches")])
+    if name in OURS:
+        report.more.setdefault("kernels", {})[label] = kernels
+    else:
+        least = shape.minimal_bytes / 1e6
+        report.add([count_row(f"{label}, memory", counts.bytes / 1e6, "MB", limit=least)])
 
 
 def _on_gpu(options: argparse.Namespace, report: Report) -> None:
