@@ -117,7 +117,8 @@ def _command_line(argv: Sequence[str]) -> dict[str, Given]:
 def _yaml_file(file: str) -> dict[str, Given]:
     """The values of a YAML file by dotted key."""
     try:
-        tree = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with Path(file).open(encoding="utf-8") as stream:  # errors then name the file and line
+            tree = yaml.compose(stream, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
