@@ -228,10 +228,10 @@ def plain_settings(config: MPLConfig) -> step_reference.Settings:
 
 
 def ours(setting: Setting, recipe: str, flavor: Flavor) -> Variant:
-    """Our step of a recipe; other than `joint` only of one that has `bn_batches`."""
+    """Our step of a recipe; MPL also with its views normalized `split`."""
     config = RECIPES[recipe]
-    if flavor.norm_batches != "joint":
-        config = dataclasses.replace(config, bn_batches=flavor.norm_batches)  # type: ignore[call-arg]
+    if isinstance(config, MPLConfig):
+        config = dataclasses.replace(config, bn_batches=flavor.norm_batches)
     algorithm = algorithm_of(setting, config, flavor)
     images = batch(setting, recipe, torch.bfloat16 if flavor.bf16 else torch.float32)
     turn = iter(range(STEPS))
