@@ -13,6 +13,9 @@ respect to the loss; both maxima and the factors 1 / sqrt(E F) and cos / E are s
 f is taken to the base of 2, as 2 ** (rate (t - max(t))): one product less for each logit.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from typing import Any, cast
 
 import torch

@@ -9,6 +9,9 @@ where mean = sum_k u_k q_k. A row's maximum, Z and mean are saved for the backwa
 recomputes the gradient from the logits: that is exact for every gradient with respect to the value.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from typing import Any, cast
 
 import torch

@@ -10,6 +10,9 @@ Cumulative sums are taken in float32, and in a tree: a uniform number within the
 border between two classes may give either.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl

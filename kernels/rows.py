@@ -5,6 +5,9 @@ gradient. Where one block holds the whole row the compiler removes the loops and
 readings: the row stays in registers.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import triton
 import triton.language as tl
 

@@ -16,6 +16,9 @@ Loss and accuracy are written as one partial sum for each program, already divid
 is taken afterwards, which is deterministic, unlike atomics.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 from typing import Any, cast
 
 import torch

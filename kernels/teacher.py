@@ -14,6 +14,9 @@ Statistics are written as one column of partial sums for each program, already d
 sum is taken afterwards, which is deterministic, unlike atomics. Online softmax: arXiv 1805.02867.
 """
 
+# Triton's language only looks like Python: arguments are pointers and blocks.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
 import torch
 import triton
 import triton.language as tl

@@ -65,12 +65,13 @@ class _HashingFile(io.FileIO):
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path; the file written there is synced and renamed to `path`.
 
-    After an error `path` is as it was, and the temporary file is removed.
+    After an error `path` is as it was, and the temporary file is removed. `temporary`: in place of
+    ``NAME.tmp``, where that could be a file of the user or of another process.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
         sync_file(temporary)

@@ -7,6 +7,7 @@ checkout can never shadow it, nor an installation overwrite it.
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -113,3 +114,24 @@ def test_the_lock_pins_every_requirement(root: Path) -> None:
     lock = (root / "requirements.lock").read_text()
     pinned = {m[1].lower() for m in re.finditer(r"^([\w.-]+)==", lock, re.MULTILINE)}
     assert len(wanted) > 10 and not wanted - pinned
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.ngc"])
+@pytest.mark.parametrize("module", ["tools.bench", "tools.studies.ablation"])
+def test_tools_are_found_in_the_environment_of_an_image(root: Path, file: str, module: str) -> None:
+    """PYTHONSAFEPATH, which the images set, takes the working folder off the import path."""
+    image = (root / "docker" / file).read_text()
+    variables = dict(re.findall(r"\b(PYTHON[A-Z]+)=(\S+)", image))
+    assert variables.pop("PYTHONSAFEPATH") == "1"
+    environment = {
+        name: value.replace("/opt/mpl_fast", str(root)) for name, value in variables.items()
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=root,
+        env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import UserError, fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,8 +102,8 @@ def _train(recipe: str, rec: Path, seed: int, options: argparse.Namespace) -> Re
         command += ["--steps", str(options.steps)]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     _run(command, {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in os.environ else {})
-    result: Result = json.loads((run / "summary.json").read_text())
-    return result
+    # A run that was complete already may have names of an older version.
+    return renamed(json.loads((run / "summary.json").read_text()), METRIC_NAMES)
 
 
 def _ranks() -> int:

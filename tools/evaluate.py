@@ -12,12 +12,12 @@ from mpl_fast.training.process import die_with_launcher
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
 
 Prints top-1, top-5 and the image count of the averaged weights in RUN's newest checkpoint.
-RUN/config.yaml says how; options of train.py override it. Runs under torchrun too, which shares
-the images out."""
+The options are those of RUN/config.yaml; options of train.py override them. Under torchrun the
+images are divided among the ranks."""
 
 
 def main() -> None:
-    """Reads the run's own config, so that only what differs has to be said."""
+    """Evaluates with the config of the run; options override it."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
@@ -36,6 +36,8 @@ def main() -> None:
         evaluate_run(config)
     except UserError as error:
         fail("evaluate", error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class ConsistencyConfig:
     temperature: PositiveFloat = 0.5
     """Divisor of the weak view's logits; below 1 it sharpens the target."""
     threshold: Fraction = 0.6
-    """Smallest value of its largest sharpened probability at which an image counts."""
+    """Smallest value of the largest sharpened probability at which an image counts."""
     measure: Literal["cross_entropy", "cosine"] = "cross_entropy"
     """Distance of the two views' probabilities: cross-entropy, or 1 - cosine similarity."""
 

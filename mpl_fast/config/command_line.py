@@ -117,7 +117,8 @@ def _command_line(argv: Sequence[str]) -> dict[str, Given]:
 def _yaml_file(file: str) -> dict[str, Given]:
     """The values of a YAML file by dotted key."""
     try:
-        tree = yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with Path(file).open(encoding="utf-8") as stream:  # errors then name the file and line
+            tree = yaml.compose(stream, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -126,7 +127,12 @@ def _yaml_file(file: str) -> dict[str, Given]:
         raise ConfigError(f"{file} is empty")
     if not isinstance(tree, yaml.MappingNode):
         raise ConfigError(f"{file} must hold keys and values, such as 'steps: 1000'")
-    return dict(_yaml_values(tree, file))
+    values: dict[str, Given] = {}
+    for key, given in _yaml_values(tree, file):
+        if key in values:
+            raise ConfigError(f"{given.where}{key} is given here for the second time")
+        values[key] = given
+    return values
 
 
 def _yaml_values(
@@ -138,9 +144,9 @@ def _yaml_values(
         if key in seen:
             raise ConfigError(f"{where}{key} is given here for the second time")
         seen.add(key)
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.value:
             yield from _yaml_values(node, file, f"{key}.")
-        elif node.tag.endswith(":null"):
+        elif node.tag.endswith(":null") or isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{where}{key} has no value")
         elif isinstance(node, yaml.SequenceNode):
             yield key, Given([str(item.value) for item in node.value], where)

@@ -17,6 +17,8 @@ from mpl_fast.data.pipelines import READER
 from mpl_fast.errors import ConfigError, DataError
 
 Output = TensorListCPU | TensorListGPU
+# In DALI's messages of full memory and of a failing GPU (its libraries' texts).
+NOT_DATA = ("CUDA runtime API error", "CUDA driver API error", "CUDA allocation", "Can't allocate")
 SHOWN = 300  # characters of DALI's message, whose end has the reason
 
 
@@ -98,7 +100,7 @@ class Stream:
 
     @contextmanager
     def _data_errors(self) -> Iterator[None]:
-        """Turns DALI's RuntimeError into a DataError, unless the GPU fails too.
+        """Turns DALI's RuntimeError into a DataError, unless memory is full or the GPU fails.
 
         DALI raises this one type for everything. Of a pipeline's operators, only readers and
         decoders can fail on the data; the end of DALI's message is shown for other causes.
@@ -109,6 +111,8 @@ class Stream:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # raises after a CUDA error
             split, text = self._split, " ".join(str(error).split())
+            if any(words in text for words in NOT_DATA):
+                raise
             where = split.shards[0] if len(split.shards) == 1 else split.index
             raise DataError(
                 f"{where}: DALI cannot read a record or decode an image; `make_rec.py verify "

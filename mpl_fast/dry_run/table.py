@@ -141,7 +141,7 @@ def _memory(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     if not plan.rate:
-        return "unknown: the network could not be timed, for the device is not here"
+        return "unknown: this machine does not have the device, so the network was not timed"
     validating = plan.validation * plan.cost.forward / plan.world / plan.rate
     every = plan.config.eval_every
     evaluations = 1 + (plan.config.steps - 1) // every if every else 1
@@ -156,7 +156,7 @@ def _time(plan: Plan) -> str:
 def _decoding(plan: Plan) -> str:
     images = plan.config.labeled_batch + plan.config.unlabeled_images
     if not plan.rate:
-        return f"{images:,} images a step, over its seconds, are what keeps up with it"
+        return f"{images:,} images a step; the images/s needed are these divided by its seconds"
     rate = images / plan.seconds
     return (
         f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) keep up with such steps; "

@@ -172,7 +172,12 @@ def test_a_wrong_option_is_one_clear_line(options: list[str], message: str) -> N
         ),
         ("recipe: [1]\n", "recipe"),
         ("steps: 3\ndata:\n", "c.yaml:2: data has no value"),
+        ("steps: 3\nfoo: {}\n", "c.yaml:2: foo has no value"),
         ("steps: 3\nseed: 1\nsteps: 4\n", "c.yaml:3: steps is given here for the second time"),
+        (
+            "data.crop: pad_crop\ndata:\n  crop: random_resized\n",
+            "c.yaml:3: data.crop is given here for the second time",
+        ),
         (
             "algorithm:\n  smoothing: 0\n  label_smoothing: 0\n",
             "c.yaml:2: algorithm.smoothing and algorithm.label_smoothing are one option",

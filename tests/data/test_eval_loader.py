@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.errors import DataError
@@ -100,6 +101,21 @@ def test_damaged_records_are_one_line(manifest: Manifest, tmp_path: Path, damage
     assert {"decode": "nvImageCodec failure", "frame": "magic", "end": "bytes are available"}[
         damage
     ] in message
+
+
+def test_full_memory_is_not_taken_for_damaged_records(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(pipeline: Pipeline) -> None:
+        raise RuntimeError(
+            "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,"
+            "\nencountered:\n\nCUDA allocation failed\nCan't allocate 7 bytes on device 0."
+        )
+
+    loader = eval_loader(manifest)
+    monkeypatch.setattr(Pipeline, "run", run)
+    with pytest.raises(RuntimeError, match="allocation failed"):
+        list(loader)
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ import numpy as np
 import simplejpeg
 
 from mpl_fast.data.records import image_record
+from mpl_fast.packing.check.verify import Report, verify
 from mpl_fast.packing.cli import main
 from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
@@ -191,6 +192,12 @@ def run_in_order(
     order = sorted(range(len(jobs)), key=lambda at: -jobs[at].size)
     results = {at: jobs[at].call(lambda records, size: None) for at in order}
     return [results[at] for at in range(len(jobs))]
+
+
+def verified(root: Path, *, deep: bool = False) -> Report:
+    """Verify a pack in this process."""
+    with mock.patch("mpl_fast.packing.check.verify.run_jobs", run_in_order):
+        return verify(root, deep=deep, processes=1, progress=lambda records, size: None)
 
 
 def run_process(*arguments: object, status: int = 0, limit: str = "unlimited") -> Done:

@@ -1,4 +1,4 @@
-"""Archives are listed whole, byte for byte, and what is wrong with them is named."""
+"""Archives: every image is listed with its bytes, and every fault is reported with its place."""
 
 import os
 import random
@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from tests.packing.small_sources import content, keys, listed, make_tar
 
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.sources.archives import Spools, members
+from tests.packing.packs import content, keys, listed, make_tar
 
 CONTENTS = {
     "train/ant/a.jpg": b"one",
@@ -22,6 +22,18 @@ IMAGES = [(f"{number}.jpg", b"x" * 600) for number in range(4)]
 MEMBER = 512 + 1024  # bytes that one of IMAGES takes in an archive
 
 
+def entries(spec: Path | str, spools: Path) -> list[tuple[str, bytes]]:
+    """Return `class/name` and content of every image, sorted."""
+    source, images = listed(spec, spools)
+    return [(key, content(source, image)) for key, image in zip(keys(images), images, strict=True)]
+
+
+def set_checksum(data: bytearray, header: int) -> None:
+    """Make the checksum of the tar header at this byte valid."""
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+
+
 @pytest.mark.parametrize("mode", ["w", "w:xz", "w:gz", "w:bz2"])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_folder_of_an_archive(tmp_path: Path, mode: str, prefix: str) -> None:
@@ -30,10 +42,10 @@ def test_folder_of_an_archive(tmp_path: Path, mode: str, prefix: str) -> None:
     for folder in ("train", "./train", "train/"):
         source, images = listed(f"{archive}:{folder}", tmp_path)
         assert (source.spec, source.kind) == (f"{archive}:{folder}", "archive")
-        assert keys(images) == ["ant/a.jpg", "ant/b.JPEG", "bee/a.png"]
-        assert [image.path for image in images] == ["ant/a.jpg", "ant/b.JPEG", "bee/a.png"]
-        assert [content(source, image) for image in images] == list(CONTENTS.values())[:3]
         assert source.class_order is None
+        assert keys(images) == ["ant/a.jpg", "ant/b.JPEG", "bee/a.png"]
+        assert [image.path for image in images] == keys(images)
+        assert [content(source, image) for image in images] == list(CONTENTS.values())[:3]
     for folder in ("trian", "trai"):
         with pytest.raises(DataError, match=rf"no folder '{folder}' .* it holds train, test"):
             listed(f"{archive}:{folder}", tmp_path)
@@ -43,23 +55,19 @@ def test_compressed_archive_is_unpacked_once(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "data.tar.xz", CONTENTS.items(), "w:xz")
     plain = make_tar(tmp_path / "data.tar", CONTENTS.items())
     os.utime(archive, ns=(5, 1_000_000_007))
-    said: list[str] = []
-    spool = Spools(tmp_path, said.append).get(archive)
+    lines: list[str] = []
+    spool = Spools(tmp_path, lines.append).get(archive)
     assert spool.read_bytes() == plain.read_bytes()
     assert spool.stat().st_mtime_ns == 1_000_000_007
     assert spool.name.startswith("spool-") and spool.suffix == ".tar"
     assert sorted(tmp_path.iterdir()) == sorted([archive, plain, spool])
-    again = Spools(tmp_path, said.append)
+    again = Spools(tmp_path, lines.append)
     assert again.get(archive) == spool
-    assert said == [f"unpacking {archive} once into {tmp_path}"]
+    assert lines == [f"unpacking {archive} once into {tmp_path}"]
     os.utime(archive, ns=(5, 1_000_000_008))
     assert again.get(archive) != spool  # another archive, by its time
-    assert len(said) == 2
-    assert Spools(tmp_path, said.append).get(plain) == plain
-
-
-def test_spool_that_cannot_be_written_is_no_fault_of_the_archive(tmp_path: Path) -> None:
-    archive = make_tar(tmp_path / "data.tar.gz", CONTENTS.items(), "w:gz")
+    assert len(lines) == 2
+    assert again.get(plain) == plain
     with pytest.raises(OutputError, match=r"none.*: No such file"):
         Spools(tmp_path / "none", print).get(archive)
 
@@ -80,13 +88,13 @@ def test_tar_inside_a_tar_is_a_class_folder(tmp_path: Path) -> None:
     other = make_tar(tmp_path / "n02.tar", [("n02_1.JPEG", b"cat")])
     rows = [(path.name, path.read_bytes()) for path in (inner, other)]
     archive = make_tar(tmp_path / "all.tar", rows)
-    source, images = listed(archive, tmp_path)
-    assert keys(images) == ["n01/n01_1.JPEG", "n01/n01_2.JPEG", "n02/n02_1.JPEG"]
-    assert [content(source, image) for image in images] == [b"fish", b"bird", b"cat"]
     deeper = make_tar(tmp_path / "deeper.tar", [("in/all.tar", archive.read_bytes())])
-    source, images = listed(f"{deeper}:in/all", tmp_path)
-    assert keys(images) == ["n01/n01_1.JPEG", "n01/n01_2.JPEG", "n02/n02_1.JPEG"]
-    assert [content(source, image) for image in images] == [b"fish", b"bird", b"cat"]
+    for spec in (archive, f"{deeper}:in/all"):
+        assert entries(spec, tmp_path) == [
+            ("n01/n01_1.JPEG", b"fish"),
+            ("n01/n01_2.JPEG", b"bird"),
+            ("n02/n02_1.JPEG", b"cat"),
+        ]
 
 
 def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:
@@ -105,54 +113,45 @@ def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:
 
 
 def test_joined_tars(tmp_path: Path) -> None:
-    """Tar itself reads only the first of two that `cat` joined, without a word."""
+    """Tar itself reads only the first of two that `cat` joined, without a warning."""
     one = make_tar(tmp_path / "one.tar", [("ant/1.jpg", b"1")]).read_bytes()
     two = make_tar(tmp_path / "two.tar", [("ant/2.jpg", b"2")]).read_bytes()
-    (tmp_path / "both.tar").write_bytes(one + two)
+    both = tmp_path / "both.tar"
+    both.write_bytes(one + two)
     with pytest.raises(DataError, match=rf"both.tar: .*second archive begins at byte {len(one)}$"):
-        listed(tmp_path / "both.tar", tmp_path)
-    (tmp_path / "both.tar").write_bytes(one[:-512] + b"left over in the buffer".ljust(512))
-    assert keys(listed(tmp_path / "both.tar", tmp_path)[1]) == ["ant/1.jpg"]
-
-
-def test_names_that_lead_out_of_the_archive(tmp_path: Path) -> None:
-    rows = [("../ant/1.jpg", b"1"), ("/bee/2.jpg", b"22"), ("ant/../3.jpg", b"333")]
-    source, images = listed(make_tar(tmp_path / "data.tar", rows), tmp_path)
-    assert keys(images) == ["ant/1.jpg", "ant/3.jpg", "bee/2.jpg"]
-    assert [content(source, image) for image in images] == [b"1", b"333", b"22"]
-
-
-def test_tar_that_begins_like_bzip2(tmp_path: Path) -> None:
-    source, images = listed(make_tar(tmp_path / "data.tar", [("BZh9/1.jpg", b"1")]), tmp_path)
-    assert (keys(images), content(source, images[0])) == (["BZh9/1.jpg"], b"1")
+        listed(both, tmp_path)
+    both.write_bytes(one[:-512] + b"left over in the buffer".ljust(512))
+    assert keys(listed(both, tmp_path)[1]) == ["ant/1.jpg"]
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_odd_names(tmp_path: Path, form: int) -> None:
-    odd = "two words \"'\u2028.jpg"
-    names = [
-        f"{'d' * 150}/{'é' * 100}.jpg",
-        f"ant/{odd}",
-        f"x.JPEG/{os.fsdecode(b'caf%c.jpg' % 233)}",
-    ]
-    archive = make_tar(
-        tmp_path / "data.tar", [(name, name[:3].encode()) for name in names], form=form
-    )
-    source, images = listed(archive, tmp_path)
-    assert keys(images) == sorted(names)
-    assert {content(source, image) for image in images} == {b"ddd", b"ant", b"x.J"}
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["../ant/1.jpg", "/bee/2.jpg", "ant/../3.jpg"], ["ant/1.jpg", "bee/2.jpg", "ant/3.jpg"]),
+        (["BZh9/1.jpg"], ["BZh9/1.jpg"]),  # the first bytes of a bzip2 file
+        (["ant/a.jpg"] * 2, ["ant/a.jpg"] * 2),  # the planner finds duplicates, not the source
+        *[
+            ([name], [name])
+            for name in (
+                f"{'d' * 150}/{'é' * 100}.jpg",
+                "ant/two words \"'\u2028.jpg",
+                f"x.JPEG/{os.fsdecode(b'caf%c.jpg' % 233)}",
+            )
+        ],
+    ],
+)
+def test_names(tmp_path: Path, names: list[str], expected: list[str], form: int) -> None:
+    contents = [b"1" * size for size in range(1, len(names) + 1)]
+    archive = make_tar(tmp_path / "data.tar", zip(names, contents, strict=True), form=form)
+    assert entries(archive, tmp_path) == sorted(zip(expected, contents, strict=True))
 
 
-def test_what_is_no_image(tmp_path: Path) -> None:
-    rows = {
-        "ant/": b"",
-        "bee.jpg/": b"",
-        "ant/a.jpg": b"1",
-        "ant/.DS_Store": b"2",
-        ".git/c/b.jpg": b"3",
-    }
-    rows |= {"ant/Thumbs.db": b"4", "read me.txt": b"5", "ant/._a.jpg": b"6", "ant/b.webp": b"7"}
-    archive = make_tar(tmp_path / "data.tar", rows.items())
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    names = ["ant/", "bee.jpg/", "ant/a.jpg", "ant/.DS_Store", ".git/c/b.jpg", "ant/Thumbs.db"]
+    names += ["read me.txt", "ant/._a.jpg", "ant/b.webp"]
+    rows = [(name, b"" if name.endswith("/") else b"1") for name in names]
+    archive = make_tar(tmp_path / "data.tar", rows)
     source, images = listed(archive, tmp_path)
     assert keys(images) == ["ant/a.jpg"]
     assert source.warnings == [
@@ -160,13 +159,6 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         "ant/Thumbs.db, ant/b.webp, read me.txt",
         f"{archive}: 1 folders hold no image and give no class: bee.jpg",
     ]
-
-
-def test_members_that_occur_twice_are_listed_twice(tmp_path: Path) -> None:
-    """Who plans the pack tells of them: here no list of names is kept."""
-    archive = make_tar(tmp_path / "data.tar", [("ant/a.jpg", b"1"), ("ant/a.jpg", b"22")])
-    source, images = listed(archive, tmp_path)
-    assert [content(source, image) for image in images] == [b"1", b"22"]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])
@@ -181,18 +173,18 @@ def test_link_or_sparse_file_in_a_tar(tmp_path: Path, kind: bytes) -> None:
 
 def test_damaged_tars(tmp_path: Path) -> None:
     whole = make_tar(tmp_path / "data.tar", CONTENTS.items()).read_bytes()
-    rows = list(CONTENTS)
     third_header = 2 * 1024
-    assert whole[third_header:].startswith(rows[2].encode())
+    assert whole[third_header:].startswith(b"train/bee/a.png")
     damaged = bytearray(whole)
     damaged[third_header + 150] ^= 1  # in the header's checksum
+    cut, no_tar = "cut short after train/ant/b.JPEG", "damaged or not a tar archive"
     for data, message in (
-        (whole[: third_header + 600], "cut short after train/ant/b.JPEG"),  # inside an image
-        (whole[: third_header + 100], "cut short after train/ant/b.JPEG"),  # inside a header
-        (whole[:third_header], "cut short after train/ant/b.JPEG"),  # between two images
-        (bytes(damaged), "cut short after train/ant/b.JPEG"),
-        (b"no tar at all " * 100, "damaged or not a tar archive"),
-        (b"", "damaged or not a tar archive"),
+        (whole[: third_header + 600], cut),  # inside an image
+        (whole[: third_header + 100], cut),  # inside a header
+        (whole[:third_header], cut),  # between two images
+        (bytes(damaged), cut),
+        (b"no tar at all " * 100, no_tar),
+        (b"", no_tar),
     ):
         (tmp_path / "data.tar").write_bytes(data)
         with pytest.raises(DataError, match=message):
@@ -201,10 +193,9 @@ def test_damaged_tars(tmp_path: Path) -> None:
 
 def test_header_that_leads_back_to_itself(tmp_path: Path) -> None:
     data = bytearray(make_tar(tmp_path / "data.tar", IMAGES).read_bytes())
-    header = slice(MEMBER, MEMBER + 512)
     size = (-512).to_bytes(12, "big", signed=True)  # so that the next header is this one
-    data[header] = data[header][:124] + size + data[header][136:148] + b" " * 8 + data[header][156:]
-    data[MEMBER + 148 : MEMBER + 156] = b"%06o\0 " % sum(data[header])
+    data[MEMBER + 124 : MEMBER + 136] = size
+    set_checksum(data, MEMBER)
     (tmp_path / "data.tar").write_bytes(data)
     endless = members(tmp_path / "data.tar", tmp_path / "data.tar")
     with pytest.raises(DataError, match=r"data.tar: damaged or cut short after 0.jpg"):
@@ -212,7 +203,7 @@ def test_header_that_leads_back_to_itself(tmp_path: Path) -> None:
 
 
 def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
-    """Sizes and types are changed and the checksum made right again, as no accident would."""
+    """A byte of size or type is changed and the checksum made valid."""
     long = ("d" * 150 + "/a.jpg", b"1" * 700)
     seeded = random.Random(0)
     path = tmp_path / "data.tar"
@@ -222,8 +213,7 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
         data = bytearray(make_tar(path, [long, *IMAGES], form=form).read_bytes())
         header = 512 * seeded.randrange(8)
         data[header + seeded.choice((*range(124, 136), 156))] = seeded.choice(b"\x00\x80\xff7LKxSg")
-        data[header + 148 : header + 156] = b" " * 8
-        data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+        set_checksum(data, header)
         path.write_bytes(data)
         try:
             outcomes["listed"] += bool(list(members(path, path)))

@@ -1,4 +1,4 @@
-"""The labeled draw is even, seeded, the same everywhere, and says what it cannot do."""
+"""The draw of labeled images: even, seeded, reproducible, with an error where it is impossible."""
 
 import hashlib
 import itertools
@@ -20,7 +20,8 @@ def images_of(counts: dict[str, int]) -> Images:
     return [(7 * at, *pair) for at, pair in enumerate(names)]  # ids need not be consecutive
 
 
-def chosen_keys(images: Images, how: str, seed: int, balance: str = "count") -> set[str]:
+def chosen_keys(images: Images, how: str | Path, seed: int = 0, balance: str = "count") -> set[str]:
+    how = str(how)
     ids = choose_labeled(iter(images), how, seed=seed, balance=balance)
     chosen = {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
     assert len(chosen) == len(ids)
@@ -44,13 +45,8 @@ def test_draw_is_the_first_by_keyed_hash() -> None:
     assert chosen_keys(images, "20%", 3) == expected
     assert chosen_keys(images[::-1], "8", 3) == expected
     assert chosen_keys(images, "8", 4) != expected
-
-
-def test_golden_draw() -> None:
-    assert chosen_keys(images_of({"ant": 9, "bee": 9}), "2", 0) == {
-        "ant/ant_6.jpg",
-        "bee/bee_1.jpg",
-    }
+    golden = {"ant/ant_6.jpg", "bee/bee_1.jpg"}
+    assert chosen_keys(images_of({"ant": 9, "bee": 9}), "2") == golden
 
 
 def test_smaller_draw_is_part_of_larger() -> None:
@@ -61,7 +57,7 @@ def test_smaller_draw_is_part_of_larger() -> None:
 
 
 def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
-    keys = chosen_keys(images_of({"a": 100, "b": 40, "c": 30}), "50%", 0)
+    keys = chosen_keys(images_of({"a": 100, "b": 40, "c": 30}), "50%")
     assert sorted(per_class(keys).values()) == [28, 28, 29]
 
 
@@ -88,12 +84,20 @@ def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
 )
 def test_bad_amounts(how: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        chosen_keys(images_of({"a": 5, "b": 5, "c": 5}), how, 0)
+        chosen_keys(images_of({"a": 5, "b": 5, "c": 5}), how)
 
 
-def test_small_class_is_named() -> None:
+def test_classes_too_small_for_the_draw() -> None:
     with pytest.raises(DataError, match=r"1 classes .* even share: b \(3 of 5\)"):
-        chosen_keys(images_of({"a": 9, "b": 3}), "10", 0)
+        chosen_keys(images_of({"a": 9, "b": 3}), "10")
+    with pytest.raises(ConfigError, match="1 small classes get no labeled image: tiny"):
+        chosen_keys(images_of({"a": 5000, "tiny": 1}), "2", 1, "proportional")
+
+
+def list_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "labeled.txt"
+    path.write_bytes(text.encode())
+    return path
 
 
 @pytest.mark.parametrize(
@@ -108,17 +112,17 @@ def test_small_class_is_named() -> None:
     ],
 )
 def test_list_forms(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "labeled.txt"
-    path.write_bytes(text.encode())
-    keys = chosen_keys(images_of({"ant": 3, "bee": 3}), str(path), 0)
+    keys = chosen_keys(images_of({"ant": 3, "bee": 3}), list_file(tmp_path, text))
     assert keys == {"ant/ant_1.jpg", "bee/bee_0.jpg"}
 
 
-def test_list_with_spaces_in_names(tmp_path: Path) -> None:
-    path = tmp_path / "labeled.txt"
-    path.write_text("great owl/an owl.jpg\n")
-    image = (0, "great owl", "an owl.jpg")
-    assert chosen_keys([image], str(path), 0) == {"great owl/an owl.jpg"}
+def test_names_with_spaces(tmp_path: Path) -> None:
+    path = list_file(tmp_path, "great owl/an owl.jpg\n")
+    assert chosen_keys([(0, "great owl", "an owl.jpg")], path) == {"great owl/an owl.jpg"}
+    # The first word is a name only where the whole line is none.
+    path = list_file(tmp_path, "an owl.jpg\n")
+    images = [(0, "bird", "an"), (1, "bird", "an owl.jpg")]
+    assert chosen_keys(images, path) == {"bird/an owl.jpg"}
 
 
 @pytest.mark.parametrize(
@@ -132,25 +136,22 @@ def test_list_with_spaces_in_names(tmp_path: Path) -> None:
     ],
 )
 def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "labeled.txt"
-    path.write_text(text)
     images = images_of({"ant": 2, "bee": 2})
     images += [(1000 + at, name, "same.jpg") for at, name in enumerate(("ant", "bee"))]
     with pytest.raises(DataError, match=message) as caught:
-        chosen_keys(images, str(path), 0)
+        chosen_keys(images, list_file(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 def test_proportional_draw_follows_the_sizes_and_nests() -> None:
-    images = images_of({"a": 1000, "b": 300, "c": 61, "d": 10})
+    sizes = {"a": 1000, "b": 300, "c": 61, "d": 10}
+    images = images_of(sizes)
     draws = {n: chosen_keys(images, str(n), 5, "proportional") for n in (300, 301, 685, 1371)}
     for total, draw in draws.items():
         assert len(draw) == total
         counts = per_class(draw)
-        for name, size in (("a", 1000), ("b", 300), ("c", 61), ("d", 10)):
-            assert abs(counts[name] - size * total / 1371) < 1.5
-    ordered = list(draws.values())
-    assert all(small <= large for small, large in itertools.pairwise(ordered))
+        assert all(abs(counts[name] - size * total / 1371) < 1.5 for name, size in sizes.items())
+    assert all(small <= large for small, large in itertools.pairwise(draws.values()))
 
 
 def test_proportional_draw_takes_the_first_of_each_class_by_rank() -> None:
@@ -161,16 +162,3 @@ def test_proportional_draw_takes_the_first_of_each_class_by_rank() -> None:
         ranked = sorted((key for key in keys if key[0] == name), key=lambda key: hash_rank(2, key))
         count = per_class(part)[name]
         assert set(ranked[:count]) == {key for key in part if key[0] == name}
-
-
-def test_proportional_draw_names_classes_that_get_nothing() -> None:
-    images = images_of({"a": 5000, "tiny": 1})
-    with pytest.raises(ConfigError, match="1 small classes get no labeled image: tiny"):
-        chosen_keys(images, "2", 1, "proportional")
-
-
-def test_first_word_counts_only_where_the_whole_line_fits_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "labeled.txt"
-    path.write_text("an owl.jpg\n")
-    images = [(0, "bird", "an"), (1, "bird", "an owl.jpg")]
-    assert chosen_keys(images, str(path), 0) == {"bird/an owl.jpg"}

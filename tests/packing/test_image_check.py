@@ -1,4 +1,4 @@
-"""An image that passes the check is decoded by DALI, as the check decodes it."""
+"""DALI decodes every image that passes the check, to the same pixels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,6 @@ USABLE = usable()
 def decoded_by_dali(images: Sequence[bytes]) -> list[NDArray[np.uint8]]:
     """Return the RGB of each, also cropped as in training; raises at the first that fails."""
     following = iter(images)
-
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipeline:
         image = fn.external_source(
@@ -38,7 +37,7 @@ def by_dali() -> dict[str, NDArray[np.uint8]]:
 
 
 @pytest.mark.parametrize("name", USABLE)
-def test_what_dali_decodes(name: str, by_dali: dict[str, NDArray[np.uint8]]) -> None:
+def test_usable_images_pass(name: str, by_dali: dict[str, NDArray[np.uint8]]) -> None:
     image = USABLE[name]
     assert find_fault(image, "decode") is None
     assert find_fault(memoryview(image), "header") is None
@@ -46,7 +45,7 @@ def test_what_dali_decodes(name: str, by_dali: dict[str, NDArray[np.uint8]]) -> 
     assert np.array_equal(np.broadcast_to(pixels, by_dali[name].shape), by_dali[name])
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_unusable_images_are_refused(tmp_path: Path) -> None:
     cases = unusable(tmp_path)
     faults = {name: find_fault(memoryview(image), "decode") for name, (image, _) in cases.items()}
     missed = {
@@ -72,12 +71,10 @@ def test_header_alone(name: str, fault: str | None, tmp_path: Path) -> None:
     assert find_fault(image, "header") == find_fault(memoryview(image), "header") == fault
 
 
-def test_end_mark_far_from_the_end() -> None:
+def test_lenient_checks() -> None:
+    """`header` finds an end mark far from the end; `none` refuses empty files only."""
     jpeg = encoded(photo(), "JPEG")
     assert find_fault(memoryview(jpeg + bytes(100_000)), "header") is None
-
-
-def test_none_asks_only_for_bytes() -> None:
     assert find_fault(b"", "none") == "empty file"
     assert find_fault(b"text", "none") is None
 

@@ -205,6 +205,13 @@ def test_an_image_is_saved_whole_and_never_over_another_file(tmp_path: Path) -> 
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.jpg"]
 
 
+def test_saving_an_image_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg.tmp").write_bytes(b"of the user")
+    save(b"one", tmp_path / "a.jpg", force=False)
+    assert (tmp_path / "a.jpg.tmp").read_bytes() == b"of the user"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.jpg", "a.jpg.tmp"]
+
+
 def test_a_pack_that_was_stopped_while_publishing_says_so(tmp_path: Path) -> None:
     pack = make_pack(tmp_path / "rec", shards={"train": [4]})
     (pack.root / ".pack").mkdir()

@@ -90,19 +90,6 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
     assert "already complete" in run(*common, folder=tree).stdout
 
 
-def test_nine_files_of_the_separate_layout(tree: Path, tmp_path: Path) -> None:
-    out = pack("--src", tree / "train", "--val", tree / "val", "--labeled", "6", "--shards", 1,
-               "--layout", "separate", out=tmp_path / "out")  # fmt: skip
-    stems = ("train_label", "train_unlabel", "val")
-    assert names(out) == {*ALWAYS, *files_of(*stems)}
-    rows = {stem: read_split(out, stem) for stem in stems}
-    assert [row[0] for stem in stems for row in rows[stem]] == list(range(6 + 24 + 6))
-    for stem, folder in zip(stems, ("train", "train", "val"), strict=True):
-        assert images_of(out, stem).items() <= images_in(tree / folder).items()
-    assert images_of(out, "train_label").keys() < images_of(out, "train_unlabel").keys()
-    assert list(read_manifest(out).splits) == ["labeled", "unlabeled", "val"]
-
-
 def test_json_is_the_manifest(tree: Path, tmp_path: Path) -> None:
     done = run("pack", "--src", tree / "train", "--val", tree / "val", "--labeled", 7,
                "--shards", 3, "--json", "--out", tmp_path / "out")  # fmt: skip
@@ -251,6 +238,7 @@ def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) 
         assert sorted(row[1] for row in rows) == list(range(1000))
         assert all(simplejpeg.is_jpeg(row[3]) for row in rows)
     assert manifest_of(out)["duplicates"]["across_splits"] == 1000
+    assert list(read_manifest(out).splits) == ["labeled", "unlabeled", "val"]
 
 
 # Sources.
@@ -333,23 +321,6 @@ def test_several_sources_are_joined(tree: Path, tmp_path: Path) -> None:
     assert images_of(out) == images_in(tree / "train") | {"bee/new.jpg": jpeg(77)}
     assert images_of(out, "val") == images_in(tree / "val")
     assert [source["images"] for source in manifest_of(out)["sources"]] == [24, 1, 6]
-
-
-def test_shares_of_labeled_images(tree: Path, tmp_path: Path) -> None:
-    draws = []
-    for share in ("12.5%", "25%"):
-        out = pack("--src", tree / "train", "--labeled", share, "--unlabeled", "rest",
-                   out=tmp_path / share)  # fmt: skip
-        draws.append(images_of(out, "train_label").keys())
-        assert images_of(out, "train_unlabel").keys() == images_of(out).keys() - draws[-1]
-    assert [len(drawn) for drawn in draws] == [3, 6]
-    assert draws[0] < draws[1]
-    for number in range(8, 32):
-        (tree / "train" / "ant" / f"{number}.jpg").write_bytes(jpeg(number))
-    out = pack("--src", tree / "train", "--labeled", "25%", "--balance", "proportional",
-               out=tmp_path / "proportional")  # fmt: skip
-    counts = Counter(key[:3] for key in images_of(out, "train_label"))
-    assert counts == {"ant": 8, "bee": 2, "cat": 2}
 
 
 def test_listed_labeled_images(tree: Path, tmp_path: Path) -> None:

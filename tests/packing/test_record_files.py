@@ -1,13 +1,14 @@
-"""Existing .rec files are listed frame by frame, with classes and names from what lies beside."""
+"""Existing .rec files as sources: framed records, with classes and names from files beside them."""
 
 import struct
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
-from tests.packing.small_sources import content, keys, listed, make_records
 
 from mpl_fast.data.records import MAGIC, frame, image_record
 from mpl_fast.errors import DataError
+from tests.packing.packs import content, keys, listed, make_records
 
 MAGIC_WORD = struct.pack("<I", MAGIC)
 ROWS = [
@@ -38,20 +39,12 @@ def test_list_beside_the_records(tmp_path: Path) -> None:
     path.with_suffix(".lst").write_text("\n".join([*rows, "4\t1.0\tbee/d.jpg"]))
     source, images = listed(path, tmp_path)
     assert keys(images) == ["ant/c.png", "bee/d.jpg", "cat/e.jpg", "cat/g.JPEG"]
-    assert [image.path for image in images] == [
-        "ant/c.png",
-        "bee/d.jpg",
-        "cat/e.jpg",
-        "x/cat/g.JPEG",
-    ]
+    assert [image.path for image in images] == [*keys(images)[:3], "x/cat/g.JPEG"]
     assert source.class_order == ("ant", "bee", "cat")
-
-
-def test_list_of_all_shards(tmp_path: Path) -> None:
-    path = make_records(tmp_path / "train-00001-of-00002.rec", ROWS[2:])
-    listing = tmp_path / "train.lst"
-    listing.write_text("7\t2\tcat/g.jpg\n3\t0\tant/c.jpg\n5\t2\tcat/e.jpg\n4\t1\tbee/d.jpg\n")
-    source, images = listed(path, tmp_path)
+    # A shard has the list of all shards.
+    shard = make_records(tmp_path / "train-00001-of-00002.rec", ROWS[2:])
+    path.with_suffix(".lst").rename(tmp_path / "train.lst")
+    source, images = listed(shard, tmp_path)
     assert keys(images) == ["bee/d.jpg", "cat/e.jpg"]
     assert source.class_order == ("ant", "bee", "cat")
 
@@ -89,11 +82,10 @@ def test_list_that_does_not_fit(tmp_path: Path, rows: str, message: str) -> None
 
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf"), float(1 << 24)])
-def test_label_that_is_no_class(tmp_path: Path, label: float) -> None:
+def test_labels_that_are_no_class(tmp_path: Path, label: float) -> None:
     path = make_records(tmp_path / "a.rec", [(1.0, 1, b"1"), (label, 6, b"22")])
-    with pytest.raises(
-        DataError, match=r"a.rec: record 6 at byte 36: label \S+ is no whole number"
-    ):
+    message = r"a.rec: record 6 at byte 36: label \S+ is no whole number"
+    with pytest.raises(DataError, match=message):
         listed(path, tmp_path)
 
 
@@ -105,9 +97,9 @@ def test_several_labels(tmp_path: Path) -> None:
 
 
 def test_every_cut_is_noticed(tmp_path: Path) -> None:
-    """Wherever the file ends, it lists whole records or says that it is cut short."""
-    whole = b"".join(image_record(*row) for row in ROWS)
-    ends = {len(b"".join(image_record(*row) for row in ROWS[:count])) for count in range(1, 5)}
+    records = [image_record(*row) for row in ROWS]
+    whole = b"".join(records)
+    ends = set(accumulate(map(len, records)))
     path = tmp_path / "a.rec"
     for size in range(1, len(whole) + 1):
         path.write_bytes(whole[:size])

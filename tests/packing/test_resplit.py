@@ -15,10 +15,10 @@ import pytest
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.errors import ConfigError, DataError, OutputError, UserError
-from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.resplit import resplit
 from tests.packing.packs import (
+    LIMIT,
     ROOT,
     environment,
     hashes,
@@ -27,6 +27,7 @@ from tests.packing.packs import (
     pack,
     read_split,
     run,
+    verified,
 )
 
 FIRST: dict[str, Any] = {"labeled": "3", "split_seed": 0, "balance": "count", "unlabeled": "all"}
@@ -61,8 +62,7 @@ def contents(root: Path) -> dict[str, object]:
 
 
 def sound(root: Path) -> bool:
-    report = verify(root, deep=False, processes=1, progress=lambda *done: None)
-    return not report.problems
+    return not verified(root).problems
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return image_tree(tmp_path_factory.mktemp("resplit"))
 
 
+@pytest.fixture(scope="module")
+def made(tree: Path) -> Path:
+    return pack_tree(tree, tree.parent / "rec", FIRST)
+
+
 @pytest.fixture
-def packed(tree: Path, tmp_path: Path) -> Path:
-    return pack_tree(tree, tmp_path / "rec", FIRST)
+def packed(made: Path, tmp_path: Path) -> Path:
+    """Return a copy of a pack that is made once."""
+    return Path(shutil.copytree(made, tmp_path / "rec"))
 
 
 def pack_tree(tree: Path, out: Path, drawn: dict[str, Any], *more: object) -> Path:
@@ -117,19 +123,14 @@ def test_it_is_what_packing_makes(
     assert contents(packed) == before
 
 
-def test_a_list_of_names_draws_too(tree: Path, packed: Path, tmp_path: Path) -> None:
-    listed = tmp_path / "names.txt"
+def test_a_list_of_names_draws_too(packed: Path, tmp_path: Path) -> None:
+    before, listed = contents(packed), tmp_path / "names.txt"
     listed.write_text("ant/3.jpg\nbee/0.jpg\ncat/2.png\n")
     again(packed, labeled=str(listed))
-    assert {key for _, _, key, _ in read_split(packed, "train_label")} == {
-        "ant/3.jpg",
-        "bee/0.jpg",
-        "cat/2.png",
-    }
-    again(packed, split_seed=3)
-    assert contents(packed) == contents(
-        pack_tree(tree, tmp_path / "other", FIRST | {"split_seed": 3})
-    )
+    drawn = {key for _, _, key, _ in read_split(packed, "train_label")}
+    assert drawn == {"ant/3.jpg", "bee/0.jpg", "cat/2.png"}
+    again(packed)
+    assert contents(packed) == before
 
 
 def test_images_that_were_left_out_took_part_in_the_draw(tmp_path: Path) -> None:
@@ -199,46 +200,59 @@ def test_folders_in_use_or_unfinished_are_refused(packed: Path, tmp_path: Path) 
     assert not (tmp_path / "absent").exists()
 
 
+# Splits copies of a pack again, each in a process that is killed at another rename.
 _KILLED = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 from mpl_fast.packing.resplit import resplit
 
-left = int(sys.argv[2])
-replace = Path.replace
-def counted(self, target):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return replace(self, target)
-Path.replace = counted
-resplit(Path(sys.argv[1]), labeled="6", split_seed=1, balance="count", unlabeled="rest")
+root, replace = Path(sys.argv[1]), Path.replace
+
+def killed_at(left):
+    def counted(self, target):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return replace(self, target)
+    return counted
+
+for renames in range(20):
+    copy = shutil.copytree(root, root.with_name(str(renames)))
+    if not (child := os.fork()):
+        Path.replace = killed_at(renames)
+        resplit(copy, labeled="6", split_seed=1, balance="count", unlabeled="rest")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_rename_it_is_the_old_pack_or_can_be_finished(packed: Path) -> None:
     old = contents(packed)
-    new: dict[str, object] = {}
-    for renames in range(20):
-        command = [sys.executable, "-c", _KILLED, str(packed), str(renames)]
-        path = {"PYTHONPATH": str(ROOT)}
-        code = subprocess.run(command, env=environment() | path, timeout=60).returncode
-        assert code in (0, -signal.SIGKILL)
-        if code and (packed / MANIFEST).exists():
-            assert contents(packed) == old
-            again(packed)  # clears what was left, and changes nothing
-            assert contents(packed) == old
-            continue
-        if code:
-            with pytest.raises(DataError, match=r"run: make_rec\.py finish"):
-                sound(packed)
-            run("finish", packed)
-        new = new or contents(packed)
-        assert contents(packed) == new != old
-        if code == 0:
-            break
-        again(packed)
-    assert code == 0
-    assert sound(packed)
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(packed)],
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        check=True,
+    )
+    codes = [int(line) for line in done.stdout.split()]
+    renames = codes.index(0)
     assert renames > 8
+    assert codes == [-signal.SIGKILL] * renames + [0] * (20 - renames)
+    whole = packed.with_name(str(renames))
+    assert sound(whole)
+    new = contents(whole)
+    assert new != old
+    for killed in (packed.with_name(str(number)) for number in range(renames)):
+        if (killed / MANIFEST).exists():
+            assert contents(killed) == old
+            again(killed)  # clears what was left, and changes nothing
+            assert contents(killed) == old
+        else:
+            with pytest.raises(DataError, match=r"run: make_rec\.py finish"):
+                sound(killed)
+            run("finish", killed)
+            assert contents(killed) == new

@@ -1,4 +1,4 @@
-"""What a finished shard tells is read back as it was saved, or it is damaged; never wrong."""
+"""A receipt is loaded exactly as it was saved, or the file is reported as damaged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,37 +35,35 @@ def as_plain(done: ShardReceipt) -> dict[str, object]:
     }
 
 
-def test_load_returns_what_was_saved(tmp_path: Path) -> None:
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "x.done"
     DONE.save(path)
+    return path
+
+
+def test_load_returns_what_was_saved(path: Path) -> None:
     loaded = ShardReceipt.load(path)
     assert as_plain(loaded) == as_plain(DONE)
-    assert {name: getattr(loaded, name).dtype for name in COLUMNS} == {
-        name: np.dtype(kind) for name, kind in COLUMNS.items()
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["x.done"]
-
-
-def test_one_content_one_file(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        DONE.save(tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_shard_without_records(tmp_path: Path) -> None:
+    for name, kind in COLUMNS.items():
+        assert getattr(loaded, name).dtype == np.dtype(kind)
+    assert list(path.parent.iterdir()) == [path]
     columns: dict[str, Any] = {name: np.array([], kind) for name, kind in COLUMNS.items()}
     empty = replace(DONE, **columns)
-    empty.save(tmp_path / "x.done")
-    assert as_plain(ShardReceipt.load(tmp_path / "x.done")) == as_plain(empty)
+    empty.save(path)
+    assert as_plain(ShardReceipt.load(path)) == as_plain(empty)
 
 
-def test_a_flipped_bit_is_harmless_or_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "x.done"
-    DONE.save(path)
+def test_equal_receipts_are_equal_files(path: Path) -> None:
+    DONE.save(path.with_name("again"))
+    assert path.read_bytes() == path.with_name("again").read_bytes()
+
+
+def test_a_flipped_bit_is_harmless_or_an_error(path: Path) -> None:
     whole = path.read_bytes()
     damaged = 0
-    tried = range(0, len(whole), 5)
-    for at in tried:
+    positions = range(0, len(whole), 5)
+    for at in positions:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         try:
             assert as_plain(ShardReceipt.load(path)) == as_plain(DONE), f"byte {at}"
@@ -73,12 +71,10 @@ def test_a_flipped_bit_is_harmless_or_an_error(tmp_path: Path) -> None:
             assert str(error).startswith(f"{path}: damaged (")
             assert "\n" not in str(error)
             damaged += 1
-    assert damaged > len(tried) / 2
+    assert damaged > len(positions) / 2
 
 
-def test_every_cut_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "x.done"
-    DONE.save(path)
+def test_every_cut_is_an_error(path: Path) -> None:
     whole = path.read_bytes()
     for size in (*range(0, len(whole), 17), len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -86,18 +82,13 @@ def test_every_cut_is_an_error(tmp_path: Path) -> None:
             ShardReceipt.load(path)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"text", np.arange(3).tobytes()], ids=["empty", "text", "numbers"]
-)
-def test_other_files(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x.done").write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
-        ShardReceipt.load(tmp_path / "x.done")
+def test_other_files(tmp_path: Path) -> None:
+    for content in (b"", b"text", np.arange(3).tobytes()):
+        (tmp_path / "x.done").write_bytes(content)
+        with pytest.raises(DataError, match="damaged"):
+            ShardReceipt.load(tmp_path / "x.done")
     np.save(tmp_path / "x.npy", np.arange(3))
-    with pytest.raises(DataError, match="damaged"):
-        ShardReceipt.load(tmp_path / "x.npy")
     np.savez(tmp_path / "x.npz", np.frombuffer(b"[]", np.uint8))
-    with pytest.raises(DataError, match="damaged"):
-        ShardReceipt.load(tmp_path / "x.npz")
-    with pytest.raises(DataError, match="damaged"):
-        ShardReceipt.load(tmp_path / "none")
+    for name in ("x.npy", "x.npz", "none"):
+        with pytest.raises(DataError, match="damaged"):
+            ShardReceipt.load(tmp_path / name)

@@ -1,4 +1,4 @@
-"""A file gets the bytes that were filled in, direct or buffered, and a failed write is told."""
+"""The writer of shards: exact bytes with direct and buffered writes, and errors of the disk."""
 
 import errno
 import fcntl
@@ -17,11 +17,17 @@ def noise(size: int) -> bytes:
     return np.random.default_rng(size).bytes(size)
 
 
-def write(path: Path, *pieces: bytes) -> str:
+def append(path: Path, *pieces: bytes) -> str:
+    """Write a file with append; return the digest that finish gave."""
     with closing(ShardWriter(path)) as writer:
         for piece in pieces:
             writer.append(piece)
         return writer.finish()
+
+
+def require_written(path: Path, digest: str, content: bytes) -> None:
+    assert path.read_bytes() == content
+    assert digest == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -37,24 +43,16 @@ def write(path: Path, *pieces: bytes) -> str:
         [5 * BUFFER + 12, 3 * BUFFER + 4],
     ],
 )
-def test_what_is_appended_is_written(tmp_path: Path, sizes: list[int]) -> None:
+def test_appended_bytes_replace_an_older_file(tmp_path: Path, sizes: list[int]) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"old" * (sum(sizes) + 1))
     pieces = [noise(size) for size in sizes]
-    digest = write(tmp_path / "x", *pieces)
-    content = b"".join(pieces)
-    assert (tmp_path / "x").read_bytes() == content
-    assert digest == hashlib.sha256(content).hexdigest()
-
-
-def test_an_older_longer_file_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"old" * 9999)
-    write(tmp_path / "x", b"new")
-    assert (tmp_path / "x").read_bytes() == b"new"
+    require_written(path, append(path, *pieces), b"".join(pieces))
 
 
 def test_bytes_are_filled_in_place(tmp_path: Path) -> None:
-    """Over the borders of buffers, also over two; and what the position never passed is lost."""
-    sizes = [BUFFER - 8, 100, 2 * BUFFER, 7, 12]
-    pieces = [noise(size) for size in sizes]
+    """Across one border of buffers and two; bytes behind the position are not written."""
+    pieces = [noise(size) for size in (BUFFER - 8, 100, 2 * BUFFER, 7, 12)]
     with closing(ShardWriter(tmp_path / "x")) as writer:
         for piece in pieces:
             assert writer.fits(len(piece) + 50)
@@ -67,15 +65,13 @@ def test_bytes_are_filled_in_place(tmp_path: Path) -> None:
                 view[:] = piece[at : at + len(view)]
                 at += len(view)
             writer.advance(len(piece))
-        assert writer.position == sum(sizes)
+        assert writer.position == sum(map(len, pieces))
         digest = writer.finish()
-    content = b"".join(pieces)
-    assert (tmp_path / "x").read_bytes() == content
-    assert digest == hashlib.sha256(content).hexdigest()
+    require_written(tmp_path / "x", digest, b"".join(pieces))
 
 
 @pytest.mark.parametrize("position", [0, 4, BUFFER - 4])
-def test_the_ring_holds_what_fits(tmp_path: Path, position: int) -> None:
+def test_capacity_of_the_ring(tmp_path: Path, position: int) -> None:
     most = 3 * BUFFER - position - 1
     with closing(ShardWriter(tmp_path / "x")) as writer:
         writer.append(bytes(position))
@@ -108,25 +104,22 @@ def test_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(fcntl, "fcntl", control)
     monkeypatch.setattr(os, "pwrite", pwrite)
     content = noise(2 * BUFFER + 5)
-    digest = write(tmp_path / "x", content)
+    require_written(tmp_path / "x", append(tmp_path / "x", content), content)
     assert len(refused) == 1
-    assert (tmp_path / "x").read_bytes() == content
-    assert digest == hashlib.sha256(content).hexdigest()
 
 
-def test_a_write_may_be_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_write = os.pwrite
     monkeypatch.setattr(
         os, "pwrite", lambda file, content, offset: real_write(file, content[: 1 << 20], offset)
     )
     content = noise(BUFFER + (1 << 20) + 9)
-    write(tmp_path / "x", content)
-    assert (tmp_path / "x").read_bytes() == content
+    require_written(tmp_path / "x", append(tmp_path / "x", content), content)
 
 
 @pytest.mark.parametrize("buffers", [0, 1, 4])
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int) -> None:
-    """No later than when the buffer that failed is needed again, or else at the end."""
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int) -> None:
+    """The error comes when the failed buffer is used again, at the latest at the end."""
     real_write = os.pwrite
 
     def pwrite(file: int, content: memoryview, offset: int) -> int:
@@ -142,9 +135,9 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bu
         for _ in range(buffers + 4):
             writer.append(bytes(BUFFER))
     with pytest.raises(OSError, match="No space left on device"):
-        write(tmp_path / "y", bytes(buffers * BUFFER + 1))
+        append(tmp_path / "y", bytes(buffers * BUFFER + 1))
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ShardWriter(tmp_path / "no" / "x")

@@ -1,4 +1,4 @@
-"""A pack is cut into shards of about equal size, none empty; a digest tells what became other."""
+"""Shards of about equal size, none empty, and the digests that detect a change of a plan."""
 
 import itertools
 from dataclasses import replace
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.packing.made_packs import KEEP, images_of, plan_of, source_of
 
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, plan_digest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, open_table
+from tests.packing.packs import KEEP, images_of, plan_of, source_of
 
 ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 
@@ -73,6 +73,10 @@ def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7
     return digest
 
 
+CONTENT = digest_of(ROW).content("x")
+STAMPS = digest_of(ROW).stamps()
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -82,29 +86,22 @@ def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7
         ROW._replace(size=11),
     ],
 )
-def test_what_is_written_decides_the_content(row: RecordRow) -> None:
-    assert digest_of(row).content("x") != digest_of(ROW).content("x")
-    assert digest_of(row).stamps() == digest_of(ROW).stamps()
+def test_rows_change_the_content_digest(row: RecordRow) -> None:
+    assert digest_of(row).content("x") != CONTENT
+    assert digest_of(row).stamps() == STAMPS
 
 
-def test_where_and_when_decide_the_stamps() -> None:
+def test_places_and_times_change_the_stamps_digest() -> None:
     others = [
         digest_of(ROW._replace(path="bee/a.jpg")),
         digest_of(ROW._replace(start=512)),
         digest_of(ROW, stamp=8),
     ]
-    assert len({digest.stamps() for digest in (digest_of(ROW), *others)}) == 4
-    assert {digest.content("x") for digest in others} == {digest_of(ROW).content("x")}
-    # Which of them are labeled is written in no .rec file.
-    other = digest_of(ROW._replace(labeled=1))
-    assert (other.content("x"), other.stamps()) == (
-        digest_of(ROW).content("x"),
-        digest_of(ROW).stamps(),
-    )
-
-
-def test_file_is_part_of_the_content() -> None:
-    assert digest_of(ROW).content("train.rec") != digest_of(ROW).content("val.rec")
+    assert len({STAMPS, *(digest.stamps() for digest in others)}) == 4
+    # No .rec file contains which images are labeled.
+    labeled = digest_of(ROW._replace(labeled=1))
+    assert labeled.stamps() == STAMPS
+    assert {digest.content("x") for digest in (*others, labeled)} == {CONTENT}
 
 
 @pytest.mark.parametrize(
@@ -117,14 +114,14 @@ def test_file_is_part_of_the_content() -> None:
         {"min_shrink": 1.5},
     ],
 )
-def test_treatment_decides_the_content(changed: dict[str, object]) -> None:
-    other = digest_of(ROW, replace(KEEP, **changed))  # type: ignore[arg-type]
-    assert other.content("x") != digest_of(ROW).content("x")
+def test_options_change_the_content_digest(changed: dict[str, object]) -> None:
+    options = replace(KEEP, **changed)  # type: ignore[arg-type]
+    assert digest_of(ROW, options).content("x") != CONTENT
 
 
-def test_leaving_bad_images_out_keeps_shards_without_any() -> None:
-    other = digest_of(ROW, replace(KEEP, on_bad="skip"))
-    assert other.content("x") == digest_of(ROW).content("x")
+def test_file_and_skipping_in_the_content_digest() -> None:
+    assert digest_of(ROW).content("other") != CONTENT
+    assert digest_of(ROW, replace(KEEP, on_bad="skip")).content("x") == CONTENT
 
 
 HOW = SplitOptions(labeled="4", shards=3)
@@ -136,19 +133,19 @@ def whole_digest(path: Path, how: SplitOptions, *, spec: str = "here", classes: 
         return plan_digest(table)
 
 
-def test_plan_digest_tells_packs_apart(tmp_path: Path) -> None:
+def test_plan_digest(tmp_path: Path) -> None:
     digest = whole_digest(tmp_path, HOW)
     assert whole_digest(tmp_path, HOW, spec="elsewhere") == digest
-    # The size of the shards was only a way to their number.
     assert whole_digest(tmp_path, replace(HOW, shards=None, shard_size=70)) == digest
-    others = [
-        whole_digest(tmp_path, HOW, classes="cat"),
-        whole_digest(tmp_path, replace(HOW, labeled="6")),
-        whole_digest(tmp_path, replace(HOW, split_seed=1)),
-        whole_digest(tmp_path, replace(HOW, unlabeled="rest")),
-        whole_digest(tmp_path, replace(HOW, layout="separate")),
-        whole_digest(tmp_path, replace(HOW, shards=2)),
-        whole_digest(tmp_path, replace(HOW, shuffle_seed=1)),
-        whole_digest(tmp_path, replace(HOW, order="list")),
+    changed = [
+        replace(HOW, labeled="6"),
+        replace(HOW, split_seed=1),
+        replace(HOW, unlabeled="rest"),
+        replace(HOW, layout="separate"),
+        replace(HOW, shards=2),
+        replace(HOW, shuffle_seed=1),
+        replace(HOW, order="list"),
     ]
-    assert len({digest, *others}) == 1 + len(others)
+    others = {whole_digest(tmp_path, how) for how in changed}
+    others |= {digest, whole_digest(tmp_path, HOW, classes="cat")}
+    assert len(others) == len(changed) + 2

@@ -1,16 +1,23 @@
-"""Folders are listed whole, whatever their files are called, and what is wrong is named."""
+"""Folders as sources: every image at any depth is listed, and every fault is reported."""
 
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.packing.small_sources import content, keys, listed, make_records, make_tar, make_tree
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.archives import Spools
-from mpl_fast.packing.sources.source import open_source
+from mpl_fast.packing.sources.source import Source, open_source
+from tests.packing.packs import content, keys, listed, make_records, make_tar, make_tree
+
+
+def entries(spec: Path, spools: Path) -> list[tuple[str, bytes]]:
+    """Return `class/name` and content of every image, sorted."""
+    source, images = listed(spec, spools)
+    return [(key, content(source, image)) for key, image in zip(keys(images), images, strict=True)]
 
 
 def test_folder_at_any_depth(tmp_path: Path) -> None:
@@ -21,94 +28,85 @@ def test_folder_at_any_depth(tmp_path: Path) -> None:
     source, images = listed(tree, tmp_path)
     assert (source.spec, source.kind, source.file) == (str(tree), "folder", tree)
     assert (source.size, source.stamp, source.class_order) == (0, 0, None)
-    assert keys(images) == ["ant/1.jpg", "bee/2.JPG"]
     assert [image.path for image in images] == ["x/y/ant/1.jpg", "bee/2.JPG"]
-    assert [content(source, image) for image in images] == [b"1", b"22"]
+    assert entries(tree, tmp_path) == [("ant/1.jpg", b"1"), ("bee/2.JPG", b"22")]
     assert source.warnings == []
 
 
-def test_odd_names(tmp_path: Path) -> None:
-    names = ("a b.jpg", "\"c'.JPEG", "é.PNG", os.fsdecode(b"caf\xe9.Jpg"), "-rf.jpeg", "a.b.jpg")
-    tree = make_tree(
-        tmp_path / "tree", {f"ant bee/{name}": name.encode("utf-8", "replace") for name in names}
-    )
-    source, images = listed(tree, tmp_path)
-    assert keys(images) == sorted(f"ant bee/{name}" for name in names)
-    for image in images:
-        assert content(source, image) == image.name.encode("utf-8", "replace")
-
-
-def test_folder_that_is_called_like_an_image(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"x.JPEG/a.jpg": b"1", "ant/b.jpg": b"2"})
-    (tree / "ant" / "y.jpg").mkdir()
-    source, images = listed(tree, tmp_path)
-    assert keys(images) == ["ant/b.jpg", "x.JPEG/a.jpg"]
-    assert source.warnings == [f"{tree}: 1 folders hold no image and give no class: ant/y.jpg"]
-
-
-def test_one_class_and_equal_names_in_two(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1", "bee/a.jpg": b"22"})
-    source, images = listed(tree, tmp_path)
-    assert [content(source, image) for image in images] == [b"1", b"22"]
-    (tree / "bee" / "a.jpg").unlink()
-    (tree / "bee").rmdir()
-    assert keys(listed(tree, tmp_path)[1]) == ["ant/a.jpg"]
-
-
-def test_warnings(tmp_path: Path) -> None:
-    tree = make_tree(
-        tmp_path / "tree",
-        {
-            "ant/a.jpg": b"1",
-            "ant/b.gif": b"2",
-            "ant/Thumbs.db": b"3",
-            "readme.txt": b"4",
-            "words/notes.txt": b"5",
-        },
-    )
-    (tree / "empty").mkdir()
-    source, _ = listed(tree, tmp_path)
-    assert source.warnings == [
-        f"{tree}: 4 files are not images by name, left out: "
-        "ant/Thumbs.db, ant/b.gif, readme.txt and 1 more",
-        f"{tree}: 2 folders hold no image and give no class: empty, words",
-    ]
-    assert len(list(source.images())) == 1  # listing again tells the same, once
-    assert len(source.warnings) == 2
-
-
-def test_classes_merged_from_several_folders(tmp_path: Path) -> None:
-    names = ("train/ant/1.jpg", "val/ant/2.jpg", "train/bee/3.jpg", "x/y/cat/4.jpg")
-    tree = make_tree(tmp_path / "tree", dict.fromkeys((*names, "x/y/cat/5.jpg"), b"-"))
-    source, images = listed(tree, tmp_path)
-    assert keys(images) == ["ant/1.jpg", "ant/2.jpg", "bee/3.jpg", "cat/4.jpg", "cat/5.jpg"]
-    assert source.warnings == [
-        f"{tree}: 1 classes are merged from several folders: train/ant + val/ant; "
-        "if these are splits, name one of them"
-    ]
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"ant bee/{name}" for name in ("a b.jpg", "\"c'.JPEG", "é.PNG", "-rf.jpeg", "a.b.jpg")],
+        [os.fsdecode(b"ant/caf\xe9.Jpg")],
+        ["ant/a.jpg", "bee/a.jpg"],  # one name in two classes
+        ["ant/a.jpg"],  # a single class
+    ],
+)
+def test_names(tmp_path: Path, names: list[str]) -> None:
+    contents = {name: os.fsencode(name) for name in names}
+    tree = make_tree(tmp_path / "tree", contents)
+    assert entries(tree, tmp_path) == sorted(contents.items())
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"),
+    ("files", "images", "warnings"),
     [
         (
-            {"ant/notes.txt": b"-"},
-            r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt",
+            ["x.JPEG/a.jpg", "ant/b.jpg", "ant/y.jpg/"],
+            ["ant/b.jpg", "x.JPEG/a.jpg"],
+            ["1 folders hold no image and give no class: ant/y.jpg"],
         ),
-        ({"a.jpg": b"-"}, "a.jpg is outside any class folder; give the classes with a labels"),
-        ({"ant/a\tb.jpg": b"-"}, r"'ant/a\\tb.jpg' has a tab or line break"),
-        ({"ant/a\nb.jpg": b"-"}, r"'ant/a\\nb.jpg' has a tab or line break"),
-        ({"a\rnt/a.jpg": b"-"}, r"'a\\rnt/a.jpg' has a tab or line break"),
+        (
+            ["ant/a.jpg", "ant/b.gif", "ant/Thumbs.db", "readme.txt", "words/notes.txt", "empty/"],
+            ["ant/a.jpg"],
+            [
+                "4 files are not images by name, left out: "
+                "ant/Thumbs.db, ant/b.gif, readme.txt and 1 more",
+                "2 folders hold no image and give no class: empty, words",
+            ],
+        ),
+        (
+            ["train/ant/1.jpg", "val/ant/2.jpg", "train/bee/3.jpg", "x/cat/4.jpg", "x/cat/5.jpg"],
+            ["ant/1.jpg", "ant/2.jpg", "bee/3.jpg", "cat/4.jpg", "cat/5.jpg"],
+            [
+                "1 classes are merged from several folders: train/ant + val/ant; "
+                "if these are splits, name one of them"
+            ],
+        ),
     ],
 )
-def test_bad_trees(tmp_path: Path, contents: dict[str, bytes], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        listed(make_tree(tmp_path / "tree", contents), tmp_path)
-    with pytest.raises(DataError, match=message):
-        listed(make_tar(tmp_path / "tree.tar", contents.items()), tmp_path)
+def test_warnings(tmp_path: Path, files: list[str], images: list[str], warnings: list[str]) -> None:
+    tree = make_tree(tmp_path / "tree", {name: b"-" for name in files if name[-1] != "/"})
+    for name in files:
+        (tree / name if name[-1] == "/" else tree).mkdir(exist_ok=True)
+    source, found = listed(tree, tmp_path)
+    assert keys(found) == images
+    assert source.warnings == [f"{tree}: {warning}" for warning in warnings]
+    assert len(list(source.images())) == len(images)  # a second listing repeats no warning
+    assert len(source.warnings) == len(warnings)
 
 
-def test_bad_places(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "ant/notes.txt",
+            r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt",
+        ),
+        ("a.jpg", "a.jpg is outside any class folder; give the classes with a labels"),
+        ("ant/a\tb.jpg", r"'ant/a\\tb.jpg' has a tab or line break"),
+        ("ant/a\nb.jpg", r"'ant/a\\nb.jpg' has a tab or line break"),
+        ("a\rnt/a.jpg", r"'a\\rnt/a.jpg' has a tab or line break"),
+    ],
+)
+def test_bad_names(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        listed(make_tree(tmp_path / "tree", {name: b"-"}), tmp_path)
+    with pytest.raises(DataError, match=message):
+        listed(make_tar(tmp_path / "tree.tar", [(name, b"-")]), tmp_path)
+
+
+def test_bad_specs(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", {"train/ant/a.jpg": b"one"})
     os.mkfifo(tmp_path / "pipe")
     for spec, message in (
@@ -125,27 +123,23 @@ def test_bad_places(tmp_path: Path) -> None:
 
 def test_links(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1"})
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"22")
-    (tree / "bee").symlink_to(tmp_path / "elsewhere")
-    (tree / "ant" / "c.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")
-    (tree / "ant" / "d.jpg").hardlink_to(tmp_path / "elsewhere" / "b.jpg")
-    source, images = listed(tree, tmp_path)
-    assert keys(images) == ["ant/a.jpg", "ant/c.jpg", "ant/d.jpg", "bee/b.jpg"]
-    assert [content(source, image) for image in images] == [b"1", b"22", b"22", b"22"]
+    outside = make_tree(tmp_path / "elsewhere", {"b.jpg": b"22"})
+    (tree / "bee").symlink_to(outside)
+    (tree / "ant" / "c.jpg").symlink_to(outside / "b.jpg")
+    (tree / "ant" / "d.jpg").hardlink_to(outside / "b.jpg")
+    expected = {"ant/a.jpg": b"1", "ant/c.jpg": b"22", "ant/d.jpg": b"22", "bee/b.jpg": b"22"}
+    assert entries(tree, tmp_path) == list(expected.items())
     (tmp_path / "link").symlink_to(tree)
-    assert listed(tmp_path / "link", tmp_path)[1] == images
-    (tree / "loop").symlink_to(tree)
-    with pytest.raises(DataError, match=r"loop: this link leads back"):
-        listed(tree, tmp_path)
-    (tree / "loop").unlink()
-    (tree / "self.jpg").symlink_to("self.jpg")
-    with pytest.raises(DataError, match=r"self.jpg: Too many levels of symbolic links"):
-        listed(tree, tmp_path)
-    (tree / "self.jpg").unlink()
-    (tree / "ant" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"gone.jpg: No such file"):
-        listed(tree, tmp_path)
+    assert listed(tmp_path / "link", tmp_path)[1] == listed(tree, tmp_path)[1]
+    for name, target, message in (
+        ("loop", tree, "loop: this link leads back"),
+        ("self.jpg", "self.jpg", "self.jpg: Too many levels of symbolic links"),
+        ("ant/gone.jpg", tmp_path / "nowhere", "gone.jpg: No such file"),
+    ):
+        (tree / name).symlink_to(target)
+        with pytest.raises(DataError, match=message):
+            listed(tree, tmp_path)
+        (tree / name).unlink()
 
 
 def test_special_file(tmp_path: Path) -> None:
@@ -164,14 +158,15 @@ def test_unreadable_folder(tmp_path: Path) -> None:
     (tree / "ant").chmod(0o700)
 
 
-def test_folder_that_vanishes_while_it_is_listed(tmp_path: Path) -> None:
+def opened(spec: Path, spools: Path) -> Source:
+    return open_source(str(spec), root=None, labels=None, spools=Spools(spools, print))
+
+
+def test_folder_removed_during_listing(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1", "bee/b.jpg": b"2"})
-    source = open_source(str(tree), root=None, labels=None, spools=Spools(tmp_path, print))
-    images = source.images()
-    seen = next(images).class_name
-    left = "bee" if seen == "ant" else "ant"
-    next((tree / left).iterdir()).unlink()
-    (tree / left).rmdir()
+    images = opened(tree, tmp_path).images()
+    left = "bee" if next(images).class_name == "ant" else "ant"
+    shutil.rmtree(tree / left)
     with pytest.raises(DataError, match=rf"{left}: No such file"):
         list(images)
 
@@ -203,9 +198,7 @@ def test_memory_does_not_grow_with_the_images(
 ) -> None:
     peaks = []
     for count in (200, 200, 2200):  # the first fills caches
-        source = open_source(
-            str(make(tmp_path, count)), root=None, labels=None, spools=Spools(tmp_path, print)
-        )
+        source = opened(make(tmp_path, count), tmp_path)
         tracemalloc.start()
         assert sum(1 for _ in source.images()) == count
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -1,4 +1,4 @@
-"""The padding of sparse indexes, against the cursor of DALI's reader as it is written down."""
+"""The padding of sparse indexes, compared with the file cursor of DALI's reader."""
 
 from itertools import accumulate
 
@@ -30,32 +30,28 @@ def listings(draw: st.DrawFn) -> tuple[Entries, list[int]]:
     return entries, [sum(record) for record in lengths]
 
 
+def right_places(entries: Entries, sizes: list[int]) -> list[tuple[int, int]]:
+    """Return (file, offset in that file) of each entry."""
+    starts = [0, *accumulate(sizes)]
+    return [(file, offset - starts[file]) for _, file, offset in entries]
+
+
+def found_places(lines: list[str], sizes: list[int]) -> list[tuple[int, int]]:
+    """Return (file, offset in that file) at which DALI reads the record of each line."""
+    offsets = (int(line.split("\t")[1]) for line in lines)
+    return [(place.file, place.offset) for place in dali_positions(offsets, sizes)]
+
+
 @given(listings())
-def test_dali_finds_every_record_in_its_own_file(listing: tuple[Entries, list[int]]) -> None:
+def test_padded_index(listing: tuple[Entries, list[int]]) -> None:
     entries, sizes = listing
     lines = list(padded_lines(entries))
-    found = list(dali_positions((int(line.split("\t")[1]) for line in lines), sizes))
-    starts = [0, *accumulate(sizes)]
-    assert [place[:2] for place in found] == [
-        (file, offset - starts[file]) for _, file, offset in entries
-    ]
+    assert found_places(lines, sizes) == right_places(entries, sizes)
     assert check_index(lines, sizes, "x.idx") == len(entries)
-    assert [line for at, line in enumerate(lines) if line not in lines[:at]] == [
-        f"{number}\t{offset}\n" for number, _, offset in entries
-    ]
-
-
-@given(listings())
-def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list[int]]) -> None:
-    entries, sizes = listing
     plain = [f"{number}\t{offset}\n" for number, _, offset in entries]
-    starts = [0, *accumulate(sizes)]
-    found = dali_positions([offset for _, _, offset in entries], sizes)
-    right = all(
-        place[:2] == (file, offset - starts[file])
-        for place, (_, file, offset) in zip(found, entries, strict=True)
-    )
-    if right:
+    assert list(dict.fromkeys(lines)) == plain
+    # Without padding, the check fails exactly where DALI would read a wrong record.
+    if found_places(plain, sizes) == right_places(entries, sizes):
         assert check_index(plain, sizes, "x.idx") == len(entries)
     else:
         with pytest.raises(DataError, match=r"^x\.idx: DALI would read its record \d+ from the"):
@@ -63,20 +59,17 @@ def test_the_check_finds_what_dali_would_read_wrong(listing: tuple[Entries, list
 
 
 def test_lines_are_repeated_by_the_rule() -> None:
-    """Files begin at 0, 10, 20, 30. The last line needs one more, as no line comes after it."""
+    """Files begin at 0, 10, 20, 30. The last line is repeated once more than the others."""
     first, second, third = "1\t0\n", "2\t25\n", "3\t35\n"
-    assert list(padded_lines([(1, 0, 0), (2, 2, 25), (3, 3, 35)])) == [
-        first,
-        *[second] * 2,
-        *[third] * 2,
-    ]
+    lines = [first, *[second] * 2, *[third] * 2]
+    assert list(padded_lines([(1, 0, 0), (2, 2, 25), (3, 3, 35)])) == lines
     assert list(padded_lines([(2, 2, 25)])) == [second] * 3
     assert list(padded_lines([(1, 0, 0), (5, 0, 5)])) == [first, "5\t5\n"]
     assert list(padded_lines([])) == []
 
 
-def test_places_are_those_of_dalis_cursor() -> None:
-    """Without padding it stays behind: by one file a line, and for the last line altogether."""
+def test_positions_of_an_unpadded_index() -> None:
+    """Without padding, the cursor moves by at most one file a line, and not for the last line."""
     assert list(dali_positions([5, 25, 35], [10, 10, 10, 10])) == [
         DaliPosition(file=0, offset=5, size=20),
         DaliPosition(file=1, offset=15, size=10),
@@ -86,7 +79,7 @@ def test_places_are_those_of_dalis_cursor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         (["1\t0\n", "x\t5\n"], "x.idx:2: 'x\\\\t5' is not `id TAB offset`"),
         (["1 0\n"], "x.idx:1: '1 0' is not `id TAB offset`"),
@@ -94,6 +87,6 @@ def test_places_are_those_of_dalis_cursor() -> None:
         (["1\t20\n"], "x.idx:1: offset 20 is not between 0 .* and 20 "),
     ],
 )
-def test_lines_that_are_no_index_are_refused(lines: list[str], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_damaged_lines(lines: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         check_index(lines, [10, 10], "x.idx")

@@ -1,13 +1,13 @@
-"""The table gives back what was put in, names of any bytes too, and says when it is damaged."""
+"""The table returns the rows written to it, with names of any bytes, and reports damage."""
 
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.packing.made_packs import written_rows
 
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.plan.table import (
@@ -25,6 +25,7 @@ from mpl_fast.packing.plan.table import (
     table_errors,
     to_utf8,
 )
+from tests.packing.packs import written_rows
 
 ODD = "\udcff o'n;e\"%?#"
 SOURCES = [
@@ -74,7 +75,7 @@ def table(path: Path) -> Iterator[Table]:
         yield table
 
 
-def test_rows_are_what_was_put_in(table: Table) -> None:
+def test_rows(table: Table) -> None:
     assert table.options() == {"src": ["\udcff"]}
     assert table.classes() == ["ant", f"bee{ODD}"]
     assert table.sources() == SOURCES
@@ -86,20 +87,18 @@ def test_rows_are_what_was_put_in(table: Table) -> None:
     assert list(table.query("SELECT sum(size) FROM records WHERE source = ?", (1,))) == [(25,)]
 
 
-def test_written_leaves_out_what_was_skipped(table: Table) -> None:
+def test_written_records(path: Path, table: Table) -> None:
+    """Skipped images are left out, and create_written deletes all rows."""
     assert [written_rows(table, shard) for shard in SHARDS] == [
         [(RECORDS[0], WRITTEN[0])],
         [(RECORDS[2], WRITTEN[1])],
     ]
-
-
-def test_written_is_started_anew(path: Path, table: Table) -> None:
     with closing(edit_table(path)) as connection:
         create_written(connection)
         assert written_rows(Table(connection), SHARDS[0]) == []
 
 
-def test_names_for_people(table: Table) -> None:
+def test_displayed_names(table: Table) -> None:
     assert image_key(table.classes(), RECORDS[0]) == f"bee{ODD}/a.jpg"
     assert origin_of(SOURCES[0], RECORDS[0]) == f"/{ODD}/{ODD}/a.jpg"
     assert origin_of(SOURCES[1], RECORDS[1]) == "x.tar: ant/b.jpg"
@@ -124,25 +123,18 @@ def test_reading_changes_nothing(path: Path) -> None:
 
 
 def test_no_table(tmp_path: Path) -> None:
-    lost = pytest.raises(DataError, match=f"^{tmp_path}/none: cannot be opened .*complete")
-    with lost, open_table(tmp_path / "none"):
+    missing = pytest.raises(DataError, match=f"^{tmp_path}/none: cannot be opened .*complete")
+    with missing, open_table(tmp_path / "none"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"text", b"", bytes(4096)])
-def test_other_file(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x").write_bytes(content)
-    with (
-        pytest.raises(DataError, match=f"^{tmp_path}/x: damaged"),
-        open_table(tmp_path / "x") as table,
-    ):
-        table.shards()
-
-
-def test_table_cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:4096])
-    with pytest.raises(DataError, match=r"records\.sqlite: damaged"), open_table(path) as table:
+@pytest.mark.parametrize("content", [b"text", b"", bytes(4096), None])
+def test_damaged_table(path: Path, content: bytes | None) -> None:
+    """Other files, and with None a table that is cut short."""
+    path.write_bytes(path.read_bytes()[:4096] if content is None else content)
+    message = f"^{re.escape(str(path))}: damaged"
+    with pytest.raises(DataError, match=message), open_table(path) as table:
         table.shards()
 
 

@@ -15,7 +15,7 @@ from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.check.shard_check import check_shard
 from mpl_fast.packing.check.verify import Report, verify
 from mpl_fast.packing.plan.table import TABLE, open_table
-from tests.packing.packs import MAGIC, hashes, image_tree, jpeg, run
+from tests.packing.packs import MAGIC, hashes, image_tree, jpeg, run, verified
 from tests.packing.small_pack import SmallPack, make_pack
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"
@@ -34,7 +34,7 @@ def pack(tmp_path: Path) -> SmallPack:
 
 
 def check(pack: SmallPack, *, deep: bool = False) -> Report:
-    return verify(pack.root, deep=deep, processes=1, progress=lambda records, size: None)
+    return verified(pack.root, deep=deep)
 
 
 def told(report: Report) -> list[str]:
@@ -130,11 +130,6 @@ def _lengthen(pack: SmallPack) -> list[str]:
     return [f"{SECOND}: 5 bytes too many at its end"]
 
 
-def _lose(pack: SmallPack) -> list[str]:
-    (pack.root / FIRST).unlink()
-    return [f"{FIRST}: No such file or directory"]
-
-
 def _hide(pack: SmallPack) -> list[str]:
     (pack.root / FIRST).unlink()
     (pack.root / FIRST).mkdir()
@@ -181,7 +176,7 @@ OTHER = "its sha256 is not the manifest's"
     [
         _cut,
         _lengthen,
-        _lose,
+        _remove(FIRST),
         _hide,
         _exchange(FIRST, SECOND),
         _exchange(FIRST.replace("rec", "idx"), SECOND.replace("rec", "idx")),

@@ -1,5 +1,6 @@
 """A shard is written once: kept when it is whole, written anew when anything is wrong with it."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -198,6 +199,22 @@ def test_error_of_one_job_ends_the_pool(work: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{path}: .*; it was there when planned"):
         run_local(jobs(work), 1, lambda images, size: None)
     assert sorted(path.name for path in work.iterdir()) == left
+
+
+def test_shard_that_another_process_writes_is_waited_for(work: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def advance(images: int, size: int) -> None:
+        calls.append((images, size))
+        if calls == [(0, 0)] * 2:  # twice it waited
+            raise StoppedError
+
+    with (work / f"{FIRST}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StoppedError):
+            run_job(work, 0, KEEP, 0, advance)
+    assert sorted(path.name for path in work.iterdir()) == [TABLE, f"{FIRST}.lock"]
+    assert run(work, 0)[1] == shard(work).records
 
 
 def test_nothing_to_do(work: Path) -> None:

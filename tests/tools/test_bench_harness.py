@@ -18,7 +18,7 @@ from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT
 from tools.bench import __main__, clock, harness, machine, results
 from tools.bench.cuda_graph import DeviceLostError
-from tools.bench.harness import Report, at_least
+from tools.bench.harness import Report
 from tools.bench.results import Row, Spread
 from tools.moved import MOVED
 
@@ -34,7 +34,9 @@ def run(
 ) -> tuple[int, dict[str, Any]]:
     """Exit code and the file of a benchmark of this function."""
     given = ["--commit", "abc", "--out", str(out), *arguments]
-    code = harness.run("x", "First\nline.\n\nRest.", given, measure, no_options, rounds=3, tiny={})
+    code = harness.run(
+        "x", "First\nline.\n\nRest.", given, measure, no_options, rounds=3, tiny={"rounds": 1}
+    )
     return code, json.loads(out.read_text()) if out.is_file() else {}
 
 
@@ -137,6 +139,7 @@ def test_a_run_writes_the_form_and_prints_its_table(
     assert "| r | 2 ms (1 to 4) | 3 |  |  |" in printed
     assert "left out: no time: s" in printed
     _, found = run(tmp_path / "out.json", measure, "--smoke")
+    assert found["settings"]["rounds"] == "1"  # the tiny options
     assert "no number here is a claim" in found["claim"]
 
 
@@ -148,21 +151,17 @@ def test_what_fails_is_exit_code_1_and_what_was_added_stays(tmp_path: Path) -> N
         report.add([Row("r", ONE, "ms")])
         raise DeviceLostError("launch failure")
 
-    def refused(options: Any, report: Report) -> None:
-        raise ConfigError("--x: no")
-
     code, found = run(tmp_path / "a.json", wrong)
     assert (code, found["failed"]) == (1, {"b": "off by 1"})
     code, found = run(tmp_path / "b.json", lost)
     assert (code, found["failed"], len(found["rows"])) == (3, {"the GPU": "launch failure"}, 1)
-    assert run(tmp_path / "c.json", refused) == (2, {})
 
 
 def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(options: Any, report: Report) -> None:
         raise ConfigError("--x: no")
 
-    run(tmp_path / "out.json", refused)
+    assert run(tmp_path / "out.json", refused) == (2, {})
     assert capsys.readouterr().err == "tools.bench x: --x: no\n"
     (tmp_path / "file").write_text("")
     for place, words in ((tmp_path / "file" / "out.json", "file"), (tmp_path, "is a folder")):
@@ -172,26 +171,9 @@ def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_number_that_is_too_small_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         harness.parse("x", "Doc.", ["--rounds", "0"], no_options, 3)
-    assert stop.value.code == 2
     assert "--rounds: 0 is too small: give at least 1" in capsys.readouterr().err
-    assert at_least(2)("2") == 2
-
-
-def test_smoke_takes_the_tiny_options(tmp_path: Path) -> None:
-    seen: list[int] = []
-    for smoke in ([], ["--smoke"]):
-        harness.run(
-            "x",
-            "Doc.",
-            ["--out", str(tmp_path / "out.json"), *smoke],
-            lambda options, report: seen.append(options.rounds),
-            no_options,
-            rounds=3,
-            tiny={"rounds": 1},
-        )
-    assert seen == [3, 1]
 
 
 def test_a_file_is_whole_or_as_it_was(
@@ -213,24 +195,10 @@ def test_a_file_is_whole_or_as_it_was(
     assert [path.name for path in out.parent.iterdir()] == ["out.json"]
 
 
-def test_work_is_allowed_by_the_longest_of_its_kind(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    given = ["--minutes", str(100 / 60), "--out", str(tmp_path / "out.json")]
-    report = Report("x", harness.parse("x", "Doc.", given, no_options, 3))
-    with report.timed("slow"):
-        now[0] = 70.0
-    assert (tmp_path / "out.json").exists()  # written after each
-    assert not report.allows("a second slow one", "slow")
-    assert report.allows("a first of another kind", "fast")
-    with report.timed("fast"):
-        now[0] = 71.0
-    now[0] = 98.0
-    assert report.allows("a second fast one", "fast")
-    assert report.skipped == ["no time: a second slow one"]
-    assert report.seconds_left(2) == pytest.approx(1.0)
+def test_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 50.0)
+    for given, left in ((["--minutes", "2"], 60.0), ([], float("inf"))):
+        assert Report("x", harness.parse("x", "D", given, no_options, 3)).seconds_left(2) == left
 
 
 def test_the_machine_is_described() -> None:

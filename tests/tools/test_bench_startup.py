@@ -25,9 +25,6 @@ def test_smoke_measures_every_start(
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == [
         "--help",
-        "parse a command line",
-        "import torch",
-        "import the trainer",
         "first step, not compiled",
         "first step, compiled cold",
         "first step, compiled warm",
@@ -35,7 +32,6 @@ def test_smoke_measures_every_start(
     ]
     assert all(row["n"] == 1 and row["median"] > 0 for row in rows.values())
     assert rows["--help"]["target"] == 0.5
-    assert rows["import the trainer"]["limit"] == rows["import torch"]["median"]
     assert "first step, compiled warm" in capsys.readouterr().out
     plain, cold, warm, resume = compiled
     assert not plain and cold  # on a CPU
@@ -46,9 +42,8 @@ def test_a_run_that_fails_fails_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "x.json"
-    monkeypatch.setattr(startup, "short_processes", lambda: {"import torch": int})
-    monkeypatch.setattr(startup, "short_rows", lambda seconds: [])
-    assert startup.main(["--smoke", "--out", str(out), "--image-size", "4"]) == 1
+    monkeypatch.setitem(startup.USUAL, "image_size", 4)
+    assert startup.main(["--smoke", "--out", str(out)]) == 1
     why = json.loads(out.read_text())["failed"]["a process"]
     assert "data.image_size must be at least 8, not 4" in why
 
@@ -60,13 +55,14 @@ def test_rows_are_read_when_they_are_complete() -> None:
     assert not startup.has_row('{"step": 1}\n{"step": 2', 2)
 
 
-def test_a_command_that_fails_is_an_error() -> None:
-    with pytest.raises(startup.FailedError, match="ModuleNotFoundError"):
-        startup.run_to_its_end(["-c", "import no_such_module_anywhere"])
+def test_a_help_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "TRAIN", "/nowhere.py")
+    with pytest.raises(startup.FailedError, match="nowhere"):
+        startup.seconds_of_help()
 
 
 def test_steps_of_a_start_are_limited_by_the_one_that_is_not_compiled() -> None:
-    seconds = {"not compiled": [4.0, 2.0, 3.0], "cold": [9.0], "warm": [6.0], "resume": [5.0]}
-    rows = startup.first_step_rows(seconds)
-    assert [row.limit for row in rows] == [None, 3.0, 3.0, 3.0]
-    assert [row.found.median for row in rows] == [3.0, 9.0, 6.0, 5.0]
+    rows = startup.rows({"--help": [0.4], "plain": [4.0, 2.0, 3.0], "cold": [9.0], "warm": [6.0]})
+    assert [row.limit for row in rows] == [None, None, 3.0, 3.0]
+    assert [row.found.median for row in rows] == [0.4, 3.0, 9.0, 6.0]
+    assert [row.target for row in rows] == [0.5, None, None, None]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpl_fast.training.console import Console, quantity
+from mpl_fast.training.console import Console, duration, quantity
 
 ROW = {"images_per_second": 100.0, "data_wait": 0.25, "loss/consistency": 0.5}
 
@@ -12,6 +12,14 @@ ROW = {"images_per_second": 100.0, "data_wait": 0.25, "loss/consistency": 0.5}
 )
 def test_quantities_have_three_digits_and_a_unit(count: int, text: str) -> None:
     assert quantity(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(123, "2:03"), (3723, "1:02:03"), (259_199, "71:59:59"), (400_000, "5 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

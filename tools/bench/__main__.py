@@ -13,8 +13,8 @@ NAMES = {
     "pack": "packing, verifying and re-splitting, beside webdataset, MDS and im2rec",
     "syncs": "host synchronizations, launches and collectives of a step of each recipe",
     "ranks": "how a step scales over ranks",
-    "checkpoint": "saving, verifying and loading a checkpoint",
-    "startup": "--help, imports, first step, resume",
+    "checkpoint": "saving and verifying a checkpoint, and resuming",
+    "startup": "--help, first step, resume",
     "all": "every benchmark that this machine can run, within --minutes",
     "compare": "two results, or two folders of them: fails on a regression",
 }

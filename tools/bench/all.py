@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from mpl_fast.errors import ConfigError, DataError, UserError, output_errors
 from tools.bench.results import FORM, Json, table
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES, SMOKE_MINUTES = 9.0, 6.0
+MINUTES = 9.0
 MARGIN = 5.0  # seconds before the end by which everything is done
 MEASURING = 0.75  # of a benchmark's time, as its --minutes; the remainder is for imports
 SHORTEST = 10.0  # seconds in which no benchmark gets anywhere
@@ -41,7 +41,6 @@ class Job(NamedTuple):
     command: tuple[str, ...]
     share: float
     result: bool = True  # whether it writes a JSON file
-    most: float = float("inf")  # seconds
 
 
 class Ended(NamedTuple):
@@ -50,13 +49,12 @@ class Ended(NamedTuple):
     name: str
     code: int | None  # None: its time was over
     seconds: float
-    limit: float
 
     @property
     def how(self) -> str:
         """In words."""
         if self.code is None:
-            return f"ended after its {self.limit:.0f} s"
+            return "ended: its time was over"
         return "done" if self.code == 0 else f"failed with code {self.code}"
 
 
@@ -72,16 +70,20 @@ def main(arguments: Sequence[str]) -> int:
         print(f"tools.bench all: {error}", file=sys.stderr)
         return 2
     ended: list[Ended] = []
+    code = 0
     try:
-        _run_all(options, waiting, began, ended, left_out)
+        for job, limit in _turns(waiting, began + 60.0 * options.minutes - MARGIN, left_out):
+            given = command(job, options.out, limit, smoke=options.smoke, commit=options.commit)
+            print(f"{job.name}, at most {limit:.0f} s", flush=True)
+            (options.out / f"{job.name}.json").unlink(missing_ok=True)  # of an earlier run
+            ended.append(run(job.name, given, options.out / f"{job.name}.log", limit))
+            print(f"  {ended[-1].how} ({ended[-1].seconds:.0f} s)", flush=True)
+            _write(options, ended, left_out)
     except KeyboardInterrupt:
         left_out.append("interrupted: what is not in the table")
-        _write(options, ended, left_out)
-        return INTERRUPTED
-    for line in left_out:
-        print(f"left out: {line}")
-    print(options.out / PAGE)
-    return int(any(one.code != 0 for one in ended))
+        code = INTERRUPTED
+    _write(options, ended, left_out)
+    return code or int(any(one.code != 0 for one in ended))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -89,18 +91,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tools.bench all", description=description)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="(%(default)s)")
-    add("--minutes", type=float, metavar="M", help=f"({MINUTES:g}, a smoke test {SMOKE_MINUTES:g})")
+    add("--minutes", type=float, default=MINUTES, metavar="M", help="(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     add("--rec", metavar="DIR", help="records that make_rec.py packed, for `input`")
-    add("--only", nargs="+", default=[], metavar="NAME", help="benchmarks that begin with this")
+    add("--only", nargs="+", default=[""], metavar="NAME", help="benchmarks that begin with this")
     add("--commit", metavar="NAME", help="the code's commit, where there is no git")
     add("--smoke", action="store_true", help="everything once, tiny: no number is a claim")
     return parser.parse_args(arguments)
 
 
 def _plan(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
-    if options.minutes is None:
-        options.minutes = SMOKE_MINUTES if options.smoke else MINUTES
     if options.minutes <= 0:
         raise ConfigError(f"--minutes {options.minutes:g}: take more than 0")
     if options.rec and not (Path(options.rec) / "manifest.json").exists():
@@ -108,14 +108,11 @@ def _plan(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     rec = str(Path(options.rec).resolve()) if options.rec else None
     options.out = options.out.resolve()  # the benchmarks run in the repository's root
     found, left_out = jobs(gpu=_gpu(options.device), smoke=options.smoke, rec=rec)
-    names = [job.name for job in found]
-    for wanted in options.only:
-        if not any(name.startswith(wanted) for name in names):
-            raise ConfigError(f"--only {wanted}: there are {', '.join(names)}")
-    if options.only:
-        found = [job for job in found if job.name.startswith(tuple(options.only))]
-        left_out = [line for line in left_out if line.startswith(tuple(options.only))]
-    return found, left_out
+    chosen = [job for job in found if job.name.startswith(tuple(options.only))]
+    if not chosen:
+        names = ", ".join(job.name for job in found)
+        raise ConfigError(f"--only {' '.join(options.only)}: there are {names}")
+    return chosen, left_out
 
 
 def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[str]]:
@@ -153,12 +150,20 @@ def command(job: Job, out: Path, seconds: float, *, smoke: bool, commit: str | N
 
 
 def allowance(waiting: Sequence[Job], left: float) -> float:
-    """Seconds for the first of those that wait: its share of what is left, up to its `most`.
+    """Seconds for the first of those that wait: its share of what is left."""
+    return left * waiting[0].share / sum(job.share for job in waiting)
 
-    What one does not use goes to those behind it.
-    """
-    first = waiting[0]
-    return min(first.most, left * first.share / sum(job.share for job in waiting))
+
+def _turns(
+    waiting: Sequence[Job], deadline: float, left_out: list[str]
+) -> Iterator[tuple[Job, float]]:
+    """Each job and its seconds: what one does not use goes to those behind it."""
+    for number, job in enumerate(waiting):
+        limit = allowance(waiting[number:], deadline - time.monotonic())
+        if limit < SHORTEST:
+            left_out.append(f"{job.name}: no time")
+        else:
+            yield job, limit
 
 
 def _steps(gpu: bool, smoke: bool) -> list[Job]:
@@ -170,7 +175,7 @@ def _steps(gpu: bool, smoke: bool) -> list[Job]:
     # In float32 and NCHW so many images of 224 pixels just fit into 80 GB.
     large = _bench("step", 170.0, "--device", "cuda", "--model", "resnet50", "--labeled", "32")
     return [
-        Job("gpu_tests", tests, 60.0, result=False, most=60.0),
+        Job("gpu_tests", tests, 60.0, result=False),
         small._replace(name="step_wrn_28_2"),
         large._replace(name="step_resnet50"),
     ]
@@ -188,29 +193,6 @@ def _gpu(device: str) -> bool:
     if device == "cuda" and not there:
         raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu, or auto")
     return there and device != "cpu"
-
-
-def _run_all(
-    options: argparse.Namespace,
-    waiting: list[Job],
-    began: float,
-    ended: list[Ended],
-    left_out: list[str],
-) -> None:
-    """Fills `ended` and `left_out` as far as it comes, whatever happens."""
-    deadline = began + 60.0 * options.minutes - MARGIN
-    while waiting:
-        job, limit = waiting[0], allowance(waiting, deadline - time.monotonic())
-        waiting = waiting[1:]
-        if limit < SHORTEST:
-            left_out.append(f"{job.name}: no time")
-        else:
-            given = command(job, options.out, limit, smoke=options.smoke, commit=options.commit)
-            print(f"{job.name}, at most {limit:.0f} s", flush=True)
-            (options.out / f"{job.name}.json").unlink(missing_ok=True)  # of an earlier run
-            ended.append(run(job.name, given, options.out / f"{job.name}.log", limit))
-            print(f"  {ended[-1].how} ({ended[-1].seconds:.0f} s)", flush=True)
-        _write(options, ended, left_out)
 
 
 def run(name: str, command: Sequence[str], log: Path, limit: float) -> Ended:
@@ -234,7 +216,7 @@ def run(name: str, command: Sequence[str], log: Path, limit: float) -> Ended:
             code = None
         finally:
             _end(child)
-    return Ended(name, code, time.monotonic() - began, limit)
+    return Ended(name, code, time.monotonic() - began)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -259,30 +241,20 @@ def _write(options: argparse.Namespace, ended: list[Ended], left_out: list[str])
 
 def page(out: Path, ended: Sequence[Ended], left_out: Sequence[str], *, smoke: bool) -> str:
     """Markdown, out of what the jobs have written in `out`."""
-    parts = ["# Benchmarks"]
-    if smoke:
-        parts.append("A smoke test: no number here is a claim.")
+    parts = ["# Benchmarks", *(["A smoke test: no number here is a claim."] if smoke else [])]
     lines = ["| benchmark | how it ended | seconds |", "| --- | --- | --- |"]
     lines += [f"| {one.name} | {one.how} | {one.seconds:.0f} |" for one in ended]
-    parts.append("\n".join(lines))
-    parts += _left_out(left_out)
-    machine = next((m for one in ended if (m := _json(out, one.name).get("machine"))), None)
-    if machine:
-        parts.append("\n".join(f"- {key}: {value}" for key, value in machine.items()))
-    parts += [_section(out, one) for one in ended]
+    parts += ["\n".join(lines), *_left_out(left_out)]
+    for one in ended:
+        found, log = _json(out, one.name), out / f"{one.name}.log"
+        parts.append(f"## {one.name}")
+        if found:
+            parts += [str(found["claim"]), table(found["rows"]), *_left_out(found["skipped"])]
+            parts.append("\n".join(f"- {key}: {value}" for key, value in found["machine"].items()))
+        if one.code != 0 or not found:
+            printed = log.read_text(errors="replace").splitlines() if log.exists() else []
+            parts.append("The end of its log:\n\n```\n" + "\n".join(printed[-TAIL:]) + "\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def _section(out: Path, one: Ended) -> str:
-    found, log = _json(out, one.name), out / f"{one.name}.log"
-    printed = log.read_text(errors="replace").splitlines() if log.exists() else []
-    parts = [f"## {one.name}", f"{one.how} ({one.seconds:.0f} s)"]
-    if found:
-        parts += [str(found["claim"]), table(found["rows"])]
-        parts += _left_out([str(line) for line in found.get("skipped", [])])
-    if one.code != 0 or not found:
-        parts.append("The end of its log:\n\n```\n" + "\n".join(printed[-TAIL:]) + "\n```")
-    return "\n\n".join(parts)
 
 
 def _left_out(lines: Sequence[str]) -> list[str]:

@@ -1,40 +1,40 @@
 """Measures networks by themselves: forward, cross-entropy and backward of synthetic images.
 
-Variants: both memory layouts and precisions, eager and compiled, on a GPU as a CUDA graph too. Loss
-and gradient norm of each are compared with those of the first before any is timed. The limit of a
-rate is the lower of two that are measured in the same run: arithmetic (a large matrix product) or
-memory (a large copy, over the bytes that an image has to move; small networks may keep some of them
-in a cache).
+Variants: both memory layouts and precisions, eager and compiled. Loss and gradient norm of each are
+compared with those of the first before any is timed. The limit of a rate is the lower of two that
+are measured in the same run: arithmetic (a large matrix product) or memory (a large copy, over the
+bytes that an image has to move; small networks may keep some of them in a cache).
 """
 
 import argparse
 import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import models
-from mpl_fast.errors import ConfigError
 from mpl_fast.models import OWN
-from tools.bench.backbone_work import MinimalWork, minimal_work
 from tools.bench.clock import interleaved, repeated, seconds_of
-from tools.bench.count import extra_memory
-from tools.bench.cuda_graph import captured, require_device
+from tools.bench.cuda_graph import require_device
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device, copies, flops
-from tools.bench.results import Row, count_row, one_line, ratios, spread
+from tools.bench.results import Row, one_line, ratios, spread
 
-TINY = {"models": ["wrn_10_1"], "batch": 4, "image_size": 32, "rounds": 1, "steps": 1}
+TINY = {"models": ["wrn_10_1"], "batch": 4, "rounds": 1}
 SMALL, LARGE = 32, 224  # pixels a side, of the networks for CIFAR and of all others
 BATCHES = {("cpu", SMALL): 64, ("cpu", LARGE): 16, ("cuda", SMALL): 512, ("cuda", LARGE): 256}
 STEPS = {"cpu": 1, "cuda": 10}
 LOSS_OFF, NORM_OFF = 0.05, 0.25  # bfloat16 and other dropout masks stay well below
-GRAPH_WARMUP = 3
-TARGET, TARGET_NETWORK, TARGET_GPUS = 3000.0, ("resnet50", 224), ("H100", "H200")
+TARGET, TARGET_MODEL, TARGET_GPUS = 3000.0, "resnet50", ("H100", "H200")
+IMAGES = 4  # of the pass that is counted
+PRODUCTS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm2d, nn.SyncBatchNorm)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+COUNTED = PRODUCTS + NORMS + POOLS
 
 Step = Callable[[], Tensor]
 
@@ -45,21 +45,18 @@ class Variant(NamedTuple):
     name: str
     channels_last: bool = True
     bf16: bool = False
-    compiled: str = ""  # a mode of torch.compile
-    graphed: bool = False
+    compiled: bool = False
 
 
 BASE = Variant("eager NCHW fp32", channels_last=False)
-BEST = Variant("compile NHWC bf16", bf16=True, compiled="default")
-EVERYWHERE = (
+BEST = Variant("compile NHWC bf16", bf16=True, compiled=True)
+VARIANTS = (
     BASE,
     Variant("eager NHWC fp32"),
     Variant("eager NHWC bf16", bf16=True),
-    Variant("compile NHWC fp32", compiled="default"),
+    Variant("compile NHWC fp32", compiled=True),
     BEST,
 )
-GRAPH = BEST._replace(name="compile NHWC bf16, CUDA graph", graphed=True)
-TUNED = Variant("max-autotune NHWC bf16", bf16=True, compiled="max-autotune-no-cudagraphs")
 
 
 class Problem(NamedTuple):
@@ -85,16 +82,29 @@ class Problem(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The best that the machine has done; and its GPU's name."""
+    """The best that the machine has done."""
 
-    fp32: float  # FLOP/s
-    bf16: float  # FLOP/s
+    flops: Mapping[bool, float]  # per second, in bfloat16 or not
     copy: float  # bytes/s
-    gpu: str | None = None
+    gpu: str = ""  # its name
 
-    def flops(self, *, bf16: bool) -> float:
-        """Per second."""
-        return self.bf16 if bf16 else self.fp32
+
+class MinimalWork(NamedTuple):
+    """Of the forward and backward pass of one image."""
+
+    flops: int
+    values: int | None
+    """Activations and their gradients that are read or written, or None: see `minimal_work`."""
+    weights: int
+
+    def bytes(self, itemsize: int, batch: int) -> float | None:
+        """Bytes for an image, with activations of so many bytes each.
+
+        Weights are float32, and a batch reads them twice and writes their gradient once.
+        """
+        if self.values is None:
+            return None
+        return self.values * itemsize + 3 * 4 * self.weights / batch
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,11 +119,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
     # A batch norm cannot normalize one image.
     add("--batch", type=at_least(2), metavar="N", help=sizes)
-    add("--image-size", type=at_least(8), metavar="N", help="(networks for CIFAR 32, else 224)")
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
-    add("--steps", type=at_least(1), metavar="N", help="of one measurement (GPU 10, CPU 1)")
-    add("--only", default="", metavar="TEXT", help="the first variant, and those with this name")
-    add("--max-autotune", action="store_true", help="also this mode, which compiles for minutes")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
@@ -121,20 +127,16 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     device = choose_device(options.device)
     options.device = device.type
     torch.manual_seed(options.seed)
-    chosen = choose(variants(device, tuned=options.max_autotune), options.only)
-    problems = [
-        problem(model, device, options.image_size, options.batch, options.steps)
-        for model in options.models
-    ]
+    problems = [new_problem(model, device, options.batch) for model in options.models]
     found = {
         "fp32 product, FLOP/s": flops(device, torch.float32, small=options.smoke),
         "bf16 product, FLOP/s": flops(device, torch.bfloat16, small=options.smoke),
         "copy, bytes/s": copies(device, small=options.smoke),
     }
     report.more["limits"] = {name: one._asdict() for name, one in found.items()}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     fp32, bf16, copied = (one.high for one in found.values())
-    limits = Limits(fp32, bf16, copied, gpu)
+    limits = Limits({False: fp32, True: bf16}, copied, gpu)
     report.claim = (
         f"training steps of the networks alone, median of at most {options.rounds} interleaved "
         "rounds; the share of a limit is that of what this machine did in the same run"
@@ -143,8 +145,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         # The compiled forms of another network would count towards the limit of recompilations.
         torch._dynamo.reset()
         work = minimal_work(one.network, one.image_size)
-        report.add(work_rows(one, work))
-        steps = correct(one, chosen, report)
+        steps = correct(one, VARIANTS, report)
         try:
             seconds = interleaved(
                 {name: repeated(step, one.steps) for name, step in steps.items()},
@@ -157,7 +158,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         except torch.OutOfMemoryError as error:  # all together may need more than each did
             report.fail(f"{one.label}: all of them", one_line(error))
             continue
-        for variant in chosen:
+        for variant in VARIANTS:
             if variant.name in seconds:
                 report.add(time_rows(one, variant, seconds, work, limits))
 
@@ -167,43 +168,11 @@ def classes(model: str) -> int:
     return 10 if model in OWN else 1000
 
 
-def problem(
-    model: str,
-    device: torch.device,
-    image_size: int | None = None,
-    batch: int | None = None,
-    steps: int | None = None,
-) -> Problem:
-    """With the usual numbers for the network and the device where none are given.
-
-    Raises `ConfigError` for an unknown name.
-    """
-    usual = SMALL if model in OWN else LARGE
-    return Problem(
-        model,
-        models.build(model, classes(model)),
-        image_size or usual,
-        batch or BATCHES[device.type, usual],
-        steps or STEPS[device.type],
-        device,
-    )
-
-
-def variants(device: torch.device, *, tuned: bool) -> list[Variant]:
-    """Those of this device, first the one that the others are compared with.
-
-    `tuned`: also one that compiles for minutes.
-    """
-    on_gpu = [GRAPH] if device.type == "cuda" else []
-    return [*EVERYWHERE, *on_gpu, *([TUNED] if tuned else [])]
-
-
-def choose(found: Sequence[Variant], only: str) -> list[Variant]:
-    """The first, and those with `only` in their names. Raises `ConfigError` if no name has it."""
-    if not any(only in one.name for one in found):
-        names = "; ".join(one.name for one in found)
-        raise ConfigError(f"--only {only!r} is in none of: {names}")
-    return [one for one in found if one == BASE or only in one.name]
+def new_problem(model: str, device: torch.device, batch: int | None = None) -> Problem:
+    """With the usual numbers for the network and the device. Raises `ConfigError` for a name."""
+    size = SMALL if model in OWN else LARGE
+    network, batch = models.build(model, classes(model)), batch or BATCHES[device.type, size]
+    return Problem(model, network, size, batch, STEPS[device.type], device)
 
 
 def correct(problem: Problem, variants: Sequence[Variant], report: Report) -> dict[str, Step]:
@@ -220,9 +189,6 @@ def correct(problem: Problem, variants: Sequence[Variant], report: Report) -> di
             if wrong := difference(first, found):
                 report.fail(label, wrong)
                 continue
-            if problem.device.type == "cuda" and not variant.graphed:  # whose memory stays taken
-                peak = step_memory(step, network) / 2**20
-                report.add([count_row(f"{label}, peak memory", peak, "MiB")])
             steps[variant.name] = step
         except Exception as error:  # a compiler's, or that memory is full: the others go on
             report.fail(label, one_line(error))
@@ -240,7 +206,7 @@ def prepared(variant: Variant, network: nn.Module, images: Tensor, labels: Tenso
     images = images.contiguous(memory_format=layout)
     if variant.compiled:
         # A break in the graph would be an error: it is part of what is claimed that there is none.
-        network.compile(dynamic=False, fullgraph=True, mode=variant.compiled)
+        network.compile(dynamic=False, fullgraph=True)
 
     def step() -> Tensor:
         network.zero_grad(set_to_none=True)
@@ -250,25 +216,7 @@ def prepared(variant: Variant, network: nn.Module, images: Tensor, labels: Tenso
         loss.backward()
         return loss.detach()
 
-    return graph_of(step) if variant.graphed else step
-
-
-def graph_of(step: Step) -> Step:
-    """Replays the step; its gradients stay where the capture put them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(GRAPH_WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    losses: list[Tensor] = []
-    graph = captured(lambda: losses.append(step()))
-
-    def replay() -> Tensor:
-        graph.replay()
-        return losses[0]
-
-    return replay
+    return step
 
 
 def loss_and_norm(step: Step, network: nn.Module) -> tuple[float, float]:
@@ -276,12 +224,6 @@ def loss_and_norm(step: Step, network: nn.Module) -> tuple[float, float]:
     loss = float(step())
     gradients = [p.grad.norm() for p in network.parameters() if p.grad is not None]
     return loss, float(torch.stack(gradients).norm())
-
-
-def step_memory(step: Step, network: nn.Module) -> int:
-    """Bytes of the GPU's memory of a step, gradients included, beside weights and images."""
-    network.zero_grad(set_to_none=True)
-    return extra_memory(step)
 
 
 def difference(right: tuple[float, float], mine: tuple[float, float]) -> str:
@@ -301,16 +243,6 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def work_rows(problem: Problem, work: MinimalWork) -> list[Row]:
-    """FLOPs and bytes for an image."""
-    rows = [count_row(f"{problem.label}: arithmetic", work.flops / 1e9, "GFLOP/img")]
-    for name, itemsize in (("fp32", 4), ("bf16", 2)):
-        moved = work.bytes(itemsize, problem.batch)
-        if moved is not None:
-            rows.append(count_row(f"{problem.label}: memory, {name}", moved / 1e6, "MB/img"))
-    return rows
-
-
 def time_rows(
     problem: Problem,
     variant: Variant,
@@ -318,18 +250,11 @@ def time_rows(
     work: MinimalWork,
     limits: Limits,
 ) -> list[Row]:
-    """Images a second, milliseconds, FLOP/s, and how many times faster than the first one."""
+    """Images a second, and how many times faster than the first one."""
     mine, name = seconds[variant.name], f"{problem.label}: {variant.name}"
-    images = problem.batch * problem.steps
-    rates = spread([images / s for s in mine])
-    speed = spread([images * work.flops / 1e12 / s for s in mine])
+    rates = spread([problem.batch * problem.steps / s for s in mine])
     limit, aim = roof(work, problem.batch, limits, variant), target(problem, variant, limits.gpu)
-    most = limits.flops(bf16=variant.bf16) / 1e12
-    rows = [
-        Row(name, rates, "img/s", "higher", limit=limit, target=aim),
-        Row(f"{name}, step", spread([1e3 * s / problem.steps for s in mine]), "ms"),
-        Row(f"{name}, speed", speed, "TFLOP/s", "higher", limit=most),
-    ]
+    rows = [Row(name, rates, "img/s", "higher", limit=limit, target=aim)]
     if variant.name != BASE.name and BASE.name in seconds:
         gain = ratios(seconds, BASE.name, variant.name)
         rows.append(Row(f"{name} / {BASE.name}", gain, "times", "higher", steady=True))
@@ -338,13 +263,51 @@ def time_rows(
 
 def roof(work: MinimalWork, batch: int, limits: Limits, variant: Variant) -> float:
     """Images a second if arithmetic or memory, whichever takes longer, were always at its best."""
-    compute = limits.flops(bf16=variant.bf16) / work.flops
+    compute = limits.flops[variant.bf16] / work.flops
     moved = work.bytes(2 if variant.bf16 else 4, batch)
     return compute if moved is None else min(compute, limits.copy / moved)
 
 
-def target(problem: Problem, variant: Variant, gpu: str | None) -> float | None:
+def target(problem: Problem, variant: Variant, gpu: str) -> float | None:
     """The project's target for what training uses, on the GPUs that it was set for."""
-    known = gpu is not None and any(name in gpu for name in TARGET_GPUS)
-    meant = variant == BEST and (problem.model, problem.image_size) == TARGET_NETWORK
+    known = any(name in gpu for name in TARGET_GPUS)
+    meant = variant == BEST and problem.model == TARGET_MODEL
     return TARGET if known and meant else None
+
+
+def minimal_work(network: nn.Module, image_size: int) -> MinimalWork:
+    """Counts with tensors on the meta device, which have shapes and no memory.
+
+    FLOPs are those of products and convolutions, a multiplication and an addition each. Memory is
+    what has to be moved if activations, dropout and additions are fused with the norm before them,
+    and convolutions with nothing, as a compiler does it:
+
+    - convolution, linear: forward reads x and writes y; backward reads dy and x for the weights,
+      and reads dy and writes dx unless x is the image;
+    - batch norm: forward reads x for its statistics, reads it again and writes y; backward reads x
+      and dy for its sums, reads them again and writes dx;
+    - pooling: reads x, writes y, reads dy, writes dx.
+
+    A residual's second operand is not counted, nor is attention: the count is a lower bound. It is
+    None for a network that has weights in other modules, such as layer norms.
+    """
+    dry = copy.deepcopy(network).to("meta").train()
+    values: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
+        x, both = inputs[0], inputs[0].numel() + out.numel()
+        times = 4 if isinstance(module, NORMS) else 2  # of a norm x and y have one size
+        if isinstance(module, PRODUCTS) and x.requires_grad:
+            times = 3
+        values.append(times * both)
+
+    for module in dry.modules():
+        if isinstance(module, COUNTED):
+            module.register_forward_hook(note)
+    images = torch.empty(IMAGES, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as flops:
+        dry(images).sum().backward()
+    known = all(isinstance(m, COUNTED) for m in dry.modules() if [*m.parameters(recurse=False)])
+    moved = sum(values) // IMAGES if known else None
+    weights = sum(p.numel() for p in dry.parameters())
+    return MinimalWork(int(flops.get_total_flops()) // IMAGES, moved, weights)

@@ -1,15 +1,15 @@
-"""Measures checkpoints: how long a save stops training, bytes a second, verifying and loading.
+"""Measures checkpoints: how long a save stops training, verifying and resuming take.
 
 The network is trained by Meta Pseudo Labels, so a checkpoint holds two learners. The limits are of
-the same bytes in the same run: written to a file in the same folder and synced, read from it, and
-hashed in memory.
+the same bytes in the same run: written to a file in the same folder and synced, and hashed in
+memory.
 """
 
 import argparse
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,19 @@ import torch
 
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm
-from mpl_fast.config import LearnerConfig, MPLConfig
+from mpl_fast.config import MPLConfig
 from mpl_fast.errors import output_errors
 from mpl_fast.learner import Learner
 from mpl_fast.learner.rng import generator_states
 from mpl_fast.training.checkpoint import Checkpoints, newest, restore
 from tools.bench.clock import Work, interleaved, seconds_of
-from tools.bench.harness import Report, at_least, run
+from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
 
-TINY = {"model": "wrn_10_1", "classes": 10, "rounds": 1}
+TINY = {"model": "wrn_10_1", "rounds": 1}
+CLASSES = 1000
 STALL = 50.0  # ms, the target of a save
-BLOCK = 1 << 22  # bytes read at a time, as verifying does
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +41,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
     add = parser.add_argument
     add("--model", default="resnet50", metavar="NAME", help="(%(default)s)")
-    add("--classes", type=at_least(1), default=1000, metavar="N", help="(%(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
     add("--folder", type=Path, default=Path("runs"), help="on the disk to measure (%(default)s)")
 
@@ -51,7 +50,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     device = choose_device(options.device)
     options.device = device.type
     torch.manual_seed(options.seed)
-    algorithm = build_algorithm(options.model, options.classes, device)
+    algorithm = new_algorithm(options.model, device)
     report.claim = (
         f"median of at most {options.rounds} interleaved rounds; files are read from the page cache"
     )
@@ -68,16 +67,15 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             seed=options.seed,
             seconds=report.seconds_left(),
         )
-    report.add(rows(seconds, disk.bytes))
+    report.add(rows(seconds, len(disk.content)))
 
 
-def build_algorithm(model: str, classes: int, device: torch.device) -> Algorithm:
+def new_algorithm(model: str, device: torch.device) -> Algorithm:
     """Raises `ConfigError` for an unknown name."""
-
-    def new_learner(config: LearnerConfig) -> Learner:
-        return Learner(models.build(model, classes), config, steps=1, device=device)
-
-    return algorithms.build(MPLConfig(), new_learner)
+    return algorithms.build(
+        MPLConfig(),
+        lambda config: Learner(models.build(model, CLASSES), config, steps=1, device=device),
+    )
 
 
 class Disk:
@@ -92,19 +90,13 @@ class Disk:
         self._step = 0
         self.save()
         files = sorted(file for file in self._latest.iterdir() if file.suffix == ".pt")
-        self._content = b"".join(file.read_bytes() for file in files)
+        self.content = b"".join(file.read_bytes() for file in files)
         self.plain_write()
-
-    @property
-    def bytes(self) -> int:
-        """Of a checkpoint."""
-        return len(self._content)
 
     def works(self) -> dict[str, Work]:
         """What is timed, by name."""
-        every: tuple[Callable[[], Any], ...] = (self.save, self.verify, self.load, self.resume)
-        plain: tuple[Work, ...] = (self.plain_write, self.plain_read, self.plain_hash)
-        return {work.__name__: work for work in (*every, *plain)}
+        every = self.save, self.verify, self.resume, self.plain_write, self.plain_hash
+        return {work.__name__: work for work in every}
 
     def save(self) -> None:
         """What training waits for."""
@@ -122,49 +114,35 @@ class Disk:
         if found != self._latest or damage:
             raise AssertionError(f"{found} is not {self._latest}: {damage}")
 
-    def load(self) -> dict[str, Any]:
-        """Into host memory."""
-        return self._checkpoints.load(self._latest)[0]
-
     def resume(self) -> None:
         """From a new process's networks to those of the checkpoint."""
         self.verify()
-        restore(self._algorithm, self.load(), self._latest)
+        restore(self._algorithm, self._checkpoints.load(self._latest)[0], self._latest)
 
     def plain_write(self) -> None:
         """The same bytes to one file, synced."""
         with self._plain.open("wb") as file:
-            file.write(self._content)
+            file.write(self.content)
             file.flush()
             os.fsync(file.fileno())
 
-    def plain_read(self) -> None:
-        """The same bytes from one file."""
-        with self._plain.open("rb") as file:
-            while file.read(BLOCK):
-                pass
-
     def plain_hash(self) -> None:
         """SHA-256 of the same bytes."""
-        hashlib.sha256(self._content).digest()
+        hashlib.sha256(self.content).digest()
 
 
 def rows(seconds: Mapping[str, Sequence[float]], size: int) -> list[Row]:
     """Milliseconds and rates of a checkpoint of `size` bytes, limited by the plain work's."""
     ms = {name: spread([1e3 * s for s in found]) for name, found in seconds.items()}
     rate = {name: spread([1e-6 * size / s for s in found]) for name, found in seconds.items()}
-
-    def speed(name: str, label: str, limit: str = "") -> Row:
-        most = rate[limit].median if limit else None
-        return Row(label, rate[name], "MB/s", "higher", limit=most)
-
+    limits = {"save": "plain_write", "verify": "plain_hash"}
     stop, least = ms["save"], ms["plain_write"].median
-    return [
+    made = [
         Row("a checkpoint", spread([size / 1e6]), "MB", steady=True),
         Row("a save stops training", stop, "ms", limit=least, target=STALL),
-        speed("save", "save", "plain_write"),
-        speed("verify", "verify", "plain_hash"),
-        speed("load", "load", "plain_read"),
         Row("verify, load and restore", ms["resume"], "ms"),
-        *(speed(f"plain_{name}", f"plain {name}") for name in ("write", "read", "hash")),
     ]
+    for name in (*limits, *limits.values()):
+        limit = rate[limits[name]].median if name in limits else None
+        made.append(Row(name.replace("_", " "), rate[name], "MB/s", "higher", limit=limit))
+    return made

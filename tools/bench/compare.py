@@ -1,10 +1,9 @@
 """Compares two results of the same benchmark, or two folders of them, and fails on a regression.
 
-Rows are matched by name and unit. One that is steady, a count or a ratio within one run, is gated
-if both runs had the same settings; a time or a rate only if they had the same machine, too, and
-were no smoke tests. A change counts if it is beyond the tolerance and the ranges from lowest to
-highest do not overlap. A gated row that is missing fails as well. Exit code 1: a regression; 2:
-something cannot be compared.
+Rows are matched by name and unit. With equal settings, steady rows (counts, ratios within one run)
+are gated; times and rates only on equal machines and outside of smoke tests. A gated row fails if
+it is missing, or worse by more than the tolerance with ranges that do not overlap. Exit code 1: a
+regression; 2: something cannot be compared.
 """
 
 import argparse
@@ -13,15 +12,17 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError, UserError
 from tools.bench.results import FORM, Json
 
 MACHINE = ("cpu", "gpu", "cores")
 VALUES = ("median", "low", "high")
-ROW = ("name", "unit", "better", "steady", *VALUES)
-NOT_MEASURED = ("out", "commit", "rounds", "minutes", "seed")  # of the settings
+ROW = {"name", "unit", "better", "steady", *VALUES}
+PARTS = {"bench": str, "machine": dict, "settings": dict, "rows": list}
+NOT_MEASURED = {"out", "commit", "rounds", "minutes", "seed"}  # of the settings
+Key = tuple[str, str]  # file name, empty for a single file, and benchmark
 
 
 class Change(NamedTuple):
@@ -47,10 +48,15 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         tolerance = _tolerance(options.tolerance)
-        failures = sum(_print(*pair, tolerance) for pair in _pairs(options.old, options.new))
+        old, new = _results(options.old), _results(options.new)
+        if not old.keys() & new.keys():
+            raise DataError(f"{options.old} and {options.new} have no result of the same benchmark")
     except UserError as error:
         print(f"tools.bench compare: {error}", file=sys.stderr)
         return 2
+    failures = sum(_print(key, one, new.get(key), tolerance) for key, one in old.items())
+    for name, bench in new.keys() - old.keys():
+        print(f"{name or bench} is new: there is nothing to compare it with")
     print(f"rows that fail: {failures}" if failures else "no regression")
     return int(failures > 0)
 
@@ -58,34 +64,28 @@ def main(arguments: Sequence[str]) -> int:
 def compared(old: Json, new: Json, tolerance: float) -> list[Change]:
     """The rows of both results, in the order of the old one; then the new ones."""
     alike = not other_settings(old, new)
-    timed = alike and not differences(old, new)
-    before, after = _rows(old), _rows(new)
+    timed = alike and not other_conditions(old, new)
+    before, after = ({(row["name"], row["unit"]): row for row in x["rows"]} for x in (old, new))
     found = [
         _change(row, after.get(key), tolerance, gated=timed or (alike and row["steady"]))
         for key, row in before.items()
     ]
-    return found + [_appeared(row) for key, row in after.items() if key not in before]
+    added = [row for key, row in after.items() if key not in before]
+    return found + [Change(r["name"], r["unit"], None, r["median"], None, "new") for r in added]
 
 
 def other_settings(old: Json, new: Json) -> list[str]:
-    """Why nothing can be compared: what was measured is not the same."""
-    settings = {**old["settings"], **new["settings"]}
-    return [
-        f"--{key.replace('_', '-')}: {old['settings'].get(key)} and {new['settings'].get(key)}"
-        for key in settings
-        if key not in NOT_MEASURED and old["settings"].get(key) != new["settings"].get(key)
-    ]
+    """Settings that differ: with one, nothing can be compared."""
+    a, b = old["settings"], new["settings"]
+    names = [key for key in {**a, **b} if key not in NOT_MEASURED and a.get(key) != b.get(key)]
+    return [f"--{key.replace('_', '-')}: {a.get(key)} and {b.get(key)}" for key in names]
 
 
-def differences(old: Json, new: Json) -> list[str]:
-    """Why times cannot be compared; empty if they can."""
-    found = [
-        f"{key}: {old['machine'].get(key)} and {new['machine'].get(key)}"
-        for key in MACHINE
-        if old["machine"].get(key) != new["machine"].get(key)
-    ]
-    found += other_settings(old, new)
-    smoke = any(one["settings"].get("smoke") == "True" for one in (old, new))
+def other_conditions(old: Json, new: Json) -> list[str]:
+    """Why times and rates cannot be compared although the settings are equal."""
+    a, b = old["machine"], new["machine"]
+    found = [f"{k}: {a.get(k)} and {b.get(k)}" for k in MACHINE if a.get(k) != b.get(k)]
+    smoke = old["settings"].get("smoke") == "True"
     return [*found, "a smoke test's times are no claim"] if smoke else found
 
 
@@ -110,19 +110,15 @@ def _change(old: Json, new: Json | None, tolerance: float, *, gated: bool) -> Ch
     return Change(old["name"], old["unit"], old["median"], new["median"], share, verdict, fails)
 
 
-def _appeared(row: Json) -> Change:
-    return Change(row["name"], row["unit"], None, row["median"], None, "new")
-
-
-def _print(name: str, old: Json, new: Json | None, tolerance: float) -> int:
+def _print(key: Key, old: Json, new: Json | None, tolerance: float) -> int:
     """The table of one benchmark; returns how many rows fail."""
-    print(f"## {name}\n")
+    print(f"## {key[0] or key[1]}\n")
     if new is None:
         print("The new folder has no such file: its steady rows are missing.\n")
         new = {**old, "machine": {}, "rows": []}
     elif why := other_settings(old, new):
-        print(f"NOTHING is gated, for these are two things: {'; '.join(why)}.\n")
-    elif why := differences(old, new):
+        print(f"NOTHING is gated: {'; '.join(why)}.\n")
+    elif why := other_conditions(old, new):
         print(f"Times and rates are not gated: {'; '.join(why)}.\n")
     changes = compared(old, new, tolerance)
     print("| | old | new | better by | |\n| --- | --- | --- | --- | --- |")
@@ -134,81 +130,36 @@ def _print(name: str, old: Json, new: Json | None, tolerance: float) -> int:
     return sum(change.fails for change in changes)
 
 
-def _pairs(old: Path, new: Path) -> list[tuple[str, Json, Json | None]]:
-    """Names and both results; of folders, all that the old one has."""
-    for path in (old, new):
-        if not path.exists():
-            raise DataError(f"there is no {path}; name a JSON file that a benchmark wrote")
-    if old.is_dir() != new.is_dir():
-        raise DataError(f"{old} and {new}: name two files, or two folders")
-    if not old.is_dir():
-        first = _read(old)
-        return [(new.name, first, _same(first, _read(new), new))]
-    before, after = _folder(old), _folder(new)
-    if not before.keys() & after.keys():
-        raise DataError(f"{old} and {new} have no result of a benchmark under the same name")
-    for name in after.keys() - before.keys():
-        print(f"{new / name} is new: there is nothing to compare it with")
-    return [
-        (name, one, _same(one, after[name], new / name) if name in after else None)
-        for name, one in before.items()
-    ]
-
-
-def _same(old: Json, new: Json, path: Path) -> Json:
-    if old["bench"] != new["bench"]:
-        raise DataError(f"{path} is of {new['bench']}, the old result of {old['bench']}")
-    return new
-
-
-def _folder(folder: Path) -> dict[str, Json]:
-    """Its results by name; other JSON files are skipped."""
-    found = {path.name: _load(path) for path in sorted(folder.glob("*.json"))}
-    return {
-        name: _checked(result, folder / name)
-        for name, result in found.items()
-        if isinstance(result, dict) and result.get("form") == FORM
-    }
-
-
-def _read(path: Path) -> Json:
-    loaded = _load(path)
-    if not isinstance(loaded, dict) or loaded.get("form") != FORM:
-        raise DataError(f"{path} is no result of a benchmark: it has no form {FORM}")
-    return _checked(loaded, path)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path} cannot be read as JSON ({reason}); measure again") from error
-
-
-def _checked(result: Json, path: Path) -> Json:
-    if fault := _fault(result):
-        raise DataError(f"{path} is damaged: {fault}; measure again")
-    return result
+def _results(path: Path) -> dict[Key, Json]:
+    """Of a file, or of every JSON file of a folder that has the form of a benchmark's result."""
+    found = dict[Key, Json]()
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{file} cannot be read as JSON ({reason})") from error
+        if isinstance(result, dict) and result.get("form") == FORM:
+            if fault := _fault(result):
+                raise DataError(f"{file} is damaged: {fault}; measure again")
+            found[file.name if path.is_dir() else "", result["bench"]] = result
+    return found
 
 
 def _fault(result: Json) -> str:
-    parts = {"bench": str, "machine": dict, "settings": dict, "rows": list}
-    for name, kind in parts.items():
+    for name, kind in PARTS.items():
         if not isinstance(result.get(name), kind):
             return f"it has no {name}"
+    names = set[Key]()
     for row in result["rows"]:
-        if not isinstance(row, dict) or set(ROW) - row.keys():
+        if not isinstance(row, dict) or ROW - row.keys():
             return "a row lacks a part"
         if not all(isinstance(row[key], float | int) and math.isfinite(row[key]) for key in VALUES):
             return f"row {row['name']!r} has no finite number"
-    names = [(row["name"], row["unit"]) for row in result["rows"]]
-    twice = [name for name, unit in names if names.count((name, unit)) > 1]
-    return f"it has two rows {twice[0]!r}" if twice else ""
-
-
-def _rows(result: Json) -> dict[tuple[str, str], Json]:
-    return {(row["name"], row["unit"]): row for row in result["rows"]}
+        if (row["name"], row["unit"]) in names:
+            return f"it has two rows {row['name']!r}"
+        names.add((row["name"], row["unit"]))
+    return ""
 
 
 def _tolerance(text: str) -> float:

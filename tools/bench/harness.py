@@ -21,8 +21,7 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -33,7 +32,6 @@ from tools.bench.cuda_graph import DeviceLostError
 from tools.bench.machine import describe
 from tools.bench.results import FORM, Json, Row, row_json, table
 
-FIRST_GUESS = 20.0  # seconds that a kind of work may take, until one of its kind was timed
 Options = argparse.Namespace
 
 
@@ -53,7 +51,6 @@ class Report:
         self._bench, self._options = bench, options
         minutes = float("inf") if options.minutes is None else options.minutes
         self._deadline = time.monotonic() + 60.0 * minutes
-        self._longest: dict[str, float] = {}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Takes rows and writes the file."""
@@ -68,27 +65,6 @@ class Report:
     def seconds_left(self, parts: int = 1) -> float:
         """An equal share of the time until `--minutes` are over; infinite without that option."""
         return (self._deadline - time.monotonic()) / parts
-
-    def allows(self, what: str, kind: str) -> bool:
-        """Whether work of this kind would end in time, by the longest of its kind so far.
-
-        Otherwise it is noted as skipped.
-        """
-        if self._longest.get(kind, FIRST_GUESS) < self.seconds_left():
-            print(f"{self._bench}: {what}", file=sys.stderr, flush=True)
-            return True
-        self.skipped.append(f"no time: {what}")
-        return False
-
-    @contextmanager
-    def timed(self, kind: str) -> Iterator[None]:
-        """Times work for `allows`, and writes the file at its end."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._longest[kind] = max(self._longest.get(kind, 0.0), time.monotonic() - began)
-            self.save()
 
     @cached_property
     def _machine(self) -> Json:

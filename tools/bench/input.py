@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,16 +22,7 @@ from torch import Tensor
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split, read_manifest
-from mpl_fast.data.pipelines import (
-    Engine,
-    decode,
-    flip_coin,
-    normalize,
-    random_crop,
-    read_shuffled,
-    train_pipeline,
-)
-from mpl_fast.data.randaugment import strengthen
+from mpl_fast.data.pipelines import Engine, decode, read_shuffled, train_pipeline
 from mpl_fast.data.stream import Stream
 from mpl_fast.errors import ConfigError
 from tools.bench import input_peers
@@ -48,7 +40,7 @@ PEER = "torchvision-pil"
 # On a CPU, times that peer's rate.
 TARGETS = {("weak: dali", PEER): 1.6, ("both: dali-mpl", PEER): 1.3}
 
-Task = Literal["decode", "weak", "strong", "both"]
+Task = Literal["decode", "weak", "both"]
 Batches = Iterator[tuple[Tensor, ...]]
 
 
@@ -100,7 +92,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--batches", type=at_least(1), default=8, metavar="N", help="timed a round (%(default)s)")
     cubic = "of all variants; bilinear is torchvision's default (%(default)s)"
     add("--interpolation", choices=("bicubic", "bilinear"), default="bicubic", help=cubic)
-    add("--only", default="", metavar="TEXT", help="variants with this in 'views: name'")
     add("--sweep", action="store_true", help="our own settings against each other instead")
 
 
@@ -116,10 +107,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         size = 64 if options.smoke else 224
         config = DataConfig(image_size=size, interpolation=options.interpolation)
         setting = Setting(config, split, options.batch, options.threads, device)
-        every = swept(setting) if options.sweep else all_variants(setting)
-        variants = [one for one in every if options.only in one.name]
-        if not variants:
-            raise ConfigError(f"--only {options.only}: there is no such variant")
+        # Peers first: their processes should be forked before DALI starts threads.
+        variants = swept(setting) if options.sweep else [*peers(setting), *ours(setting)]
         report.claim = (
             f"median (lowest to highest) of at most {options.rounds} interleaved rounds of "
             f"{options.batches} batches of {options.batch}; {options.threads} threads or workers"
@@ -133,7 +122,7 @@ def rounds(
     variants: Sequence[Variant], options: argparse.Namespace, report: Report
 ) -> dict[str, list[Round]]:
     """All variants once in every round, all of them open throughout, by name."""
-    before, running = os.getloadavg()[0], dict[str, tuple[Variant, Batches]]()
+    running = dict[str, tuple[Variant, Batches]]()
     for variant in variants:
         source = variant.open()
         if wrong := difference(variant, next(source), options.batch):
@@ -141,20 +130,14 @@ def rounds(
         else:
             running[variant.name] = variant, source
 
-    def timer(one: tuple[Variant, Batches]) -> Round:
-        wait_until_idle()
-        return measured(one[1], one[0].ahead + 1, options.batches, options.batch)
-
-    found = interleaved(
+    return interleaved(
         running,
-        timer,
+        lambda one: measured(one[1], one[0].ahead + 1, options.batches, options.batch),
         rounds=options.rounds,
         warmup=0,
         seed=options.seed,
         seconds=report.seconds_left(),
     )
-    report.more["load_average"] = [round(value, 2) for value in (before, os.getloadavg()[0])]
-    return found
 
 
 def difference(variant: Variant, views: Sequence[Tensor], batch: int) -> str:
@@ -167,6 +150,7 @@ def difference(variant: Variant, views: Sequence[Tensor], batch: int) -> str:
 
 def measured(source: Batches, ahead: int, batches: int, batch: int) -> Round:
     """The batches that were prepared ahead are taken first, untimed."""
+    wait_until_idle()
     for _ in range(ahead):
         next(source)
     wait_for_gpu()
@@ -201,58 +185,43 @@ def cpu_seconds() -> float:
     return time.process_time() + ticks / TICK
 
 
-def all_variants(setting: Setting) -> list[Variant]:
-    """Peers first: their processes should be forked before DALI starts threads."""
-    return [*peers(setting), *ours(setting)]
-
-
 def peers(setting: Setting) -> list[Variant]:
     """Torchvision in processes and, where SPDL is installed, in threads."""
     tasks: tuple[Task, ...] = ("weak", "both")
     kinds: tuple[input_peers.Kind, ...] = ("pil", "tensor")
     config, split, batch, workers, _ = setting
-
-    def views(kind: input_peers.Kind, task: Task) -> input_peers.Views:
-        return input_peers.Views(config, split, kind, strong=task == "both")
-
-    def processes(kind: input_peers.Kind, task: Task) -> Variant:
-        def batches() -> Batches:
-            return input_peers.loader(views(kind, task), batch, workers)
-
-        return Variant(f"torchvision-{kind}", task, batches, input_peers.AHEAD * workers, True)
-
-    def threads(task: Task) -> Variant:
-        def batches() -> Batches:
-            return input_peers.threads(views("tensor", task), batch, workers)
-
-        return Variant("spdl-tensor", task, batches, input_peers.THREADED_AHEAD, True)
-
-    found = [processes(kind, task) for task in tasks for kind in kinds]
-    return [*found, *map(threads, tasks)] if input_peers.has_spdl() else found
+    ahead, found = input_peers.AHEAD * workers, []
+    for task in tasks:
+        for kind in kinds:
+            data = input_peers.Views(config, split, kind, strong=task == "both")
+            batches = partial(input_peers.loader, data, batch, workers)
+            found.append(Variant(f"torchvision-{kind}", task, batches, ahead, True))
+            if kind == "tensor" and input_peers.has_spdl():
+                batches = partial(input_peers.threads, data, batch, workers)
+                found.append(
+                    Variant("spdl-tensor", task, batches, input_peers.THREADED_AHEAD, True)
+                )
+    return found
 
 
 def ours(setting: Setting) -> list[Variant]:
-    """Decoding alone, the weak view, and the strong view of each policy, alone and with it."""
+    """Decoding alone, the weak view, and it with the strong view of each policy."""
     found = [streamed("dali", "decode", setting), streamed("dali", "weak", setting)]
-    tasks: tuple[Task, ...] = ("strong", "both")
-    for task in tasks:
-        for policy in POLICIES:
-            own = setting._replace(config=replace(setting.config, policy=policy))
-            found.append(streamed(f"dali-{policy}", task, own))
+    for policy in POLICIES:
+        own = setting._replace(config=replace(setting.config, policy=policy))
+        found.append(streamed(f"dali-{policy}", "both", own))
     return found
 
 
 def swept(setting: Setting) -> list[Variant]:
-    """Our pipeline for both views with every setting of threads, prefetch and, on a GPU, the share
-    of images that its JPEG engine decodes."""
-    gpu = setting.device.type == "cuda"
-    loads = LOADS if gpu else (setting.config.hw_decoder_load,)
-    counts = sorted({max(1, setting.threads // 2), setting.threads, 2 * setting.threads})
+    """Our pipeline for both views with other numbers of threads and prefetched batches and, on a
+    GPU, other shares of images that its JPEG engine decodes."""
+    gpu, usual, half = setting.device.type == "cuda", setting.config, max(1, setting.threads // 2)
     found = []
-    for threads in counts:
+    for threads in sorted({half, setting.threads, 2 * setting.threads}):
         for prefetch in (1, 2, 3, 4):
-            for load in loads if prefetch == setting.config.prefetch else loads[:1]:
-                config = replace(setting.config, prefetch=prefetch, hw_decoder_load=load)
+            for load in LOADS if gpu and prefetch == usual.prefetch else LOADS[:1]:
+                config = replace(usual, prefetch=prefetch, hw_decoder_load=load)
                 name = f"threads {threads} prefetch {prefetch}" + (f" engine {load}" if gpu else "")
                 own = setting._replace(config=config, threads=threads)
                 found.append(streamed(name, "both", own))
@@ -266,8 +235,8 @@ def streamed(name: str, task: Task, setting: Setting) -> Variant:
     engine = Engine(batch=batch, gpu=gpu, threads=threads, shard=0, shards=1)
 
     def build() -> Pipeline:
-        if task in ("decode", "strong"):
-            return own_pipeline(config, split, engine, task)
+        if task == "decode":
+            return decoding_pipeline(config, split, engine)
         return train_pipeline(config, split, engine, strong=task == "both")
 
     def batches() -> Batches:
@@ -278,19 +247,16 @@ def streamed(name: str, task: Task, setting: Setting) -> Variant:
     return Variant(name, task, batches, config.prefetch, False)
 
 
-def own_pipeline(config: DataConfig, split: Split, engine: Engine, task: Task) -> Pipeline:
-    """(strong, label), or (one pixel of the whole decoded image, label): training has neither."""
+def decoding_pipeline(config: DataConfig, split: Split, engine: Engine) -> Pipeline:
+    """(one pixel of the whole decoded image, label)."""
 
     def graph() -> tuple[DataNode, DataNode]:
         encoded, label = read_shuffled(config, split, engine)
         label = fn.cast(label, dtype=types.INT64)
         label = label if engine.gpu is None else label.gpu()
-        if task == "decode":
-            return fn.crop(decode(encoded, config, engine), crop=(1, 1)), label
-        strong = strengthen(random_crop(encoded, config, engine), config)
-        return normalize(strong, config, engine, flip_coin(config)), label
+        return fn.crop(decode(encoded, config, engine), crop=(1, 1)), label
 
-    return pipeline_def(graph, enable_conditionals=True)(
+    return pipeline_def(graph)(
         batch_size=engine.batch,
         device_id=engine.gpu,
         num_threads=engine.threads,
@@ -302,7 +268,7 @@ def own_pipeline(config: DataConfig, split: Split, engine: Engine, task: Task) -
 def rows(
     variants: Sequence[Variant], found: Mapping[str, Sequence[Round]], *, smoke: bool = False
 ) -> list[Row]:
-    """Of each variant its rate and CPU time, and the ratios of both to every peer's.
+    """Of each variant its rate and CPU time, and the ratios of its rate to every peer's.
 
     Those of a `smoke` test are no claim and have no target.
     """
@@ -315,10 +281,8 @@ def rows(
         for peer in there:
             if peer.peer and peer.task == one.task and not one.peer:
                 target = None if smoke else TARGETS.get((one.name, peer.maker))
-                pairs = list(zip(mine, found[peer.name], strict=True))
+                pairs = zip(mine, found[peer.name], strict=True)
                 speed = spread([own.images_per_s / other.images_per_s for own, other in pairs])
-                saved = spread([other.cpu_us / own.cpu_us for own, other in pairs])
                 name = f"{one.name} against {peer.maker}"
                 made.append(Row(name, speed, "x", "higher", not smoke, target=target))
-                made.append(Row(f"{name}, CPU saved", saved, "x", "higher", not smoke))
     return made

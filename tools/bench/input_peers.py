@@ -6,13 +6,13 @@ spdl-core spdl-io).
 
 import bisect
 import io
-import os
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,12 +34,10 @@ class Records:
     """The encoded images of a split and their labels, by number."""
 
     def __init__(self, split: Split) -> None:
-        sizes = [path.stat().st_size for path in split.shards]
-        self._starts = [0, *accumulate(sizes)][:-1]
-        self._shards = split.shards
+        self._shards = [np.memmap(path, np.uint8, "r") for path in split.shards]
+        self._starts = [0, *accumulate(map(len, self._shards))][:-1]
         lines = split.index.read_text().splitlines()
         self._offsets = [int(line.split()[1]) for line in lines]
-        self._files: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -47,9 +45,13 @@ class Records:
     def __getitem__(self, number: int) -> tuple[bytes, int]:
         offset = self._offsets[number]
         shard = bisect.bisect_right(self._starts, offset) - 1
-        if shard not in self._files:
-            self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        payload = parse_payload(unframe(_framed(self._files[shard], offset - self._starts[shard])))
+        begin = end = offset - self._starts[shard]
+        part = 1
+        while part not in (0, 3):  # a record is whole, or ends with its last part
+            word = int(self._shards[shard][end + 4 : end + 8].view("<u4")[0])
+            part, size = word >> 29, word & (1 << 29) - 1
+            end += 8 + (size + 3 & ~3)
+        payload = parse_payload(unframe(self._shards[shard][begin:end].tobytes()))
         return payload.image, int(payload.labels[0])
 
 
@@ -120,16 +122,3 @@ def threads(data: Views, batch: int, workers: int) -> Iterator[tuple[Tensor, ...
     with running.auto_stop():
         for views in running:
             yield tuple(views)
-
-
-def _framed(file: int, offset: int) -> bytes:
-    """One record, of one part or several: the upper 3 bits of its second word are the part's."""
-    parts = []
-    while True:
-        word = int.from_bytes(os.pread(file, 8, offset)[4:], "little")
-        size = 8 + (word & (1 << 29) - 1)
-        size += -size % 4
-        parts.append(os.pread(file, size, offset))
-        if word >> 29 in (0, 3):
-            return b"".join(parts)
-        offset += size

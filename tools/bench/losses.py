@@ -1,21 +1,19 @@
 """Measures the fused losses beside plain PyTorch, torch.compile and Liger on a GPU.
 
 Every variant is compared with float64 at a few shapes, and again at each shape where it is timed; a
-wrong one is reported and not timed. Shapes follow in the order of their importance, in random
-order where that is equal, as many as `--minutes` allow. Times are those of CUDA graphs over
-rotating inputs, larger than the cache; the limit is a copy's speed in the same run. Without a GPU,
-`--smoke` counts launches and bytes on the CPU, our kernels on Triton's interpreter, and times
-nothing.
+wrong one is reported and not timed. The most important shapes come first, as many as `--minutes`
+allow. Times are those of CUDA graphs over rotating inputs, larger than the cache; the limit is a
+copy's speed in the same run. Without a GPU, `--smoke` counts launches and bytes on the CPU, our
+kernels on Triton's interpreter, and times nothing.
 """
 
 import argparse
 import math
 import os
-import random
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,16 +54,18 @@ ROUNDING = 1.05  # times the error of rounding the float64 gradient to the logit
 FLOAT32 = 1e-6  # relative to the gradient's norm
 BORDER = 1e-5  # a confidence so close to the threshold may fall to either side
 CACHES = 4  # the inputs of a replay are so many times larger than the L2 cache
-FEWEST, ENOUGH, MOST = 3, 8, 200  # sets of inputs: a replay must take much longer than its launch
-SET_BYTES = 2 * 10**9  # above FEWEST sets, they take no more memory than this
+FEWEST, MOST = 3, 200  # sets of inputs
 FLUSHED = 256 * 2**20  # bytes written before each timing: no cache, no wait for the host
 HOST_CALLS, HOST_ROUNDS = 10, 5
 GPU = "cuda"
-# What the goals are about; everything else follows.
-GOALS = [Shape("teacher", 1000, 32768, BF16), Shape("teacher", 21841, 4096, BF16)]
-GOALS += [Shape("teacher", 1000, 256, BF16), Shape("teacher", 1000, 1024, BF16)]
-NEXT = [Shape("student", 1000, 256, BF16), Shape("pseudo", 1000, 256, BF16)]
-NEXT += [Shape("student", 1000, 32768, BF16), Shape("student", 21841, 4096, BF16)]
+SHORTEST = 10.0  # seconds in which no shape is done
+# What the goals are about; then the small losses and the student's.
+SHAPES = [
+    Shape("teacher", *size, BF16)
+    for size in ((1000, 32768), (21841, 4096), (1000, 256), (1000, 1024))
+]
+SHAPES += [Shape(loss, 1000, 256, BF16) for loss in LOSSES[1:]]
+SHAPES += [Shape("student", *size, BF16) for size in ((1000, 32768), (21841, 4096))]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -88,18 +88,6 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         _on_cpu(report)
     else:
         raise ConfigError("there is no CUDA device; --smoke runs without one")
-
-
-def other_shapes() -> list[list[Shape]]:
-    """All other shapes: of each type the teacher's and the student's, then the two small ones."""
-    grid = [(1000, 256), (1000, 1024), (1000, 4096), (1000, 32768)]
-    grid += [(21841, 256), (21841, 1024), (21841, 4096)]
-    classes = []
-    for dtype, kinds in product((BF16, FP32), (LOSSES[:2], LOSSES[2:])):
-        sizes = grid if dtype == BF16 else [size for size in grid if size[1] == 4096]
-        shapes = [Shape(loss, *size, dtype) for loss, size in product(kinds, sizes)]
-        classes.append([one for one in shapes if one not in GOALS + NEXT])
-    return classes
 
 
 class Case(NamedTuple):
@@ -179,17 +167,19 @@ def check(
                 errors = compare(one, build(name, one.shape), device)
             except Exception as error:
                 errors = Errors(math.nan, math.nan, one_line(error))
-            found = {"shape": str(one.shape), "variant": name, "seed": one.seed}
-            report.more["correctness"].append(found | _as_json(errors))
-            if errors.wrong:
+            if _noted(name, one, errors, report):
                 faulty.add((name, loss))
-                report.fail(f"{one.shape}, {name}", errors.wrong)
     return faulty
 
 
-def _as_json(errors: Errors) -> dict[str, Any]:
-    """NaN is not JSON."""
-    return {k: v if v == v else str(v) for k, v in errors._asdict().items()}
+def _noted(name: str, one: Case, errors: Errors, report: Report) -> bool:
+    """Whether the variant is wrong, which fails the run."""
+    numbers = {k: v if v == v else str(v) for k, v in errors._asdict().items()}  # JSON has no NaN
+    found = {"shape": str(one.shape), "variant": name, "seed": one.seed}
+    report.more["correctness"].append(found | numbers)
+    if errors.wrong:
+        report.fail(f"{one.shape}, {name}", errors.wrong)
+    return bool(errors.wrong)
 
 
 def _on_cpu(report: Report) -> None:
@@ -199,32 +189,25 @@ def _on_cpu(report: Report) -> None:
     check(CHECKED_ON_CPU, [PLAIN, EAGER], "cpu", report)
     check([(100, FP32)], OURS, "cpu", report)
     for loss in LOSSES:
+        large, small = Shape(loss, 1000, 256, BF16), Shape(loss, 100, 16, FP32)
         for name in (PLAIN, EAGER):
-            report.add(_plain_counts(Shape(loss, 1000, 256, BF16), name))
-        small = Shape(loss, 100, 16, FP32)
+            _counts(large, name, report)
         for name in [one for one in OURS if one in names(small)]:
-            _interpreted_counts(small, name, report)
+            _counts(small, name, report)
     report.skipped += [f"{name}: needs a GPU" for name in (COMPILED, LIGER)]
 
 
-def _plain_counts(shape: Shape, name: str) -> list[Row]:
-    call, x = build(name, shape), draw(shape, "cpu")
-    counts, least = count.operators(lambda: call(x)), shape.minimal_bytes / 1e6
-    return [
-        count_row(f"{shape}, {name}, launches", counts.launches, "launches"),
-        count_row(f"{shape}, {name}, memory", counts.bytes / 1e6, "MB", limit=least),
-    ]
-
-
-def _interpreted_counts(shape: Shape, name: str, report: Report) -> None:
-    """Launches of kernels and of PyTorch's own operators together."""
-    call, x = build(name, shape), draw(shape, "cpu")
+def _counts(shape: Shape, name: str, report: Report) -> None:
+    """Launches of our kernels and of PyTorch's operators together; bytes where all can be seen."""
+    call, x, label = build(name, shape), draw(shape, "cpu"), f"{shape}, {name}"
     with count.interpreted_kernels() as kernels:
         counts = count.operators(lambda: call(x))
-    label = f"{shape}, {name}"
-    report.more.setdefault("kernels", {})[label] = list(kernels)
-    launched = counts.launches + len(kernels)
-    report.add([count_row(f"{label}, launches", launched, "launches")])
+    report.add([count_row(f"{label}, launches", counts.launches + len(kernels), "launches")])
+    if name in OURS:
+        report.more.setdefault("kernels", {})[label] = kernels
+    else:
+        least = shape.minimal_bytes / 1e6
+        report.add([count_row(f"{label}, memory", counts.bytes / 1e6, "MB", limit=least)])
 
 
 def _on_gpu(options: argparse.Namespace, report: Report) -> None:
@@ -236,11 +219,12 @@ def _on_gpu(options: argparse.Namespace, report: Report) -> None:
     )
     faulty = check(CHECKED, (*OURS, PLAIN, EAGER), GPU, report)
     require_device()
-    order = random.Random(options.seed)
-    for shapes in [GOALS[2:3]] if options.smoke else [GOALS, NEXT, *other_shapes()]:
-        for shape in order.sample(shapes, len(shapes)):
-            right = [n for n in names(shape) if (n, shape.loss) not in faulty]
-            measure_shape(shape, right, copied.high, options, report)
+    for shape in SHAPES[2:3] if options.smoke else SHAPES:
+        if report.seconds_left() < SHORTEST:
+            report.skipped.append(f"no time: {shape}")
+            continue
+        right = [n for n in names(shape) if (n, shape.loss) not in faulty]
+        measure_shape(shape, right, copied.high, options, report)
 
 
 class Ready(NamedTuple):
@@ -264,9 +248,7 @@ def measure_shape(
     one, sets = case_of(shape, GPU), input_sets(shape)
     ready: dict[str, Ready] = {}
     for name in variants:
-        if report.allows(f"{shape}, {name}", name):
-            with report.timed(name):
-                _prepare(name, one, sets, ready, report)
+        _prepare(name, one, sets, ready, report)
     graphs = {name: one.graph for name, one in ready.items() if one.graph is not None}
     turns = {"rounds": options.rounds, "warmup": 3, "seed": options.seed}
     replays = interleaved(graphs, _replay_us, **turns)
@@ -283,9 +265,7 @@ def _prepare(
     label = f"{one.shape}, {name}"
     try:
         call = build(name, one.shape)
-        errors = compare(one, call, GPU, rough=name == LIGER)
-        if errors.wrong:
-            report.fail(label, errors.wrong)
+        if _noted(name, one, compare(one, call, GPU, rough=name == LIGER), report):
             return
         if name == LIGER:  # it overwrites its inputs
             sets = input_sets(one.shape)
@@ -329,9 +309,8 @@ def input_sets(shape: Shape) -> list[Inputs]:
 
 
 def set_count(logit_bytes: int, l2_bytes: int) -> int:
-    """Several times the cache, and enough for a long replay, but not all of the memory."""
-    wanted = max(math.ceil(CACHES * l2_bytes / logit_bytes) + 1, ENOUGH)
-    return max(FEWEST, min(wanted, MOST, SET_BYTES // logit_bytes))
+    """Several times the cache, if that many are not too many."""
+    return min(MOST, max(FEWEST, math.ceil(CACHES * l2_bytes / logit_bytes) + 1))
 
 
 def _graph(

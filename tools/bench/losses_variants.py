@@ -121,13 +121,8 @@ def names(shape: Shape) -> list[str]:
     """The variants of this loss. Liger is the last: it overwrites its inputs and synchronizes."""
     found = [ONE_PASS, COMPILED, PLAIN, EAGER]
     if shape.loss == "student":
-        found += [AUTOGRAD, *([LIGER] if has_liger() else [])]
+        found += [AUTOGRAD, *([LIGER] if find_spec("liger_kernel") else [])]
     return found
-
-
-def has_liger() -> bool:
-    """Whether Liger is installed."""
-    return find_spec("liger_kernel") is not None
 
 
 def build(name: str, shape: Shape) -> Call:
@@ -159,7 +154,7 @@ def _defined(shape: Shape) -> Callable[[Inputs], Any]:
             reference.student_loss(x.logits, x.pseudo, SMOOTHING, None)
         ),
         "pseudo": lambda x: reference.pseudo_labels(x.logits.detach(), None),
-        "feedback": lambda x: _feedback(x, "reference"),
+        "feedback": _feedback_defined,
     }
     return found[shape.loss]
 
@@ -167,38 +162,40 @@ def _defined(shape: Shape) -> Callable[[Inputs], Any]:
 def _fused(name: str, shape: Shape) -> Call:
     """Our kernels, called as a step calls them."""
 
-    def teacher(x: Inputs) -> Outputs:
-        with losses.use("triton"):
-            return Outputs(*losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x)))
-
     def student(x: Inputs) -> Outputs:
+        labels, smoothing = x.pseudo, SMOOTHING
+        if name == AUTOGRAD:
+            loss = losses.student_loss(x.logits, labels, label_smoothing=smoothing)
+            return Outputs(StudentOut(loss.detach()), torch.autograd.grad(loss, x.logits)[0])
+        loss, grad = losses.student_loss_and_grad(x.logits, labels, label_smoothing=smoothing)
+        return Outputs(StudentOut(loss), grad)
+
+    calls: dict[str, Call] = {
+        "teacher": lambda x: Outputs(
+            *losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x))
+        ),
+        "student": student,
+        "pseudo": lambda x: Outputs(losses.pseudo_labels(x.logits.detach()), None),
+        "feedback": lambda x: Outputs(_feedback(x), None),
+    }
+
+    def call(x: Inputs) -> Outputs:
         with losses.use("triton"):
-            loss, gradient = losses.student_loss_and_grad(
-                x.logits, x.pseudo, label_smoothing=SMOOTHING
-            )
-        return Outputs(StudentOut(loss), gradient)
+            return calls[shape.loss](x)
 
-    def autograd(x: Inputs) -> Outputs:
-        with losses.use("triton"):
-            loss = losses.student_loss(x.logits, x.pseudo, label_smoothing=SMOOTHING)
-        return Outputs(StudentOut(loss.detach()), torch.autograd.grad(loss, x.logits)[0])
-
-    def pseudo(x: Inputs) -> Outputs:
-        with losses.use("triton"):
-            return Outputs(losses.pseudo_labels(x.logits.detach()), None)
-
-    if name == AUTOGRAD:
-        return autograd
-    calls: dict[str, Call] = {"teacher": teacher, "student": student, "pseudo": pseudo}
-    return calls.get(shape.loss, lambda x: Outputs(_feedback(x, "triton"), None))
+    return call
 
 
-def _feedback(x: Inputs, choice: losses.Choice) -> FeedbackOut:
+def _feedback(x: Inputs) -> FeedbackOut:
     labeled = x.target.shape[0]
-    with losses.use(choice):
-        old = losses.smoothed_ce(x.logits[:labeled].detach(), x.target).loss
-        new = losses.smoothed_ce(x.logits[labeled:].detach(), x.target).loss
+    old = losses.smoothed_ce(x.logits[:labeled].detach(), x.target).loss
+    new = losses.smoothed_ce(x.logits[labeled:].detach(), x.target).loss
     return FeedbackOut(old, new, losses.mpl_feedback(old, new))
+
+
+def _feedback_defined(x: Inputs) -> FeedbackOut:
+    with losses.use("reference"):
+        return _feedback(x)
 
 
 def _differentiated(forward: Callable[[Inputs], Any], shape: Shape) -> Call:

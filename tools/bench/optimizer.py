@@ -1,8 +1,8 @@
 """Measures what follows a backward pass: clipping, SGD with Nesterov momentum, moving average.
 
-Variants: per tensor, lists of tensors (foreach), fused, apex where it is installed, and what
-training does. All must reach the same weights within 1e-5 before any is timed. The limit is the
-time in which this machine, in the same run, copies the bytes that no variant can avoid.
+Variants: per tensor, lists of tensors (foreach), fused, and what training does. All must reach the
+same weights within 1e-5 before any is timed. The limit is the time in which this machine, in the
+same run, copies the bytes that no variant can avoid.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mpl_fast import models
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
-from mpl_fast.learner import apex as nvidia_apex
 from mpl_fast.models import OWN
 from tools.bench.clock import Work, interleaved, repeated, seconds_of
 from tools.bench.count import launches, operators
@@ -63,7 +62,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         f"{options.steps} back to back; the share of the limit is that of a copy in the same run"
     )
     for number, one in enumerate(problems):
-        variants = correct(one, builders(device), report)
+        variants = correct(one, BUILDERS, report)
         seconds = interleaved(
             {name: repeated(variant.work, options.steps) for name, variant in variants.items()},
             seconds_of,
@@ -122,14 +121,6 @@ def problem(model: str, device: torch.device, seed: int) -> Problem:
     return Problem(model, network, [g * (NORM / norm) for g in gradients], device)
 
 
-def builders(device: torch.device) -> dict[str, Builder]:
-    """All variants; apex only where NVIDIA's apex can be used."""
-    found: dict[str, Builder] = {PER_TENSOR: per_tensor, "foreach": foreach, "fused": fused}
-    if device.type == "cuda" and nvidia_apex.find() == "usable":
-        found["apex FusedSGD"] = apex
-    return {**found, OURS: ours}
-
-
 def correct(
     problem: Problem, builders: Mapping[str, Builder], report: Report
 ) -> dict[str, Variant]:
@@ -160,13 +151,11 @@ def stepped(problem: Problem, build: Builder) -> Variant:
 
 def difference(mine: Variant, right: Variant) -> str:
     """What is off; empty if nothing is."""
-    for what, a, b in (
-        ("weights", floats(mine.network), floats(right.network)),
-        ("averages", floats(mine.average), floats(right.average)),
-    ):
-        off = furthest(a, b)
+    for what in ("network", "average"):
+        pairs = zip(floats(getattr(mine, what)), floats(getattr(right, what)), strict=True)
+        off = float(torch.stack([(m - r).detach().abs().max() for m, r in pairs]).max())
         if not off <= TOLERANCE:  # also for NaN
-            return f"wrong: its {what} are off by {off:.3g}"
+            return f"wrong: its {what} is off by {off:.3g}"
     return ""
 
 
@@ -185,10 +174,9 @@ def rows(
         if name != PER_TENSOR and PER_TENSOR in seconds:
             gain = ratios(seconds, PER_TENSOR, name)
             made.append(Row(f"{label} / {PER_TENSOR}", gain, "times", "higher", steady=True))
-        if "apex" not in name:  # an extension's memory traffic cannot be seen
-            counts, least = operators(variant.work), problem.minimal_bytes() / 1e6
-            made.append(count_row(f"{label}, operators", counts.calls, "calls"))
-            made.append(count_row(f"{label}, memory", counts.bytes / 1e6, "MB", limit=least))
+        counts, least = operators(variant.work), problem.minimal_bytes() / 1e6
+        made.append(count_row(f"{label}, operators", counts.calls, "calls"))
+        made.append(count_row(f"{label}, memory", counts.bytes / 1e6, "MB", limit=least))
         if problem.device.type == "cuda":
             made.append(count_row(f"{label}, launches", launches(variant.work), "launches"))
     return made
@@ -197,7 +185,6 @@ def rows(
 def per_tensor(problem: Problem) -> Variant:
     """Loops over the parameters, as the common reference codes have it."""
     network, average = _copies(problem)
-    optimizer = _sgd(network, foreach=False)
     averaged = list(zip(floats(average), floats(network), strict=True))
     copied = list(zip(counters(average), counters(network), strict=True))
 
@@ -207,23 +194,14 @@ def per_tensor(problem: Problem) -> Variant:
         for kept, new in copied:
             kept.copy_(new)
 
-    return _clipped(problem, network, average, optimizer, averaging, foreach=False)
+    return _clipped(problem, network, average, _sgd(network), averaging)
 
 
 def foreach(problem: Problem) -> Variant:
     """PyTorch's operators over lists of tensors."""
     network, average = _copies(problem)
     optimizer, averaging = _sgd(network, foreach=True), _averaging(average, network)
-    return _clipped(problem, network, average, optimizer, averaging)
-
-
-def apex(problem: Problem) -> Variant:
-    """NVIDIA's fused SGD, which does not clip: PyTorch does."""
-    network, average = _copies(problem)
-    optimizer = nvidia_apex.fused_sgd(
-        groups(network), lr=CONFIG.lr, momentum=CONFIG.momentum, nesterov=CONFIG.nesterov
-    )
-    return _clipped(problem, network, average, optimizer, _averaging(average, network))
+    return _clipped(problem, network, average, optimizer, averaging, foreach=True)
 
 
 def fused(problem: Problem) -> Variant:
@@ -262,6 +240,14 @@ def ours(problem: Problem) -> Variant:
     return _variant(problem, learner.network, learner.average, work)
 
 
+BUILDERS: dict[str, Builder] = {
+    PER_TENSOR: per_tensor,
+    "foreach": foreach,
+    "fused": fused,
+    OURS: ours,
+}
+
+
 def groups(network: nn.Module) -> list[dict[str, Any]]:
     """Matrices and filters are decayed, norms and biases are not."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
@@ -283,12 +269,6 @@ def counters(network: nn.Module) -> list[Tensor]:
     return [b for b in network.buffers() if not b.is_floating_point()]
 
 
-def furthest(mine: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Largest difference between two lists of tensors, NaN if there is one."""
-    pairs = zip(mine, right, strict=True)
-    return float(torch.stack([(m - r).detach().abs().max() for m, r in pairs]).max())
-
-
 def _copies(problem: Problem) -> tuple[nn.Module, nn.Module]:
     """Another network with the same weights, and its average."""
     network = copy.deepcopy(problem.network)
@@ -302,7 +282,7 @@ def _clipped(
     optimizer: torch.optim.Optimizer,
     averaging: Work,
     *,
-    foreach: bool = True,
+    foreach: bool = False,
 ) -> Variant:
     """PyTorch's clipping, the optimizer's step, the average."""
     parameters = list(network.parameters())

@@ -1,12 +1,24 @@
-"""Installs the peers of `pack`, each in an environment of its own.
+"""The peers of `pack`: installs them, calls their writers, and times a command.
 
-`python -m tools.bench.pack_peers FOLDER`, once; then `python -m tools.bench pack --peers FOLDER`.
+`python -m tools.bench.pack_peers FOLDER` installs each in an environment of its own; then
+`python -m tools.bench pack --peers FOLDER`, which starts this file as a script:
+
+- `write KIND SOURCE OUT`, with the Python of the peer's environment, writes class folders of images
+  and prints the seconds from the first image that is read to the last file that is on the disk;
+  start, import and listing are not in them;
+- `run OUT LOG COMMAND ...` runs a command until its files in OUT are on the disk.
+
+It imports no PyTorch: the peak memory that the system reports of a command begins with that of the
+process that started it.
 """
 
-import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ENVIRONMENTS = {
@@ -14,21 +26,23 @@ ENVIRONMENTS = {
     "mxnet": ("mxnet==1.9.1", "numpy==1.23.5", "opencv-python-headless<4.9"),
 }
 VERSION = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+SHARD_BYTES = 1 << 28
+Images = list[tuple[str, int]]  # path, label
 
 
-def main() -> None:
+def install(folder: Path) -> None:
     """Installs every peer."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m tools.bench.pack_peers FOLDER")
-    folder = Path(sys.argv[1])
     for name, packages in ENVIRONMENTS.items():
         # mxnet 1.9.1 needs numpy 1.23, which has no wheel for a Python after 3.11.
         python = shutil.which("python3.11") if name == "mxnet" else sys.executable
         if not python:
             sys.exit("pack_peers: mxnet 1.9.1 needs python3.11, which is not on the PATH")
         subprocess.run([python, "-m", "venv", folder / name], check=True)
-        if name == "streams":
-            _share_torch(folder / name)
+        torch = find_spec("torch")
+        if name == "streams" and torch and torch.origin:
+            # mosaicml-streaming imports torch, its writer never uses it: ours is good enough.
+            [site] = (folder / name).glob("lib/python*/site-packages")
+            (site / "torch.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
         subprocess.run([folder / name / "bin" / "pip", "install", *packages], check=True)
 
 
@@ -46,13 +60,91 @@ def versions(folder: Path) -> dict[str, str]:
     return found
 
 
-def _share_torch(environment: Path) -> None:
-    """Makes our torch visible: mosaicml-streaming imports it, its writer never uses it."""
-    torch = importlib.util.find_spec("torch")
-    if torch and torch.origin:
-        [site] = environment.glob("lib/python*/site-packages")
-        (site / "torch.pth").write_text(f"{Path(torch.origin).parents[1]}\n")
+def write(kind: str, source: str, out: str) -> None:
+    """Prints `seconds` and `cpu` seconds as JSON."""
+    folders = sorted(Path(source).iterdir())
+    images = [(str(f), label) for label, d in enumerate(folders) for f in sorted(d.iterdir())]
+    writer = {"copy": copy, "codecs": codecs, "webdataset": webdataset, "mds": mds}[kind]
+    writer([], out)  # imports
+    began, busy = time.perf_counter(), time.process_time()
+    writer(images, out)
+    sync(Path(out))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - busy
+    print(json.dumps({"seconds": seconds, "cpu": cpu}))
+
+
+def copy(images: Images, out: str) -> None:
+    """The base: every image after the other in one file, as plain Python does it."""
+    with Path(out, "copy.bin").open("wb") as whole:
+        for path, _ in images:
+            with open(path, "rb") as image:  # noqa: PTH123, a Path would cost time
+                whole.write(image.read())
+
+
+def codecs(images: Images, out: str) -> None:
+    """The limit of making images smaller on one core: decode, resize, encode, no output."""
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(1)
+    for path, _ in images:
+        pixels = simplejpeg.decode_jpeg(Path(path).read_bytes(), colorspace="BGR", strict=True)
+        scale = 480 / min(pixels.shape[:2])
+        smaller = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        simplejpeg.encode_jpeg(smaller, quality=90, colorspace="BGR", colorsubsampling="420")
+
+
+def webdataset(images: Images, out: str) -> None:
+    """The ShardWriter of webdataset."""
+    from webdataset import ShardWriter  # type: ignore[import-not-found, unused-ignore]
+
+    if not images:
+        return
+    with ShardWriter(f"{out}/%06d.tar", maxsize=SHARD_BYTES, verbose=0) as shards:
+        for path, label in images:
+            key = Path(path).stem
+            shards.write({"__key__": key, "jpg": Path(path).read_bytes(), "cls": label})
+
+
+def mds(images: Images, out: str) -> None:
+    """The MDSWriter of mosaicml-streaming, its shard size left as it is (64 MiB)."""
+    from streaming import MDSWriter  # type: ignore[import-not-found, unused-ignore]
+
+    if not images:
+        return
+    with MDSWriter(out=out, columns={"image": "bytes", "label": "int"}) as shards:
+        for path, label in images:
+            shards.write({"image": Path(path).read_bytes(), "label": label})
+
+
+def run(out: str, log: str, *command: str) -> None:
+    """Prints the exit code, `wall` and `cpu` seconds, and `peak_mib` of the largest process."""
+    with Path(log).open("wb") as printed:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=printed)
+        _, status, usage = os.wait4(process.pid, 0)
+        sync(Path(out))
+        wall = time.perf_counter() - began
+    code = process.returncode = os.waitstatus_to_exitcode(status)
+    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    print(json.dumps({"code": code, "wall": wall, "cpu": cpu, "peak_mib": peak}))
+
+
+def sync(folder: Path) -> None:
+    """Waits until everything in a folder is on the disk."""
+    for path in sorted(folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 if __name__ == "__main__":
-    main()
+    what, *given = sys.argv[1:] or ["-h"]
+    if what in ("run", "write") and given:
+        (run if what == "run" else write)(*given)
+    elif given or what.startswith("-"):
+        sys.exit("usage: python -m tools.bench.pack_peers FOLDER")
+    else:
+        install(Path(what))

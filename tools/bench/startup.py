@@ -1,4 +1,4 @@
-"""Measures what a user waits for: --help, imports, and the first step, compiled cold and warm.
+"""Measures what a user waits for: --help, and the first step, compiled cold and warm.
 
 Each number is of a process of its own, from its start. A first step ends when its row of metrics is
 written. Cold: nothing has been compiled before. Warm: another run directory, with the compile
@@ -13,16 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 
 from mpl_fast.learner.compilation import CACHES
-from tools.bench.clock import Work, interleaved, seconds_of
-from tools.bench.harness import Report, at_least, run
+from tools.bench.clock import interleaved
+from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, ROOT, choose_device
 from tools.bench.results import Row, last_line, spread
 from tools.bench.smooth_images import packed
 
+USUAL = {"recipe": "mpl", "labeled": 16, "unlabeled": 32, "image_size": 32}
 TINY = {"model": "wrn_10_1", "recipe": "supervised", "labeled": 4, "unlabeled": 4, "rounds": 1}
 TRAIN = ROOT / "mpl_fast" / "train.py"
 HELP = 0.5  # seconds, the target
@@ -43,73 +43,43 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
     add = parser.add_argument
     add("--model", default="wrn_28_2", metavar="NAME", help="(%(default)s)")
-    add("--recipe", default="mpl", metavar="NAME", help="(%(default)s)")
-    add("--labeled", type=at_least(1), default=16, metavar="N", help="images a step (%(default)s)")
-    add("--unlabeled", type=at_least(1), default=32, metavar="N", help="images (%(default)s)")
-    add("--image-size", type=int, default=32, metavar="N", help="(%(default)s)")
-    add("--compile", choices=("default", "max-autotune"), default="default", help="(%(default)s)")
+    parser.set_defaults(**USUAL)
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    """Short processes first; then training, whose starts need each other's caches."""
+    """One round after the other; the starts of training need each other's caches."""
     options.device = choose_device(options.device).type
     report.claim = f"median of up to {options.rounds} rounds, each number of a process of its own"
     try:
-        found = interleaved(
-            short_processes(),
-            seconds_of,
-            rounds=options.rounds,
-            warmup=0 if options.smoke else 1,
-            seed=options.seed,
-            seconds=report.seconds_left(2),
-        )
-        report.add(short_rows(found))
         with tempfile.TemporaryDirectory() as folder:
             starts = Starts(options, Path(folder))
-            numbers = count()
-            rounds = interleaved(
-                {"first steps": starts},
-                lambda starts: starts.first_steps(next(numbers)),
+            found = interleaved(
+                {"all": starts.seconds},
+                lambda seconds: seconds(),
                 rounds=options.rounds,
                 warmup=0,
                 seconds=report.seconds_left(),
-            )["first steps"]
-        report.add(first_step_rows({name: [one[name] for one in rounds] for name in rounds[0]}))
+            )["all"]
+        report.add(rows({name: [one[name] for one in found] for name in found[0]}))
     except FailedError as error:
         report.fail("a process", str(error))
 
 
-def short_processes() -> dict[str, Work]:
-    """By the names of their rows."""
-    parsing = "from mpl_fast.config.command_line import parse"
-    commands = {
-        "--help": [str(TRAIN), "--help"],
-        "parse a command line": ["-c", f"{parsing}; parse(['--run-dir=r', '--data.root=d'])"],
-        "import torch": ["-c", "import torch"],
-        "import the trainer": ["-c", "import mpl_fast.training.run"],
-    }
-
-    def process(arguments: Sequence[str]) -> Work:
-        return lambda: run_to_its_end(arguments)
-
-    return {name: process(arguments) for name, arguments in commands.items()}
-
-
-def run_to_its_end(arguments: Sequence[str]) -> None:
-    """Runs Python. Raises `FailedError`."""
-    command = [sys.executable, *arguments]
+def seconds_of_help() -> float:
+    """Raises `FailedError`."""
+    began, command = time.perf_counter(), [sys.executable, str(TRAIN), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
-        raise FailedError(f"{' '.join(arguments)}: {last_line(done.stderr)}")
+        raise FailedError(f"--help: {last_line(done.stderr)}")
+    return time.perf_counter() - began
 
 
 class Starts:
     """Training runs that start in different ways, and the folders that they leave."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self._folder, self._compile = folder, options.compile
-        images = max(options.labeled + options.unlabeled, 8)
+        self._folder, self._rounds = folder, 0
         self._training = {
             "recipe": options.recipe,
             "model.name": options.model,
@@ -117,7 +87,7 @@ class Starts:
             "unlabeled-batch": options.unlabeled,
             "data.image-size": options.image_size,
             "data.crop": "pad_crop",
-            "data.root": packed(folder, images, labeled=2 * ((options.labeled + 1) // 2)),
+            "data.root": packed(folder, options.labeled + options.unlabeled, options.labeled),
             "device": options.device,
             "steps": 1000,
             "log-every": 1,
@@ -125,16 +95,18 @@ class Starts:
             "checkpoint-every": 0,
         }
 
-    def first_steps(self, number: int) -> dict[str, float]:
-        """Seconds from the start of a process to the end of its first step, by kind of start."""
-        plain, cold, warm = (self._folder / f"{x}_{number}" for x in ("plain", "cold", "warm"))
-        kept = self._folder / f"caches_{number}"
+    def seconds(self) -> dict[str, float]:
+        """Of --help, and from the start of a process to the end of its first step."""
+        self._rounds += 1
+        folder = self._folder / str(self._rounds)
+        other, kept, warm = folder / "other_caches", folder / "caches", folder / "warm"
         return {
+            "--help": seconds_of_help(),
             # Kernels of the losses are compiled here too, on a GPU.
-            "not compiled": self._until(1, plain, "off", self._folder / f"other_caches_{number}"),
-            "cold": self._until(1, cold, self._compile, kept),
-            "warm": self._until(1, warm, self._compile, kept),
-            "resume": self._until(2, warm, self._compile, kept),
+            "first step, not compiled": self._until(1, folder / "plain", "off", other),
+            "first step, compiled cold": self._until(1, folder / "cold", "default", kept),
+            "first step, compiled warm": self._until(1, warm, "default", kept),
+            "resume to the next step, warm": self._until(2, warm, "default", kept),
         }
 
     def _until(self, step: int, run: Path, mode: str, caches: Path) -> float:
@@ -183,24 +155,12 @@ def has_row(rows: str, step: int) -> bool:
     return any(json.loads(line)["step"] == step for line in complete)
 
 
-def short_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Of `short_processes`."""
+def rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Of `Starts.seconds`; what is not compiled is the limit of what is."""
     found = {name: spread(values) for name, values in seconds.items()}
-    targets = {"--help": HELP, "parse a command line": HELP}
-    limits = {"import the trainer": found["import torch"].median}
+    shortest, plain, *compiled = found.items()
     return [
-        Row(name, value, "s", limit=limits.get(name), target=targets.get(name))
-        for name, value in found.items()
-    ]
-
-
-def first_step_rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Of `Starts.first_steps`; what is not compiled is the limit of what is."""
-    found = {name: spread(values) for name, values in seconds.items()}
-    plain = found["not compiled"].median
-    return [
-        Row("first step, not compiled", found["not compiled"], "s"),
-        Row("first step, compiled cold", found["cold"], "s", limit=plain),
-        Row("first step, compiled warm", found["warm"], "s", limit=plain),
-        Row("resume to the next step, warm", found["resume"], "s", limit=plain),
+        Row(*shortest, "s", target=HELP),
+        Row(*plain, "s"),
+        *(Row(*one, "s", limit=plain[1].median) for one in compiled),
     ]

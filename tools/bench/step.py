@@ -8,10 +8,9 @@ that of the passes that it makes, and, measured apart, its phases and peak memor
 
 import argparse
 import gc
-import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -49,26 +48,16 @@ BUILT = 0.7  # of the time: no variant is begun that would not be ready by then
 PHASE_ROUNDS = 3
 HOPPER = ("H100", "H200")
 BEST = "best of ours"
+PLAIN_AIMS = {"wrn_28_2": 4.0, "resnet50": 2.5}  # times the plain step with AMP, on an H100
 
 
 class Scene(NamedTuple):
     """What the targets depend on: they hold for certain machines and sizes."""
 
     setting: Setting
-    recipe: str
     passes: float  # forward passes of one image that a step costs
     gpu: str  # its name, or empty
     smoke: bool
-
-    @property
-    def hopper(self) -> bool:
-        """Whether the targets for an H100 hold."""
-        return not self.smoke and self.recipe == "mpl" and any(n in self.gpu for n in HOPPER)
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the targets for a CPU hold."""
-        return not self.smoke and not self.gpu and self.setting.model == "wrn_28_2"
 
 
 class Ready(NamedTuple):
@@ -81,7 +70,7 @@ class Ready(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was measured of a recipe, by variant."""
+    """What was measured, by variant."""
 
     seconds: dict[str, list[float]]  # of a step, in each round
     phases: dict[str, dict[str, list[float]]]
@@ -96,46 +85,38 @@ def main(arguments: Sequence[str]) -> int:
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
     add_setting_options(parser, "CUDA: 64, CPU: 8")
-    add, recipes = parser.add_argument, tuple(RECIPES)
-    add("--recipe", nargs="+", default=["mpl"], choices=recipes, metavar="NAME", help="(mpl)")
-    add("--compile", default="default", choices=("default", "max-autotune"), help="(%(default)s)")
+    add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="TEXT", help="variants with this in the name")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
-    """Recipe after recipe."""
+    """Correctness in float64, then the variants in turns, then their phases."""
     setting = setting_of(options, cuda=64, cpu=8)
-    chosen = [_chosen(options, setting, recipe) for recipe in options.recipe]
+    variants = _chosen(options, setting)
     # No compiled network may fall back to an eager one unnoticed.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     report.claim = (
         f"{setting.model}, {setting.labeled} labeled images of {setting.size} pixels and "
         f"{setting.mu} unlabeled for each, on the device already; interleaved rounds"
     )
-    report.more |= {"correctness": [], BEST: {}}
+    report.more["correctness"] = []
     _note(report, [step_checks.parity(setting)])
+    found = _measured(options, setting, variants, report)
     gpu = torch.cuda.get_device_name() if setting.device.type == "cuda" else ""
-    for number, (recipe, variants) in enumerate(zip(options.recipe, chosen, strict=True)):
-        left = report.seconds_left(len(chosen) - number)
-        found = _recipe(options, setting, recipe, variants, left, report)
-        scene = Scene(setting, recipe, passes(setting, recipe), gpu, options.smoke)
-        report.more[BEST][recipe] = best(found)
-        report.add(rows(found, scene))
+    report.more[BEST] = best(found)
+    report.add(rows(found, Scene(setting, passes(setting), gpu, options.smoke)))
 
 
-def passes(setting: Setting, recipe: str) -> float:
-    """What a step costs, in forward passes of one image.
-
-    A backward pass counts 2, and a forward pass with a derivative 3: convolved are images by
-    weights, and the change of each by the other.
-    """
-    counted = step_rows.count(RECIPES[recipe], *setting.counts(recipe), steps=STEPS, step=0)
-    return counted.forward + 2.0 * counted.backward + 3.0 * counted.tangent
+def passes(setting: Setting) -> float:
+    """What a step of MPL costs, in forward passes of one image; a backward pass counts 2."""
+    sizes = (setting.labeled, setting.labeled * setting.mu)
+    counted = step_rows.count(RECIPES["mpl"], *sizes, steps=STEPS, step=0)
+    return counted.forward + 2.0 * counted.backward
 
 
-def _chosen(options: argparse.Namespace, setting: Setting, recipe: str) -> dict[str, Builder]:
+def _chosen(options: argparse.Namespace, setting: Setting) -> dict[str, Builder]:
     only = options.only or (FEW if options.smoke else [""])
-    every = builders(setting, recipe, options.compile)
+    every = builders(setting)
     chosen = {n: build for n, build in every.items() if any(text in n for text in only)}
     if not chosen:
         raise ConfigError(f"--only {' '.join(only)}: there are {', '.join(every)}")
@@ -149,71 +130,57 @@ def _note(report: Report, checks: Sequence[step_checks.Check]) -> None:
             report.fail(one.what, f"off by {one.error:.2g}, allowed are {one.tolerance:g}")
 
 
-def _recipe(
-    options: argparse.Namespace,
-    setting: Setting,
-    recipe: str,
-    variants: Mapping[str, Builder],
-    seconds: float,
-    report: Report,
+def _measured(
+    options: argparse.Namespace, setting: Setting, variants: Mapping[str, Builder], report: Report
 ) -> Found:
     """The variants are built while there is time, then take turns."""
-    began = time.monotonic()
-    ready = _built(recipe, variants, began + BUILT * seconds, report)
-    fallen = set[str]()
+    began, seconds = time.monotonic(), report.seconds_left()
+    ready = _built(variants, began + BUILT * seconds, report)
     measured = interleaved(
         ready,
-        lambda one: _turn(one, fallen),
+        lambda one: seconds_of(repeated(one.variant.step, one.repeats)) / one.repeats,
         rounds=options.rounds,
         warmup=1,
         seed=options.seed,
         seconds=0.8 * (seconds - (time.monotonic() - began)),
     )
-    for name in sorted(fallen):
-        report.skipped.append(f"{recipe}: failed: {name}: out of memory beside the others")
-        del ready[name], measured[name]
-    in_time = time.monotonic() - began < seconds
-    if not in_time:
-        report.skipped.append(f"{recipe}: no time: phases")
-    _note(report, _checks(ready.values(), setting, recipe))
-    turns = min(PHASE_ROUNDS, options.rounds)
-    parts = {name: _phases(one.variant, turns) for name, one in ready.items() if in_time}
+    _note(report, _checks(ready.values(), setting))
+    parts = dict[str, dict[str, list[float]]]()
+    if report.seconds_left() > 0:
+        turns = min(PHASE_ROUNDS, options.rounds)
+        parts = {name: _phases(one.variant, turns) for name, one in ready.items()}
+    else:
+        report.skipped.append("no time: phases")
     memory = {name: one.memory for name, one in ready.items() if one.memory}
-    return Found(measured, {name: found for name, found in parts.items() if found}, memory)
+    return Found(measured, parts, memory)
 
 
-def _built(
-    recipe: str, variants: Mapping[str, Builder], end: float, report: Report
-) -> dict[str, Ready]:
+def _built(variants: Mapping[str, Builder], end: float, report: Report) -> dict[str, Ready]:
     """Variants that run; one that fails, for lack of memory or of a compiler, is left out.
 
-    None is begun if one like the slowest so far would not be ready by `end`.
+    After `end` none is begun, but one is always built.
     """
-    ready, slowest = dict[str, Ready](), 0.0
+    ready = dict[str, Ready]()
     for name, build in variants.items():
-        began = time.monotonic()
-        if ready and began + slowest > end:
-            report.skipped.append(f"{recipe}: no time: {name}")
+        if ready and time.monotonic() > end:
+            report.skipped.append(f"no time: {name}")
             continue
         print(f"building {name}", flush=True)
         try:
-            one = _warmed(build)
-            if one is not None:
-                ready[name] = one
+            ready[name] = _warmed(build)
         except Exception as error:
-            report.skipped.append(f"{recipe}: failed: {name}: {one_line(error)}")
-        _free()
-        slowest = max(slowest, time.monotonic() - began)
+            report.skipped.append(f"failed: {name}: {one_line(error)}")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return ready
 
 
-def _warmed(build: Builder) -> Ready | None:
+def _warmed(build: Builder) -> Ready:
     """Runs it, so that compilers, libraries and the allocator's cache are warm."""
     gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if gpu else 0
     variant = build()
-    if variant is None:
-        return None
     metrics: Mapping[str, Any] = {}
     for _ in range(WARM_ON_GPU if gpu else WARM):  # alike for all: their metrics are compared
         metrics = variant.step()
@@ -230,24 +197,6 @@ def _warmed(build: Builder) -> Ready | None:
     return Ready(variant, repeats, memory, numbers)
 
 
-def _turn(ready: Ready, fallen: set[str]) -> float:
-    """Seconds of a step; a variant that runs out of memory does nothing any more."""
-    name, step, *_ = ready.variant
-    if name not in fallen:
-        try:
-            return seconds_of(repeated(step, ready.repeats)) / ready.repeats
-        except torch.OutOfMemoryError:
-            fallen.add(name)
-        _free()  # here, where the error no longer holds tensors
-    return math.nan
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
     """After the timing, since it waits for the device again and again."""
     if not variant.owners or (variant.flavor and variant.flavor.graphs == "step"):
@@ -256,8 +205,8 @@ def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
     return {name: [turn.get(name, 0.0) for turn in found] for name in found[0]}
 
 
-def _checks(ready: Any, setting: Setting, recipe: str) -> list[step_checks.Check]:
-    images = batch(setting, recipe).labeled
+def _checks(ready: Iterable[Ready], setting: Setting) -> list[step_checks.Check]:
+    images = batch(setting, "mpl").labeled
     flavored = [(one.variant.flavor, one) for one in ready if one.variant.flavor is not None]
     checks = step_checks.same_losses({f: one.metrics for f, one in flavored}, setting.device)
     for flavor, one in flavored:
@@ -273,13 +222,13 @@ def best(found: Found, only: str = "ours") -> str | None:
 
 
 def rows(found: Found, scene: Scene) -> list[Row]:
-    """Everything about a recipe, with the project's aims."""
+    """Times, ratios, phases and memory, with the project's aims."""
     made = [*_steps(found, scene), *_against_plain(found), *_split(found)]
     made += [*_per_pass(found, scene), *_phases_and_memory(found)]
     aims = targets(scene, best(found) or "no step of ours")
     return [
         row._replace(
-            name=f"{scene.recipe}, {row.name}",
+            name=f"mpl, {row.name}",
             steady=row.steady and not scene.smoke,
             target=next((aim for end, aim in aims.items() if row.name.endswith(end)), None),
         )
@@ -289,19 +238,20 @@ def rows(found: Found, scene: Scene) -> list[Row]:
 
 def targets(scene: Scene, first: str) -> dict[str, float]:
     """Aims by the end of a row's name; `first` is the fastest of ours."""
-    setting = scene.setting
-    if scene.on_cpu:
-        return {f"{PLAIN} / {BEST}": 2.5, f"{PLAIN} / {BEST} in fp32": 1.3}
-    if not scene.hopper:
+    setting, model = scene.setting, scene.setting.model
+    if scene.smoke:
+        return {}
+    if not scene.gpu:
+        aims = {f"{PLAIN} / {BEST}": 2.5, f"{PLAIN} / {BEST} in fp32": 1.3}
+        return aims if model == "wrn_28_2" else {}
+    if not any(name in scene.gpu for name in HOPPER):
         return {}
     found = {" / split": 1.25, " passes": 1.05}
-    if setting.model == "wrn_28_2":
-        found[f"{PLAIN_AMP} / {BEST}"] = 4.0
-    if setting.model == "resnet50":
-        found[f"{PLAIN_AMP} / {BEST}"] = 2.5
+    if model in PLAIN_AIMS:
+        found[f"{PLAIN_AMP} / {BEST}"] = PLAIN_AIMS[model]
     if setting[:4] == ("wrn_28_2", 64, 7, 32):
         found[f"{first}: step"] = 15.0
-    if (setting.model, setting.mu) == ("resnet50", 7):
+    if (model, setting.mu) == ("resnet50", 7):
         found[f"{first}: distinct images"] = 1000.0
     return found
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ class Flavor(NamedTuple):
     @property
     def how(self) -> str:
         """Precision, compilation and graphs: what a forward pass is made of."""
-        mode = {"off": "eager", "default": "compiled"}.get(self.compiled, self.compiled)
-        graphs = {"off": "", "model": " graphs", "step": " step-graph"}[self.graphs]
+        mode = "eager" if self.compiled == "off" else "compiled"
+        graphs = " step-graph" if self.graphs == "step" else ""
         return f"{'bf16' if self.bf16 else 'fp32'} {mode}{graphs}"
 
     @property
@@ -118,36 +119,34 @@ class Variant(NamedTuple):
     flavor: Flavor | None = None
 
 
-Builder = Callable[[], Variant | None]
+Builder = Callable[[], Variant]
 
 
-def builders(setting: Setting, recipe: str, compiled: Mode) -> dict[str, Builder]:
-    """All variants, the most important first; None where a recipe has no such form."""
-    made: dict[str, Builder] = {}
-    if recipe == "mpl":
-        made[PLAIN_AMP] = lambda: plain(setting, True)
-        made[PLAIN] = lambda: plain(setting, False)
-    for alike in flavors(setting, compiled):
+def builders(setting: Setting) -> dict[str, Builder]:
+    """All variants of a step of MPL, the most important first."""
+    made: dict[str, Builder] = {
+        PLAIN_AMP: lambda: plain(setting, True),
+        PLAIN: lambda: plain(setting, False),
+    }
+    for alike in flavors(setting):
         for flavor in alike:
-            made[flavor.name] = lambda flavor=flavor: ours(setting, recipe, flavor)  # type: ignore[misc]
+            made[flavor.name] = partial(ours, setting, "mpl", flavor)
         # What the steps of this kind are compared with.
-        first = alike[0]
-        made[f"one pass {first.how}"] = lambda first=first: one_pass(setting, first)  # type: ignore[misc]
+        made[f"one pass {alike[0].how}"] = partial(one_pass, setting, alike[0])
     return made
 
 
-def flavors(setting: Setting, compiled: Mode = "default") -> list[list[Flavor]]:
+def flavors(setting: Setting) -> list[list[Flavor]]:
     """Ours, the most important first; those in one list make their passes alike.
 
-    CUDA graphs are for small networks: each keeps the memory of its pass, or step, to itself.
+    CUDA graphs are for small networks: each keeps the memory of its step to itself.
     """
-    joint, split = Flavor(True, compiled, "joint"), Flavor(True, compiled, "split")
-    first, graphs = [joint, split], list[list[Flavor]]()
-    if setting.device.type == "cuda" and setting.model.startswith(SMALL):
-        first += [split._replace(graphs="step"), joint._replace(graphs="step")]
-        graphs = [[joint._replace(graphs="model"), split._replace(graphs="model")]]
+    joint, split = Flavor(True, "default", "joint"), Flavor(True, "default", "split")
     single = [one._replace(bf16=False) for one in (joint, split)]
-    return [first, *graphs, single, [Flavor()]]
+    half = [joint, split]
+    if setting.device.type == "cuda" and setting.model.startswith(SMALL):
+        half += [split._replace(graphs="step"), joint._replace(graphs="step")]
+    return [half, single, [Flavor()]]
 
 
 def add_setting_options(parser: argparse.ArgumentParser, labeled: str, mu: int = 7) -> None:
@@ -195,13 +194,6 @@ def batch(setting: Setting, recipe: str, dtype: torch.dtype = torch.float32) -> 
     return Batch(views[0], labels, views[1], views[2], truth)
 
 
-def with_norm_batches(config: AlgorithmConfig, kind: NormBatches) -> AlgorithmConfig | None:
-    """The recipe with its views normalized `joint` or `split`; None if it has no such choice."""
-    if isinstance(config, MPLConfig | UDAConfig | FixMatchConfig):
-        return dataclasses.replace(config, bn_batches=kind)
-    return config if kind == "joint" else None
-
-
 def plain(setting: Setting, amp: bool) -> Variant:
     """The plain PyTorch step, in NCHW and with its three views in three pieces of memory."""
     teacher, student = (network(setting, seed) for seed in (0, 1))
@@ -235,20 +227,17 @@ def plain_settings(config: MPLConfig) -> step_reference.Settings:
     )
 
 
-def ours(setting: Setting, recipe: str, flavor: Flavor) -> Variant | None:
-    """Our step; None if the recipe has no such form."""
-    config = with_norm_batches(RECIPES[recipe], flavor.norm_batches)
-    if config is None:
-        return None
+def ours(setting: Setting, recipe: str, flavor: Flavor) -> Variant:
+    """Our step of a recipe; MPL also with its views normalized `split`."""
+    config = RECIPES[recipe]
+    if isinstance(config, MPLConfig):
+        config = dataclasses.replace(config, bn_batches=flavor.norm_batches)
     algorithm = algorithm_of(setting, config, flavor)
     images = batch(setting, recipe, torch.bfloat16 if flavor.bf16 else torch.float32)
-    turn, repeat = iter(range(STEPS)), None
-    if flavor.graphs == "step":
-        repeat = StepGraph(algorithm).step
+    turn = iter(range(STEPS))
+    repeat = StepGraph(algorithm).step if flavor.graphs == "step" else None
 
     def step() -> Mapping[str, Tensor]:
-        if flavor.graphs == "model":  # or a later pass might overwrite what is still needed
-            torch.compiler.cudagraph_mark_step_begin()
         return train_step(algorithm, images, next(turn), repeat)
 
     return Variant(flavor.name, step, algorithm.learners, flavor)
@@ -286,8 +275,6 @@ def one_pass(setting: Setting, flavor: Flavor) -> Variant:
     def step() -> Mapping[str, Tensor]:
         for parameter in learner.parameters:
             parameter.grad = None
-        if flavor.graphs == "model":
-            torch.compiler.cudagraph_mark_step_begin()
         loss = losses.smoothed_ce(learner(images.labeled), images.labels).loss
         loss.backward()
         return {"loss": loss.detach()}

@@ -51,7 +51,6 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     _count("plain mpl", step_variants.plain(setting, amp=False), device, report, budget=None)
     for recipe in options.recipe:
         one = step_variants.ours(setting, recipe, Flavor(bf16=device.type == "cuda"))
-        assert one is not None
         _count(recipe, one, device, report, budget=SYNCS)
         _add(f"{recipe}: collectives", Counter(exchanged[recipe]), COLLECTIVES, report)
 
@@ -88,7 +87,6 @@ def rank(given: Sequence[str]) -> None:
     found: dict[str, Counter[str]] = {}
     for recipe in recipes:
         one = step_variants.ours(setting, recipe, Flavor())
-        assert one is not None
         for _ in range(WARM):  # DDP orders its buckets in its first steps
             one.step()
         found[recipe] = collectives(one.step)

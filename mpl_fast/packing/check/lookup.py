@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.atomic import write_bytes
+from mpl_fast.atomic import atomic_path
 from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
@@ -129,8 +129,9 @@ def save(image: bytes, path: Path, *, force: bool) -> None:
     """Write an image to path atomically; OutputError when the file exists, unless force."""
     if path.exists() and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
-    with output_errors(path):
-        write_bytes(path, image)
+    own = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with output_errors(path), atomic_path(path, own) as temporary:
+        temporary.write_bytes(image)
 
 
 def _damaged(path: Path, found: Found, reason: str) -> DataError:
