@@ -66,6 +66,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_average_and_decide_together(tmp_path: Path) -> None:
     spawn(_rank, args=(str(tmp_path),), nprocs=2)
     votes = [(tmp_path / f"votes{rank}").read_text() for rank in (0, 1)]

@@ -32,6 +32,7 @@ def test_kernels_is_a_link_without_init(root: Path) -> None:
     assert not (root / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_kernels_is_found_under_our_name_only(tmp_path: Path) -> None:
     """From a neutral folder, as a user would have it."""
     code = (

@@ -38,6 +38,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, l
     return code, capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
 def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "sheet.png"
     options = ["--images", "2", "--draws", "3", "--data.image-size", "100"]

@@ -33,6 +33,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_batch_form(manifest: Manifest, dtype: torch.dtype) -> None:
     batch = next(train_loader(manifest, dtype=dtype))
     for images, count in ((batch.labeled, 4), (batch.weak, 8), (batch.strong, 8)):
@@ -203,6 +204,7 @@ def test_a_state_with_the_names_of_older_versions_is_read(
         train_loader(manifest, replace(PLAIN, interpolation="bilinear"), state=old)
 
 
+@pytest.mark.slow
 def test_another_table_of_operations_refuses_a_state_except_under_policy_dali(
     manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

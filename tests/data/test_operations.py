@@ -77,6 +77,7 @@ def test_operation_equals_pillow(size: DataConfig, magnitude: float, sign: int, 
 @GPU
 @pytest.mark.parametrize("magnitude", [5.0, 8.0, 10.0, 17.0])
 @SIZES
+@pytest.mark.slow
 def test_operation_by_code_equals_its_own_graph(
     size: DataConfig, magnitude: float, gpu: bool
 ) -> None:

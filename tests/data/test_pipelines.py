@@ -229,6 +229,7 @@ def training_graph(manifest: Manifest, config: DataConfig, gpu: int | None) -> P
     )
 
 
+@pytest.mark.slow
 def test_graphs_are_those_that_saved_positions_belong_to(ramps: Manifest) -> None:
     """DALI restores a state by the names of operators, which it numbers in the order of their
     construction. Whoever changes a graph on purpose increases `GRAPH` and replaces the hash."""

@@ -197,6 +197,7 @@ def test_saved_activations_are_those_of_a_real_step(
     assert estimated == pytest.approx(kept.most, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_saves_less() -> None:
     network = models.build("wrn_10_1", CLASSES)
     found = measure(network, SIDE, device=CPU, bf16=False, compiled=True)

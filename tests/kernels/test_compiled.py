@@ -122,6 +122,7 @@ def test_two_derivatives_are_refused_when_compiled(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", COMPILERS)
+@pytest.mark.slow
 def test_numbers_that_change_are_no_new_graph(backend: str) -> None:
     """Python's numbers become inputs of the graph."""
     counter = CompileCounterWithBackend(backend)

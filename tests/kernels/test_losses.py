@@ -154,6 +154,7 @@ def test_cuda_logits_are_for_the_kernels() -> None:
     assert losses.backend(LOGITS.cuda().double()) is reference
 
 
+@pytest.mark.slow
 def test_environment_variable_is_checked() -> None:
     environment = {**os.environ, "MPL_FAST_LOSSES": "tritn"}
     command = [sys.executable, "-c", "import mpl_fast.losses"]

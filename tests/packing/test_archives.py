@@ -202,6 +202,7 @@ def test_header_that_leads_back_to_itself(tmp_path: Path) -> None:
         list(islice(endless, 100))
 
 
+@pytest.mark.slow
 def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
     """A byte of size or type is changed and the checksum made valid."""
     long = ("d" * 150 + "/a.jpg", b"1" * 700)

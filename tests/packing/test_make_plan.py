@@ -362,6 +362,7 @@ for count in (2_000, 100_000):
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "plan")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -73,6 +73,7 @@ def summaries(out: Path, variant: str) -> list[dict[str, Any]]:
     return [json.loads((out / variant / f"seed{s}" / "summary.json").read_text()) for s in (3, 5)]
 
 
+@pytest.mark.slow
 def test_a_killed_ablation_goes_on(killed_and_finished: tuple[Path, str, str]) -> None:
     out, before, after = killed_and_finished
     assert "[3/4] fast, seed 5: training" in before and "[3/4] fast, seed 5: top-1" not in before
@@ -141,6 +142,7 @@ def test_another_recipe_takes_what_it_knows_of_the_config(
     assert (fast["seed"], fast["steps"], fast["labeled_batch"]) == (3, STEPS, 4)
 
 
+@pytest.mark.slow
 def test_run_again_it_trains_nothing(
     killed_and_finished: tuple[Path, str, str], tiny_rec: Path
 ) -> None:
@@ -219,6 +221,7 @@ def test_missing_records_are_reported_once_and_before_anything_runs(
     assert not list((tmp_path / "out").glob("*/"))
 
 
+@pytest.mark.slow
 def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
     """Without those of an older, shorter run in the same log."""
     idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.delay_steps=2"]
@@ -228,7 +231,7 @@ def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: P
     log.write_text("warning: the learner never moves: of old\nstep 1/")
     done = ablation(tmp_path / "out", tiny_rec, *flags)
     assert done.returncode == 0, done.stderr
-    warning = "the learner never moves: its wait of 2 steps is not over in a run of 2"
+    warning = "the learner never moves: its delay of 2 steps is not over in a run of 2"
     shown = [line for line in done.stdout.splitlines() if "warning: " in line]
     assert shown == [f"  idle, seed 3: warning: {warning}"]
     assert all(f"\nwarning: {warning}\n" in f.read_text() for f in log.parent.iterdir())

@@ -63,6 +63,7 @@ def test_what_a_job_does_not_use_goes_to_those_behind_it() -> None:
     assert [job.name for job, _ in turns] == ["b"] and left_out == ["a: no time"]
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     """The child of the job ignores SIGTERM, and so does the job."""
     source = (
@@ -163,6 +164,7 @@ def test_one_line_for_a_wrong_option(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_job_and_writes_the_page(tmp_path: Path) -> None:
     source = (
         "import sys\n"

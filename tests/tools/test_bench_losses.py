@@ -271,6 +271,7 @@ def test_what_cannot_be_captured_or_fails_is_left_out(
     assert f"{SMALL}, {ONE_PASS}, host" in [row["name"] for row in result["rows"]]
 
 
+@pytest.mark.slow
 def test_a_wrong_variant_is_not_timed(
     simulated_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_variant_that_loses_an_image_fails(
     assert not any("webdataset" in row["name"] for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(archive: Path, tmp_path: Path) -> None:
     options = ["--only", "webdataset", "--peers", peers(tmp_path, "time.sleep(1000)")]
     line = [sys.executable, "-m", "tools.bench", "pack", *arguments(archive, tmp_path, *options)]

@@ -27,6 +27,7 @@ def smoke(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     return out, done.stdout
 
 
+@pytest.mark.slow
 def test_files_hold_every_feedback(smoke: tuple[Path, str]) -> None:
     out, printed = smoke
     assert {file.name for file in out.iterdir()} == {"feedbacks.json", "feedbacks.md"}
@@ -56,6 +57,7 @@ def test_exact_is_near_and_the_published_ones_are_not() -> None:
     assert near["parity_kekmodel"].cosine < near["difference"].cosine
 
 
+@pytest.mark.slow
 def test_drawn_labels_are_right_on_average() -> None:
     per_example = measure.nearness(KINDS["per_example"], 8, FEW)
     sampled = measure.nearness(KINDS["sampled"], 8, FEW)

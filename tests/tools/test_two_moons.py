@@ -325,6 +325,7 @@ def command(out: Path, *sizes: str) -> list[str]:
     return [sys.executable, "-m", "tools.studies.two_moons", *sizes, "--out", str(out)]
 
 
+@pytest.mark.slow
 def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> None:
     sizes = ["--draws", "2", "--inits", "2", "--steps", "20", "--seed", "3"]
     out = tmp_path / "new" / "out"
@@ -381,6 +382,7 @@ def test_a_mistake_is_one_line(
     assert not out.exists() and file.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
     sizes = ["--draws", "2", "--inits", "1", "--steps", "2000"]
     process = subprocess.Popen(

@@ -120,6 +120,7 @@ def test_run_directory_that_is_a_file(
     assert (tmp_path / "run").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_run_directory_of_another_config(
     train_command: Command, tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_run_directory_of_another_config(
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     train_command: Command, tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_mistake_can_be_mended_before_the_first_checkpoint(
     assert "warning: the student never moves: its delay of 9 steps" in mended.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_directory(train_command: Command, tiny_rec: Path, tmp_path: Path) -> None:
     import fcntl
 
@@ -153,6 +156,7 @@ def test_two_runs_in_one_directory(train_command: Command, tiny_rec: Path, tmp_p
     assert code == 2 and "in use by another run" in text
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +174,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     assert not (folder / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_an_error_is_printed_once_under_torchrun(tiny_rec: Path, tmp_path: Path) -> None:
     """By rank 0, though it occurs on both ranks; torchrun adds a report of its own."""
     (tmp_path / "run").write_text("in the way")

@@ -141,6 +141,7 @@ except OSError as error:
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
+@pytest.mark.slow
 def test_a_full_disk_is_an_oserror(limit: int, tmp_path: Path) -> None:
     """And not the error of torch's archive when it is closed half-way."""
     done = subprocess.run(

@@ -74,6 +74,7 @@ def assert_is(network: torch.nn.Module | None, expected: dict[str, Tensor]) -> N
         ("supervised_plain", "average", "learner", "network"),
     ],
 )
+@pytest.mark.slow
 def test_tuning_begins_with_the_network_that_was_evaluated(
     run: str, weights: Any, name: str, taken: str, starts: Path
 ) -> None:
@@ -124,6 +125,7 @@ def evaluations(folder: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["eval/top1"]) for r in rows(folder) if "eval/top1" in r]
 
 
+@pytest.mark.slow
 def test_tuning_lasts_its_epochs_and_is_evaluated_on_the_way(tuned: Path, starts: Path) -> None:
     """1.5 epochs of 5 steps, looked at before them and each half epoch."""
     found = evaluations(tuned / "straight")
@@ -186,6 +188,7 @@ def test_a_damaged_start_falls_back_with_a_warning(starts: Path, tmp_path: Path)
     assert_is(learner.network, final_state(start, 4)["learners"]["student"]["average"])
 
 
+@pytest.mark.slow
 def test_transfer_trains_the_head_alone(tiny_rec: Path, tmp_path: Path) -> None:
     """Weights of a file, its trunk frozen: after the run it is bit for bit the file's."""
     torch.manual_seed(5)

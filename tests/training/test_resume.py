@@ -52,6 +52,7 @@ def straight(ranks: int, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.slow
 def test_stopped_at_any_step_and_resumed_equals_straight(tiny_rec: Path, tmp_path: Path) -> None:
     straight = tmp_path / "straight"
     sessions = [arguments(straight, tiny_rec)]
@@ -79,6 +80,7 @@ def alive(word: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_straight(
     ranks: int, straight: Path, tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_killed_and_resumed_equals_straight(
     assert steps == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_asks_to_be_run_again(
     straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +137,7 @@ def test_sigterm_saves_and_asks_to_be_run_again(
     assert_same(final_state(straight), final_state(folder))
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_with_one_warning(
     straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +156,7 @@ def test_damaged_newest_checkpoint_falls_back_with_one_warning(
     assert_same(final_state(straight), final_state(folder))
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(
     straight: Path, ranks: int, tiny_rec: Path
 ) -> None:
@@ -168,6 +173,7 @@ def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(
     assert json.loads(file.read_text())["top1"] == json.loads(before)["top1"]
 
 
+@pytest.mark.slow
 def test_every_recipe_trains_under_torchrun_and_resumes(tiny_rec: Path, tmp_path: Path) -> None:
     """On two ranks, from the middle of a role player's period too: the last checkpoint is lost.
 

@@ -19,6 +19,7 @@ def finished(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_everything_promised_is_there(finished: Path) -> None:
     config = yaml.safe_load((finished / "config.yaml").read_text())
     assert config["steps"] == 6 and config["data"]["hw_decoder_load"] == 0.65  # defaults too
@@ -50,6 +51,7 @@ def test_rows_say_what_happened(finished: Path) -> None:
     assert evaluations[-1]["eval/count"] == 50
 
 
+@pytest.mark.slow
 def test_evaluate_tool_finds_the_same_on_one_rank_and_two(finished: Path, tiny_rec: Path) -> None:
     expected = final_state(finished)["accuracy"]
     line = f"top-1 {expected['top1']:.2f} %, top-5 {expected['top5']:.2f} % of 50 images"
@@ -75,6 +77,7 @@ def test_plot_tool_draws_the_curves(finished: Path, tmp_path: Path) -> None:
     assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_evaluate_tool_tells_of_a_missing_run_and_another_network(
     finished: Path, tiny_rec: Path, tmp_path: Path
 ) -> None:
