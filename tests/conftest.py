@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,10 @@ def tiny_rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is none."""
+    """Runs files with slow tests first, so that all processes end at about the same time, and skips
+    tests marked `gpu` without a GPU."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # stable: files stay together
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -54,9 +55,10 @@ def run_jobs(
         # Workers inherit the blocked Ctrl-C: only the parent handles it, once they are started.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            for at in sorted(range(len(jobs)), key=lambda at: -jobs[at].size):
-                futures[at] = pool.submit(_work, at, jobs[at].call)
-            workers += multiprocessing.active_children()
+            with _deferred(signal.SIGTERM):
+                for at in sorted(range(len(jobs)), key=lambda at: -jobs[at].size):
+                    futures[at] = pool.submit(_work, at, jobs[at].call)
+                workers += multiprocessing.active_children()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         pending = set(futures.values())
@@ -72,6 +74,23 @@ def run_jobs(
         board[0] = 1
         pool.shutdown(cancel_futures=True)
     return [futures[at].result() for at in range(len(jobs))]
+
+
+@contextmanager
+def _deferred(number: signal.Signals) -> Iterator[None]:
+    """Delays a signal's handler: a worker that is interrupted while it is started prints a
+    traceback. It is not blocked, since workers would inherit that."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread
+        return
+    handler = signal.signal(number, lambda got, _frame: received.append(got))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+        if received:
+            signal.raise_signal(number)
 
 
 def _death(jobs: Sequence[Job[T]], board: Any, workers: Sequence[BaseProcess]) -> str:
