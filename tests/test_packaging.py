@@ -75,6 +75,7 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return zipfile.ZipFile(built).namelist()
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_under_one_name(root: Path, wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"mpl_fast"}

@@ -365,6 +365,7 @@ def test_the_clipping_of_these_options_is_active_for_both_networks() -> None:
         }
     ),
 )
+@pytest.mark.slow
 def test_any_options_agree_with_the_plain_step(
     seed: int, number: int, changed: dict[str, Any]
 ) -> None:

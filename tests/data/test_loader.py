@@ -54,6 +54,7 @@ def test_labels_belong_to_their_images(manifest: Manifest) -> None:
             assert [number % CLASSES for number in numbers] == labels.tolist()
 
 
+@pytest.mark.slow
 def test_normalization(manifest: Manifest) -> None:
     """(level / 255 - mean) / std, to the rounding of each type; bfloat16 by way of float16."""
     config = replace(PLAIN, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -78,6 +79,7 @@ def test_labeled_only(manifest: Manifest) -> None:
     assert set(alone.state()) == {"made_with", "labeled"}
 
 
+@pytest.mark.slow
 def test_equal_arguments_give_equal_batches(manifest: Manifest) -> None:
     first, again, other, ranked = (
         train_loader(manifest),
@@ -141,6 +143,7 @@ def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: st
         assert resumed.state()["made_with"] == states[stop]["made_with"]
 
 
+@pytest.mark.slow
 def test_a_resumed_loader_can_be_resumed(manifest: Manifest) -> None:
     whole = train_loader(manifest)
     batches = [next(whole) for _ in range(9)]

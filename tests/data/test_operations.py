@@ -149,6 +149,7 @@ def tint() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("policy", ["mpl", "mpl_branched"])
+@pytest.mark.slow
 def test_a_new_operation_is_one_entry(tint: None, policy: str) -> None:
     image = photographs(32)[0]
     config = replace(CIFAR, policy=policy, num_ops=1, magnitude=8.0)  # type: ignore[arg-type]

@@ -100,6 +100,7 @@ def greedy(x_ptr: tl.tensor, y_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
 
 
 @compiles
+@pytest.mark.slow
 def test_a_spill_is_detected() -> None:
     with aot.recording(90) as launches:
         greedy[(1,)](

@@ -80,6 +80,7 @@ def gradients(
     ("name", "backend"),
     [*((name, COMPILERS[0]) for name in LOSSES), *(("smoothed_ce", c) for c in COMPILERS[1:])],
 )
+@pytest.mark.slow
 def test_one_graph_serves_every_batch_size(name: str, backend: str) -> None:
     counter = CompileCounterWithBackend(backend)
     functions, compilations = compiled_and_plain(name, counter), []

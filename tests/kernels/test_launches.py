@@ -136,6 +136,7 @@ def everything(x: Tensor, label: Tensor, numbers: Tensor) -> None:
     losses.pseudo_labels(x, uniforms=numbers[:9])
 
 
+@pytest.mark.slow
 def test_addresses_of_single_numbers_are_not_compiled_in(kernels: list[Launched]) -> None:
     """Views into larger tensors, 4 or 8 bytes further on: else a kernel of their own for each."""
     found = []

@@ -101,6 +101,7 @@ def traced(name: str, logits: Tensor) -> tuple[Tensor, ...]:
         ("exact", [1, 1]),
     ],
 )
+@pytest.mark.slow
 def test_one_kernel_forward_one_backward_and_no_copies(name: str, kernels: list[int]) -> None:
     tracer = Tracer()
 

@@ -195,6 +195,7 @@ def test_training_is_one_compiled_graph(name: str, backend: str) -> None:
         assert (got - wanted).norm() <= 1e-4 * wanted.norm() + 1e-4
 
 
+@pytest.mark.slow
 def test_synchronized_norms_keep_their_activations() -> None:
     """Without a process group they compute what they replace."""
     torch.manual_seed(0)

@@ -216,6 +216,7 @@ def test_a_frozen_network_passes_through_ddp(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_frozen_network_passes_through_compile_and_functional_calls() -> None:
     network = models.build("wrn_10_1", 5, frozen=True).train()
     weights: dict[str, Tensor] = dict(network.named_parameters())

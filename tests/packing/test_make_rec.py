@@ -124,6 +124,7 @@ def test_cutting_into_shards_moves_no_byte(tree: Path, tmp_path: Path) -> None:
     assert [path.read_bytes() for path in sorted(by_size.glob("*.rec"))] == shards
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_processes(tree: Path, tmp_path: Path) -> None:
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "50%", "--shards", 2)
     alone = pack(*common, out=tmp_path / "alone")

@@ -153,6 +153,7 @@ def test_records_at_the_border_of_buffers(tmp_path: Path, before: int, inside: b
 
 
 @pytest.mark.parametrize("size", [2 * BUFFER + 5, 3 * BUFFER - HEAD, 3 * BUFFER, 5 * BUFFER + 1])
+@pytest.mark.slow
 def test_images_longer_than_buffers(tmp_path: Path, size: int) -> None:
     """Images as long as the whole ring of buffers and longer, of one part and of several."""
     noise = np.random.default_rng(0).bytes(size)

@@ -176,6 +176,7 @@ def peak_memory(work: Path, check: str, size: int) -> int:
     return peak * 1024 // 1_000_000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     plan_images(tmp_path, tmp_path / "work", 300)
     assert 20 < peak_memory(tmp_path / "work", "none", 300 * 1_000_032) < 200

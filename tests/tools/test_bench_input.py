@@ -49,6 +49,7 @@ def test_smoke_measures_every_variant_once(tmp_path: Path) -> None:
     assert "| both: dali-mpl against torchvision-pil |" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_sweep_is_of_our_settings(manifest: Manifest) -> None:
     """One at a time: the share of the JPEG engine at the present number of batches ahead."""
     split = manifest.splits["unlabeled"]

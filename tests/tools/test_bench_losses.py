@@ -240,6 +240,7 @@ def names_of(result: dict[str, Any], unit: str = "us") -> list[str]:
     return [name for name in found if not name.endswith(", host")]
 
 
+@pytest.mark.slow
 def test_a_whole_run(simulated_gpu: None, tmp_path: Path) -> None:
     result = run(tmp_path, "--rounds", "3")
     found = {row["name"]: row for row in result["rows"]}
@@ -253,6 +254,7 @@ def test_a_whole_run(simulated_gpu: None, tmp_path: Path) -> None:
     assert result["skipped"] == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captured_or_fails_is_left_out(
     simulated_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

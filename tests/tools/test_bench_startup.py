@@ -38,6 +38,7 @@ def test_smoke_measures_every_start(
     assert warm == resume == cold
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_fails_the_benchmark(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_one_run_of_many_is_the_plain_loop(name: str, moons: Problem) -> None:
     assert len(found) == len(expected)
 
 
+@pytest.mark.slow
 def test_feedback_is_large_enough_for_that_comparison(moons: Problem) -> None:
     """Else the loops could agree without it."""
     off = teacher_of("mpl_off", moons)

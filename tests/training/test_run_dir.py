@@ -69,6 +69,7 @@ def test_evaluate_tool_finds_the_same_on_one_rank_and_two(finished: Path, tiny_r
         assert done.stdout.count(line) == 1, done.stdout
 
 
+@pytest.mark.slow
 def test_plot_tool_draws_the_curves(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "curves.png"
     tool = [sys.executable, str(ROOT / "tools" / "plot.py"), str(finished), "--out", str(out)]
@@ -90,6 +91,7 @@ def test_evaluate_tool_tells_of_a_missing_run_and_another_network(
         assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_plot_tool_survives_a_cut_line_and_says_when_there_is_nothing(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tool = [sys.executable, str(ROOT / "tools" / "plot.py"), str(tmp_path)]
