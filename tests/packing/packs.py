@@ -470,7 +470,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def identities(files: Iterable[Path]) -> dict[str, tuple[int, int]]:
-    """Return what tells by name whether files were written again."""
+    """Return a value for each file name that changes if the file is written again."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 

@@ -74,7 +74,7 @@ def test_same_pack(packed: PackOptions) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"labeled": "6"}, "labeled was 4, now 6"),
         ({"shards": 1}, "shards was 2, now 1"),
@@ -83,23 +83,23 @@ def test_same_pack(packed: PackOptions) -> None:
         ({"order": "list", "shards": 3}, "shards was 2, now 3, order was shuffle, now list"),
     ],
 )
-def test_other_options(packed: PackOptions, changed: dict[str, Any], told: str) -> None:
+def test_other_options(packed: PackOptions, changed: dict[str, Any], message: str) -> None:
     other = replace(packed, split=replace(packed.split, **changed))
     resplit = "make_rec.py resplit draws other labeled images for this one; else "
     hint = resplit if changed.keys() <= {"labeled", "unlabeled"} else ""
-    assert refusal(other) == f"holds another pack ({told}); {hint}{REMEDY}"
+    assert refusal(other) == f"holds another pack ({message}); {hint}{REMEDY}"
 
 
 def test_other_images(packed: PackOptions) -> None:
     image = Path(packed.src[0], "bee", "6.jpg")
     image.write_bytes(jpeg(50))
-    told = f"holds another pack (its source's files were others); {REMEDY}"
-    assert refusal(packed) == told
+    message = f"holds another pack (its source's files were others); {REMEDY}"
+    assert refusal(packed) == message
     image.unlink()
     change(packed, lambda stored: stored.update(plan_sha256="0" * 64))
-    assert refusal(packed) == told
+    assert refusal(packed) == message
     image.with_name("5.jpg").write_bytes(jpeg(51) + b"longer")
-    assert refusal(packed) == told
+    assert refusal(packed) == message
     treated = replace(packed, image=replace(KEEP, check="decode", short_side=8))
     assert refusal(treated) == (
         f"holds another pack (check was none, now decode, short_side was None, now 8); {REMEDY}"
