@@ -347,16 +347,7 @@ def finished(options: PackOptions) -> tuple[Path, Json]:
 
 def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:
     """Return the records that a shard holds, in order, with their places in it."""
-    query = (
-        "SELECT records.*, written.* FROM written JOIN records USING (id) "
-        "WHERE id BETWEEN ? AND ? ORDER BY id"
-    )
-    width = len(RecordRow._fields)
-    # USING gives one id column for `records.*` and again for `written.*`.
-    return [
-        (RecordRow(*row[:width]), WrittenRow(*row[width:]))
-        for row in table.query(query, (shard.first_id, shard.first_id + shard.records - 1))
-    ]
+    return list(table.written(shard.ids))
 
 
 # A table of one shard, made row by row.

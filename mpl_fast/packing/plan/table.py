@@ -187,6 +187,17 @@ class Table:
         row = self._connection.execute(query, (record_id,)).fetchone()
         return RecordRow(*row) if row else None
 
+    def written(self, ids: tuple[int, int]) -> Iterator[tuple[RecordRow, WrittenRow]]:
+        """Yield the written records with ids from ids[0] to ids[1] in order."""
+        query = (
+            "SELECT records.*, written.* FROM written JOIN records USING (id) "
+            "WHERE id BETWEEN ? AND ? ORDER BY id"
+        )
+        width = len(RecordRow._fields)
+        # USING gives one id column for `records.*` and again for `written.*`.
+        for row in self._connection.execute(query, ids):
+            yield RecordRow(*row[:width]), WrittenRow(*row[width:])
+
     def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of any other query."""
         # Not `yield from`: a half-read result may be closed after the connection.

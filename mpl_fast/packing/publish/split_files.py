@@ -30,7 +30,9 @@ def write_split(
     with atomic_file(work / index) as idx, atomic_file(work / listing) as lst:
 
         def entries() -> Iterator[tuple[int, int, int]]:
-            for record_id, label, name, file, offset in _listed(table, shards, sizes, labeled):
+            for record_id, label, name, file, offset in listed_records(
+                table, shards, sizes, labeled
+            ):
                 counts[label] += 1
                 lst.write(to_utf8(f"{record_id}\t{label}\t{classes[label]}/{name}\n"))
                 yield record_id, file, offset
@@ -52,7 +54,7 @@ def write_split(
     }
 
 
-def _listed(
+def listed_records(
     table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int], labeled: int | None
 ) -> Iterator[tuple[int, int, str, int, int]]:
     """Yield (id, label, name, file number, offset over the joined files) of written records."""
