@@ -42,7 +42,7 @@ from mpl_fast.packing.publish.out_folder import WORK
 from mpl_fast.packing.sources.archives import Spools
 from mpl_fast.packing.sources.source import Image, Source, open_source
 from mpl_fast.packing.write.pool import Job
-from mpl_fast.packing.write.workers import run_job
+from mpl_fast.packing.write.shard_job import run_job
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +170,7 @@ def run(
         stack.enter_context(contextlib.redirect_stderr(errors))
         stack.callback(os.chdir, Path.cwd())
         os.chdir(folder or "/")
-        for module in () if pool else ("write.workers", "check.verify"):
+        for module in () if pool else ("pack", "check.verify"):
             stack.enter_context(mock.patch(f"mpl_fast.packing.{module}.run_jobs", run_in_order))
         try:
             code = main([*map(str, arguments)])
@@ -335,7 +335,7 @@ def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
     with open_table(work / TABLE) as table:
         shards = table.shards()
     for shard in shards:
-        run_job(work, shard.number, image_options, 0, lambda images, size: None)
+        run_job(work, shard, image_options, 0, lambda images, size: None)
     return work
 
 

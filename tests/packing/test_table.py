@@ -80,7 +80,6 @@ def test_rows(table: Table) -> None:
     assert table.classes() == ["ant", f"bee{ODD}"]
     assert table.sources() == SOURCES
     assert table.shards() == SHARDS
-    assert [table.shard(number) for number in (1, 0)] == SHARDS[::-1]
     assert [list(table.records(shard)) for shard in SHARDS] == [RECORDS[:2], RECORDS[2:]]
     assert table.record(1) == RECORDS[1]
     assert table.record(3) is None

@@ -170,11 +170,6 @@ class Table:
         """Return the shards in the order of their records."""
         return [ShardRow(*row) for row in self._connection.execute("SELECT * FROM shards")]
 
-    def shard(self, number: int) -> ShardRow:
-        """Return one shard."""
-        query = "SELECT * FROM shards WHERE number = ?"
-        return ShardRow(*self._connection.execute(query, (number,)).fetchone())
-
     def records(self, shard: ShardRow) -> Iterator[RecordRow]:
         """Yield the planned records of a shard in order."""
         query = "SELECT * FROM records WHERE id BETWEEN ? AND ? ORDER BY id"
