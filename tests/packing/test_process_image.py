@@ -193,7 +193,7 @@ def test_pngs_are_made_smaller_without_alpha(on_bad: str) -> None:
 
 
 def test_converted_and_made_smaller() -> None:
-    how = {"short_side": 64, "on_bad": "convert"}
+    how: dict[str, Any] = {"short_side": 64, "on_bad": "convert"}
     gif = processed(encoded(photo(), "GIF"), quality=50, **how)
     cmyk = processed(USABLE["cmyk"], quality=50, **how)
     assert (gif.action, cmyk.action) == ("converted", "converted")

@@ -166,7 +166,8 @@ def test_lock_that_its_holder_removes_meanwhile(
     work: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     """A lock of the removed file would not keep out a process that makes the file again."""
-    flock, links = fcntl.flock, []
+    links: list[int] = []
+    flock = fcntl.flock
 
     def remove_first(file: int, operation: int) -> None:
         flock(file, operation)
