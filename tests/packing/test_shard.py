@@ -1,6 +1,7 @@
 """A shard: the records of a plan one after another, from every kind of source."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import zlib
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -187,6 +189,44 @@ def test_images_longer_than_buffers(tmp_path: Path, size: int) -> None:
     require_whole(work, write(work, threads=2)[0], images)
 
 
+@pytest.mark.parametrize("size", [4096, BUFFER, 3 * BUFFER, 5 * BUFFER + 4096])
+def test_files_that_end_with_a_block_or_buffer(tmp_path: Path, size: int) -> None:
+    images = [bytes(size - HEAD)]
+    work = plan(tmp_path, images)
+    (work / f"{SHARD}.tmp").write_bytes(b"old" * size)
+    require_whole(work, write(work)[0], images)
+
+
+@pytest.mark.parametrize("when", ["opened", "first write", "second write"])
+def test_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """A file system refuses them when the file is opened, or only with a write; here it also
+    writes less than it is given."""
+    refused = []
+    real_write, real_control = os.pwrite, fcntl.fcntl
+    limit = {"opened": -1, "first write": 0, "second write": 1}[when]
+
+    def control(file: int, command: int, value: int = 0) -> int:
+        if when == "opened" and value & os.O_DIRECT:
+            refused.append(command)
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return int(real_control(file, command, value))
+
+    def pwrite(file: int, content: memoryview, offset: int) -> int:
+        direct = real_control(file, fcntl.F_GETFL) & os.O_DIRECT
+        if when != "opened" and offset >= limit * BUFFER and not refused:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "no direct writes here")
+        assert not (direct and refused)
+        return real_write(file, content[:8192], offset)
+
+    images = [bytes([number]) * BUFFER for number in range(3)]
+    work = plan(tmp_path, images)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    require_whole(work, write(work)[0], images)
+    assert len(refused) == 1
+
+
 def test_bad_images(tmp_path: Path) -> None:
     """Where a bad image is an error all are listed; skipped ones leave a gap in the ids."""
     images = [jpeg(number) for number in range(6)]
@@ -291,24 +331,40 @@ def test_interrupted_runs(tmp_path: Path, threads: int) -> None:
     require_whole(work, write(work, threads=threads)[0], images)
 
 
-def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the records, or for the receipt: then the shard stays, but is not finished."""
+@pytest.mark.parametrize(("buffers", "images_done"), [(0, 0), (5, 1), (12, 3)])
+def test_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffers: int, images_done: int
+) -> None:
+    """The run ends when the failed buffer is used again, at the latest at the end."""
     images = [b"x" * (4 * BUFFER)] * 3
     work = plan(tmp_path, images)
+    real_write = os.pwrite
+    done = []
 
-    def fail(*_arguments: object) -> int:
-        raise FULL
+    def pwrite(file: int, content: memoryview, offset: int) -> int:
+        if offset >= buffers * BUFFER:
+            raise FULL
+        return real_write(file, content, offset)
 
-    for module, name, left in (
-        (os, "pwrite", [TABLE]),
-        (shard_receipt, "write_bytes", [TABLE, SHARD]),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, fail)
-            with pytest.raises(OutputError, match=f"^{work}: No space left on device$"):
-                write(work)
-        assert names(work) == left
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(OutputError, match=f"^{work}: No space left on device$"):
+            write(work, advance=lambda images, size: done.append(size))
+    assert len(done) <= images_done
+    assert names(work) == [TABLE]
     require_whole(work, write(work)[0], images)
+
+
+def test_no_space_for_the_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard stays, but is not finished."""
+    work = plan(tmp_path, [b"first", b"second"])
+    write(work)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_receipt, "write_bytes", mock.Mock(side_effect=FULL))
+        with pytest.raises(OutputError, match=f"^{work}: No space left on device$"):
+            write(work)
+    assert names(work) == [TABLE, SHARD]
+    require_whole(work, write(work)[0], [b"first", b"second"])
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
