@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,15 @@ def test_every_changed_byte_is_found_in_its_record(tmp_path: Path) -> None:
     assert entry["multipart"] == 1
     with open_table(pack.root / TABLE) as table:
         (shard,) = table.shards()
-    for at, byte in enumerate(content):
-        path.write_bytes(content[:at] + bytes([byte ^ 1 << at % 8]) + content[at + 1 :])
+    for at, bits in product(range(len(content)), (0x01, 0x80)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :])
         (found,) = check_shard(pack.root, entry, shard, False, lambda records, size: None)
-        assert found.record == max(r.id for r in pack.records.values() if r.offset <= at), at
-        assert found.text in {
-            f"its {part} is damaged" for part in ("frame", "header", "image", "padding")
-        }
+        owner = max(pack.records.values(), key=lambda record: (record.offset <= at, record.id))
+        assert found.record == owner.id, at
+        ends = {8: "frame", 32: "header", 32 + len(owner.image): "image", 99: "padding"}
+        part = next(part for end, part in ends.items() if at - owner.offset < end)
+        if owner.id != 1:  # that has parts, with frames between them
+            assert found.text == f"its {part} is damaged", at
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["quick", "deep"])
