@@ -30,8 +30,9 @@ KEPT = ProcessedImage()
 JPEG = USABLE["jpeg"]
 
 
-def processed(image: bytes | memoryview, name: str = "a.JPEG", **how: Any) -> ProcessedImage:
-    return process_image(image, name, ImageOptions(**how))
+def processed(image: bytes, name: str = "a.JPEG", **how: Any) -> ProcessedImage:
+    """Process an image that begins anywhere in a buffer."""
+    return process_image(memoryview(b"12345" + image)[5:], name, ImageOptions(**how))
 
 
 def pixels_of(done: ProcessedImage) -> NDArray[np.int16]:
@@ -54,7 +55,7 @@ def shrunk(picture: Image.Image, short: int = 64) -> Image.Image:
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
 def test_usable_images_are_kept(on_bad: str) -> None:
     for name, image in USABLE.items():
-        assert processed(memoryview(image), on_bad=on_bad) == KEPT, name
+        assert processed(image, on_bad=on_bad) == KEPT, name
     for name in ("65500x1", "1x65500", "1x1", "png 1x1"):
         assert processed(USABLE[name], short_side=1, min_shrink=1) == KEPT, name
 
@@ -65,9 +66,9 @@ def test_usable_images_are_kept(on_bad: str) -> None:
 )
 def test_unusable_images(on_bad: str, action: str, short_side: int | None) -> None:
     converted = set()
-    for name, (image, _) in UNUSABLE.items():
-        done = processed(memoryview(image), on_bad=on_bad, short_side=short_side)
-        assert done.reason, name
+    for name, (image, fault) in UNUSABLE.items():
+        done = processed(image, on_bad=on_bad, short_side=short_side)
+        assert fault in done.reason, name
         if done.action == "converted":
             converted.add(name)
             assert done.image is not None
@@ -133,7 +134,7 @@ def test_cmyk_becomes_rgb(name: str) -> None:
 
 def test_made_smaller() -> None:
     jpeg = encoded(photo(150, 203), "JPEG", quality=95)
-    done = processed(memoryview(jpeg), short_side=64)
+    done = processed(jpeg, short_side=64)
     assert done == ProcessedImage(done.image)
     assert pixels_of(done).shape == (64, 87, 3)
     assert difference(done, shrunk(photo(150, 203))) < 3
@@ -218,7 +219,7 @@ def test_orientation_is_dropped_and_reported(order: str) -> None:
         turned = oriented(JPEG, value, order)
         expected = value if 1 <= value <= 8 else 1
         assert orientation(turned) == orientation(memoryview(turned)) == expected
-        done = processed(memoryview(turned), short_side=64)
+        done = processed(turned, short_side=64)
         assert done == plain._replace(rotated=expected != 1)
         assert processed(turned) == KEPT
     assert orientation(plain.image or b"") == 1
@@ -238,15 +239,6 @@ def test_orientation_in_odd_headers() -> None:
     assert set(found) == {1, 6}
     other_segments = b"\xff\xff\xfe\x00\x06Exif" + b"\xff\xe1\x00\x0ahttp://x"
     assert orientation(turned[:2] + other_segments + turned[2:]) == 6
-
-
-def test_same_bytes_whatever_the_input_type_and_the_time() -> None:
-    for name in ("jpeg", "png", "cmyk", "progressive"):
-        image = USABLE[name]
-        first = processed(image, short_side=64)
-        assert first.image
-        assert processed(memoryview(image), short_side=64) == first
-        assert processed(memoryview(b"12345" + image)[5:], "b.JPEG", short_side=64) == first
 
 
 def test_better_quality_is_closer() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from mpl_fast.data.records import IMAGE_LIMIT, frame, image_record, is_multipart
+from mpl_fast.data.records import IMAGE_LIMIT, image_record, is_multipart
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow, open_table
@@ -30,7 +30,6 @@ from tests.packing.packs import (
     ROOT,
     SHARD,
     files,
-    folder,
     make_table,
     one_file,
     own_file,
@@ -137,34 +136,6 @@ def test_files(tmp_path: Path, threads: int) -> None:
     assert sizes == list(map(len, images))
     assert (done.bytes_in, done.multipart) == (sum(sizes), 2)
     assert (done.reencoded, done.rotated, done.remarks) == (0, 0, [])
-
-
-def test_sources_of_every_kind(tmp_path: Path) -> None:
-    """Labels and ids are those of the plan, never those of the source's records."""
-    multipart = b"abcd" + MAGIC + b"efg"
-    framed = [
-        image_record(99, 1, b"whole"),
-        image_record(98, 2, multipart),
-        frame(b"\2" + bytes(23) + b"8 bytes." + b"labels"),
-    ]
-    (tmp_path / "x.rec").write_bytes(b"".join(framed))
-    (tmp_path / "x.tar").write_bytes(b"....in tar..")
-    (tmp_path / "0.jpg").write_bytes(b"own file")
-    sources = [
-        folder(tmp_path),
-        one_file("records", tmp_path / "x.rec", 1),
-        one_file("archive", tmp_path / "x.tar", 2),
-    ]
-    first, second, third = map(len, framed)
-    places = [(1, first, second), (2, 4, 6), (1, 0, first), (1, first + second, third)]
-    rows = [own_file(0, tmp_path / "0.jpg")]
-    for number, (source, start, size) in enumerate(places, 1):
-        rows.append(RecordRow(FIRST_ID + number, number % 3, 0, "x", source, "x", start, size, 0))
-    make_table(tmp_path / "work", sources, rows)
-    done, sizes = write(tmp_path / "work")
-    require_whole(tmp_path / "work", done, [b"own file", multipart, b"in tar", b"whole", b"labels"])
-    assert sizes == [8, second, 6, first, third]
-    assert done.bytes_in == sum(sizes)
 
 
 @pytest.mark.parametrize("before", [-36, -32, -28, -24, -4, 0, 4, 40])
@@ -291,16 +262,6 @@ def test_images_too_large_for_a_record(tmp_path: Path, on_bad: str, action: str)
     ]
     assert done.ids.tolist() == [FIRST_ID, FIRST_ID + 3]
     assert (tmp_path / "work" / SHARD).exists() == (on_bad == "skip")
-
-
-@pytest.mark.parametrize("threads", [0, 2])
-def test_a_changed_source_leaves_nothing(tmp_path: Path, threads: int) -> None:
-    work = plan(tmp_path, [b"first", b"second"])
-    path = tmp_path / "src" / "1.jpg"
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    with pytest.raises(DataError, match=r"^bee/1\.jpg: .*1\.jpg changed while it was being packed"):
-        write(work, threads=threads)
-    assert names(work) == [TABLE]
 
 
 def test_an_archive_that_changes_after_its_last_image(tmp_path: Path) -> None:

@@ -2,20 +2,16 @@
 
 import fcntl
 import os
-import signal
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import DataError, UserError
+from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.table import TABLE, ShardRow
-from mpl_fast.packing.write.pool import Job, StoppedError, run_jobs
+from mpl_fast.packing.write.pool import StoppedError
 from mpl_fast.packing.write.shard_job import run_job
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from tests.packing.packs import KEEP, Planned, identities, jpeg, make_tree, options_of, plan_work
@@ -189,71 +185,3 @@ def test_shard_is_locked_while_it_is_written(work: Path) -> None:
 
     run_job(work, first(work), KEEP, 0, advance)
     assert names(work) == [TABLE, FIRST, f"{FIRST}.done"]
-
-
-def run_all(work: Path) -> list[list[Remark]]:
-    """Run the jobs of all shards in a pool of one process."""
-    jobs = [
-        Job(shard.file, shard.bytes, partial(run_job, work, shard, KEEP, 0))
-        for shard in Planned(work / TABLE).shards
-    ]
-    return run_jobs(jobs, 1, lambda images, size: None)
-
-
-def last_begun(work: Path) -> tuple[ShardRow, str, list[str]]:
-    """Return the shard that one process begins last (the smallest), the path of an image of it,
-    and the files in work when the other shard is finished."""
-    small, large = sorted(Planned(work / TABLE).shards, key=lambda shard: shard.bytes)
-    assert small.bytes < large.bytes
-    path = Planned(work / TABLE).rows[small.first_id + 3].path
-    return small, path, sorted([TABLE, large.file, f"{large.file}.done"])
-
-
-def test_error_of_one_job_ends_the_pool(work: Path, tmp_path: Path) -> None:
-    assert run_jobs([], 1, lambda records, size: None) == []
-    _, path, left = last_begun(work)
-    (tmp_path / "tree" / path).unlink()
-    with pytest.raises(DataError, match=f"{path}: .*; it was there when planned"):
-        run_all(work)
-    assert names(work) == left
-
-
-def worker_in(path: Path) -> int | None:
-    """Return the process below this one that has path open; None when there is none."""
-    me = os.getpid()
-    for child in Path(f"/proc/{me}/task/{me}/children").read_text().split():
-        with suppress(OSError):  # it ended while we looked
-            if any(file.readlink() == path for file in Path(f"/proc/{child}/fd").iterdir()):
-                return int(child)
-    return None
-
-
-def test_dead_worker_is_named_with_its_shard(work: Path, tmp_path: Path) -> None:
-    shard, path, left = last_begun(work)
-    ended = threading.Event()
-
-    def kill_late() -> None:
-        """Kill the worker while it reads an image that never comes."""
-        while not ended.wait(0.01):
-            worker = worker_in(work / f"{shard.file}.tmp")
-            if worker is not None:
-                os.kill(worker, signal.SIGKILL)
-                return
-
-    image = tmp_path / "tree" / path
-    image.unlink()
-    os.mkfifo(image)
-    killer = threading.Thread(target=kill_late)
-    killer.start()
-    try:
-        with pytest.raises(UserError) as caught:
-            run_all(work)
-    finally:
-        ended.set()
-        killer.join()
-    assert str(caught.value) == (
-        "a worker process died (SIGKILL; out of memory?) while it was at one of: "
-        f"{shard.file}; what is finished is kept: run the same command again, with a smaller -j if "
-        "memory is short"
-    )
-    assert names(work) == sorted([*left, f"{shard.file}.lock", f"{shard.file}.tmp"])

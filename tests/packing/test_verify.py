@@ -108,6 +108,7 @@ def test_a_sound_folder_has_no_problem(
     assert report.lines()[-1].endswith("all is sound")
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_found_in_its_record(tmp_path: Path) -> None:
     pack = make_pack(tmp_path / "rec", shards={"train": [4]}, images=TINY)
     path = pack.root / "train.rec"
