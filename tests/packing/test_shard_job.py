@@ -2,16 +2,17 @@
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import DataError
+from mpl_fast.errors import DataError, UserError
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.table import TABLE, ShardRow
-from mpl_fast.packing.write.pool import StoppedError
+from mpl_fast.packing.write.pool import Advance, Job, StoppedError, run_jobs
 from mpl_fast.packing.write.shard_job import run_job
 from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt
 from tests.packing.packs import KEEP, Planned, identities, jpeg, make_tree, options_of, plan_work
@@ -185,3 +186,27 @@ def test_shard_is_locked_while_it_is_written(work: Path) -> None:
 
     run_job(work, first(work), KEEP, 0, advance)
     assert names(work) == [TABLE, FIRST, f"{FIRST}.done"]
+
+
+def succeed(advance: Advance) -> int:
+    advance(1, 5)
+    return os.getpid()
+
+
+def die(advance: Advance) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_pool() -> None:
+    """Runs jobs in other processes; one that dies is named with the job that it was at."""
+    seen: list[tuple[int, int]] = []
+    jobs = [Job("small", 1, succeed), Job("large", 2, succeed)]
+    assert os.getpid() not in run_jobs(jobs, 1, lambda *done: seen.append(done))
+    assert seen[-1] == (2, 10)
+    with pytest.raises(UserError) as caught:
+        run_jobs([Job("last", 0, die), *jobs], 1, lambda records, size: None)
+    assert str(caught.value) == (
+        "a worker process died (SIGKILL; out of memory?) while it was at one of: last; what is "
+        "finished is kept: run the same command again, with a smaller -j if memory is short"
+    )
