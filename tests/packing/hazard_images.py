@@ -37,7 +37,6 @@ def photo(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """Return a picture as the bytes of an image file."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
@@ -59,7 +58,6 @@ def oriented(image: bytes, orientation: int, order: str = "<") -> bytes:
 
 
 def with_exif(image: bytes, tiff: bytes) -> bytes:
-    """Return a JPEG with any bytes as its EXIF data."""
     content = b"Exif\0\0" + tiff
     return image[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + image[2:]
 
@@ -75,7 +73,6 @@ def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the chunks of a PNG as (type, content)."""
     chunks, position = [], 8
     while position < len(png):
         end = position + 8 + int.from_bytes(png[position : position + 4], "big")
@@ -91,7 +88,6 @@ def sized(image: bytes, height: int, width: int) -> bytes:
 
 
 def without_adobe_mark(image: bytes) -> bytes:
-    """Return a JPEG without its APP14 segment."""
     start = image.index(b"\xff\xee")
     size = int.from_bytes(image[start + 2 : start + 4], "big")
     return image[:start] + image[start + 2 + size :]

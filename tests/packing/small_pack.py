@@ -40,9 +40,6 @@ class SmallPack:
     source: Path
     records: Mapping[int, Record]
 
-    def of(self, file: str) -> list[Record]:
-        return [record for record in self.records.values() if record.file == file]
-
 
 def make_pack(
     root: Path,
@@ -59,44 +56,46 @@ def make_pack(
     skipped are planned, but not written.
     """
     source = root.with_name(f"{root.name}-source")
-    planned = [
-        (prefix, shard_file(prefix, at, len(counts)), count)
-        for prefix, counts in shards.items()
-        for at, count in enumerate(counts)
-    ]
-    owners = [prefix for prefix, _, count in planned for _ in range(count)]
-    rows = []
-    contents = {}
-    for number, prefix in enumerate(owners):
+    contents, rows = {}, []
+    prefixes = [prefix for prefix, counts in shards.items() for _ in range(sum(counts))]
+    for number, prefix in enumerate(prefixes):
         content = with_magic(jpeg(number)) if number == 1 else jpeg(number)
         contents[number] = b"" if number in skipped else (images or {}).get(number, content)
         label, name = number % len(CLASSES), f"{prefix}_{number}.jpg"
         path = f"{CLASSES[label]}/{name}"
-        make_tree(source, {path: contents[number]})
-        stat = (source / path).stat()
-        chosen = number in labeled
-        rows.append(
-            RecordRow(number, label, chosen, name, 0, path, -1, stat.st_size, stat.st_mtime_ns)
-        )
-    split = SplitOptions(layout=layout)
-    options = PackOptions(src=(str(source),), out=root, split=split, image=HOW).planned()
+        stat = (make_tree(source, {path: contents[number]}) / path).stat()
+        place = (0, path, -1, stat.st_size, stat.st_mtime_ns)
+        rows.append(RecordRow(number, label, number in labeled, name, *place))
     with OutFolder(root) as folder:
-        table = create_table(folder.work / TABLE)
-        table.execute("INSERT INTO plan VALUES (?)", (json.dumps(options),))
-        table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASSES))
-        table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
-        first = 0
-        for number, (prefix, file, count) in enumerate(planned):
-            size = sum(row.size for row in rows[first : first + count])
-            shard = (number, prefix, file, first, count, size)
-            table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, 'c', 's')", shard)
-            first += count
-        table.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
-        table.close()
+        _write_plan(folder.work / TABLE, source, layout, shards, rows)
         write_shards(folder.work, HOW)
         publish_pack(folder, HOW, 0.0)
     (root / ".lock").unlink()
     return SmallPack(root, source, _records(root, contents))
+
+
+def _write_plan(
+    path: Path,
+    source: Path,
+    layout: str,
+    shards: Mapping[str, Sequence[int]],
+    rows: Sequence[RecordRow],
+) -> None:
+    split = SplitOptions(layout=layout)
+    options = PackOptions(src=(str(source),), out=path.parent, split=split, image=HOW).planned()
+    table = create_table(path)
+    table.execute("INSERT INTO plan VALUES (?)", (json.dumps(options),))
+    table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASSES))
+    table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
+    table.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    first = number = 0
+    for prefix, counts in shards.items():
+        for at, count in enumerate(counts):
+            size = sum(row.size for row in rows[first : first + count])
+            shard = (number, prefix, shard_file(prefix, at, len(counts)), first, count, size)
+            table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, 'c', 's')", shard)
+            first, number = first + count, number + 1
+    table.close()
 
 
 def _records(root: Path, contents: Mapping[int, bytes]) -> dict[int, Record]:
