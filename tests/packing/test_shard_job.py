@@ -48,17 +48,21 @@ def first(work: Path) -> ShardRow:
     return Planned(work / TABLE).shards[0]
 
 
+def files(work: Path) -> list[Path]:
+    return sorted(path for path in work.iterdir() if path.suffix != ".lock")
+
+
 def names(work: Path) -> list[str]:
-    return sorted(path.name for path in work.iterdir())
+    return [path.name for path in files(work)]
 
 
 def test_whole_shard_is_kept(work: Path) -> None:
     row = first(work)
     assert run(work) == ([], row.records, row.bytes)
     assert names(work) == [TABLE, FIRST, f"{FIRST}.done"]
-    before = identities(work.iterdir())
+    before = identities(files(work))
     assert run(work) == ([], row.records, row.bytes)
-    assert identities(work.iterdir()) == before
+    assert identities(files(work)) == before
 
 
 def flip(path: Path, at: int) -> None:
@@ -122,16 +126,16 @@ def test_bad_images_leave_no_shard_or_are_named_in_every_run(work: Path, tmp_pat
     plan(tmp_path, skip)
     skipped = [replace(remark, action="skipped") for remark in remarks]
     assert run(work, skip)[0] == skipped
-    before = identities(work.iterdir())
+    before = identities(files(work))
     assert run(work, skip)[0] == skipped
-    assert identities(work.iterdir()) == before
+    assert identities(files(work)) == before
 
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_job_that_is_stopped(work: Path, finished: bool) -> None:
     if finished:  # then it is stopped while it reads every byte
         run(work)
-    before = identities(work.iterdir())
+    before = identities(files(work))
 
     def advance(images: int, size: int) -> None:
         assert (images == 0) == finished
@@ -139,7 +143,7 @@ def test_job_that_is_stopped(work: Path, finished: bool) -> None:
 
     with pytest.raises(StoppedError):
         run_job(work, first(work), KEEP, 0, advance)
-    assert identities(work.iterdir()) == before
+    assert identities(files(work)) == before
 
 
 def test_shard_that_another_process_writes_is_waited_for(work: Path) -> None:
@@ -154,29 +158,8 @@ def test_shard_that_another_process_writes_is_waited_for(work: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StoppedError):
             run_job(work, first(work), KEEP, 0, advance)
-    assert names(work) == sorted([TABLE, LOCK])
+    assert names(work) == [TABLE]
     assert run(work)[1] == first(work).records
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_lock_that_its_holder_removes_meanwhile(
-    work: Path, monkeypatch: pytest.MonkeyPatch, again: bool
-) -> None:
-    """A lock of the removed file would not keep out a process that makes the file again."""
-    links: list[int] = []
-    flock = fcntl.flock
-
-    def remove_first(file: int, operation: int) -> None:
-        flock(file, operation)
-        if not links:
-            (work / LOCK).unlink()
-            if again:
-                (work / LOCK).touch()
-        links.append(os.fstat(file).st_nlink)
-
-    monkeypatch.setattr(fcntl, "flock", remove_first)
-    assert run(work)[1] == first(work).records
-    assert links == [0, 1]
 
 
 def test_shard_is_locked_while_it_is_written(work: Path) -> None:

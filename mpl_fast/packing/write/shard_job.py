@@ -1,7 +1,6 @@
 """The job that writes one shard unless it is already complete."""
 
 import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,28 +39,15 @@ def run_job(
 @contextmanager
 def _locked(path: Path, advance: Advance) -> Iterator[None]:
     """Wait until no other machine writes this shard: parts I/3 and J/4 overlap."""
-    with output_errors(path):
-        while (lock := _try_lock(path)) is None:
-            advance(0, 0)
-            time.sleep(_LOCK_POLL)
-    try:
+    with output_errors(path), path.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                advance(0, 0)
+                time.sleep(_LOCK_POLL)
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(lock)
-
-
-def _try_lock(path: Path) -> int | None:
-    """Return the descriptor of the locked file, None while another process holds the lock."""
-    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino == path.stat().st_ino:  # else its holder has just removed it
-            return lock
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(lock)
-    return None
 
 
 def _valid_receipt(work: Path, shard: ShardRow, advance: Advance) -> ShardReceipt | None:
