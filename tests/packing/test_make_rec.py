@@ -168,7 +168,7 @@ def test_dry_run_counts_what_is_packed_then(tree: Path, tmp_path: Path) -> None:
               "--shards", 2, "--unlabeled", "rest", "--out", out)  # fmt: skip
     planned = json.loads(run(*common, "--dry-run", "--json").stdout)
     lines = run(*common, "--dry-run").stdout.splitlines()
-    assert lines[-1] == "dry run: nothing was written"
+    assert lines[-1] == f"dry run: nothing was written to {out}"
     assert "unlabeled: 17 records, 5 to 6 a class" in lines
     assert not out.exists()
     run(*common)
@@ -337,7 +337,7 @@ def test_listed_labeled_images(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_text("ant_3.jpg\nbee_1.jpg\ncat_1.JPEG\ndog_1.jpg\n")
     bad = ("--labeled", tmp_path / "bad.txt", "--out", tmp_path / "bad")
     line = refuse("--src", tree / "train", *bad, status=4)
-    assert "bad.txt: 1 names fit no image: dog_1.jpg" in line
+    assert "bad.txt: 1 name fits no image: dog_1.jpg" in line
     assert not (tmp_path / "bad").exists()
 
 

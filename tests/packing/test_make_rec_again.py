@@ -43,7 +43,7 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "far" / "a" / "late.jpg").write_bytes(jpeg(2))
     os.utime(tmp_path / "far" / "a" / "late.jpg", (10_500_000_000, 10_500_000_000))  # in 2302
     for arguments, status, message in (
-        (("--src", train, "--out", out, "--val", val), 4, "1 classes are not in the training"),
+        (("--src", train, "--out", out, "--val", val), 4, "1 class is not in the training"),
         (("--src", train, "--out", train / "rec"), 2, "is inside the source"),
         (("--src", train, "--val", val, "--out", val), 2, "is inside the source"),
         (("--src", train, train, "--out", out), 4, "names occur more than once"),
