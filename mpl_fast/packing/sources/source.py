@@ -68,11 +68,14 @@ class Source(ABC):
 
     @abstractmethod
     def _list(self) -> Iterator[Image]:
-        """Yield all images in any order, without holding them in memory; add warnings."""
+        """Yield all images in any order, without holding them in memory.
+
+        Calls _warn and sets class_order where there is reason to. Raises DataError.
+        """
 
     @staticmethod
     def decode(stored: bytes) -> bytes:
-        """Return the image that the bytes of its range are; by default these bytes."""
+        """Return the image that the bytes of its range are, or raise DataError."""
         return stored
 
     def images(self) -> Iterator[Image]:

@@ -9,7 +9,7 @@ from typing import IO
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.class_folders import ClassFolders, Entry
 from mpl_fast.packing.sources.source import Request
-from mpl_fast.packing.sources.spool import archive_errors, unpacked
+from mpl_fast.packing.sources.spool import archive_errors, decompressed, spooled
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
@@ -23,7 +23,8 @@ class TarSource(ClassFolders):
     has_folders = True
 
     def __init__(self, request: Request) -> None:
-        super().__init__(request, unpacked(request.path, request.work, request.report))
+        blocks = decompressed(request.path)
+        super().__init__(request, None if blocks is None else spooled(request, blocks))
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
