@@ -190,3 +190,6 @@ def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
     tree = make_tree(tmp_path / "tree", {"a.jpg": b"1", "B.jpg": b"2", "x/a.jpg": b"3"})
     with pytest.raises(DataError, match=rf"labels.txt: {message}"):
         listed(tree, tmp_path, labels=labels)
+    labels.unlink()
+    with pytest.raises(DataError, match=r"labels.txt: No such file"):
+        listed(tree, tmp_path, labels=labels)

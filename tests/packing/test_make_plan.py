@@ -14,7 +14,7 @@ from mpl_fast.errors import ConfigError, DataError, UserError
 from mpl_fast.packing.options import PackOptions, SplitOptions
 from mpl_fast.packing.plan import make_plan as plan_module
 from mpl_fast.packing.plan.choose_labeled import choose_labeled
-from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits, shard_groups
+from mpl_fast.packing.plan.layout import planned_splits, shard_groups
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
@@ -282,13 +282,11 @@ def test_planned_splits_and_shard_groups() -> None:
             assert planned_splits(layout, unlabeled, val=False) == listed[:-1]
             assert [split.name for split in listed[-3:]] == ["labeled", "unlabeled", "val"]
             assert listed[-1].stem == listed[-1].prefix == "val"
-    rows = [RecordRow(0, 0, labeled, "0.jpg", 0, "ant/0.jpg", -1, 10, 7) for labeled in (0, 1)]
-    _, labeled, rest, _ = planned_splits("shared", "rest", val=True)
-    assert [labeled.lists(row) for row in rows] == [False, True]
-    assert [rest.lists(row) for row in rows] == [True, False]
-    every = PlannedSplit("unlabeled", "train_unlabel", "train", None)
-    assert planned_splits("shared", "all", val=True)[2] == every
-    assert every.lists(rows[1])
+    row = RecordRow(0, 0, 1, "0.jpg", 0, "ant/0.jpg", -1, 10, 7)
+    for unlabeled, lists in (("all", [True, True, True]), ("rest", [True, True, False])):
+        splits = planned_splits("shared", unlabeled, val=False)
+        assert [split.lists(row) for split in splits] == lists
+        assert [split.lists(row._replace(labeled=0)) for split in splits] == [True, False, True]
 
 
 def test_time_stamps_mark_shards(tmp_path: Path) -> None:

@@ -121,20 +121,15 @@ def test_joined_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["../ant/1.jpg", "/bee/2.jpg", "ant/../3.jpg"], ["ant/1.jpg", "bee/2.jpg", "ant/3.jpg"]),
-        (["BZh9/1.jpg"], ["BZh9/1.jpg"]),  # the first bytes of a bzip2 file
-        (["ant/a.jpg"] * 2, ["ant/a.jpg"] * 2),  # the planner finds duplicates, not the source
-        ([f"{'d' * 150}/{'é' * 100}.jpg"], [f"{'d' * 150}/{'é' * 100}.jpg"]),
-        (["ant/caf\udce9.jpg"], ["ant/caf\udce9.jpg"]),
-    ],
-)
-def test_names(tmp_path: Path, names: list[str], expected: list[str], form: int) -> None:
-    contents = [b"1" * size for size in range(1, len(names) + 1)]
-    archive = make_tar(tmp_path / "data.tar", zip(names, contents, strict=True), form=form)
-    assert entries(archive, tmp_path) == sorted(zip(expected, contents, strict=True))
+def test_names(tmp_path: Path, form: int) -> None:
+    kept = ["BZh9/1.jpg", "ant/caf\udce9.jpg", f"{'d' * 150}/{'é' * 100}.jpg"]  # BZh: as in bzip2
+    kept += ["ant/a.jpg"] * 2  # the planner finds duplicates, not the source
+    cleaned = {"../ant/1.jpg": "ant/1.jpg", "/bee/2.jpg": "bee/2.jpg", "ant/../3.jpg": "ant/3.jpg"}
+    archive = make_tar(
+        tmp_path / "data.tar", [(name, os.fsencode(name)) for name in (*kept, *cleaned)], form=form
+    )
+    expected = [(cleaned.get(name, name), os.fsencode(name)) for name in (*kept, *cleaned)]
+    assert entries(archive, tmp_path) == sorted(expected)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])

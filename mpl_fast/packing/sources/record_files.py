@@ -3,13 +3,13 @@
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, parse_payload, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.sources.lists import class_names, read_list, whole_label
+from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
 from mpl_fast.packing.sources.source import Image, Source
 
 _FRAME = struct.Struct("<II")  # magic word; part << 29 | length
@@ -79,9 +79,9 @@ class RecordSource(Source):
 
     def _list(self) -> Iterator[Image]:
         names, list_path = _classes_beside(self.file), _list_beside(self.file)
-        path_of = _listed(list_path) if list_path else _unlisted
         if list_path and not names:
             names = class_names(list_path)
+        lines = read_list(list_path) if list_path else iter(())
         highest = -1
         for frame in read_frames(self.file):
             try:
@@ -89,7 +89,9 @@ class RecordSource(Source):
                     raise ValueError(f"{frame.labels} labels, but only one can be packed")
                 label = whole_label(frame.label)
                 highest = max(highest, label)
-                path = path_of(frame.id, label)
+                path = f"{frame.id}.jpg"
+                if list_path:
+                    path = _path_in(list_path, lines, frame.id, label)
                 if names and label >= len(names):
                     raise ValueError(f"label {label}, but only {len(names)} classes are named")
             except ValueError as error:
@@ -100,24 +102,15 @@ class RecordSource(Source):
         self.class_order = names or tuple(map(str, range(highest + 1)))
 
 
-def _unlisted(record_id: int, label: int) -> str:
-    return f"{record_id}.jpg"
-
-
-def _listed(path: Path) -> Callable[[int, int], str]:
-    """Return a function from id and label to path, reading the list along with the records."""
-    lines = read_list(path)
-
-    def path_of(record_id: int, label: int) -> str:
-        line = next((line for line in lines if line.id == record_id), None)
-        if line is None:
-            fault = "has no line for this record, or not in the order of the records"
-            raise ValueError(f"{path} {fault}: put it right or move it away")
-        if line.label != label:
-            raise ValueError(f"label {label}, but {line.label} in {path}, line {line.number}")
-        return line.path
-
-    return path_of
+def _path_in(list_path: Path, lines: Iterator[Line], record_id: int, label: int) -> str:
+    """Return the path of a record in a list, whose lines are read along with the records."""
+    line = next((line for line in lines if line.id == record_id), None)
+    if line is None:
+        fault = "has no line for this record, or not in the order of the records"
+        raise ValueError(f"{list_path} {fault}: put it right or move it away")
+    if line.label != label:
+        raise ValueError(f"label {label}, but {line.label} in {list_path}, line {line.number}")
+    return line.path
 
 
 def _list_beside(path: Path) -> Path | None:
