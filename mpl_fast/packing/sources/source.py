@@ -37,8 +37,10 @@ class Request(NamedTuple):
 class Source(ABC):
     """A folder of image files, or a file of which the images are byte ranges.
 
-    The reader does not know the source, only its kind, file and byte ranges, in any order and in
-    other processes: hence `decode` is static.
+    A new kind sets `kind`, lists its images in `_list`, and stands in `kinds.KINDS`. If its images
+    are no byte ranges of what the user gave, its constructor writes a file of them (spool.py); if
+    they are encoded there, it has a `decode`, which is static because it is called by worker
+    processes, which know only kind, file and byte ranges.
     """
 
     kind: ClassVar[str]  # stored in packs
