@@ -112,7 +112,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add(
         "--dry-run",
         action="store_true",
-        help="print the plan and an estimate of its time; OUT is not written",
+        help="print the plan and an estimate of its time, write nothing",
     )
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
 

@@ -72,7 +72,6 @@ def test_rows(path: Path) -> None:
         assert table.classes() == other.classes() == ["ant", f"bee{ODD}"]
         assert table.sources() == SOURCES
         assert table.shards() == SHARDS
-        assert [table.shard(number) for number in (1, 0)] == SHARDS[::-1]
         assert [list(table.records(shard)) for shard in SHARDS] == [RECORDS[:2], RECORDS[2:]]
         assert (table.record(1), table.record(3)) == (RECORDS[1], None)
         assert list(table.query("SELECT sum(size) FROM records WHERE source = ?", (1,))) == [(25,)]
