@@ -272,7 +272,7 @@ def test_planned_splits_and_shard_groups() -> None:
     for layout in ("shared", "separate"):
         for unlabeled in ("all", "rest"):
             listed = planned_splits(layout, unlabeled, val=True)
-            prefixes = {piece.prefix for piece in shard_groups(layout, unlabeled, val=True)}
+            prefixes = shard_groups(layout, unlabeled, val=True).keys()
             assert {split.prefix for split in listed} == prefixes
             assert planned_splits(layout, unlabeled, val=False) == listed[:-1]
             assert [split.name for split in listed[-3:]] == ["labeled", "unlabeled", "val"]

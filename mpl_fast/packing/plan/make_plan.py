@@ -16,7 +16,7 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
-from mpl_fast.packing.plan.layout import TRAIN, VAL, ShardGroup, shard_groups
+from mpl_fast.packing.plan.layout import TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.sources.source import Source
@@ -83,10 +83,10 @@ class _Planner:
             self._require_unique(VAL, val.spec)
         warnings += self._label_classes(train, val)
         self._choose_labeled()
-        first_id = shard = 0
         how = self.options.split
-        for group in shard_groups(how.layout, how.unlabeled, val=val is not None):
-            first_id, shard = self._place(group, first_id, shard)
+        groups = shard_groups(how.layout, how.unlabeled, val=val is not None)
+        for prefix, where in groups.items():
+            self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
         return warnings
 
@@ -190,10 +190,12 @@ class _Planner:
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
             )
 
-    def _place(self, group: ShardGroup, first_id: int, first_shard: int) -> tuple[int, int]:
-        """Add the records and shards of a group; return the next id and shard number."""
+    def _place(self, prefix: str, where: str) -> None:
+        """Add the records and shards of a group."""
+        first_id = self._value("SELECT coalesce(max(id) + 1, 0) FROM records")
+        first_shard = self._value("SELECT coalesce(max(number) + 1, 0) FROM shards")
         count, size = self.table.execute(
-            f"SELECT count(*), total(size) FROM found.images WHERE {group.where}"
+            f"SELECT count(*), total(size) FROM found.images WHERE {where}"
         ).fetchone()
         if first_id + count > ID_LIMIT:
             raise DataError(
@@ -204,20 +206,18 @@ class _Planner:
         digests = [ShardDigest(self.options.image) for _ in range(shards)]
         self.table.executemany(
             "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
-            self._records(group, first_id, ShardAssigner(count, int(size), shards), digests),
+            self._records(where, first_id, ShardAssigner(count, int(size), shards), digests),
         )
-        first = first_id
         for number, digest in enumerate(digests):
-            file = shard_file(group.prefix, number, shards)
-            row = (first_shard + number, group.prefix, file, first, digest.records, digest.bytes)
+            file = shard_file(prefix, number, shards)
+            row = (first_shard + number, prefix, file, first_id, digest.records, digest.bytes)
             values = (*row, digest.content(file), digest.stamps())
             self.table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-            first += digest.records
-        return first_id + count, first_shard + shards
+            first_id += digest.records
 
     def _records(
         self,
-        group: ShardGroup,
+        where: str,
         first_id: int,
         assigner: ShardAssigner,
         digests: Sequence[ShardDigest],
@@ -228,7 +228,7 @@ class _Planner:
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {group.where} ORDER BY rank, label, images.name"
+            f"WHERE {where} ORDER BY rank, label, images.name"
         )
         for number, values in enumerate(self.table.execute(query), first_id):
             row = RecordRow(number, *values)
