@@ -27,6 +27,7 @@ def test_names() -> None:
     assert shard_file("train", 0, 1) == "train.rec"
     assert shard_file("train", 7, 12) == "train-00007-of-00012.rec"
     assert shard_file("val", 123456, 200000) == "val-123456-of-200000.rec"
+    assert digest_of(ROW).content("other") != CONTENT
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,6 @@ def test_changes_in_a_shard(
 ) -> None:
     assert (digest.content("x") != CONTENT) == content_differs
     assert (digest.stamps() != STAMPS) == stamps_differ
-
-
-def test_name_of_a_shard_is_in_its_content_digest() -> None:
-    assert digest_of(ROW).content("other") != CONTENT
 
 
 HOW = SplitOptions(labeled="4", shards=3)

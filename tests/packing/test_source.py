@@ -34,6 +34,7 @@ def test_folder_at_any_depth(tmp_path: Path) -> None:
     assert [image.path for image in images] == ["x/y/ant/1.jpg", "bee/2.JPG"]
     assert entries(tree, tmp_path) == [("ant/1.jpg", b"x/y/ant/1.jpg"), ("bee/2.JPG", b"bee/2.JPG")]
     assert source.warnings == []
+    assert source.decode(b"image") == b"image"
 
 
 @both_forms
