@@ -342,7 +342,7 @@ def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
 def finished(options: PackOptions) -> tuple[Path, Json]:
     """Return the work folder of a pack that only lacks its manifest, and the manifest."""
     work = write_shards(plan_work(options), options.image)
-    return work, finish(work, options.image)
+    return work, finish(work)
 
 
 def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:

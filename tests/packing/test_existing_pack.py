@@ -14,8 +14,8 @@ from mpl_fast.errors import OutputError
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.pack import publish_pack
 from mpl_fast.packing.plan.table import TABLE, open_table
-from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.existing_pack import changed_options, check_existing, require_same
+from mpl_fast.packing.publish.out_folder import open_out_folder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.packs import KEEP, jpeg, make_tree, options_of, plan_work, write_shards
 
@@ -34,14 +34,14 @@ def packed(tmp_path: Path) -> PackOptions:
 
 
 def pack(options: PackOptions) -> None:
-    with OutFolder(options.out) as folder:
+    with open_out_folder(options.out) as folder:
         write_shards(plan_work(options), options.image)
-        publish_pack(folder, options.image, 0.0)
+        publish_pack(folder, 0.0)
 
 
-def look(options: PackOptions) -> ExistingPack:
+def look(options: PackOptions) -> tuple[dict[str, Any], list[str]]:
     """Return what the folder of options holds, as a run with these options finds it."""
-    with OutFolder(options.out) as folder, open_table(plan_work(options) / TABLE) as plan:
+    with open_out_folder(options.out) as folder, open_table(plan_work(options) / TABLE) as plan:
         return check_existing(folder, plan, options.planned())
 
 
@@ -64,13 +64,13 @@ def change(options: PackOptions, edit: Callable[[dict[str, Any]], object]) -> No
 
 
 def test_same_pack(packed: PackOptions) -> None:
-    held = look(packed)
-    assert held.broken == []
-    assert held.manifest == json.loads((packed.out / "manifest.json").read_text())
+    manifest, broken = look(packed)
+    assert broken == []
+    assert manifest == json.loads((packed.out / "manifest.json").read_text())
     # What decides no byte may be another: processes, and where the images lie.
     moved = packed.out.with_name("moved")
     Path(packed.src[0]).rename(moved)
-    assert look(replace(packed, src=(str(moved),), processes=7)).broken == []
+    assert look(replace(packed, src=(str(moved),), processes=7))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_images_left_out_are_no_longer_wanted(packed: PackOptions) -> None:
     Path(packed.src[0], "bee", "5.jpg").write_bytes(b"no image")
     skip = replace(packed, out=packed.out.with_name("skipped"), image=ImageOptions(on_bad="skip"))
     pack(skip)
-    assert look(skip).broken == []
+    assert look(skip)[1] == []
     assert refusal(replace(skip, image=ImageOptions())) == (
-        "holds a pack that left out 1 images that cannot be used (bee/5.jpg); --on-bad skip agrees "
+        "holds a pack that left out 1 image that cannot be used (bee/5.jpg); --on-bad skip agrees "
         f"with that, or {REMEDY}"
     )
 
@@ -163,27 +163,27 @@ def test_broken_shards_are_named(packed: PackOptions) -> None:
     first, second = (packed.out / name for name in (FIRST, FIRST.replace("00000", "00001")))
     content = first.read_bytes()
     first.write_bytes(content[:-4])
-    assert look(packed).broken == [FIRST]
+    assert look(packed)[1] == [FIRST]
     second.unlink()
-    assert look(packed).broken == [FIRST, second.name]
+    assert look(packed)[1] == [FIRST, second.name]
     first.write_bytes(content[::-1])  # only sizes are looked at
-    assert look(packed).broken == [second.name]
+    assert look(packed)[1] == [second.name]
 
 
 def test_mended_shard_has_to_be_what_it_was(packed: PackOptions) -> None:
     (packed.out / FIRST).unlink()
     held = look(packed)
-    with OutFolder(packed.out) as folder:
+    with open_out_folder(packed.out) as folder:
         write_shards(plan_work(packed))
-        held.require_same(folder)
+        require_same(folder, *held)
         path = folder.work / f"{FIRST}.done"
         done = ShardReceipt.load(path)
         other = folder.work / f"{FIRST.replace('00000', '00001')}.done"
         replace(ShardReceipt.load(other), sha256="0" * 64).save(other)
-        held.require_same(folder)  # that one was never broken
+        require_same(folder, *held)  # that one was never broken
         replace(done, sha256="0" * 64).save(path)
         with pytest.raises(OutputError, match=f"{FIRST}, packed again, is not what it was; "):
-            held.require_same(folder)
+            require_same(folder, *held)
 
 
 def test_changes() -> None:

@@ -18,7 +18,7 @@ from mpl_fast.packing.pack import publish_pack
 from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table
 from mpl_fast.packing.publish.duplicates import describe_duplicates
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.out_folder import open_out_folder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.packs import (
     KEEP,
@@ -97,7 +97,7 @@ def test_nothing_is_finished_while_shards_are_missing(tree: Path) -> None:
     for name in ("train-00001-of-00002.rec", "val-00000-of-00002.rec"):
         (work / f"{name}.done").unlink()
     with pytest.raises(DataError) as caught:
-        finish(work, KEEP)
+        finish(work)
     assert str(caught.value) == (
         f"{work.parent}: 2 shards of the plan are not there: train-00001-of-00002.rec, "
         "val-00000-of-00002.rec; pack them (every part), then finish"
@@ -195,9 +195,9 @@ def test_manifest_names_every_file_with_its_hash(tree: Path, layout: str) -> Non
 
 def test_finished_folder_is_read(tree: Path) -> None:
     packed = options(tree)
-    with OutFolder(packed.out) as folder:
+    with open_out_folder(packed.out) as folder:
         write_shards(plan_work(packed))
-        told = publish_pack(folder, KEEP, 0.0)
+        told = publish_pack(folder, 0.0)
     manifest = read_manifest(packed.out)
     assert manifest.classes == ("ant", "bee")
     assert manifest.splits["labeled"].records == told["splits"]["labeled"]["records"] == 4
@@ -264,7 +264,7 @@ def test_split_of_which_nothing_is_left(tree: Path) -> None:
     for name in ("ant", "bee"):
         (tree / "train" / name / "0.jpg").write_bytes(b"no image")
     packed = options(tree, replace(HOW, labeled=str(names)), SKIP)
-    with pytest.raises(DataError, match="labeled: all its images are skipped"):
+    with pytest.raises(DataError, match="labeled: none of its images is left"):
         finished(packed)
 
 
@@ -320,7 +320,7 @@ def test_unpacked_archive_is_forgotten(
         spool = Path(table.sources()[0].file)
     assert spool.parent == tmp_path / "out" / ".pack"
     write_shards(work)
-    manifest = finish(work, KEEP)
+    manifest = finish(work)
     with open_table(work / TABLE) as table:
         files = [source.file for source in table.sources()]
     assert files == ["all.tar.xz:train", str(tmp_path / "all.tar")]
@@ -333,7 +333,7 @@ def test_finishing_again_is_the_same(tree: Path) -> None:
     packed = options(tree)
     work, manifest = finished(packed)
     before = {path.name: path.read_bytes() for path in work.iterdir()}
-    assert finish(work, KEEP) == manifest
+    assert finish(work) | {"created": manifest["created"]} == manifest
     assert {path.name: path.read_bytes() for path in work.iterdir()} == before
 
 

@@ -80,10 +80,10 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
     assert sum(a != b for a, b in itertools.pairwise(labels)) > 6
     *lines, total = done.stdout.splitlines()
     assert lines == [
-        "train: 24 records, 8 a class, 1 shards",
-        "labeled: 6 records, 2 a class, 1 shards",
-        "unlabeled: 24 records, 8 a class, 1 shards",
-        "val: 6 records, 2 a class, 1 shards",
+        "train: 24 records, 8 a class, 1 shard",
+        "labeled: 6 records, 2 a class, 1 shard",
+        "unlabeled: 24 records, 8 a class, 1 shard",
+        "val: 6 records, 2 a class, 1 shard",
     ]
     size = sum(path.stat().st_size for path in out.glob("*.rec"))
     assert total.startswith(f"out/rec: 30 records, 3 classes, {size} bytes in 2 shards, ")
@@ -168,7 +168,7 @@ def test_dry_run_counts_what_is_packed_then(tree: Path, tmp_path: Path) -> None:
               "--shards", 2, "--unlabeled", "rest", "--out", out)  # fmt: skip
     planned = json.loads(run(*common, "--dry-run", "--json").stdout)
     lines = run(*common, "--dry-run").stdout.splitlines()
-    assert lines[-1] == "dry run: nothing was written"
+    assert lines[-1] == f"dry run: nothing was written to {out}"
     assert "unlabeled: 17 records, 5 to 6 a class" in lines
     assert not out.exists()
     run(*common)
@@ -369,10 +369,8 @@ def test_skipped_labeled_images_are_a_warning(tree: Path, tmp_path: Path, layout
     drawn = read_split(pack(*common, out=tmp_path / "sound"), "train_label")[0][2]
     (tree / "train" / drawn).write_bytes(b"words")
     done = run("pack", *common, "--on-bad", "skip", "--out", tmp_path / "out")
-    assert (
-        "warning: 1 of the 3 labeled images were left out as bad; a class has none" in done.stderr
-    )
-    assert "1 images were skipped" in done.stdout
+    assert "warning: labeled images left out as bad: 1 of 3; a class has none" in done.stderr
+    assert "1 image was skipped" in done.stdout
 
 
 def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
@@ -400,7 +398,7 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
     assert "ant/3.jpg" not in line
     assert "cat/3.jpg" not in line
     line = refuse(*common, "--check", "none", status=4)
-    assert f"1 images cannot be used, nothing was published: {train}/ant/0.jpg: empty file" in line
+    assert f"1 image cannot be used, nothing was published: {train}/ant/0.jpg: empty file" in line
 
 
 def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None:
@@ -460,7 +458,7 @@ def test_convert_keeps_what_can_be_decoded(tree: Path, tmp_path: Path) -> None:
     for key in rows.keys() - bad.keys():
         assert rows[key] == (train / key).read_bytes()
     (train / "ant" / "4.jpg").write_bytes(b"words")
-    assert "1 images cannot be used" in refuse(*common, "--force", status=4)
+    assert "1 image cannot be used" in refuse(*common, "--force", status=4)
     assert images_of(tmp_path / "out") == rows  # the old pack, untouched
 
 

@@ -264,7 +264,7 @@ def test_only_shards_with_changed_images_are_packed_again(
     image.write_bytes(old[:-2] + b"  " + old[-2:])  # no longer by more than moves no shard's border
     changed = shard_of(f"ant/{image.name}", tmp_path / "fresh")
     done = run("pack", *common(tree), "--out", out)
-    assert f"warning: 1 of 3 finished shards are packed again: {changed}" in done.stderr
+    assert f"warning: packed again: 1 of 3 finished shards: {changed}" in done.stderr
     assert packed_again(out, kept) == {changed, missing}
     assert hashes(out) == hashes(pack(*common(tree), "--force", out=tmp_path / "fresh"))
     rows = {row[2]: row[3] for row in read_split(out, "train")}
@@ -281,7 +281,7 @@ def test_changed_archive_is_read_anew(tree: Path, tmp_path: Path) -> None:
     assert len(kept) == 3
     archive.write_bytes(archive.read_bytes())  # another time: any image may be another one
     done = run("pack", *options, status=4)
-    assert "warning: 3 of 3 finished shards are packed again" in done.stderr
+    assert "warning: packed again: 3 of 3 finished shards" in done.stderr
     now = identities((out / ".pack").glob("*.rec"))
     assert {name for name in now if now[name] != kept[name]} == set(kept)
 
@@ -295,7 +295,7 @@ def test_shard_that_left_images_out_is_no_shard_of_a_strict_pack(
     run("pack", *common, "--on-bad", "skip", "--part", "1/2")
     run("pack", *common, "--on-bad", "skip", "--part", "2/2")
     line = refuse(*common, status=4)
-    assert "1 images cannot be used, nothing was published: " in line
+    assert "1 image cannot be used, nothing was published: " in line
     assert "ant/0.jpg: neither JPEG nor PNG" in line
     (tree / "train" / "ant" / "0.jpg").write_bytes(jpeg(1))
     run("pack", *common)
@@ -418,7 +418,7 @@ def test_finish_refuses_what_was_skipped_by_another_wish(tree: Path, tmp_path: P
     run("pack", *common, "--on-bad", "skip", "--part", "1/1")
     refuse(*common, status=4)
     line = refuse(out, command="finish", status=4)
-    assert "with --on-bad skip lack 1 images: " in line
+    assert "with --on-bad skip lack 1 image: " in line
     assert "bee/3.jpg" in line
     assert not (out / "manifest.json").exists()
 

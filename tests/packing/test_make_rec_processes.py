@@ -23,6 +23,7 @@ import pytest
 import simplejpeg
 
 from mpl_fast.data.manifest import read_manifest
+from mpl_fast.packing.first_few import counted
 from tests.packing.packs import (
     LIMIT,
     TOOL,
@@ -44,6 +45,7 @@ from tests.packing.packs import (
 pytestmark = pytest.mark.slow
 
 SHARDS = 8
+KEPT = ("finished shard is", "finished shards are")
 
 
 def shard_names(*numbers: int) -> list[str]:
@@ -248,7 +250,7 @@ def test_stopped_in_every_way_it_goes_on(
         (line,) = running.end()
         assert running.process.returncode == 130
         assert line == (
-            f"make_rec: interrupted; {len(running.done())} finished shards are kept in "
+            f"make_rec: interrupted; {counted(len(running.done()), *KEPT)} kept in "
             f"{out}/.pack, the same command goes on"
         )
         require_kept(running)

@@ -34,7 +34,7 @@ FIRST: dict[str, Any] = {"labeled": "3", "split_seed": 0, "balance": "count", "u
 
 
 def again(root: Path, **changed: Any) -> dict[str, Any]:
-    return resplit(root, **(FIRST | changed))
+    return resplit(root, FIRST | changed)
 
 
 def options(drawn: dict[str, Any]) -> list[object]:
@@ -160,7 +160,11 @@ def test_packing_again_knows_the_new_split(tree: Path, packed: Path) -> None:
     [
         ({"labeled": "99"}, "that is 99 labeled images, the source has 24", ConfigError),
         ({"labeled": "absent.txt"}, "give a share", ConfigError),
-        ({"labeled": "24", "unlabeled": "rest"}, "--unlabeled rest: no image is left", DataError),
+        (
+            {"labeled": "24", "unlabeled": "rest"},
+            "unlabeled: none of its images is left",
+            DataError,
+        ),
     ],
 )
 def test_a_draw_that_cannot_be_leaves_the_folder_as_it_was(
@@ -221,7 +225,7 @@ for renames in range(20):
     copy = shutil.copytree(root, root.with_name(str(renames)))
     if not (child := os.fork()):
         Path.replace = killed_at(renames)
-        resplit(copy, labeled="6", split_seed=1, balance="count", unlabeled="rest")
+        resplit(copy, {"labeled": "6", "split_seed": 1, "balance": "count", "unlabeled": "rest"})
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

@@ -7,7 +7,7 @@ lines pad a sparse index here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
@@ -28,21 +28,14 @@ def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
     If every file has a listed record, each record gets one line, except a last record that is
     alone in its file.
     """
-    cursor = 0
-    waiting: tuple[int, int, int] | None = None
-    for entry in entries:
-        if waiting:
-            record_id, file, offset = waiting
-            line = f"{record_id}\t{offset}\n"
-            yield line
-            for _ in range(file - cursor - 1):
-                yield line
+    cursor, file, line = 0, 0, ""
+    for record_id, next_file, offset in entries:
+        if line:
+            yield from repeat(line, max(1, file - cursor))
             cursor = file
-        waiting = entry
-    if waiting:
-        record_id, file, offset = waiting
-        for _ in range(1 + file - cursor):
-            yield f"{record_id}\t{offset}\n"
+        file, line = next_file, f"{record_id}\t{offset}\n"
+    if line:
+        yield from repeat(line, 1 + file - cursor)
 
 
 def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[DaliPosition]:
