@@ -10,8 +10,6 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import simplejpeg
 
@@ -60,8 +58,8 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
     # A clock that jumped: neither times to come nor the oldest ones mean anything.
     os.utime(tree / "train" / "ant" / "0.jpg", (4e9, 4e9))
     os.utime(tree / "train" / "ant" / "3.jpg", (0, 0))
-    common = ("pack", "--src", "train", "--val", "val", "--out", "out/rec", "--labeled", "6")
-    done = run(*common, folder=tree)
+    done = run("pack", "--src", "train", "--val", "val", "--out", "out/rec", "--labeled", "6",
+               folder=tree)  # fmt: skip
     out = tree / "out" / "rec"
     subsets = files_of("train_label", "train_unlabel", kinds=("idx", "lst"))
     assert names(out) == {*ALWAYS, *files_of("train", "val"), *subsets}
@@ -87,7 +85,6 @@ def test_shared_layout_holds_every_image_once(tree: Path) -> None:
     ]
     size = sum(path.stat().st_size for path in out.glob("*.rec"))
     assert total.startswith(f"out/rec: 30 records, 3 classes, {size} bytes in 2 shards, ")
-    assert "already complete" in run(*common, folder=tree).stdout
 
 
 def test_json_is_the_manifest(tree: Path, tmp_path: Path) -> None:
@@ -100,10 +97,15 @@ def test_json_is_the_manifest(tree: Path, tmp_path: Path) -> None:
     assert stored["options"]["labeled"] == "7"
     assert (stored["totals"]["images"], stored["bad"]) == (30, [])
     labeled = stored["splits"]["labeled"]
-    assert (labeled["per_class_min"], labeled["per_class_max"]) == (2, 3)
     assert sum(shard["multipart"] for shard in stored["shards"]) == 1
-    images = (path for path in tree.rglob("*.*") if path.is_file())
-    assert stored["totals"]["bytes_in"] == sum(path.stat().st_size for path in images)
+    assert (labeled["per_class_min"], labeled["per_class_max"]) == (2, 3)
+    sizes = [sum(map(len, images_in(tree / part).values())) for part in ("train", "val")]
+    sources = [(source["images"], source["bytes"]) for source in stored["sources"]]
+    assert sources == [(24, sizes[0]), (6, sizes[1])]
+    assert stored["totals"]["bytes_in"] == sum(sizes)
+    written = [path.stat().st_size for path in (tmp_path / "out").glob("*.rec")]
+    assert stored["totals"]["bytes_out"] == sum(written)
+    assert stored["created"].endswith("+00:00")
     manifest = read_manifest(tmp_path / "out")
     assert manifest.classes == CLASSES
     assert {name: split.records for name, split in manifest.splits.items()} == {
@@ -203,8 +205,9 @@ def test_quiet_and_help(tree: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8(tree: Path, tmp_path: Path) -> None:
-    folder = os.fsencode(tree / "train" / "b") + b"\xe9te"
-    os.rename(tree / "train" / "bee", folder)  # noqa: PTH104 (bytes)
+    odd = os.fsdecode(b"\xff %'\"")
+    bee = (tree / "train" / "bee").rename(tree / "train" / "b\udce9te")
+    (bee / "0.jpg").rename(bee / f"{odd}.jpg")
     archive = tmp_path / os.fsdecode(b"\xe9.tgz")
     with tarfile.open(archive, "w:gz", errors="surrogateescape") as tar:
         tar.add(tree / "train", "train")
@@ -213,7 +216,7 @@ def test_names_that_are_not_utf8(tree: Path, tmp_path: Path) -> None:
     run(*common, "--quiet")
     assert (out / "classes.txt").read_bytes() == b"ant\nb\xe9te\ncat\n"
     assert read_manifest(out).classes == ("ant", "b\udce9te", "cat")
-    assert images_of(out).keys() >= {"b\udce9te/0.jpg", "ant/0.jpg"}
+    assert images_of(out).keys() >= {f"b\udce9te/{odd}.jpg", "ant/0.jpg"}
     done = subprocess.run(
         command_line(*common),
         env=environment() | {"PYTHONIOENCODING": "utf-8:strict"},  # as where a UTF-8 locale is set
@@ -324,23 +327,6 @@ def test_several_sources_are_joined(tree: Path, tmp_path: Path) -> None:
     assert [source["images"] for source in manifest_of(out)["sources"]] == [24, 1, 6]
 
 
-def test_listed_labeled_images(tree: Path, tmp_path: Path) -> None:
-    for name in CLASSES:  # base names that contain the class, as ImageNet's
-        for path in (tree / "train" / name).iterdir():
-            path.rename(path.with_name(f"{name}_{path.name}"))
-    (tmp_path / "10percent.txt").write_text("ant_3.jpg\nbee_1.jpg\ncat_1.JPEG\n")
-    (tmp_path / "wnid.txt").write_text("ant/ant_3.jpg 0\nbee/bee_1.jpg 1\ncat/cat_1.JPEG 2\n")
-    for name in ("10percent.txt", "wnid.txt"):
-        out = pack("--src", tree / "train", "--labeled", tmp_path / name, out=tmp_path / f"o{name}")
-        drawn = images_of(out, "train_label").keys()
-        assert drawn == {"ant/ant_3.jpg", "bee/bee_1.jpg", "cat/cat_1.JPEG"}
-    (tmp_path / "bad.txt").write_text("ant_3.jpg\nbee_1.jpg\ncat_1.JPEG\ndog_1.jpg\n")
-    bad = ("--labeled", tmp_path / "bad.txt", "--out", tmp_path / "bad")
-    line = refuse("--src", tree / "train", *bad, status=4)
-    assert "bad.txt: 1 names fit no image: dog_1.jpg" in line
-    assert not (tmp_path / "bad").exists()
-
-
 # Images that are damaged, odd or too large.
 
 
@@ -370,7 +356,7 @@ def test_skipped_labeled_images_are_a_warning(tree: Path, tmp_path: Path, layout
     (tree / "train" / drawn).write_bytes(b"words")
     done = run("pack", *common, "--on-bad", "skip", "--out", tmp_path / "out")
     assert "warning: labeled images left out as bad: 1 of 3; a class has none" in done.stderr
-    assert "1 image was skipped" in done.stdout
+    assert "1 image was skipped; the manifest names it" in done.stdout
 
 
 def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
@@ -437,7 +423,11 @@ def test_skip_leaves_gaps_and_the_manifest_names_them(tree: Path, tmp_path: Path
     assert "already complete" in run("pack", *common, "--on-bad", "skip").stdout
     # A run without --on-bad skip does not pass over what was left out.
     line = refuse(*common, status=3)
-    assert "holds a pack that left out 7 images that cannot be used" in line
+    assert "holds a pack that left out 7 images that cannot be used (" in line
+    assert line.endswith(
+        " and 4 more); --on-bad skip agrees with that, or choose another --out, or --force to "
+        "replace it"
+    )
 
 
 def test_convert_keeps_what_can_be_decoded(tree: Path, tmp_path: Path) -> None:
@@ -464,31 +454,23 @@ def test_convert_keeps_what_can_be_decoded(tree: Path, tmp_path: Path) -> None:
 
 def test_short_side_only_shrinks(tree: Path, tmp_path: Path) -> None:
     train = tree / "train"
-    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8), (96, 64))
-    (train / "ant" / "0.jpg").write_bytes(simplejpeg.encode_jpeg(smooth))
-    (train / "ant" / "1.jpg").write_bytes(simplejpeg.encode_jpeg(smooth[:, :34]))
-    (train / "bee" / "2.png").write_bytes(bytes(cv2.imencode(".png", smooth)[1]))
+    (train / "ant" / "0.jpg").write_bytes(jpeg(0, 96))
+    (train / "ant" / "1.jpg").write_bytes(jpeg(1, 34))
     common = ("--src", train, "--labeled", 6, "--shards", 3, "--short-side", 32)
     out = pack(*common, "--quality", 80, out=tmp_path / "out")
     rows = images_of(out)
-    shapes = {key: simplejpeg.decode_jpeg(rows[key]).shape for key in ("ant/0.jpg", "bee/2.png")}
-    assert shapes == {"ant/0.jpg": (32, 48, 3), "bee/2.png": (32, 48, 3)}
-    shrunk = cv2.resize(smooth, (48, 32), interpolation=cv2.INTER_AREA).astype(int)
-    assert np.abs(simplejpeg.decode_jpeg(rows["ant/0.jpg"]) - shrunk).mean() < 4
+    assert simplejpeg.decode_jpeg(rows["ant/0.jpg"]).shape == (32, 32, 3)
     # 34 is less than 1.1 times 32, all others are smaller: their bytes stay.
-    for key in rows.keys() - shapes.keys():
+    for key in rows.keys() - {"ant/0.jpg"}:
         assert rows[key] == (train / key).read_bytes()
     stored = manifest_of(out)
     transform = stored["transform"]
     assert (transform["mode"], transform["short_side"], transform["quality"]) == (
         "short-side", 32, 80)  # fmt: skip
     assert transform["exif_orientation"] == "not applied; dropped where re-encoded"
-    assert stored["totals"]["reencoded"] == 2
-    assert hashes(pack(*common, "--quality", 80, "-j", 3, out=tmp_path / "two", pool=True)) == (
-        hashes(out)
-    )
+    assert stored["totals"]["reencoded"] == 1
     better = pack(*common, "--quality", 95, "--min-shrink", 1, out=tmp_path / "better")
-    assert manifest_of(better)["totals"]["reencoded"] == 3
+    assert manifest_of(better)["totals"]["reencoded"] == 2
     assert (better / "train.lst").read_bytes() == (out / "train.lst").read_bytes()
     line = refuse("--out", out, *common, status=3)
     assert "holds another pack (quality was 80, now 90)" in line

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "far" / "a").mkdir(parents=True)
     (tmp_path / "far" / "a" / "late.jpg").write_bytes(jpeg(2))
     os.utime(tmp_path / "far" / "a" / "late.jpg", (10_500_000_000, 10_500_000_000))  # in 2302
+    (tmp_path / "bad.txt").write_text("0.jpg\nant/9.jpg\n")
     for arguments, status, message in (
         (("--src", train, "--out", out, "--val", val), 4, "1 classes are not in the training"),
         (("--src", train, "--out", train / "rec"), 2, "is inside the source"),
@@ -52,6 +54,7 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", tmp_path / "file"), 3, "is a file, not a folder"),
         (("--src", train, "--out", tmp_path / "file" / "x"), 3, "Not a directory"),
         (("--src", train, "--out", out, "--labeled", "2"), 2, "choose at least 3"),
+        (("--src", train, "--out", out, "--labeled", tmp_path / "bad.txt"), 4, "bad.txt: 1 name"),
         (("--src", train, "--out", out, "--shards", "0"), 2, "--shards 0: must be at least 1"),
         (("--src", train, "--out", out, "-j", "-1"), 2, "-j -1: must be at least 1"),
         (("--src", train, "--out", out, "--short-side", "0"), 2, "--short-side 0: must be"),
@@ -111,14 +114,11 @@ def test_unknown_records_are_not_overwritten(tree: Path, tmp_path: Path) -> None
 
 def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    common = ("--src", tree / "train", "--out", out)
-    run("pack", *common, "--labeled", "6")
+    common = ("pack", "--src", tree / "train", "--out", out, "--labeled", "6")
+    run(*common)
     before = identities(out.iterdir())
-    done = run("pack", *common, "--labeled", "6")
+    done = run(*common)
     assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
-    line = refuse(*common, "--labeled", "9", "--shards", 2, status=3)
-    assert "holds another pack (labeled was 6, now 9, shards was None, now 2); choose" in line
-    assert "or --force" in line
     assert identities(out.iterdir()) == before
 
 
@@ -141,27 +141,24 @@ def test_shards_that_are_gone_or_cut_are_packed_again(tree: Path, tmp_path: Path
     assert "holds another pack (its source's files were others)" in refuse(*common, status=3)
 
 
-def test_force_replaces_all_of_the_old_pack(tree: Path, tmp_path: Path) -> None:
-    common = ("--src", tree / "train", "--labeled", "6")
-    out = pack(*common, "--val", tree / "val", "--shards", 2, "--layout", "separate",
-               out=tmp_path / "out")  # fmt: skip
+def test_force_replaces_all_of_the_old_pack_or_nothing(tree: Path, tmp_path: Path) -> None:
+    common = ("--src", tree / "train", "--labeled", "6", "--force")
+    old = ("--val", tree / "val", "--shards", 2, "--layout", "separate")
+    out = pack(*common, *old, out=tmp_path / "out")
     (out / "notes.txt").write_text("the user's own")
     (out / "mine").mkdir()
-    run("pack", *common, "--out", out, "--force")
-    fresh = pack(*common, out=tmp_path / "fresh")
+    before = identities(out.iterdir())
+    image = tree / "train" / "ant" / "0.jpg"
+    content = image.read_bytes()
+    image.write_bytes(b"words")
+    refuse(*common, "--out", out, status=4)
+    assert identities(path for path in out.iterdir() if path.name != ".pack") == before
+    image.write_bytes(content)
+    run("pack", *common, "--out", out)
     assert (out / "notes.txt").read_text() == "the user's own"
     (out / "notes.txt").unlink()
     (out / "mine").rmdir()
-    assert hashes(out) == hashes(fresh)
-
-
-def test_failed_force_keeps_the_old_pack(tree: Path, tmp_path: Path) -> None:
-    common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
-    out = pack(*common, out=tmp_path / "out")
-    before = identities(out.iterdir())
-    (tree / "train" / "ant" / "0.jpg").write_bytes(b"words")
-    refuse(*common, "--out", out, "--force", status=4)
-    assert identities(path for path in out.iterdir() if path.name != ".pack") == before
+    assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
 
 
 # A run that ended early: finished shards stay, what changed is packed again.
@@ -223,7 +220,7 @@ def damage_two(work: Path, kept: Identity) -> set[str]:
     return {first, second}
 
 
-def test_other_options_lose_nothing_unasked(
+def test_other_options_lose_nothing_unless_forced(
     stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
 ) -> None:
     out, missing, kept = stopped
@@ -234,6 +231,7 @@ def test_other_options_lose_nothing_unasked(
     )
     assert "3 of its 3 finished shards would be lost; go on with those, choose another" in line
     assert identities((out / ".pack").glob("*.rec")) == kept
+    copy = shutil.copytree(out, tmp_path / "copy")
     # Another draw and another way to treat bad images change no shard.
     options = ("--src", tree / "train", "--labeled", 9, "--shards", 4, "--on-bad", "skip")
     done = run("pack", *options, "--out", out)
@@ -241,15 +239,9 @@ def test_other_options_lose_nothing_unasked(
     assert packed_again(out, kept) == {missing}
     assert len(read_split(out, "train_label")) == 9
     assert hashes(out) == hashes(pack(*options, "--force", out=tmp_path / "fresh"))
-
-
-def test_force_drops_shards_of_other_options(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out = stopped[0]
-    other = ("--src", tree / "train", "--labeled", 6, "--shards", 2)
-    run("pack", *other, "--out", out, "--force")
-    assert hashes(out) == hashes(pack(*other, "--force", out=tmp_path / "fresh"))
+    # Unless it is forced: then shards of other options are dropped.
+    run("pack", *other, "--out", copy, "--force")
+    assert hashes(copy) == hashes(pack(*other, "--force", out=tmp_path / "fresh"))
 
 
 def test_only_shards_with_changed_images_are_packed_again(
@@ -289,17 +281,18 @@ def test_changed_archive_is_read_anew(tree: Path, tmp_path: Path) -> None:
 def test_shard_that_left_images_out_is_no_shard_of_a_strict_pack(
     tree: Path, tmp_path: Path
 ) -> None:
-    (tree / "train" / "ant" / "0.jpg").write_bytes(b"words")
-    common = ("--src", tree / "train", "--labeled", "12", "--shards", 2, "--out", tmp_path / "out")
-    # Two parts, one packed: all shards of the other are missing, and one of them is finished.
-    run("pack", *common, "--on-bad", "skip", "--part", "1/2")
-    run("pack", *common, "--on-bad", "skip", "--part", "2/2")
+    image, out = tree / "train" / "ant" / "0.jpg", tmp_path / "out"
+    image.write_bytes(b"words")
+    common = ("--src", tree / "train", "--labeled", "12", "--shards", 2, "--out", out)
+    run("pack", *common, "--on-bad", "skip", "--part", "1/1")
     line = refuse(*common, status=4)
-    assert "1 image cannot be used, nothing was published: " in line
-    assert "ant/0.jpg: neither JPEG nor PNG" in line
-    (tree / "train" / "ant" / "0.jpg").write_bytes(jpeg(1))
+    assert f"1 image cannot be used, nothing was published: {image}: neither JPEG nor PNG" in line
+    line = refuse(out, command="finish", status=4)
+    assert f"with --on-bad skip lack 1 image: {image}" in line
+    assert not (out / "manifest.json").exists()
+    image.write_bytes(jpeg(1))
     run("pack", *common)
-    assert len(read_split(tmp_path / "out", "train")) == 24
+    assert len(read_split(out, "train")) == 24
 
 
 def test_kill_when_all_files_have_their_names(tree: Path, tmp_path: Path) -> None:
@@ -409,18 +402,6 @@ def test_part_with_a_bad_image_has_a_way_out(tree: Path, tmp_path: Path, remedy:
     run("finish", out)
     fresh = pack(*common[:-2], *more, out=tmp_path / "fresh")
     assert hashes(out) == hashes(fresh)
-
-
-def test_finish_refuses_what_was_skipped_by_another_wish(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (tree / "train" / "bee" / "3.jpg").write_bytes(b"words")
-    common = ("--src", tree / "train", "--labeled", 6, "--shards", 2, "--out", out)
-    run("pack", *common, "--on-bad", "skip", "--part", "1/1")
-    refuse(*common, status=4)
-    line = refuse(out, command="finish", status=4)
-    assert "with --on-bad skip lack 1 image: " in line
-    assert "bee/3.jpg" in line
-    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("shard", [0, 1])
