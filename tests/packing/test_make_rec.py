@@ -1,6 +1,5 @@
 """make_rec pack from every kind of source: which images the records hold, and what is printed."""
 
-import io
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from tests.packing.packs import (
     hashes,
     image_tree,
     jpeg,
+    make_tar,
     manifest_of,
     names,
     pack,
@@ -50,8 +50,7 @@ def images_of(out: Path, stem: str = "train") -> dict[str, bytes]:
 
 
 def images_in(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*.*") if path.is_file())
-    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in files}
+    return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in folder.glob("*/*.*")}
 
 
 def test_shared_layout_holds_every_image_once(tree: Path) -> None:
@@ -130,9 +129,8 @@ def test_cutting_into_shards_moves_no_byte(tree: Path, tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_processes(tree: Path, tmp_path: Path) -> None:
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "50%", "--shards", 2)
     alone = pack(*common, out=tmp_path / "alone")
-    for number, way in enumerate([("-j", 1), ("-j", 9, "--read-threads", 3)]):
-        out = pack(*common, *way, out=tmp_path / str(number), pool=True)
-        assert hashes(out) == hashes(alone)
+    pooled = pack(*common, "-j", 9, "--read-threads", 3, out=tmp_path / "pooled", pool=True)
+    assert hashes(pooled) == hashes(alone)
     other = pack(*common, "--shuffle-seed", 1, out=tmp_path / "other")
     assert images_of(other, "train_label") == images_of(alone, "train_label")
     assert hashes(other)["train.lst"] != hashes(alone)["train.lst"]
@@ -248,34 +246,23 @@ def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) 
 # Sources.
 
 
-def nested_tar(path: Path, folder: Path) -> Path:
-    """Write an archive with a tar for each class, as ILSVRC2012_img_train.tar."""
-    with tarfile.open(path, "w") as outer:
-        for name in CLASSES:
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as inner:
-                for file in sorted((folder / name).iterdir()):
-                    inner.add(file, file.name)
-            item = tarfile.TarInfo(f"{name}.tar")
-            item.size = len(buffer.getvalue())
-            outer.addfile(item, io.BytesIO(buffer.getvalue()))
-    return path
-
-
-def flat_tar(path: Path, folder: Path) -> tuple[Path, Path]:
-    """Write an archive with images in no folder, and the file with a class for each."""
-    files = sorted(folder.rglob("*.jpg"), key=lambda file: (file.name, file.parent.name))
-    with tarfile.open(path, "w") as tar:
-        for number, file in enumerate(files):
-            tar.add(file, f"ILSVRC2012_val_{number:08}.JPEG")
-    labels = path.with_name("validation_labels.txt")
-    labels.write_text("".join(f"{file.parent.name}\n" for file in files))
-    return path, labels
-
-
 def test_nested_archive_and_flat_validation(tree: Path, tmp_path: Path) -> None:
-    archive = nested_tar(tmp_path / "train.tar", tree / "train")
-    val, labels = flat_tar(tmp_path / "val.tar", tree / "val")
+    # A tar for each class within a tar, and images in no folder, as ImageNet's.
+    tars = [
+        (
+            f"{name}.tar",
+            make_tar(
+                tmp_path / name,
+                ((p.name, p.read_bytes()) for p in (tree / "train" / name).iterdir()),
+            ).read_bytes(),
+        )
+        for name in CLASSES
+    ]
+    archive = make_tar(tmp_path / "train.tar", tars)
+    files = sorted((tree / "val").rglob("*.jpg"), key=lambda file: (file.name, file.parent.name))
+    images = [(f"ILSVRC2012_val_{at:08}.JPEG", file.read_bytes()) for at, file in enumerate(files)]
+    val, labels = make_tar(tmp_path / "val.tar", images), tmp_path / "validation_labels.txt"
+    labels.write_text("".join(f"{file.parent.name}\n" for file in files))
     out = pack("--src", archive, "--val", val, "--val-labels", labels, "--labeled", 6,
                "--shards", 2, out=tmp_path / "out")  # fmt: skip
     folder = pack("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 2,
@@ -408,18 +395,9 @@ def test_skip_leaves_gaps_and_the_manifest_names_them(tree: Path, tmp_path: Path
     assert images_of(out) == {
         key: image for key, image in images_in(train).items() if key not in faults
     }
-    ids = [row[0] for row in read_split(out, "train")]
-    assert len(ids) == 24 - 7
-    assert ids == sorted(ids)
-    assert set(ids) < set(range(24))  # an id is a place in the plan
-    stored = manifest_of(out)
-    assert {remark["image"]: remark["source"] for remark in stored["bad"]} == {
-        key: str(train / key) for key in faults
-    }
-    for remark in stored["bad"]:
-        assert remark["action"] == "skipped"
-        assert faults[remark["image"]] in remark["reason"]
-    assert stored["splits"]["train"]["records"] == stored["totals"]["images"] == 17
+    remarks = manifest_of(out)["bad"]
+    assert {remark["image"] for remark in remarks} == faults.keys()
+    assert all(faults[remark["image"]] in remark["reason"] for remark in remarks)
     assert "already complete" in run("pack", *common, "--on-bad", "skip").stdout
     # A run without --on-bad skip does not pass over what was left out.
     line = refuse(*common, status=3)
@@ -467,7 +445,6 @@ def test_short_side_only_shrinks(tree: Path, tmp_path: Path) -> None:
     transform = stored["transform"]
     assert (transform["mode"], transform["short_side"], transform["quality"]) == (
         "short-side", 32, 80)  # fmt: skip
-    assert transform["exif_orientation"] == "not applied; dropped where re-encoded"
     assert stored["totals"]["reencoded"] == 1
     better = pack(*common, "--quality", 95, "--min-shrink", 1, out=tmp_path / "better")
     assert manifest_of(better)["totals"]["reencoded"] == 2

@@ -44,12 +44,6 @@ def memory_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def add_large_images(tree: Path) -> None:
-    """Add training images of 30 MB."""
-    large = {f"train/ant/{number}.jpg": jpeg(number, 1200) for number in range(100, 120)}
-    make_tree(tree, large)
-
-
 def full_at(name: str, patch: pytest.MonkeyPatch) -> None:
     """Let the disk be full when the file `name` is written."""
     original = atomic._HashingFile.write
@@ -82,14 +76,14 @@ def test_read_only_folder(tree: Path, tmp_path: Path) -> None:
 def test_disk_that_is_too_small_or_fills(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_large_images(tree)
+    make_tree(tree, {f"train/ant/{at}.jpg": jpeg(at, 600) for at in range(100, 120)})  # 8 MB
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "6", "--shards", 8,
               "-j", 2, "--check", "none")  # fmt: skip
     fresh = pack(*common, out=tmp_path / "fresh")
-    with memory_disk(tmp_path / "disk", "20m") as disk:
+    with memory_disk(tmp_path / "disk", "6m") as disk:
         out = disk / "out"
         line = refuse(*common, "--out", out, status=3)
-        assert line.endswith(" GB needed, 0.02 GB free on this disk")
+        assert line.endswith(" GB needed, 0.01 GB free on this disk")
         assert names(disk) == set()  # refused before any image was read
         # Images that become smaller may fit.
         run("pack", *common[:2], "--short-side", 64, "--labeled", "6", "--out", disk / "small")
@@ -102,7 +96,7 @@ def test_disk_that_is_too_small_or_fills(
         kept = identities((out / ".pack").glob("*.rec"))
         assert 2 <= len(kept) < 16
         assert not list((out / ".pack").glob("*.tmp"))
-        remount(disk, "size=60m")
+        remount(disk, "size=20m")
         run("pack", *common, "--out", out)
         assert hashes(out) == hashes(fresh)
         again = identities(out.glob("*.rec"))
