@@ -171,8 +171,8 @@ def test_unfinished_shards(tree: Path) -> None:
     (work / "away").rename(work / first)
     assert unfinished_shards(work, shards) == [second, third, fourth]
     assert unfinished_shards(work, shards[:1]) == []
-    for field in ("content", "stamps"):
-        assert unfinished_shards(work, [shards[0]._replace(**{field: "another"})]) == [first]
+    for other in (shards[0]._replace(content="other"), shards[0]._replace(stamps="other")):
+        assert unfinished_shards(work, [other]) == [first]
     before = (work / TABLE).read_bytes()
     with pytest.raises(DataError, match="3 shards of the plan are not there: "):
         finish(work)

@@ -61,7 +61,6 @@ def finish(work: Path) -> Json:
     """
     with open_table(work / TABLE) as table:
         missing = unfinished_shards(work, table.shards())
-        image_options = options_from(ImageOptions, table.options())
     if missing:
         raise DataError(
             f"{work.parent}: "
@@ -70,22 +69,15 @@ def finish(work: Path) -> Json:
         )
     # The table is replaced last: if stopped before, finishing the plan again gives the same bytes.
     with atomic_path(work / TABLE) as completed:
-        bad = _complete_table(work, completed)
-        skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
-        if skipped and image_options.on_bad == "fail":
-            raise DataError(
-                f"{work.parent}: shards that were packed with --on-bad skip lack "
-                f"{counted(len(skipped), 'image')}: {first_few(skipped, between='; ')}; use "
-                "--on-bad skip, or repair them"
-            )
+        _complete_table(work, completed)
         with open_table(completed) as table:
-            manifest = _manifest(work, table, image_options)
+            manifest = _manifest(work, table)
             warn([_left_out(table, manifest), describe_duplicates(manifest["duplicates"])])
-        return manifest | {"bad": bad, "table_sha256": sha256_of(completed)}
+        return manifest | {"table_sha256": sha256_of(completed)}
 
 
-def _complete_table(work: Path, target: Path) -> list[Json]:
-    """Write the table with the position of every record to target; return the remarks."""
+def _complete_table(work: Path, target: Path) -> None:
+    """Write the table with the position of every record to target."""
     shutil.copyfile(work / TABLE, target)
     with table_errors(target), closing(edit_table(target)) as connection:
         table = Table(connection)
@@ -98,7 +90,6 @@ def _complete_table(work: Path, target: Path) -> list[Json]:
             # The unpacked copy of an archive is removed when the pack is complete.
             connection.execute("UPDATE sources SET file = spec WHERE file LIKE 'spool-%'")
             connection.execute("COMMIT")
-        return _remarks(work, table)
 
 
 def _written(work: Path, table: Table) -> Iterator[tuple[int, ...]]:
@@ -119,28 +110,16 @@ def _has_written(table: Table, rows: Iterator[tuple[int, ...]]) -> bool:
     return all(old == new for old, new in zip_longest(stored, rows))
 
 
-def _remarks(work: Path, table: Table) -> list[Json]:
-    """Return the manifest's entries about images that were skipped or converted."""
-    classes, sources = table.classes(), table.sources()
-    entries = []
-    for shard in table.shards():
-        for remark in _receipt(work, shard).remarks:
-            record = table.record(remark.id)
-            assert record is not None, remark
-            entries.append(
-                {
-                    "image": image_key(classes, record),
-                    "source": origin_of(sources[record.source], record),
-                    "reason": remark.reason,
-                    "action": remark.action,
-                }
-            )
-    return entries
-
-
-def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
+def _manifest(work: Path, table: Table) -> Json:
     options, classes = table.options(), table.classes()
-    shards, totals = _shards(work, table)
+    shards, bad, totals = _shards(work, table)
+    skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
+    if skipped and options["on_bad"] == "fail":
+        raise DataError(
+            f"{work.parent}: shards that were packed with --on-bad skip lack "
+            f"{counted(len(skipped), 'image')}: {first_few(skipped, between='; ')}; use "
+            "--on-bad skip, or repair them"
+        )
     return {
         "format": FORMAT,
         "tool": f"mpl_fast {__version__}",
@@ -154,12 +133,13 @@ def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
             "file": CLASSES,
             "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
         },
-        "transform": describe_processing(image_options),
+        "transform": describe_processing(options_from(ImageOptions, options)),
         "shards": shards,
         "splits": write_splits(work, table, shards),
         "table": TABLE,
         "duplicates": find_duplicates(table),
         "totals": totals,
+        "bad": bad,
     }
 
 
@@ -169,7 +149,7 @@ def _sources(table: Table) -> list[Json]:
     twice = options["layout"] == "separate" and options["unlabeled"] == "all"
     images = "(SELECT DISTINCT source, path, start, size FROM records)" if twice else "records"
     query = f"SELECT source, count(*), sum(size) FROM {images} GROUP BY source"
-    totals = {source: (images, size) for source, images, size in table.query(query)}
+    totals = {number: (count, size) for number, count, size in table.query(query)}
     entries = []
     for source in table.sources():
         count, size = totals.get(source.number, (0, 0))
@@ -177,11 +157,11 @@ def _sources(table: Table) -> list[Json]:
     return entries
 
 
-def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
-    """Return the manifest's entries of all shards, and their totals."""
-    rows = table.shards()
+def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
+    """Return the manifest's entries of all shards, of skipped and converted images, and totals."""
+    rows, classes, sources = table.shards(), table.classes(), table.sources()
     counts = Counter(shard.prefix for shard in rows)
-    entries = []
+    entries, bad = [], []
     totals: Counter[str] = Counter()
     for shard in rows:
         receipt = _receipt(work, shard)
@@ -203,7 +183,18 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
         totals["bytes_out"] += receipt.size
         totals["reencoded"] += receipt.reencoded
         totals["orientation_dropped"] += receipt.rotated
-    return entries, {**totals, "seconds": 0.0}
+        for remark in receipt.remarks:
+            record = table.record(remark.id)
+            assert record is not None, remark
+            bad.append(
+                {
+                    "image": image_key(classes, record),
+                    "source": origin_of(sources[record.source], record),
+                    "reason": remark.reason,
+                    "action": remark.action,
+                }
+            )
+    return entries, bad, {**totals, "seconds": 0.0}
 
 
 def _write_index(path: Path, receipt: ShardReceipt) -> str:
