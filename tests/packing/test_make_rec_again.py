@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from mpl_fast.packing.publish.out_folder import open_out_folder
 from tests.packing.packs import (
     hashes,
     identities,
@@ -112,30 +113,24 @@ def test_unknown_records_are_not_overwritten(tree: Path, tmp_path: Path) -> None
 # A folder that holds a pack.
 
 
-def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    common = ("pack", "--src", tree / "train", "--out", out, "--labeled", "6")
-    run(*common)
-    before = identities(out.iterdir())
-    done = run(*common)
-    assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
-    assert identities(out.iterdir()) == before
-
-
-def test_shards_that_are_gone_or_cut_are_packed_again(tree: Path, tmp_path: Path) -> None:
+def test_a_finished_pack_is_kept_and_its_broken_shards_are_packed_again(
+    tree: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 3,
               "--out", out)  # fmt: skip
     run("pack", *common)
-    before, kept = hashes(out), identities(out.glob("*.rec"))
+    before, kept = hashes(out), identities(out.iterdir())
+    done = run("pack", *common)
+    assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
+    assert identities(out.iterdir()) == kept
     gone, cut = out / "train-00001-of-00003.rec", out / "val-00002-of-00003.rec"
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-4])
     done = run("pack", *common)
     assert done.stdout == f"{out}: packed again: {gone.name}, {cut.name}\n"
     assert hashes(out) == before
-    now = identities(out.glob("*.rec"))
-    assert {name for name in now if now[name] != kept[name]} == {gone.name, cut.name}
+    assert packed_again(out, kept) == {gone.name, cut.name}
     gone.unlink()
     (tree / "train" / "ant" / "3.jpg").write_bytes(jpeg(1, 40))
     assert "holds another pack (its source's files were others)" in refuse(*common, status=3)
@@ -164,8 +159,14 @@ def test_force_replaces_all_of_the_old_pack_or_nothing(tree: Path, tmp_path: Pat
 # A run that ended early: finished shards stay, what changed is packed again.
 
 
-def common(tree: Path) -> tuple[object, ...]:
-    return ("--src", tree / "train", "--labeled", 6, "--shards", 4)
+class Stopped(NamedTuple):
+    """A pack of which all shards but one are finished."""
+
+    out: Path
+    common: tuple[object, ...]  # options
+    missing: str
+    kept: Identity  # of the others
+    fresh: Path  # the same pack, never stopped
 
 
 def shard_of(key: str, fresh: Path) -> str:
@@ -178,18 +179,20 @@ def shard_of(key: str, fresh: Path) -> str:
 
 
 @pytest.fixture
-def stopped(tree: Path, tmp_path: Path) -> tuple[Path, str, Identity]:
-    """A pack of which all but one shard are finished: an image was damaged, and is repaired now."""
+def stopped(tree: Path, tmp_path: Path) -> Stopped:
+    """Stopped by an image that was damaged, and is repaired now."""
     image, out = tree / "train" / "bee" / "3.jpg", tmp_path / "out"
-    fresh = pack(*common(tree), out=tmp_path / "fresh")
+    common = ("--src", tree / "train", "--labeled", 6, "--shards", 4)
+    fresh = pack(*common, out=tmp_path / "fresh")
     content = image.read_bytes()
     image.write_bytes(b"words" + bytes(len(content) - 5))
-    assert "bee/3.jpg: neither JPEG" in refuse(*common(tree), "--out", out, status=4)
+    assert "bee/3.jpg: neither JPEG" in refuse(*common, "--out", out, status=4)
     image.write_bytes(content)
+    assert names(out) == {".lock", ".pack"}
     kept = identities((out / ".pack").glob("*.rec"))
     missing = shard_of("bee/3.jpg", fresh)
     assert set(kept) == {path.name for path in fresh.glob("*.rec")} - {missing}
-    return out, missing, kept
+    return Stopped(out, common, missing, kept, fresh)
 
 
 def packed_again(out: Path, kept: Identity) -> set[str]:
@@ -198,33 +201,26 @@ def packed_again(out: Path, kept: Identity) -> set[str]:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_finished_shards_stay_unless_they_are_damaged(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path, damaged: bool
-) -> None:
-    out, missing, kept = stopped
-    assert names(out) == {".lock", ".pack"}
-    again = {missing} | (damage_two(out / ".pack", kept) if damaged else set())
-    done = run("pack", *common(tree), "--out", out)
+def test_finished_shards_stay_unless_they_are_damaged(stopped: Stopped, damaged: bool) -> None:
+    out, common, missing, kept, fresh = stopped
+    again = {missing}
+    if damaged:
+        first, second = sorted(kept)[:2]
+        flipped = bytearray((out / ".pack" / first).read_bytes())
+        flipped[len(flipped) // 2] ^= 1
+        (out / ".pack" / first).write_bytes(flipped)
+        (out / ".pack" / f"{second}.done").write_bytes(b"PK\3\4 damaged")
+        again |= {first, second}
+    done = run("pack", *common, "--out", out)
     assert (done.stderr == "") != damaged
     assert packed_again(out, kept) == again
-    assert hashes(out) == hashes(pack(*common(tree), "--force", out=tmp_path / "fresh"))
+    pack(*common, "--force", out=fresh)  # the repaired image has another time
+    assert hashes(out) == hashes(fresh)
 
 
-def damage_two(work: Path, kept: Identity) -> set[str]:
-    """Flip a bit of one shard, cut the receipt of another; return both."""
-    first, second = sorted(kept)[:2]
-    flipped = bytearray((work / first).read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    (work / first).write_bytes(flipped)
-    (work / f"{second}.done").write_bytes(b"PK\3\4 damaged")
-    return {first, second}
-
-
-def test_other_options_lose_nothing_unless_forced(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out, missing, kept = stopped
-    other = ("--src", tree / "train", "--labeled", 6, "--shards", 2, "--quality", 80)
+def test_other_options_lose_nothing_unless_forced(stopped: Stopped, tmp_path: Path) -> None:
+    out, common, missing, kept, fresh = stopped
+    other = (*common, "--shards", 2, "--quality", 80)
     line = refuse(*other, "--out", out, status=3)
     assert (
         "holds an unfinished pack with other options (shards was 4, now 2, quality was 90, " in line
@@ -233,32 +229,25 @@ def test_other_options_lose_nothing_unless_forced(
     assert identities((out / ".pack").glob("*.rec")) == kept
     copy = shutil.copytree(out, tmp_path / "copy")
     # Another draw and another way to treat bad images change no shard.
-    options = ("--src", tree / "train", "--labeled", 9, "--shards", 4, "--on-bad", "skip")
-    done = run("pack", *options, "--out", out)
-    assert done.stderr == ""
+    options = (*common, "--labeled", 9, "--on-bad", "skip")
+    assert run("pack", *options, "--out", out).stderr == ""
     assert packed_again(out, kept) == {missing}
     assert len(read_split(out, "train_label")) == 9
-    assert hashes(out) == hashes(pack(*options, "--force", out=tmp_path / "fresh"))
-    # Unless it is forced: then shards of other options are dropped.
+    assert hashes(out) == hashes(pack(*options, "--force", out=fresh))
     run("pack", *other, "--out", copy, "--force")
-    assert hashes(copy) == hashes(pack(*other, "--force", out=tmp_path / "fresh"))
+    assert hashes(copy) == hashes(pack(*other, "--force", out=fresh))
 
 
-def test_only_shards_with_changed_images_are_packed_again(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out, missing, kept = stopped
-    image = next(
-        path for path in (tree / "train" / "ant").iterdir()
-        if shard_of(f"ant/{path.name}", tmp_path / "fresh") != missing
-    )  # fmt: skip
+def test_only_shards_with_changed_images_are_packed_again(stopped: Stopped, tree: Path) -> None:
+    out, common, missing, kept, fresh = stopped
+    ants = {path: shard_of(f"ant/{path.name}", fresh) for path in (tree / "train/ant").iterdir()}
+    image, changed = next(item for item in ants.items() if item[1] != missing)
     old = image.read_bytes()
     image.write_bytes(old[:-2] + b"  " + old[-2:])  # no longer by more than moves no shard's border
-    changed = shard_of(f"ant/{image.name}", tmp_path / "fresh")
-    done = run("pack", *common(tree), "--out", out)
+    done = run("pack", *common, "--out", out)
     assert f"warning: packed again: 1 of 3 finished shards: {changed}" in done.stderr
     assert packed_again(out, kept) == {changed, missing}
-    assert hashes(out) == hashes(pack(*common(tree), "--force", out=tmp_path / "fresh"))
+    assert hashes(out) == hashes(pack(*common, "--force", out=fresh))
     rows = {row[2]: row[3] for row in read_split(out, "train")}
     assert rows[f"ant/{image.name}"] == image.read_bytes()
 
@@ -300,16 +289,14 @@ def test_kill_when_all_files_have_their_names(tree: Path, tmp_path: Path) -> Non
     common = ("--src", tree / "train", "--labeled", "6", "--shards", 2, "--out", out)
     run("pack", *common)
     before = hashes(out)
-    (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
-    (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
-    (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
     for command in (("finish", out), ("pack", *common), ("resplit", out, "--labeled", "6")):
+        (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
+        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
+        (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
         run(*command)
         assert not (out / ".pack").exists()
         if command[0] != "resplit":
             assert hashes(out) == before
-        (out / ".pack").mkdir()
-        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
 
 
 # Parts of a folder, then `finish`: the bytes of a single run.
@@ -334,13 +321,16 @@ def test_parts_are_the_pack(tree: Path, tmp_path: Path) -> None:
         "3 shards of the plan are not there: train-00000-of-00003.rec, "
         "train-00002-of-00003.rec, val-00001-of-00003.rec; pack them (every part), then finish"
     )
-    line = refuse(*common[:-1], 2, "--part", "1/2", "--out", out, status=3)
-    assert "the parts of this pack have other options (shards was 3, now 2)" in line
+    other = (*common, "--shards", 2, "--part", "1/2", "--out", out)
+    with open_out_folder(out, shared=True):  # while another part is being packed
+        for force in ((), ("--force",)):
+            line = refuse(*other, *force, status=3)
+            assert "the parts of this pack have other options (shards was 3, now 2)" in line
     kept = identities((out / ".pack").glob("*.rec"))
     assert len(kept) == 3
-    done = json.loads(run("pack", *common, "--part", "2/2", "--json", "--out", out).stdout)
-    assert (done["part"], set(done["shards"])) == ("2/2", set(kept))
-    assert len(done["shards_missing"]) == 3
+    result = json.loads(run("pack", *common, "--part", "2/2", "--json", "--out", out).stdout)
+    assert (result["part"], set(result["shards"])) == ("2/2", set(kept))
+    assert len(result["shards_missing"]) == 3
     done = run("pack", *common, "--part", "1/2", "--out", out)
     assert done.stdout.endswith(f"every shard is there; now: make_rec.py finish {out}\n")
     assert done.stderr == ""  # the archive was unpacked once
