@@ -134,7 +134,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
     engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that has the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
-    dry = "print the plan and an estimate of its time, write nothing to OUT"
+    dry = "print the plan and an estimate of its time; OUT is not written"
     add("--dry-run", action="store_true", help=dry)
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
 
