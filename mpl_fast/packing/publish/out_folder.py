@@ -46,8 +46,8 @@ def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"
             raise OutputError(f"{path}: {error.strerror}") from error
         stack.callback(os.close, lock)
         folder = OutFolder(path, lock, stack)
-        folder.lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         with output_errors(path):
+            folder.lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             folder.finish_publish(shared)
             folder.work.mkdir(exist_ok=True)
         try:
