@@ -248,16 +248,10 @@ def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) 
 
 def test_nested_archive_and_flat_validation(tree: Path, tmp_path: Path) -> None:
     # A tar for each class within a tar, and images in no folder, as ImageNet's.
-    tars = [
-        (
-            f"{name}.tar",
-            make_tar(
-                tmp_path / name,
-                ((p.name, p.read_bytes()) for p in (tree / "train" / name).iterdir()),
-            ).read_bytes(),
-        )
-        for name in CLASSES
-    ]
+    tars = []
+    for name in CLASSES:
+        inner = [(path.name, path.read_bytes()) for path in (tree / "train" / name).iterdir()]
+        tars.append((f"{name}.tar", make_tar(tmp_path / name, inner).read_bytes()))
     archive = make_tar(tmp_path / "train.tar", tars)
     files = sorted((tree / "val").rglob("*.jpg"), key=lambda file: (file.name, file.parent.name))
     images = [(f"ILSVRC2012_val_{at:08}.JPEG", file.read_bytes()) for at, file in enumerate(files)]
