@@ -160,10 +160,8 @@ def run(
 def run_in_order(
     jobs: Sequence[Job[T]], processes: int, progress: Callable[[int, int], None]
 ) -> list[T]:
-    """Run jobs as the pool does with one process, but in this process."""
-    order = sorted(range(len(jobs)), key=lambda at: -jobs[at].size)
-    results = {at: jobs[at].call(lambda records, size: None) for at in order}
-    return [results[at] for at in range(len(jobs))]
+    """Run jobs in this process."""
+    return [job.call(lambda records, size: None) for job in jobs]
 
 
 def verified(root: Path, *, deep: bool = False) -> Report:
@@ -265,7 +263,7 @@ def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
 def finished(options: PackOptions) -> tuple[Path, Json]:
     """Return the work folder of a pack that only lacks its manifest, and the manifest."""
     work = write_shards(plan_work(options), options.image)
-    return work, finish(work, options.image)
+    return work, finish(work)
 
 
 def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:
