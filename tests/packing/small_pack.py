@@ -10,7 +10,7 @@ from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.pack import publish_pack
 from mpl_fast.packing.plan.sharding import shard_file
 from mpl_fast.packing.plan.table import TABLE, RecordRow, create_table, open_table
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.out_folder import open_out_folder
 from tests.packing.packs import CLASSES, jpeg, make_tree, with_magic, write_shards
 
 HOW = ImageOptions(check="none", on_bad="skip")
@@ -66,10 +66,10 @@ def make_pack(
         stat = (make_tree(source, {path: contents[number]}) / path).stat()
         place = (0, path, -1, stat.st_size, stat.st_mtime_ns)
         rows.append(RecordRow(number, label, number in labeled, name, *place))
-    with OutFolder(root) as folder:
+    with open_out_folder(root) as folder:
         _write_plan(folder.work / TABLE, source, layout, shards, rows)
         write_shards(folder.work, HOW)
-        publish_pack(folder, HOW, 0.0)
+        publish_pack(folder, 0.0)
     (root / ".lock").unlink()
     return SmallPack(root, source, _records(root, contents))
 

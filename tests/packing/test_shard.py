@@ -264,6 +264,19 @@ def test_images_too_large_for_a_record(tmp_path: Path, on_bad: str, action: str)
     assert (tmp_path / "work" / SHARD).exists() == (on_bad == "skip")
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_changed_source_leaves_nothing(tmp_path: Path, threads: int) -> None:
+    work = plan(tmp_path, [b"first", b"second"])
+    path = tmp_path / "src" / "1.jpg"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(DataError, match=r"^bee/1\.jpg: .*1\.jpg changed while it was being packed"):
+        write(work, threads=threads)
+    path.unlink()
+    with pytest.raises(DataError, match=r"1\.jpg: No such file .*it was there when planned"):
+        write(work, threads=threads)
+    assert names(work) == [TABLE]
+
+
 def test_an_archive_that_changes_after_its_last_image(tmp_path: Path) -> None:
     archive = tmp_path / "x.tar"
     archive.write_bytes(b"image")

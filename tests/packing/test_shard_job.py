@@ -176,17 +176,24 @@ def succeed(advance: Advance) -> int:
     return os.getpid()
 
 
+def fail(advance: Advance) -> int:
+    raise DataError("a.jpg: no image")
+
+
 def die(advance: Advance) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
     return 0
 
 
 def test_pool() -> None:
-    """Runs jobs in other processes; one that dies is named with the job that it was at."""
+    """Jobs run in other processes; an error ends them all, and a death is named with its job."""
+    assert run_jobs([], 1, lambda records, size: None) == []
     seen: list[tuple[int, int]] = []
     jobs = [Job("small", 1, succeed), Job("large", 2, succeed)]
     assert os.getpid() not in run_jobs(jobs, 1, lambda *done: seen.append(done))
     assert seen[-1] == (2, 10)
+    with pytest.raises(DataError, match=r"^a\.jpg: no image$"):
+        run_jobs([*jobs, Job("last", 0, fail)], 1, lambda records, size: None)
     with pytest.raises(UserError) as caught:
         run_jobs([Job("last", 0, die), *jobs], 1, lambda records, size: None)
     assert str(caught.value) == (

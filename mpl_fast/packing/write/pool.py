@@ -43,6 +43,8 @@ def run_jobs(
     progress is called a few times a second with the records and bytes done so far. An error of a
     job stops all others. Raises UserError when a worker process dies.
     """
+    if not jobs:
+        return []
     context = multiprocessing.get_context("spawn")
     board = context.RawArray("q", 1 + 3 * len(jobs))
     pool = ProcessPoolExecutor(
