@@ -9,15 +9,8 @@ from nvidia.dali.data_node import DataNode
 from PIL import Image, ImageDraw, ImageFont
 
 from mpl_fast.config import DataConfig
+from mpl_fast.data import pipelines
 from mpl_fast.data.manifest import Manifest, Split
-from mpl_fast.data.pipelines import (
-    Engine,
-    decode,
-    flip_coin,
-    normalize,
-    random_crop,
-    read_shuffled,
-)
 from mpl_fast.data.randaugment import strengthen
 from mpl_fast.errors import ConfigError, output_errors
 
@@ -53,17 +46,13 @@ def _draw_rows(
     config: DataConfig, split: Split, images: int, draws: int, seed: int
 ) -> list[tuple[int, list[Pixels]]]:
     """The class and the tiles of each row, as (h, w, 3) uint8."""
-    engine = Engine(batch=images, gpu=None, threads=1, shard=0, shards=1)
+    engine = pipelines.Engine(batch=images, gpu=None, threads=1, shard=0, shards=1, seed=seed)
     pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
         config,
         split,
         engine,
         draws,
-        batch_size=images,
-        device_id=None,
-        num_threads=engine.threads,
-        prefetch_queue_depth=1,
-        seed=seed,
+        **engine.options(prefetch=1),
     )
     originals, *views, labels = pipeline.run()
     return [
@@ -79,22 +68,28 @@ def _draw_rows(
 
 
 def _sheet_graph(
-    config: DataConfig, split: Split, engine: Engine, draws: int
+    config: DataConfig, split: Split, engine: pipelines.Engine, draws: int
 ) -> tuple[DataNode, ...]:
-    encoded, label = read_shuffled(config, split, engine)
+    encoded, label = pipelines.read_shuffled(config, split, engine)
     side = config.image_size
     original = fn.resize(
-        decode(encoded, config, engine), size=(side, side), mode="not_larger", antialias=True
+        pipelines.decode(encoded, config, engine),
+        size=(side, side),
+        mode="not_larger",
+        antialias=True,
     )
-    crop = random_crop(encoded, config, engine)
+    crop = pipelines.random_crop(encoded, config, engine)
     views = [crop, *(strengthen(crop, config) for _ in range(draws))]
-    return (original, *(normalize(v, config, engine, flip_coin(config)) for v in views), label)
+    return (
+        original,
+        *(pipelines.normalize(v, config, engine, pipelines.flip_coin(config)) for v in views),
+        label,
+    )
 
 
 def _denormalize(view: NDArray[np.float32], config: DataConfig) -> Pixels:
     mean, std = np.array(config.mean), np.array(config.std)
-    levels = np.clip(np.rint(255 * (view * std + mean)), 0, 255)
-    pixels: Pixels = levels.astype(np.uint8)
+    pixels: Pixels = np.clip(np.rint(255 * (view * std + mean)), 0, 255).astype(np.uint8)
     return pixels
 
 
