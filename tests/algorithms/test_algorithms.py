@@ -42,7 +42,7 @@ def test_steps_update_every_learner_and_lower_the_labeled_loss(name: str) -> Non
     algorithm, data = new(VARIANTS[name], with_norm), batch(unlabeled=9)
     before = {k: copy.deepcopy(v.network.state_dict()) for k, v in algorithm.learners.items()}
     labeled = []
-    for t in range(60):
+    for t in range(20):
         metrics = train_step(algorithm, data, t)
         labeled.append(metrics["loss/labeled"])
         for value in metrics.values():

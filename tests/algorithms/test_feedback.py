@@ -116,7 +116,7 @@ def test_the_baseline_starts_at_zero_and_is_a_moving_average(
         data = batch(t)
         old = labeled_loss(student, data)
         h = train_step(algorithm, data, t)["feedback"]
-        difference = sign * float(old - labeled_loss(student, data))
+        difference = sign * float((old - labeled_loss(student, data)).detach())
         expected += (1 - decay) * (difference - expected)
         assert float(average) == pytest.approx(expected, abs=1e-6)
         assert float(h) == pytest.approx(difference - expected, abs=1e-6)
