@@ -95,9 +95,13 @@ def _by_itself(operation: Operation) -> Subgraph:
 
 
 def _warp(image: DataNode, inputs: Inputs, config: DataConfig) -> DataNode:
-    matrices = [matrix(config, sign) for matrix in MATRICES for sign in (-1, 1)]
     code = inputs.code
-    return warp(image, types.Constant(np.array(matrices, np.float32), device="cpu")[code])
+    return warp(image, _matrix(code, config))
+
+
+def _matrix(code: DataNode, config: DataConfig) -> DataNode:
+    matrices = [matrix(config, sign) for matrix in MATRICES for sign in (-1, 1)]
+    return types.Constant(np.array(matrices, np.float32), device="cpu")[code]
 
 
 def _line_or_contrast(image: DataNode, inputs: Inputs, config: DataConfig) -> DataNode:
