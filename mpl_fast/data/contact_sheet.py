@@ -36,7 +36,7 @@ def contact_sheet(
     titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
     zoom = -(-MIN_TILE // config.image_size)
     names = [manifest.classes[label] for label, _ in rows]
-    tiles = [[_enlarge(tile, zoom) for tile in row] for _, row in rows]
+    tiles = [[tile.repeat(zoom, axis=0).repeat(zoom, axis=1) for tile in row] for _, row in rows]
     sheet = _arrange(tiles, titles, names, zoom * config.image_size)
     with output_errors(out):
         sheet.save(out)
@@ -48,23 +48,15 @@ def _draw_rows(
     """The class and the tiles of each row, as (h, w, 3) uint8."""
     engine = pipelines.Engine(batch=images, gpu=None, threads=1, shard=0, shards=1, seed=seed)
     pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
-        config,
-        split,
-        engine,
-        draws,
-        **engine.options(prefetch=1),
+        config, split, engine, draws, **engine.options(prefetch=1)
     )
     originals, *views, labels = pipeline.run()
-    return [
-        (
-            int(np.asarray(labels.at(row))[0]),
-            [
-                np.asarray(originals.at(row)),
-                *(_denormalize(np.asarray(view.at(row)), config) for view in views),
-            ],
-        )
-        for row in range(images)
-    ]
+    rows = []
+    for row in range(images):
+        drawn = [_denormalize(np.asarray(view.at(row)), config) for view in views]
+        label = int(np.asarray(labels.at(row))[0])
+        rows.append((label, [np.asarray(originals.at(row)), *drawn]))
+    return rows
 
 
 def _sheet_graph(
@@ -91,10 +83,6 @@ def _denormalize(view: NDArray[np.float32], config: DataConfig) -> Pixels:
     mean, std = np.array(config.mean), np.array(config.std)
     pixels: Pixels = np.clip(np.rint(255 * (view * std + mean)), 0, 255).astype(np.uint8)
     return pixels
-
-
-def _enlarge(tile: Pixels, zoom: int) -> Pixels:
-    return tile.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def _arrange(

@@ -272,21 +272,21 @@ def mixed(data: Batch, labels: Tensor, alpha: float, t: int) -> tuple[Tensor, Te
 
 def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch, t: int) -> Values:
     """The step of a config."""
-    one, *other = learners.values()
+    first, *others = learners.values()
+    second = others[0] if others else first
     match config:
-        case RolePlayConfig():
-            roles = [one, *other] if (t // config.swap_every) % 2 == 0 else [*other, one]
-            return mpl(config, *roles, data, t)
+        case RolePlayConfig() if (t // config.swap_every) % 2:
+            return mpl(config, second, first, data, t)
         case MPLConfig(feedback="parity_google"):
-            return google(config, one, other[0], data, t)
+            return google(config, first, second, data, t)
         case MPLConfig():
-            return mpl(config, one, other[0], data, t)
+            return mpl(config, first, second, data, t)
         case UDAConfig():
-            return uda(config, one, data, t)
+            return uda(config, first, data, t)
         case FixMatchConfig():
-            return fixmatch(config, one, data, t)
+            return fixmatch(config, first, data, t)
         case SMPLConfig():
-            return smpl(config, one, data, t)
+            return smpl(config, first, data, t)
         case MetaSemiConfig():
-            return metasemi(config, one, data, t)
+            return metasemi(config, first, data, t)
     raise AssertionError(config)
