@@ -46,7 +46,7 @@ NESTEROV = replace(STUDENT, momentum=0.9, nesterov=True, weight_decay=0.01)
 FEEDBACKS: list[Any] = list(get_args(get_type_hints(MPLConfig)["feedback"]))
 
 LEARNER = LearnerConfig(lr=0.1, warmup=2, ema=0.9, dropout=0.0, max_grad_norm=1.0)
-CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.3)
+CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.5)
 MPL = MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY)
 SMPL = SMPLConfig(learner=LEARNER, consistency=CONSISTENCY)
 UDA = UDAConfig(learner=LEARNER, consistency=CONSISTENCY)

@@ -106,24 +106,9 @@ def test_exact_is_autograd_through_the_student_step(
     found, expected = feedback_gradient(algorithm, batch(), 1), by_autograd(algorithm, batch(), 1)
     assert expected.norm() > 1e-5
     assert relative_error(found, expected) < limit
-
-
-def test_each_case_has_the_property_it_is_named_after() -> None:
-    def state(algorithm: MetaPseudoLabels) -> dict[str, Any]:
-        return dict(algorithm.student.optimizer.state[algorithm.student.parameters[0]])
-
-    assert state(second_step("nesterov"))["momentum_buffer"].norm() > 1e-3
-    assert not state(second_step("plain")).get("momentum_buffer")
-    sure = second_step("threshold").teacher.infer(batch().weak).softmax(-1).amax(-1) >= 0.45
-    assert sure.any() and not sure.all()
-    clipped, free = second_step("clipping"), second_step("plain")
-    rates = []
-    for algorithm in (clipped, free):
-        algorithm.student.begin_step(1)
-        rates.append(
-            algorithm.student.backward_and_step(algorithm.student(batch().strong).square().mean())
-        )
-    assert rates[0] < 0.5 * rates[1] and rates[1] == STUDENT.lr
+    if case != "plain":  # the case is another one
+        plain = by_autograd(second_step("plain", derivative=derivative), batch(), 1)
+        assert len(plain) != len(expected) or relative_error(expected, plain) > 0.01
 
 
 @pytest.mark.parametrize("derivative, right", [("forward", True), ("central", False)])

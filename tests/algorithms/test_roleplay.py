@@ -52,7 +52,7 @@ def test_the_present_student_is_frozen_during_the_student_delay() -> None:
         before = problems.state(algorithm)
         metrics = train_step(algorithm, batch(t), t)
         after = problems.state(algorithm)
-        pairs = [(x[name]["network"]["0.weight"] for x in (before, after)) for name in NAMES]
+        pairs = [[x[name]["network"]["0.weight"] for x in (before, after)] for name in NAMES]
         moved = [not torch.equal(*pair) for pair in pairs]
         seen.append([*moved, bool(metrics["feedback"] != 0)])
     # first moves, second moves, feedback: roles change before steps 2 and 4
