@@ -24,17 +24,11 @@ DISTINCT = replace(CIFAR, magnitude=8.0, num_ops=1)
 MPL = pytest.mark.parametrize("policy", ["mpl", "mpl_branched"])
 
 
-@pytest.mark.parametrize(
-    ("key", "table"),
-    [
-        ("policy", randaugment.POLICIES),
-        ("crop", pipelines.TRAIN_CROPS),
-        ("crop", pipelines.EVAL_CROPS),
-        ("interpolation", pipelines.INTERPOLATIONS),
-    ],
-)
-def test_every_choice_has_a_function(key: str, table: dict[str, object]) -> None:
-    assert set(table) == set(get_args(get_type_hints(DataConfig)[key]))
+def test_every_choice_has_a_function() -> None:
+    hints = get_type_hints(DataConfig)
+    assert set(randaugment.POLICIES) == set(get_args(hints["policy"]))
+    assert set(pipelines.TRAIN_CROPS) == set(pipelines.EVAL_CROPS) == set(get_args(hints["crop"]))
+    assert set(pipelines.INTERPOLATIONS) == set(get_args(hints["interpolation"]))
 
 
 def test_every_operation_is_drawn_evenly_and_really_applied() -> None:
@@ -134,14 +128,6 @@ def test_signs_and_centers_are_drawn_evenly(policy: str, monkeypatch: pytest.Mon
         counts = np.bincount(applied[:, axis] % 50, minlength=8)
         assert len(counts) == 8
         assert counts.min() > len(applied) / 8 * 0.8
-
-
-def test_equal_seeds_give_equal_views() -> None:
-    image = photographs(32)[0]
-    first, again = (strong_views(image, replace(CIFAR, num_ops=2), 1, seed=5) for _ in range(2))
-    other = strong_views(image, replace(CIFAR, num_ops=2), 1, seed=6)
-    assert np.array_equal(first, again)
-    assert (first == other).all(axis=(1, 2, 3)).mean() < 0.5
 
 
 def test_final_cutout_grays_one_square(monkeypatch: pytest.MonkeyPatch) -> None:
