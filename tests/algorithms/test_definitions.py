@@ -38,6 +38,10 @@ CASES: dict[str, AlgorithmConfig] = {
     "fixmatch split": replace(FIXMATCH, bn_batches="split", threshold=0.42, label_smoothing=0.1),
     "fixmatch of all images": replace(FIXMATCH, threshold=0.0),
     "fixmatch of none": replace(FIXMATCH, threshold=1.1, weight=2.0),
+    "mpl exact held_out strong": replace(
+        MPL, feedback="exact", held_out=0.5, pseudo="strong", student=HEAVY
+    ),
+    "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
     "mpl delayed": replace(MPL, student=replace(LEARNER, delay_steps=2)),
     "mpl strong masked": replace(MPL, pseudo="strong", label_threshold=0.4, feedback_ramp=3),
     "mpl split held_out": replace(MPL, bn_batches="split", held_out=0.5),
