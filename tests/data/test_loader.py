@@ -142,8 +142,17 @@ def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: st
         ("unlabeled", PLAIN, {"unlabeled": 6}),
         ("seed", PLAIN, {"seed": 3}),
         ("world", PLAIN, {"world": 2}),
+        ("data.image_size", replace(PLAIN, image_size=17), {}),
+        ("data.crop", replace(PLAIN, crop="random_resized"), {}),
+        ("data.interpolation", replace(PLAIN, interpolation="bilinear"), {}),
+        ("data.flip", replace(PLAIN, flip=True), {}),
         ("data.policy", replace(PLAIN, policy="dali"), {}),
+        ("data.num_ops", replace(PLAIN, num_ops=3), {}),
         ("data.magnitude", replace(PLAIN, magnitude=9.0), {}),
+        ("data.translate", replace(PLAIN, translate=5.0), {}),
+        ("data.cutout", replace(PLAIN, cutout=5), {}),
+        ("data.final_cutout", replace(PLAIN, final_cutout=4), {}),
+        ("data.shuffle_buffer", replace(PLAIN, shuffle_buffer=7), {}),
     ],
 )
 def test_a_state_of_another_run_is_refused(
