@@ -23,11 +23,7 @@ class Labels(NamedTuple):
 
 
 def make_labels(
-    logits: Tensor,
-    kind: LabelKind,
-    *,
-    uniforms: Tensor | None = None,
-    threshold: float = 0.0,
+    logits: Tensor, kind: LabelKind, *, uniforms: Tensor | None = None, threshold: float = 0.0
 ) -> Labels:
     """Pseudo labels from a teacher's logits ``(U, C)``.
 

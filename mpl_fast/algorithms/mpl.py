@@ -81,10 +81,7 @@ class MetaPseudoLabels:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
         logits = self.student(strong)
         loss, grad_logits = losses.student_loss_and_grad(
-            logits,
-            labels.target,
-            label_smoothing=self.config.label_smoothing,
-            weight=labels.weight,
+            logits, labels.target, label_smoothing=self.config.label_smoothing, weight=labels.weight
         )
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
         return logits.detach(), loss
@@ -101,13 +98,7 @@ class MetaPseudoLabels:
         """Backward pass of one microbatch, whose labels are `rows` of all."""
         config, weight = self.config, self.config.feedback_weight_at(t)
         loss = uda_loss(
-            logits,
-            batch,
-            t,
-            config.consistency,
-            config.label_smoothing,
-            feedback=weight * feedback.ce_weight,
-            pseudo=labels.hard[rows],
+            logits, batch, t, config, feedback=weight * feedback.ce_weight, pseudo=labels.hard[rows]
         )
         term = feedback.term(logits.strong if self.feedback_view == "strong" else logits.weak, rows)
         self.teacher.backward(*loss.terms, weight * term, microbatches=self.microbatches)

@@ -53,14 +53,7 @@ class SelfMetaPseudoLabels:
         # Second update: UDA's loss, and the feedback on the labels of the first update.
         logits = Views(learner, batch).logits()
         weight = config.feedback_weight_at(t)
-        loss = uda_loss(
-            logits,
-            batch,
-            t,
-            config.consistency,
-            config.label_smoothing,
-            feedback=weight * feedback.ce_weight,
-        )
+        loss = uda_loss(logits, batch, t, config, feedback=weight * feedback.ce_weight)
         term = feedback.term(logits.weak)
         learner.backward_and_step(*loss.terms, weight * term)
         return {

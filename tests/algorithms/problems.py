@@ -63,11 +63,7 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "mpl held_out baseline masked": replace(MPL, baseline=0.9, held_out=0.5, label_threshold=0.3),
     "mpl exact masked": replace(MPL, feedback="exact", label_threshold=0.3, feedback_weight=10.0),
     "mpl exact split recompute": replace(
-        MPL,
-        feedback="exact",
-        bn_batches="split",
-        teacher_graph="recompute",
-        label_threshold=0.3,
+        MPL, feedback="exact", bn_batches="split", teacher_graph="recompute", label_threshold=0.3
     ),
     "mpl parity_google baseline": replace(MPL, feedback="parity_google", baseline=0.9),
     "mpl_roleplay": RolePlayConfig(
