@@ -102,21 +102,13 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> SmallPack:
     return make_pack(root, shards={"train": [4, 4, 4, 4, 4]})
 
 
-@MMAP
-@pytest.mark.parametrize("shards", [1, 4, 16])
-def test_every_record_of_a_full_index_is_read(tmp_path: Path, shards: int, mmap: bool) -> None:
-    pack = make_pack(tmp_path / "rec", shards={"train": [48 // shards] * shards})
-    assert len(_files(pack)) == shards
-    pipeline = _pipeline(pack, pack.root / "train.idx", 48, mmap=mmap)
-    assert pipeline.reader_meta("reader")["epoch_size"] == 48
-    assert _samples(pipeline) == _wanted(pack, range(48))
-
-
 @pytest.mark.parametrize(
     ("shards", "stick"), [(1, False), (2, False), (2, True), (3, False), (3, True)]
 )
 @MMAP
-@LAYOUT
+@pytest.mark.parametrize(
+    "chosen", [*LAYOUTS.values(), list(range(20))], ids=[*LAYOUTS, "every record"]
+)
 def test_sparse_layouts_are_read_and_shared_out(
     five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool, shards: int, stick: bool
 ) -> None:
