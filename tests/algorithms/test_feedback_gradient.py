@@ -136,7 +136,7 @@ def drawn(feedback: Any, data: Batch, draws: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("feedback, share", [("sampled", 1 / 2), ("per_example", 1.0)])
 def test_drawn_labels_have_the_exact_gradient_on_average(feedback: str, share: float) -> None:
-    draws = 1000
+    draws = 400
     found, exact = drawn(feedback, batch(unlabeled=2), draws)
     expected, mean = share * exact, found.mean(0)
     error = found.std(0) / draws**0.5
