@@ -21,18 +21,23 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from mpl_fast import atomic
 from mpl_fast.errors import UserError, output_errors
-from tools.bench.cuda_graph import DeviceLostError
+from tools.bench.clock import wait_for_gpu
 from tools.bench.machine import describe
-from tools.bench.results import FORM, Json, Row, row_json, table
+from tools.bench.results import FORM, Json, Row, one_line, row_json, table
 
 Options = argparse.Namespace
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU no longer computes correctly: nothing after this can be measured."""
 
 
 class Report:
@@ -61,6 +66,15 @@ class Report:
         """Notes a variant that is wrong or that raised; it is not timed."""
         self.failed[name] = why
         print(f"FAILED: {name}: {why}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """An exception inside is why `name` failed; if the GPU is lost as well, the run ends."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(name, one_line(error))
+            require_device()
 
     def seconds_left(self, parts: int = 1) -> float:
         """An equal share of the time until `--minutes` are over; infinite without that option."""
@@ -163,6 +177,14 @@ def require_writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=out.parent):
             pass
+
+
+def require_device() -> None:
+    """Raises `DeviceLostError` if there is a GPU and it computes no more."""
+    try:
+        wait_for_gpu()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the device is unusable: {one_line(error)}") from error
 
 
 def _measured(measure: Callable[[Options, Report], None], options: Options, report: Report) -> int:
