@@ -33,7 +33,6 @@ from tools.bench import step_reference
 from tools.bench.harness import at_least
 from tools.bench.machine import DEVICES, choose_device
 
-SMALL = ("wrn", "shake", "convlarge")  # networks for images of 32 pixels, in 10 classes
 STEPS = 10**6  # of the imitated run, so that its learning rate hardly changes
 PLAIN, PLAIN_AMP = "plain fp32", "plain amp"
 
@@ -75,7 +74,7 @@ class Setting(NamedTuple):
     @property
     def classes(self) -> int:
         """Width of the last layer."""
-        return 10 if self.model.startswith(SMALL) else 1000
+        return 10 if self.model in models.OWN else 1000
 
     @property
     def distinct(self) -> int:
@@ -144,7 +143,7 @@ def flavors(setting: Setting) -> list[list[Flavor]]:
     joint, split = Flavor(True, "default", "joint"), Flavor(True, "default", "split")
     single = [one._replace(bf16=False) for one in (joint, split)]
     half = [joint, split]
-    if setting.device.type == "cuda" and setting.model.startswith(SMALL):
+    if setting.device.type == "cuda" and setting.model in models.OWN:
         half += [split._replace(graphs="step"), joint._replace(graphs="step")]
     return [half, single, [Flavor()]]
 
@@ -167,7 +166,7 @@ def setting_of(options: argparse.Namespace, *, cuda: int, cpu: int) -> Setting:
     device = choose_device(options.device)
     options.device = device.type
     options.labeled = options.labeled or (cuda if device.type == "cuda" else cpu)
-    options.image_size = options.image_size or (32 if options.model.startswith(SMALL) else 224)
+    options.image_size = options.image_size or (32 if options.model in models.OWN else 224)
     sizes = (options.labeled, options.mu, options.image_size)
     setting = Setting(options.model, *sizes, device)
     network(setting)
