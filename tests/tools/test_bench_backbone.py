@@ -38,13 +38,6 @@ def limits(flops: float, moved: float) -> Limits:
     return Limits({False: flops / 2, True: flops}, moved)
 
 
-def new_report(tmp_path: Path) -> Report:
-    options = argparse.Namespace(
-        minutes=None, smoke=True, commit="none", out=tmp_path / "out.json", rounds=1, seed=0
-    )
-    return Report("backbone", options)
-
-
 def test_work_of_a_network_by_hand() -> None:
     """Stem 3 -> 2 of 3 x 3, norm, convolution 2 -> 4 of 1 x 1, pooling, linear 4 -> 5; 8 pixels."""
     network = nn.Sequential(
@@ -185,7 +178,8 @@ def test_a_variant_that_is_wrong_or_fails_is_not_timed(
     factor: float, shift: float, words: str, tmp_path: Path
 ) -> None:
     other = BASE._replace(name="other", bf16=True)
-    report, one = new_report(tmp_path), problem(8, network=Wrong(factor, shift))
+    options = argparse.Namespace(minutes=None, out=tmp_path)
+    report, one = Report("backbone", options), problem(8, network=Wrong(factor, shift))
     steps = backbone.correct(one, [BASE, other, VARIANTS[1]], report)
     assert list(steps) == [BASE.name, *([] if words else ["other"])]
     label = "wrn_10_1, 4 x 8 px"

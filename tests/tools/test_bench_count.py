@@ -125,7 +125,8 @@ def test_extra_memory_is_the_peak_without_what_was_there(monkeypatch: pytest.Mon
 
 def test_collectives_of_a_program_of_which_they_are_known() -> None:
     """DDP's exchange, one for each of its two buckets, and two by hand."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         net = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))  # 1.4 MB each
         replica = DistributedDataParallel(net, bucket_cap_mb=1)

@@ -10,41 +10,23 @@ from typing import Any
 import pytest
 import torch
 
-from mpl_fast.config import MPLConfig
 from tools.bench import step, step_checks, step_reference, step_variants
 from tools.bench.harness import Report
 from tools.bench.step import Found, Scene, rows
-from tools.bench.step_phases import REMAINDER, phases
+from tools.bench.step_phases import PHASES, REMAINDER, phases
 from tools.bench.step_reference import PlainStep
-from tools.bench.step_variants import RECIPES, Flavor, Setting, Variant, batch, network
+from tools.bench.step_variants import Flavor, Setting, Variant, batch
 
 CPU = torch.device("cpu")
 TINY = Setting("wrn_10_1", 3, 2, 8, CPU)
-PLAIN_PHASES = {
-    "teacher forward and losses",
-    "student forward and loss",
-    "student backward and update",
-    "average of weights",
-    "labeled loss",
-    "feedback's loss",
-    "teacher backward and update",
-    "numbers read by the host",
-    REMAINDER,
-}
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of a smoke test of the variants that compile nothing."""
-    out = tmp_path_factory.mktemp("bench") / "out.json"
-    only = ["plain", "fp32 eager"]
-    assert step.main(["--smoke", "--device", "cpu", "--out", str(out), "--only", *only]) == 0
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
 
 
 @pytest.mark.slow
-def test_smoke_times_every_variant_and_claims_nothing(smoke: dict[str, Any]) -> None:
+def test_smoke_times_every_variant_and_claims_nothing(tmp_path: Path) -> None:
+    """Of those that compile nothing."""
+    out, only = tmp_path / "out.json", ["plain", "fp32 eager"]
+    assert step.main(["--smoke", "--device", "cpu", "--out", str(out), "--only", *only]) == 0
+    smoke = json.loads(out.read_text())
     found = {row["name"]: row for row in smoke["rows"]}
     assert smoke["claim"].startswith("a smoke test")
     for name in ("plain fp32", "plain amp", "ours fp32 eager joint", "one pass fp32 eager"):
@@ -53,13 +35,14 @@ def test_smoke_times_every_variant_and_claims_nothing(smoke: dict[str, Any]) -> 
     assert "mpl, ours fp32 eager joint: step / its 46 passes" in found  # 2 (5 + 9 * 2)
     assert not any(row["steady"] or row["target"] is not None for row in smoke["rows"])
     phase = "mpl, plain fp32, phase: "
-    assert {n.removeprefix(phase) for n in found if n.startswith(phase)} == PLAIN_PHASES
-    assert smoke["skipped"] == []
+    of_plain = {PHASES[name] for name in vars(PlainStep) if name in PHASES}
+    assert len(of_plain) == 8
+    assert {n.removeprefix(phase) for n in found if n.startswith(phase)} == {*of_plain, REMAINDER}
+    assert (smoke["skipped"], smoke["failed"]) == ([], {})
     assert smoke["best of ours"] == "ours fp32 eager joint"
     (checked,) = smoke["correctness"]
     assert "our parity step and the plain step in float64" in checked["what"]
     assert checked["error"] < 1e-9  # what is allowed is 1e-6
-    assert smoke["failed"] == {}
 
 
 @pytest.mark.parametrize("factor", [1.001, math.nan])
@@ -77,24 +60,6 @@ def test_another_step_is_found_out(
     report.more["correctness"] = []
     step._note(report, [check, check._replace(what="right", error=0.0)])
     assert list(report.failed) == [check.what]
-
-
-def test_the_plain_step_reads_six_numbers_and_moves_everything() -> None:
-    config = RECIPES["mpl"]
-    assert isinstance(config, MPLConfig)
-    nets = [network(TINY, seed) for seed in (0, 1)]
-    before = [[p.detach().clone() for p in net.parameters()] for net in nets]
-    plain = PlainStep(nets[0], nets[1], step_variants.plain_settings(config))
-    average = [p.clone() for p in plain.average.parameters()]
-    metrics = plain.step(batch(TINY, "mpl"))
-    assert len(metrics) == 6
-    assert all(isinstance(value, float) for value in metrics.values())
-    for net, old in zip(nets, before, strict=True):
-        assert all(not torch.equal(p, q) for p, q in zip(net.parameters(), old, strict=True))
-    decay = config.student.ema
-    student = plain.student.parameters()
-    for kept, new, first in zip(plain.average.parameters(), student, average, strict=True):
-        torch.testing.assert_close(kept, decay * first + (1 - decay) * new.detach())
 
 
 @pytest.mark.parametrize(("labeled", "mu", "passes"), [(4, 7, 4 * 68.0), (2, 2, 46.0)])
