@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def problem(size: int = 32, batch: int = 4, network: nn.Module | None = None) -> Problem:
     network = network or models.build("wrn_10_1", 10)
-    return Problem("wrn_10_1", network, size, batch, 1, CPU)
+    return Problem("wrn_10_1", network, size, batch, CPU)
 
 
 def limits(flops: float, moved: float) -> Limits:
@@ -95,10 +95,10 @@ def test_the_lower_roof_is_the_limit(
 
 def test_rows_of_known_times() -> None:
     times = {BASE.name: [2.0, 4.0], BEST.name: [1.0, 1.0]}
-    one = problem(batch=6)._replace(steps=2)
+    one = problem(batch=12)
     work = MinimalWork(flops=10**12, values=None, weights=0)
     found = backbone.time_rows(one, BEST, times, work, limits(48e12, 1.0))
-    name = "wrn_10_1, 6 x 32 px: compile NHWC bf16"
+    name = "wrn_10_1, 12 x 32 px: compile NHWC bf16"
     assert found == [
         Row(name, Spread(12.0, 12.0, 12.0, 2), "img/s", "higher", limit=48.0),
         Row(f"{name} / {BASE.name}", Spread(3.0, 2.0, 4.0, 2), "times", "higher", steady=True),

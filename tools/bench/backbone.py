@@ -60,13 +60,12 @@ VARIANTS = (
 
 
 class Problem(NamedTuple):
-    """A network, its images and how many steps one measurement has."""
+    """A network and its images."""
 
     model: str
     network: nn.Module
     image_size: int
     batch: int
-    steps: int
     device: torch.device
 
     @property
@@ -77,7 +76,7 @@ class Problem(NamedTuple):
     def images(self) -> tuple[Tensor, Tensor]:
         """Images ``(N, 3, H, W)`` float32 and labels ``(N,)`` int64, on the device."""
         shape = (self.batch, 3, self.image_size, self.image_size)
-        labels = torch.arange(self.batch, device=self.device) % classes(self.model)
+        labels = torch.arange(self.batch, device=self.device) % 10  # every network has these
         return torch.randn(shape, device=self.device), labels
 
 
@@ -128,6 +127,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     """Network after network."""
     device = choose_device(options.device)
     options.device = device.type
+    repeats = STEPS[device.type]
     torch.manual_seed(options.seed)
     problems = [new_problem(model, device, options.batch) for model in options.models]
     found = {
@@ -150,8 +150,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         steps = correct(one, VARIANTS, report)
         with report.attempt(f"{one.label}: all of them"):  # may need more memory than each did
             seconds = interleaved(
-                {name: repeated(step, one.steps) for name, step in steps.items()},
-                seconds_of,
+                steps,
+                lambda step: seconds_of(repeated(step, repeats)) / repeats,
                 rounds=options.rounds,
                 warmup=1,
                 seed=options.seed,
@@ -162,16 +162,11 @@ def measure(options: argparse.Namespace, report: Report) -> None:
                     report.add(time_rows(one, variant, seconds, work, limits))
 
 
-def classes(model: str) -> int:
-    """Of the data set that the literature trains a network on."""
-    return 10 if model in OWN else 1000
-
-
 def new_problem(model: str, device: torch.device, batch: int | None = None) -> Problem:
     """With the usual numbers for the network and the device. Raises `ConfigError` for a name."""
-    size = SMALL if model in OWN else LARGE
-    network, batch = models.build(model, classes(model)), batch or BATCHES[device.type, size]
-    return Problem(model, network, size, batch, STEPS[device.type], device)
+    size, classes = (SMALL, 10) if model in OWN else (LARGE, 1000)
+    batch = batch or BATCHES[device.type, size]
+    return Problem(model, models.build(model, classes), size, batch, device)
 
 
 def correct(problem: Problem, variants: Sequence[Variant], report: Report) -> dict[str, Step]:
@@ -228,8 +223,7 @@ def time_rows(
 ) -> list[Row]:
     """Images a second beside their limit and target, and the ratio to the first variant."""
     name, limit = f"{problem.label}: {variant.name}", work.roof(variant, problem.batch, limits)
-    images = problem.batch * problem.steps
-    rates = spread([images / s for s in seconds[variant.name]])
+    rates = spread([problem.batch / s for s in seconds[variant.name]])
     meant = variant == BEST and problem.model == TARGET_MODEL
     aim = TARGET if meant and any(gpu in limits.gpu for gpu in TARGET_GPUS) else None
     rows = [Row(name, rates, "img/s", "higher", limit=limit, target=aim)]

@@ -45,11 +45,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
-    names = ["resnet50", "wrn_28_2"]
-    parser.add_argument(
-        "--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)"
-    )
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    add, names = parser.add_argument, ["resnet50", "wrn_28_2"]
+    add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
+    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
@@ -66,14 +64,13 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     for number, one in enumerate(problems):
         works = correct(one, report)
         seconds = interleaved(
-            {name: repeated(work, steps) for name, work in works.items()},
-            seconds_of,
+            works,
+            lambda work: seconds_of(repeated(work, steps)) / steps,
             rounds=options.rounds,
             seed=options.seed,
             seconds=report.seconds_left(len(problems) - number),
         )
-        of_one = {name: [s / steps for s in found] for name, found in seconds.items()}
-        report.add(rows(one, works, of_one, one.minimal_bytes() / copied.high))
+        report.add(rows(one, works, seconds, one.minimal_bytes() / copied.high))
 
 
 class Problem(NamedTuple):
