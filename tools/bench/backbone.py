@@ -186,8 +186,9 @@ def correct(problem: Problem, variants: Sequence[Variant], report: Report) -> di
                 message = f"its {what} is wrong: {{}}".format
                 assert_close(mine, first, rtol=off, atol=0.0, msg=message)
             steps[variant.name] = step
-        gc.collect()  # what compilers leave refers to itself, and holds memory of the GPU
-        torch.cuda.empty_cache()
+        if problem.device.type == "cuda":
+            gc.collect()  # what compilers leave refers to itself, and holds memory of the GPU
+            torch.cuda.empty_cache()
     return steps
 
 

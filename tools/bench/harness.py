@@ -10,7 +10,7 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 
     def measure(options: argparse.Namespace, report: Report) -> None:
         variants = {...}                        # name -> callable
-        ...                                     # compare them first: report.fail(name, why)
+        ...                                     # compare them first: with report.attempt(name)
         seconds = interleaved(variants, seconds_of, rounds=options.rounds, seed=options.seed,
                               seconds=report.seconds_left())
         report.add([Row(name, spread(values), "ms") for name, values in seconds.items()])
