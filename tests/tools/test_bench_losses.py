@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,8 +69,14 @@ def test_smoke_counts_launches_and_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", [PLAIN, EAGER, ONE_PASS])
-def test_variants_compute_the_definition(name: str, loss: str) -> None:
+@pytest.mark.parametrize(
+    "name", [PLAIN, EAGER, ONE_PASS, pytest.param(COMPILED, marks=pytest.mark.slow)]
+)
+def test_variants_compute_the_definition(
+    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = partial(torch.compile, backend="eager")  # in one graph, without a compiler
+    monkeypatch.setattr(torch, "compile", traced)
     shape = SMALL._replace(loss=loss)
     call = checked(name, shape, "cpu")  # ours by the reference, as always on a CPU
     assert (call(draw(shape, "cpu")).gradient is None) == (loss in WITHOUT_GRADIENT)
