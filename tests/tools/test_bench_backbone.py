@@ -1,6 +1,7 @@
 """The benchmark of networks: counts, which variants are rejected, rows; never a time."""
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -136,14 +137,14 @@ def test_layout_and_precision_are_what_the_name_says(
     blocks: Any = one.network.blocks
     blocks.register_forward_hook(lambda module, inputs, out: seen.append(out))
     step = backbone.prepared(variant, one.network, *one.images())
-    loss, first = step(), [p.grad for p in one.network.parameters()]
+    loss, parameters = step(), list(one.network.parameters())
+    first = copy.deepcopy([p.grad for p in parameters])
     step()  # begins without gradients
-    torch.testing.assert_close(first, [p.grad for p in one.network.parameters()])
-    assert loss.dtype == torch.float32
-    assert not loss.requires_grad
+    torch.testing.assert_close([p.grad for p in parameters], first)
+    assert loss.dtype == torch.float32 and not loss.requires_grad
     assert seen[0].dtype == dtype
     assert seen[0].is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert all(p.grad is not None and p.dtype == torch.float32 for p in one.network.parameters())
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in parameters)
 
 
 class Wrong(nn.Module):

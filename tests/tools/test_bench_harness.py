@@ -167,7 +167,8 @@ def test_what_fails_is_exit_code_1_and_what_was_added_stays(
 
 def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(options: Any, report: Report) -> None:
-        raise ConfigError("--x: no")
+        with report.attempt("x"):
+            raise ConfigError("--x: no")
 
     assert run(tmp_path / "out.json", refused) == (2, {})
     assert capsys.readouterr().err == "tools.bench x: --x: no\n"

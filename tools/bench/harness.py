@@ -72,6 +72,8 @@ class Report:
         """An exception inside is why `name` failed; if the GPU is lost as well, the run ends."""
         try:
             yield
+        except UserError:  # the disk is full
+            raise
         except Exception as error:
             self.fail(name, one_line(error))
             require_device()
