@@ -204,15 +204,24 @@ def uncompiled(name: str, loss: str) -> Call:
 
 
 @pytest.fixture
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the command run as on a GPU, on small shapes, with clocks that return constants."""
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """Lets the command run as on a GPU, on small shapes, with clocks that return constants.
+
+    Returns the shapes that inputs are drawn for.
+    """
+    drawn = list[Shape]()
+
+    def input_sets(shape: Shape) -> list[Inputs]:
+        drawn.append(shape)
+        return [draw(shape, "cpu") for _ in range(2)]
+
     small = [SMALL._replace(loss=loss) for loss in LOSSES] + [OTHER]
     for name, value in {
         "GPU": "cpu",
         "SHAPES": small,
         "build": uncompiled,
         "copies": lambda *given, **named: spread([1e9]),
-        "input_sets": lambda shape: [draw(shape, "cpu") for _ in range(2)],
+        "input_sets": input_sets,
         "HOST_CALLS": 1,
     }.items():
         monkeypatch.setattr(losses, name, value)
@@ -224,6 +233,7 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: True)
     monkeypatch.setattr("tools.bench.harness.describe", lambda commit: {"commit": commit})
     clock_of(monkeypatch, lambda work, return_mode: [work(), [0.01] * 10][1])
+    return drawn
 
 
 def clock_of(monkeypatch: pytest.MonkeyPatch, do_bench: Any) -> None:
@@ -243,8 +253,7 @@ def timed(found: dict[str, Any]) -> list[str]:
     return [name for name in times if not name.endswith(", host")]
 
 
-@pytest.mark.usefixtures("simulated_gpu")
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_whole_run(simulated_gpu: list[Shape], tmp_path: Path) -> None:
     found = run(tmp_path / "out.json")
     ours = found["rows"][f"{SMALL}, {ONE_PASS}"]
     assert (ours["median"], ours["n"]) == (10.0, 3 * 10)
@@ -253,12 +262,14 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert found["rows"][f"{SMALL}, {ONE_PASS}, launches"]["median"] == 2
     assert found["rows"][f"{STUDENT}, {AUTOGRAD}, extra memory"]["median"] == 1e-3
     assert len(timed(found)) == 5 * 4 + 1  # the student's by autograd too
+    assert len(simulated_gpu) == 5 * 4 + 2  # inputs of its own for each: Liger overwrites them
     assert found["limits"]["copy, bytes/s"]["high"] == 1e9
     # What waits for the device cannot be captured, and is timed on the host alone.
     (skipped,) = found["skipped"]
     assert skipped.startswith(f"no CUDA graph: {STUDENT}, {LIGER}: it waits in _local_scalar")
     assert f"{STUDENT}, {LIGER}, host" in found["rows"]
-    assert timed(run(tmp_path / "b.json", "--minutes", "0")) == []
+    found = run(tmp_path / "b.json", "--minutes", "0")
+    assert not found["rows"] and found["skipped"][4] == f"no time: {OTHER}"
 
 
 @pytest.mark.usefixtures("simulated_gpu")
