@@ -40,6 +40,14 @@ class DeviceLostError(RuntimeError):
     """The GPU no longer computes correctly: nothing after this can be measured."""
 
 
+def require_device() -> None:
+    """Raises `DeviceLostError` if there is a GPU and it computes no more."""
+    try:
+        wait_for_gpu()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the device is unusable: {one_line(error)}") from error
+
+
 class Report:
     """The result of one run; every `add` writes it, so that a kill loses only what came after."""
 
@@ -179,14 +187,6 @@ def require_writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=out.parent):
             pass
-
-
-def require_device() -> None:
-    """Raises `DeviceLostError` if there is a GPU and it computes no more."""
-    try:
-        wait_for_gpu()
-    except RuntimeError as error:
-        raise DeviceLostError(f"the device is unusable: {one_line(error)}") from error
 
 
 def _measured(measure: Callable[[Options, Report], None], options: Options, report: Report) -> int:
