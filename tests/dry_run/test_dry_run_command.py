@@ -31,12 +31,10 @@ def paragraphs(text: str) -> dict[str, str]:
 
 def dry_run(given: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Runs the command in this process: exit code, stdout, stderr."""
-    with mock.patch("sys.argv", ["train.py", *given, "--dry-run"]):
-        try:
-            code = train.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, *capfd.readouterr()
+    argv = mock.patch("sys.argv", ["train.py", *given, "--dry-run"])
+    with argv, pytest.raises(SystemExit) as ended:
+        train.main()
+    return int(ended.value.code or 0), *capfd.readouterr()
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
