@@ -12,7 +12,7 @@ import torch
 
 from mpl_fast.errors import CheckpointError
 from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, flip
 
 
 @pytest.fixture
@@ -41,14 +41,8 @@ def test_nothing_yet(store: Checkpoints) -> None:
     assert store.newest() == (None, [])
 
 
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 4
-    file.write_bytes(content)
-
-
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "one flipped bit": lambda c: _flip(c / "state.pt"),
+    "one flipped bit": lambda c: flip(c / "state.pt"),
     "truncated": lambda c: (c / "state.pt").write_bytes((c / "state.pt").read_bytes()[:50]),
     "empty": lambda c: (c / "rank_0.pt").write_bytes(b""),
     "file gone": lambda c: (c / "rank_0.pt").unlink(),
@@ -69,7 +63,7 @@ def test_damage_falls_back_to_the_one_before(kind: str, store: Checkpoints) -> N
 
 def test_all_damaged_is_an_error_that_names_them(store: Checkpoints) -> None:
     for step in (1, 2):
-        _flip(save(store, step) / "state.pt")
+        flip(save(store, step) / "state.pt")
     with pytest.raises(CheckpointError, match=r"step_00000002.*step_00000001"):
         store.newest()
 
@@ -113,7 +107,7 @@ def test_a_save_behind_damaged_ones_keeps_the_good_and_drops_the_damaged(
     for step in (500, 1000, 1500):
         save(wide, step)
     for step in (1000, 1500):
-        _flip(tmp_path / f"step_{step:08d}" / "state.pt")
+        flip(tmp_path / f"step_{step:08d}" / "state.pt")
     save(store, 600)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000500", "step_00000600"]
 
@@ -131,25 +125,25 @@ from pathlib import Path
 from mpl_fast.training.checkpoint import Checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 saved = {"weights": torch.ones(2_000_000)}
-try:
-    Checkpoints(Path(sys.argv[1]), keep=2, rank=0, world=1).save(1, saved, {})
-except OSError as error:
-    print("OSError", error.errno)
+for limit in (1 << 10, 1 << 20, 7_900_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        Checkpoints(Path(sys.argv[1]), keep=2, rank=0, world=1).save(1, saved, {})
+    except OSError as error:
+        print(error.errno)
 """
 
 
-@pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
 @pytest.mark.slow
-def test_a_full_disk_is_an_oserror(limit: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
     """And not the error of torch's archive when it is closed half-way."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path), str(limit)],
+        [sys.executable, "-c", FULL, str(tmp_path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    assert done.stdout.split() == ["OSError", str(errno.EFBIG)], done.stderr
+    assert done.stdout.split() == [str(errno.EFBIG)] * 3, done.stderr
     assert not list(tmp_path.glob("step_*"))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,12 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     today = folder / "today.yaml"
     today.write_text(as_yaml(parse(["--config", str(OLD / "config.yaml"), *places(new)])))
     with_todays_names(new, today)
-    done: subprocess.CompletedProcess[str] = run_in_turn(
+    done = run_in_turn(
         ["--config", str(OLD / "config.yaml"), *places(old)],
         ["--config", str(today), *places(new)],
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resuming after step 4") == 2
     return old, new, done.stderr
 
 
@@ -84,7 +84,6 @@ def test_the_golden_files_have_old_names() -> None:
     assert {"h", "seconds"} <= first.keys() and not {"feedback", "train_seconds"} & first.keys()
 
 
-@pytest.mark.slow
 def test_an_old_run_ends_bit_for_bit_as_one_with_todays_names(
     resumed: tuple[Path, Path, str],
 ) -> None:
@@ -93,7 +92,6 @@ def test_an_old_run_ends_bit_for_bit_as_one_with_todays_names(
     assert printed.count("uses old option names") == 1
 
 
-@pytest.mark.slow
 def test_an_old_run_ends_as_the_program_of_then_ended_it(resumed: tuple[Path, Path, str]) -> None:
     """Its numbers, but for what differs between CPUs."""
     expected = json.loads((OLD / "expected.json").read_text())
@@ -109,7 +107,6 @@ def test_an_old_run_ends_as_the_program_of_then_ended_it(resumed: tuple[Path, Pa
     assert row == pytest.approx(expected["row"], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_metrics_of_an_old_run_have_one_column_for_each_quantity(
     resumed: tuple[Path, Path, str],
 ) -> None:
