@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, run_here
 from tools import demo
 from tools.demo import table
+
+DEMO = ROOT / "tools" / "demo.py"
 
 
 def test_ctrl_c_saves_and_ends_with_one_line(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "demo.py"), "--steps", "9000", "--out", str(out)],
+        [sys.executable, str(DEMO), "--steps", "9000", "--ranks", "1", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,8 +51,7 @@ def test_a_complete_run_of_an_older_version_is_read(
 
 
 def test_seeds_must_be_positive() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--seeds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_here(demo.main, ["--seeds", "0"])
     assert done.returncode == 2 and "--seeds must be at least 1" in done.stderr
 
 

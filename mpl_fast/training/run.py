@@ -289,9 +289,7 @@ class Run:
         algorithm = self.config.algorithm
         if isinstance(algorithm, FinetuneConfig):
             learner = self.algorithm.learners["learner"]
-            message, warnings = load_start(
-                algorithm, learner, self.config.model.name, self.dist_env
-            )
+            message, warnings = load_start(algorithm, learner, self.config.model.name)
             for warning in warnings:
                 self.console.warn(warning)
             self.console.print(message)

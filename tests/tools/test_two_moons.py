@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mpl_fast.algorithms.labels import Labels
 from mpl_fast.learner import rng
+from tests.tiny_run import run_here
 from tools.studies.command import Content, write
 from tools.studies.two_moons.__main__ import main
 from tools.studies.two_moons.algorithm import RATE, RunDifference, algorithm
@@ -23,7 +24,6 @@ from tools.studies.two_moons.networks import Weights
 from tools.studies.two_moons.report import as_json, as_markdown
 from tools.studies.two_moons.training import (
     evaluate,
-    gain,
     spread,
     study,
     train,
@@ -289,7 +289,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
         options = Options(draws=2, inits=2, steps=10, seed=seed)
         names = with_baselines(["mpl_sampled"])
         assert names == ["labeled", "mpl_off_sampled", "mpl_sampled"]
-        return as_json(study(names, options, lambda name, found: None), options)
+        return as_json(study(names, options), options)
 
     first = numbers(0)
     assert numbers(0) == first
@@ -297,19 +297,10 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert runs[0] != runs[1]
 
 
-def test_difference_is_paired_with_its_own_baseline() -> None:
-    options = Options(draws=2, inits=2, steps=30)
-    found = study(with_baselines(["mpl_off"]), options, lambda name, result: None)["5/1"]
-    paired = gain(found, "mpl_off")
-    assert paired is not None and gain(found, "labeled") is None
-    expected = found["mpl_off"].accuracy - found["labeled"].accuracy
-    assert paired.mean == pytest.approx(float(expected.mean()))
-
-
 @pytest.mark.parametrize(("steps", "there"), [(100, False), (101, True)])
 def test_a_row_that_stops_early_is_left_out_of_a_run_as_short(steps: int, there: bool) -> None:
     options = Options(draws=2, inits=1, steps=steps)
-    found = study(with_baselines(["labeled_100"]), options, lambda name, result: None)
+    found = study(with_baselines(["labeled_100"]), options)
     numbers = json.loads(as_json(found, options))["results"]
     names = ["labeled", "labeled_100"] if there else ["labeled"]
     assert [list(numbers[setting]) for setting in ("3/3", "5/1")] == [names, names]
@@ -322,15 +313,11 @@ def test_a_row_that_stops_early_is_left_out_of_a_run_as_short(steps: int, there:
 # --- the command ---
 
 
-def command(out: Path, *sizes: str) -> list[str]:
-    return [sys.executable, "-m", "tools.studies.two_moons", *sizes, "--out", str(out)]
-
-
 @pytest.mark.slow
-def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> None:
+def test_command_writes_numbers_table_and_figure(tmp_path: Path) -> None:
     sizes = ["--draws", "2", "--inits", "2", "--steps", "20", "--seed", "3"]
     out = tmp_path / "new" / "out"
-    done = subprocess.run(command(out, *sizes), capture_output=True, text=True, cwd=root)
+    done = run_here(lambda: main(["--out", str(out), *sizes]), [])
     assert done.returncode == 0 and done.stderr == ""
     names = ["two_moons.json", "two_moons.md", "two_moons.png"]
     assert sorted(p.name for p in out.iterdir()) == names
@@ -351,6 +338,10 @@ def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> 
             every = torch.tensor(row["runs"])
             assert every.shape == (2, 2)
             assert float(every.mean()) == pytest.approx(row["accuracy"]["mean"], abs=0.01)
+            assert (row["difference"] is None) == (row["baseline"] is None)
+            if row["baseline"]:
+                paired = float((every - torch.tensor(rows[row["baseline"]]["runs"])).mean())
+                assert row["difference"]["mean"] == pytest.approx(paired, abs=0.02)
         assert rows["mpl_off"]["teacher_difference"]["mean"] == 0.0  # trained like `labeled`
 
 
@@ -366,28 +357,21 @@ def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> 
         (["--out", "FILE/below"], 3, "Not a directory"),
     ],
 )
-def test_a_mistake_is_one_line(
-    options: list[str],
-    code: int,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_mistake_is_one_line(options: list[str], code: int, message: str, tmp_path: Path) -> None:
     file, out = tmp_path / "file", tmp_path / "out"
     file.write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(out), *(o.replace("FILE", str(file)) for o in options)])
-    assert stop.value.code == code
-    line = capsys.readouterr().err
-    assert line.startswith("two_moons: error: ") and message in line and line.count("\n") == 1
+    line = ["--out", str(out), *(o.replace("FILE", str(file)) for o in options)]
+    done = run_here(lambda: main(line), [])
+    assert done.returncode == code and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("two_moons: error: ") and message in done.stderr
     assert not out.exists() and file.read_text() == "mine"
 
 
 @pytest.mark.slow
 def test_interrupted_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
-    sizes = ["--draws", "2", "--inits", "1", "--steps", "2000"]
+    sizes = ["--draws", "2", "--inits", "1", "--steps", "1000", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command(tmp_path, *sizes),
+        [sys.executable, "-m", "tools.studies.two_moons", *sizes],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 from tools.studies.command import versions
 from tools.studies.two_moons.algorithm import RATE
-from tools.studies.two_moons.data import BATCH, NOISE, POINTS, Options, Setting
+from tools.studies.two_moons.data import BATCH, NOISE, POINTS, Options
 from tools.studies.two_moons.networks import WIDTHS
 from tools.studies.two_moons.training import (
     Result,
@@ -47,11 +47,6 @@ def as_markdown(results: Results, options: Options) -> str:
         lines += ["", f"### {setting} labels", "", HEAD, "| --- | --- | --- | --- | --- | --- |"]
         lines += [_line(row) for row in _rows(found, options).values()]
     return "\n".join(lines) + "\n"
-
-
-def brief(found: Mapping[Setting, Result]) -> str:
-    """One variant's accuracies on a line of progress."""
-    return ", ".join(f"{name} {result.accuracy.mean():.1f} %" for name, result in found.items())
 
 
 def _rows(found: Mapping[str, Result], options: Options) -> dict[str, dict[str, Any]]:
