@@ -29,7 +29,7 @@ log_every: 2
 checkpoint_every: 2
 device: cpu
 deterministic: true
-data: {{image_size: 16, crop: pad_crop, flip: true, policy: {policy}, num_ops: 1, magnitude: 8,
+data: {{image_size: 16, crop: pad_crop, flip: true, num_ops: 1, magnitude: 8,
   translate: 4, cutout: 4, threads: 1, prefetch: 1}}
 model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
@@ -83,12 +83,11 @@ def write_digits(folder: Path, train: int = 60, val: int = 50) -> None:
         file.write_bytes(simplejpeg.encode_jpeg(color, quality=95))
 
 
-def arguments(folder: Path, rec: Path, *, recipe: str = "mpl", policy: str = "mpl") -> list[str]:
+def arguments(folder: Path, rec: Path, *, recipe: str = "mpl") -> list[str]:
     """Options of a run in `folder`; `recipe` is a key of ALGORITHMS."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config = folder.parent / f"{recipe.replace(' ', '_')}_{policy}.yaml"
-    name = recipe.split()[0]
-    config.write_text(CONFIG.format(recipe=name, policy=policy) + ALGORITHMS[recipe])
+    config = folder.parent / f"{recipe.replace(' ', '_')}.yaml"
+    config.write_text(CONFIG.format(recipe=recipe.split()[0]) + ALGORITHMS[recipe])
     return ["--config", str(config), "--data.root", str(rec), "--run-dir", str(folder)]
 
 

@@ -1,6 +1,5 @@
 """Trains one run of an ablation as a process of its own."""
 
-import ctypes
 import json
 import os
 import shlex
@@ -8,14 +7,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
+from mpl_fast.training.process import signal_when_parent_ends
 from tools.studies.ablation.plan import Job
 
 TRAIN = Path(__file__).resolve().parents[3] / "mpl_fast" / "train.py"
-PR_SET_PDEATHSIG = 1  # prctl(2)
 LINES_SHOWN = ("evaluated:", "resuming after", "train: error:")
 WARNING = "warning: "  # how a line of such begins
 SESSION = "\n$ "  # before the command, in a log
@@ -67,7 +67,8 @@ def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+        # If the ablation is killed, the run saves, and unlocks its folder.
+        preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
@@ -108,8 +109,3 @@ def _warnings(log: Path) -> tuple[str, ...]:
         return ()
     session = text.rpartition(SESSION)[2].splitlines()
     return tuple(line.removeprefix(WARNING) for line in session if line.startswith(WARNING))
-
-
-def _stop_with_parent() -> None:
-    """Linux sends SIGTERM when the ablation is killed: the run saves, and unlocks its folder."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -82,8 +82,8 @@ def _map(axis: Any, result: Result, data: Problem, runs: slice) -> None:
     across = torch.linspace(*X, CELLS, dtype=torch.float64)
     up = torch.linspace(*Y, CELLS, dtype=torch.float64)
     grid = torch.cartesian_prod(up, across).flip(1)  # (CELLS * CELLS, 2), x first
-    share = predict(chosen(result.weights, runs), grid).double().mean(0)
-    share = share.reshape(CELLS, CELLS).numpy()
+    choices = predict(chosen(result.weights, runs), grid).double()
+    share = choices.mean(0).reshape(CELLS, CELLS).numpy()
     axis.imshow(
         share, origin="lower", extent=(*X, *Y), cmap=colors, vmin=0, vmax=1, interpolation="nearest"
     )
