@@ -149,9 +149,14 @@ def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedPro
     """
     if ranks == 1:
         return run_here(lambda: _in_turn([*sessions]), [])
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return launch("tests.tiny_run", json.dumps(sessions), ranks=ranks)
+
+
+def launch(module: str, argument: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs a module of the tests under torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, "tests.tiny_run", json.dumps(sessions)],
+        [sys.executable, "-m", *launcher, argument],
         capture_output=True,
         text=True,
         timeout=1800,
@@ -171,24 +176,6 @@ def final_state(folder: Path, step: int = 6) -> dict[str, Any]:
     file = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
     state: dict[str, Any] = torch.load(file, weights_only=True)
     return state
-
-
-def assert_same(one: Any, other: Any, where: str = "state") -> None:
-    """Bit for bit, through dicts and lists; wall-clock time is all that may differ."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            if key != "train_seconds":
-                assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    else:
-        assert one == other, where
 
 
 def flip(file: Path) -> None:

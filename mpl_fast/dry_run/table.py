@@ -154,7 +154,7 @@ def _time(plan: Plan) -> str:
 
 
 def _decoding(plan: Plan) -> str:
-    images = plan.config.labeled_batch + plan.config.unlabeled_images
+    images = plan.config.images
     if not plan.rate:
         return f"{images:,} images a step; the images/s needed are these divided by its seconds"
     rate = images / plan.seconds

@@ -18,7 +18,6 @@ from mpl_fast.training.build import (
     check_batches,
     count_classes,
     eval_loader,
-    images_per_step,
     resolve_epochs,
     train_loader,
 )
@@ -196,7 +195,7 @@ class Run:
             if not any(row[f"skipped/{name}"] for name in skipped):
                 self._diverged(f"{bad} in all of the {row['steps']} steps up to {step}")
             del row[bad]  # no step of the interval had a finite value
-        images = row["steps"] * images_per_step(self.config)
+        images = row["steps"] * self.config.images
         row["images_per_second"] = images / row["train_seconds"]
         if self.run_dir:
             self.run_dir.row(step, row)
@@ -305,10 +304,10 @@ class Run:
         sizes = {models.count_parameters(learner.network) for learner in learners.values()}
         self.console.print(
             f"{config.recipe} on {self.dist_env.world} x {self.dist_env.device.type}: "
-            f"{config.model.name}, "
-            f"{quantity(max(sizes))} trained parameters, {len(self.manifest.classes)} classes, "
-            f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
-            f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
+            f"{config.model.name}, {quantity(max(sizes))} trained parameters, "
+            f"{len(self.manifest.classes)} classes, {config.labeled_batch} labeled + "
+            f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
+            f"run directory {config.run_dir}"
         )
         if config.model.pretrained and self.checkpoint is None:
             self.console.print(
@@ -333,7 +332,7 @@ class Run:
 
     def _summarize(self) -> None:
         """Writes summary.json and prints the result."""
-        images_per_second = self.steps_done * images_per_step(self.config) / self.train_seconds
+        images_per_second = self.steps_done * self.config.images / self.train_seconds
         summary = {
             "recipe": self.config.recipe,
             "steps": self.steps_done,

@@ -129,7 +129,7 @@ def test_time_and_rate_follow_from_the_measured_rate() -> None:
     # 0.5 s a step and 31.25 s for each of 3 evaluations of 500 images on a rank.
     expected = "roughly 0.5 s a step, 2:24 with evaluations, if all went at the 16 GFLOP/s"
     assert found["time"].startswith(expected)
-    assert found["decoding"].startswith("64 images/s (32 on a rank) keep up")
+    assert found["decoding"].startswith("64 images/s (32 on a rank) at that speed;")
     # 8 forward passes on each rank for 2 labeled images there.
     assert found["operations"].startswith("16 GFLOP a step, 4.0 forward passes (1 GFLOP each)")
     assert found["operations"].endswith("1.62 TFLOP in all")

@@ -2,7 +2,7 @@
 
 import argparse
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +72,11 @@ def write(out: Path, contents: Mapping[str, Content]) -> list[Path]:
             else:
                 content(temporary)
     return [out / name for name in contents]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def versions(*packages: str) -> dict[str, str]:
