@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
-from mpl_fast.config.algorithms import MPLConfig, RolePlayConfig, SMPLConfig
+from mpl_fast.config.algorithms import MPLConfig, RolePlayConfig, SMPLConfig, UDAConfig
 from mpl_fast.config.command_line import parse
 from mpl_fast.config.fields import all_options
 from mpl_fast.config.values import convert
@@ -137,6 +137,7 @@ def test_labeled_only_recipes_need_no_unlabeled_batch() -> None:
 @pytest.mark.parametrize(
     ("config", "repeats", "whole"),
     [
+        (UDAConfig(), None, None),
         (MPLConfig(), None, None),
         (MPLConfig(feedback="sampled"), None, None),
         (MPLConfig(feedback="per_example"), "feedback per_example", None),
