@@ -33,12 +33,10 @@ def paragraphs(text: str) -> dict[str, str]:
 
 def dry_run(given: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     """Runs the command in this process: exit code, stdout, stderr."""
-    with mock.patch("sys.argv", ["train.py", *given, "--dry-run"]):
-        try:
-            code = train.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, *capfd.readouterr()
+    argv = mock.patch("sys.argv", ["train.py", *given, "--dry-run"])
+    with argv, pytest.raises(SystemExit) as ended:
+        train.main()
+    return int(ended.value.code or 0), *capfd.readouterr()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -133,7 +131,7 @@ def test_time_and_rate_follow_from_the_measured_rate() -> None:
     # 0.5 s a step and 31.25 s for each of 3 evaluations of 500 images on a rank.
     expected = "roughly 0.5 s a step, 2:24 with evaluations, if all went at the 16 GFLOP/s"
     assert found["time"].startswith(expected)
-    assert found["decoding"].startswith("64 images/s (32 on a rank) keep up")
+    assert found["decoding"].startswith("64 images/s (32 on a rank) at that speed;")
     # 8 forward passes on each rank for 2 labeled images there.
     assert found["operations"].startswith("16 GFLOP a step, 4.0 forward passes (1 GFLOP each)")
     assert found["operations"].endswith("1.62 TFLOP in all")
