@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 from mpl_fast.errors import DataError
 
 FOLDER = "folder"  # the kind of all sources whose images are files of their own
+SHARDS = "shards"  # of sources whose images are byte ranges of several files in one folder
+IN_SHARD = "//"  # between a file and what is in it, in the path of an image of such a source
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -19,7 +21,7 @@ class Image(NamedTuple):
     path: str  # inside its source, with "/"
     start: int  # byte offset in the source's file; -1: it is a file of its own
     size: int  # bytes of that range
-    stamp: int  # modification time in ns of a file of its own, else 0
+    stamp: int  # modification time in ns of a file of its own, or of its shard; else 0
 
 
 class Request(NamedTuple):
@@ -32,6 +34,7 @@ class Request(NamedTuple):
     labels: Path | None  # a file with the classes of images outside class folders
     work: Path  # the folder into which files may be unpacked
     report: Callable[[str], None]  # prints a line
+    files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
 
 
 class Source(ABC):
@@ -47,6 +50,7 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    has_patterns: ClassVar[bool] = False  # it can read several files as one source
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
         """Open the source; file is what images are read from, by default the path of the request.
@@ -57,7 +61,7 @@ class Source(ABC):
         self.spec = request.spec
         self.file = file or request.path
         state = self.file.stat()
-        one_file = self.kind != FOLDER
+        one_file = self.kind not in (FOLDER, SHARDS)
         self.size, self.stamp = (state.st_size, state.st_mtime_ns) if one_file else (0, 0)
         self.warnings: list[str] = []  # complete at the end of images()
         # At the end of images(): class names by label if the source numbers its labels, else None.
