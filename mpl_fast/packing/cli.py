@@ -35,6 +35,7 @@ sources (--src, --val):
   FILE.lst         MXNet's list: id, label, path; the paths start at --root
   FILE.rec         records, whose names are in FILE.lst beside it
   FILE.parquet     images and labels as on Hugging Face; also a folder of them, or a pattern
+  SHARD.tar        webdataset: a .cls, .json or .txt beside each image; also a pattern of shards
   with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
   `name class`, or a class, in the order of the names
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import open_source
-from mpl_fast.packing.sources.source import Image, Source
+from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Source
 from tests.packing.packs import KEEP, Planned
 
 
@@ -42,6 +42,10 @@ def content(source: Source, image: Image) -> bytes:
         assert path.stat().st_mtime_ns == image.stamp
         assert path.stat().st_size == image.size
         return path.read_bytes()
+    if source.kind == SHARDS:
+        shard = source.file / image.path.partition(IN_SHARD)[0]
+        assert shard.stat().st_mtime_ns == image.stamp
+        return shard.read_bytes()[image.start :][: image.size]
     assert image.stamp == 0
     return source.file.read_bytes()[image.start :][: image.size]
 

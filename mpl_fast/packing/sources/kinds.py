@@ -11,6 +11,7 @@ from mpl_fast.packing.sources.patterns import matching_files
 from mpl_fast.packing.sources.record_files import RecordSource
 from mpl_fast.packing.sources.source import Request, Source
 from mpl_fast.packing.sources.tar import TarSource
+from mpl_fast.packing.sources.webdataset import ShardsSource, WebDatasetSource
 
 # The first that recognizes a path opens it; the last recognizes every file.
 KINDS: tuple[type[Source], ...] = (
@@ -18,8 +19,14 @@ KINDS: tuple[type[Source], ...] = (
     FolderSource,
     ListSource,
     RecordSource,
+    WebDatasetSource,
     TarSource,
 )
+# Of kinds that can be the files of a pattern: what reads them as one source.
+SEVERAL: dict[type[Source], type[Source]] = {
+    ParquetSource: ParquetSource,
+    WebDatasetSource: ShardsSource,
+}
 # Of kinds whose byte ranges are not the images themselves.
 DECODERS = {kind.kind: kind.decode for kind in KINDS if kind.decode is not Source.decode}
 
@@ -41,10 +48,11 @@ def open_source(
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
     for file in files:
-        if not kind.has_patterns or _kind_of(file) is not kind:
+        if kind not in SEVERAL or _kind_of(file) is not kind:
             kinds = "parquet files or webdataset shards"
             raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
-    return kind(Request(spec, path, folder, root, labels, work, report, files))
+    opener = SEVERAL[kind] if files else kind
+    return opener(Request(spec, path, folder, root, labels, work, report, files))
 
 
 def _kind_of(path: Path) -> type[Source]:

@@ -35,8 +35,6 @@ class _Columns(NamedTuple):
 class ParquetSource(UnpackedSource):
     """Rows of image and label; the bytes of images pass through. `FILE:COLUMN` has the labels."""
 
-    has_patterns = True
-
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         is_file = path.suffix == ".parquet" and not path.is_dir()

@@ -78,7 +78,7 @@ class RecordSource(Source):
         return parse_payload(unframe(stored)).image
 
     def _list(self) -> Iterator[Image]:
-        names, list_path = _classes_beside(self.file), _list_beside(self.file)
+        names, list_path = classes_beside(self.file), _list_beside(self.file)
         if list_path and not names:
             names = class_names(list_path)
         lines = read_list(list_path) if list_path else iter(())
@@ -120,8 +120,8 @@ def _list_beside(path: Path) -> Path | None:
     return next((file for file in lists if file.is_file()), None)
 
 
-def _classes_beside(path: Path) -> tuple[str, ...] | None:
-    """Return the lines of the classes.txt beside a .rec file; None if there is none."""
+def classes_beside(path: Path) -> tuple[str, ...] | None:
+    """Return the lines of the classes.txt beside a file; None if there is none."""
     file = path.with_name("classes.txt")
     if not file.is_file():
         return None

@@ -50,7 +50,6 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
-    has_patterns: ClassVar[bool] = False  # it can read several files as one source
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
         """Open the source; file is what images are read from, by default the path of the request.
