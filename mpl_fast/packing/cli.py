@@ -30,7 +30,8 @@ Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI
 sources (--src, --val):
   DIR              class folders: an image's class is the name of its folder
   ARCHIVE          a .tar, also .tar.xz, .tar.gz, .tar.bz2, with class folders or one tar a class
-                   inside, as ILSVRC2012_img_train.tar; nothing is extracted
+                   inside, as ILSVRC2012_img_train.tar; nothing is extracted;
+                   or a .zip with class folders
   ARCHIVE:FOLDER   one folder of an archive
   FILE.lst         MXNet's list: id, label, path; the paths start at --root
   FILE.rec         records, whose names are in FILE.lst beside it

@@ -1,5 +1,6 @@
 """Opened sources and their images; sources of images that need not exist, and their plans."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -42,12 +43,13 @@ def content(source: Source, image: Image) -> bytes:
         assert path.stat().st_mtime_ns == image.stamp
         assert path.stat().st_size == image.size
         return path.read_bytes()
+    path, stamp = source.file, 0
     if source.kind == SHARDS:
-        shard = source.file / image.path.partition(IN_SHARD)[0]
-        assert shard.stat().st_mtime_ns == image.stamp
-        return shard.read_bytes()[image.start :][: image.size]
-    assert image.stamp == 0
-    return source.file.read_bytes()[image.start :][: image.size]
+        path /= image.path.partition(IN_SHARD)[0]
+        stamp = path.stat().st_mtime_ns
+    assert image.stamp == stamp
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), image.size, image.start)
 
 
 def entries(spec: Path | str, work: Path, *, labels: Path | None = None) -> list[tuple[str, bytes]]:

@@ -12,6 +12,7 @@ from mpl_fast.packing.sources.record_files import RecordSource
 from mpl_fast.packing.sources.source import Request, Source
 from mpl_fast.packing.sources.tar import TarSource
 from mpl_fast.packing.sources.webdataset import ShardsSource, WebDatasetSource
+from mpl_fast.packing.sources.zip import ZipSource
 
 # The first that recognizes a path opens it; the last recognizes every file.
 KINDS: tuple[type[Source], ...] = (
@@ -19,6 +20,7 @@ KINDS: tuple[type[Source], ...] = (
     FolderSource,
     ListSource,
     RecordSource,
+    ZipSource,
     WebDatasetSource,
     TarSource,
 )

@@ -2,7 +2,7 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -44,17 +44,23 @@ def tar_entries(file: Path, archive: Path, folder: str) -> Iterator[Entry]:
     A tar inside the archive (ImageNet's has one for each class) is a folder of its name. Raises
     DataError for links, and when the archive is damaged, truncated or followed by another.
     """
+    with archive_errors(archive), file.open("rb") as raw:
+        members = _members(raw, 0, raw.seek(0, os.SEEK_END), "", archive)
+        yield from in_folder(members, folder, archive)
+
+
+def in_folder(members: Iterable[Entry], folder: str, archive: Path) -> Iterator[Entry]:
+    """Yield those members that are in a folder, named relative to it; DataError if none is."""
     folder = clean_name(folder)
     prefix = f"{folder}/" if folder else ""
     found = False
     tops: dict[str, None] = {}
-    with archive_errors(archive), file.open("rb") as raw:
-        for path, start, size, _ in _members(raw, 0, raw.seek(0, os.SEEK_END), "", archive):
-            if path.startswith(prefix):
-                found = True
-                yield Entry(path[len(prefix) :], start, size)
-            elif len(tops) < _SHOWN:
-                tops[path.partition("/")[0]] = None
+    for path, start, size, _ in members:
+        if path.startswith(prefix):
+            found = True
+            yield Entry(path[len(prefix) :], start, size)
+        elif len(tops) < _SHOWN:
+            tops[path.partition("/")[0]] = None
     if prefix and not found:
         where = f"in this archive; it holds {', '.join(tops)}"
         raise DataError(f"{archive}: no folder {folder!r} {where}")
