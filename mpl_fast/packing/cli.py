@@ -37,6 +37,8 @@ sources (--src, --val):
   FILE.rec         records, whose names are in FILE.lst beside it
   FILE.parquet     images and labels as on Hugging Face; also a folder of them, or a pattern
   SHARD.tar        webdataset: a .cls, .json or .txt beside each image; also a pattern of shards
+  cifar-10-python.tar.gz:train, train_32x32.mat, train-images-idx3-ubyte.gz
+                   CIFAR-10 and -100, SVHN, MNIST as published
   with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
   `name class`, or a class, in the order of the names
 

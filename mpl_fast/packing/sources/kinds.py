@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.sources.cifar import CifarSource
 from mpl_fast.packing.sources.folder import FolderSource
 from mpl_fast.packing.sources.lists import ListSource
+from mpl_fast.packing.sources.mnist import MnistSource
 from mpl_fast.packing.sources.parquet import ParquetSource
 from mpl_fast.packing.sources.patterns import matching_files
 from mpl_fast.packing.sources.record_files import RecordSource
 from mpl_fast.packing.sources.source import Request, Source
+from mpl_fast.packing.sources.svhn import SvhnSource
 from mpl_fast.packing.sources.tar import TarSource
 from mpl_fast.packing.sources.webdataset import ShardsSource, WebDatasetSource
 from mpl_fast.packing.sources.zip import ZipSource
@@ -20,7 +23,10 @@ KINDS: tuple[type[Source], ...] = (
     FolderSource,
     ListSource,
     RecordSource,
+    SvhnSource,
+    MnistSource,
     ZipSource,
+    CifarSource,
     WebDatasetSource,
     TarSource,
 )
