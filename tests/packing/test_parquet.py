@@ -10,7 +10,7 @@ import pytest
 
 from mpl_fast.errors import ConfigError, DataError
 from tests.packing.made_sources import content, entries, keys, listed, opened
-from tests.packing.packs import jpeg, make_tar, pack, png, refuse
+from tests.packing.packs import jpeg, make_tar, make_tree, pack, png, refuse
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -190,6 +190,15 @@ def test_several_splits_or_schemas(tmp_path: Path) -> None:
     (data / "x.tar").touch()
     with pytest.raises(DataError, match=r"x.tar, but a pattern must name parquet files or webd"):
         listed(f"{data}/*[tx]*", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ant/1.jpg", "1.jpg"])
+def test_parquet_beside_images(tmp_path: Path, name: str) -> None:
+    """Then it is metadata: the images are packed, as without it."""
+    write(tmp_path / "in/metadata.parquet", {**ONE, "label": [0]})
+    make_tree(tmp_path / "in", {name: b"1", "README.md": b""})
+    (tmp_path / "labels").write_text("1.jpg ant\n")
+    assert entries(tmp_path / "in", tmp_path, labels=tmp_path / "labels") == [("ant/1.jpg", b"1")]
 
 
 def test_damaged_file(tmp_path: Path) -> None:

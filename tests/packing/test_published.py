@@ -346,3 +346,40 @@ def test_unusable_idx(tmp_path: Path) -> None:
         beside.write_bytes(classes)
         with pytest.raises(DataError, match=message):
             listed(path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["svhn", "compressed svhn", "mnist", "python", "binary"])
+def test_damage_never_raises_anything_else(tmp_path: Path, form: str) -> None:
+    """A byte is changed: the images are listed, or it is refused with a line."""
+    part = ""
+    if "svhn" in form:
+        labels = np.ones((3, 1), np.uint8)
+        path = svhn(
+            tmp_path / "x.mat", random_pixels(3, 32, 32, 3), labels, do_compression="c" in form
+        )
+    elif form == "mnist":
+        idx(tmp_path / "x-labels-idx1-ubyte", random_pixels(3))
+        path = idx(tmp_path / "x-images-idx3-ubyte", random_pixels(3, 4, 4))
+    else:
+        name = "cifar-100-python" if form == "python" else "cifar-100-binary"
+        path, part = cifar(tmp_path / "x.tar.gz", name), ":train"
+        path.write_bytes(gzip.decompress(path.read_bytes()))
+    whole = path.read_bytes()
+    heads = [at for at in range(len(whole)) if whole[max(0, at - 40) : at + 40].strip(b"\0")]
+    choice = np.random.default_rng(1)
+    outcomes = {"listed": 0, "refused": 0}
+    for _ in range(300):
+        data = bytearray(whole)
+        at = int(choice.choice(heads[:300] if choice.random() < 0.7 else heads))
+        data[at] = int(choice.integers(256))
+        path.write_bytes(data)
+        try:
+            source = opened(f"{path}{part}", tmp_path, report=lambda line: None)
+            outcomes["listed"] += bool(list(source.images()))
+        except DataError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+        for spool in tmp_path.glob("spool-*"):
+            spool.unlink()
+    assert min(outcomes.values()) > 20, outcomes

@@ -41,8 +41,10 @@ class SourceRow(NamedTuple):
 
     number: int
     spec: str  # as the user wrote it
-    kind: str  # "folder"; "archive" (byte ranges of one file); "records" (framed records)
-    # The folder or file to read. Of a compressed archive: its spool file beside the plan, stored
+    # "folder"; "shards" (byte ranges of files in one folder); or byte ranges of one file, which are
+    # the images ("archive", "unpacked") or contain them ("records", "zip").
+    kind: str
+    # The folder or file to read. Of what has to be unpacked: its spool file beside the plan, stored
     # without that folder; in a finished pack, which has no spool files, the spec.
     file: str
     size: int  # bytes of that file; 0 for a folder

@@ -64,7 +64,10 @@ def open_source(
 
 
 def _kind_of(path: Path) -> type[Source]:
-    return next(kind for kind in KINDS if kind.recognizes(path))
+    try:
+        return next(kind for kind in KINDS if kind.recognizes(path))
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror}") from error
 
 
 def _find(spec: str) -> tuple[Path, str, tuple[Path, ...]]:

@@ -1,22 +1,25 @@
 """Parquet files as sources, as Hugging Face publishes image datasets."""
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
-from mpl_fast.packing.sources.source import Request
+from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
 
 _IMAGES = ("image", "img", "jpg", "png", "jpeg", "picture", "photo")  # column names, best first
 _LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]?\d+$")
 _MARKS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
+_PEEKED = 1000  # names in a folder that tell what it is
 _ROWS = 64  # whose images are in memory together
 _SMALL_ROWS = 1 << 14  # the same of labels and paths
 _BUFFER = 1 << 20  # bytes that are read at once; without it, a whole column of a row group
@@ -37,8 +40,18 @@ class ParquetSource(UnpackedSource):
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
-        is_file = path.suffix == ".parquet" and not path.is_dir()
-        return is_file or (path.is_dir() and next(path.glob("*.parquet"), None) is not None)
+        """Return whether a path is a parquet file, or a folder of them, without images."""
+        if not path.is_dir():
+            return path.suffix == ".parquet"
+        found = False
+        with os.scandir(path) as entries:
+            for entry in islice(entries, _PEEKED):
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.is_dir():
+                    return False
+                found = found or entry.name.endswith(".parquet")
+        return found
 
     @classmethod
     def _unpack(cls, request: Request) -> Unpacked:
