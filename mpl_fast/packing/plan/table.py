@@ -147,7 +147,7 @@ class Table:
 
     def __init__(self, connection: sqlite3.Connection, folder: Path = Path()) -> None:
         self._connection = connection
-        self._folder = folder
+        self.folder = folder
 
     def options(self) -> dict[str, Any]:
         """Return the options that the plan was made with."""
@@ -164,7 +164,7 @@ class Table:
         """Return the sources, by number."""
         rows = map(SourceRow._make, self._connection.execute("SELECT * FROM sources"))
         return [
-            row._replace(file=str(self._folder / row.file)) if row.file.startswith(_SPOOL) else row
+            row._replace(file=str(self.folder / row.file)) if row.file.startswith(_SPOOL) else row
             for row in rows
         ]
 
