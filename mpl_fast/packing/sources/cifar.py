@@ -62,18 +62,21 @@ class CifarSource(UnpackedSource):
             has = "has the parts train and test"
             raise DataError(f"{request.spec}: {has}; name one, as {path}:train")
         names: list[str] = []
-        for name, stream in _members(path, (form.names,)):
+        for name, stream in _members(path, (form.names,), to_end=False):
             names = _class_names(stream, form, f"{path}: {name}")
         return Unpacked((path,), names, _images(path, form, files, len(names)))
 
 
 def _form_of(path: Path) -> _Form | None:
-    forms = (_FORMS.get(name.partition("/")[0]) for name in first_members(path)[:2])
-    return next((form for form in forms if form is not None), None)
+    names = first_members(path)
+    return _FORMS.get(names[0].partition("/")[0]) if names else None
 
 
-def _members(path: Path, files: Sequence[str]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the members with these base names, in the archive's order."""
+def _members(path: Path, files: Sequence[str], *, to_end: bool) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the members with these base names, in the archive's order.
+
+    Only at the end of the archive is its checksum compared.
+    """
     missing = [*files]
     with archive_errors(path), tarfile.open(path) as tar:
         for item in tar:
@@ -81,6 +84,8 @@ def _members(path: Path, files: Sequence[str]) -> Iterator[tuple[str, IO[bytes]]
             if name in missing and item.isreg() and (stream := tar.extractfile(item)) is not None:
                 missing.remove(name)
                 yield name, stream
+            if not missing and not to_end:
+                return
     if missing:
         raise DataError(f"{path}: has no {first_few(missing)}: not the archive as published")
 
@@ -113,7 +118,7 @@ def _fields(stream: IO[bytes], keys: Sequence[str], where: str) -> dict[str, obj
 def _images(
     path: Path, form: _Form, files: Sequence[str], classes: int
 ) -> Iterator[tuple[int, str, bytes]]:
-    for name, stream in _members(path, files):
+    for name, stream in _members(path, files, to_end=True):
         where = f"{path}: {name}"
         pixels, labels = _batch(stream, form, where)
         for row, (label, image) in enumerate(zip(labels, pixels, strict=True)):

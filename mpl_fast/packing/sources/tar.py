@@ -15,7 +15,8 @@ from mpl_fast.packing.sources.spool import archive_errors, decompressed, spooled
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
-_PEEKED = 16  # members that tell what an archive is
+_PEEKED = 16  # members that tell what an archive is, which end before
+_PEEKED_BYTES = 1 << 24
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
 
 
@@ -69,13 +70,13 @@ def in_folder(members: Iterable[Entry], folder: str, archive: Path) -> Iterator[
 def first_members(path: Path) -> list[str]:
     """Return the names of a few first members of a tar, compressed or not; [] if it is none.
 
-    Of several tars in a tar, only the first is listed.
+    The last one may be a tar, or large, so that what follows would have to be decompressed.
     """
     names: list[str] = []
     with suppress(DataError), archive_errors(path), tarfile.open(path) as tar:
         for item in islice(tar, _PEEKED):
             names.append(clean_name(item.name))
-            if item.name.endswith(".tar"):
+            if item.name.endswith(".tar") or item.offset_data + item.size > _PEEKED_BYTES:
                 break
     return names
 
