@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mpl_fast import losses
+from mpl_fast.kernels.outputs import Scalar
 from tests.kernels.cases import (
     CLASSES,
     EVERY_LOSS,
@@ -430,14 +431,13 @@ def test_a_loss_may_receive_no_gradient(name: str, device: str) -> None:
 def test_a_weight_may_be_a_number_or_a_tensor_of_any_type(name: str, device: str) -> None:
     """Inductor keeps a number of Python as a 0-dim float64."""
     x, a = problem(device, 3, 10)
-    number, single, double = (
-        flat(LOSSES[name](x, a._replace(uda_weight=uda, feedback=h)))
-        for uda, h in [
-            (0.7, -0.3),
-            *(torch.tensor([0.7, -0.3], dtype=t, device=device) for t in (FLOAT, torch.float64)),
-        ]
+    single, double = (
+        torch.tensor([0.7, -0.3], dtype=dtype, device=device).unbind()
+        for dtype in (FLOAT, torch.float64)
     )
-    for one, two, three in zip(number, single, double, strict=True):
+    weights: list[tuple[Scalar, ...]] = [(0.7, -0.3), single, double]
+    found = [flat(LOSSES[name](x, a._replace(uda_weight=u, feedback=h))) for u, h in weights]
+    for one, two, three in zip(*found, strict=True):
         assert one.dtype == two.dtype == three.dtype
         assert torch.equal(one, two) and torch.equal(one, three)
 

@@ -26,7 +26,7 @@ Launched = tuple[str, Any, float]
 LABELS = torch.arange(9)
 SCALAR, DOUBLE = torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)
 # Of PyTorch's operations these launch nothing: they allocate, or look at memory in another way.
-SILENT = {"detach", "new_empty", "split", "unbind", "slice"}
+SILENT = {"detach", "new_empty", "split_with_sizes", "unbind", "slice"}
 
 
 class Launches(TorchDispatchMode):
