@@ -218,6 +218,13 @@ def test_impossible_classes_add_nothing() -> None:
         assert not gradient[:, 1].any()
 
 
+def test_a_masked_cosine_loss_is_a_mean_over_all_rows() -> None:
+    outputs, gradient = LOSSES["cosine"](X, ARGUMENTS._replace(threshold=0.6))
+    assert outputs["loss"].item() == pytest.approx((1 - COSINES[0]) / 2)
+    assert outputs["mask_rate"].item() == 0.5
+    assert gradient.any(1).tolist() == [True, False]
+
+
 def test_cosine_of_equals_and_of_opposites() -> None:
     sure = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]], dtype=DOUBLE)
     for target, loss in ((sure + 3.0, 0.0), (sure.flip(0), 1.0)):
