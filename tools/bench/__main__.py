@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from mpl_fast.errors import run_command
+
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
@@ -36,4 +38,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    run_command("tools.bench", lambda: main(sys.argv[1:]))
