@@ -1,9 +1,11 @@
 """Benchmarks: `python -m tools.bench NAME [options]`, from the root of the repository."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+INTERRUPTED = 130  # as shells have it after Ctrl-C
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
@@ -36,4 +38,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    # A SIGTERM ends a benchmark as Ctrl-C does, so that its temporary data is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("tools.bench: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import torch
@@ -34,7 +33,7 @@ TINY: dict[str, object] = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_si
 TINY |= {"rounds": 1, "steps": 2}
 EFFICIENCY = 0.95  # target for GPUs in one machine
 WARM = 3
-TOGETHER, ALONE = "together", "alone"
+TIMES = TOGETHER, ALONE = "together", "alone"
 Times = dict[str, list[float]]  # seconds of the slowest rank's steps, together and alone
 
 
@@ -70,7 +69,11 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         seed=options.seed,
         seconds=report.seconds_left(),
     )
-    found = {int(ranks): _joined(turns) for ranks, turns in measured.items() if any(turns)}
+    found = {
+        int(ranks): {key: [s for turn in turns for s in turn.get(key, [])] for key in TIMES}
+        for ranks, turns in measured.items()
+        if any(turns)
+    }
     if not found:
         report.fail("all numbers of ranks", "nothing could be measured")
     report.add(rows(found, setting, options.smoke))
@@ -102,22 +105,14 @@ def rows(found: Mapping[int, Times], setting: Setting, smoke: bool) -> list[Row]
 
 
 def _timed(ranks: int, setting: Setting, steps: int, report: Report) -> Times:
-    """Empty if the ranks failed or had no time."""
-    left = report.seconds_left()
+    """Empty if the ranks failed."""
     print(f"{ranks} ranks", flush=True)
     try:
-        found: Times = on_ranks(
-            "tools.bench.ranks", ranks, setting, [str(steps)], max(1.0, min(left, 1e5))
-        )
+        found: Times = on_ranks("tools.bench.ranks", ranks, setting, [str(steps)])
     except RanksError as error:
         report.skipped.append(str(error))
         return {}
     return found
-
-
-def _joined(turns: Sequence[Times]) -> Times:
-    """The steps of all rounds that ended."""
-    return {name: [s for turn in turns if turn for s in turn[name]] for name in (TOGETHER, ALONE)}
 
 
 def rank(given: Sequence[str]) -> None:
@@ -142,25 +137,19 @@ def rank(given: Sequence[str]) -> None:
 
 def without_exchange(make: Callable[[Setting], Work], setting: Setting) -> Work:
     """The step of a process that has no others."""
-    with _no_others():
+
+    @contextmanager
+    def no_others() -> Iterator[None]:
+        with mock.patch.object(dist, "is_initialized", return_value=False):
+            yield
+
+    with no_others():
         step = make(setting)
-
-    def alone() -> Any:
-        with _no_others():
-            return step()
-
-    return alone
-
-
-@contextmanager
-def _no_others() -> Iterator[None]:
-    with mock.patch.object(dist, "is_initialized", return_value=False):
-        yield
+    return no_others()(step)
 
 
 def _step(setting: Setting) -> Work:
-    one = step_variants.ours(setting, "mpl", Flavor(bf16=setting.device.type == "cuda"))
-    return one.step
+    return step_variants.ours(setting, "mpl", Flavor(bf16=setting.device.type == "cuda")).step
 
 
 def _seconds(work: Work) -> float:
