@@ -169,12 +169,13 @@ def _turns(
 
 def _gpu(device: str) -> bool:
     """Imports torch only here, so that a wrong option is an error at once."""
+    if device == "cpu":
+        return False
     import torch
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu, or auto")
-    return there and device != "cpu"
+    return torch.cuda.is_available()
 
 
 def run(name: str, command: Sequence[str], out: Path, limit: float) -> Ended:
