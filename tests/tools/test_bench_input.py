@@ -118,7 +118,7 @@ def test_a_peers_views_share_their_crop(manifest: Manifest, kind: input_peers.Ki
 @pytest.mark.slow
 def test_variants_of_ours_use_their_policy(manifest: Manifest) -> None:
     """Strong views differ from weak ones, and so do those of two policies; the flip is off."""
-    config = DataConfig(image_size=16, flip=False, translate=4, cutout=4, num_ops=1)
+    config = DataConfig(image_size=16, flip=False, translate=4, cutout=4)
     setting = Setting(config, manifest.splits["unlabeled"], 8, 1, CPU)
     decode, _, mpl, _, dali = (one.open for one in bench_input.ours(setting))
     assert next(decode())[0].shape == (8, 3, 1, 1)

@@ -107,9 +107,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = options.rec or packed(Path(folder), 24, labeled=8)
         split = read_manifest(records).splits["unlabeled"]
-        config = DataConfig(interpolation=options.interpolation)
-        if options.smoke:
-            config = replace(config, image_size=64, num_ops=1)
+        size = 64 if options.smoke else 224
+        config = DataConfig(image_size=size, interpolation=options.interpolation)
         setting = Setting(config, split, options.batch, options.threads, device)
         # Peers first: their processes should be forked before DALI starts threads.
         variants = swept(setting) if options.sweep else [*peers(setting), *ours(setting)]

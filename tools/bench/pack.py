@@ -138,7 +138,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     chosen = choose(options, report)
     with tempfile.TemporaryDirectory(prefix=".bench_pack_", dir=options.work) as folder:
         bench = Bench(options, Path(folder).resolve())
-        print_progress("making the data sets")
+        print("tools.bench pack: making the data sets", file=sys.stderr, flush=True)
         bench.make_data({VARIANTS[name].group for name in chosen})
         runs = measure_all(bench, chosen, report)
     report.more["data"] = {group: data._asdict() for group, data in bench.data.items()}
@@ -215,8 +215,11 @@ class Bench:
         if name.startswith("im2rec"):
             shutil.copy(self.work / f"{group}.lst", self.out / "train.lst")
         os.sync()
-        # Each time anew: a virtual machine's host may take unused pages back within a minute.
-        read_all(self.work / group)
+        # Into the page cache, each time anew: a virtual machine's host may take unused pages back
+        # within a minute.
+        for path in (self.work / group).rglob("*"):
+            if path.is_file():
+                path.read_bytes()
         found = self.execute(command, self.out, number)
         found["seconds"] = found["wall"]
         if not found["code"] and WRITE in command:
@@ -224,7 +227,7 @@ class Bench:
         return found
 
     def execute(self, command: str, out: Path, number: int = 0) -> Json:
-        """What `pack_peers.run` prints of a command, whose workers end with it."""
+        """What `pack_peers.run` prints of a command."""
         places = {**self._places, "out": out, "number": number}
         parts = [part.format(**places) for part in command.split()]
         runner = subprocess.Popen(
@@ -235,8 +238,13 @@ class Bench:
         )
         try:
             found: Json = json.loads(runner.communicate()[0])
-        except BaseException:
-            end(runner)
+        except BaseException:  # its workers too; those of some would wait for ever
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(runner.pid, signal.SIGKILL)
+                runner.wait()
+                for _ in range(100):  # until the last is gone, and with it what it writes
+                    os.killpg(runner.pid, 0)
+                    time.sleep(0.05)
             raise
         return found
 
@@ -286,7 +294,8 @@ def measure_all(bench: Bench, chosen: Sequence[str], report: Report) -> dict[str
         if name in report.failed:
             return
         number = len(done[name]) + 1
-        print_progress(f"{number}/{bench.options.rounds}: {name}")
+        place = f"{number}/{bench.options.rounds}: {name}"
+        print(f"tools.bench pack: {place}", file=sys.stderr, flush=True)
         found = bench.run(name, number)
         if wrong := bench.fault(name, found):
             report.fail(name, wrong)
@@ -302,30 +311,6 @@ def measure_all(bench: Bench, chosen: Sequence[str], report: Report) -> dict[str
         seconds=report.seconds_left(),
     )
     return done
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """Kills a command and its workers; the workers of some would wait for ever."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for _ in range(100):  # until the last is gone, and with it what it writes
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-
-
-def read_all(root: Path) -> None:
-    """Brings a folder into the page cache."""
-    for path in root.rglob("*"):
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
-
-
-def print_progress(line: str) -> None:
-    """On stderr."""
-    print(f"tools.bench pack: {line}", file=sys.stderr, flush=True)
 
 
 def rows(runs: Mapping[str, Sequence[Json]], data: Mapping[str, Data]) -> list[Row]:
@@ -351,14 +336,11 @@ def run_rows(variant: str, runs: Sequence[Json], data: Data | None) -> list[Row]
     if wall != seconds:
         made.append(Row(f"{name}, whole command", spread(wall), "s"))
     if data:
-        for amount, times, unit in (
-            (data.bytes / 1e6, seconds, "MB/s"),
-            (data.images, seconds, "img/s"),
-            (data.images, busy, "img/CPU s"),
-        ):
-            rates = spread([amount / s for s in times])
-            target = TARGETS.get((variant, unit))
-            made.append(Row(name, rates, unit, "higher", target=target))
+        megabytes = data.bytes / 1e6
+        rates = {"MB/s": (megabytes, seconds), "img/s": (data.images, seconds)}
+        for unit, (amount, times) in (rates | {"img/CPU s": (data.images, busy)}).items():
+            rate, target = spread([amount / s for s in times]), TARGETS.get((variant, unit))
+            made.append(Row(name, rate, unit, "higher", target=target))
     limit = MEMORY if variant.startswith("ours") else None
     peaks = spread([run["peak_mib"] for run in runs])
     return [*made, Row(f"{name}, memory", peaks, "MiB", target=limit)]
