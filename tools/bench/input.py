@@ -26,7 +26,7 @@ from mpl_fast.data.pipelines import Engine, decode, read_shuffled, train_pipelin
 from mpl_fast.data.stream import Stream
 from mpl_fast.errors import ConfigError
 from tools.bench import input_peers
-from tools.bench.clock import interleaved, wait_for_gpu
+from tools.bench.clock import wait_for_gpu
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
@@ -133,13 +133,10 @@ def rounds(
         else:
             running[variant.name] = variant, source
 
-    return interleaved(
+    return report.interleaved(
         running,
         lambda one: measured(one[1], one[0].ahead + 1, options.batches, options.batch),
-        rounds=options.rounds,
         warmup=0,
-        seed=options.seed,
-        seconds=report.seconds_left(),
     )
 
 

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from tools.bench import pack_files
-from tools.bench.clock import interleaved
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import ROOT, output_of
 from tools.bench.pack_files import Data
@@ -302,14 +301,7 @@ def measure_all(bench: Bench, chosen: Sequence[str], report: Report) -> dict[str
         del found["printed"]
         done[name].append(found)
 
-    interleaved(
-        {name: name for name in chosen},
-        timer,
-        rounds=bench.options.rounds,
-        warmup=0,
-        seed=bench.options.seed,
-        seconds=report.seconds_left(),
-    )
+    report.interleaved({name: name for name in chosen}, timer, warmup=0)
     return done
 
 

@@ -33,7 +33,7 @@ TINY: dict[str, object] = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_si
 TINY |= {"rounds": 1, "steps": 2}
 EFFICIENCY = 0.95  # target for GPUs in one machine
 WARM = 3
-TIMES = TOGETHER, ALONE = "together", "alone"
+TOGETHER, ALONE = "together", "alone"
 Times = dict[str, list[float]]  # seconds of the slowest rank's steps, together and alone
 
 
@@ -61,19 +61,19 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     if cuda and options.ranks[-1] > have:
         raise ConfigError(f"--ranks {options.ranks[-1]}: there are {have} GPUs here")
     report.claim = "steps of the slowest rank; numbers of ranks took turns"
-    measured = interleaved(
-        {str(ranks): ranks for ranks in options.ranks},
-        lambda ranks: _timed(ranks, setting, options.steps, report),
-        rounds=options.rounds,
-        warmup=0,
-        seed=options.seed,
-        seconds=report.seconds_left(),
-    )
-    found = {
-        int(ranks): {key: [s for turn in turns for s in turn.get(key, [])] for key in TIMES}
-        for ranks, turns in measured.items()
-        if any(turns)
-    }
+    found: dict[int, Times] = {}
+
+    def timed(ranks: int) -> None:
+        print(f"{ranks} ranks", flush=True)
+        try:
+            times = on_ranks("tools.bench.ranks", ranks, setting, [str(options.steps)])
+        except RanksError as error:
+            report.skipped.append(str(error))
+        else:
+            earlier = found.setdefault(ranks, {TOGETHER: [], ALONE: []})
+            found[ranks] = {key: earlier[key] + times[key] for key in earlier}
+
+    report.interleaved({str(ranks): ranks for ranks in options.ranks}, timed, warmup=0)
     if not found:
         report.fail("all numbers of ranks", "nothing could be measured")
     report.add(rows(found, setting, options.smoke))
@@ -102,17 +102,6 @@ def rows(found: Mapping[int, Times], setting: Setting, smoke: bool) -> list[Row]
             exchange = spread([1.0 - alone / s for s, alone in pairs])
             made.append(Row(f"{name}: share of the exchange", exchange, ""))
     return made
-
-
-def _timed(ranks: int, setting: Setting, steps: int, report: Report) -> Times:
-    """Empty if the ranks failed."""
-    print(f"{ranks} ranks", flush=True)
-    try:
-        found: Times = on_ranks("tools.bench.ranks", ranks, setting, [str(steps)])
-    except RanksError as error:
-        report.skipped.append(str(error))
-        return {}
-    return found
 
 
 def rank(given: Sequence[str]) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.learner.compilation import CACHES
-from tools.bench.clock import interleaved
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, ROOT, choose_device
 from tools.bench.results import Row, last_line, spread
@@ -54,13 +53,9 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             starts = Starts(options, Path(folder))
-            found = interleaved(
-                {"all": starts.seconds},
-                lambda seconds: seconds(),
-                rounds=options.rounds,
-                warmup=0,
-                seconds=report.seconds_left(),
-            )["all"]
+            found = report.interleaved({"": starts.seconds}, lambda seconds: seconds(), warmup=0)[
+                ""
+            ]
         report.add(rows({name: [one[name] for one in found] for name in found[0]}))
     except FailedError as error:
         report.fail("a process", str(error))
