@@ -101,11 +101,7 @@ def test_ranks_that_fail_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "left out: 2 ranks failed" in capsys.readouterr().out
 
 
-def test_a_wrong_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--device", "cpu", "--out", str(tmp_path / "out.json")]
-    assert ranks.main([*given, "--model", "wrn_28_3"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "wrn_28_3" in error
+def test_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        ranks.main([*given, "--ranks", "0"])
+        ranks.main(["--ranks", "0"])
     assert "--ranks: 0 is too small: give at least 1" in capsys.readouterr().err
