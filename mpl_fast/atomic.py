@@ -74,7 +74,8 @@ def atomic_path(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
         yield temporary
-        sync_file(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
@@ -108,12 +109,6 @@ def write_text(path: Path, text: str) -> str:
 def write_json(path: Path, value: Any) -> str:
     """Write a whole JSON file, indented; return its sha256."""
     return write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the content of a file is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,10 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
         file.flush()
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == CONTENT
-    assert (file.size, file.sha256) == (len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    sizes: list[int] = []
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    assert file.sha256 == atomic.sha256_of(path, sizes.append) == sha256
+    assert file.size == sum(sizes) == len(CONTENT)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -84,13 +87,6 @@ def test_json_and_its_checksum(tmp_path: Path, value: Any) -> None:
 def test_text_keeps_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "file", os.fsdecode(b"\xff.jpg\n"))
     assert (tmp_path / "file").read_bytes() == b"\xff.jpg\n"
-
-
-def test_checksum_reports_every_byte(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(CONTENT)
-    sizes: list[int] = []
-    assert atomic.sha256_of(tmp_path / "file", sizes.append) == hashlib.sha256(CONTENT).hexdigest()
-    assert sum(sizes) == len(CONTENT)
 
 
 def test_folders_that_cannot_be_synced_are_no_error(

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from mpl_fast.errors import ConfigError, OutputError, UserError
 from mpl_fast.packing import commands
+from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 
@@ -66,22 +67,38 @@ def build_parser() -> Parser:
     )
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pack(found)
-    _add_resplit(found)
+    summary = "draw the labeled images anew: writes index files only, the records stay"
+    command = _command(found, commands.run_resplit, summary, out="a pack of the shared layout")
+    _add_split(command.add_argument_group("splits"))
     _add_verify(found)
-    _add_small_commands(found)
+    summary = "finish a pack whose parts were packed with --part"
+    _command(found, commands.run_finish, summary, out="the folder of the parts")
+    summary = "print what a folder contains: splits, shards, sources, options"
+    _command(found, commands.run_info, summary, out="a pack, also an unfinished one")
+    summary = "find the image at a position that DALI printed as `PATH at index OFFSET`"
+    command = _command(found, commands.run_locate, summary, out="a finished pack")
+    where = "what DALI printed, or FILE.rec and an offset in it"
+    command.add_argument("where", nargs="+", help=where)
+    summary = "write the image of a record to a file"
+    add = _command(found, commands.run_extract, summary, out="a finished pack").add_argument
+    add("what", help="a record's id, or class/name")
+    add("--to", type=_path, metavar="FILE", help="default: its name, here; - is standard output")
+    add("--force", action="store_true", help="replace FILE")
     return parser
 
 
 def _command(
     parent: "argparse._SubParsersAction[Parser]",
-    name: str,
     run: Callable[[argparse.Namespace], commands.Result],
     summary: str,
+    *,
+    out: str = "",
     more: str = "",
     epilog: str | None = None,
 ) -> Parser:
+    """Add the command run_NAME, with its first argument OUT if `out` describes it."""
     command = parent.add_parser(
-        name,
+        run.__name__.removeprefix("run_"),
         allow_abbrev=False,
         help=summary,
         description=more or f"{summary[0].upper()}{summary[1:]}.",
@@ -89,6 +106,8 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=run, parser=command)
+    if out:
+        command.add_argument("out", type=_path, metavar="OUT", help=out)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     command.add_argument("--quiet", action="store_true", help="no progress and no summary")
     return command
@@ -96,8 +115,14 @@ def _command(
 
 def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     summary = "write labeled, unlabeled and validation records from images"
-    command = _command(parent, "pack", commands.run_pack, summary, _PACK, _EPILOG)
-    _add_sources(command)
+    command = _command(parent, commands.run_pack, summary, more=_PACK, epilog=_EPILOG)
+    add = command.add_argument
+    add("--src", required=True, nargs="+", help="training images; several sources are joined")
+    add("--out", required=True, type=_path, help="folder to write, made if missing")
+    add("--val", metavar="SRC", help="validation images, which training needs")
+    add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
+    add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
+    add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
     _add_split(command.add_argument_group("splits"))
     _add_files(command.add_argument_group("files"))
     _add_images(command.add_argument_group("images"))
@@ -109,22 +134,9 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
     engine = "processes here, or tasks of a Ray cluster (RAY_ADDRESS) that has the same disks"
     add("--engine", choices=("local", "ray"), default="local", help=engine)
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the plan and an estimate of its time, write nothing",
-    )
+    dry = "print the plan and an estimate of its time; OUT is not written"
+    add("--dry-run", action="store_true", help=dry)
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
-
-
-def _add_sources(command: Parser) -> None:
-    add = command.add_argument
-    add("--src", required=True, nargs="+", help="training images; several sources are joined")
-    add("--out", required=True, type=_path, help="folder to write, made if missing")
-    add("--val", metavar="SRC", help="validation images, which training needs")
-    add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
-    add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
-    add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
 
 
 def _add_split(group: "argparse._ArgumentGroup") -> None:
@@ -169,50 +181,18 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
         "can be, also PNG named .JPEG and CMYK, to RGB JPEG (default: fail)")  # fmt: skip
 
 
-def _add_resplit(parent: "argparse._SubParsersAction[Parser]") -> None:
-    summary = "draw the labeled images anew: writes index files only, the records stay"
-    command = _command(parent, "resplit", commands.run_resplit, summary)
-    command.add_argument("out", type=_path, metavar="OUT", help="a pack of the shared layout")
-    _add_split(command.add_argument_group("splits"))
-
-
 def _add_verify(parent: "argparse._SubParsersAction[Parser]") -> None:
     summary = "compare every file with its checksum, and name what is damaged"
     more = (
         "Compare every file of a pack with its checksum and every index with its records; name\n"
         "the shard, the record and the source image of any damage."
     )
-    command = _command(parent, "verify", commands.run_verify, summary, more)
-    add = command.add_argument
-    add("out", type=_path, metavar="OUT", help="a finished pack")
+    add = _command(
+        parent, commands.run_verify, summary, out="a finished pack", more=more
+    ).add_argument
     add("--deep", action="store_true", help="also decode every image, strictly")
     cores = len(os.sched_getaffinity(0))
     add("-j", type=int, default=cores, metavar="N", help=f"processes ({cores})")
-
-
-def _add_small_commands(parent: "argparse._SubParsersAction[Parser]") -> None:
-    summary = "finish a pack whose parts were packed with --part"
-    command = _command(parent, "finish", commands.run_finish, summary)
-    command.add_argument("out", type=_path, metavar="OUT", help="the folder of the parts")
-
-    summary = "print what a folder contains: splits, shards, sources, options"
-    command = _command(parent, "info", commands.run_info, summary)
-    command.add_argument("out", type=_path, metavar="OUT", help="a pack, also an unfinished one")
-
-    summary = "find the image at a position that DALI printed as `PATH at index OFFSET`"
-    command = _command(parent, "locate", commands.run_locate, summary)
-    command.add_argument("out", type=_path, metavar="OUT", help="a finished pack")
-    command.add_argument(
-        "where", nargs="+", help="what DALI printed, or FILE.rec and an offset in it"
-    )
-
-    summary = "write the image of a record to a file"
-    command = _command(parent, "extract", commands.run_extract, summary)
-    add = command.add_argument
-    add("out", type=_path, metavar="OUT", help="a finished pack")
-    add("what", help="a record's id, or class/name")
-    add("--to", type=_path, metavar="FILE", help="default: its name, here; - is standard output")
-    add("--force", action="store_true", help="replace FILE")
 
 
 def _path(text: str) -> Path:
@@ -256,16 +236,16 @@ def main(arguments: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        summary = known.run(known)
+        result, lines = known.run(known)
     except UserError as error:
         print(f"make_rec: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        kept = f"; {_kept(known.out)}" if known.command == "pack" else ""
-        print(f"make_rec: interrupted{kept}", file=sys.stderr)
+        print(f"make_rec: interrupted{_kept(known)}", file=sys.stderr)
         return INTERRUPTED
-    lines = [json.dumps(summary, indent=1)] if isinstance(summary, dict) else summary
-    return _print([] if known.quiet and not isinstance(summary, dict) else lines)
+    if known.json:
+        return _print([json.dumps(result, indent=1)])
+    return _print([] if known.quiet else lines)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -273,6 +253,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
     for stop in _STOPS:
         signal.signal(stop, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _kept(known: argparse.Namespace) -> str:
+    if known.command != "pack":
+        return ""
+    work = known.out / WORK
+    finished = len(list(work.glob("*.rec.done")))
+    if not finished:
+        return f"; nothing was kept in {known.out}"
+    kept = counted(finished, "finished shard is", "finished shards are")
+    return f"; {kept} kept in {work}, the same command goes on"
 
 
 def _print(lines: list[str]) -> int:
@@ -284,10 +275,3 @@ def _print(lines: list[str]) -> int:
             print(f"make_rec: error: standard output: {error.strerror}", file=sys.stderr)
         return OutputError.exit_code
     return 0
-
-
-def _kept(out: Path) -> str:
-    finished = len(list((out / WORK).glob("*.rec.done")))
-    if not finished:
-        return f"nothing was kept in {out}"
-    return f"{finished} finished shards are kept in {out / WORK}, the same command goes on"

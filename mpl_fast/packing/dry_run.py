@@ -26,33 +26,31 @@ def dry_run(options: PackOptions) -> Json:
     and divided by the number of processes. It does not include writing.
     """
     check_options(options)
+    how = options.split
+    # Compressed archives are unpacked into this folder, too.
     with tempfile.TemporaryDirectory(prefix="make_rec-") as folder:
         path = Path(folder, "plan")
         plan_to(path, options)
         with open_table(path) as table:
-            return _summary(table, options)
-
-
-def _summary(table: Table, options: PackOptions) -> Json:
-    shards = table.shards()
-    images = sum(shard.records for shard in shards)
-    size = sum(shard.bytes for shard in shards)
-    how = options.split
-    listed = planned_splits(how.layout, how.unlabeled, val=options.val is not None)
-    seconds = images * _seconds_per_image(table, options) / max(1, options.processes)
-    return {
-        "out": str(options.out),
-        "layout": how.layout,
-        "classes": len(table.classes()),
-        "images": images,
-        "bytes_in": size,
-        "bytes_out_at_most": size + (RECORD_BYTES + TABLE_BYTES) * images,
-        "shards": [
-            {"file": shard.file, "records": shard.records, "bytes": shard.bytes} for shard in shards
-        ],
-        "splits": {split.name: _split(table, split) for split in listed},
-        "seconds_at_least": round(seconds, 1),
-    }
+            shards = table.shards()
+            splits = planned_splits(how.layout, how.unlabeled, val=options.val is not None)
+            images = sum(shard.records for shard in shards)
+            size = sum(shard.bytes for shard in shards)
+            seconds = images * _seconds_per_image(table, options) / options.processes
+            return {
+                "out": str(options.out),
+                "layout": how.layout,
+                "classes": len(table.classes()),
+                "images": images,
+                "bytes_in": size,
+                "bytes_out_at_most": size + (RECORD_BYTES + TABLE_BYTES) * images,
+                "shards": [
+                    {"file": shard.file, "records": shard.records, "bytes": shard.bytes}
+                    for shard in shards
+                ],
+                "splits": {split.name: _split(table, split) for split in splits},
+                "seconds_at_least": round(seconds, 1),
+            }
 
 
 def _split(table: Table, split: PlannedSplit) -> Json:
@@ -79,4 +77,4 @@ def _seconds_per_image(table: Table, options: PackOptions) -> float:
             done += 1
             if time.monotonic() - start > _SAMPLE_SECONDS:
                 break
-    return (time.monotonic() - start) / max(done, 1)
+    return (time.monotonic() - start) / done

@@ -1,4 +1,4 @@
-"""Shortens lists for one-line messages: their first entries and the number of others."""
+"""Lists and counts in one-line messages."""
 
 from bisect import insort
 from collections.abc import Iterable
@@ -9,6 +9,11 @@ def first_few(entries: Iterable[str], most: int = 10, between: str = ", ") -> st
     listed = list(entries)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return between.join(listed[:most]) + more
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return the count with its noun; `many` where the plural is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
 
 
 class Tally:

@@ -3,12 +3,13 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 LAYOUTS = ("shared", "separate")
 BALANCES = ("count", "proportional")
 CHECKS = ("decode", "header", "none")
 ACTIONS = {"fail": "failed", "skip": "skipped", "convert": "converted"}
+DRAWN = ("labeled", "balance", "unlabeled", "split_seed")  # options that resplit has, too
 Json = dict[str, Any]
 
 
@@ -69,9 +70,12 @@ class PackOptions:
         }
 
 
-def stored_image_options(planned: Json) -> ImageOptions:
-    """Return the image options in what `PackOptions.planned` returned."""
-    return ImageOptions(**{item.name: planned[item.name] for item in fields(ImageOptions)})
+_Options = TypeVar("_Options", SplitOptions, ImageOptions, PackOptions)
+
+
+def options_from(kind: type[_Options], values: Json) -> _Options:
+    """Return options of a class, each the value of that name."""
+    return kind(**{item.name: values[item.name] for item in fields(kind)})
 
 
 def image_option_errors(how: ImageOptions) -> list[str]:

@@ -3,21 +3,19 @@
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from mpl_fast.atomic import write_json, write_text
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError, OutputError, output_errors
-from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.options import ImageOptions, Json, PackOptions, stored_image_options
+from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.options import Json, PackOptions
 from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
 from mpl_fast.packing.plan.prepare import check_options, plan_to, warn
 from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table, origin_of
-from mpl_fast.packing.publish.duplicates import describe_duplicates
-from mpl_fast.packing.publish.existing_pack import ExistingPack, changed_options, check_existing
-from mpl_fast.packing.publish.finish import describe_left_out, finish, unfinished_shards
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.existing_pack import changed_options, check_existing, require_same
+from mpl_fast.packing.publish.finish import finish, unfinished_shards
+from mpl_fast.packing.publish.out_folder import OutFolder, open_out_folder
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.packing.write.ray_engine import run_ray
 from mpl_fast.packing.write.shard_receipt import Remark, receipt_path
@@ -35,28 +33,21 @@ def pack(options: PackOptions) -> Json:
     """
     started = time.monotonic()
     check_options(options)
-    with OutFolder(options.out, shared=options.part is not None) as folder:
+    with open_out_folder(options.out, shared=options.part is not None) as folder:
         if options.part is not None:
             return _pack_part(folder, options, options.part)
         _plan(folder, options)
         if folder.pack_files() and not options.force:
             return _keep_existing(folder, options)
-        with open_table(folder.work / TABLE) as table:
-            shards = table.shards()
         with output_errors(folder.path):
-            _write(folder, shards, options)
-            return publish_pack(folder, options.image, started)
+            _write(folder, _shards(folder), options)
+            return publish_pack(folder, started)
 
 
-def publish_pack(folder: OutFolder, image_options: ImageOptions, started: float) -> Json:
+def publish_pack(folder: OutFolder, started: float) -> Json:
     """Finish a work folder that has all shards, and rename its files to their final names."""
-    created = datetime.now(timezone.utc).isoformat()
-    manifest = finish(folder.work, image_options)
-    manifest["created"] = created
+    manifest = finish(folder.work)
     manifest["totals"]["seconds"] = round(time.monotonic() - started, 3)
-    with open_table(folder.work / TABLE) as table:
-        left_out = describe_left_out(table, manifest)
-    warn([left_out, describe_duplicates(manifest["duplicates"])])
     write_json(folder.work / MANIFEST, manifest)
     folder.publish()
     return manifest
@@ -70,14 +61,23 @@ def finish_parts(out: Path) -> Json:
     started = time.monotonic()
     if not out.is_dir():
         raise DataError(f"{out}: no such folder; pack its parts first")
-    with OutFolder(out) as folder, output_errors(out):
+    with open_out_folder(out) as folder, output_errors(out):
         if not (folder.work / TABLE).exists():
             if MANIFEST in folder.pack_files():
                 return {"already_complete": True, **load_manifest(out)}
             raise DataError(f"{out}: holds no plan; pack its parts first (pack --part 1/2 ...)")
-        with open_table(folder.work / TABLE) as table:
-            image_options = stored_image_options(table.options())
-        return publish_pack(folder, image_options, started)
+        return publish_pack(folder, started)
+
+
+def _shards(folder: OutFolder) -> list[ShardRow]:
+    with open_table(folder.work / TABLE) as table:
+        return table.shards()
+
+
+def _changed_options(folder: OutFolder, options: PackOptions) -> str:
+    """Return the options that differ from those of the plan, in one line."""
+    with open_table(folder.work / TABLE) as table:
+        return changed_options(table.options(), options.planned())
 
 
 def _plan(folder: OutFolder, options: PackOptions) -> None:
@@ -86,53 +86,40 @@ def _plan(folder: OutFolder, options: PackOptions) -> None:
     with output_errors(folder.path):
         plan_to(new, options)
         finished = folder.finished()
-        if finished:
-            with open_table(new) as table:
-                shards = table.shards()
-            kept = {shard.file for shard in shards} - set(unfinished_shards(folder.work, shards))
-            lost = sorted(set(finished) - kept)
-            if lost and not options.force:
-                _require_same_options(folder, options, len(lost), len(finished))
-                again = f"{len(lost)} of {len(finished)} finished shards are packed again"
-                warn([f"{again}: {first_few(lost, 1)}"])
-            for name in lost:
-                receipt_path(folder.work, name).unlink()
-                (folder.work / name).unlink(missing_ok=True)
+        with open_table(new) as table:
+            shards = table.shards() if finished else []
+        kept = {shard.file for shard in shards} - set(unfinished_shards(folder.work, shards))
+        lost = sorted(set(finished) - kept)
+        if lost and not options.force:
+            of = counted(len(finished), "finished shard")
+            if changed := _changed_options(folder, options):
+                raise OutputError(
+                    f"{folder.path}: holds an unfinished pack with other options ({changed}), and "
+                    f"{len(lost)} of its {of} would be lost; go on with those, choose another "
+                    "--out, or --force"
+                )
+            warn([f"packed again: {len(lost)} of {of}: {first_few(lost, 1)}"])
+        for name in lost:
+            receipt_path(folder.work, name).unlink()
+            (folder.work / name).unlink(missing_ok=True)
         new.replace(folder.work / TABLE)
-
-
-def _require_same_options(folder: OutFolder, options: PackOptions, lost: int, of: int) -> None:
-    with open_table(folder.work / TABLE) as table:
-        changed = changed_options(table.options(), options.planned())
-    if changed:
-        raise OutputError(
-            f"{folder.path}: holds an unfinished pack with other options ({changed}), and {lost} "
-            f"of its {of} finished shards would be lost; go on with those, choose another --out, "
-            "or --force"
-        )
 
 
 def _keep_existing(folder: OutFolder, options: PackOptions) -> Json:
     """Keep the finished pack in the folder if it is the planned one; pack broken shards again."""
     with open_table(folder.work / TABLE) as table:
-        existing = check_existing(folder, table, options.planned())
-    if existing.broken:
-        _repair(folder, options, existing)
-    else:
+        manifest, broken = check_existing(folder, table, options.planned())
+        shards = [shard for shard in table.shards() if shard.file in broken]
+    if not broken:
         folder.clear_work()
-    return {"already_complete": True, "mended": existing.broken, **existing.manifest}
-
-
-def _repair(folder: OutFolder, options: PackOptions, existing: ExistingPack) -> None:
-    """Pack the broken shards of a finished pack again; they must get the same bytes as before."""
-    with open_table(folder.work / TABLE) as table:
-        shards = [shard for shard in table.shards() if shard.file in existing.broken]
-    with output_errors(folder.path):
-        _write(folder, shards, options)
-        existing.require_same(folder)
-        (folder.work / TABLE).unlink()  # the finished table stays where it is
-        write_text(folder.work / MANIFEST, (folder.path / MANIFEST).read_text(encoding="utf-8"))
-        folder.publish()
+    else:
+        with output_errors(folder.path):
+            _write(folder, shards, options)
+            require_same(folder, manifest, broken)
+            (folder.work / TABLE).unlink()  # the finished table stays where it is
+            write_text(folder.work / MANIFEST, (folder.path / MANIFEST).read_text(encoding="utf-8"))
+            folder.publish()
+    return {"already_complete": True, "mended": broken, **manifest}
 
 
 def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -> Json:
@@ -149,8 +136,7 @@ def _pack_part(folder: OutFolder, options: PackOptions, part: tuple[int, int]) -
     with output_errors(folder.path), folder.locked(f"part-{number}-of-{parts}", busy):
         with folder.locked("plan"):
             _plan_once(folder, options)
-        with open_table(folder.work / TABLE) as table:
-            everything = table.shards()
+        everything = _shards(folder)
         shards = [shard for shard in everything if shard.number % parts == number - 1]
         try:
             _write(folder, shards, options)
@@ -174,8 +160,7 @@ def _plan_once(folder: OutFolder, options: PackOptions) -> None:
     --force makes it again when no other part is being packed; finished shards that the new plan
     contains too are kept.
     """
-    path = folder.work / TABLE
-    if not path.exists():
+    if not (folder.work / TABLE).exists():
         _plan(folder, options)
         return
     if options.force:
@@ -183,9 +168,7 @@ def _plan_once(folder: OutFolder, options: PackOptions) -> None:
             if alone:  # nobody writes shards of the old plan
                 _plan(folder, options)
                 return
-    with open_table(path) as table:
-        changed = changed_options(table.options(), options.planned())
-    if changed:
+    if changed := _changed_options(folder, options):
         raise OutputError(
             f"{folder.path}: the parts of this pack have other options ({changed}); use those, "
             "another --out, or --force while no other part is being packed"
@@ -194,8 +177,6 @@ def _plan_once(folder: OutFolder, options: PackOptions) -> None:
 
 def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) -> None:
     """Write every shard that is missing; DataError lists all faulty images."""
-    if not shards:
-        return
     missing = set(unfinished_shards(folder.work, shards))
     todo = [shard for shard in shards if shard.file in missing]
     if options.image.short_side is None:  # else the size is not known before
@@ -219,15 +200,14 @@ def _require_usable(folder: OutFolder, remarks: Iterable[Remark], on_bad: str) -
         sources = table.sources()
         faults = []
         for remark in remarks:
-            record = table.record(remark.id)
-            if remark.action in refused and record is not None:
+            if remark.action in refused and (record := table.record(remark.id)):
                 faults.append(f"{origin_of(sources[record.source], record)}: {remark.reason}")
     if faults:
         every = sorted(set(faults))
         if len(every) > _LISTED:
             warn(every)
         raise DataError(
-            f"{len(every)} images cannot be used, nothing was published: "
+            f"{counted(len(every), 'image')} cannot be used, nothing was published: "
             f"{first_few(every, _LISTED, '; ')}; repair or remove them, or leave them out with "
             "--on-bad skip, which keeps every finished shard"
         )

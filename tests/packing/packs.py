@@ -24,7 +24,6 @@ from mpl_fast.data.records import image_record
 from mpl_fast.packing.check.verify import Report, verify
 from mpl_fast.packing.cli import main
 from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
-from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.prepare import plan_to
 from mpl_fast.packing.plan.table import (
     TABLE,
@@ -39,8 +38,6 @@ from mpl_fast.packing.plan.table import (
 )
 from mpl_fast.packing.publish.finish import finish
 from mpl_fast.packing.publish.out_folder import WORK
-from mpl_fast.packing.sources.archives import Spools
-from mpl_fast.packing.sources.source import Image, Source, open_source
 from mpl_fast.packing.write.pool import Job
 from mpl_fast.packing.write.workers import run_job
 
@@ -121,31 +118,6 @@ def make_records(path: Path, rows: Iterable[tuple[float, int, bytes]]) -> Path:
     return path
 
 
-def listed(
-    spec: Path | str, spools: Path, *, root: Path | None = None, labels: Path | None = None
-) -> tuple[Source, list[Image]]:
-    """Return what spec names and all of its images, sorted."""
-    work = Spools(spools, lambda line: None)
-    source = open_source(str(spec), root=root, labels=labels, spools=work)
-    return source, sorted(source.images())
-
-
-def keys(images: Iterable[Image]) -> list[str]:
-    """Return `class/name` of each image."""
-    return [f"{image.class_name}/{image.name}" for image in images]
-
-
-def content(source: Source, image: Image) -> bytes:
-    """Return the bytes that an image says it has."""
-    if image.start < 0:
-        path = source.file / image.path
-        assert path.stat().st_mtime_ns == image.stamp
-        assert path.stat().st_size == image.size
-        return path.read_bytes()
-    assert image.stamp == 0
-    return source.file.read_bytes()[image.start :][: image.size]
-
-
 # make_rec.
 
 
@@ -188,10 +160,8 @@ def run(
 def run_in_order(
     jobs: Sequence[Job[T]], processes: int, progress: Callable[[int, int], None]
 ) -> list[T]:
-    """Run jobs as the pool does with one process, but in this process."""
-    order = sorted(range(len(jobs)), key=lambda at: -jobs[at].size)
-    results = {at: jobs[at].call(lambda records, size: None) for at in order}
-    return [results[at] for at in range(len(jobs))]
+    """Run jobs in this process."""
+    return [job.call(lambda records, size: None) for job in jobs]
 
 
 def verified(root: Path, *, deep: bool = False) -> Report:
@@ -240,37 +210,7 @@ def error_of(done: Done) -> str:
     return line
 
 
-# Plans and packs made step by step, from images that need not exist or from a tree.
-
-
-def image(class_name: str, name: str, size: int = 10) -> Image:
-    return Image(class_name, name, f"{class_name}/{name}", -1, size, 7)
-
-
-def images_of(counts: Mapping[str, int], size: int = 10) -> list[Image]:
-    """Return images `0.jpg`, `1.jpg`, ... of each class."""
-    return [
-        image(name, f"{number}.jpg", size)
-        for name, count in counts.items()
-        for number in range(count)
-    ]
-
-
-def source_of(
-    images: Iterable[Image],
-    *,
-    spec: str = "somewhere",
-    order: Sequence[str] | None = None,
-    stamp: int = 0,
-) -> Source:
-    """Return a source of images; order are the classes of a source that numbers its labels."""
-
-    def listed(source: Source) -> Iterable[Image]:
-        source.class_order = None if order is None else tuple(order)
-        return images
-
-    kind = "archive" if stamp else "folder"
-    return Source(spec, kind, Path("/", spec), 0, stamp, listed)  # type: ignore[arg-type]
+# Plans and packs made step by step.
 
 
 class Planned:
@@ -295,25 +235,6 @@ class Planned:
 
     def labels(self) -> dict[str, int]:
         return {name: row.label for name, row in zip(self.keys, self.rows, strict=True)}
-
-
-def plan_of(
-    path: Path,
-    train: Source | Sequence[Source],
-    how: SplitOptions,
-    val: Source | None = None,
-    image_options: ImageOptions = KEEP,
-) -> Planned:
-    """Plan with the options that finishing asks for, and return the plan."""
-    sources = [train] if isinstance(train, Source) else train
-    options = PackOptions(
-        src=tuple(source.spec for source in sources),
-        out=path.parent,
-        split=how,
-        image=image_options,
-    )
-    make_plan(path, sources, val, how, image_options, options.planned())
-    return Planned(path)
 
 
 def options_of(src: Path, out: Path, how: SplitOptions, val: Path | None = None) -> PackOptions:
@@ -342,7 +263,7 @@ def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
 def finished(options: PackOptions) -> tuple[Path, Json]:
     """Return the work folder of a pack that only lacks its manifest, and the manifest."""
     work = write_shards(plan_work(options), options.image)
-    return work, finish(work, options.image)
+    return work, finish(work)
 
 
 def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:

@@ -21,8 +21,7 @@ def images_of(counts: dict[str, int]) -> Images:
 
 
 def chosen_keys(images: Images, how: str | Path, seed: int = 0, balance: str = "count") -> set[str]:
-    how = str(how)
-    ids = choose_labeled(iter(images), how, seed=seed, balance=balance)
+    ids = choose_labeled(iter(images), str(how), seed=seed, balance=balance)
     chosen = {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
     assert len(chosen) == len(ids)
     return chosen
@@ -49,23 +48,36 @@ def test_draw_is_the_first_by_keyed_hash() -> None:
     assert chosen_keys(images_of({"ant": 9, "bee": 9}), "2") == golden
 
 
-def test_smaller_draw_is_part_of_larger() -> None:
+def test_even_draw_nests_whatever_the_class_sizes() -> None:
     images = images_of(dict.fromkeys("abcdefg", 50))
     draws = [chosen_keys(images, how, 1) for how in ("7", "10", "5%", "10%", "100", "100%")]
     assert [len(draw) for draw in draws] == [7, 10, 18, 35, 100, 350]
     assert all(small <= large for small, large in itertools.pairwise(draws))
-
-
-def test_draw_is_even_by_count_whatever_the_class_sizes() -> None:
     keys = chosen_keys(images_of({"a": 100, "b": 40, "c": 30}), "50%")
     assert sorted(per_class(keys).values()) == [28, 28, 29]
+
+
+def test_proportional_draw_follows_the_sizes_and_nests() -> None:
+    sizes = {"a": 1000, "b": 300, "c": 61, "d": 10}
+    images = images_of(sizes)
+    keys = [f"{class_name}/{name}" for _, class_name, name in images]
+    draws = {n: chosen_keys(images, str(n), 5, "proportional") for n in (300, 301, 685, 1371)}
+    for total, draw in draws.items():
+        assert len(draw) == total
+        counts = per_class(draw)
+        assert all(abs(counts[name] - size * total / 1371) < 1.5 for name, size in sizes.items())
+        for name in sizes:  # the first of each class by rank
+            own = (key for key in keys if key[0] == name)
+            first = sorted(own, key=lambda key: hash_rank(5, key))[: counts[name]]
+            assert set(first) == {key for key in draw if key[0] == name}
+    assert all(small <= large for small, large in itertools.pairwise(draws.values()))
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("2", "2 labeled images for 3 classes leave 1 classes without any; choose at least 3"),
-        ("15%", "2 labeled images for 3 classes"),
+        ("2", "2 labeled images for 3 classes, so that 1 class has none; choose at least 3$"),
+        ("7%", "1 labeled image for 3 classes, so that 2 classes have none"),
         ("16", "that is 16 labeled images, the source has 15"),
         ("120%", "that is 18 labeled images, the source has 15"),
         ("0", "that is 0 labeled images"),
@@ -88,9 +100,9 @@ def test_bad_amounts(how: str, message: str) -> None:
 
 
 def test_classes_too_small_for_the_draw() -> None:
-    with pytest.raises(DataError, match=r"1 classes .* even share: b \(3 of 5\)"):
+    with pytest.raises(DataError, match=r"1 class has .* even share: b \(3 of 5\)"):
         chosen_keys(images_of({"a": 9, "b": 3}), "10")
-    with pytest.raises(ConfigError, match="1 small classes get no labeled image: tiny"):
+    with pytest.raises(ConfigError, match="1 small class gets no labeled image: tiny; choose more"):
         chosen_keys(images_of({"a": 5000, "tiny": 1}), "2", 1, "proportional")
 
 
@@ -116,13 +128,10 @@ def test_list_forms(tmp_path: Path, text: str) -> None:
     assert keys == {"ant/ant_1.jpg", "bee/bee_0.jpg"}
 
 
-def test_names_with_spaces(tmp_path: Path) -> None:
-    path = list_file(tmp_path, "great owl/an owl.jpg\n")
-    assert chosen_keys([(0, "great owl", "an owl.jpg")], path) == {"great owl/an owl.jpg"}
-    # The first word is a name only where the whole line is none.
-    path = list_file(tmp_path, "an owl.jpg\n")
-    images = [(0, "bird", "an"), (1, "bird", "an owl.jpg")]
-    assert chosen_keys(images, path) == {"bird/an owl.jpg"}
+@pytest.mark.parametrize("line", ["great owl/an owl.jpg", "an owl.jpg"])
+def test_first_word_is_a_name_only_where_the_whole_line_is_none(tmp_path: Path, line: str) -> None:
+    images = [(0, "great owl", "an"), (1, "great owl", "an owl.jpg"), (2, "great owl", "great")]
+    assert chosen_keys(images, list_file(tmp_path, f"{line}\n")) == {"great owl/an owl.jpg"}
 
 
 @pytest.mark.parametrize(
@@ -130,9 +139,9 @@ def test_names_with_spaces(tmp_path: Path) -> None:
     [
         ("\n \n", "no name in this list"),
         ("".join(f"cat/{n}.jpg\n" for n in range(12)), r"12 names fit no image: .* and 2 more$"),
-        ("ant_0.jpg\nant/ant_0.jpg\n", "1 names are listed more than once: ant/ant_0.jpg"),
-        ("ant_0.jpg\n", "1 classes have no labeled image: bee"),
-        ("same.jpg\n", r"1 names fit images of several classes \(write class/name\): same.jpg"),
+        ("ant_0.jpg\nant/ant_0.jpg\n", "1 name is listed more than once: ant/ant_0.jpg"),
+        ("ant_0.jpg\n", "1 class has no labeled image: bee"),
+        ("same.jpg\n", r"1 name fits images of several classes \(write class/name\): same.jpg"),
     ],
 )
 def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
@@ -141,24 +150,3 @@ def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         chosen_keys(images, list_file(tmp_path, text))
     assert "\n" not in str(caught.value)
-
-
-def test_proportional_draw_follows_the_sizes_and_nests() -> None:
-    sizes = {"a": 1000, "b": 300, "c": 61, "d": 10}
-    images = images_of(sizes)
-    draws = {n: chosen_keys(images, str(n), 5, "proportional") for n in (300, 301, 685, 1371)}
-    for total, draw in draws.items():
-        assert len(draw) == total
-        counts = per_class(draw)
-        assert all(abs(counts[name] - size * total / 1371) < 1.5 for name, size in sizes.items())
-    assert all(small <= large for small, large in itertools.pairwise(draws.values()))
-
-
-def test_proportional_draw_takes_the_first_of_each_class_by_rank() -> None:
-    images = images_of({"a": 30, "b": 90})
-    keys = [f"{class_name}/{name}" for _, class_name, name in images]
-    part = chosen_keys(images, "40", 2, "proportional")
-    for name in "ab":
-        ranked = sorted((key for key in keys if key[0] == name), key=lambda key: hash_rank(2, key))
-        count = per_class(part)[name]
-        assert set(ranked[:count]) == {key for key in part if key[0] == name}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import Tally
-from mpl_fast.packing.sources.labels_file import Labels
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
-from tests.packing.packs import content, keys, listed, make_records, make_tar, make_tree
+from tests.packing.made_sources import content, entries, keys, listed
+from tests.packing.packs import make_tar, make_tree
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -46,9 +46,9 @@ def test_odd_and_absolute_paths(tmp_path: Path) -> None:
     name = b"ant/caf\xe9\x0b\xe2\x80\xa8.jpg"  # no UTF-8, and line breaks only in Unicode
     make_tree(tmp_path, {os.fsdecode(name): b"1"})
     for written in (name, os.fsencode(tmp_path) + b"/" + name):
-        source, images = listed(write(tmp_path / "a.lst", b"0\t0\t" + written + b"\n"), tmp_path)
-        assert keys(images) == [images[0].path] == [os.fsdecode(name)]
-        assert content(source, images[0]) == b"1"
+        path = write(tmp_path / "a.lst", b"0\t0\t" + written + b"\n")
+        assert entries(path, tmp_path) == [(os.fsdecode(name), b"1")]
+        assert listed(path, tmp_path)[1][0].path == os.fsdecode(name)
 
 
 @pytest.mark.parametrize(
@@ -85,21 +85,16 @@ def test_largest_label() -> None:
     assert whole_label("16777215.0") == whole_label(16777215.0) == (1 << 24) - 1
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_missing_files_and_empty_list(tmp_path: Path) -> None:
     make_tree(tmp_path, {"ant/a.jpg": b"1"})
     rows = ["0\t0\tant/a.jpg", *(f"{n}\t0\tant/{n:02}.jpg" for n in range(1, 13)), "13\t0\tant"]
     path = write(tmp_path / "a.lst", "\n".join(rows))
     shown = ", ".join(["ant (line 14)", *(f"ant/{n:02}.jpg (line {n + 1})" for n in range(1, 10))])
-    with pytest.raises(DataError) as error:
+    message = f"{path}: 13 files are not in {tmp_path}: {shown} and 3 more"
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         listed(path, tmp_path)
-    assert str(error.value) == f"{path}: 13 files are not in {tmp_path}: {shown} and 3 more"
-
-
-def test_list_without_lines_and_without_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.lst: lists no image"):
-        listed(write(tmp_path / "a.lst", "\n\n"), tmp_path)
-    with pytest.raises(DataError, match=r"b.lst: no such folder or file"):
-        listed(tmp_path / "b.lst", tmp_path)
+        listed(write(path, "\n\n"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +113,14 @@ def test_class_names(tmp_path: Path, rows: list[str], names: tuple[str, ...]) ->
     assert class_names(write(tmp_path / "a.lst", text)) == names
 
 
-def test_tally() -> None:
+def test_counts_in_messages() -> None:
     tally = Tally(2)
     for entry in "cabd":
         tally.add(entry)
     assert (tally.count, str(tally)) == (4, "a, b and 2 more")
+    assert [counted(number, "shard") for number in range(3)] == ["0 shards", "1 shard", "2 shards"]
+    assert counted(1, "class is", "classes are") == "1 class is"
+    assert counted(2, "class is", "classes are") == "2 classes are"
 
 
 @pytest.mark.parametrize(
@@ -138,38 +136,31 @@ def test_labels_of_a_flat_folder_and_archive(tmp_path: Path, text: str) -> None:
     contents = {"a b.jpg": b"1", "b.jpg": b"22"}
     labels = write(tmp_path / "labels.txt", text)
     tree = make_tree(tmp_path / "tree", contents)
-    in_val = [(f"val/{name}", image) for name, image in contents.items()]
-    archive = make_tar(tmp_path / "val.tar", in_val)
+    archive = make_tar(tmp_path / "v.tar", [(f"val/{name}", one) for name, one in contents.items()])
     ant = "ant one" if "one" in text else "ant"
     for spec in (tree, archive, f"{archive}:val"):
-        source, images = listed(spec, tmp_path, labels=labels)
-        assert keys(images) == [f"{ant}/a b.jpg", "bee/b.jpg"]
-        assert [content(source, image) for image in images] == [b"1", b"22"]
+        expected = [(f"{ant}/a b.jpg", b"1"), ("bee/b.jpg", b"22")]
+        assert entries(spec, tmp_path, labels=labels) == expected
+        source, _ = listed(spec, tmp_path, labels=labels)
         assert (source.warnings, source.class_order) == ([], None)
 
 
-def test_one_class_a_line_in_the_order_of_names(tmp_path: Path) -> None:
-    rows = [("z/03.jpg", b"3"), ("02.jpg", b"2"), ("y/01.jpg", b"1")]
-    archive = make_tar(tmp_path / "val.tar", rows)
-    labels = write(tmp_path / "labels.txt", "ant\nbee\nant\n")
-    images = listed(archive, tmp_path, labels=labels)[1]
-    assert keys(images) == ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]
-    for text, fault in (
-        ("ant\nbee\n", "03.jpg (no line)"),
-        ("ant\nbee\nant\nbee\n", "class 4 (no image)"),
-    ):
-        message = re.escape(f"{labels}: 1 names do not fit the images of {archive}: {fault}")
-        with pytest.raises(DataError, match=f"^{message}$"):
-            listed(archive, tmp_path, labels=write(labels, text))
-
-
-def test_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"a.jpg": b"1", "B.jpg": b"2", "x/a.jpg": b"3"})
-    labels = write(tmp_path / "labels.txt", "a.jpg ant\n\nb.jpg bee\n")
-    with pytest.raises(DataError) as error:
-        listed(tree, tmp_path, labels=labels)
-    faults = "B.jpg (no line), a.jpg (several images), b.jpg (line 3, no image)"
-    assert str(error.value) == f"{labels}: 3 names do not fit the images of {tree}: {faults}"
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ant\nbee\nant\n", ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]),
+        ("0\n1\n0\n", ["0/01.jpg", "0/03.jpg", "1/02.jpg"]),  # not the devkit's numbers
+        ("1\n1001\n2\n", ["1/01.jpg", "1001/02.jpg", "2/03.jpg"]),
+        ("1\nn01440764\n2\n", ["1/01.jpg", "2/03.jpg", "n01440764/02.jpg"]),
+    ],
+)
+def test_one_class_a_line_in_the_order_of_names(
+    tmp_path: Path, text: str, expected: list[str]
+) -> None:
+    names = ("z/03.jpg", "02.jpg", "y/01.jpg")
+    archive = make_tar(tmp_path / "val.tar", ((name, b"-") for name in names))
+    labels = write(tmp_path / "labels.txt", text)
+    assert keys(listed(archive, tmp_path, labels=labels)[1]) == expected
 
 
 @pytest.mark.parametrize(
@@ -182,23 +173,23 @@ def test_labels_that_do_not_fit_the_images(tmp_path: Path) -> None:
         ("a.jpg x/ant\n", "line 1: a class with a slash in it: 'x/ant'"),
         ("\n", "gives no class"),
         ("490\n1\n1000\n", "these look like the ILSVRC devkit's numbers"),
+        (
+            "a.jpg ant\n\nb.jpg bee\n",
+            r"3 names do not fit the images of .*/tree: B.jpg \(no line\), a.jpg \(several "
+            r"images\), b.jpg \(line 3, no image\)$",
+        ),
+        ("ant\n", r"2 names .*: a.jpg \(no line\), a.jpg \(several images\)$"),
+        (
+            "ant\nbee\ncat\n",
+            r"2 names .*: a.jpg \(several images\), class 3 \(no image\)$",
+        ),
     ],
 )
 def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
     labels = write(tmp_path / "labels.txt", text)
-    tree = make_tree(tmp_path / "tree", {"a.jpg": b"1"})
+    tree = make_tree(tmp_path / "tree", {"a.jpg": b"1", "B.jpg": b"2", "x/a.jpg": b"3"})
     with pytest.raises(DataError, match=rf"labels.txt: {message}"):
         listed(tree, tmp_path, labels=labels)
-
-
-def test_numbers_other_than_devkit_ids(tmp_path: Path) -> None:
-    for text in ("0\n1\n", "1\n1001\n", "1\nn01440764\n"):
-        labels = Labels(write(tmp_path / "labels.txt", text))
-        assert [labels.take("a.jpg"), labels.take("b.jpg")] == text.split()
-
-
-def test_labels_for_sources_with_labels(tmp_path: Path) -> None:
-    labels = write(tmp_path / "labels.txt", "a.jpg ant\n")
-    for path in (write(tmp_path / "a.lst", ""), make_records(tmp_path / "a.rec", [])):
-        with pytest.raises(ConfigError, match=rf"{path} has its own labels"):
-            listed(path, tmp_path, labels=labels)
+    labels.unlink()
+    with pytest.raises(DataError, match=r"labels.txt: No such file"):
+        listed(tree, tmp_path, labels=labels)

@@ -4,20 +4,22 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.options import SplitOptions
+from mpl_fast.errors import ConfigError, DataError, UserError
+from mpl_fast.packing.options import PackOptions, SplitOptions
 from mpl_fast.packing.plan import make_plan as plan_module
 from mpl_fast.packing.plan.choose_labeled import choose_labeled
-from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits, shard_groups
+from mpl_fast.packing.plan.layout import planned_splits, shard_groups
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
-from tests.packing.packs import KEEP, ROOT, Planned, image, images_of, plan_of, source_of
+from tests.packing.made_sources import MadeSource, image, images_of, plan_of
+from tests.packing.packs import ROOT, Planned
 
 TRAIN = images_of({"ant": 10, "bee": 10})
 VAL = images_of({"bee": 2, "ant": 1})
@@ -31,23 +33,19 @@ def planned(
     train: list[Image] = TRAIN,
     val: list[Image] | None = None,
 ) -> Planned:
-    held = None if val is None else source_of(val, spec="held")
-    return plan_of(tmp_path / "plan", source_of(train), how, held)
+    held = None if val is None else MadeSource(val, "held")
+    return plan_of(tmp_path / "plan", MadeSource(train), how, held)
 
 
-def shapes(plan: Planned) -> list[tuple[str, int, int]]:
-    return [(shard.file, shard.first_id, shard.records) for shard in plan.shards]
+def source(classes: str, spec: str = "held", order: str | None = None) -> Source:
+    """Return a source of three images of each class; order as in MadeSource."""
+    images = images_of(dict.fromkeys(classes.split(), 3))
+    return MadeSource(images, spec, order=None if order is None else order.split())
 
 
-def source(
-    counts: dict[str, int], spec: str = "held", order: tuple[str, ...] | None = None
-) -> Source:
-    return source_of(images_of(counts), spec=spec, order=order)
-
-
-def test_ids_count_through_all_shards_of_the_shared_layout(tmp_path: Path) -> None:
+def test_shared_layout(tmp_path: Path) -> None:
     plan = planned(tmp_path, val=VAL)
-    assert shapes(plan) == [
+    assert [(shard.file, shard.first_id, shard.records) for shard in plan.shards] == [
         ("train-00000-of-00003.rec", 0, 7),
         ("train-00001-of-00003.rec", 7, 6),
         ("train-00002-of-00003.rec", 13, 7),
@@ -64,7 +62,7 @@ def test_ids_count_through_all_shards_of_the_shared_layout(tmp_path: Path) -> No
 @pytest.mark.parametrize(("unlabeled", "count"), [("all", 20), ("rest", 16)])
 def test_separate_layout(tmp_path: Path, unlabeled: str, count: int) -> None:
     plan = planned(tmp_path, replace(SEPARATE, unlabeled=unlabeled, shards=1), val=VAL)
-    assert shapes(plan) == [
+    assert [(shard.file, shard.first_id, shard.records) for shard in plan.shards] == [
         ("train_label.rec", 0, 4),
         ("train_unlabel.rec", 4, count),
         ("val.rec", 4 + count, 3),
@@ -108,162 +106,151 @@ def test_order(tmp_path: Path) -> None:
     for seed in range(3):  # the order in which a source lists does not matter
         mixed = random.Random(seed).sample(TRAIN, len(TRAIN))
         assert vars(planned(tmp_path, train=mixed, val=VAL[::-1])) == vars(shuffled)
-
-
-def test_labels(tmp_path: Path) -> None:
-    by_name = planned(tmp_path, train=images_of({"n10": 2, "Bee": 2, "n9": 2, "ant": 2}))
-    assert by_name.classes == ["Bee", "ant", "n10", "n9"]
-    assert by_name.labels()["n10/0.jpg"] == 2
-    in_order = source({"ant": 3, "bee": 3}, order=("bee", "2nd", "ant"))
-    plan = plan_of(tmp_path / "plan", in_order, HOW)
-    assert plan.classes == ["bee", "2nd", "ant"]
-    labels = {f"ant/{number}.jpg": 2 for number in range(3)}
-    assert plan.labels() == labels | {f"bee/{number}.jpg": 0 for number in range(3)}
-
-
-@pytest.mark.parametrize("order", [("ant",), None])
-@pytest.mark.parametrize("step", [1, -1])
-def test_labels_of_two_sources(tmp_path: Path, order: tuple[str, ...] | None, step: int) -> None:
-    both = [source({"ant": 3}, "a", order), source({"bee": 3}, "b", ("ant", "bee"))]
-    assert plan_of(tmp_path / "plan", both[::step], HOW).classes == ["ant", "bee"]
+    parts = [MadeSource(TRAIN[::2], "a"), MadeSource(TRAIN[1::2], "b")]  # nor how it is divided
+    plan = plan_of(tmp_path / "plan", parts, HOW, MadeSource(VAL, "v"))
+    assert plan.keys == shuffled.keys
+    assert [row.labeled for row in plan.rows] == [row.labeled for row in shuffled.rows]
+    assert {row.source for row in plan.of("val")} == {2}
+    with open_table(tmp_path / "plan") as table:
+        specs = [(source.number, source.spec) for source in table.sources()]
+    assert specs == [(0, "a"), (1, "b"), (2, "v")]
 
 
 @pytest.mark.parametrize(
-    ("train", "val", "labels"),
+    ("train", "classes"),
     [
-        ("ant bee cat", "0 2", {"0/0.jpg": 0, "2/0.jpg": 2}),  # a list without class names
-        ("0 1 2 3", "0 1 2", {"0/0.jpg": 0, "1/0.jpg": 1, "2/0.jpg": 2}),  # numbers as names
+        ([source("n10 Bee n9 ant")], "Bee ant n10 n9"),
+        ([source("ant bee", order="bee 2nd ant")], "bee 2nd ant"),
+        ([source("ant", "a", "ant"), source("bee", "b", "ant bee")], "ant bee"),
+        ([source("bee", "b", "ant bee"), source("ant", "a", "ant")], "ant bee"),
+        ([source("ant", "a"), source("bee", "b", "ant bee")], "ant bee"),
+        ([source("bee", "b", "ant bee"), source("ant", "a")], "ant bee"),
     ],
 )
-def test_validation_labels_by_number(
-    tmp_path: Path, train: str, val: str, labels: dict[str, int]
-) -> None:
-    held = source(dict.fromkeys(val.split(), 1), order=("0", "1", "2"))
-    plan = plan_of(tmp_path / "plan", source(dict.fromkeys(train.split(), 3)), HOW, held)
-    assert {row.path: row.label for row in plan.of("val")} == labels
+def test_labels(tmp_path: Path, train: list[Source], classes: str) -> None:
+    plan = plan_of(tmp_path / "plan", train, HOW)
+    assert plan.classes == classes.split()
+    for key, label in plan.labels().items():
+        assert key.startswith(f"{plan.classes[label]}/")
+    assert len(plan.labels()) == sum(len(list(one.images())) for one in train)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("ant bee cat", "0 2"),  # a list without class names
+        ("0 1 2 3", "0 1 2"),  # numbers as names
+    ],
+)
+def test_validation_labels_by_number(tmp_path: Path, train: str, val: str) -> None:
+    plan = plan_of(tmp_path / "plan", source(train, "train"), HOW, source(val, order="0 1 2"))
+    labels = {row.path: row.label for row in plan.of("val")}
+    assert labels == {f"{name}/{at}.jpg": int(name) for name in val.split() for at in range(3)}
     assert plan.classes == train.split()
 
 
-def broken(source: Source) -> list[Image]:
-    raise DataError("broken")
+class Broken(MadeSource):
+    def _list(self) -> Iterator[Image]:
+        raise DataError("broken")
 
 
-TRAIN_A = source_of(TRAIN, spec="a")
-THREE = source({"ant": 3, "bee": 3, "cat": 3})
+TRAIN_A = MadeSource(TRAIN, "a")
+THREE = source("ant bee cat")
 UNKNOWN = "classes are not in the training source"
-NUMBERED = source({"bee": 3}, "b", ("ant", "bee"))
-
-
-def refusal(
-    tmp_path: Path,
-    train: list[Source],
-    val: Source | None = None,
-    how: SplitOptions = HOW,
-    error: type[Exception] = DataError,
-) -> str:
-    with pytest.raises(error) as caught:
-        plan_of(tmp_path / "plan", train, how, val)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.glob("plan*")) == []
-    return str(caught.value)
+NUMBERED = source("bee", "b", "ant bee")
+TWICE = "more than once as class/name"
+SEVERAL = "does it hold several splits? Then name one folder of it"
 
 
 @pytest.mark.parametrize(
     ("train", "val", "message"),
     [
-        ([Source("x", "folder", Path("/x"), 0, 0, broken)], None, "broken"),  # type: ignore[arg-type]
+        ([Broken([])], None, "broken"),
         (
-            [NUMBERED, source({"ant": 3}, "a", ("bee", "ant"))],
+            [NUMBERED, source("ant", "a", "bee ant")],
             None,
             "a: its labels mean other classes than another source's",
         ),
         (
-            [NUMBERED, source({"cat": 1}, "c")],
+            [NUMBERED, source("cat", "c")],
             None,
-            "b + c: 1 classes are not in the list that numbers the classes: cat",
+            "b + c: 1 class is not in the list that numbers the classes: cat",
         ),
-        ([TRAIN_A], source({"ant": 1, "cat": 1}), f"held: 1 {UNKNOWN}: cat"),
+        ([TRAIN_A], source("ant cat"), "held: 1 class is not in the training source: cat"),
         # A folder "0" is a name, not a number.
-        ([THREE], source({"0": 1, "1": 1}), f"held: 2 {UNKNOWN}: 0, 1"),
-        ([THREE], source({"0": 1, "1": 1}, order=("1", "0")), f"held: 2 {UNKNOWN}: 0, 1"),
+        ([THREE], source("0 1"), f"held: 2 {UNKNOWN}: 0, 1"),
+        ([THREE], source("0 1", order="1 0"), f"held: 2 {UNKNOWN}: 0, 1"),
         # A list with more labels than classes.
-        ([THREE], source({"0": 1, "3": 1}, order=tuple("0123")), f"held: 2 {UNKNOWN}: 0, 3"),
+        ([THREE], source("0 3", order="0 1 2 3"), f"held: 2 {UNKNOWN}: 0, 3"),
         (  # the name 2 or the label 2?
-            [source({"0": 3, "1": 3, "10": 3, "2": 3})],
-            source({"0": 1, "1": 1, "2": 1}, order=("0", "1", "2")),
+            [source("0 1 10 2")],
+            source("0 1 2", order="0 1 2"),
             "held: its labels are numbers, and so are the names of the training classes, in "
             "another order (class 2 has label 3); give it class folders or --val-labels",
         ),
         (
-            [TRAIN_A, source({"bee": 1, "cat": 1}, "b")],
+            [TRAIN_A, MadeSource(images_of({"bee": 1, "cat": 1}), "b")],
             None,
-            "a + b: 1 names occur more than once as class/name: bee/0.jpg; does it hold several "
-            "splits? Then name one folder of it",
+            f"a + b: 1 name occurs {TWICE}: bee/0.jpg; {SEVERAL}",
+        ),
+        (
+            [TRAIN_A, MadeSource(TRAIN, "b")],
+            None,
+            f"a + b: 20 names occur {TWICE}: {', '.join(f'ant/{at}.jpg' for at in range(10))} "
+            f"and 10 more; {SEVERAL}",
+        ),
+        (
+            [TRAIN_A],
+            MadeSource([*VAL, VAL[0]], "held"),
+            f"held: 1 name occurs {TWICE}: bee/0.jpg; {SEVERAL}",
         ),
     ],
 )
 def test_refused_sources(
     tmp_path: Path, train: list[Source], val: Source | None, message: str
 ) -> None:
-    assert refusal(tmp_path, train, val) == message
+    assert refusal(tmp_path, DataError, train, val) == message
 
 
-def test_names_that_occur_twice(tmp_path: Path) -> None:
-    message = refusal(tmp_path, [TRAIN_A, source_of(TRAIN, spec="b")])
-    assert "a + b: 20 names" in message
-    assert "and 10 more; does it" in message
-    twice = source_of([*VAL, VAL[0]], spec="held")
-    assert "held: 1 names occur" in refusal(tmp_path, [TRAIN_A], twice)
-    # One name in training and in validation is no fault, nor is one in two classes.
-    planned(tmp_path, val=TRAIN)
+def refusal(
+    tmp_path: Path,
+    error: type[UserError],
+    train: list[Source],
+    val: Source | None = None,
+    how: SplitOptions = HOW,
+) -> str:
+    with pytest.raises(error) as caught:
+        plan_of(tmp_path / "plan", train, how, val)
+    assert list(tmp_path.glob("plan*")) == []
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_refused_draws(tmp_path: Path, layout: str) -> None:
+def test_refused_draws(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how = replace(HOW, labeled="100%", layout=layout)
-    assert refusal(tmp_path, [TRAIN_A], how=replace(how, unlabeled="rest")) == (
+    assert refusal(tmp_path, DataError, [TRAIN_A], how=replace(how, unlabeled="rest")) == (
         "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
     )
-    few = refusal(tmp_path, [TRAIN_A], how=replace(how, labeled="1"), error=ConfigError)
-    assert "--labeled 1: 1 labeled images for 2 classes" in few
-    plan_of(tmp_path / "plan", TRAIN_A, how)
-
-
-def test_more_records_than_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "ID_LIMIT", 22)
-    planned(tmp_path)
-    (tmp_path / "plan").unlink()
-    assert refusal(tmp_path, [TRAIN_A], source_of(VAL)) == (
-        "23 records and more: the format has 22 ids; pack in parts"
-    )
+    few = refusal(tmp_path, ConfigError, [TRAIN_A], how=replace(how, labeled="1"))
+    assert "--labeled 1: 1 labeled image for 2 classes" in few
+    count = len(plan_of(tmp_path / "plan", TRAIN_A, how).rows)
+    monkeypatch.setattr(plan_module, "ID_LIMIT", count)
+    assert len(plan_of(tmp_path / "plan", TRAIN_A, how).rows) == count
+    message = f"{count + 3} records and more: the format has {count} ids; pack in parts"
+    assert refusal(tmp_path, DataError, [TRAIN_A], MadeSource(VAL), how) == message
 
 
 def test_warnings(tmp_path: Path) -> None:
-    def with_warning(spec: str, images: list[Image]) -> Source:
-        def listed(source: Source) -> list[Image]:
-            source.warnings.append(f"{spec}: odd")
-            return images
-
-        return Source(spec, "folder", Path("/x"), 0, 0, listed)  # type: ignore[arg-type]
-
-    both = [with_warning("a", TRAIN)], with_warning("v", VAL)
-    assert make_plan(tmp_path / "plan", *both, HOW, KEEP, {}) == ["a: odd", "v: odd"]
-    val = source({"bee": 2})
-    val.warnings.append("held: of an earlier listing, which images() clears")
-    warnings = make_plan(tmp_path / "plan", [TRAIN_A], val, HOW, KEEP, {})
+    options = PackOptions(src=("a",), out=tmp_path, split=HOW)
+    train = [MadeSource(TRAIN, "a", warnings=["a: odd"])]
+    warnings = make_plan(
+        tmp_path / "plan", train, MadeSource(VAL, "v", warnings=["v: odd"]), options
+    )
+    assert warnings == ["a: odd", "v: odd"]
+    warnings = make_plan(tmp_path / "plan", [TRAIN_A], source("bee"), options)
     assert warnings == ["held: has no image of 1 of the classes"]
-
-
-def test_sources_are_joined(tmp_path: Path) -> None:
-    parts = [source_of(TRAIN[::2], spec="a"), source_of(TRAIN[1::2], spec="b")]
-    plan = plan_of(tmp_path / "plan", parts, HOW, source_of(VAL, spec="v"))
-    whole = planned(tmp_path, val=VAL)
-    assert plan.keys == whole.keys
-    assert [row.labeled for row in plan.rows] == [row.labeled for row in whole.rows]
-    assert {row.source for row in plan.of("val")} == {2}
-    with open_table(tmp_path / "plan") as table:
-        specs = [(source.number, source.spec) for source in table.sources()]
-    assert specs == [(0, "somewhere"), (1, "held")]
+    # One name in training and in validation is no fault, nor is one in two classes.
+    assert make_plan(tmp_path / "plan", [TRAIN_A], MadeSource(TRAIN), options) == []
 
 
 @pytest.mark.parametrize("how", ["4", "30%", "list"])
@@ -285,25 +272,23 @@ def test_planned_splits_and_shard_groups() -> None:
     for layout in ("shared", "separate"):
         for unlabeled in ("all", "rest"):
             listed = planned_splits(layout, unlabeled, val=True)
-            prefixes = {piece.prefix for piece in shard_groups(layout, unlabeled, val=True)}
+            prefixes = shard_groups(layout, unlabeled, val=True).keys()
             assert {split.prefix for split in listed} == prefixes
             assert planned_splits(layout, unlabeled, val=False) == listed[:-1]
             assert [split.name for split in listed[-3:]] == ["labeled", "unlabeled", "val"]
             assert listed[-1].stem == listed[-1].prefix == "val"
-    rows = [RecordRow(0, 0, labeled, "0.jpg", 0, "ant/0.jpg", -1, 10, 7) for labeled in (0, 1)]
-    _, labeled, rest, _ = planned_splits("shared", "rest", val=True)
-    assert [labeled.lists(row) for row in rows] == [False, True]
-    assert [rest.lists(row) for row in rows] == [True, False]
-    every = PlannedSplit("unlabeled", "train_unlabel", "train", None)
-    assert planned_splits("shared", "all", val=True)[2] == every
-    assert every.lists(rows[1])
+    row = RecordRow(0, 0, 1, "0.jpg", 0, "ant/0.jpg", -1, 10, 7)
+    for unlabeled, lists in (("all", [True, True, True]), ("rest", [True, True, False])):
+        splits = planned_splits("shared", unlabeled, val=False)
+        assert [split.lists(row) for split in splits] == lists
+        assert [split.lists(row._replace(labeled=0)) for split in splits] == [True, False, True]
 
 
 def test_time_stamps_mark_shards(tmp_path: Path) -> None:
     """A touched archive marks all its shards, a touched file only the shard that holds it."""
     images = [one._replace(start=512 * at, stamp=0) for at, one in enumerate(TRAIN)]
     first, again, later = (
-        plan_of(tmp_path / "plan", source_of(images, stamp=stamp), HOW).shards
+        plan_of(tmp_path / "plan", MadeSource(images, stamp=stamp), HOW).shards
         for stamp in (5, 5, 6)
     )
     assert first == again
@@ -313,9 +298,10 @@ def test_time_stamps_mark_shards(tmp_path: Path) -> None:
     after = planned(tmp_path, train=[TRAIN[0]._replace(stamp=8), *TRAIN[1:]])
     row = next(row for row in before.rows if row.path == TRAIN[0].path)
     for old, new in zip(before.shards, after.shards, strict=True):
-        holds = old.first_id <= row.id < old.first_id + old.records
-        assert (old.stamps != new.stamps) == holds
+        assert (old.stamps != new.stamps) == (old.ids[0] <= row.id <= old.ids[1])
         assert old.content == new.content
+    with pytest.raises(DataError, match=r"somewhere: ant/0.jpg: its time is after 2262; touch it"):
+        planned(tmp_path, train=[TRAIN[0]._replace(stamp=1 << 63)])
 
 
 def test_names_and_folders_of_any_bytes(tmp_path: Path) -> None:
@@ -323,20 +309,16 @@ def test_names_and_folders_of_any_bytes(tmp_path: Path) -> None:
     train = [*images_of({f"ant{odd}": 2, "bee": 2}), image("bee", f"{odd}.jpg")]
     folder = tmp_path / odd
     folder.mkdir()
-    plan = plan_of(folder / "plan", source_of(train, spec=f"src{odd}"), replace(HOW, labeled="2"))
+    for name in ("plan", "plan.found"):
+        (folder / name).write_bytes(b"left behind")
+    plan = plan_of(folder / "plan", MadeSource(train, f"src{odd}"), replace(HOW, labeled="2"))
     assert sorted(plan.keys) == sorted(one.path for one in train)
     assert {row.path for row in plan.rows} == set(plan.keys)
     assert plan.classes == [f"ant{odd}", "bee"]
+    assert [path.name for path in folder.iterdir()] == ["plan"]
     with open_table(folder / "plan") as table:
         assert table.sources()[0].spec == f"src{odd}"
         assert table.options()["src"] == [f"src{odd}"]
-
-
-def test_plan_replaces_an_older_one_and_leaves_no_scratch(tmp_path: Path) -> None:
-    for name in ("plan", "plan.found"):
-        (tmp_path / name).write_bytes(b"left behind")
-    assert len(planned(tmp_path).rows) == 20
-    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
 # Prints the peak memory in kB after the plan of few images and after that of many. Not ru_maxrss:
@@ -344,20 +326,22 @@ def test_plan_replaces_an_older_one_and_leaves_no_scratch(tmp_path: Path) -> Non
 MEASURE = """
 import re, sys
 from pathlib import Path
-from mpl_fast.packing.options import ImageOptions, SplitOptions
+from mpl_fast.packing.options import PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
-from mpl_fast.packing.sources.source import Image, Source
+from mpl_fast.packing.sources.source import Image
+from tests.packing.made_sources import MadeSource
 
-def images(source):
-    for number in range(count):
-        name = f"n{number % 1000:08}"
-        file = f"{name}_{number}.JPEG"
-        yield Image(name, file, f"{name}/{file}", -1, 110_000 + number, 1_700_000_000_000_000_000)
+class Many(MadeSource):
+    def _list(self):
+        for number in range(count):
+            name = f"n{number % 1000:08}"
+            file = f"{name}_{number}.JPEG"
+            yield Image(name, file, f"{name}/{file}", -1, 110_000 + number, 1 << 60)
 
+path = Path(sys.argv[1])
+options = PackOptions(src=("x",), out=path, split=SplitOptions(labeled="1000", shards=8))
 for count in (2_000, 100_000):
-    source = Source("x", "folder", Path("/x"), 0, 0, images)
-    how = SplitOptions(labeled="1000", shards=8)
-    make_plan(Path(sys.argv[1]), [source], None, how, ImageOptions(), {})
+    make_plan(path, [Many([])], None, options)
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 

@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from mpl_fast.packing.publish.out_folder import open_out_folder
 from tests.packing.packs import (
     hashes,
     identities,
@@ -42,8 +44,9 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "far" / "a").mkdir(parents=True)
     (tmp_path / "far" / "a" / "late.jpg").write_bytes(jpeg(2))
     os.utime(tmp_path / "far" / "a" / "late.jpg", (10_500_000_000, 10_500_000_000))  # in 2302
+    (tmp_path / "bad.txt").write_text("0.jpg\nant/9.jpg\n")
     for arguments, status, message in (
-        (("--src", train, "--out", out, "--val", val), 4, "1 classes are not in the training"),
+        (("--src", train, "--out", out, "--val", val), 4, "1 class is not in the training"),
         (("--src", train, "--out", train / "rec"), 2, "is inside the source"),
         (("--src", train, "--val", val, "--out", val), 2, "is inside the source"),
         (("--src", train, train, "--out", out), 4, "names occur more than once"),
@@ -52,6 +55,7 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", tmp_path / "file"), 3, "is a file, not a folder"),
         (("--src", train, "--out", tmp_path / "file" / "x"), 3, "Not a directory"),
         (("--src", train, "--out", out, "--labeled", "2"), 2, "choose at least 3"),
+        (("--src", train, "--out", out, "--labeled", tmp_path / "bad.txt"), 4, "bad.txt: 1 name"),
         (("--src", train, "--out", out, "--shards", "0"), 2, "--shards 0: must be at least 1"),
         (("--src", train, "--out", out, "-j", "-1"), 2, "-j -1: must be at least 1"),
         (("--src", train, "--out", out, "--short-side", "0"), 2, "--short-side 0: must be"),
@@ -109,66 +113,60 @@ def test_unknown_records_are_not_overwritten(tree: Path, tmp_path: Path) -> None
 # A folder that holds a pack.
 
 
-def test_again_is_nothing_to_do(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    common = ("--src", tree / "train", "--out", out)
-    run("pack", *common, "--labeled", "6")
-    before = identities(out.iterdir())
-    done = run("pack", *common, "--labeled", "6")
-    assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
-    line = refuse(*common, "--labeled", "9", "--shards", 2, status=3)
-    assert "holds another pack (labeled was 6, now 9, shards was None, now 2); choose" in line
-    assert "or --force" in line
-    assert identities(out.iterdir()) == before
-
-
-def test_shards_that_are_gone_or_cut_are_packed_again(tree: Path, tmp_path: Path) -> None:
+def test_a_finished_pack_is_kept_and_its_broken_shards_are_packed_again(
+    tree: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 3,
               "--out", out)  # fmt: skip
     run("pack", *common)
-    before, kept = hashes(out), identities(out.glob("*.rec"))
+    before, kept = hashes(out), identities(out.iterdir())
+    done = run("pack", *common)
+    assert done.stdout == f"{out}: already complete, nothing to do; verify checks every byte\n"
+    assert identities(out.iterdir()) == kept
     gone, cut = out / "train-00001-of-00003.rec", out / "val-00002-of-00003.rec"
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-4])
     done = run("pack", *common)
     assert done.stdout == f"{out}: packed again: {gone.name}, {cut.name}\n"
     assert hashes(out) == before
-    now = identities(out.glob("*.rec"))
-    assert {name for name in now if now[name] != kept[name]} == {gone.name, cut.name}
+    assert packed_again(out, kept) == {gone.name, cut.name}
     gone.unlink()
     (tree / "train" / "ant" / "3.jpg").write_bytes(jpeg(1, 40))
     assert "holds another pack (its source's files were others)" in refuse(*common, status=3)
 
 
-def test_force_replaces_all_of_the_old_pack(tree: Path, tmp_path: Path) -> None:
-    common = ("--src", tree / "train", "--labeled", "6")
-    out = pack(*common, "--val", tree / "val", "--shards", 2, "--layout", "separate",
-               out=tmp_path / "out")  # fmt: skip
+def test_force_replaces_all_of_the_old_pack_or_nothing(tree: Path, tmp_path: Path) -> None:
+    common = ("--src", tree / "train", "--labeled", "6", "--force")
+    old = ("--val", tree / "val", "--shards", 2, "--layout", "separate")
+    out = pack(*common, *old, out=tmp_path / "out")
     (out / "notes.txt").write_text("the user's own")
     (out / "mine").mkdir()
-    run("pack", *common, "--out", out, "--force")
-    fresh = pack(*common, out=tmp_path / "fresh")
+    before = identities(out.iterdir())
+    image = tree / "train" / "ant" / "0.jpg"
+    content = image.read_bytes()
+    image.write_bytes(b"words")
+    refuse(*common, "--out", out, status=4)
+    assert identities(path for path in out.iterdir() if path.name != ".pack") == before
+    image.write_bytes(content)
+    run("pack", *common, "--out", out)
     assert (out / "notes.txt").read_text() == "the user's own"
     (out / "notes.txt").unlink()
     (out / "mine").rmdir()
-    assert hashes(out) == hashes(fresh)
-
-
-def test_failed_force_keeps_the_old_pack(tree: Path, tmp_path: Path) -> None:
-    common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
-    out = pack(*common, out=tmp_path / "out")
-    before = identities(out.iterdir())
-    (tree / "train" / "ant" / "0.jpg").write_bytes(b"words")
-    refuse(*common, "--out", out, "--force", status=4)
-    assert identities(path for path in out.iterdir() if path.name != ".pack") == before
+    assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
 
 
 # A run that ended early: finished shards stay, what changed is packed again.
 
 
-def common(tree: Path) -> tuple[object, ...]:
-    return ("--src", tree / "train", "--labeled", 6, "--shards", 4)
+class Stopped(NamedTuple):
+    """A pack of which all shards but one are finished."""
+
+    out: Path
+    common: tuple[object, ...]  # options
+    missing: str
+    kept: Identity  # of the others
+    fresh: Path  # the same pack, never stopped
 
 
 def shard_of(key: str, fresh: Path) -> str:
@@ -181,18 +179,20 @@ def shard_of(key: str, fresh: Path) -> str:
 
 
 @pytest.fixture
-def stopped(tree: Path, tmp_path: Path) -> tuple[Path, str, Identity]:
-    """A pack of which all but one shard are finished: an image was damaged, and is repaired now."""
+def stopped(tree: Path, tmp_path: Path) -> Stopped:
+    """Stopped by an image that was damaged, and is repaired now."""
     image, out = tree / "train" / "bee" / "3.jpg", tmp_path / "out"
-    fresh = pack(*common(tree), out=tmp_path / "fresh")
+    common = ("--src", tree / "train", "--labeled", 6, "--shards", 4)
+    fresh = pack(*common, out=tmp_path / "fresh")
     content = image.read_bytes()
     image.write_bytes(b"words" + bytes(len(content) - 5))
-    assert "bee/3.jpg: neither JPEG" in refuse(*common(tree), "--out", out, status=4)
+    assert "bee/3.jpg: neither JPEG" in refuse(*common, "--out", out, status=4)
     image.write_bytes(content)
+    assert names(out) == {".lock", ".pack"}
     kept = identities((out / ".pack").glob("*.rec"))
     missing = shard_of("bee/3.jpg", fresh)
     assert set(kept) == {path.name for path in fresh.glob("*.rec")} - {missing}
-    return out, missing, kept
+    return Stopped(out, common, missing, kept, fresh)
 
 
 def packed_again(out: Path, kept: Identity) -> set[str]:
@@ -201,72 +201,53 @@ def packed_again(out: Path, kept: Identity) -> set[str]:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_finished_shards_stay_unless_they_are_damaged(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path, damaged: bool
-) -> None:
-    out, missing, kept = stopped
-    assert names(out) == {".lock", ".pack"}
-    again = {missing} | (damage_two(out / ".pack", kept) if damaged else set())
-    done = run("pack", *common(tree), "--out", out)
+def test_finished_shards_stay_unless_they_are_damaged(stopped: Stopped, damaged: bool) -> None:
+    out, common, missing, kept, fresh = stopped
+    again = {missing}
+    if damaged:
+        first, second = sorted(kept)[:2]
+        flipped = bytearray((out / ".pack" / first).read_bytes())
+        flipped[len(flipped) // 2] ^= 1
+        (out / ".pack" / first).write_bytes(flipped)
+        (out / ".pack" / f"{second}.done").write_bytes(b"PK\3\4 damaged")
+        again |= {first, second}
+    done = run("pack", *common, "--out", out)
     assert (done.stderr == "") != damaged
     assert packed_again(out, kept) == again
-    assert hashes(out) == hashes(pack(*common(tree), "--force", out=tmp_path / "fresh"))
+    pack(*common, "--force", out=fresh)  # the repaired image has another time
+    assert hashes(out) == hashes(fresh)
 
 
-def damage_two(work: Path, kept: Identity) -> set[str]:
-    """Flip a bit of one shard, cut the receipt of another; return both."""
-    first, second = sorted(kept)[:2]
-    flipped = bytearray((work / first).read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    (work / first).write_bytes(flipped)
-    (work / f"{second}.done").write_bytes(b"PK\3\4 damaged")
-    return {first, second}
-
-
-def test_other_options_lose_nothing_unasked(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out, missing, kept = stopped
-    other = ("--src", tree / "train", "--labeled", 6, "--shards", 2, "--quality", 80)
+def test_other_options_lose_nothing_unless_forced(stopped: Stopped, tmp_path: Path) -> None:
+    out, common, missing, kept, fresh = stopped
+    other = (*common, "--shards", 2, "--quality", 80)
     line = refuse(*other, "--out", out, status=3)
     assert (
         "holds an unfinished pack with other options (shards was 4, now 2, quality was 90, " in line
     )
     assert "3 of its 3 finished shards would be lost; go on with those, choose another" in line
     assert identities((out / ".pack").glob("*.rec")) == kept
+    copy = shutil.copytree(out, tmp_path / "copy")
     # Another draw and another way to treat bad images change no shard.
-    options = ("--src", tree / "train", "--labeled", 9, "--shards", 4, "--on-bad", "skip")
-    done = run("pack", *options, "--out", out)
-    assert done.stderr == ""
+    options = (*common, "--labeled", 9, "--on-bad", "skip")
+    assert run("pack", *options, "--out", out).stderr == ""
     assert packed_again(out, kept) == {missing}
     assert len(read_split(out, "train_label")) == 9
-    assert hashes(out) == hashes(pack(*options, "--force", out=tmp_path / "fresh"))
+    assert hashes(out) == hashes(pack(*options, "--force", out=fresh))
+    run("pack", *other, "--out", copy, "--force")
+    assert hashes(copy) == hashes(pack(*other, "--force", out=fresh))
 
 
-def test_force_drops_shards_of_other_options(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out = stopped[0]
-    other = ("--src", tree / "train", "--labeled", 6, "--shards", 2)
-    run("pack", *other, "--out", out, "--force")
-    assert hashes(out) == hashes(pack(*other, "--force", out=tmp_path / "fresh"))
-
-
-def test_only_shards_with_changed_images_are_packed_again(
-    stopped: tuple[Path, str, Identity], tree: Path, tmp_path: Path
-) -> None:
-    out, missing, kept = stopped
-    image = next(
-        path for path in (tree / "train" / "ant").iterdir()
-        if shard_of(f"ant/{path.name}", tmp_path / "fresh") != missing
-    )  # fmt: skip
+def test_only_shards_with_changed_images_are_packed_again(stopped: Stopped, tree: Path) -> None:
+    out, common, missing, kept, fresh = stopped
+    ants = {path: shard_of(f"ant/{path.name}", fresh) for path in (tree / "train/ant").iterdir()}
+    image, changed = next(item for item in ants.items() if item[1] != missing)
     old = image.read_bytes()
     image.write_bytes(old[:-2] + b"  " + old[-2:])  # no longer by more than moves no shard's border
-    changed = shard_of(f"ant/{image.name}", tmp_path / "fresh")
-    done = run("pack", *common(tree), "--out", out)
-    assert f"warning: 1 of 3 finished shards are packed again: {changed}" in done.stderr
+    done = run("pack", *common, "--out", out)
+    assert f"warning: packed again: 1 of 3 finished shards: {changed}" in done.stderr
     assert packed_again(out, kept) == {changed, missing}
-    assert hashes(out) == hashes(pack(*common(tree), "--force", out=tmp_path / "fresh"))
+    assert hashes(out) == hashes(pack(*common, "--force", out=fresh))
     rows = {row[2]: row[3] for row in read_split(out, "train")}
     assert rows[f"ant/{image.name}"] == image.read_bytes()
 
@@ -281,7 +262,7 @@ def test_changed_archive_is_read_anew(tree: Path, tmp_path: Path) -> None:
     assert len(kept) == 3
     archive.write_bytes(archive.read_bytes())  # another time: any image may be another one
     done = run("pack", *options, status=4)
-    assert "warning: 3 of 3 finished shards are packed again" in done.stderr
+    assert "warning: packed again: 3 of 3 finished shards" in done.stderr
     now = identities((out / ".pack").glob("*.rec"))
     assert {name for name in now if now[name] != kept[name]} == set(kept)
 
@@ -289,17 +270,18 @@ def test_changed_archive_is_read_anew(tree: Path, tmp_path: Path) -> None:
 def test_shard_that_left_images_out_is_no_shard_of_a_strict_pack(
     tree: Path, tmp_path: Path
 ) -> None:
-    (tree / "train" / "ant" / "0.jpg").write_bytes(b"words")
-    common = ("--src", tree / "train", "--labeled", "12", "--shards", 2, "--out", tmp_path / "out")
-    # Two parts, one packed: all shards of the other are missing, and one of them is finished.
-    run("pack", *common, "--on-bad", "skip", "--part", "1/2")
-    run("pack", *common, "--on-bad", "skip", "--part", "2/2")
+    image, out = tree / "train" / "ant" / "0.jpg", tmp_path / "out"
+    image.write_bytes(b"words")
+    common = ("--src", tree / "train", "--labeled", "12", "--shards", 2, "--out", out)
+    run("pack", *common, "--on-bad", "skip", "--part", "1/1")
     line = refuse(*common, status=4)
-    assert "1 images cannot be used, nothing was published: " in line
-    assert "ant/0.jpg: neither JPEG nor PNG" in line
-    (tree / "train" / "ant" / "0.jpg").write_bytes(jpeg(1))
+    assert f"1 image cannot be used, nothing was published: {image}: neither JPEG nor PNG" in line
+    line = refuse(out, command="finish", status=4)
+    assert f"with --on-bad skip lack 1 image: {image}" in line
+    assert not (out / "manifest.json").exists()
+    image.write_bytes(jpeg(1))
     run("pack", *common)
-    assert len(read_split(tmp_path / "out", "train")) == 24
+    assert len(read_split(out, "train")) == 24
 
 
 def test_kill_when_all_files_have_their_names(tree: Path, tmp_path: Path) -> None:
@@ -307,16 +289,14 @@ def test_kill_when_all_files_have_their_names(tree: Path, tmp_path: Path) -> Non
     common = ("--src", tree / "train", "--labeled", "6", "--shards", 2, "--out", out)
     run("pack", *common)
     before = hashes(out)
-    (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
-    (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
-    (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
     for command in (("finish", out), ("pack", *common), ("resplit", out, "--labeled", "6")):
+        (out / ".pack").mkdir()  # as a kill within the removal of the work folder leaves it
+        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
+        (out / ".pack" / "train-00000-of-00002.rec.lock").write_bytes(b"")
         run(*command)
         assert not (out / ".pack").exists()
         if command[0] != "resplit":
             assert hashes(out) == before
-        (out / ".pack").mkdir()
-        (out / ".pack" / "train-00000-of-00002.rec.done").write_bytes(b"PK")
 
 
 # Parts of a folder, then `finish`: the bytes of a single run.
@@ -341,13 +321,16 @@ def test_parts_are_the_pack(tree: Path, tmp_path: Path) -> None:
         "3 shards of the plan are not there: train-00000-of-00003.rec, "
         "train-00002-of-00003.rec, val-00001-of-00003.rec; pack them (every part), then finish"
     )
-    line = refuse(*common[:-1], 2, "--part", "1/2", "--out", out, status=3)
-    assert "the parts of this pack have other options (shards was 3, now 2)" in line
+    other = (*common, "--shards", 2, "--part", "1/2", "--out", out)
+    with open_out_folder(out, shared=True):  # while another part is being packed
+        for force in ((), ("--force",)):
+            line = refuse(*other, *force, status=3)
+            assert "the parts of this pack have other options (shards was 3, now 2)" in line
     kept = identities((out / ".pack").glob("*.rec"))
     assert len(kept) == 3
-    done = json.loads(run("pack", *common, "--part", "2/2", "--json", "--out", out).stdout)
-    assert (done["part"], set(done["shards"])) == ("2/2", set(kept))
-    assert len(done["shards_missing"]) == 3
+    result = json.loads(run("pack", *common, "--part", "2/2", "--json", "--out", out).stdout)
+    assert (result["part"], set(result["shards"])) == ("2/2", set(kept))
+    assert len(result["shards_missing"]) == 3
     done = run("pack", *common, "--part", "1/2", "--out", out)
     assert done.stdout.endswith(f"every shard is there; now: make_rec.py finish {out}\n")
     assert done.stderr == ""  # the archive was unpacked once
@@ -409,18 +392,6 @@ def test_part_with_a_bad_image_has_a_way_out(tree: Path, tmp_path: Path, remedy:
     run("finish", out)
     fresh = pack(*common[:-2], *more, out=tmp_path / "fresh")
     assert hashes(out) == hashes(fresh)
-
-
-def test_finish_refuses_what_was_skipped_by_another_wish(tree: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (tree / "train" / "bee" / "3.jpg").write_bytes(b"words")
-    common = ("--src", tree / "train", "--labeled", 6, "--shards", 2, "--out", out)
-    run("pack", *common, "--on-bad", "skip", "--part", "1/1")
-    refuse(*common, status=4)
-    line = refuse(out, command="finish", status=4)
-    assert "with --on-bad skip lack 1 images: " in line
-    assert "bee/3.jpg" in line
-    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("shard", [0, 1])

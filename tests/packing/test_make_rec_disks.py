@@ -1,5 +1,6 @@
 """make_rec on disks that are full, read-only or short of space: an error, then a second run."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,14 +44,8 @@ def memory_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def add_large_images(tree: Path) -> None:
-    """Add training images of 30 MB."""
-    large = {f"train/ant/{number}.jpg": jpeg(number, 1200) for number in range(100, 120)}
-    make_tree(tree, large)
-
-
 def full_at(name: str, patch: pytest.MonkeyPatch) -> None:
-    """Let the disk be full when the text file `name` is written."""
+    """Let the disk be full when the file `name` is written."""
     original = atomic._HashingFile.write
 
     def write(file: atomic._HashingFile, block: bytes) -> int:
@@ -78,16 +73,21 @@ def test_read_only_folder(tree: Path, tmp_path: Path) -> None:
         assert identities((disk / "old").iterdir()) == before
 
 
-def test_disk_that_fills(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_large_images(tree)
+def test_disk_that_is_too_small_or_fills(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tree, {f"train/ant/{at}.jpg": jpeg(at, 600) for at in range(100, 120)})  # 8 MB
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", "6", "--shards", 8,
               "-j", 2, "--check", "none")  # fmt: skip
     fresh = pack(*common, out=tmp_path / "fresh")
-    with memory_disk(tmp_path / "disk", "20m") as disk:
+    with memory_disk(tmp_path / "disk", "6m") as disk:
         out = disk / "out"
         line = refuse(*common, "--out", out, status=3)
-        assert line.endswith(" GB needed, 0.02 GB free on this disk")
+        assert line.endswith(" GB needed, 0.01 GB free on this disk")
         assert names(disk) == set()  # refused before any image was read
+        # Images that become smaller may fit.
+        run("pack", *common[:2], "--short-side", 64, "--labeled", "6", "--out", disk / "small")
+        shutil.rmtree(disk / "small")
         with monkeypatch.context() as patch:  # space that another program takes meanwhile
             patch.setattr(OutFolder, "require_space", lambda folder, needed: None)
             line = refuse(*common, "--out", out, status=3)
@@ -96,19 +96,11 @@ def test_disk_that_fills(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         kept = identities((out / ".pack").glob("*.rec"))
         assert 2 <= len(kept) < 16
         assert not list((out / ".pack").glob("*.tmp"))
-        remount(disk, "size=60m")
+        remount(disk, "size=20m")
         run("pack", *common, "--out", out)
         assert hashes(out) == hashes(fresh)
         again = identities(out.glob("*.rec"))
         assert {name: again[name] for name in kept} == kept
-
-
-def test_images_that_become_smaller_may_fit(tree: Path, tmp_path: Path) -> None:
-    add_large_images(tree)
-    with memory_disk(tmp_path / "disk", "20m") as disk:
-        common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
-        refuse(*common, "--out", disk / "out", status=3)
-        run("pack", *common, "--short-side", 64, "--out", disk / "out")
 
 
 @pytest.mark.parametrize("kib", [4, 26])
@@ -126,35 +118,28 @@ def test_no_file_may_grow(tree: Path, tmp_path: Path, kib: int) -> None:
     assert hashes(out) == hashes(fresh)
 
 
-@pytest.mark.parametrize("name", ["train-00001-of-00002.idx", "manifest.json"])
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("name", ["train-00001-of-00002.idx", "train.lst", "manifest.json"])
 def test_disk_that_fills_at_the_end(
-    tree: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    tree: Path, tmp_path: Path, name: str, parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = ("--src", tree / "train", "--labeled", "6", "--shards", 2)
     out = tmp_path / "out"
+    part = ("pack", *common, "--part", "1/1", "--out", out)
+    last = ("finish", out) if parts else ("pack", *common, "--out", out)
+    if parts:
+        run(*part)
     with monkeypatch.context() as patch:
         full_at(name, patch)
-        line = refuse(*common, "--out", out, status=3)
-    assert line == f"make_rec: error: {out}: No space left on device"
-    assert names(out) == {".lock", ".pack"}
-    run("pack", *common, "--out", out)
-    assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
-
-
-def test_finish_on_a_disk_that_fills(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common, out = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6), tmp_path / "out"
-    run("pack", *common, "--part", "1/1", "--out", out)
-    with monkeypatch.context() as patch:
-        full_at("val.lst", patch)
-        line = refuse(out, command="finish", status=3)
+        line = error_of(run(*last, status=3))
     assert line == f"make_rec: error: {out}: No space left on device"
     assert names(out) == {".lock", ".pack"}
     kept = identities((out / ".pack").glob("*.rec"))
-    run("pack", *common, "--part", "1/1", "--out", out)  # every shard is kept
-    assert identities((out / ".pack").glob("*.rec")) == kept
-    run("finish", out)
+    if parts:
+        run(*part)
+        assert identities((out / ".pack").glob("*.rec")) == kept
+    run(*last)
+    assert identities(out.glob("*.rec")) == kept
     assert hashes(out) == hashes(pack(*common, out=tmp_path / "fresh"))
 
 

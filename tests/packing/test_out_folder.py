@@ -11,11 +11,15 @@ import pytest
 
 from mpl_fast.data.manifest import FORMAT, file_names
 from mpl_fast.errors import OutputError
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.out_folder import OutFolder, open_out_folder
 
-OLD = ["train_label.rec", "train_unlabel.rec", "val.rec"]
+OLD = ["train-100000-of-200000.rec", "train_label.rec", "train_unlabel.rec", "val.rec"]
 NEW = ["train-00000-of-00002.rec", "train-00001-of-00002.rec", "val.rec"]
 OTHERS = ["classes.txt", "manifest.json", "records.sqlite", "train.idx", "train.lst"]
+FOREIGN = [
+    *("my_val.rec", "notes.txt", "old.rec", "test.rec", "train", "train-1-of-2.rec", "train.txt"),
+    *("val.rec.gz", "vals.idx"),
+]
 
 
 def names(folder: Path) -> list[str]:
@@ -40,7 +44,7 @@ def put(folder: OutFolder, shards: list[str], text: str) -> None:
 
 
 def publish(root: Path, shards: list[str], text: str) -> None:
-    with OutFolder(root) as folder:
+    with open_out_folder(root) as folder:
         put(folder, shards, text)
         folder.publish()
 
@@ -55,11 +59,13 @@ def require_whole(root: Path, shards: list[str], text: str) -> None:
 def test_publish_replaces_the_old_pack_and_nothing_else(tmp_path: Path) -> None:
     publish(tmp_path, OLD, "old")
     require_whole(tmp_path, OLD, "old")
-    own = ["notes.txt", "old.rec", "train.txt", "train-1-of-2.rec", "vals.idx"]
-    for name in own:
+    for name in FOREIGN:
         (tmp_path / name).write_text("the user's own")
-    publish(tmp_path, NEW, "new")
-    for name in own:
+    with open_out_folder(tmp_path) as folder:
+        assert folder.pack_files() == sorted([*OTHERS, *OLD])
+        put(folder, NEW, "new")
+        folder.publish()
+    for name in FOREIGN:
         assert (tmp_path / name).read_text() == "the user's own"
         (tmp_path / name).unlink()
     require_whole(tmp_path, NEW, "new")
@@ -75,7 +81,7 @@ def stop_at_rename(root: Path, number: int, patch: pytest.MonkeyPatch) -> None:
             raise KeyError
         return original(self, target)
 
-    with patch.context() as patched, pytest.raises(KeyError), OutFolder(root) as folder:
+    with patch.context() as patched, pytest.raises(KeyError), open_out_folder(root) as folder:
         put(folder, NEW, "new")
         patched.setattr(Path, "replace", replace)
         folder.publish()
@@ -86,47 +92,16 @@ def test_publish_cut_short_is_finished_by_the_next_run(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at_rename(tmp_path, number, monkeypatch)
-    assert "manifest.json" not in names(tmp_path)  # it looks unfinished
-    with OutFolder(tmp_path) as folder:
+    before = names(tmp_path)
+    assert "manifest.json" not in before  # it looks unfinished
+    refused = pytest.raises(OutputError, match=r"first run: make_rec.py finish /")
+    with refused, open_out_folder(tmp_path, shared=True):  # as for a part
+        pass
+    assert names(tmp_path) == before
+    with open_out_folder(tmp_path) as folder:
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         assert folder.pack_files() == sorted([*OTHERS, *NEW])
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    require_whole(tmp_path, NEW, "new")
-
-
-def killed(path: Path) -> None:
-    raise KeyError(path)
-
-
-def test_publish_stopped_before_the_work_folder_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(KeyError),
-        OutFolder(tmp_path) as folder,
-    ):
-        put(folder, NEW, "new")
-        (folder.work / "train-00000-of-00002.rec.done").write_text("")
-        patched.setattr("mpl_fast.packing.publish.out_folder.shutil.rmtree", killed)
-        folder.publish()
-    assert (tmp_path / ".pack").exists()
-    with OutFolder(tmp_path) as folder:
-        folder.clear_work()
-    require_whole(tmp_path, NEW, "new")
-
-
-def test_part_waits_for_a_publish_that_was_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop_at_rename(tmp_path, 3, monkeypatch)
-    before = names(tmp_path)
-    refused = pytest.raises(OutputError, match=r"first run: make_rec.py finish /")
-    with refused, OutFolder(tmp_path, shared=True):
-        pass
-    assert names(tmp_path) == before
-    with OutFolder(tmp_path):
-        pass
     require_whole(tmp_path, NEW, "new")
 
 
@@ -143,7 +118,7 @@ def test_stop_within_publish_comes_too_late(
     stopped: list[int] = []
     before = signal.signal(number, lambda number, frame: stopped.append(number))
     try:
-        with OutFolder(tmp_path) as folder:
+        with open_out_folder(tmp_path) as folder:
             put(folder, NEW, "new")
             os.kill(os.getpid(), number)
             assert stopped == [number]
@@ -153,7 +128,7 @@ def test_stop_within_publish_comes_too_late(
         assert stopped == [number]
         require_whole(tmp_path, NEW, "new")
         os.kill(os.getpid(), number)
-        assert stopped == [number, number]  # and afterwards it is heard again
+        assert stopped == [number, number]  # and afterwards it is handled again
     finally:
         signal.signal(number, before)
 
@@ -162,13 +137,13 @@ def test_error_keeps_finished_shards_and_nothing_else(tmp_path: Path) -> None:
     kept = ["a.rec", "a.rec.done", "records.sqlite", "spool-0123456789abcdef.tar"]
     gone = ["b.rec", "b.rec.tmp", "plan.new", "plan.new.found", "train.idx", "spool-1.tar.tmp"]
     gone += ["part-1-of-2.lock", "classes.txt"]
-    with pytest.raises(KeyError), OutFolder(tmp_path) as folder:
+    with pytest.raises(KeyError), open_out_folder(tmp_path) as folder:
         for name in (*kept, *gone):
             (folder.work / name).write_text(name)
         raise KeyError
     assert names(tmp_path) == [".pack"]
     assert names(tmp_path / ".pack") == sorted(kept)
-    with OutFolder(tmp_path) as folder:
+    with open_out_folder(tmp_path) as folder:
         assert folder.finished() == ["a.rec"]
         assert (folder.work / "a.rec").read_text() == "a.rec"
         folder.clear_work()
@@ -176,70 +151,33 @@ def test_error_keeps_finished_shards_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_failure_removes_only_a_new_folder(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize(("there", "extra"), [(True, []), (False, []), (False, ["notes.txt"])])
+def test_failure_removes_only_a_new_folder(tmp_path: Path, there: bool, extra: list[str]) -> None:
     root = tmp_path / "some" / "out"
     if there:
         root.mkdir(parents=True)
-    with pytest.raises(KeyError), OutFolder(root) as folder:
+    with pytest.raises(KeyError), open_out_folder(root) as folder:
         (folder.work / "val.rec").write_text("half")
+        for name in extra:
+            (root / name).write_text("the user's own")
         raise KeyError
-    assert root.exists() == there
-    if there:
-        assert names(root) == []
-
-
-def test_new_folder_with_something_else_in_it_stays(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), OutFolder(tmp_path / "out") as folder:
-        (folder.path / "notes.txt").write_text("the user's own")
-        raise KeyError
-    assert names(tmp_path / "out") == ["notes.txt"]
+    assert root.exists() == (there or bool(extra))
+    if root.exists():
+        assert names(root) == extra
 
 
 def test_part_leaves_the_work_of_others(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), OutFolder(tmp_path / "out", shared=True) as folder:
+    with pytest.raises(KeyError), open_out_folder(tmp_path / "out", shared=True) as folder:
         (folder.work / "b.rec.tmp").write_text("of another part")
         raise KeyError
     assert names(tmp_path / "out" / ".pack") == ["b.rec.tmp"]
 
 
-def test_holdings_are_the_files_of_packs(tmp_path: Path) -> None:
-    ours = [
-        *("classes.txt", "manifest.json", "records.sqlite"),
-        *("train-00000-of-00144.idx", "train-100000-of-200000.rec", "train.idx", "train.lst"),
-        *("train_label-00000-of-00001.rec", "train_label.lst", "train_unlabel.idx", "val.rec"),
-    ]
-    others = ["train", "train.txt", "train-1-of-2.rec", "test.rec", "val.rec.gz", "my_val.rec"]
-    for name in (*ours, *others):
-        (tmp_path / name).write_text("")
-    with OutFolder(tmp_path) as folder:
-        assert folder.pack_files() == ours
-
-
-BUSY = "another make_rec is writing here"
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_one_writer(tmp_path: Path, shared: bool) -> None:
-    with (
-        OutFolder(tmp_path),
-        pytest.raises(OutputError, match=BUSY),
-        OutFolder(tmp_path, shared=shared),
-    ):
-        pass
-    with OutFolder(tmp_path):
-        pass
-
-
-def test_several_parts(tmp_path: Path) -> None:
-    with OutFolder(tmp_path, shared=True), OutFolder(tmp_path, shared=True):
-        with pytest.raises(OutputError, match=BUSY), OutFolder(tmp_path):
-            pass
-        assert names(tmp_path) == [".pack"]
-
-
 def test_lock_of_a_name(tmp_path: Path) -> None:
-    with OutFolder(tmp_path, shared=True) as one, OutFolder(tmp_path, shared=True) as other:
+    with (
+        open_out_folder(tmp_path, shared=True) as one,
+        open_out_folder(tmp_path, shared=True) as other,
+    ):
         with one.locked("part-1-of-2", "busy"):
             with (
                 pytest.raises(OutputError, match=f"^{tmp_path}: it is busy$"),
@@ -253,7 +191,7 @@ def test_lock_of_a_name(tmp_path: Path) -> None:
 
 
 def test_space(tmp_path: Path) -> None:
-    with OutFolder(tmp_path) as folder:
+    with open_out_folder(tmp_path) as folder:
         folder.require_space(1)
         with pytest.raises(OutputError, match=r"1152921504.61 GB needed, .* GB free"):
             folder.require_space(1 << 60)
@@ -271,5 +209,5 @@ def test_folder_that_cannot_be_used(
     tmp_path: Path, make: Callable[[Path], object], message: str
 ) -> None:
     make(tmp_path / "out")
-    with pytest.raises(OutputError, match=f"out.*: {message}"), OutFolder(tmp_path / "out"):
+    with pytest.raises(OutputError, match=f"out.*: {message}"), open_out_folder(tmp_path / "out"):
         pass

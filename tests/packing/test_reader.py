@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import pytest
@@ -65,7 +65,8 @@ def test_files(tmp_path: Path, photos: list[RecordRow], threads: int) -> None:
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_ranges_of_several_files(tmp_path: Path, threads: int) -> None:
-    (tmp_path / "own.jpg").write_bytes(b"fourth")
+    own = tmp_path / os.fsdecode(b"caf\xe9 \t'\n\".jpg")
+    own.write_bytes(b"fourth")
     sources = [
         folder(tmp_path),
         archive(tmp_path, b"----first-third", number=1),
@@ -76,7 +77,7 @@ def test_ranges_of_several_files(tmp_path: Path, threads: int) -> None:
         ARCHIVED._replace(id=number, source=source, start=start, size=size)
         for number, (source, start, size) in enumerate(places)
     ]
-    rows.append(own_file(9, tmp_path / "own.jpg"))
+    rows.append(own_file(9, own))
     assert read(sources, rows, threads) == [b"first", b"second", b"third", b"", b"fourth"]
 
 
@@ -106,27 +107,30 @@ def test_records_without_their_frames(tmp_path: Path) -> None:
         image_record(9, 5, b""),
     ]
     (tmp_path / "x.rec").write_bytes(b"".join(framed))
-    rows, start = [], 0
-    for number, record in enumerate(framed):
-        rows.append(ARCHIVED._replace(id=number, start=start, size=len(record)))
-        start += len(record)
+    rows = [
+        ARCHIVED._replace(id=end, start=end - len(record), size=len(record))
+        for record, end in zip(framed, accumulate(map(len, framed)), strict=True)
+    ]
     source = one_file("records", tmp_path / "x.rec")
     assert read([source], rows[::-1], threads=2) == [b"", b"labels", multipart, b"hello"]
 
 
 @pytest.mark.parametrize(
-    ("start", "size", "message"),
+    ("kind", "start", "size", "message"),
     [
-        (4, 40, "not a record"),
-        (0, 44, "it has 44 bytes, its parts 40"),
-        (40, 16, "no image record: 5 bytes"),
+        ("records", 4, 40, ": .*not a record"),
+        ("records", 0, 44, ": .*it has 44 bytes, its parts 40"),
+        ("records", 40, 16, ": .*no image record: 5 bytes"),
+        ("archive", 40, 40, f" {CHANGED}"),  # past the end
     ],
 )
-def test_damaged_source_records(tmp_path: Path, start: int, size: int, message: str) -> None:
+def test_ranges_that_hold_no_image(
+    tmp_path: Path, kind: str, start: int, size: int, message: str
+) -> None:
     (tmp_path / "x.rec").write_bytes(image_record(7, 3, b"hello") + frame(b"short"))
     row = RecordRow(0, 1, 1, "3", 0, "3", start, size, 0)
-    with pytest.raises(DataError, match=f"bee/3: x.rec: 3: .*{message}"):
-        read([one_file("records", tmp_path / "x.rec")], [row])
+    with pytest.raises(DataError, match=f"bee/3: x.rec: 3{message}"):
+        read([one_file(kind, tmp_path / "x.rec")], [row])
 
 
 def change_file(path: Path, change: str, stamp: int) -> None:
@@ -147,11 +151,11 @@ def change_file(path: Path, change: str, stamp: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("grown", f"50.jpg {CHANGED}"),
-        ("shrunk", f"50.jpg {CHANGED}"),
-        ("touched", f"50.jpg {CHANGED}"),
-        ("gone", "50.jpg: No such file or directory; it was there when planned"),
-        ("a folder", "50.jpg: Is a directory"),
+        ("grown", CHANGED),
+        ("shrunk", CHANGED),
+        ("touched", CHANGED),
+        ("gone", "No such file or directory; it was there when planned"),
+        ("a folder", "Is a directory"),
     ],
 )
 def test_a_file_that_changed(
@@ -162,7 +166,7 @@ def test_a_file_that_changed(
     done = []
     with (
         opened([folder(tmp_path)], threads) as reader,
-        pytest.raises(DataError, match=f"^cat/50.jpg: {tmp_path}/{message}"),
+        pytest.raises(DataError, match=f"^cat/50.jpg: {tmp_path}/50.jpg:? {message}"),
     ):
         for row, _ in read_all(reader, photos):
             done.append(row)
@@ -179,17 +183,11 @@ def test_a_file_that_grows_while_it_is_open(tmp_path: Path, photos: list[RecordR
             reader.image(record)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("grown", f"a.tar {CHANGED}"),
-        ("touched", f"a.tar {CHANGED}"),
-        ("gone", "a.tar: No such file or directory"),
-    ],
-)
+@pytest.mark.parametrize("change", ["grown", "touched", "gone"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_an_archive_that_changed(tmp_path: Path, change: str, message: str, when: str) -> None:
+def test_an_archive_that_changed(tmp_path: Path, change: str, when: str) -> None:
     source = archive(tmp_path, b"image")
+    message = "a.tar: No such file or directory" if change == "gone" else f"a.tar {CHANGED}"
     with opened([source]) as reader:
         if when == "after":
             assert list(read_all(reader, [ARCHIVED])) == [(ARCHIVED, b"image")]
@@ -202,14 +200,3 @@ def test_an_archive_that_changed(tmp_path: Path, change: str, message: str, when
                 list(read_all(reader, [ARCHIVED]))
             else:
                 reader.require_unchanged()
-
-
-def test_a_range_past_the_end(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"bee/x\.jpg: a\.tar: in/x\.jpg changed"):
-        read([archive(tmp_path, b"image")], [ARCHIVED._replace(start=2, size=4)])
-
-
-def test_names_of_any_bytes(tmp_path: Path) -> None:
-    path = tmp_path / os.fsdecode(b"caf\xe9 \t'\n\".jpg")
-    path.write_bytes(b"image")
-    assert read([folder(tmp_path)], [own_file(0, path)], threads=2) == [b"image"]

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from tests.packing.packs import (
     ROOT,
     environment,
     hashes,
+    identities,
     image_tree,
     names,
     pack,
@@ -34,7 +34,7 @@ FIRST: dict[str, Any] = {"labeled": "3", "split_seed": 0, "balance": "count", "u
 
 
 def again(root: Path, **changed: Any) -> dict[str, Any]:
-    return resplit(root, **(FIRST | changed))
+    return resplit(root, FIRST | changed)
 
 
 def options(drawn: dict[str, Any]) -> list[object]:
@@ -43,7 +43,7 @@ def options(drawn: dict[str, Any]) -> list[object]:
 
 
 def contents(root: Path) -> dict[str, object]:
-    """What tells two packs apart; of the table its rows, not its pages."""
+    """Return all that may differ between two packs; of the table its rows, not its pages."""
     found: dict[str, object] = {}
     for path in root.iterdir():
         if path.name == TABLE:
@@ -59,10 +59,6 @@ def contents(root: Path) -> dict[str, object]:
         elif path.is_file():
             found[path.name] = path.read_bytes()
     return found
-
-
-def sound(root: Path) -> bool:
-    return not verified(root).problems
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +82,9 @@ def pack_tree(tree: Path, out: Path, drawn: dict[str, Any], *more: object) -> Pa
     return pack(*sources, *options(drawn), *more, "-j", 1, out=out)
 
 
-@pytest.mark.parametrize("change", ["crc32 = crc32 + 1", "offset = offset + 4", "length = 4"])
-def test_damaged_table_is_refused(packed: Path, change: str) -> None:
+def test_damaged_table_is_refused(packed: Path) -> None:
     with closing(sqlite3.connect(packed / TABLE)) as table:
-        table.execute(f"UPDATE written SET {change} WHERE id = 3")
+        table.execute("UPDATE written SET crc32 = crc32 + 1 WHERE id = 3")
         table.commit()
     before = contents(packed)
     with pytest.raises(DataError, match=r"records\.sqlite: damaged, its sha256 is not"):
@@ -102,33 +97,26 @@ def test_damaged_table_is_refused(packed: Path, change: str) -> None:
     [
         {"labeled": "50%"},
         {"split_seed": 7},
-        {"unlabeled": "rest"},
         {"labeled": "10", "balance": "proportional", "unlabeled": "rest", "split_seed": 2},
+        {"labeled": "names.txt"},
     ],
-    ids=["more", "seed", "rest", "all at once"],
+    ids=["more", "seed", "all at once", "names"],
 )
 def test_it_is_what_packing_makes(
     tree: Path, packed: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
-    before = contents(packed)
-    records = {path: path.stat().st_ino for path in packed.glob("*.rec")}
+    before, records = contents(packed), identities(packed.glob("*.rec"))
+    if changed.get("labeled") == "names.txt":
+        listed = tmp_path / "names.txt"
+        listed.write_text("ant/3.jpg\nbee/0.jpg\ncat/2.png\n")
+        changed = {"labeled": str(listed)}
     manifest = again(packed, **changed)
-    assert {path: path.stat().st_ino for path in packed.glob("*.rec")} == records
+    assert identities(packed.glob("*.rec")) == records
     assert contents(packed) != before
     other = pack_tree(tree, tmp_path / "other", FIRST | changed)
     assert contents(packed) == contents(other)
     assert manifest["splits"]["labeled"]["records"] == len(read_split(packed, "train_label"))
-    assert sound(packed)
-    again(packed)
-    assert contents(packed) == before
-
-
-def test_a_list_of_names_draws_too(packed: Path, tmp_path: Path) -> None:
-    before, listed = contents(packed), tmp_path / "names.txt"
-    listed.write_text("ant/3.jpg\nbee/0.jpg\ncat/2.png\n")
-    again(packed, labeled=str(listed))
-    drawn = {key for _, _, key, _ in read_split(packed, "train_label")}
-    assert drawn == {"ant/3.jpg", "bee/0.jpg", "cat/2.png"}
+    assert not verified(packed).problems
     again(packed)
     assert contents(packed) == before
 
@@ -156,18 +144,22 @@ def test_packing_again_knows_the_new_split(tree: Path, packed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told", "kind"),
+    ("changed", "message", "kind"),
     [
         ({"labeled": "99"}, "that is 99 labeled images, the source has 24", ConfigError),
         ({"labeled": "absent.txt"}, "give a share", ConfigError),
-        ({"labeled": "24", "unlabeled": "rest"}, "--unlabeled rest: no image is left", DataError),
+        (
+            {"labeled": "24", "unlabeled": "rest"},
+            "unlabeled: none of its images is left",
+            DataError,
+        ),
     ],
 )
 def test_a_draw_that_cannot_be_leaves_the_folder_as_it_was(
-    packed: Path, changed: dict[str, Any], told: str, kind: type[UserError]
+    packed: Path, changed: dict[str, Any], message: str, kind: type[UserError]
 ) -> None:
     before = hashes(packed)
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         again(packed, **changed)
     assert hashes(packed) == before
     assert ".pack" not in names(packed)
@@ -217,13 +209,17 @@ def killed_at(left):
         return replace(self, target)
     return counted
 
-for renames in range(20):
+code = renames = -1
+while code:
+    renames += 1
     copy = shutil.copytree(root, root.with_name(str(renames)))
     if not (child := os.fork()):
         Path.replace = killed_at(renames)
-        resplit(copy, labeled="6", split_seed=1, balance="count", unlabeled="rest")
+        resplit(copy, {"labeled": "6", "split_seed": 1, "balance": "count", "unlabeled": "rest"})
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+print(renames)
 """
 
 
@@ -238,12 +234,10 @@ def test_killed_at_any_rename_it_is_the_old_pack_or_can_be_finished(packed: Path
         timeout=LIMIT,
         check=True,
     )
-    codes = [int(line) for line in done.stdout.split()]
-    renames = codes.index(0)
+    renames = int(done.stdout)
     assert renames > 8
-    assert codes == [-signal.SIGKILL] * renames + [0] * (20 - renames)
     whole = packed.with_name(str(renames))
-    assert sound(whole)
+    assert not verified(whole).problems
     new = contents(whole)
     assert new != old
     for killed in (packed.with_name(str(number)) for number in range(renames)):
@@ -253,6 +247,6 @@ def test_killed_at_any_rename_it_is_the_old_pack_or_can_be_finished(packed: Path
             assert contents(killed) == old
         else:
             with pytest.raises(DataError, match=r"run: make_rec\.py finish"):
-                sound(killed)
+                verified(killed)
             run("finish", killed)
             assert contents(killed) == new

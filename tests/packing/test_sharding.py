@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mpl_fast.packing.options import ImageOptions, SplitOptions
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, plan_digest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, open_table
-from tests.packing.packs import KEEP, images_of, plan_of, source_of
+from tests.packing.made_sources import MadeSource, images_of, plan_of
+from tests.packing.packs import KEEP
 
 ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 
@@ -26,6 +27,7 @@ def test_names() -> None:
     assert shard_file("train", 0, 1) == "train.rec"
     assert shard_file("train", 7, 12) == "train-00007-of-00012.rec"
     assert shard_file("val", 123456, 200000) == "val-123456-of-200000.rec"
+    assert digest_of(ROW).content("other") != CONTENT
 
 
 @pytest.mark.parametrize(
@@ -73,62 +75,40 @@ def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7
     return digest
 
 
-CONTENT = digest_of(ROW).content("x")
-STAMPS = digest_of(ROW).stamps()
+CONTENT, STAMPS = digest_of(ROW).content("x"), digest_of(ROW).stamps()
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("digest", "content_differs", "stamps_differ"),
     [
-        ROW._replace(id=4),
-        ROW._replace(label=2),
-        ROW._replace(name="b.jpg"),  # its suffix decides what it is converted to
-        ROW._replace(size=11),
+        (digest_of(ROW._replace(id=4)), True, False),
+        (digest_of(ROW._replace(label=2)), True, False),
+        (digest_of(ROW._replace(name="b.jpg")), True, False),  # the suffix matters for conversion
+        (digest_of(ROW._replace(size=11)), True, False),
+        (digest_of(ROW._replace(path="bee/a.jpg")), False, True),
+        (digest_of(ROW._replace(start=512)), False, True),
+        (digest_of(ROW, stamp=8), False, True),
+        (digest_of(ROW._replace(labeled=1)), False, False),  # no .rec file contains it
+        (digest_of(ROW, replace(KEEP, check="decode")), True, False),
+        (digest_of(ROW, replace(KEEP, on_bad="convert")), True, False),
+        (digest_of(ROW, replace(KEEP, on_bad="skip")), False, False),
+        (digest_of(ROW, replace(KEEP, short_side=100)), True, False),
+        (digest_of(ROW, replace(KEEP, quality=80)), True, False),
+        (digest_of(ROW, replace(KEEP, min_shrink=1.5)), True, False),
     ],
 )
-def test_rows_change_the_content_digest(row: RecordRow) -> None:
-    assert digest_of(row).content("x") != CONTENT
-    assert digest_of(row).stamps() == STAMPS
-
-
-def test_places_and_times_change_the_stamps_digest() -> None:
-    others = [
-        digest_of(ROW._replace(path="bee/a.jpg")),
-        digest_of(ROW._replace(start=512)),
-        digest_of(ROW, stamp=8),
-    ]
-    assert len({STAMPS, *(digest.stamps() for digest in others)}) == 4
-    # No .rec file contains which images are labeled.
-    labeled = digest_of(ROW._replace(labeled=1))
-    assert labeled.stamps() == STAMPS
-    assert {digest.content("x") for digest in (*others, labeled)} == {CONTENT}
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"check": "decode"},
-        {"on_bad": "convert"},
-        {"short_side": 100},
-        {"quality": 80},
-        {"min_shrink": 1.5},
-    ],
-)
-def test_options_change_the_content_digest(changed: dict[str, object]) -> None:
-    options = replace(KEEP, **changed)  # type: ignore[arg-type]
-    assert digest_of(ROW, options).content("x") != CONTENT
-
-
-def test_file_and_skipping_in_the_content_digest() -> None:
-    assert digest_of(ROW).content("other") != CONTENT
-    assert digest_of(ROW, replace(KEEP, on_bad="skip")).content("x") == CONTENT
+def test_changes_in_a_shard(
+    digest: ShardDigest, content_differs: bool, stamps_differ: bool
+) -> None:
+    assert (digest.content("x") != CONTENT) == content_differs
+    assert (digest.stamps() != STAMPS) == stamps_differ
 
 
 HOW = SplitOptions(labeled="4", shards=3)
 
 
 def whole_digest(path: Path, how: SplitOptions, *, spec: str = "here", classes: str = "bee") -> str:
-    plan_of(path / "plan", source_of(images_of({"ant": 10, classes: 10}), spec=spec), how)
+    plan_of(path / "plan", MadeSource(images_of({"ant": 10, classes: 10}), spec), how)
     with open_table(path / "plan") as table:
         return plan_digest(table)
 

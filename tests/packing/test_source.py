@@ -1,63 +1,81 @@
-"""Folders as sources: every image at any depth is listed, and every fault is reported."""
+"""Folders, and what all sources have in common: every image is listed, every fault reported."""
 
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import DataError
-from mpl_fast.packing.sources.archives import Spools
-from mpl_fast.packing.sources.source import Source, open_source
-from tests.packing.packs import content, keys, listed, make_records, make_tar, make_tree
+from mpl_fast.errors import ConfigError, DataError
+from tests.packing.made_sources import entries, keys, listed, opened
+from tests.packing.packs import make_records, make_tar, make_tree
+
+both_forms = pytest.mark.parametrize("form", ["tree", "data.tar"])
 
 
-def entries(spec: Path, spools: Path) -> list[tuple[str, bytes]]:
-    """Return `class/name` and content of every image, sorted."""
-    source, images = listed(spec, spools)
-    return [(key, content(source, image)) for key, image in zip(keys(images), images, strict=True)]
+def made(tmp_path: Path, form: str, names: Sequence[str]) -> Path:
+    """Make a tree or an archive of files that contain their names, and of folders ("ant/")."""
+    files = {name: os.fsencode(name) for name in names if name[-1] != "/"}
+    if form == "data.tar":
+        return make_tar(tmp_path / form, ((name, files.get(name, b"")) for name in names))
+    tree = make_tree(tmp_path / form, files)
+    for name in set(names) - files.keys():
+        (tree / name).mkdir(exist_ok=True)
+    return tree
 
 
 def test_folder_at_any_depth(tmp_path: Path) -> None:
-    tree = make_tree(
-        tmp_path / "tree",
-        {"x/y/ant/1.jpg": b"1", "bee/2.JPG": b"22", "bee/.DS_Store": b"-", ".git/c/3.jpg": b"-"},
-    )
+    tree = made(tmp_path, "tree", ["x/y/ant/1.jpg", "bee/2.JPG", "bee/.DS_Store", ".git/c/3.jpg"])
     source, images = listed(tree, tmp_path)
     assert (source.spec, source.kind, source.file) == (str(tree), "folder", tree)
     assert (source.size, source.stamp, source.class_order) == (0, 0, None)
     assert [image.path for image in images] == ["x/y/ant/1.jpg", "bee/2.JPG"]
-    assert entries(tree, tmp_path) == [("ant/1.jpg", b"1"), ("bee/2.JPG", b"22")]
+    assert entries(tree, tmp_path) == [("ant/1.jpg", b"x/y/ant/1.jpg"), ("bee/2.JPG", b"bee/2.JPG")]
     assert source.warnings == []
+    assert source.decode(b"image") == b"image"
 
 
+@both_forms
 @pytest.mark.parametrize(
     "names",
     [
         [f"ant bee/{name}" for name in ("a b.jpg", "\"c'.JPEG", "é.PNG", "-rf.jpeg", "a.b.jpg")],
-        [os.fsdecode(b"ant/caf\xe9.Jpg")],
+        [os.fsdecode(b"x.JPEG/caf\xe9.Jpg"), f"{'d' * 150}/{'é' * 100}.jpg", "ant/\u2028.jpg"],
         ["ant/a.jpg", "bee/a.jpg"],  # one name in two classes
         ["ant/a.jpg"],  # a single class
     ],
 )
-def test_names(tmp_path: Path, names: list[str]) -> None:
-    contents = {name: os.fsencode(name) for name in names}
-    tree = make_tree(tmp_path / "tree", contents)
-    assert entries(tree, tmp_path) == sorted(contents.items())
+def test_names(tmp_path: Path, form: str, names: list[str]) -> None:
+    expected = sorted((name, os.fsencode(name)) for name in names)
+    assert entries(made(tmp_path, form, names), tmp_path) == expected
 
 
+@both_forms
 @pytest.mark.parametrize(
     ("files", "images", "warnings"),
     [
         (
             ["x.JPEG/a.jpg", "ant/b.jpg", "ant/y.jpg/"],
             ["ant/b.jpg", "x.JPEG/a.jpg"],
-            ["1 folders hold no image and give no class: ant/y.jpg"],
+            ["1 folder holds no image and gives no class: ant/y.jpg"],
         ),
         (
-            ["ant/a.jpg", "ant/b.gif", "ant/Thumbs.db", "readme.txt", "words/notes.txt", "empty/"],
+            ["ant/a.jpg", "ant/.a.jpg", ".git/c/b.jpg", "ant/b.gif"],
+            ["ant/a.jpg"],
+            ["1 file is not an image by name, left out: ant/b.gif"],
+        ),
+        (
+            [
+                "ant/a.jpg",
+                "ant/b.gif",
+                "ant/Thumbs.db",
+                "readme.txt",
+                "words/n.txt",
+                "empty/",
+                "words/",
+            ],
             ["ant/a.jpg"],
             [
                 "4 files are not images by name, left out: "
@@ -69,59 +87,69 @@ def test_names(tmp_path: Path, names: list[str]) -> None:
             ["train/ant/1.jpg", "val/ant/2.jpg", "train/bee/3.jpg", "x/cat/4.jpg", "x/cat/5.jpg"],
             ["ant/1.jpg", "ant/2.jpg", "bee/3.jpg", "cat/4.jpg", "cat/5.jpg"],
             [
-                "1 classes are merged from several folders: train/ant + val/ant; "
+                "1 class is merged from several folders: train/ant + val/ant; "
                 "if these are splits, name one of them"
             ],
         ),
     ],
 )
-def test_warnings(tmp_path: Path, files: list[str], images: list[str], warnings: list[str]) -> None:
-    tree = make_tree(tmp_path / "tree", {name: b"-" for name in files if name[-1] != "/"})
-    for name in files:
-        (tree / name if name[-1] == "/" else tree).mkdir(exist_ok=True)
-    source, found = listed(tree, tmp_path)
+def test_warnings(
+    tmp_path: Path, form: str, files: list[str], images: list[str], warnings: list[str]
+) -> None:
+    spec = made(tmp_path, form, files)
+    source, found = listed(spec, tmp_path)
     assert keys(found) == images
-    assert source.warnings == [f"{tree}: {warning}" for warning in warnings]
+    assert source.warnings == [f"{spec}: {warning}" for warning in warnings]
     assert len(list(source.images())) == len(images)  # a second listing repeats no warning
     assert len(source.warnings) == len(warnings)
 
 
+@both_forms
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            "ant/notes.txt",
-            r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt",
-        ),
+        ("ant/notes.txt", r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt"),
         ("a.jpg", "a.jpg is outside any class folder; give the classes with a labels"),
         ("ant/a\tb.jpg", r"'ant/a\\tb.jpg' has a tab or line break"),
         ("ant/a\nb.jpg", r"'ant/a\\nb.jpg' has a tab or line break"),
         ("a\rnt/a.jpg", r"'a\\rnt/a.jpg' has a tab or line break"),
     ],
 )
-def test_bad_names(tmp_path: Path, name: str, message: str) -> None:
+def test_bad_names(tmp_path: Path, form: str, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        listed(make_tree(tmp_path / "tree", {name: b"-"}), tmp_path)
-    with pytest.raises(DataError, match=message):
-        listed(make_tar(tmp_path / "tree.tar", [(name, b"-")]), tmp_path)
+        listed(made(tmp_path, form, [name]), tmp_path)
 
 
-def test_bad_specs(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"train/ant/a.jpg": b"one"})
-    os.mkfifo(tmp_path / "pipe")
-    for spec, message in (
-        (tmp_path / "none", "none: no such folder or file"),
-        (f"{tmp_path}/none.tar:train", "none.tar:train: no such folder or file"),
-        (f"{tree}:train", f"{tree} is a folder; write {tree}/train"),
-        (tmp_path / "pipe", "pipe: neither a file nor a folder"),
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("none", "none: no such folder or file"),
+        ("none.lst", "none.lst: no such folder or file"),
+        ("none.tar:train", "none.tar:train: no such folder or file"),
+        ("tree:train", "tree is a folder; write .*tree/train"),
+        ("pipe", "pipe: neither a file nor a folder"),
         ("x" * 300, "xxx: File name too long"),
         (f"{'x' * 300}:train", "x:train: File name too long"),
-    ):
-        with pytest.raises(DataError, match=message):
-            listed(spec, tmp_path)
+        ("a.rec:x", "a.rec:x: only an archive has folders; write .*a.rec$"),
+        ("packed", "no image found; of packed records, name the .rec files"),
+        ("packed:train", "holds packed records; name one of its .rec files"),
+    ],
+)
+def test_bad_specs(tmp_path: Path, spec: str, message: str) -> None:
+    make_tree(tmp_path, {"tree/train/ant/a.jpg": b"1", "packed/manifest.json": b"", "a.rec": b""})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path / spec, tmp_path)
 
 
-def test_links(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.lst", "a.rec"])
+def test_labels_for_sources_with_labels(tmp_path: Path, name: str) -> None:
+    make_tree(tmp_path, {name: b"", "labels.txt": b"a.jpg ant\n"})
+    with pytest.raises(ConfigError, match=f"{name} has its own labels: leave out .*labels.txt"):
+        listed(tmp_path / name, tmp_path, labels=tmp_path / "labels.txt")
+
+
+def test_links_and_special_files(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1"})
     outside = make_tree(tmp_path / "elsewhere", {"b.jpg": b"22"})
     (tree / "bee").symlink_to(outside)
@@ -131,22 +159,16 @@ def test_links(tmp_path: Path) -> None:
     assert entries(tree, tmp_path) == list(expected.items())
     (tmp_path / "link").symlink_to(tree)
     assert listed(tmp_path / "link", tmp_path)[1] == listed(tree, tmp_path)[1]
-    for name, target, message in (
-        ("loop", tree, "loop: this link leads back"),
-        ("self.jpg", "self.jpg", "self.jpg: Too many levels of symbolic links"),
-        ("ant/gone.jpg", tmp_path / "nowhere", "gone.jpg: No such file"),
+    for name, make, message in (
+        ("loop", lambda path: path.symlink_to(tree), "loop: this link leads back"),
+        ("self.jpg", lambda path: path.symlink_to(path), "self.jpg: Too many levels of symbolic"),
+        ("ant/gone.jpg", lambda path: path.symlink_to("nowhere"), "gone.jpg: No such file"),
+        ("ant/pipe.jpg", os.mkfifo, "pipe.jpg: neither a file nor a folder"),
     ):
-        (tree / name).symlink_to(target)
+        make(tree / name)
         with pytest.raises(DataError, match=message):
             listed(tree, tmp_path)
         (tree / name).unlink()
-
-
-def test_special_file(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1"})
-    os.mkfifo(tree / "ant" / "b.jpg")
-    with pytest.raises(DataError, match=r"b.jpg: neither a file nor a folder"):
-        listed(tree, tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
@@ -158,12 +180,8 @@ def test_unreadable_folder(tmp_path: Path) -> None:
     (tree / "ant").chmod(0o700)
 
 
-def opened(spec: Path, spools: Path) -> Source:
-    return open_source(str(spec), root=None, labels=None, spools=Spools(spools, print))
-
-
 def test_folder_removed_during_listing(tmp_path: Path) -> None:
-    tree = make_tree(tmp_path / "tree", {"ant/a.jpg": b"1", "bee/b.jpg": b"2"})
+    tree = made(tmp_path, "tree", ["ant/a.jpg", "bee/b.jpg"])
     images = opened(tree, tmp_path).images()
     left = "bee" if next(images).class_name == "ant" else "ant"
     shutil.rmtree(tree / left)
@@ -171,34 +189,26 @@ def test_folder_removed_during_listing(tmp_path: Path) -> None:
         list(images)
 
 
-def make_many_files(root: Path, count: int) -> Path:
-    return make_tree(root / f"{count}", {f"ant/{number}.jpg": b"" for number in range(count)})
+def many(root: Path, count: int, suffix: str) -> Path:
+    """Make a source of count empty images."""
+    path = root / f"{count}{suffix}"
+    names = [f"ant/{number}.jpg" for number in range(count)]
+    if suffix == ".tar":
+        return make_tar(path, ((name, b"") for name in names))
+    if suffix == ".rec":
+        return make_records(path, ((0, number, b"") for number in range(count)))
+    tree = make_tree(root / f"{count}", dict.fromkeys(names, b""))
+    if not suffix:
+        return tree
+    path.write_text("".join(f"{at}\t0\t{count}/{name}\n" for at, name in enumerate(names)))
+    return path
 
 
-def make_long_tar(root: Path, count: int) -> Path:
-    return make_tar(root / f"{count}.tar", ((f"ant/{number}.jpg", b"") for number in range(count)))
-
-
-def make_long_list(root: Path, count: int) -> Path:
-    make_many_files(root, count)
-    rows = "".join(f"{number}\t0\t{count}/ant/{number}.jpg\n" for number in range(count))
-    (root / f"{count}.lst").write_text(rows)
-    return root / f"{count}.lst"
-
-
-def make_long_records(root: Path, count: int) -> Path:
-    return make_records(root / f"{count}.rec", ((0, number, b"") for number in range(count)))
-
-
-@pytest.mark.parametrize(
-    "make", [make_many_files, make_long_tar, make_long_list, make_long_records]
-)
-def test_memory_does_not_grow_with_the_images(
-    tmp_path: Path, make: Callable[[Path, int], Path]
-) -> None:
+@pytest.mark.parametrize("suffix", ["", ".tar", ".lst", ".rec"])
+def test_memory_does_not_grow_with_the_images(tmp_path: Path, suffix: str) -> None:
     peaks = []
     for count in (200, 200, 2200):  # the first fills caches
-        source = opened(make(tmp_path, count), tmp_path)
+        source = opened(many(tmp_path, count, suffix), tmp_path)
         tracemalloc.start()
         assert sum(1 for _ in source.images()) == count
         peaks.append(tracemalloc.get_traced_memory()[1])

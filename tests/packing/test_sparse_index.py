@@ -7,12 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.publish.sparse_index import (
-    DaliPosition,
-    check_index,
-    dali_positions,
-    padded_lines,
-)
+from mpl_fast.packing.publish.sparse_index import check_index, dali_positions, padded_lines
 
 Entries = list[tuple[int, int, int]]
 
@@ -38,8 +33,7 @@ def right_places(entries: Entries, sizes: list[int]) -> list[tuple[int, int]]:
 
 def found_places(lines: list[str], sizes: list[int]) -> list[tuple[int, int]]:
     """Return (file, offset in that file) at which DALI reads the record of each line."""
-    offsets = (int(line.split("\t")[1]) for line in lines)
-    return [(place.file, place.offset) for place in dali_positions(offsets, sizes)]
+    return list(dali_positions((int(line.split("\t")[1]) for line in lines), sizes))
 
 
 @given(listings())
@@ -70,11 +64,7 @@ def test_lines_are_repeated_by_the_rule() -> None:
 
 def test_positions_of_an_unpadded_index() -> None:
     """Without padding, the cursor moves by at most one file a line, and not for the last line."""
-    assert list(dali_positions([5, 25, 35], [10, 10, 10, 10])) == [
-        DaliPosition(file=0, offset=5, size=20),
-        DaliPosition(file=1, offset=15, size=10),
-        DaliPosition(file=1, offset=25, size=5),
-    ]
+    assert list(dali_positions([5, 25, 35], [10, 10, 10, 10])) == [(0, 5), (1, 15), (1, 25)]
     assert list(dali_positions([], [10])) == []
 
 

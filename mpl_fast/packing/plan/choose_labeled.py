@@ -8,22 +8,22 @@ import hashlib
 import re
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.plan.named_images import choose_named
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Ints = NDArray[np.int64]
+
 # No exponent, and a limited number of digits.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
-_RANKS = 1 << 64
 
 
 def choose_labeled(
@@ -37,14 +37,18 @@ def choose_labeled(
     """
     if not (how.endswith("%") or how.isdecimal()):
         return choose_named(images, _list_path(how))
-    amount = _parse_amount(how)
-    ranking = _Ranking.of(images, seed)
-    total = _total(how, amount, len(ranking.ids))
+    import numpy as np  # late: the command line's --help must not wait for it
+
+    ids, sizes = _ranked(images, seed)
+    total = _total(how, len(ids))
+    counts = np.array(list(sizes.values()))
+    # Of each image within its class, from 0.
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
     if balance == "proportional":
-        chosen = ranking.proportional(total, how)
+        chosen = _proportional(sizes, place, how, total, seed)
     else:
-        chosen = ranking.first(_even_counts(ranking.sizes, how, total, seed))
-    return set(ranking.ids[chosen].tolist())
+        chosen = np.flatnonzero(place < np.repeat(_even_counts(sizes, how, total, seed), counts))
+    return set(ids[chosen].tolist())
 
 
 def hash_rank(seed: int | str, key: str) -> bytes:
@@ -52,73 +56,80 @@ def hash_rank(seed: int | str, key: str) -> bytes:
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """Images ordered by class and, within it, by rank; 24 bytes each."""
+def _rank(seed: int, key: str) -> int:
+    """Return the first 64 bits of the hash."""
+    return int.from_bytes(hash_rank(seed, key)[:8], "big")
 
-    seed: int
-    sizes: Mapping[str, int]  # images of each class, classes in order of their names
-    ids: "NDArray[np.int64]"
 
-    @staticmethod
-    def of(images: Iterable[tuple[int, str, str]], seed: int) -> "_Ranking":
-        import numpy as np  # late: the command line's --help must not wait for it
+def _ranked(images: Iterable[tuple[int, str, str]], seed: int) -> "tuple[Ints, dict[str, int]]":
+    """Return ids ordered by class and, within it, by rank; and the size of each class in order.
 
-        numbers: dict[str, int] = {}
-        ids, classes, ranks = array("q"), array("i"), array("Q")
-        for record_id, class_name, name in images:
-            ids.append(record_id)
-            classes.append(numbers.setdefault(class_name, len(numbers)))
-            ranks.append(int.from_bytes(hash_rank(seed, f"{class_name}/{name}")[:8], "big"))
-        names = sorted(numbers)
-        position = np.empty(len(names), np.int64)
-        position[[numbers[name] for name in names]] = np.arange(len(names))
-        label = position[np.frombuffer(classes, np.int32)]
-        order = np.lexsort((np.frombuffer(ranks, np.uint64), label))
-        counts = np.bincount(label, minlength=len(names)).tolist()
-        sizes = dict(zip(names, counts, strict=True))
-        return _Ranking(seed, sizes, np.frombuffer(ids, np.int64)[order])
+    Uses 20 bytes an image, and as much again for sorting.
+    """
+    import numpy as np
 
-    def first(self, counts: Mapping[str, int]) -> "NDArray[np.bool_]":
-        """Choose the first counts[class] images of each class."""
-        import numpy as np
+    numbers: dict[str, int] = {}
+    ids, classes, ranks = array("q"), array("i"), array("Q")
+    for record_id, class_name, name in images:
+        ids.append(record_id)
+        classes.append(numbers.setdefault(class_name, len(numbers)))
+        ranks.append(_rank(seed, f"{class_name}/{name}"))
+    names = sorted(numbers)
+    position = np.empty(len(names), np.int64)
+    position[[numbers[name] for name in names]] = np.arange(len(names))
+    label = position[np.frombuffer(classes, np.int32)]
+    order = np.lexsort((np.frombuffer(ranks, np.uint64), label))
+    counts = np.bincount(label, minlength=len(names)).tolist()
+    return np.frombuffer(ids, np.int64)[order], dict(zip(names, counts, strict=True))
 
-        taken = np.repeat([counts[name] for name in self.sizes], list(self.sizes.values()))
-        return np.asarray(self._place() < taken, np.bool_)
 
-    def proportional(self, total: int, how: str) -> "NDArray[np.bool_]":
-        """Choose total images so that each class gets its share of them, rounded up or down.
+def _proportional(
+    sizes: Mapping[str, int], place: "Ints", how: str, total: int, seed: int
+) -> "Ints":
+    """Choose total images so that each class gets its share of them, rounded up or down.
 
-        Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name;
-        the first positions are taken, so that a smaller total is a subset of a larger one.
-        """
-        import numpy as np
+    Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name; the
+    first positions are taken, so that a smaller total is a subset of a larger one.
+    """
+    import numpy as np
 
-        sizes = np.array(list(self.sizes.values()))
-        draws = [
-            int.from_bytes(hash_rank(self.seed, name)[:8], "big") / _RANKS for name in self.sizes
-        ]
-        time = (self._place() + np.repeat(draws, sizes)) / np.repeat(sizes, sizes)
-        chosen = np.zeros(len(self.ids), np.bool_)
-        chosen[np.argsort(time, kind="stable")[:total]] = True
-        counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[chosen], minlength=len(sizes))
-        without = np.flatnonzero(counts == 0)
-        if len(without):
-            names = list(self.sizes)
-            raise ConfigError(
-                f"--labeled {how} --balance proportional: {len(without)} small classes get no "
-                f"labeled image: {first_few(names[at] for at in without)}; choose more, or use "
-                "--balance count"
-            )
-        return chosen
+    label = np.repeat(np.arange(len(sizes)), list(sizes.values()))
+    start = np.array([_rank(seed, name) / (1 << 64) for name in sizes])
+    position = (place + start[label]) / np.array(list(sizes.values()))[label]
+    chosen = np.argsort(position, kind="stable")[:total]
+    names = list(sizes)
+    without = [names[at] for at in np.setdiff1d(np.arange(len(sizes)), label[chosen])]
+    if without:
+        what = counted(len(without), "small class gets", "small classes get")
+        raise ConfigError(
+            f"--labeled {how} --balance proportional: {what} no labeled image: "
+            f"{first_few(without)}; choose more, or use --balance count"
+        )
+    return chosen
 
-    def _place(self) -> "NDArray[np.int64]":
-        """Return each image's position within its class, from 0."""
-        import numpy as np
 
-        sizes = np.array(list(self.sizes.values()))
-        starts = np.cumsum(sizes) - sizes
-        return np.asarray(np.arange(len(self.ids)) - np.repeat(starts, sizes), np.int64)
+def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> list[int]:
+    """Return the number of labeled images of each class; the seed distributes the remainder."""
+    each, rest = divmod(total, len(sizes))
+    if each == 0:
+        images = counted(total, "labeled image")
+        without = counted(len(sizes) - rest, "class has", "classes have")
+        raise ConfigError(
+            f"--labeled {how}: {images} for {len(sizes)} classes, so that {without} none; choose "
+            f"at least {len(sizes)}"
+        )
+    with_one_more = set(sorted(sizes, key=lambda name: hash_rank(seed, name))[:rest])
+    counts = {name: each + (name in with_one_more) for name in sizes}
+    short = [
+        f"{name} ({sizes[name]} of {counts[name]})" for name in sizes if sizes[name] < counts[name]
+    ]
+    if short:
+        what = counted(len(short), "class has", "classes have")
+        raise DataError(
+            f"--labeled {how}: {what} fewer images than the even share: {first_few(short)}; choose "
+            "fewer, use --balance proportional, or name the images in a file"
+        )
+    return list(counts.values())
 
 
 def _list_path(how: str) -> Path:
@@ -131,41 +142,16 @@ def _list_path(how: str) -> Path:
     raise ConfigError(f"--labeled {how}: give a share (10%), a number (4000), or an existing file")
 
 
-def _parse_amount(how: str) -> Fraction:
-    """Return a share of 1 for a percentage, else a number of images."""
+def _total(how: str, images: int) -> int:
+    """Return the number of images that a share or number means."""
     try:
         if not _AMOUNT.fullmatch(how):
             raise ValueError(how)
-        return Fraction(how[:-1]) / 100 if how.endswith("%") else Fraction(int(how))
+        share = Fraction(how.removesuffix("%"))
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--labeled {how}: not a share such as 10%") from error
-
-
-def _total(how: str, amount: Fraction, images: int) -> int:
-    total = round(amount * images) if how.endswith("%") else int(amount)
+    total = round(share / 100 * images) if how.endswith("%") else int(share)
     if not 0 < total <= images:
-        raise ConfigError(
-            f"--labeled {how}: that is {total} labeled images, the source has {images}"
-        )
+        what = counted(total, "labeled image")
+        raise ConfigError(f"--labeled {how}: that is {what}, the source has {images}")
     return total
-
-
-def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> dict[str, int]:
-    """Return the number of labeled images of each class; the seed distributes the remainder."""
-    each, rest = divmod(total, len(sizes))
-    if each == 0:
-        raise ConfigError(
-            f"--labeled {how}: {total} labeled images for {len(sizes)} classes leave "
-            f"{len(sizes) - rest} classes without any; choose at least {len(sizes)}"
-        )
-    with_one_more = set(sorted(sizes, key=lambda name: hash_rank(seed, name))[:rest])
-    counts = {name: each + (name in with_one_more) for name in sizes}
-    few = [name for name in sizes if sizes[name] < counts[name]]
-    short = [f"{name} ({sizes[name]} of {counts[name]})" for name in few]
-    if short:
-        raise DataError(
-            f"--labeled {how}: {len(short)} classes have fewer images than their even share: "
-            f"{first_few(short)}; choose fewer, use --balance proportional, or name the images "
-            "in a file"
-        )
-    return counts

@@ -7,13 +7,6 @@ from mpl_fast.packing.plan.table import RecordRow
 TRAIN, VAL = 0, 1  # found.images.part
 
 
-class ShardGroup(NamedTuple):
-    """The images whose .rec files have one prefix and are read as one joined file."""
-
-    prefix: str
-    where: str  # SQL condition that selects them from found.images
-
-
 class PlannedSplit(NamedTuple):
     """A split of the finished pack: the records of a prefix that its .idx and .lst list."""
 
@@ -27,17 +20,17 @@ class PlannedSplit(NamedTuple):
         return self.labeled is None or record.labeled == self.labeled
 
 
-def shard_groups(layout: str, unlabeled: str, *, val: bool) -> list[ShardGroup]:
-    """Return the groups of .rec files of a pack, in the order of their record ids."""
+def shard_groups(layout: str, unlabeled: str, *, val: bool) -> dict[str, str]:
+    """Return the prefixes of .rec files of a pack, in the order of their record ids.
+
+    Files of one prefix are read as one joined file. The values are SQL conditions that select
+    their images from found.images.
+    """
+    train, rest = f"part = {TRAIN}", " AND NOT labeled" if unlabeled == "rest" else ""
+    groups = {"train_label": f"{train} AND labeled", "train_unlabel": f"{train}{rest}"}
     if layout == "shared":
-        written = [ShardGroup("train", f"part = {TRAIN}")]
-    else:
-        rest = " AND NOT labeled" if unlabeled == "rest" else ""
-        written = [
-            ShardGroup("train_label", f"part = {TRAIN} AND labeled"),
-            ShardGroup("train_unlabel", f"part = {TRAIN}{rest}"),
-        ]
-    return [*written, ShardGroup("val", f"part = {VAL}")] if val else written
+        groups = {"train": train}
+    return groups | ({"val": f"part = {VAL}"} if val else {})
 
 
 def planned_splits(layout: str, unlabeled: str, *, val: bool) -> list[PlannedSplit]:

@@ -6,17 +6,17 @@ it, so that the number of images is limited by the disk, not by memory.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mpl_fast.data.records import ID_LIMIT
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.options import ImageOptions, SplitOptions
+from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
-from mpl_fast.packing.plan.layout import TRAIN, VAL, ShardGroup, shard_groups
+from mpl_fast.packing.plan.layout import TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.sources.source import Source
@@ -33,88 +33,73 @@ CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 
 
 def make_plan(
-    path: Path,
-    train: Sequence[Source],
-    val: Source | None,
-    how: SplitOptions,
-    image_options: ImageOptions,
-    options: Mapping[str, Any],
+    path: Path, train: Sequence[Source], val: Source | None, options: PackOptions
 ) -> list[str]:
     """Write the plan as a new table at path; return warnings about the sources.
 
     Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
-    sample. options are stored in the table. Raises DataError for images that cannot be packed
-    together, ConfigError when the labeled images cannot be drawn.
+    sample. Raises DataError for images that cannot be packed together, ConfigError when the labeled
+    images cannot be drawn.
     """
-    for old in (path, _scratch(path)):
+    scratch = path.with_name(path.name + ".found")
+    for old in (path, scratch):
         old.unlink(missing_ok=True)
     try:
         with table_errors(path), closing(create_table(path)) as table:
-            table.execute("ATTACH CAST(? AS TEXT) AS found", (to_utf8(str(_scratch(path))),))
+            table.execute("ATTACH CAST(? AS TEXT) AS found", (to_utf8(str(scratch)),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
             # Sorting needs as much space again: use this disk, not that of /tmp.
+            folder = str(path.parent.absolute()).replace("'", "''")
             with suppress(sqlite3.Error, ValueError):
-                table.execute(f"PRAGMA temp_store_directory = '{_quoted(path.parent)}'")
+                table.execute(f"PRAGMA temp_store_directory = '{folder}'")
             table.execute("BEGIN")
-            warnings = _Planner(table, path.parent, how, image_options, options).run(train, val)
+            warnings = _Planner(table, path.parent, options).run(train, val)
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
-        _scratch(path).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
     return warnings
 
 
-def _quoted(folder: Path) -> str:
-    return str(folder.absolute()).replace("'", "''")
-
-
-def _scratch(path: Path) -> Path:
-    return path.with_name(path.name + ".found")
-
-
+@dataclass
 class _Planner:
     """Fills the table from the sources, in steps."""
 
-    def __init__(
-        self,
-        table: sqlite3.Connection,
-        work: Path,
-        how: SplitOptions,
-        image_options: ImageOptions,
-        options: Mapping[str, Any],
-    ) -> None:
-        self._table, self._work, self._how, self._image_options = table, work, how, image_options
-        self._options = options
-        self._class_numbers: dict[str, int] = {}
+    table: sqlite3.Connection
+    work: Path
+    options: PackOptions
+    class_numbers: dict[str, int] = field(default_factory=dict)
 
     def run(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Fill the table; return warnings."""
+        specs = " + ".join(source.spec for source in train)
         warnings = [line for source in train for line in self._list(source, TRAIN)]
-        self._require_unique(TRAIN, " + ".join(source.spec for source in train))
+        self._require_unique(TRAIN, specs)
         if val is not None:
             warnings += self._list(val, VAL)
             self._require_unique(VAL, val.spec)
         warnings += self._label_classes(train, val)
         self._choose_labeled()
-        first_id = shard = 0
-        for group in shard_groups(self._how.layout, self._how.unlabeled, val=val is not None):
-            first_id, shard = self._place(group, first_id, shard)
-        self._table.execute("INSERT INTO plan VALUES (?)", (json.dumps(dict(self._options)),))
+        how = self.options.split
+        groups = shard_groups(how.layout, how.unlabeled, val=val is not None)
+        for prefix, where in groups.items():
+            self._place(prefix, where)
+        self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
         return warnings
 
     def _list(self, source: Source, part: int) -> list[str]:
         """Add a source and its images; return its warnings."""
         number = self._value("SELECT count(*) FROM sources")
-        unpacked = source.file.parent == self._work
+        unpacked = source.file.parent == self.work
         file = to_utf8(source.file.name if unpacked else str(source.file.absolute()))
-        self._table.execute(
+        self.table.execute(
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
             (number, to_utf8(source.spec), source.kind, file, source.size, source.stamp),
         )
-        self._table.executemany(
+        self.table.executemany(
             "INSERT INTO found.images VALUES "
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
@@ -122,9 +107,9 @@ class _Planner:
         return source.warnings
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
-        numbers = self._class_numbers
-        shuffle = self._how.order == "shuffle"
-        seed = f"order:{self._how.shuffle_seed}"
+        numbers = self.class_numbers
+        shuffle = self.options.split.order == "shuffle"
+        seed = f"order:{self.options.split.shuffle_seed}"
         for image in source.images():
             if abs(image.stamp) >= 1 << 63:
                 raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
@@ -141,24 +126,26 @@ class _Planner:
             )
 
     def _require_unique(self, part: int, spec: str) -> None:
-        names = list(self._class_numbers)
+        names = list(self.class_numbers)
         query = "FROM found.images WHERE part = ? GROUP BY class, name HAVING count(*) > 1"
         twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
         if twice:
-            few = self._table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
+            few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
             listed = sorted(f"{names[number]}/{name}" for number, name in few)
             more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
             raise DataError(
-                f"{spec}: {twice} names occur more than once as class/name: {', '.join(listed)}"
-                f"{more}; does it hold several splits? Then name one folder of it"
+                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once as "
+                f"class/name: {', '.join(listed)}{more}; does it hold several splits? Then name "
+                "one folder of it"
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; warn about classes without validation images."""
-        names = _class_order(train) or sorted(self._classes_in(TRAIN))
+        trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
+        names = _class_order(train) or sorted(trained)
         labels = {name: label for label, name in enumerate(names)}
-        known = self._classes_in(VAL) & labels.keys()
         if val is not None and _is_numbered(val, len(names)):
+            known = held & labels.keys()
             other = [name for name in sorted(known) if labels[name] != int(name)]
             if other:
                 raise DataError(
@@ -168,40 +155,33 @@ class _Planner:
                 )
             if not known:
                 labels |= {str(label): label for label in range(len(names))}
-        self._require_known(TRAIN, " + ".join(source.spec for source in train), labels)
+        spec = " + ".join(source.spec for source in train)
+        _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
         if val is not None:
-            self._require_known(VAL, val.spec, labels)
+            _require_known(val.spec, held - labels.keys(), "the training source")
         rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
-        self._table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
-        self._table.executemany(
+        self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
+        self.table.executemany(
             "INSERT INTO found.classes VALUES (?, ?)",
-            ((number, labels[name]) for name, number in self._class_numbers.items()),
+            ((number, labels[name]) for name, number in self.class_numbers.items()),
         )
-        absent = len(names) - len({labels[name] for name in self._classes_in(VAL)})
+        absent = len(names) - len({labels[name] for name in held})
         if val is not None and absent:
             return [f"{val.spec}: has no image of {absent} of the classes"]
         return []
 
-    def _require_known(self, part: int, spec: str, labels: Mapping[str, int]) -> None:
-        unknown = sorted(self._classes_in(part) - labels.keys())
-        if unknown:
-            where = "the training source" if part == VAL else "the list that numbers the classes"
-            raise DataError(
-                f"{spec}: {len(unknown)} classes are not in {where}: {first_few(unknown)}"
-            )
-
     def _classes_in(self, part: int) -> set[str]:
-        names = list(self._class_numbers)
+        names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
-        return {names[number] for (number,) in self._table.execute(query, (part,))}
+        return {names[number] for (number,) in self.table.execute(query, (part,))}
 
     def _choose_labeled(self) -> None:
-        names = list(self._class_numbers)
+        names = list(self.class_numbers)
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
-        images = ((row, names[number], name) for row, number, name in self._table.execute(query))
-        how = self._how
+        images = ((row, names[number], name) for row, number, name in self.table.execute(query))
+        how = self.options.split
         chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
-        self._table.executemany(
+        self.table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
         left = f"SELECT count(*) FROM found.images WHERE part = {TRAIN} AND NOT labeled"
@@ -210,48 +190,61 @@ class _Planner:
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
             )
 
-    def _place(self, group: ShardGroup, first_id: int, first_shard: int) -> tuple[int, int]:
-        """Add the records and shards of a group; return the next id and shard number."""
-        count, size = self._table.execute(
-            f"SELECT count(*), total(size) FROM found.images WHERE {group.where}"
+    def _place(self, prefix: str, where: str) -> None:
+        """Add the records and shards of a group."""
+        first_id = self._value("SELECT coalesce(max(id) + 1, 0) FROM records")
+        first_shard = self._value("SELECT coalesce(max(number) + 1, 0) FROM shards")
+        count, size = self.table.execute(
+            f"SELECT count(*), total(size) FROM found.images WHERE {where}"
         ).fetchone()
         if first_id + count > ID_LIMIT:
             raise DataError(
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
             )
-        shards = min(count, self._how.shards or -(-int(size) // self._how.shard_size) or 1)
-        assigner = ShardAssigner(count, int(size), shards)
-        digests = [ShardDigest(self._image_options) for _ in range(shards)]
-        rows = self._rows(group, first_id)
-        self._table.executemany(
+        how = self.options.split
+        shards = min(count, how.shards or -(-int(size) // how.shard_size) or 1)
+        digests = [ShardDigest(self.options.image) for _ in range(shards)]
+        self.table.executemany(
             "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
-            _digested(rows, assigner, digests, self._source_stamps()),
+            self._records(where, first_id, ShardAssigner(count, int(size), shards), digests),
         )
-        first = first_id
         for number, digest in enumerate(digests):
-            file = shard_file(group.prefix, number, shards)
-            row = (first_shard + number, group.prefix, file, first, digest.records, digest.bytes)
+            file = shard_file(prefix, number, shards)
+            row = (first_shard + number, prefix, file, first_id, digest.records, digest.bytes)
             values = (*row, digest.content(file), digest.stamps())
-            self._table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-            first += digest.records
-        return first_id + count, first_shard + shards
+            self.table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            first_id += digest.records
 
-    def _rows(self, group: ShardGroup, first_id: int) -> Iterator[RecordRow]:
+    def _records(
+        self,
+        where: str,
+        first_id: int,
+        assigner: ShardAssigner,
+        digests: Sequence[ShardDigest],
+    ) -> Iterator[tuple[object, ...]]:
+        """Yield the rows of the records of a group in order, and add them to their digests."""
+        query = "SELECT stamp FROM sources ORDER BY number"
+        stamps = [stamp for (stamp,) in self.table.execute(query)]
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {group.where} ORDER BY rank, label, images.name"
+            f"WHERE {where} ORDER BY rank, label, images.name"
         )
-        for number, row in enumerate(self._table.execute(query), first_id):
-            yield RecordRow(number, *row)
-
-    def _source_stamps(self) -> list[int]:
-        query = "SELECT stamp FROM sources ORDER BY number"
-        return [stamp for (stamp,) in self._table.execute(query)]
+        for number, values in enumerate(self.table.execute(query), first_id):
+            row = RecordRow(number, *values)
+            stamp = row.stamp if row.start < 0 else stamps[row.source]
+            digests[assigner.assign(row.size)].add(row, stamp)
+            yield (*row[:3], to_utf8(row.name), row.source, to_utf8(row.path), *row[6:])
 
     def _value(self, query: str, *values: object) -> int:
-        (value,) = self._table.execute(query, values).fetchone()
+        (value,) = self.table.execute(query, values).fetchone()
         return int(value)
+
+
+def _require_known(spec: str, unknown: set[str], where: str) -> None:
+    if unknown:
+        what = counted(len(unknown), "class is", "classes are")
+        raise DataError(f"{spec}: {what} not in {where}: {first_few(sorted(unknown))}")
 
 
 def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
@@ -268,15 +261,3 @@ def _is_numbered(source: Source, classes: int) -> bool:
     """Return whether classes have only numbers in a source: a list of a flat folder."""
     order = source.class_order or ()
     return 0 < len(order) <= classes and order == tuple(map(str, range(len(order))))
-
-
-def _digested(
-    rows: Iterator[RecordRow],
-    assigner: ShardAssigner,
-    digests: Sequence[ShardDigest],
-    source_stamps: Sequence[int],
-) -> Iterator[tuple[object, ...]]:
-    for row in rows:
-        stamp = row.stamp if row.start < 0 else source_stamps[row.source]
-        digests[assigner.assign(row.size)].add(row, stamp)
-        yield (*row[:3], to_utf8(row.name), row.source, to_utf8(row.path), *row[6:])

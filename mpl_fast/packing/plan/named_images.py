@@ -1,72 +1,51 @@
 """Chooses labeled images by a list of names."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import first_few
-
-
-@dataclass
-class _Entry:
-    """A line of a list, and the images that match the whole line or its first word."""
-
-    text: str
-    whole: list[int] = field(default_factory=list)
-    word: list[int] = field(default_factory=list)
-
-    @property
-    def fits(self) -> list[int]:
-        return self.whole or self.word
+from mpl_fast.packing.first_few import counted, first_few
 
 
 def choose_named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
-    """Return the ids of the images named in a list; memory grows with the list only."""
-    entries = [_Entry(name) for name in _listed_names(path)]
-    by_whole: dict[str, list[_Entry]] = {}
-    by_word: dict[str, list[_Entry]] = {}
-    for entry in entries:
-        by_whole.setdefault(_image_name(entry.text), []).append(entry)
-        by_word.setdefault(_image_name(entry.text.split()[0]), []).append(entry)
+    """Return the ids of the images named in a list; memory grows with the list only.
+
+    An image is named by a whole line, or else by its first word. Raises DataError when a line fits
+    no image or several, when two fit the same, or when a class has no labeled image.
+    """
+    lines = _listed_names(path)
+    keys = [(_image_name(line), _image_name(line.split()[0])) for line in lines]
+    found: dict[str, list[int]] = {key: [] for pair in keys for key in pair}
     class_of: dict[int, str] = {}
     classes: set[str] = set()
     for record_id, class_name, name in images:
         classes.add(class_name)
         for key in (name, f"{class_name}/{name}"):
-            for entry in by_whole.get(key, ()):
-                entry.whole.append(record_id)
+            if key in found:
+                found[key].append(record_id)
                 class_of[record_id] = class_name
-            for entry in by_word.get(key, ()):
-                entry.word.append(record_id)
-                class_of[record_id] = class_name
-    chosen = _one_each(path, entries)
-    without = sorted(classes - {class_of[record_id] for record_id in chosen})
-    if without:
-        raise DataError(
-            f"{path}: {len(without)} classes have no labeled image: {first_few(without)}"
-        )
-    return chosen
-
-
-def _one_each(path: Path, entries: Sequence[_Entry]) -> set[int]:
-    """Return the image of each entry; DataError lists entries that match none or several."""
-    unknown = [entry.text for entry in entries if not entry.fits]
-    ambiguous = [entry.text for entry in entries if len(entry.fits) > 1]
     chosen: set[int] = set()
-    twice = []
-    for entry in entries:
-        if len(entry.fits) == 1:
-            if entry.fits[0] in chosen:
-                twice.append(entry.text)
-            chosen.add(entry.fits[0])
-    for problem, listed in (
-        ("fit no image", unknown),
-        ("fit images of several classes (write class/name)", ambiguous),
-        ("are listed more than once", twice),
+    unknown, ambiguous, twice = [], [], []
+    for (whole, word), line in zip(keys, lines, strict=True):
+        ids = found[whole] or found[word]
+        if not ids:
+            unknown.append(line)
+        elif len(ids) > 1:
+            ambiguous.append(line)
+        elif ids[0] in chosen:
+            twice.append(line)
+        chosen.update(ids)
+    without = sorted(classes - {class_of[record_id] for record_id in chosen})
+    several = "images of several classes (write class/name)"
+    for listed, one, many in (
+        (unknown, "name fits no image", "names fit no image"),
+        (ambiguous, f"name fits {several}", f"names fit {several}"),
+        (twice, "name is listed more than once", "names are listed more than once"),
+        (without, "class has no labeled image", "classes have no labeled image"),
     ):
         if listed:
-            raise DataError(f"{path}: {len(listed)} names {problem}: {first_few(listed)}")
+            what = counted(len(listed), one, many)
+            raise DataError(f"{path}: {what}: {first_few(listed)}")
     return chosen
 
 

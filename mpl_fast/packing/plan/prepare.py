@@ -7,8 +7,8 @@ from pathlib import Path
 from mpl_fast.errors import ConfigError, DataError, OutputError
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.make_plan import make_plan
-from mpl_fast.packing.sources.archives import Spools
-from mpl_fast.packing.sources.source import Source, open_source
+from mpl_fast.packing.sources.kinds import open_source
+from mpl_fast.packing.sources.source import Source
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -49,18 +49,16 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, in a work folder into which compressed archives are unpacked."""
-    train, val = _open_sources(options, path.parent)
-    warn(make_plan(path, train, val, options.split, options.image, options.planned()))
+    train = [_open(spec, options, options.labels, path.parent) for spec in options.src]
+    val = None
+    if options.val is not None:
+        val = _open(options.val, options, options.val_labels, path.parent)
+    warn(make_plan(path, train, val, options))
 
 
-def _open_sources(options: PackOptions, work: Path) -> tuple[list[Source], Source | None]:
+def _open(spec: str, options: PackOptions, labels: Path | None, work: Path) -> Source:
     def report(line: str) -> None:
         if not options.quiet:
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
-    spools = Spools(work, report)
-    root, labels, val_labels = options.root, options.labels, options.val_labels
-    train = [open_source(spec, root=root, labels=labels, spools=spools) for spec in options.src]
-    if options.val is None:
-        return train, None
-    return train, open_source(options.val, root=root, labels=val_labels, spools=spools)
+    return open_source(spec, root=options.root, labels=labels, work=work, report=report)

@@ -93,9 +93,9 @@ class WrittenRow(NamedTuple):
 
 def create_table(path: Path) -> sqlite3.Connection:
     """Create a table at path, which must not exist; without journal, for a temporary file."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;" + _SCHEMA)
-    return _with_bytes_kept(connection)
+    connection = edit_table(path)
+    connection.executescript(_SCHEMA)
+    return connection
 
 
 def edit_table(path: Path) -> sqlite3.Connection:

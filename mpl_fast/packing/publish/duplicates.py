@@ -1,8 +1,10 @@
 """Images that a pack contains more than once, found by size and CRC-32 of the packed image."""
 
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
+from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
 
@@ -37,7 +39,7 @@ def describe_duplicates(found: Mapping[str, Any]) -> str:
     across = found["across_splits"]
     shown = "; ".join(" = ".join(group[:3]) for group in found["examples"][:3])
     return (
-        f"{found['images']} images are there more than once, in {found['groups']} groups"
+        f"{found['images']} images are there more than once, in {counted(found['groups'], 'group')}"
         f"{f', {across} of them in training and validation both' if across else ''}: {shown}"
     )
 
@@ -50,13 +52,5 @@ def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
         "USING (size, crc32) JOIN records USING (id) JOIN shards ON records.id "
         "BETWEEN first_id AND first_id + shards.records - 1 ORDER BY 1, 2, records.id"
     )
-    group: list[tuple[RecordRow, str]] = []
-    current: tuple[int, int] | None = None
-    for size, crc32, prefix, *record in table.query(query):
-        if group and current != (size, crc32):
-            yield group
-            group = []
-        current = (size, crc32)
-        group.append((RecordRow(*record), prefix))
-    if group:
-        yield group
+    for _, group in groupby(table.query(query), lambda row: row[:2]):
+        yield [(RecordRow(*record), prefix) for _, _, prefix, *record in group]

@@ -1,43 +1,22 @@
 """Comparison of the finished pack in the output folder with the pack that is to be made."""
 
-from dataclasses import dataclass
-
 from mpl_fast.data.manifest import MANIFEST, check_texts, load_manifest
 from mpl_fast.errors import DataError, OutputError
-from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.options import Json
+from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.options import DRAWN, Json
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, Table, open_table
 from mpl_fast.packing.publish.out_folder import OutFolder
 from mpl_fast.packing.write.shard_receipt import ShardReceipt, receipt_path
 
-_DRAWN = {"labeled", "balance", "unlabeled", "split_seed"}  # options that resplit has
 _REMEDY = "choose another --out, or --force to replace it"
 
 
-@dataclass(frozen=True)
-class ExistingPack:
-    """A finished pack, and those of its .rec files that are missing or have another size."""
+def check_existing(folder: OutFolder, plan: Table, options: Json) -> tuple[Json, list[str]]:
+    """Return the manifest of the finished pack in folder, and its .rec files that are broken.
 
-    manifest: Json
-    broken: list[str]
-
-    def require_same(self, folder: OutFolder) -> None:
-        """OutputError when a broken shard, packed again, has other bytes than before."""
-        for shard in self.manifest["shards"]:
-            if shard["file"] in self.broken:
-                receipt = ShardReceipt.load(receipt_path(folder.work, shard["file"]))
-                if receipt.sha256 != shard["sha256"]:
-                    raise OutputError(
-                        f"{folder.path}: {shard['file']}, packed again, is not what it was; with "
-                        "another version of the image libraries? --force packs everything again"
-                    )
-
-
-def check_existing(folder: OutFolder, plan: Table, options: Json) -> ExistingPack:
-    """Return the finished pack in folder; OutputError when it is not the planned one.
-
-    Only the sizes of .rec files are compared; all other files are compared by their sha256.
+    Those are missing or have another size; all other files are compared by their sha256. Raises
+    OutputError when it is not the planned pack.
     """
     if MANIFEST not in folder.pack_files():
         raise OutputError(
@@ -63,17 +42,18 @@ def check_existing(folder: OutFolder, plan: Table, options: Json) -> ExistingPac
         )
     if skipped and options["on_bad"] == "fail":
         raise OutputError(
-            f"{folder.path}: holds a pack that left out {len(skipped)} images that cannot be used "
-            f"({first_few(skipped, 3)}); --on-bad skip agrees with that, or {_REMEDY}"
+            f"{folder.path}: holds a pack that left out {counted(len(skipped), 'image')} that "
+            f"cannot be used ({first_few(skipped, 3)}); --on-bad skip agrees with that, or "
+            f"{_REMEDY}"
         )
-    return ExistingPack(old, broken)
+    return old, broken
 
 
 def _refuse_other_pack(folder: OutFolder, old: Json, before: Json, options: Json) -> None:
     what = changed_options(before, options) or "its source's files were others"
     others = {name for name in options if options[name] != before.get(name)}
     resplit = "make_rec.py resplit draws other labeled images for this one; else "
-    drawn_anew = others and others <= _DRAWN and old.get("layout") == "shared"
+    drawn_anew = others and others <= {*DRAWN} and old.get("layout") == "shared"
     remedy = f"{resplit if drawn_anew else ''}{_REMEDY}"
     raise OutputError(f"{folder.path}: holds another pack ({what}); {remedy}")
 
@@ -90,3 +70,15 @@ def changed_options(old: Json, new: Json) -> str:
 def _has_size(folder: OutFolder, shard: Json) -> bool:
     path = folder.path / shard["file"]
     return path.exists() and bool(path.stat().st_size == shard["bytes"])
+
+
+def require_same(folder: OutFolder, manifest: Json, broken: list[str]) -> None:
+    """OutputError when a broken shard, packed again, has other bytes than before."""
+    for shard in manifest["shards"]:
+        if shard["file"] in broken:
+            receipt = ShardReceipt.load(receipt_path(folder.work, shard["file"]))
+            if receipt.sha256 != shard["sha256"]:
+                raise OutputError(
+                    f"{folder.path}: {shard['file']}, packed again, is not what it was; with "
+                    "another version of the image libraries? --force packs everything again"
+                )

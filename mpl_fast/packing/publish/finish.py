@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from datetime import datetime, timezone
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from mpl_fast import __version__
 from mpl_fast.atomic import atomic_file, atomic_path, sha256_of, write_text
 from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import first_few
-from mpl_fast.packing.options import ImageOptions, Json
-from mpl_fast.packing.plan.layout import planned_splits
+from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.options import ImageOptions, Json, options_from
+from mpl_fast.packing.plan.prepare import warn
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import (
     TABLE,
@@ -27,8 +28,8 @@ from mpl_fast.packing.plan.table import (
     origin_of,
     table_errors,
 )
-from mpl_fast.packing.publish.duplicates import find_duplicates
-from mpl_fast.packing.publish.split_files import write_split
+from mpl_fast.packing.publish.duplicates import describe_duplicates, find_duplicates
+from mpl_fast.packing.publish.split_files import write_splits
 from mpl_fast.packing.write.process_image import describe_processing
 from mpl_fast.packing.write.shard_receipt import COLUMNS, ShardReceipt, receipt_path
 
@@ -41,51 +42,42 @@ def unfinished_shards(work: Path, shards: Iterable[ShardRow]) -> list[str]:
 
 
 def _is_finished(work: Path, shard: ShardRow) -> bool:
-    file = work / shard.file
-    if not file.exists():
-        return False
     try:
+        size = (work / shard.file).stat().st_size
         receipt = _receipt(work, shard)
-    except DataError:  # missing or damaged: the shard is packed again
+    except (FileNotFoundError, DataError):  # missing or damaged: the shard is packed again
         return False
-    planned = (receipt.content, receipt.stamps) == (shard.content, shard.stamps)
-    return planned and file.stat().st_size == receipt.size
+    return (receipt.content, receipt.stamps, receipt.size) == (shard.content, shard.stamps, size)
 
 
 def _receipt(work: Path, shard: ShardRow) -> ShardReceipt:
     return ShardReceipt.load(receipt_path(work, shard.file))
 
 
-def finish(work: Path, image_options: ImageOptions) -> Json:
+def finish(work: Path) -> Json:
     """Write all files of the pack except shards and manifest into work; return the manifest.
 
-    Its creation time and duration are still empty. Raises DataError when a shard of the plan is
-    missing.
+    Its duration is still empty. Raises DataError when a shard of the plan is missing.
     """
     with open_table(work / TABLE) as table:
         missing = unfinished_shards(work, table.shards())
-        if missing:
-            raise DataError(
-                f"{work.parent}: {len(missing)} shards of the plan are not there: "
-                f"{first_few(missing)}; pack them (every part), then finish"
-            )
+    if missing:
+        raise DataError(
+            f"{work.parent}: "
+            f"{counted(len(missing), 'shard of the plan is', 'shards of the plan are')} not there: "
+            f"{first_few(missing)}; pack them (every part), then finish"
+        )
     # The table is replaced last: if stopped before, finishing the plan again gives the same bytes.
     with atomic_path(work / TABLE) as completed:
-        bad = _complete_table(work, completed)
-        skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
-        if skipped and image_options.on_bad == "fail":
-            raise DataError(
-                f"{work.parent}: shards that were packed with --on-bad skip lack {len(skipped)} "
-                f"images: {first_few(skipped, between='; ')}; use --on-bad skip, or repair them"
-            )
+        _complete_table(work, completed)
         with open_table(completed) as table:
-            manifest = _manifest(work, table, image_options) | {"bad": bad}
-        manifest["table_sha256"] = sha256_of(completed)
-    return manifest
+            manifest = _manifest(work, table)
+            warn([_left_out(table, manifest), describe_duplicates(manifest["duplicates"])])
+        return manifest | {"table_sha256": sha256_of(completed)}
 
 
-def _complete_table(work: Path, target: Path) -> list[Json]:
-    """Write the table with the position of every record to target; return the remarks."""
+def _complete_table(work: Path, target: Path) -> None:
+    """Write the table with the position of every record to target."""
     shutil.copyfile(work / TABLE, target)
     with table_errors(target), closing(edit_table(target)) as connection:
         table = Table(connection)
@@ -98,7 +90,6 @@ def _complete_table(work: Path, target: Path) -> list[Json]:
             # The unpacked copy of an archive is removed when the pack is complete.
             connection.execute("UPDATE sources SET file = spec WHERE file LIKE 'spool-%'")
             connection.execute("COMMIT")
-        return _remarks(work, table)
 
 
 def _written(work: Path, table: Table) -> Iterator[tuple[int, ...]]:
@@ -119,33 +110,20 @@ def _has_written(table: Table, rows: Iterator[tuple[int, ...]]) -> bool:
     return all(old == new for old, new in zip_longest(stored, rows))
 
 
-def _remarks(work: Path, table: Table) -> list[Json]:
-    """Return the manifest's entries about images that were skipped or converted."""
-    classes, sources = table.classes(), table.sources()
-    entries = []
-    for shard in table.shards():
-        for remark in _receipt(work, shard).remarks:
-            record = table.record(remark.id)
-            assert record is not None, remark
-            entries.append(
-                {
-                    "image": image_key(classes, record),
-                    "source": origin_of(sources[record.source], record),
-                    "reason": remark.reason,
-                    "action": remark.action,
-                }
-            )
-    return entries
-
-
-def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
-    options = table.options()
-    classes = table.classes()
-    shards, totals = _shards(work, table)
+def _manifest(work: Path, table: Table) -> Json:
+    options, classes = table.options(), table.classes()
+    shards, bad, totals = _shards(work, table)
+    skipped = [remark["source"] for remark in bad if remark["action"] == "skipped"]
+    if skipped and options["on_bad"] == "fail":
+        raise DataError(
+            f"{work.parent}: shards that were packed with --on-bad skip lack "
+            f"{counted(len(skipped), 'image')}: {first_few(skipped, between='; ')}; use "
+            "--on-bad skip, or repair them"
+        )
     return {
         "format": FORMAT,
         "tool": f"mpl_fast {__version__}",
-        "created": "",
+        "created": datetime.now(timezone.utc).isoformat(),
         "plan_sha256": plan_digest(table),
         "layout": options["layout"],
         "options": options,
@@ -155,30 +133,14 @@ def _manifest(work: Path, table: Table, image_options: ImageOptions) -> Json:
             "file": CLASSES,
             "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
         },
-        "transform": describe_processing(image_options),
+        "transform": describe_processing(options_from(ImageOptions, options)),
         "shards": shards,
-        "splits": _splits(work, table, {shard["file"]: shard["bytes"] for shard in shards}),
+        "splits": write_splits(work, table, shards),
         "table": TABLE,
         "duplicates": find_duplicates(table),
         "totals": totals,
+        "bad": bad,
     }
-
-
-def _splits(work: Path, table: Table, sizes: Mapping[str, int]) -> Json:
-    options = table.options()
-    rows = table.shards()
-    val = any(shard.prefix == "val" for shard in rows)
-    written = {}
-    for split in planned_splits(options["layout"], options["unlabeled"], val=val):
-        own = [shard for shard in rows if shard.prefix == split.prefix]
-        entry = write_split(work, table, split.stem, own, sizes, split.labeled)
-        if not entry["records"]:
-            raise DataError(
-                f"{split.name}: all its images are skipped, and an index without records cannot "
-                "be read; repair the images, or choose other labeled ones"
-            )
-        written[split.name] = entry
-    return written
 
 
 def _sources(table: Table) -> list[Json]:
@@ -187,7 +149,7 @@ def _sources(table: Table) -> list[Json]:
     twice = options["layout"] == "separate" and options["unlabeled"] == "all"
     images = "(SELECT DISTINCT source, path, start, size FROM records)" if twice else "records"
     query = f"SELECT source, count(*), sum(size) FROM {images} GROUP BY source"
-    totals = {source: (images, size) for source, images, size in table.query(query)}
+    totals = {number: (count, size) for number, count, size in table.query(query)}
     entries = []
     for source in table.sources():
         count, size = totals.get(source.number, (0, 0))
@@ -195,11 +157,11 @@ def _sources(table: Table) -> list[Json]:
     return entries
 
 
-def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
-    """Return the manifest's entries of all shards, and their totals."""
-    rows = table.shards()
+def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
+    """Return the manifest's entries of all shards, of skipped and converted images, and totals."""
+    rows, classes, sources = table.shards(), table.classes(), table.sources()
     counts = Counter(shard.prefix for shard in rows)
-    entries = []
+    entries, bad = [], []
     totals: Counter[str] = Counter()
     for shard in rows:
         receipt = _receipt(work, shard)
@@ -221,7 +183,18 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], Json]:
         totals["bytes_out"] += receipt.size
         totals["reencoded"] += receipt.reencoded
         totals["orientation_dropped"] += receipt.rotated
-    return entries, {**totals, "seconds": 0.0}
+        for remark in receipt.remarks:
+            record = table.record(remark.id)
+            assert record is not None, remark
+            bad.append(
+                {
+                    "image": image_key(classes, record),
+                    "source": origin_of(sources[record.source], record),
+                    "reason": remark.reason,
+                    "action": remark.action,
+                }
+            )
+    return entries, bad, {**totals, "seconds": 0.0}
 
 
 def _write_index(path: Path, receipt: ShardReceipt) -> str:
@@ -231,7 +204,7 @@ def _write_index(path: Path, receipt: ShardReceipt) -> str:
     return file.sha256
 
 
-def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
+def _left_out(table: Table, manifest: Mapping[str, Any]) -> str:
     """Return a warning when labeled images were left out as bad; "" when none was."""
     labeled = manifest["splits"]["labeled"]
     if manifest["layout"] == "separate":
@@ -241,4 +214,4 @@ def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
     if labeled["records"] == drawn:
         return ""
     none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or repair them"
-    return f"{drawn - labeled['records']} of the {drawn} labeled images were left out as bad{none}"
+    return f"labeled images left out as bad: {drawn - labeled['records']} of {drawn}{none}"

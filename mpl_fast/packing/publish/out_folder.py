@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from mpl_fast.atomic import sync_folder
 from mpl_fast.data.manifest import MANIFEST, file_names
@@ -31,63 +30,55 @@ _OURS = re.compile(
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class OutFolder:
-    """Context manager: a folder locked by this process, or (shared) by those that pack its parts.
+@contextmanager
+def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"]:
+    """Lock a folder, made if missing, for this process or (shared) for all that pack its parts.
 
-    Leaving it after an error keeps finished shards and nothing else. During the final renames
-    Ctrl-C and SIGTERM are ignored, until the context ends.
+    Leaving it after an error keeps finished shards and nothing else. After a publish Ctrl-C and
+    SIGTERM are ignored until the context ends.
     """
+    with ExitStack() as stack:
+        try:
+            created = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}") from error
+        stack.callback(os.close, lock)
+        folder = OutFolder(path, lock, stack)
+        with output_errors(path):
+            folder.lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            folder.finish_publish(shared)
+            folder.work.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            with _stops_ignored(), output_errors(path):
+                if not shared:
+                    folder.clean()
+                    if created and {*path.iterdir()} == {path / _LOCK}:
+                        shutil.rmtree(path)
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+
+class OutFolder:
+    """A locked output folder: its pack, and the work folder in it."""
+
+    def __init__(self, path: Path, lock: int, stack: ExitStack) -> None:
         self.path = path
         self.work = path / WORK
-        self._shared = shared
-        self._created = False
-        self._lock = -1
-        self._stops = ExitStack()
+        self._lock = lock
+        self._stack = stack  # of the context
 
-    def __enter__(self) -> "OutFolder":
+    def lock(self, kind: int) -> None:
+        """Lock the folder, or change its lock; OutputError when another process has it."""
         try:
-            self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-            how = fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
-            fcntl.flock(self._lock, how | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(self._lock)
             raise OutputError(f"{self.path}: another make_rec is writing here") from error
-        except OSError as error:
-            raise OutputError(f"{self.path}: {error.strerror}") from error
-        with output_errors(self.path):
-            if not self._shared:
-                self._finish_publish()
-            elif (self.work / MANIFEST).exists():
-                os.close(self._lock)
-                raise OutputError(
-                    f"{self.path}: a finished pack was stopped during its final renames; "
-                    f"first run: make_rec.py finish {self.path}"
-                )
-            self.work.mkdir(exist_ok=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._stops, _stops_ignored(), output_errors(self.path):
-            try:
-                if not self._shared:
-                    self._clean()
-                    if error is not None and self._created and self._names() == [_LOCK]:
-                        shutil.rmtree(self.path)
-            finally:
-                os.close(self._lock)
 
     def pack_files(self) -> list[str]:
         """Return the names of all files of a pack in the folder, sorted."""
-        return [name for name in self._names() if _OURS.fullmatch(name)]
+        return sorted(p.name for p in self.path.iterdir() if _OURS.fullmatch(p.name))
 
     def finished(self) -> list[str]:
         """Return the names of the finished shards in the work folder, sorted."""
@@ -112,20 +103,14 @@ class OutFolder:
     def exclusive(self) -> Iterator[bool]:
         """Yield whether no other part is being packed; if so, none can start within the context."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock(fcntl.LOCK_EX)
             alone = True
-        except BlockingIOError:
+        except OutputError:
             alone = False
         try:
             yield alone
         finally:
-            self._share()
-
-    def _share(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{self.path}: another make_rec is writing here") from error
+            self.lock(fcntl.LOCK_SH)
 
     @contextmanager
     def locked(self, name: str, busy: str | None = None) -> Iterator[None]:
@@ -143,7 +128,7 @@ class OutFolder:
         An old manifest is removed first, so that no mixture of two packs looks complete. If this
         is killed, the next run into this folder finishes it.
         """
-        self._stops.enter_context(_stops_ignored())
+        self._stack.enter_context(_stops_ignored())
         self._publish()
 
     def _publish(self) -> None:
@@ -162,13 +147,19 @@ class OutFolder:
         sync_folder(self.path)
         shutil.rmtree(self.work)
 
-    def _finish_publish(self) -> None:
+    def finish_publish(self, shared: bool) -> None:
         """Finish a publish that was killed: only then the manifest is in the work folder."""
-        if (self.work / MANIFEST).exists():
-            with _stops_ignored():
-                self._publish()
+        if not (self.work / MANIFEST).exists():
+            return
+        if shared:
+            raise OutputError(
+                f"{self.path}: a finished pack was stopped during its final renames; "
+                f"first run: make_rec.py finish {self.path}"
+            )
+        with _stops_ignored():
+            self._publish()
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         """Remove all but finished shards, their plan and unpacked tars, which the next run uses."""
         if not self.work.exists() or (self.work / MANIFEST).exists():
             return
@@ -180,9 +171,6 @@ class OutFolder:
         for path in self.work.iterdir():
             if path.name not in kept and not path.match("spool-*.tar"):
                 path.unlink()
-
-    def _names(self) -> list[str]:
-        return sorted(path.name for path in self.path.iterdir())
 
 
 @contextmanager

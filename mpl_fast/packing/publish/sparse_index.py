@@ -7,18 +7,9 @@ lines pad a sparse index here.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from itertools import accumulate, repeat
 
 from mpl_fast.errors import DataError
-
-
-class DaliPosition(NamedTuple):
-    """Where DALI reads a record."""
-
-    file: int
-    offset: int  # in that file; beyond its end if DALI reads from the wrong file
-    size: int  # bytes up to the next record of the index, or to the end of the last file
 
 
 def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
@@ -28,27 +19,21 @@ def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
     If every file has a listed record, each record gets one line, except a last record that is
     alone in its file.
     """
-    cursor = 0
-    waiting: tuple[int, int, int] | None = None
-    for entry in entries:
-        if waiting:
-            record_id, file, offset = waiting
-            line = f"{record_id}\t{offset}\n"
-            yield line
-            for _ in range(file - cursor - 1):
-                yield line
+    cursor, file, line = 0, 0, ""
+    for record_id, next_file, offset in entries:
+        if line:
+            yield from repeat(line, max(1, file - cursor))
             cursor = file
-        waiting = entry
-    if waiting:
-        record_id, file, offset = waiting
-        for _ in range(1 + file - cursor):
-            yield f"{record_id}\t{offset}\n"
+        file, line = next_file, f"{record_id}\t{offset}\n"
+    if line:
+        yield from repeat(line, 1 + file - cursor)
 
 
-def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[DaliPosition]:
-    """Yield where DALI reads each record of an index, given its offsets in ascending order.
+def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the file, and the offset in it, where DALI reads each record of an index.
 
-    sizes are the bytes of the joined files.
+    offsets are those of the index in ascending order, sizes the bytes of the joined files. An
+    offset is beyond the end of its file if DALI reads from the wrong one.
     """
     starts = [0, *accumulate(sizes)]
     file = 0
@@ -58,10 +43,10 @@ def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[Dal
             if file + 1 < len(sizes) and previous >= starts[file + 1]:
                 file += 1
             if offset > previous:
-                yield DaliPosition(file, previous - starts[file], offset - previous)
+                yield file, previous - starts[file]
         previous = offset
     if previous is not None:
-        yield DaliPosition(file, previous - starts[file], starts[-1] - previous)
+        yield file, previous - starts[file]
 
 
 def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
@@ -71,11 +56,11 @@ def check_index(lines: Iterable[str], sizes: Sequence[int], name: str) -> int:
     malformed, an offset is out of order or range, or DALI would read from a wrong file.
     """
     records = 0
-    for place in dali_positions(_offsets(lines, sum(sizes), name), sizes):
-        if place.offset >= sizes[place.file]:
+    for file, offset in dali_positions(_offsets(lines, sum(sizes), name), sizes):
+        if offset >= sizes[file]:
             raise DataError(
                 f"{name}: DALI would read its record {records + 1} from the wrong file (number "
-                f"{place.file}, beyond its end); the lines lack padding"
+                f"{file}, beyond its end); the lines lack padding"
             )
         records += 1
     return records

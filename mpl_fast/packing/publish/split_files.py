@@ -1,42 +1,64 @@
 """Files of a split: its .idx (read by DALI and MXNet) and its .lst (id, label, class/name)."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.atomic import atomic_file
+from mpl_fast.errors import DataError
 from mpl_fast.packing.options import Json
+from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
 from mpl_fast.packing.plan.table import ShardRow, Table, to_utf8
 from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 
 
-def write_split(
+def write_splits(
+    work: Path, table: Table, shards: Sequence[Json], names: Collection[str] | None = None
+) -> Json:
+    """Write the .idx and .lst of every split, or of those named, into work.
+
+    shards are the manifest's entries of the .rec files. Returns the manifest's entries of the
+    splits by name. Raises DataError when a split has no record, or DALI would read its index wrong.
+    """
+    options, rows = table.options(), table.shards()
+    sizes = {shard["file"]: shard["bytes"] for shard in shards}
+    val = any(row.prefix == "val" for row in rows)
+    entries = {}
+    for split in planned_splits(options["layout"], options["unlabeled"], val=val):
+        if names is None or split.name in names:
+            own = [row for row in rows if row.prefix == split.prefix]
+            entries[split.name] = _write_split(work, table, split, own, sizes)
+    return entries
+
+
+def _write_split(
     work: Path,
     table: Table,
-    stem: str,
+    split: PlannedSplit,
     shards: Sequence[ShardRow],
     sizes: Mapping[str, int],
-    labeled: int | None,
 ) -> Json:
-    """Write work/stem.idx and work/stem.lst for the records of shards; return the manifest entry.
-
-    labeled selects the records with this RecordRow.labeled, None all of them. sizes are the bytes
-    of the .rec files by name; offsets in the index count over these files joined. Raises DataError
-    when DALI would read the index wrong.
-    """
+    """Write the files of a split; offsets in its index count over the joined shards."""
     classes = table.classes()
     counts: Counter[int] = Counter()
-    index, listing = f"{stem}.idx", f"{stem}.lst"
+    index, listing = f"{split.stem}.idx", f"{split.stem}.lst"
     with atomic_file(work / index) as idx, atomic_file(work / listing) as lst:
 
         def entries() -> Iterator[tuple[int, int, int]]:
-            for record_id, label, name, file, offset in _listed(table, shards, sizes, labeled):
+            for record_id, label, name, file, offset in _listed(
+                table, shards, sizes, split.labeled
+            ):
                 counts[label] += 1
                 lst.write(to_utf8(f"{record_id}\t{label}\t{classes[label]}/{name}\n"))
                 yield record_id, file, offset
 
         for line in padded_lines(entries()):
             idx.write(line.encode())
+    if not counts:
+        raise DataError(
+            f"{split.name}: none of its images is left (all were skipped, or --unlabeled rest), "
+            "and an index without records cannot be read; repair them, or choose others"
+        )
     if len(shards) > 1:
         with (work / index).open(encoding="ascii") as lines:
             check_index(lines, [sizes[shard.file] for shard in shards], index)
@@ -48,7 +70,7 @@ def write_split(
         "lst": listing,
         "lst_sha256": lst.sha256,
         "per_class_min": min(counts[label] for label in range(len(classes))),
-        "per_class_max": max(counts.values(), default=0),
+        "per_class_max": max(counts.values()),
     }
 
 

@@ -1,4 +1,4 @@
-"""MXNet's .lst: id, label and path of each image."""
+"""MXNet's .lst as a source: id, label and path of each image."""
 
 import os
 import stat
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally
+from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
 
-LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
+_LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
 
 
 class Line(NamedTuple):
@@ -22,13 +23,40 @@ class Line(NamedTuple):
     path: str  # as written in the list
 
 
-class ListedFile(NamedTuple):
-    """A file that a .lst names."""
+class ListSource(Source):
+    """The image files that a .lst names, all below one folder."""
 
-    label: int
-    path: str  # below the root, with "/"
-    size: int  # bytes
-    stamp: int  # modification time, ns
+    kind = FOLDER
+    suffixes = (".lst",)
+    has_labels = True
+
+    def __init__(self, request: Request) -> None:
+        path = request.path
+        root = request.root or path.parent
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; the images listed in {path} must be below it")
+        super().__init__(request, root)
+
+    def _list(self) -> Iterator[Image]:
+        list_path = self.request.path
+        names = self.class_order = class_names(list_path)
+        _require_unique(list_path, self.file)
+        missing, used = Tally(), set()
+        for line in read_list(list_path):
+            path = _below(self.file, line, list_path)
+            state = _state(f"{self.file}/{path}")
+            if state is None:
+                missing.add(f"{path} (line {line.number})")
+                continue
+            used.add(line.label)
+            name = path.rpartition("/")[2]
+            yield Image(names[line.label], name, path, -1, state.st_size, state.st_mtime_ns)
+        if missing.count:
+            what = counted(missing.count, "file is", "files are")
+            raise DataError(f"{list_path}: {what} not in {self.file}: {missing}")
+        if unused := [str(label) for label in range(len(names)) if label not in used]:
+            what = f"of the labels 0 to {len(names) - 1} {'has' if len(unused) == 1 else 'have'}"
+            self._warn(f"{len(unused)} {what} no image: {first_few(unused)}")
 
 
 def whole_label(label: str | float) -> int:
@@ -37,8 +65,8 @@ def whole_label(label: str | float) -> int:
         number = float(label)
     except ValueError as error:
         raise ValueError(f"label {label!r} is no number") from error
-    if not number.is_integer() or not 0 <= number < LABEL_LIMIT:
-        raise ValueError(f"label {label} is no whole number in 0..{LABEL_LIMIT - 1}")
+    if not number.is_integer() or not 0 <= number < _LABEL_LIMIT:
+        raise ValueError(f"label {label} is no whole number in 0..{_LABEL_LIMIT - 1}")
     return int(number)
 
 
@@ -46,24 +74,20 @@ def read_list(path: Path) -> Iterator[Line]:
     """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line."""
     labels: dict[str, int] = {}  # few, on many lines
     for number, text in text_lines(path):
+        columns = text.split("\t")
         try:
-            record_id, label, name = _columns(text)
+            if len(columns) < 3 or not columns[-1]:
+                raise ValueError(f"{text!r} is not `id TAB label TAB path`")
+            if len(columns) > 3:
+                raise ValueError(f"{len(columns) - 2} labels, but only one an image can be packed")
+            record_id, label, name = columns
+            if not record_id.isdecimal():
+                raise ValueError(f"id {record_id!r} is no whole number")
             if label not in labels:
                 labels[label] = whole_label(label)
         except ValueError as error:
             raise DataError(f"{path}: line {number}: {error}") from error
-        yield Line(number, record_id, labels[label], name)
-
-
-def _columns(text: str) -> tuple[int, str, str]:
-    columns = text.split("\t")
-    if len(columns) < 3 or not columns[-1]:
-        raise ValueError(f"{text!r} is not `id TAB label TAB path`")
-    if len(columns) > 3:
-        raise ValueError(f"{len(columns) - 2} labels, but only one an image can be packed")
-    if not columns[0].isdecimal():
-        raise ValueError(f"id {columns[0]!r} is no whole number")
-    return int(columns[0]), columns[1], columns[2]
+        yield Line(number, int(record_id), labels[label], name)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -99,25 +123,6 @@ def class_names(path: Path) -> tuple[str, ...]:
     return tuple(names if len(set(names)) == len(names) else numbers)
 
 
-def listed_files(path: Path, root: Path) -> Iterator[ListedFile]:
-    """Yield the files that a .lst names, which must be below root.
-
-    Raises DataError when a path leaves root or is listed twice, and, at the end, when files are
-    missing.
-    """
-    _require_unique(path, root)
-    missing = Tally()
-    for line in read_list(path):
-        relative = _below(root, line, path)
-        state = _state(f"{root}/{relative}")
-        if state is None:
-            missing.add(f"{relative} (line {line.number})")
-        else:
-            yield ListedFile(line.label, relative, state.st_size, state.st_mtime_ns)
-    if missing.count:
-        raise DataError(f"{path}: {missing.count} files are not in {root}: {missing}")
-
-
 def _state(path: str) -> os.stat_result | None:
     """Return the stat of a regular file, else None."""
     try:
@@ -142,8 +147,6 @@ def _require_unique(path: Path, root: Path) -> None:
     import numpy as np  # late: the command line's --help must not wait for it
 
     hashes = array("q", (hash(_below(root, line, path)) for line in read_list(path)))
-    if not hashes:
-        return
     ordered = np.sort(np.frombuffer(hashes, np.int64))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     first: dict[str, int] = {}

@@ -1,20 +1,19 @@
-"""Lists the records of existing .rec files as byte ranges, reading their headers only."""
+"""Existing .rec files as sources: records are byte ranges, and only their headers are read."""
 
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.records import LENGTH_LIMIT, MAGIC
+from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, parse_payload, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.sources.lists import class_names, read_list, whole_label
+from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
+from mpl_fast.packing.sources.source import Image, Source
 
-# Frame: magic word and length; image header: number of labels, label, id, second id.
-_HEAD = struct.Struct("<IIIfQQ")
-_FRAME = struct.Struct("<II")
-_IMAGE_HEADER = _HEAD.size - _FRAME.size  # bytes
+_FRAME = struct.Struct("<II")  # magic word; part << 29 | length
+_HEADER = struct.Struct("<IfQ8x")  # of an image: number of labels, label, id, second id
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")
 
@@ -22,18 +21,9 @@ _SHARD = re.compile(r"-\d{5,}-of-\d{5,}$")
 class FramedRecord(NamedTuple):
     """Header values of a record, and the byte range of all its parts with padding."""
 
+    labels: int  # 0: the one in `label`; else the number of labels before the image
     label: float
     id: int
-    labels: int  # 0: the one in `label`; else the number of labels before the image
-    start: int
-    size: int
-
-
-class Record(NamedTuple):
-    """One record with its class."""
-
-    class_name: str
-    path: str  # from the list, else `id.jpg`
     start: int
     size: int
 
@@ -56,93 +46,71 @@ def read_frames(path: Path) -> Iterator[FramedRecord]:
 
 
 def _read_frame(descriptor: int, start: int, stop: int, path: Path) -> FramedRecord:
-    head = os.pread(descriptor, _HEAD.size, start)
-    if len(head) < _HEAD.size:
-        raise DataError(f"{path}: cut short at byte {start}, in a record's header")
-    magic, length, labels, label, record_id, _ = _HEAD.unpack(head)
-    part, end = _part(magic, length, start, stop, path)
-    if part not in (_WHOLE, _FIRST) or length % LENGTH_LIMIT < _IMAGE_HEADER:
-        raise DataError(f"{path}: damaged at byte {start}: no image record begins here")
-    while part not in (_WHOLE, _LAST):
-        frame = os.pread(descriptor, _FRAME.size, end)
+    head = os.pread(descriptor, _FRAME.size + _HEADER.size, start)
+    end, frame, expected = start, head, (_WHOLE, _FIRST)
+    while True:
         if len(frame) < _FRAME.size:
-            raise DataError(f"{path}: cut short at byte {end}, in record {record_id}")
-        magic, length = _FRAME.unpack(frame)
-        part, end = _part(magic, length, end, stop, path)
-        if part not in (_MIDDLE, _LAST):
-            raise DataError(f"{path}: damaged in record {record_id}, which begins at byte {start}")
-    return FramedRecord(label, record_id, labels, start, end - start)
+            raise DataError(f"{path}: cut short at byte {end}, in a record's header")
+        magic, word = _FRAME.unpack_from(frame)
+        part, size = word >> 29, word % LENGTH_LIMIT
+        if magic != MAGIC or part not in expected or (end == start and size < _HEADER.size):
+            where = f"in the record that begins at byte {start}"
+            fault = "no image record begins here" if end == start else where
+            raise DataError(f"{path}: damaged at byte {end}: {fault}")
+        end += _FRAME.size + size + -size % 4
+        if end > stop:
+            raise DataError(f"{path}: cut short: the record at byte {start} ends after the file")
+        if part in (_WHOLE, _LAST):
+            labels, label, record_id = _HEADER.unpack_from(head, _FRAME.size)
+            return FramedRecord(labels, label, record_id, start, end - start)
+        frame, expected = os.pread(descriptor, _FRAME.size, end), (_MIDDLE, _LAST)
 
 
-def _part(magic: int, length: int, start: int, stop: int, path: Path) -> tuple[int, int]:
-    """Return the kind of the record part at start, and the offset after its padding."""
-    if magic != MAGIC:
-        raise DataError(f"{path}: damaged at byte {start}: no record begins here")
-    size = length % LENGTH_LIMIT
-    end = start + _FRAME.size + size + -size % 4
-    if end > stop:
-        raise DataError(f"{path}: cut short: the record at byte {start} ends after the file")
-    return length >> 29, end
-
-
-class RecordSource:
+class RecordSource(Source):
     """Images of a .rec file: labels from its records, names from a .lst beside it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._list = _list_beside(path)
-        self._names = _classes_beside(path)
-        if self._list is not None and self._names is None:
-            self._names = class_names(self._list)
-        self._highest = -1
+    kind = "records"
+    suffixes = (".rec",)
+    has_labels = True
 
-    @property
-    def class_order(self) -> tuple[str, ...]:
-        """Return the class names by label; complete once all records were yielded."""
-        if self._names is None:
-            return tuple(str(label) for label in range(self._highest + 1))
-        return self._names
+    @staticmethod
+    def decode(stored: bytes) -> bytes:
+        return parse_payload(unframe(stored)).image
 
-    def records(self) -> Iterator[Record]:
-        """Yield the records in file order; DataError at one that cannot be packed."""
-        path_of = self._unlisted if self._list is None else self._listed(self._list)
-        for frame in read_frames(self._path):
+    def _list(self) -> Iterator[Image]:
+        names, list_path = _classes_beside(self.file), _list_beside(self.file)
+        if list_path and not names:
+            names = class_names(list_path)
+        lines = read_list(list_path) if list_path else iter(())
+        highest = -1
+        for frame in read_frames(self.file):
             try:
                 if frame.labels:
                     raise ValueError(f"{frame.labels} labels, but only one can be packed")
                 label = whole_label(frame.label)
-                path = path_of(frame.id, label)
-                yield Record(self._class(label), path, frame.start, frame.size)
+                highest = max(highest, label)
+                path = f"{frame.id}.jpg"
+                if list_path:
+                    path = _path_in(list_path, lines, frame.id, label)
+                if names and label >= len(names):
+                    raise ValueError(f"label {label}, but only {len(names)} classes are named")
             except ValueError as error:
                 where = f"record {frame.id} at byte {frame.start}"
-                raise DataError(f"{self._path}: {where}: {error}") from error
+                raise DataError(f"{self.file}: {where}: {error}") from error
+            class_name = names[label] if names else str(label)
+            yield Image(class_name, path.rpartition("/")[2], path, frame.start, frame.size, 0)
+        self.class_order = names or tuple(map(str, range(highest + 1)))
 
-    def _class(self, label: int) -> str:
-        self._highest = max(self._highest, label)
-        if self._names is None:
-            return str(label)
-        if label >= len(self._names):
-            raise ValueError(f"label {label}, but only {len(self._names)} classes are named")
-        return self._names[label]
 
-    @staticmethod
-    def _unlisted(record_id: int, label: int) -> str:
-        return f"{record_id}.jpg"
-
-    def _listed(self, path: Path) -> Callable[[int, int], str]:
-        """Return a function from id and label to path, reading the list along with the records."""
-        lines = read_list(path)
-
-        def path_of(record_id: int, label: int) -> str:
-            line = next((line for line in lines if line.id == record_id), None)
-            if line is None:
-                fault = "has no line for this record, or not in the order of the records"
-                raise ValueError(f"{path} {fault}: put it right or move it away")
-            if line.label != label:
-                raise ValueError(f"label {label}, but {line.label} in {path}, line {line.number}")
-            return line.path
-
-        return path_of
+def _path_in(list_path: Path, lines: Iterator[Line], record_id: int, label: int) -> str:
+    """Return the path of a record in a list, whose lines are read along with the records."""
+    line = next((line for line in lines if line.id == record_id), None)
+    if line is None:
+        fault = "has no line for this record, or not in the order of the records"
+        raise ValueError(f"{list_path} {fault}: put it right or move it away")
+    if line.label != label:
+        raise ValueError(f"label {label}, but {line.label} in {list_path}, line {line.number}")
+    return line.path
 
 
 def _list_beside(path: Path) -> Path | None:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
-from mpl_fast.data.records import parse_payload, unframe
 from mpl_fast.errors import DataError
 from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_of
+from mpl_fast.packing.sources.kinds import DECODERS
 
 _BATCH = 8  # records that are opened together
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
@@ -72,14 +72,15 @@ class Reader:
             raise DataError(f"{self._name(opened)} {_CHANGED}")
 
     def image(self, opened: OpenedRecord) -> bytes:
-        """Return the image of a record, without the frame and header of a .rec file."""
+        """Return the image of a record, as the kind of its source decodes it."""
         buffer = bytearray(opened.record.size)
         self.fill(opened, [memoryview(buffer)])
         content = bytes(buffer)
-        if opened.source.kind != "records":
+        decode = DECODERS.get(opened.source.kind)
+        if decode is None:
             return content
         try:
-            return parse_payload(unframe(content)).image
+            return decode(content)
         except DataError as error:
             raise DataError(f"{self._name(opened)}: {error}") from error
 

@@ -17,6 +17,7 @@ from mpl_fast.data.records import (
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, open_table
+from mpl_fast.packing.sources.kinds import DECODERS
 from mpl_fast.packing.write.pool import Advance
 from mpl_fast.packing.write.process_image import process_image
 from mpl_fast.packing.write.reader import OpenedRecord, Reader
@@ -92,10 +93,11 @@ class _ShardPacker:
         """Write one image as a record, or remark why not."""
         record = opened.record
         self._bytes_in += record.size
-        if opened.source.kind != "records" and record.size > IMAGE_LIMIT:
+        stored_as_is = opened.source.kind not in DECODERS
+        if stored_as_is and record.size > IMAGE_LIMIT:
             self._refuse(record, record.size)
             return
-        in_place = opened.source.kind != "records" and self._writer.fits(HEAD_SIZE + record.size)
+        in_place = stored_as_is and self._writer.fits(HEAD_SIZE + record.size)
         image = self._image_in_place(opened) if in_place else self._reader.image(opened)
         processed = process_image(image, record.name, self._image_options)
         if processed.action:

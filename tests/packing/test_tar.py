@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import DataError, OutputError
-from mpl_fast.packing.sources.archives import Spools, members
-from tests.packing.packs import content, keys, listed, make_tar
+from tests.packing.made_sources import content, entries, keys, listed, opened
+from tests.packing.packs import make_tar
 
 CONTENTS = {
     "train/ant/a.jpg": b"one",
@@ -18,14 +18,8 @@ CONTENTS = {
     "train/bee/a.png": b"three" * 300,
     "test/ant/a.jpg": b"four",
 }
-IMAGES = [(f"{number}.jpg", b"x" * 600) for number in range(4)]
+IMAGES = [(f"ant/{number}.jpg", b"x" * 600) for number in range(4)]
 MEMBER = 512 + 1024  # bytes that one of IMAGES takes in an archive
-
-
-def entries(spec: Path | str, spools: Path) -> list[tuple[str, bytes]]:
-    """Return `class/name` and content of every image, sorted."""
-    source, images = listed(spec, spools)
-    return [(key, content(source, image)) for key, image in zip(keys(images), images, strict=True)]
 
 
 def set_checksum(data: bytearray, header: int) -> None:
@@ -56,20 +50,19 @@ def test_compressed_archive_is_unpacked_once(tmp_path: Path) -> None:
     plain = make_tar(tmp_path / "data.tar", CONTENTS.items())
     os.utime(archive, ns=(5, 1_000_000_007))
     lines: list[str] = []
-    spool = Spools(tmp_path, lines.append).get(archive)
+    spool = opened(archive, tmp_path, report=lines.append).file
     assert spool.read_bytes() == plain.read_bytes()
     assert spool.stat().st_mtime_ns == 1_000_000_007
     assert spool.name.startswith("spool-") and spool.suffix == ".tar"
     assert sorted(tmp_path.iterdir()) == sorted([archive, plain, spool])
-    again = Spools(tmp_path, lines.append)
-    assert again.get(archive) == spool
-    assert lines == [f"unpacking {archive} once into {tmp_path}"]
-    os.utime(archive, ns=(5, 1_000_000_008))
-    assert again.get(archive) != spool  # another archive, by its time
+    assert opened(archive, tmp_path, report=lines.append).file == spool
+    assert lines == [f"unpacking {archive} into a temporary file in {tmp_path}"]
+    os.utime(archive, ns=(5, 1_000_000_008))  # another archive, by its time
+    assert opened(archive, tmp_path, report=lines.append).file != spool
     assert len(lines) == 2
-    assert again.get(plain) == plain
+    assert opened(plain, tmp_path).file == plain
     with pytest.raises(OutputError, match=r"none.*: No such file"):
-        Spools(tmp_path / "none", print).get(archive)
+        opened(archive, tmp_path / "none")
 
 
 @pytest.mark.parametrize("mode", ["w:xz", "w:gz"])
@@ -99,7 +92,8 @@ def test_tar_inside_a_tar_is_a_class_folder(tmp_path: Path) -> None:
 
 def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:
     """What follows a cut inner tar is the outer one's: it must not pass for the inner's end."""
-    whole = make_tar(tmp_path / "inner.tar", IMAGES).read_bytes()
+    files = [(name.removeprefix("ant/"), data) for name, data in IMAGES]
+    whole = make_tar(tmp_path / "inner.tar", files).read_bytes()
     for cut in (whole[: 2 * MEMBER], whole[: 2 * MEMBER + 512 + 300], b""):
         for rows in ([("n1.tar", whole), ("n2.tar", cut)], [("n1.tar", cut), ("n2.tar", whole)]):
             archive = make_tar(tmp_path / "outer.tar", rows)
@@ -109,13 +103,15 @@ def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:
     archive = make_tar(tmp_path / "outer.tar", [("n1.tar", empty), ("n2.tar", whole)])
     source, images = listed(archive, tmp_path)
     assert len(images) == 4
-    assert source.warnings == [f"{archive}: 1 folders hold no image and give no class: n1"]
+    assert source.warnings == [f"{archive}: 1 folder holds no image and gives no class: n1"]
 
 
 def test_joined_tars(tmp_path: Path) -> None:
     """Tar itself reads only the first of two that `cat` joined, without a warning."""
-    one = make_tar(tmp_path / "one.tar", [("ant/1.jpg", b"1")]).read_bytes()
-    two = make_tar(tmp_path / "two.tar", [("ant/2.jpg", b"2")]).read_bytes()
+    one, two = (
+        make_tar(tmp_path / "one.tar", [(f"ant/{number}.jpg", b"1")]).read_bytes()
+        for number in (1, 2)
+    )
     both = tmp_path / "both.tar"
     both.write_bytes(one + two)
     with pytest.raises(DataError, match=rf"both.tar: .*second archive begins at byte {len(one)}$"):
@@ -125,40 +121,15 @@ def test_joined_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["../ant/1.jpg", "/bee/2.jpg", "ant/../3.jpg"], ["ant/1.jpg", "bee/2.jpg", "ant/3.jpg"]),
-        (["BZh9/1.jpg"], ["BZh9/1.jpg"]),  # the first bytes of a bzip2 file
-        (["ant/a.jpg"] * 2, ["ant/a.jpg"] * 2),  # the planner finds duplicates, not the source
-        *[
-            ([name], [name])
-            for name in (
-                f"{'d' * 150}/{'é' * 100}.jpg",
-                "ant/two words \"'\u2028.jpg",
-                f"x.JPEG/{os.fsdecode(b'caf%c.jpg' % 233)}",
-            )
-        ],
-    ],
-)
-def test_names(tmp_path: Path, names: list[str], expected: list[str], form: int) -> None:
-    contents = [b"1" * size for size in range(1, len(names) + 1)]
-    archive = make_tar(tmp_path / "data.tar", zip(names, contents, strict=True), form=form)
-    assert entries(archive, tmp_path) == sorted(zip(expected, contents, strict=True))
-
-
-def test_files_that_are_no_images(tmp_path: Path) -> None:
-    names = ["ant/", "bee.jpg/", "ant/a.jpg", "ant/.DS_Store", ".git/c/b.jpg", "ant/Thumbs.db"]
-    names += ["read me.txt", "ant/._a.jpg", "ant/b.webp"]
-    rows = [(name, b"" if name.endswith("/") else b"1") for name in names]
-    archive = make_tar(tmp_path / "data.tar", rows)
-    source, images = listed(archive, tmp_path)
-    assert keys(images) == ["ant/a.jpg"]
-    assert source.warnings == [
-        f"{archive}: 3 files are not images by name, left out: "
-        "ant/Thumbs.db, ant/b.webp, read me.txt",
-        f"{archive}: 1 folders hold no image and give no class: bee.jpg",
-    ]
+def test_names(tmp_path: Path, form: int) -> None:
+    kept = ["BZh9/1.jpg", "ant/caf\udce9.jpg", f"{'d' * 150}/{'é' * 100}.jpg"]  # BZh: as in bzip2
+    kept += ["ant/a.jpg"] * 2  # the planner finds duplicates, not the source
+    cleaned = {"../ant/1.jpg": "ant/1.jpg", "/bee/2.jpg": "bee/2.jpg", "ant/../3.jpg": "ant/3.jpg"}
+    archive = make_tar(
+        tmp_path / "data.tar", [(name, os.fsencode(name)) for name in (*kept, *cleaned)], form=form
+    )
+    expected = [(cleaned.get(name, name), os.fsencode(name)) for name in (*kept, *cleaned)]
+    assert entries(archive, tmp_path) == sorted(expected)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.GNUTYPE_SPARSE])
@@ -197,8 +168,8 @@ def test_header_that_leads_back_to_itself(tmp_path: Path) -> None:
     data[MEMBER + 124 : MEMBER + 136] = size
     set_checksum(data, MEMBER)
     (tmp_path / "data.tar").write_bytes(data)
-    endless = members(tmp_path / "data.tar", tmp_path / "data.tar")
-    with pytest.raises(DataError, match=r"data.tar: damaged or cut short after 0.jpg"):
+    endless = opened(tmp_path / "data.tar", tmp_path).images()
+    with pytest.raises(DataError, match=r"data.tar: damaged or cut short after ant/0.jpg"):
         list(islice(endless, 100))
 
 
@@ -217,7 +188,7 @@ def test_damaged_headers_never_raise_anything_else(tmp_path: Path) -> None:
         set_checksum(data, header)
         path.write_bytes(data)
         try:
-            outcomes["listed"] += bool(list(members(path, path)))
+            outcomes["listed"] += bool(list(opened(path, tmp_path).images()))
         except DataError as error:
             assert str(error).startswith(f"{path}: ")
             outcomes["refused"] += 1

@@ -1,0 +1,75 @@
+"""Spool files: what a compressed source contains, so that it can be read in any order."""
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import IO
+
+from mpl_fast.atomic import atomic_path
+from mpl_fast.errors import DataError, output_errors
+from mpl_fast.packing.sources.source import Request
+
+# A block or end mark follows the level: an uncompressed tar may begin with a file name "BZh...".
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
+# The last two: tarfile uses any number in a damaged header as an offset.
+_DAMAGE = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OverflowError)
+
+
+@contextmanager
+def archive_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading the archive at path into a DataError that names it."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise DataError(f"{path}: damaged or not a tar archive ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def spooled(request: Request, blocks: Iterable[bytes]) -> Path:
+    """Return a file of these blocks in the work folder, made once and kept.
+
+    blocks are the content of the request's path in a form of which images are byte ranges. The file
+    gets the time of that path, so that it is the same when made again. Raises OutputError when the
+    work folder is full.
+    """
+    path, work = request.path, request.work
+    state = path.stat()
+    identity = f"{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
+    digest = hashlib.sha256(os.fsencode(identity)).hexdigest()
+    spool = work / f"spool-{digest[:16]}.tar"
+    if not spool.exists():
+        request.report(f"unpacking {path} into a temporary file in {work}")
+        with output_errors(work), atomic_path(spool) as temporary:
+            with temporary.open("wb") as file:
+                for block in blocks:
+                    file.write(block)
+            os.utime(temporary, ns=(state.st_mtime_ns, state.st_mtime_ns))
+    return spool
+
+
+def decompressed(path: Path) -> Iterator[bytes] | None:
+    """Return blocks of the uncompressed content; None if the file is not compressed."""
+    with archive_errors(path), path.open("rb") as raw:
+        start = raw.read(10)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return _blocks(lzma.open, path)
+    if start.startswith(b"\x1f\x8b"):
+        return _blocks(gzip.open, path)
+    return _blocks(bz2.open, path) if _BZIP2.match(start) else None
+
+
+def _blocks(
+    opened: Callable[[Path], AbstractContextManager[IO[bytes] | gzip.GzipFile]], path: Path
+) -> Iterator[bytes]:
+    with archive_errors(path), opened(path) as stream:
+        while block := stream.read(1 << 20):
+            yield block

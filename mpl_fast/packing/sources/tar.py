@@ -1,0 +1,103 @@
+"""Tar archives as sources: their members are byte ranges."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from mpl_fast.errors import DataError
+from mpl_fast.packing.sources.class_folders import ClassFolders, Entry
+from mpl_fast.packing.sources.source import Request
+from mpl_fast.packing.sources.spool import archive_errors, decompressed, spooled
+
+_BLOCK = 512  # bytes; the unit of a tar file
+_SHOWN = 10  # names that an error lists
+_PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
+
+
+class TarSource(ClassFolders):
+    """A tar archive, or a folder in it; a compressed one is unpacked first."""
+
+    kind = "archive"
+    has_folders = True
+
+    def __init__(self, request: Request) -> None:
+        blocks = decompressed(request.path)
+        super().__init__(request, None if blocks is None else spooled(request, blocks))
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return True
+
+    def _entries(self) -> Iterator[Entry]:
+        """Yield the members of the folder, named relative to it.
+
+        A tar inside the archive (ImageNet's has one for each class) is a folder of its name. Raises
+        DataError for links, and when the archive is damaged, truncated or followed by another.
+        """
+        archive, folder = self.request.path, clean_name(self.request.folder)
+        prefix = f"{folder}/" if folder else ""
+        found = False
+        tops: dict[str, None] = {}
+        with archive_errors(archive), self.file.open("rb") as raw:
+            for path, start, size, _ in _members(raw, 0, raw.seek(0, os.SEEK_END), "", archive):
+                if path.startswith(prefix):
+                    found = True
+                    yield Entry(path[len(prefix) :], start, size)
+                elif len(tops) < _SHOWN:
+                    tops[path.partition("/")[0]] = None
+        if prefix and not found:
+            where = f"in this archive; it holds {', '.join(tops)}"
+            raise DataError(f"{archive}: no folder {folder!r} {where}")
+
+
+def clean_name(name: str) -> str:
+    """Return a path inside an archive without the parts "", "." and ".."."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) -> Iterator[Entry]:
+    """Yield the members of the tar in the bytes from start to stop; offsets count from byte 0.
+
+    A tar inside another has no end of file: without stop, a truncated one would run on.
+    """
+    raw.seek(start)
+    name = prefix
+    with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (item := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # 1 KB an image, never used
+            if tar.offset > stop or item.size < 0:
+                break
+            name = prefix + clean_name(item.name)
+            if item.issym() or item.islnk() or item.issparse():
+                raise DataError(f"{shown}: {name} is a link or sparse; pack from the unpacked tree")
+            if item.isreg() and name.endswith(".tar"):
+                inner = f"{name.removesuffix('.tar')}/"
+                yield Entry(inner[:-1], 0, -1)
+                end = item.offset_data + item.size
+                yield from _members(raw, item.offset_data, end, inner, shown)
+            elif item.isreg():
+                yield Entry(name, item.offset_data, item.size)
+            elif item.isdir() and name:
+                yield Entry(name, 0, -1)
+        end = tar.offset
+    _require_end(raw, end, stop, f"{shown}: damaged or cut short after {name or 'its start'}")
+
+
+def _require_end(raw: IO[bytes], end: int, stop: int, fault: str) -> None:
+    """DataError unless the tar's end mark is at end and no other tar follows it before stop."""
+    # tarfile stops silently at a damaged header, so the end mark is checked here.
+    raw.seek(end)
+    if end + _BLOCK > stop or raw.read(_BLOCK) != bytes(_BLOCK):
+        raise DataError(f"{fault} (no end mark)")
+    padding = raw.read(min(stop - end - _BLOCK, _PADDING))
+    for at in range(0, len(padding), _BLOCK):
+        block = padding[at : at + _BLOCK]
+        if any(block):
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return  # padding that some writers leave after the end mark
+            # Joined with `cat`: tar itself would stop here silently.
+            raise DataError(f"{fault}: a second archive begins at byte {end + _BLOCK + at}")

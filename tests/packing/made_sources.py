@@ -1,0 +1,104 @@
+"""Opened sources and their images; sources of images that need not exist, and their plans."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
+from mpl_fast.packing.plan.make_plan import make_plan
+from mpl_fast.packing.sources.kinds import open_source
+from mpl_fast.packing.sources.source import Image, Source
+from tests.packing.packs import KEEP, Planned
+
+
+def opened(
+    spec: Path | str,
+    work: Path,
+    *,
+    root: Path | None = None,
+    labels: Path | None = None,
+    report: Callable[[str], None] = print,
+) -> Source:
+    """Open what spec names; compressed archives are unpacked into work."""
+    return open_source(str(spec), root=root, labels=labels, work=work, report=report)
+
+
+def listed(
+    spec: Path | str, work: Path, *, root: Path | None = None, labels: Path | None = None
+) -> tuple[Source, list[Image]]:
+    """Return what spec names and all of its images, sorted."""
+    source = opened(spec, work, root=root, labels=labels)
+    return source, sorted(source.images())
+
+
+def keys(images: Sequence[Image]) -> list[str]:
+    """Return `class/name` of each image."""
+    return [f"{image.class_name}/{image.name}" for image in images]
+
+
+def content(source: Source, image: Image) -> bytes:
+    """Return the bytes in the range of an image."""
+    if image.start < 0:
+        path = source.file / image.path
+        assert path.stat().st_mtime_ns == image.stamp
+        assert path.stat().st_size == image.size
+        return path.read_bytes()
+    assert image.stamp == 0
+    return source.file.read_bytes()[image.start :][: image.size]
+
+
+def entries(spec: Path | str, work: Path, *, labels: Path | None = None) -> list[tuple[str, bytes]]:
+    """Return `class/name` and content of every image, sorted."""
+    source, images = listed(spec, work, labels=labels)
+    return [(key, content(source, image)) for key, image in zip(keys(images), images, strict=True)]
+
+
+def image(class_name: str, name: str, size: int = 10) -> Image:
+    return Image(class_name, name, f"{class_name}/{name}", -1, size, 7)
+
+
+def images_of(counts: Mapping[str, int], size: int = 10) -> list[Image]:
+    """Return images `0.jpg`, `1.jpg`, ... of each class."""
+    return [
+        image(name, f"{number}.jpg", size)
+        for name, count in counts.items()
+        for number in range(count)
+    ]
+
+
+class MadeSource(Source):
+    """A source of images that need not exist; order are the classes if it numbers its labels."""
+
+    kind = "archive"
+
+    def __init__(
+        self,
+        images: Sequence[Image],
+        spec: str = "somewhere",
+        *,
+        order: Sequence[str] | None = None,
+        stamp: int = 0,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.spec, self.file, self.size, self.stamp = spec, Path("/", spec), 0, stamp
+        self.class_order = None if order is None else tuple(order)
+        self.warnings = ["of an earlier listing"]
+        self._listed, self._new_warnings = images, warnings
+
+    def _list(self) -> Iterator[Image]:
+        yield from self._listed
+        self.warnings += self._new_warnings
+
+
+def plan_of(
+    path: Path,
+    train: Source | Sequence[Source],
+    how: SplitOptions,
+    val: Source | None = None,
+    image_options: ImageOptions = KEEP,
+) -> Planned:
+    """Plan and return the plan."""
+    sources = [train] if isinstance(train, Source) else train
+    src = tuple(source.spec for source in sources)
+    options = PackOptions(src=src, out=path.parent, split=how, image=image_options)
+    make_plan(path, sources, val, options)
+    return Planned(path)
