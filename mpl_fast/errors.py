@@ -1,13 +1,15 @@
 """The errors that a user can correct: one line each, with an exit code for each kind."""
 
+import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
 RANK_DELAY = 5.0  # seconds
 
@@ -48,6 +50,39 @@ class CheckpointError(UserError):
     """No checkpoint can be read, or it belongs to another run."""
 
     exit_code = 6
+
+
+def run_command(program: str, command: Callable[[], int | None], interrupted: str = "") -> NoReturn:
+    """Runs a command and exits with its code, that of its `UserError`, or `INTERRUPTED`.
+
+    If its stdout is closed early, as by ``| head -1``, the command continues without output.
+    """
+    if isinstance(out := sys.stdout, io.TextIOWrapper) and out is sys.__stdout__:
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Output(out.fileno(), "w", closefd=False)),
+            encoding=out.encoding,
+            errors=out.errors,
+            line_buffering=out.line_buffering or out.write_through,
+        )
+    try:
+        sys.exit(command())
+    except UserError as error:
+        fail(program, error)
+    except KeyboardInterrupt:
+        if interrupted:
+            print(f"{program}: {interrupted}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+class _Output(io.FileIO):
+    """Standard output until its reader has gone; from then on, /dev/null."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return super().write(data)
 
 
 def fail(program: str, error: UserError) -> NoReturn:

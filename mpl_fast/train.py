@@ -3,33 +3,34 @@
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Run by path, Python puts mpl_fast/ on the import path; it is the folder above that belongs there.
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mpl_fast.config.command_line import parse, wants_dry_run
-from mpl_fast.errors import UserError, fail
+from mpl_fast.errors import run_command
 from mpl_fast.training.process import die_with_launcher
 
 
-def main() -> int:
-    """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
+def main() -> NoReturn:
+    """Trains, or prints what training would need."""
     die_with_launcher()
-    try:
-        config = parse(sys.argv[1:])
-        if wants_dry_run(sys.argv[1:]):
-            from mpl_fast.dry_run.command import dry_run
+    run_command("train", _train)
 
-            return dry_run(config)
-        from mpl_fast.training import run
 
-        return run.train(config)
-    except UserError as error:
-        fail("train", error)
-    except KeyboardInterrupt:
-        return 130
+def _train() -> int:
+    """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
+    config = parse(sys.argv[1:])
+    if wants_dry_run(sys.argv[1:]):
+        from mpl_fast.dry_run.command import dry_run
+
+        return dry_run(config)
+    from mpl_fast.training import run
+
+    return run.train(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

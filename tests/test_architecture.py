@@ -28,27 +28,15 @@ LAYERS = [
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
 NEVER_IN_ALGORITHMS = (
-    "torch.distributed",
-    "torch.amp",
-    "torch.autocast",
-    "torch.cuda.amp",
-    "torch.nn.parallel",
-    "nvidia",
-    "triton",
-)
+    "torch.distributed", "torch.amp", "torch.autocast", "torch.cuda.amp", "torch.nn.parallel",
+    "nvidia", "triton",
+)  # fmt: skip
 # Behind a command line that answers --help at once: these wait until they are needed.
-LIGHT = ["config/__init__", "errors", "data/manifest", "data/records"]
-LIGHT += [
-    "packing/__init__",
-    "packing/options",
-    "packing/pack",
-    "packing/cli",
-    "train",
-    "training/process",
-    "config/command_line",
-    "__init__",
-    "data/__init__",
-]
+LIGHT = [
+    "__init__", "config/__init__", "config/command_line", "data/__init__", "data/manifest",
+    "data/records", "errors", "packing/__init__", "packing/cli", "packing/options", "packing/pack",
+    "train", "training/process",
+]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "nvidia", "tensorboardX", "triton", "matplotlib"}
 
 
@@ -57,13 +45,10 @@ def unit(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path, *, late: bool = True) -> Iterator[str]:
-    """Full names imported by a file; without `late`, only those that importing it imports."""
-    yield from _imports_of(ast.parse(path.read_text()), path, late)
-
-
-def _imports_of(node: ast.AST, path: Path, late: bool) -> Iterator[str]:
-    for child in ast.iter_child_nodes(node):
+def imports(path: Path, *, late: bool = True, node: ast.AST | None = None) -> Iterator[str]:
+    """Full names imported by a file, or in one `node` of it; without `late`, only those that
+    importing it imports."""
+    for child in ast.iter_child_nodes(node or ast.parse(path.read_text())):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
@@ -74,7 +59,7 @@ def _imports_of(node: ast.AST, path: Path, late: bool) -> Iterator[str]:
             yield module
             yield from (f"{module}.{alias.name}" for alias in child.names)
         elif late or not (_is_function(child) or _is_type_checking(child)):
-            yield from _imports_of(child, path, late)
+            yield from imports(path, late=late, node=child)
 
 
 def _is_function(node: ast.AST) -> bool:
@@ -88,10 +73,6 @@ def _is_type_checking(node: ast.AST) -> bool:
 def units_imported(path: Path) -> set[str]:
     names = (name.split(".") for name in imports(path))
     return {parts[1] for parts in names if parts[0] == "mpl_fast" and len(parts) > 1}
-
-
-def starts(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 def relative(path: Path) -> str:
@@ -118,8 +99,8 @@ def test_kernels_stand_alone(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "algorithms").glob("*.py")), ids=relative)
 def test_algorithms_read_as_if_there_were_one_device(path: Path) -> None:
     """Precision, ranks and gradient averaging are the learner's, records are data's."""
-    names = set(imports(path))
-    assert not [name for name in names if starts(name, NEVER_IN_ALGORITHMS)]
+    prefixes = tuple(f"{name}." for name in NEVER_IN_ALGORITHMS)
+    assert not [name for name in imports(path) if f"{name}.".startswith(prefixes)]
     tree = ast.walk(ast.parse(path.read_text()))
     words = {node.attr for node in tree if isinstance(node, ast.Attribute)}
     assert not words & {"autocast", "all_reduce", "DistributedDataParallel"}
@@ -128,10 +109,7 @@ def test_algorithms_read_as_if_there_were_one_device(path: Path) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_command_lines_import_nothing_heavy(name: str) -> None:
     """Directly, or through what they import of this package at module level."""
-    start = PACKAGE / f"{name}.py"
-    if not start.exists():
-        pytest.skip(f"there is no mpl_fast/{name}.py")
-    waiting, seen = [start], set()
+    waiting, seen = [PACKAGE / f"{name}.py"], set()
     while waiting:
         path = waiting.pop()
         seen.add(path)

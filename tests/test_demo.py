@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, run_here
 from tools import demo
 from tools.demo import table
+
+DEMO = ROOT / "tools" / "demo.py"
 
 
 def test_ctrl_c_saves_and_ends_with_one_line(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "demo.py"), "--steps", "9000", "--out", str(out)],
+        [sys.executable, str(DEMO), "--steps", "9000", "--ranks", "1", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,9 +50,21 @@ def test_a_complete_run_of_an_older_version_is_read(
     assert (result["top1"], result["train_seconds"]) == (50.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "cores", "ranks"), [("", 8, 2), ("", 1, 1), ("GPU 0\n" * 3, 8, 3)]
+)
+def test_one_rank_a_gpu_and_else_two(
+    gpus: str, cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = subprocess.CompletedProcess[str]([], 0, gpus)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", lambda command, **options: listed)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert demo._ranks() == ranks
+
+
 def test_seeds_must_be_positive() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--seeds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_here(demo.main, ["--seeds", "0"])
     assert done.returncode == 2 and "--seeds must be at least 1" in done.stderr
 
 

@@ -1,8 +1,13 @@
 """Errors end a command with one line and an exit code."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from mpl_fast.errors import ConfigError, fail
+from mpl_fast.errors import ConfigError, fail, run_command
+from tests.tiny_run import ROOT
 
 
 @pytest.mark.parametrize(("rank", "alone"), [("0", False), ("1", False), ("1", True)])
@@ -20,3 +25,41 @@ def test_the_rank_that_prints_an_error_ends_first(
     prints = rank == "0" or alone
     assert ended.value.code == 2 and bool(waited) is not prints
     assert capsys.readouterr().err == ("train: error: wrong\n" if prints else "")
+
+
+@pytest.mark.parametrize(("interrupted", "printed"), [("", ""), ("saved", "train: saved\n")])
+def test_ctrl_c_is_an_exit_code(
+    interrupted: str, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", command, interrupted)
+    assert ended.value.code == 130 and capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mpl_fast/train.py --help",
+        "mpl_fast/train.py --print-config",
+        "tools/contact_sheet.py --help",
+        "tools/demo.py --help",
+        "tools/evaluate.py --help",
+        "tools/make_rec.py --help",
+        "tools/plot.py --help",
+        "-m tools.bench",
+        "-m tools.studies.ablation --help",
+        "-m tools.studies.feedbacks --help",
+        "-m tools.studies.two_moons --help",
+    ],
+)
+def test_a_command_whose_stdout_is_closed_ends_as_usual(command: str) -> None:
+    """As after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, *command.split()]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -76,16 +76,13 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.slow
-def test_wheel_holds_every_module_under_one_name(root: Path, wheel: list[str]) -> None:
+def test_wheel_holds_license_and_every_module_under_one_name(root: Path, wheel: list[str]) -> None:
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"mpl_fast"}
     packed = {name for name in wheel if name.endswith(".py")}
     files = set((root / "mpl_fast").rglob("*.py")) | set((root / "mpl_fast/kernels").glob("*.py"))
     assert packed == {str(file.relative_to(root)) for file in files}
     assert "mpl_fast/kernels/teacher.py" in packed
-
-
-def test_wheel_holds_its_license(wheel: list[str]) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 

@@ -1,10 +1,13 @@
 """A training run small enough for tests: 110 real JPEG digits, a tiny wide ResNet, a few steps."""
 
+import contextlib
+import gc
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,9 +29,8 @@ log_every: 2
 checkpoint_every: 2
 device: cpu
 deterministic: true
-data: {{image_size: 16, crop: pad_crop, flip: true, policy: {policy}, magnitude: 8, translate: 4,
-cutout: 4,
-  threads: 1, prefetch: 1}}
+data: {{image_size: 16, crop: pad_crop, flip: true, num_ops: 1, magnitude: 8,
+  translate: 4, cutout: 4, threads: 1, prefetch: 1}}
 model: {{name: wrn_10_1, norm_momentum: 0.1}}
 algorithm:
 """
@@ -81,13 +83,11 @@ def write_digits(folder: Path, train: int = 60, val: int = 50) -> None:
         file.write_bytes(simplejpeg.encode_jpeg(color, quality=95))
 
 
-def arguments(folder: Path, rec: Path, *, recipe: str = "mpl", policy: str = "dali") -> list[str]:
-    """Options of a run in `folder`, `recipe` a key of ALGORITHMS; DALI's own policy starts
-    fastest."""
+def arguments(folder: Path, rec: Path, *, recipe: str = "mpl") -> list[str]:
+    """Options of a run in `folder`; `recipe` is a key of ALGORITHMS."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    config = folder.parent / f"{recipe.replace(' ', '_')}_{policy}.yaml"
-    name = recipe.split()[0]
-    config.write_text(CONFIG.format(recipe=name, policy=policy) + ALGORITHMS[recipe])
+    config = folder.parent / f"{recipe.replace(' ', '_')}.yaml"
+    config.write_text(CONFIG.format(recipe=recipe.split()[0]) + ALGORITHMS[recipe])
     return ["--config", str(config), "--data.root", str(rec), "--run-dir", str(folder)]
 
 
@@ -104,31 +104,62 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(
-    arguments: list[str], ranks: int = 1, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end, however it ends."""
     return subprocess.run(
         command(arguments, ranks),
         capture_output=True,
         text=True,
-        timeout=300,
-        env=env or environment(),
+        timeout=600,
+        env=environment(),
         check=False,
     )
 
 
+def run_here(main: Callable[[], object], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this process, which saves the seconds of its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        mock.patch("sys.argv", ["", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    gc.collect()  # closes what the end of a process would
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def train_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs train.py in this process."""
+    from mpl_fast import train
+
+    return run_here(train.main, [*arguments])
+
+
 def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs sessions one after the other in one process a rank, which saves their imports."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    """Runs sessions one after the other: of one rank in this process, of more in one process each.
+
+    A session is a run's options, or one of SESSIONS with its arguments.
+    """
+    if ranks == 1:
+        return run_here(lambda: _in_turn([*sessions]), [])
+    return launch("tests.tiny_run", json.dumps(sessions), ranks=ranks)
+
+
+def launch(module: str, argument: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Runs a module of the tests under torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
     return subprocess.run(
-        [
-            *(sys.executable, "-m", *(launcher if ranks > 1 else []), "tests.tiny_run"),
-            json.dumps(sessions),
-        ],
+        [sys.executable, "-m", *launcher, argument],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         cwd=ROOT,
         env=environment() | {"PYTHONPATH": str(ROOT)},
         check=False,
@@ -147,28 +178,33 @@ def final_state(folder: Path, step: int = 6) -> dict[str, Any]:
     return state
 
 
-def assert_same(one: Any, other: Any, where: str = "state") -> None:
-    """Bit for bit, through dicts and lists; wall-clock time is all that may differ."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            if key != "train_seconds":
-                assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and torch.equal(one, other), where
-    else:
-        assert one == other, where
+def flip(file: Path) -> None:
+    """Changes one bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-def _train_in_turn(sessions: list[list[str]]) -> None:
+def evaluate(*arguments: str) -> None:
+    """Runs tools/evaluate.py in this process."""
+    from tools.evaluate import main
+
+    with mock.patch("sys.argv", ["evaluate.py", *arguments]):
+        main()
+
+
+SESSIONS: dict[str, Callable[..., object]] = {
+    "evaluate": evaluate,  # on all ranks; the others on the first
+    "flip": lambda file: flip(Path(file)),
+    "move": lambda file, to: Path(file).rename(to),
+}
+
+
+def _in_turn(sessions: list[list[str]]) -> None:
     """All sessions use one process group: it cannot be joined again after leaving it."""
     from mpl_fast import distributed
     from mpl_fast.config import command_line
+    from mpl_fast.errors import UserError
     from mpl_fast.training import run
 
     leave, join = distributed.shutdown, dist.init_process_group
@@ -181,10 +217,18 @@ def _train_in_turn(sessions: list[list[str]]) -> None:
         mock.patch.object(distributed, "shutdown"),
         mock.patch.object(dist, "init_process_group", join_once),
     ):
-        for session in sessions:
-            run.train(command_line.parse(session))
+        for name, *given in sessions:
+            distributed.barrier()
+            if name not in SESSIONS:
+                try:
+                    run.train(command_line.parse([name, *given]))
+                except UserError as error:
+                    print(f"rank {distributed.rank()}: {error}", file=sys.stderr)
+            elif distributed.rank() == 0 or name == "evaluate":
+                SESSIONS[name](*given)
+            distributed.barrier()
     leave()
 
 
 if __name__ == "__main__":
-    _train_in_turn(json.loads(sys.argv[1]))
+    _in_turn(json.loads(sys.argv[1]))

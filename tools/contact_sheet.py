@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.config.command_line import parse
-from mpl_fast.errors import ConfigError, UserError, fail
+from mpl_fast.errors import ConfigError, run_command
 
 DESCRIPTION = """Writes a PNG of real images from REC, one a row: the original, the weak view, and
 several draws of the strong view of the same crop. The views are those of a recipe (--config) or the
@@ -25,24 +25,21 @@ def main() -> None:
     own, options = parser.parse_known_args()
     if own.config:
         options = ["--config", own.config, *options]
-    try:
-        parts = [*options, "--data.root", own.rec, "--run-dir", "none"]
-        config = parse(parts, for_training=False)
-        _check(own)
-        # DALI takes seconds to load: only once there is something to do.
-        from mpl_fast.data.contact_sheet import contact_sheet
-        from mpl_fast.data.manifest import read_manifest
+    parts = [*options, "--data.root", own.rec, "--run-dir", "none"]
+    config = parse(parts, for_training=False)
+    _check(own)
+    # DALI takes seconds to load: only once there is something to do.
+    from mpl_fast.data.contact_sheet import contact_sheet
+    from mpl_fast.data.manifest import read_manifest
 
-        contact_sheet(
-            config.data,
-            read_manifest(own.rec),
-            own.out,
-            images=own.images,
-            draws=own.draws,
-            seed=config.seed,
-        )
-    except UserError as error:
-        fail("contact_sheet", error)
+    contact_sheet(
+        config.data,
+        read_manifest(own.rec),
+        own.out,
+        images=own.images,
+        draws=own.draws,
+        seed=config.seed,
+    )
     print(own.out)
 
 
@@ -60,4 +57,4 @@ def _check(own: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("contact_sheet", main)

@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
-from mpl_fast.errors import UserError, fail
+from mpl_fast.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
@@ -28,19 +28,16 @@ def main() -> None:
     """Every part is the command that a user would type, and is printed before it runs."""
     options = _options()
     began = time.perf_counter()
-    try:
-        images = _write_digits(options.out / "images")
-        runs: dict[str, list[Result]] = {name: [] for name in RECIPES}
-        for seed in range(options.seeds):
-            rec = _pack(images, options.out / f"rec_seed{seed}", seed)
-            for recipe in RECIPES:
-                runs[recipe].append(_train(recipe, rec, seed, options))
-        summary = {name: _over_seeds(results) for name, results in runs.items()}
-        file = options.out / "summary.json"
-        file.write_text(json.dumps(summary, indent=1) + "\n")
-        picture = _draw(runs, options)
-    except UserError as error:
-        fail("demo", error)
+    images = _write_digits(options.out / "images")
+    runs: dict[str, list[Result]] = {name: [] for name in RECIPES}
+    for seed in range(options.seeds):
+        rec = _pack(images, options.out / f"rec_seed{seed}", seed)
+        for recipe in RECIPES:
+            runs[recipe].append(_train(recipe, rec, seed, options))
+    summary = {name: _over_seeds(results) for name, results in runs.items()}
+    file = options.out / "summary.json"
+    file.write_text(json.dumps(summary, indent=1) + "\n")
+    picture = _draw(runs, options)
     print(f"\n{table(summary, options)}\n\n{file}\n{picture}")
     print(f"demo finished in {time.perf_counter() - began:.0f} s")
 
@@ -177,4 +174,4 @@ def _draw(runs: dict[str, list[Result]], options: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_command("demo", main)

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.config.command_line import parse
-from mpl_fast.errors import ConfigError, UserError, fail
+from mpl_fast.errors import ConfigError, run_command
 from mpl_fast.training.process import die_with_launcher
 
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
@@ -16,29 +16,23 @@ The options are those of RUN/config.yaml; options of train.py override them. Und
 images are divided among the ranks."""
 
 
-def main() -> None:
+def main() -> int:
     """Evaluates with the config of the run; options override it."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
-        sys.exit(0 if "--help" in arguments or "-h" in arguments else 2)
+        return 0 if "--help" in arguments or "-h" in arguments else 2
     die_with_launcher()
     run, *options = arguments
     config_file = Path(run) / "config.yaml"
-    try:
-        if not config_file.exists():
-            raise ConfigError(
-                f"{config_file} does not exist: name a run directory that has trained"
-            )
-        config = parse(["--config", str(config_file), *options, "--run-dir", run])
-        from mpl_fast.training.evaluate import evaluate_run
+    if not config_file.exists():
+        raise ConfigError(f"{config_file} does not exist: name a run directory that has trained")
+    config = parse(["--config", str(config_file), *options, "--run-dir", run])
+    from mpl_fast.training.evaluate import evaluate_run
 
-        evaluate_run(config)
-    except UserError as error:
-        fail("evaluate", error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    evaluate_run(config)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command("evaluate", main)

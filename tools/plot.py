@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.errors import UserError, fail
+from mpl_fast.errors import UserError, run_command
 
 
 def main() -> None:
@@ -15,16 +15,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
     chosen = parser.parse_args()
-    try:
-        from mpl_fast.training.curves import draw
+    from mpl_fast.training.curves import draw
 
+    try:
         draw([(str(run), run) for run in chosen.runs], chosen.out)
-    except UserError as error:
-        fail("plot", error)
     except ModuleNotFoundError as error:
-        fail("plot", UserError(f"{error.name} is missing: pip install {error.name}"))
+        raise UserError(f"{error.name} is missing: pip install {error.name}") from error
     print(chosen.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_command("plot", main)

@@ -30,9 +30,7 @@ __all__ = ["Algorithm", "AlgorithmContext", "LearnerFactory", "build"]
 
 
 def build(
-    config: AlgorithmConfig,
-    new_learner: LearnerFactory,
-    context: AlgorithmContext | None = None,
+    config: AlgorithmConfig, new_learner: LearnerFactory, context: AlgorithmContext | None = None
 ) -> Algorithm:
     """The algorithm that `config` describes; mypy reports a config without a case."""
     context = context or AlgorithmContext()

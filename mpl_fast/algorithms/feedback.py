@@ -4,7 +4,7 @@ The derivations are in docs/algorithms.md.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from mpl_fast import losses
 from mpl_fast.algorithms.base import Metrics
 from mpl_fast.algorithms.labels import Labels
-from mpl_fast.config.algorithms import Derivative
+from mpl_fast.batch import Batch
+from mpl_fast.config import MPLConfig, SMPLConfig
+from mpl_fast.config.algorithms import BY_SGD_STEP
 from mpl_fast.distributed import mean_over_ranks
 from mpl_fast.learner import Learner
 from mpl_fast.learner.jvp import log_softmax_jvp
@@ -54,11 +56,11 @@ class NoFeedback:
 
     ce_weight = 0.0
 
-    def __init__(self, student: Learner, images: Tensor, labels: Tensor) -> None:
-        self._student, self._images, self._labels = student, images, labels
+    def __init__(self, student: Learner, measured: Batch) -> None:
+        self._student, self._measured = student, measured
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
-        self._new = labeled_loss(self._student, self._images, self._labels)
+        self._new = labeled_loss(self._student, self._measured)
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
         return logits.new_zeros(())
@@ -78,20 +80,19 @@ class DifferenceFeedback:
     def __init__(
         self,
         student: Learner,
-        images: Tensor,
-        labels: Tensor,
-        baseline: Tensor | None = None,
-        momentum: float = 0.99,
+        measured: Batch,
+        baseline: Tensor | None,
+        momentum: float,
         *,
-        fused: bool = False,
+        fused: bool,
     ) -> None:
-        self._student, self._images, self._labels = student, images, labels
+        self._student, self._measured = student, measured
         self._baseline, self._momentum, self._fused = baseline, momentum, fused
-        self._old = labeled_loss(student, images, labels)
+        self._old = labeled_loss(student, measured)
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         self._pseudo = labels
-        self._new = labeled_loss(self._student, self._images, self._labels)
+        self._new = labeled_loss(self._student, self._measured)
         # A skipped update has no feedback: NaN makes the teacher skip its update too.
         after = torch.where(rate.isfinite(), self._new, torch.nan)
         old, new = mean_over_ranks(torch.stack([self._old, after]))
@@ -118,8 +119,8 @@ class DerivativeFeedback:
     loss by r/U * sum u * (change of the labels), where u is the derivative of log softmax(student)
     along the gradient of the labeled loss after the step. No second derivatives are needed.
 
-    `kind`: exact, for soft labels: r/U * sum u * softmax(teacher), without noise. per_example, for
-    drawn labels: each label has its own h = -r/U * u[label]; unbiased, with less noise than the
+    Feedback exact, for soft labels: r/U * sum u * softmax(teacher), without noise. per_example,
+    for drawn labels: each label has its own h = -r/U * u[label]; unbiased, with less noise than the
     difference. `unlabeled`: the images of the student's passes in this step, in their order.
     """
 
@@ -127,27 +128,24 @@ class DerivativeFeedback:
 
     def __init__(
         self,
-        kind: Literal["exact", "per_example"],
+        config: MPLConfig | SMPLConfig,
         student: Learner,
-        images: Tensor,
-        labels: Tensor,
+        measured: Batch,
         unlabeled: Sequence[Tensor],
-        label_smoothing: float,
-        derivative: Derivative,
     ) -> None:
-        self._kind = kind
-        self._student, self._images, self._labels = student, images, labels
-        self._unlabeled, self._smoothing, self._derivative = unlabeled, label_smoothing, derivative
+        self._config, self._student = config, student
+        self._measured, self._unlabeled = measured, unlabeled
         self._weights = student.weights()
         self._rng = rng_state(student.device)  # which the student's passes draw their dropout from
         self._decreases: list[Tensor] = []  # one for each call of `term`
 
     def observe_update(self, strong: Tensor, labels: Labels, rate: Tensor) -> None:
         student = self._student
-        direction, self._new = student.labeled_gradient(self._images, self._labels)
+        measured = self._measured
+        direction, self._new = student.labeled_gradient(measured.labeled, measured.labels)
         with replay_rng(self._rng, student.device):
             change = [
-                student.jvp(self._weights, direction, images, self._derivative)
+                student.jvp(self._weights, direction, images, self._config.derivative)
                 for images in self._unlabeled
             ]
         self._weights = []
@@ -155,10 +153,10 @@ class DerivativeFeedback:
         self._u = log_softmax_jvp(strong, torch.cat(change))  # (U, C)
         if labels.weight is not None:
             self._u = self._u * labels.weight[:, None]
-        self._rate = rate * (1.0 - self._smoothing)
+        self._rate = rate * (1.0 - self._config.label_smoothing)
 
     def term(self, logits: Tensor, rows: slice = ALL) -> Tensor:
-        if self._kind == "exact":
+        if self._config.feedback == "exact":
             value = losses.exact_feedback(logits, self._u[rows], weight=self._rate)
             self._decreases.append(-value.detach())
             return value
@@ -168,14 +166,31 @@ class DerivativeFeedback:
         return losses.student_loss(logits, target, weight=h)
 
     def metrics(self) -> Metrics:
-        return {
-            "feedback": torch.stack(self._decreases).mean(),
-            "loss/student_labeled": self._new,
-        }
+        decrease = torch.stack(self._decreases).mean()
+        return {"feedback": decrease, "loss/student_labeled": self._new}
 
 
-def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
-    """The student's cross-entropy on labeled images ``(N, ...)``, 0-dim, without gradient.
+def make_feedback(
+    config: MPLConfig | SMPLConfig,
+    student: Learner,
+    measured: Batch,
+    unlabeled: Sequence[Tensor],
+    baseline: Tensor | None = None,
+    momentum: float = 0.0,
+    *,
+    fused: bool,
+) -> Feedback:
+    """The configured feedback by the labeled images of `measured`; none if the student's learning
+    rate is 0. The other arguments are those of the classes above."""
+    if config.feedback == "off" or student.lr == 0.0:
+        return NoFeedback(student, measured)
+    if config.feedback in BY_SGD_STEP:
+        return DerivativeFeedback(config, student, measured, unlabeled)
+    return DifferenceFeedback(student, measured, baseline, momentum, fused=fused)
+
+
+def labeled_loss(student: Learner, measured: Batch) -> Tensor:
+    """The student's cross-entropy on the labeled images of a batch, 0-dim, without gradient.
 
     Before and after the update batch norm uses the statistics of these images alone, so a student
     that does not move has a difference of exactly 0. (The published codes take the first loss from
@@ -183,4 +198,4 @@ def labeled_loss(student: Learner, images: Tensor, labels: Tensor) -> Tensor:
     both, but they fit the weights before the update and not those after it, which makes h negative
     for any labels.)
     """
-    return losses.smoothed_ce(student.forward_batch_stats(images), labels).loss
+    return losses.smoothed_ce(student.forward_batch_stats(measured.labeled), measured.labels).loss

@@ -23,11 +23,7 @@ class Labels(NamedTuple):
 
 
 def make_labels(
-    logits: Tensor,
-    kind: LabelKind,
-    *,
-    uniforms: Tensor | None = None,
-    threshold: float = 0.0,
+    logits: Tensor, kind: LabelKind, *, uniforms: Tensor | None = None, threshold: float = 0.0
 ) -> Labels:
     """Pseudo labels from a teacher's logits ``(U, C)``.
 
@@ -35,7 +31,7 @@ def make_labels(
     is smaller get weight 0; a threshold of 0 gives no weights. Rows of logits that are not finite
     get class -1, which makes the losses NaN, so that `Learner` skips the update.
     """
-    found = losses.pseudo_labels(logits, uniforms=uniforms if kind == "sampled" else None)
+    found = losses.pseudo_labels(logits, uniforms=uniforms)
     hard = torch.where(found.confidence.isfinite(), found.label, -1)
     weight = (found.confidence >= threshold).to(torch.float32) if threshold > 0 else None
     return Labels(logits if kind == "soft" else hard, weight, hard)

@@ -8,12 +8,7 @@ from torch import Tensor
 
 from mpl_fast import losses
 from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
-from mpl_fast.algorithms.feedback import (
-    DerivativeFeedback,
-    DifferenceFeedback,
-    Feedback,
-    NoFeedback,
-)
+from mpl_fast.algorithms.feedback import Feedback, make_feedback
 from mpl_fast.algorithms.labels import Labels, make_labels
 from mpl_fast.algorithms.microbatches import mean_metrics, microbatches, row_slices
 from mpl_fast.algorithms.uda import uda_loss
@@ -86,10 +81,7 @@ class MetaPseudoLabels:
         """Forward and backward pass of one microbatch: detached logits ``(U, C)``, and the loss."""
         logits = self.student(strong)
         loss, grad_logits = losses.student_loss_and_grad(
-            logits,
-            labels.target,
-            label_smoothing=self.config.label_smoothing,
-            weight=labels.weight,
+            logits, labels.target, label_smoothing=self.config.label_smoothing, weight=labels.weight
         )
         self.student.backward((logits, grad_logits), microbatches=self.microbatches)
         return logits.detach(), loss
@@ -106,13 +98,7 @@ class MetaPseudoLabels:
         """Backward pass of one microbatch, whose labels are `rows` of all."""
         config, weight = self.config, self.config.feedback_weight_at(t)
         loss = uda_loss(
-            logits,
-            batch,
-            t,
-            config.consistency,
-            config.label_smoothing,
-            feedback=weight * feedback.ce_weight,
-            pseudo=labels.hard[rows],
+            logits, batch, t, config, feedback=weight * feedback.ce_weight, pseudo=labels.hard[rows]
         )
         term = feedback.term(logits.strong if self.feedback_view == "strong" else logits.weak, rows)
         self.teacher.backward(*loss.terms, weight * term, microbatches=self.microbatches)
@@ -136,29 +122,11 @@ class MetaPseudoLabels:
         return make_labels(logits, kind, uniforms=uniforms, threshold=self.config.label_threshold)
 
     def _make_feedback(self, strong: Sequence[Tensor], batch: Batch) -> Feedback:
-        """The configured feedback, by the labeled images of `batch`; none if the student's learning
-        rate is 0. `strong`: the images of the student's passes."""
-        config, student = self.config, self.student
-        images, labels = batch.labeled, batch.labels
-        if config.feedback == "off" or student.lr == 0.0:
-            return NoFeedback(student, images, labels)
-        if config.feedback == "exact" or config.feedback == "per_example":
-            return DerivativeFeedback(
-                config.feedback,
-                student,
-                images,
-                labels,
-                strong,
-                config.label_smoothing,
-                config.derivative,
-            )
-        return DifferenceFeedback(
-            student,
-            images,
-            labels,
-            self.state.get("baseline"),
-            config.baseline,
-            fused=self.feedback_view == "strong" and not config.label_threshold,
+        """By the labeled images of `batch`. `strong`: the images of the student's passes."""
+        config, baseline = self.config, self.state.get("baseline")
+        fused = self.feedback_view == "strong" and not config.label_threshold
+        return make_feedback(
+            config, self.student, batch, strong, baseline, config.baseline, fused=fused
         )
 
 

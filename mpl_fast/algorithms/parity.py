@@ -43,15 +43,7 @@ class Kekmodel(MetaPseudoLabels):
         with torch.no_grad():
             new = losses.smoothed_ce(student(batch.labeled), batch.labels).loss
         h = config.feedback_weight_at(t) * (new - old)
-        loss = uda_loss(
-            logits,
-            batch,
-            t,
-            config.consistency,
-            config.label_smoothing,
-            feedback=h,
-            pseudo="strong",
-        )
+        loss = uda_loss(logits, batch, t, config, feedback=h, pseudo="strong")
         teacher.backward_and_step(*loss.terms)
         return {
             **loss.metrics,
@@ -90,7 +82,7 @@ class Google(MetaPseudoLabels):
             new, old, self.state.get("baseline"), momentum=config.baseline or 0.99
         )
         ramp_step = t - 1  # the ramp of that code begins at 0
-        loss = uda_loss(logits, batch, ramp_step, config.consistency, config.label_smoothing)
+        loss = uda_loss(logits, batch, ramp_step, config)
         feedback = losses.student_loss(logits.strong, soft)
         teacher.backward_and_step(*loss.terms, config.feedback_weight_at(t) * h * feedback)
         return {

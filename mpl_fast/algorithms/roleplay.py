@@ -6,7 +6,6 @@ from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFact
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
 from mpl_fast.batch import Batch
 from mpl_fast.config import RolePlayConfig
-from mpl_fast.learner import Learner
 
 
 class RolePlay:
@@ -32,11 +31,6 @@ class RolePlay:
             for name in self.learners
         }
 
-    def roles(self, t: int) -> tuple[Learner, Learner]:
-        """Teacher and student of step `t`."""
-        first, second = self.learners.values()
-        return (first, second) if (t // self.period) % 2 == 0 else (second, first)
-
     def graph_key(self, t: int) -> Hashable | None:
         self._assign_roles(t)
         key = self.mpl.graph_key(t)
@@ -47,8 +41,9 @@ class RolePlay:
         return self.mpl.step(batch, t)
 
     def _assign_roles(self, t: int) -> None:
-        self.mpl.teacher, self.mpl.student = self.roles(t)
-        student = "second" if self.mpl.student is self.learners["second"] else "first"
+        swapped = (t // self.period) % 2 == 1
+        teacher, student = ("second", "first") if swapped else ("first", "second")
+        self.mpl.teacher, self.mpl.student = self.learners[teacher], self.learners[student]
         self.mpl.state = {key: self.state[f"{key}/{student}"] for key in self.mpl.state}
         if t < self.config.student_delay_steps:
             self.mpl.student.freeze()

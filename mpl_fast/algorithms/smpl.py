@@ -6,12 +6,7 @@ from torch import Tensor
 
 from mpl_fast import losses
 from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
-from mpl_fast.algorithms.feedback import (
-    DerivativeFeedback,
-    DifferenceFeedback,
-    Feedback,
-    NoFeedback,
-)
+from mpl_fast.algorithms.feedback import Feedback, make_feedback
 from mpl_fast.algorithms.labels import make_labels
 from mpl_fast.algorithms.uda import uda_loss
 from mpl_fast.algorithms.views import Views
@@ -58,14 +53,7 @@ class SelfMetaPseudoLabels:
         # Second update: UDA's loss, and the feedback on the labels of the first update.
         logits = Views(learner, batch).logits()
         weight = config.feedback_weight_at(t)
-        loss = uda_loss(
-            logits,
-            batch,
-            t,
-            config.consistency,
-            config.label_smoothing,
-            feedback=weight * feedback.ce_weight,
-        )
+        loss = uda_loss(logits, batch, t, config, feedback=weight * feedback.ce_weight)
         term = feedback.term(logits.weak)
         learner.backward_and_step(*loss.terms, weight * term)
         return {
@@ -76,18 +64,4 @@ class SelfMetaPseudoLabels:
         }
 
     def _make_feedback(self, batch: Batch) -> Feedback:
-        config, learner = self.config, self.learner
-        images, labels = batch.labeled, batch.labels
-        if config.feedback == "off" or learner.lr == 0.0:
-            return NoFeedback(learner, images, labels)
-        if config.feedback == "difference":
-            return DifferenceFeedback(learner, images, labels, fused=True)
-        return DerivativeFeedback(
-            "exact",
-            learner,
-            images,
-            labels,
-            [batch.strong],
-            config.label_smoothing,
-            config.derivative,
-        )
+        return make_feedback(self.config, self.learner, batch, [batch.strong], fused=True)

@@ -10,7 +10,7 @@ from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFact
 from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import ViewLogits, Views
 from mpl_fast.batch import Batch
-from mpl_fast.config import ConsistencyConfig, UDAConfig
+from mpl_fast.config import MPLConfig, SMPLConfig, UDAConfig
 from mpl_fast.learner import Term
 
 
@@ -32,7 +32,7 @@ class UDA:
         config, metrics = self.config, []
         for part in microbatches(batch, self.microbatches):
             logits = Views(self.learner, part, config.bn_batches).logits()
-            loss = uda_loss(logits, part, t, config.consistency, config.label_smoothing)
+            loss = uda_loss(logits, part, t, config)
             self.learner.backward(*loss.terms, microbatches=self.microbatches)
             metrics.append(loss.metrics)
         self.learner.optimizer_step()
@@ -51,14 +51,14 @@ def uda_loss(
     logits: ViewLogits,
     batch: Batch,
     t: int,
-    consistency: ConsistencyConfig,
-    label_smoothing: float,
+    config: UDAConfig | MPLConfig | SMPLConfig,
     *,
     feedback: Tensor | float = 0.0,
     pseudo: Literal["weak", "strong"] | Tensor = "weak",
 ) -> UDALoss:
     """Labeled cross-entropy plus the weighted consistency of step `t`, plus `feedback` (0-dim)
     times the cross-entropy of the strong views with the `pseudo` labels."""
+    consistency = config.consistency
     weight = consistency.weight_at(t)
     cosine = consistency.measure == "cosine"
     out, grad_logits = losses.teacher_loss_and_grad(
@@ -69,7 +69,7 @@ def uda_loss(
         feedback=feedback,
         temperature=consistency.temperature,
         threshold=consistency.threshold,
-        label_smoothing=label_smoothing,
+        label_smoothing=config.label_smoothing,
         pseudo=pseudo,
         truth=batch.truth,
     )

@@ -1,16 +1,7 @@
-"""Options of each algorithm, one dataclass for each recipe.
-
-Each class also has, for other modules:
-
-- ``recipe``: its name on the command line,
-- ``labeled_only``: whether a step uses no unlabeled images,
-- ``whole_batch``: the option that rules out microbatches, or None,
-- ``repeats_draws``: the option because of which a step draws the same dropout twice, which a CUDA
-  graph cannot capture, or None.
-"""
+"""Options of each algorithm, one dataclass for each recipe."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from mpl_fast.config.fields import (
     Fraction,
@@ -61,14 +52,32 @@ class ConsistencyConfig:
         return ramped(self.weight, self.ramp, step)
 
 
+class Recipe:
+    """What other modules ask about an algorithm; a recipe overrides what differs."""
+
+    recipe = ""
+    """Its name on the command line."""
+    labeled_only = False
+    """Whether a step uses no unlabeled images."""
+
+    @property
+    def whole_batch(self) -> str | None:
+        """The option that rules out microbatches, or None."""
+        return None
+
+    @property
+    def repeats_draws(self) -> str | None:
+        """The option because of which a step draws the same dropout twice, which a CUDA graph
+        cannot capture, or None."""
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
+class SupervisedConfig(Recipe):
     """Supervised training on the labeled images."""
 
-    recipe: ClassVar[str] = "supervised"
-    labeled_only: ClassVar[bool] = True
-    whole_batch: ClassVar[str | None] = None
-    repeats_draws: ClassVar[str | None] = None
+    recipe = "supervised"
+    labeled_only = True
 
     learner: LearnerConfig = field(default_factory=_averaged)
     label_smoothing: FractionBelow1 = 0.1
@@ -78,13 +87,11 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Recipe):
     """Fine-tuning of a trained network on the labeled images, the last phase of any recipe."""
 
-    recipe: ClassVar[str] = "finetune"
-    labeled_only: ClassVar[bool] = True
-    whole_batch: ClassVar[str | None] = None
-    repeats_draws: ClassVar[str | None] = None
+    recipe = "finetune"
+    labeled_only = True
 
     start: str = ""
     """Run directory whose newest checkpoint is fine-tuned; of mpl_roleplay, the network that
@@ -107,13 +114,10 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UDAConfig:
+class UDAConfig(Recipe):
     """UDA (arXiv 1904.12848): labeled cross-entropy and a consistency loss."""
 
-    recipe: ClassVar[str] = "uda"
-    labeled_only: ClassVar[bool] = False
-    whole_batch: ClassVar[str | None] = None
-    repeats_draws: ClassVar[str | None] = None
+    recipe = "uda"
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
@@ -125,13 +129,10 @@ class UDAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixMatchConfig:
+class FixMatchConfig(Recipe):
     """FixMatch (arXiv 2001.07685): hard labels of confident weak views train the strong views."""
 
-    recipe: ClassVar[str] = "fixmatch"
-    labeled_only: ClassVar[bool] = False
-    whole_batch: ClassVar[str | None] = None
-    repeats_draws: ClassVar[str | None] = None
+    recipe = "fixmatch"
 
     learner: LearnerConfig = field(default_factory=_averaged)
     weight: NonNegativeFloat = 1.0
@@ -146,11 +147,10 @@ class FixMatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MPLConfig:
+class MPLConfig(Recipe):
     """Meta Pseudo Labels (arXiv 2003.10580)."""
 
-    recipe: ClassVar[str] = "mpl"
-    labeled_only: ClassVar[bool] = False
+    recipe = "mpl"
 
     teacher: LearnerConfig = field(default_factory=lambda: LearnerConfig(lr=0.6))
     student: LearnerConfig = field(
@@ -205,12 +205,10 @@ class MPLConfig:
 
     @property
     def whole_batch(self) -> str | None:
-        """The option that rules out microbatches, or None."""
         return f"feedback {self.feedback}" if self._parity else None
 
     @property
     def repeats_draws(self) -> str | None:
-        """The option because of which a step draws the same dropout twice, or None."""
         if self.teacher_graph == "recompute":
             return "teacher_graph recompute"
         if self.feedback in BY_SGD_STEP or self._parity:
@@ -282,7 +280,7 @@ class RolePlayConfig(MPLConfig):
     optimizer, learning rate and moving average when the roles are swapped.
     """
 
-    recipe: ClassVar[str] = "mpl_roleplay"
+    recipe = "mpl_roleplay"
 
     teacher: LearnerConfig = field(default_factory=_averaged)
     student: LearnerConfig = field(default_factory=_averaged)
@@ -302,12 +300,11 @@ class RolePlayConfig(MPLConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SMPLConfig:
+class SMPLConfig(Recipe):
     """Self Meta Pseudo Labels (arXiv 2212.13420): one network, two updates in a step."""
 
-    recipe: ClassVar[str] = "smpl"
-    labeled_only: ClassVar[bool] = False
-    whole_batch: ClassVar[str | None] = "recipe smpl"
+    recipe = "smpl"
+    whole_batch = "recipe smpl"
 
     learner: LearnerConfig = field(default_factory=_averaged)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
@@ -327,7 +324,6 @@ class SMPLConfig:
 
     @property
     def repeats_draws(self) -> str | None:
-        """The option because of which a step draws the same dropout twice, or None."""
         return "feedback exact" if self.feedback == "exact" else None
 
     def feedback_weight_at(self, step: int) -> float:
@@ -340,13 +336,12 @@ class SMPLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaSemiConfig:
+class MetaSemiConfig(Recipe):
     """MetaSemi (Sakura03/SemiMeta): soft labels, corrected by the meta-gradient, as targets."""
 
-    recipe: ClassVar[str] = "metasemi"
-    labeled_only: ClassVar[bool] = False
-    whole_batch: ClassVar[str | None] = "recipe metasemi"
-    repeats_draws: ClassVar[str | None] = "recipe metasemi"
+    recipe = "metasemi"
+    whole_batch = "recipe metasemi"
+    repeats_draws = "recipe metasemi"
 
     learner: LearnerConfig = field(
         default_factory=lambda: LearnerConfig(lr=0.1, max_grad_norm=0.0, nesterov=False, warmup=0)

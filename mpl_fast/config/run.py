@@ -160,6 +160,11 @@ class RunConfig:
         """Unlabeled images that a step uses, over all ranks: `unlabeled_batch`, or none."""
         return 0 if self.algorithm.labeled_only else self.unlabeled_batch
 
+    @property
+    def images(self) -> int:
+        """Distinct images that a step uses, over all ranks."""
+        return self.labeled_batch + self.unlabeled_images
+
     def problems(self) -> list[str]:
         """Contradictions between sections, each a line that begins with a key."""
         found = self._batch_problems() + self._start_problems() + self._graph_problems()

@@ -9,15 +9,8 @@ from nvidia.dali.data_node import DataNode
 from PIL import Image, ImageDraw, ImageFont
 
 from mpl_fast.config import DataConfig
+from mpl_fast.data import pipelines
 from mpl_fast.data.manifest import Manifest, Split
-from mpl_fast.data.pipelines import (
-    Engine,
-    decode,
-    flip_coin,
-    normalize,
-    random_crop,
-    read_shuffled,
-)
 from mpl_fast.data.randaugment import strengthen
 from mpl_fast.errors import ConfigError, output_errors
 
@@ -43,7 +36,7 @@ def contact_sheet(
     titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
     zoom = -(-MIN_TILE // config.image_size)
     names = [manifest.classes[label] for label, _ in rows]
-    tiles = [[_enlarge(tile, zoom) for tile in row] for _, row in rows]
+    tiles = [[tile.repeat(zoom, axis=0).repeat(zoom, axis=1) for tile in row] for _, row in rows]
     sheet = _arrange(tiles, titles, names, zoom * config.image_size)
     with output_errors(out):
         sheet.save(out)
@@ -53,53 +46,43 @@ def _draw_rows(
     config: DataConfig, split: Split, images: int, draws: int, seed: int
 ) -> list[tuple[int, list[Pixels]]]:
     """The class and the tiles of each row, as (h, w, 3) uint8."""
-    engine = Engine(batch=images, gpu=None, threads=1, shard=0, shards=1)
+    engine = pipelines.Engine(batch=images, gpu=None, threads=1, shard=0, shards=1, seed=seed)
     pipeline = pipeline_def(_sheet_graph, enable_conditionals=True)(
-        config,
-        split,
-        engine,
-        draws,
-        batch_size=images,
-        device_id=None,
-        num_threads=engine.threads,
-        prefetch_queue_depth=1,
-        seed=seed,
+        config, split, engine, draws, **engine.options(prefetch=1)
     )
     originals, *views, labels = pipeline.run()
-    return [
-        (
-            int(np.asarray(labels.at(row))[0]),
-            [
-                np.asarray(originals.at(row)),
-                *(_denormalize(np.asarray(view.at(row)), config) for view in views),
-            ],
-        )
-        for row in range(images)
-    ]
+    rows = []
+    for row in range(images):
+        drawn = [_denormalize(np.asarray(view.at(row)), config) for view in views]
+        label = int(np.asarray(labels.at(row))[0])
+        rows.append((label, [np.asarray(originals.at(row)), *drawn]))
+    return rows
 
 
 def _sheet_graph(
-    config: DataConfig, split: Split, engine: Engine, draws: int
+    config: DataConfig, split: Split, engine: pipelines.Engine, draws: int
 ) -> tuple[DataNode, ...]:
-    encoded, label = read_shuffled(config, split, engine)
+    encoded, label = pipelines.read_shuffled(config, split, engine)
     side = config.image_size
     original = fn.resize(
-        decode(encoded, config, engine), size=(side, side), mode="not_larger", antialias=True
+        pipelines.decode(encoded, config, engine),
+        size=(side, side),
+        mode="not_larger",
+        antialias=True,
     )
-    crop = random_crop(encoded, config, engine)
+    crop = pipelines.random_crop(encoded, config, engine)
     views = [crop, *(strengthen(crop, config) for _ in range(draws))]
-    return (original, *(normalize(v, config, engine, flip_coin(config)) for v in views), label)
+    return (
+        original,
+        *(pipelines.normalize(v, config, engine, pipelines.flip_coin(config)) for v in views),
+        label,
+    )
 
 
 def _denormalize(view: NDArray[np.float32], config: DataConfig) -> Pixels:
     mean, std = np.array(config.mean), np.array(config.std)
-    levels = np.clip(np.rint(255 * (view * std + mean)), 0, 255)
-    pixels: Pixels = levels.astype(np.uint8)
+    pixels: Pixels = np.clip(np.rint(255 * (view * std + mean)), 0, 255).astype(np.uint8)
     return pixels
-
-
-def _enlarge(tile: Pixels, zoom: int) -> Pixels:
-    return tile.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def _arrange(

@@ -115,7 +115,8 @@ def _require_pack(root: Path, manifest: Path) -> None:
 
 
 def _read_classes(root: Path, stored: Mapping[str, Any]) -> tuple[str, ...]:
-    content = _read_checked(root / CLASSES, stored["sha256"])
+    _require_sha256(root / CLASSES, stored["sha256"])
+    content = _read_file(root / CLASSES, Path.read_bytes)
     classes = tuple(content.decode("utf-8", "surrogateescape").split("\n")[:-1])
     if len(classes) != stored["n"]:
         raise DataError(f"{root / CLASSES}: {len(classes)} classes, the manifest has {stored['n']}")
@@ -146,11 +147,6 @@ def _read_split(
         listing=listing,
         record_bytes=sum(shard["bytes"] for shard in own) // sum(s["records"] for s in own),
     )
-
-
-def _read_checked(path: Path, sha256: str) -> bytes:
-    _require_sha256(path, sha256)
-    return _read_file(path, Path.read_bytes)
 
 
 def _require_sha256(path: Path, sha256: str) -> None:

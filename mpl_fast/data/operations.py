@@ -69,6 +69,11 @@ def factor(config: DataConfig) -> float:
     return 1.8 * level(config) + 0.1
 
 
+def shift(config: DataConfig) -> float:
+    """Pixels of a translation."""
+    return config.translate * level(config)
+
+
 def cut(image: DataNode, center: DataNode, half: int) -> DataNode:
     """Grays out the square of ``2 * half`` pixels around the center, clipped to the image."""
     return fn.erase(
@@ -128,27 +133,11 @@ def _shear(axis: int) -> Apply:
 def _translate(axis: int) -> Apply:
     def apply(image: DataNode, draws: Draws, config: DataConfig) -> DataNode:
         pixels = [0.0, 0.0]
-        pixels[axis] = config.translate * level(config)
+        pixels[axis] = shift(config)
         offset = draws.sign() * types.Constant(pixels, dtype=types.FLOAT)
         return warp(image, fn.transforms.translation(offset=offset))
 
     return apply
-
-
-def _shear_x(config: DataConfig, sign: int) -> Matrix:
-    return [(1, sign * 0.3 * level(config), 0), (0, 1, 0)]
-
-
-def _shear_y(config: DataConfig, sign: int) -> Matrix:
-    return [(1, 0, 0), (sign * 0.3 * level(config), 1, 0)]
-
-
-def _translate_x(config: DataConfig, sign: int) -> Matrix:
-    return [(1, 0, sign * config.translate * level(config)), (0, 1, 0)]
-
-
-def _translate_y(config: DataConfig, sign: int) -> Matrix:
-    return [(1, 0, 0), (0, 1, sign * config.translate * level(config))]
 
 
 def warp(image: DataNode, matrix: DataNode) -> DataNode:
@@ -234,10 +223,14 @@ def _equalize(image: DataNode, _draws: Draws, _config: DataConfig) -> DataNode:
 
 OPERATIONS = (
     Operation("Rotate", 3, _rotate, matrix=_rotation),
-    Operation("ShearX", 10, _shear(0), matrix=_shear_x),
-    Operation("ShearY", 11, _shear(1), matrix=_shear_y),
-    Operation("TranslateX", 12, _translate(0), matrix=_translate_x),
-    Operation("TranslateY", 13, _translate(1), matrix=_translate_y),
+    Operation("ShearX", 10, _shear(0), matrix=lambda c, s: [(1, s * 0.3 * level(c), 0), (0, 1, 0)]),
+    Operation("ShearY", 11, _shear(1), matrix=lambda c, s: [(1, 0, 0), (s * 0.3 * level(c), 1, 0)]),
+    Operation(
+        "TranslateX", 12, _translate(0), matrix=lambda c, s: [(1, 0, s * shift(c)), (0, 1, 0)]
+    ),
+    Operation(
+        "TranslateY", 13, _translate(1), matrix=lambda c, s: [(1, 0, 0), (0, 1, s * shift(c))]
+    ),
     Operation("Invert", 2, _invert, line=lambda config: (-1.0, 1.0)),
     Operation("Brightness", 8, _brightness, line=lambda config: (factor(config), 0.0)),
     Operation("Contrast", 7, _contrast, contrast=factor),

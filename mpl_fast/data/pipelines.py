@@ -9,6 +9,7 @@ pixel: the longer side and the corner of the center crop are rounded, not trunca
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
@@ -39,6 +40,16 @@ class Engine:
     checkpoint: bytes | None = None
     """State of an equal pipeline to continue from."""
 
+    def options(self, prefetch: int) -> dict[str, Any]:
+        """Options of a pipeline, for which `prefetch` batches are made ahead."""
+        return {
+            "batch_size": self.batch,
+            "device_id": self.gpu,
+            "num_threads": self.threads,
+            "prefetch_queue_depth": prefetch,
+            "seed": self.seed,
+        }
+
 
 def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: bool) -> Pipeline:
     """Builds an endless shuffled pipeline that returns (weak, [strong,] label).
@@ -50,11 +61,7 @@ def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: 
         split,
         engine,
         strong,
-        batch_size=engine.batch,
-        device_id=engine.gpu,
-        num_threads=engine.threads,
-        prefetch_queue_depth=config.prefetch,
-        seed=engine.seed,
+        **engine.options(config.prefetch),
         enable_checkpointing=True,
         checkpoint=engine.checkpoint,
     )
@@ -67,16 +74,7 @@ def eval_pipeline(config: DataConfig, split: Split, engine: Engine) -> Pipeline:
 
     Every epoch is padded to whole batches with the shard's last image. Shapes as in training.
     """
-    pipeline = pipeline_def(_eval_graph)(
-        config,
-        split,
-        engine,
-        batch_size=engine.batch,
-        device_id=engine.gpu,
-        num_threads=engine.threads,
-        prefetch_queue_depth=config.prefetch,
-        seed=engine.seed,
-    )
+    pipeline = pipeline_def(_eval_graph)(config, split, engine, **engine.options(config.prefetch))
     pipeline.build()
     return pipeline
 
@@ -92,16 +90,7 @@ def _train_graph(
 
 
 def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataNode, ...]:
-    encoded, label = fn.readers.mxnet(
-        name=READER,
-        path=[str(path) for path in split.shards],
-        index_path=[str(split.index)],
-        tensor_init_bytes=split.record_bytes,  # a slot of the buffer; DALI's own default is 1 MiB
-        shard_id=engine.shard,
-        num_shards=engine.shards,
-        stick_to_shard=True,
-        pad_last_batch=True,
-    )
+    encoded, label = _read(split, engine, stick_to_shard=True, pad_last_batch=True)
     image = EVAL_CROPS[config.crop](decode(encoded, config, engine), config)
     return normalize(image, config, engine, 0), _label(label, engine)
 
@@ -111,15 +100,19 @@ def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[Dat
 
     A rank reads the next shard every epoch, so that each rank reads all records in time.
     """
+    fill = max(1, min(config.shuffle_buffer, split.records // engine.shards))
+    return _read(split, engine, random_shuffle=True, initial_fill=fill)
+
+
+def _read(split: Split, engine: Engine, **options: Any) -> tuple[DataNode, DataNode]:
     encoded, label = fn.readers.mxnet(
         name=READER,
         path=[str(path) for path in split.shards],
         index_path=[str(split.index)],
-        random_shuffle=True,
-        initial_fill=max(1, min(config.shuffle_buffer, split.records // engine.shards)),
-        tensor_init_bytes=split.record_bytes,
+        tensor_init_bytes=split.record_bytes,  # a slot of the buffer; DALI's own default is 1 MiB
         shard_id=engine.shard,
         num_shards=engine.shards,
+        **options,
     )
     return encoded, label
 

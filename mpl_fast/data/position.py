@@ -12,6 +12,10 @@ from mpl_fast.errors import CheckpointError
 GRAPH = 2  # increase it when a DALI graph changes: positions saved before are then refused
 MADE_WITH = "made_with"
 CODE = ("graph", "operations")  # keys that a version of the code decides, not a setting
+SETTINGS = (
+    "image_size", "crop", "interpolation", "flip", "policy", "num_ops", "magnitude", "translate",
+    "cutout", "final_cutout", "shuffle_buffer",
+)  # fmt: skip
 # What positions that lack a key were saved with.
 EARLIER = {"data.interpolation": "bicubic", "operations": "2d1c266d8ed08b87"}
 
@@ -28,17 +32,7 @@ def identity_of(
         "graph": GRAPH,
         "operations": signature(OPERATIONS) if config.policy != "dali" else EARLIER["operations"],
         "data.device": "cpu" if gpu is None else "gpu",
-        "data.image_size": config.image_size,
-        "data.crop": config.crop,
-        "data.interpolation": config.interpolation,
-        "data.flip": config.flip,
-        "data.policy": config.policy,
-        "data.num_ops": config.num_ops,
-        "data.magnitude": config.magnitude,
-        "data.translate": config.translate,
-        "data.cutout": config.cutout,
-        "data.final_cutout": config.final_cutout,
-        "data.shuffle_buffer": config.shuffle_buffer,
+        **{f"data.{name}": getattr(config, name) for name in SETTINGS},
     }
 
 

@@ -23,6 +23,7 @@ Differences from that code:
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from nvidia.dali import fn, types
 from nvidia.dali.auto_aug import rand_augment
@@ -43,14 +44,6 @@ def strengthen(image: DataNode, config: DataConfig) -> DataNode:
     if config.final_cutout > 0:
         image = cut(image, _random_center(config.image_size), config.final_cutout)
     return image
-
-
-def _mpl(image: DataNode, config: DataConfig) -> DataNode:
-    return _layers(image, config, _grouped_layer)
-
-
-def _mpl_branched(image: DataNode, config: DataConfig) -> DataNode:
-    return _layers(image, config, _branched_layer)
 
 
 def _layers(image: DataNode, config: DataConfig, layer: Layer) -> DataNode:
@@ -124,8 +117,8 @@ def _random_center(size: int) -> DataNode:
 
 
 POLICIES: dict[str, Callable[[DataNode, DataConfig], DataNode]] = {
-    "mpl": _mpl,
-    "mpl_branched": _mpl_branched,
+    "mpl": partial(_layers, layer=_grouped_layer),
+    "mpl_branched": partial(_layers, layer=_branched_layer),
     "dali": _dali,
 }
 """Of every value of `DataConfig.policy`."""

@@ -31,11 +31,7 @@ class Stream:
     """
 
     def __init__(
-        self,
-        build: Callable[[], Pipeline],
-        split: Split,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, build: Callable[[], Pipeline], split: Split, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._split, self._device, self._dtype = split, device, dtype
         with self._data_errors():

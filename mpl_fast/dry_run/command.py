@@ -11,12 +11,7 @@ from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
 from mpl_fast.dry_run.rows import count
 from mpl_fast.dry_run.table import Plan, table
-from mpl_fast.training.build import (
-    check_batches,
-    count_classes,
-    resolve_epochs,
-    uses_bf16,
-)
+from mpl_fast.training.build import check_batches, count_classes, resolve_epochs, uses_bf16
 
 TIMED = {"cuda": 64, "cpu": 8}  # maximum of images in the pass that is timed
 
@@ -49,6 +44,7 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
         bf16=bf16,
         graphs=config.cuda_graphs != "off",
     )
+    name, size = _name_and_bytes(device) if here else ("", 0)
     rows = count(
         config.algorithm,
         setting.labeled,
@@ -66,8 +62,8 @@ def _plan(config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv
     return Plan(
         config=config,
         world=dist_env.world,
-        device=_name(dist_env.device) if here else "",
-        device_bytes=_bytes(dist_env.device) if here else 0,
+        device=name,
+        device_bytes=size,
         bf16=bf16,
         cost=cost,
         rows=rows,
@@ -96,11 +92,8 @@ def _network(config: RunConfig, classes: int) -> nn.Module:
     )
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _bytes(device: torch.device) -> int:
+def _name_and_bytes(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
-        return 0
-    return int(torch.cuda.get_device_properties(device).total_memory)
+        return "cpu", 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory

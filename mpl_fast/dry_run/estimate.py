@@ -3,13 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mpl_fast.config import (
-    AlgorithmConfig,
-    LearnerConfig,
-    MetaSemiConfig,
-    MPLConfig,
-    SMPLConfig,
-)
+from mpl_fast.config import AlgorithmConfig, LearnerConfig, MetaSemiConfig, MPLConfig, SMPLConfig
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
 

@@ -1,12 +1,11 @@
 """Cost of one network per image: operations, saved activations, and time."""
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast.models import count_parameters
@@ -70,28 +69,17 @@ def seconds_per_image(
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images = _images(rows, side, device, bf16)
 
-    def work() -> None:
+    def seconds() -> float:
         network.zero_grad(set_to_none=True)
+        began = timer()  # waits for the device
         _logits(network, images, bf16).float().sum().backward()
+        return timer() - began
 
-    _seconds(work, device)  # the first one is slower
-    found = [_seconds(work, device)]
+    seconds()  # the first one is slower
+    found = [seconds()]
     while sum(found) < SECONDS and len(found) < 50:
-        found.append(_seconds(work, device))
+        found.append(seconds())
     return min(found) / rows
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    _wait(device)
-    began = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _images(rows: int, side: int, device: torch.device, bf16: bool) -> Tensor:

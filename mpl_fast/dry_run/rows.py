@@ -3,12 +3,13 @@
 The networks are linear stand-ins with a few weights, so that a batch of any size is fast.
 """
 
-import weakref
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from mpl_fast import algorithms
 from mpl_fast.algorithms.base import AlgorithmContext, train_step
@@ -60,46 +61,31 @@ def count(
     return counter.found
 
 
+class _Saved:
+    """Exists as long as autograd holds what a pass saved."""
+
+
 class _Counter:
-    """Counts passes and the rows whose activations are saved."""
+    """Counts the rows of passes and those whose activations are saved."""
 
     def __init__(self) -> None:
         self.found = StepRows()
-        self._now, self._passes = 0, 0
+        self._held: WeakKeyDictionary[_Saved, int] = WeakKeyDictionary()
 
-    def passes(self, rows: int) -> "_Pass":
-        self.found.largest = max(self.found.largest, rows)
-        return _Pass(self, rows)
+    def save(self, tensor: Tensor) -> tuple[_Saved, Tensor]:
+        saved, found = _Saved(), self.found
+        self._held[saved] = len(tensor)
+        rows = sum(self._held.values())
+        if rows > found.held:
+            found.held, found.held_passes = rows, len(self._held)
+        return saved, tensor
 
-    def hold(self, rows: int) -> None:
-        found = self.found
-        self._now, self._passes = self._now + rows, self._passes + 1
-        if self._now > found.held:
-            found.held, found.held_passes = self._now, self._passes
-
-    def release(self, rows: int) -> None:
-        self._now, self._passes = self._now - rows, self._passes - 1
-
-    def back(self, rows: int) -> None:
-        self.found.backward += rows
+    def backward(self, gradient: Tensor) -> None:
+        self.found.backward += len(gradient)
 
     def __deepcopy__(self, memo: object) -> "_Counter":
         """The copy of a network for averaged weights has the same counter."""
         return self
-
-
-class _Pass:
-    """One forward pass; autograd holds it as long as it holds what the pass saved."""
-
-    def __init__(self, counter: _Counter, rows: int) -> None:
-        self._counter, self._rows, self._held = counter, rows, False
-
-    def save(self, tensor: Tensor) -> "tuple[_Pass, Tensor]":
-        if not self._held:
-            self._held = True
-            self._counter.hold(self._rows)
-            weakref.finalize(self, self._counter.release, self._rows)
-        return self, tensor
 
 
 class _StandIn(nn.Module):
@@ -112,16 +98,16 @@ class _StandIn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 2)`` of ``(N, 3, 2, 2)`` images."""
-        counter, rows = self.counter, len(images)
-        current = counter.passes(rows)
+        found, rows = self.counter.found, len(images)
+        found.largest = max(found.largest, rows)
         if forward_ad.unpack_dual(self.weight).tangent is not None:
-            counter.found.tangent += rows
+            found.tangent += rows
         else:
-            counter.found.forward += rows
-        with torch.autograd.graph.saved_tensors_hooks(current.save, lambda saved: saved[1]):
+            found.forward += rows
+        with saved_tensors_hooks(self.counter.save, lambda saved: saved[1]):
             logits = images.flatten(1) @ self.weight
         if logits.requires_grad:
-            logits.register_hook(lambda _: counter.back(rows))
+            logits.register_hook(self.counter.backward)
         return logits
 
 

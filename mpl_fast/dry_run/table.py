@@ -154,13 +154,13 @@ def _time(plan: Plan) -> str:
 
 
 def _decoding(plan: Plan) -> str:
-    images = plan.config.labeled_batch + plan.config.unlabeled_images
+    images = plan.config.images
     if not plan.rate:
         return f"{images:,} images a step; the images/s needed are these divided by its seconds"
     rate = images / plan.seconds
     return (
-        f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) keep up with such steps; "
-        f"for others, {images:,} images over the seconds of a step"
+        f"{_count(rate)} images/s ({_count(rate / plan.world)} on a rank) at that speed; "
+        f"at another, {images:,} divided by the seconds of a step"
     )
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mpl_fast.atomic import write_json, write_text
@@ -16,10 +17,11 @@ from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table, origin_of
 from mpl_fast.packing.publish.existing_pack import changed_options, check_existing, require_same
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder, open_out_folder
+from mpl_fast.packing.write.pool import Job, run_jobs
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.packing.write.ray_engine import run_ray
+from mpl_fast.packing.write.shard_job import run_job
 from mpl_fast.packing.write.shard_receipt import Remark, receipt_path
-from mpl_fast.packing.write.workers import Jobs, run_local
 
 _LISTED = 10  # bad images in one line; more have a line each
 
@@ -182,13 +184,17 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     if options.image.short_side is None:  # else the size is not known before
         size, records = sum(s.bytes for s in todo), sum(s.records for s in todo)
         folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
-    jobs = Jobs(folder.work, shards, options.image, options.read_threads)
+    how = (options.image, options.read_threads)
+    jobs = [
+        Job(shard.file, shard.bytes, partial(run_job, folder.work, shard, *how), shard.records)
+        for shard in shards
+    ]
     images, size = sum(s.records for s in shards), sum(s.bytes for s in shards)
     with Progress("packed", images, size, None if options.quiet else sys.stderr) as progress:
         if options.engine == "ray":
             remarks = run_ray(jobs, progress.update)
         else:
-            remarks = run_local(jobs, options.processes, progress.update)
+            remarks = run_jobs(jobs, options.processes, progress.update)
     _require_usable(folder, (remark for job in remarks for remark in job), options.image.on_bad)
 
 

@@ -160,11 +160,6 @@ def resolve_epochs(config: RunConfig, manifest: Manifest) -> RunConfig:
     return dataclasses.replace(config, steps=steps, eval_every=every)
 
 
-def images_per_step(config: RunConfig) -> int:
-    """Distinct images in one step, over all ranks."""
-    return config.labeled_batch + config.unlabeled_images
-
-
 def uses_bf16(config: RunConfig, device: torch.device) -> bool:
     """Whether forward passes run under bfloat16 autocast."""
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")

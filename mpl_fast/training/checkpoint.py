@@ -16,7 +16,7 @@ from mpl_fast import atomic
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
-from mpl_fast.distributed import DistEnv, all_gather_object, barrier, broadcast_object
+from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 
@@ -76,7 +76,7 @@ class Checkpoints:
 
         Raises `CheckpointError` if there are checkpoints but none can be used.
         """
-        found, damage = broadcast_object(newest(self.folder) if self.rank == 0 else None)
+        found, damage = newest(self.folder)
         if found is None and damage:
             raise CheckpointError(
                 f"no usable checkpoint: {'; '.join(damage)}; use another --run-dir"
@@ -95,7 +95,17 @@ class Checkpoints:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and what is wrong with each newer one."""
+    """The newest undamaged checkpoint, and what is wrong with each newer one.
+
+    A collective: the first rank reads.
+    """
+    found: tuple[Path | None, list[str]] = broadcast_object(
+        _newest(folder) if rank() == 0 else None
+    )
+    return found
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[str]]:
     damage: list[str] = []
     for checkpoint in reversed(_checkpoints(folder)):
         reason = _damage(checkpoint)
@@ -134,9 +144,7 @@ def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
 
 
-def load_start(
-    config: FinetuneConfig, learner: Learner, model: str, dist_env: DistEnv
-) -> tuple[str, list[str]]:
+def load_start(config: FinetuneConfig, learner: Learner, model: str) -> tuple[str, list[str]]:
     """Loads the weights and statistics that fine-tuning starts from into a learner.
 
     They are those of the network that the run `config.start` evaluates, the last if there are two.
@@ -146,7 +154,7 @@ def load_start(
     folder = Path(config.start) / "checkpoints"
     if not Path(config.start).is_dir():
         raise ConfigError(f"algorithm.start: there is no folder {config.start}")
-    checkpoint, damage = broadcast_object(newest(folder) if dist_env.is_rank0 else None)
+    checkpoint, damage = newest(folder)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """Console output of a run: a line every few seconds, and a progress bar on a terminal."""
 
-import os
 import sys
 import time
 
@@ -29,7 +28,7 @@ class Console:
     def print(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if not self.silent:
-            self._write(f"\r\033[K{text}" if self.bar else text)
+            print(f"\r\033[K{text}" if self.bar else text, flush=True)
 
     def warn(self, text: str) -> None:
         """Prints a warning to standard error."""
@@ -56,18 +55,10 @@ class Console:
         if self.bar:
             filled = 24 * done // self.steps
             drawn = "█" * filled + "·" * (24 - filled)
-            self._write(f"\r\033[K{drawn} {self._progress(done)}", end="")
+            print(f"\r\033[K{drawn} {self._progress(done)}", end="", flush=True)
         elif now - self._printed_at >= 2 * MIN_SECONDS:
             self.print(f"{self._progress(done)} | {self._latest or 'first steps'}")
             self._printed_at = now
-
-    def _write(self, text: str, end: str = "\n") -> None:
-        """Goes on silently if the reader has closed its end, as in ``train.py | head``."""
-        try:
-            print(text, end=end, flush=True)
-        except BrokenPipeError:
-            self.silent, self.bar = True, False
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
 
     def _progress(self, done: int) -> str:
         return f"step {done:>{len(str(self.steps))}}/{self.steps} | ETA {self._eta(done)}"

@@ -51,7 +51,7 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
     folder = Path(config.run_dir) / "checkpoints"
-    checkpoint, damage = distributed.broadcast_object(newest(folder) if dist_env.is_rank0 else None)
+    checkpoint, damage = newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
     for warning in damage:

@@ -20,8 +20,14 @@ def die_with_launcher() -> None:
     torchrun starts ranks in sessions of their own. If it is killed by SIGKILL it cannot end them,
     and they would keep training, holding GPUs and the lock of the run directory.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_when_parent_ends(signal.SIGKILL)
+
+
+def signal_when_parent_ends(number: int) -> None:
+    """Has the system send a signal to this process when its parent has ended; only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

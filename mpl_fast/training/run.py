@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
 from mpl_fast.algorithms.base import train_step
+from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader
-from mpl_fast.config import FinetuneConfig, RolePlayConfig, RunConfig
+from mpl_fast.config import FinetuneConfig, RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
@@ -17,7 +18,6 @@ from mpl_fast.training.build import (
     check_batches,
     count_classes,
     eval_loader,
-    images_per_step,
     resolve_epochs,
     train_loader,
 )
@@ -183,17 +183,19 @@ class Run:
         skipped = {name: row.pop(f"{IN_A_ROW}{name}") for name in self.algorithm.learners}
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                self._diverged(f"the last {in_a_row:.0f} updates of the {name} up to step {step}")
+                self._diverged(
+                    f"the last {in_a_row:.0f} updates of {_network(name)} up to step {step}"
+                )
             if share := row[f"skipped/{name}"]:
                 self.console.warn(
-                    f"{round(share * row['steps'])} of {row['steps']} updates of the {name} up to "
-                    f"step {step} were skipped: their gradient was not finite"
+                    f"{round(share * row['steps'])} of {row['steps']} updates of {_network(name)} "
+                    f"up to step {step} were skipped: their gradient was not finite"
                 )
         while bad := non_finite(row):
             if not any(row[f"skipped/{name}"] for name in skipped):
                 self._diverged(f"{bad} in all of the {row['steps']} steps up to {step}")
             del row[bad]  # no step of the interval had a finite value
-        images = row["steps"] * images_per_step(self.config)
+        images = row["steps"] * self.config.images
         row["images_per_second"] = images / row["train_seconds"]
         if self.run_dir:
             self.run_dir.row(step, row)
@@ -226,7 +228,7 @@ class Run:
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
             if not learner.finite():
-                self._diverged(f"a weight of the {name} at step {self.steps_done}")
+                self._diverged(f"a weight of {_network(name)} at step {self.steps_done}")
         if self.run_dir:
             self.run_dir.sync()
         rank_state = rng.generator_states() | {"data": loader.state()}
@@ -286,9 +288,7 @@ class Run:
         algorithm = self.config.algorithm
         if isinstance(algorithm, FinetuneConfig):
             learner = self.algorithm.learners["learner"]
-            message, warnings = load_start(
-                algorithm, learner, self.config.model.name, self.dist_env
-            )
+            message, warnings = load_start(algorithm, learner, self.config.model.name)
             for warning in warnings:
                 self.console.warn(warning)
             self.console.print(message)
@@ -304,23 +304,27 @@ class Run:
         sizes = {models.count_parameters(learner.network) for learner in learners.values()}
         self.console.print(
             f"{config.recipe} on {self.dist_env.world} x {self.dist_env.device.type}: "
-            f"{config.model.name}, "
-            f"{quantity(max(sizes))} trained parameters, {len(self.manifest.classes)} classes, "
-            f"{config.labeled_batch} labeled + {images_per_step(config) - config.labeled_batch} "
-            f"unlabeled images a step, {config.steps} steps, run directory {config.run_dir}"
+            f"{config.model.name}, {quantity(max(sizes))} trained parameters, "
+            f"{len(self.manifest.classes)} classes, {config.labeled_batch} labeled + "
+            f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
+            f"run directory {config.run_dir}"
         )
         if config.model.pretrained and self.checkpoint is None:
             self.console.print(
                 f"begins with the weights of {config.model.pretrained}; those of the last layer "
                 f"are taken if they are for {len(self.manifest.classes)} classes"
             )
-        delays = {name: learner.config.delay_steps for name, learner in learners.items()}
-        if isinstance(config.algorithm, RolePlayConfig):
-            delays["student"] = config.algorithm.student_delay_steps
-        for name, delay in delays.items():
+        delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
+        if isinstance(self.algorithm, RolePlay):
+            delays["a network as student"] = self.algorithm.config.student_delay_steps
+            self.console.print(
+                "the first network begins as teacher, the second as student; they swap roles "
+                f"every {self.algorithm.period} steps"
+            )
+        for what, delay in delays.items():
             if delay >= config.steps:
                 self.console.warn(
-                    f"the {name} never moves: its delay of {delay} steps "
+                    f"{what} never moves: its delay of {delay} steps "
                     f"is not over in a run of {config.steps}"
                 )
         if config.compile != "off" and self.steps_done < config.steps:
@@ -328,7 +332,7 @@ class Run:
 
     def _summarize(self) -> None:
         """Writes summary.json and prints the result."""
-        images_per_second = self.steps_done * images_per_step(self.config) / self.train_seconds
+        images_per_second = self.steps_done * self.config.images / self.train_seconds
         summary = {
             "recipe": self.config.recipe,
             "steps": self.steps_done,
@@ -346,3 +350,8 @@ class Run:
             f"in {duration(self.train_seconds)} of training, "
             f"{images_per_second:.0f} images/s; {self.config.run_dir}/summary.json"
         )
+
+
+def _network(learner: str) -> str:
+    """A learner's name in sentences: those of role playing are numbers."""
+    return f"the {learner} network" if learner in ("first", "second") else f"the {learner}"

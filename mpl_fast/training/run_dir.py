@@ -25,26 +25,10 @@ from mpl_fast.training.metrics import Row
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
 # Options that may change when a run is resumed, since they do not change its result.
-FREE_OPTIONS = {
-    "run_dir",
-    "log_every",
-    "checkpoint_every",
-    "checkpoint_keep",
-    "eval_every",
-    "eval_batch",
-}
-FREE_OPTIONS |= {
-    "eval_epochs",
-    "stop_at",
-    "cuda_graphs",
-    "grad_sync",
-    "compile",
-    "algorithm.teacher_graph",
-    "data.root",
-    "data.threads",
-    "data.prefetch",
-    "data.hw_decoder_load",
-}
+FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch"}
+FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "algorithm.teacher_graph"}
+FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
+FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
 
 
 class RunDir:

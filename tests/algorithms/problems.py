@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpl_fast import algorithms
@@ -47,7 +46,7 @@ NESTEROV = replace(STUDENT, momentum=0.9, nesterov=True, weight_decay=0.01)
 FEEDBACKS: list[Any] = list(get_args(get_type_hints(MPLConfig)["feedback"]))
 
 LEARNER = LearnerConfig(lr=0.1, warmup=2, ema=0.9, dropout=0.0, max_grad_norm=1.0)
-CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.3)
+CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3, temperature=0.7, threshold=0.5)
 MPL = MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY)
 SMPL = SMPLConfig(learner=LEARNER, consistency=CONSISTENCY)
 UDA = UDAConfig(learner=LEARNER, consistency=CONSISTENCY)
@@ -64,11 +63,7 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "mpl held_out baseline masked": replace(MPL, baseline=0.9, held_out=0.5, label_threshold=0.3),
     "mpl exact masked": replace(MPL, feedback="exact", label_threshold=0.3, feedback_weight=10.0),
     "mpl exact split recompute": replace(
-        MPL,
-        feedback="exact",
-        bn_batches="split",
-        teacher_graph="recompute",
-        label_threshold=0.3,
+        MPL, feedback="exact", bn_batches="split", teacher_graph="recompute", label_threshold=0.3
     ),
     "mpl parity_google baseline": replace(MPL, feedback="parity_google", baseline=0.9),
     "mpl_roleplay": RolePlayConfig(
@@ -162,49 +157,6 @@ def mpl(
     made = new(config, lambda: confident(network(norm, dropout)), compiled=compiled)
     assert isinstance(made, MetaPseudoLabels)
     return made
-
-
-class PlainLearner:
-    """A learner's network with SGD and a weight average, in plain PyTorch."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.config, self.steps = learner.config, learner.steps
-        self.network = copy.deepcopy(learner.network)
-        self.average = copy.deepcopy(learner.network)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(), self.config.lr, self.config.momentum, nesterov=True
-        )
-
-    def step(self, loss: Tensor, t: int) -> None:
-        self.optimizer.param_groups[0]["lr"] = self.config.lr_at(t, self.steps)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        decay = min(self.config.ema, (1 + t) / (10 + t))
-        with torch.no_grad():
-            for a, p in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                a.mul_(decay).add_(p, alpha=1 - decay)
-
-
-def mpl_by_hand(
-    config: MPLConfig, teacher: PlainLearner, student: PlainLearner, data: Batch, t: int
-) -> None:
-    """A step of Meta Pseudo Labels in plain PyTorch, for networks without batch norm or dropout."""
-    a, c = config.label_smoothing, config.consistency
-    z_l, z_w, z_s = (teacher.network(x) for x in (data.labeled, data.weak, data.strong))
-    label, target = z_w.argmax(-1), (z_w.detach() / c.temperature).softmax(-1)
-
-    def labeled_loss() -> Tensor:
-        with torch.no_grad():
-            return F.cross_entropy(student.network(data.labeled), data.labels)
-
-    old = labeled_loss()
-    student.step(F.cross_entropy(student.network(data.strong), label, label_smoothing=a), t)
-    h = old - labeled_loss()
-    mask = (target.amax(-1) >= c.threshold).double()
-    consistency = -((target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
-    loss = F.cross_entropy(z_l, data.labels, label_smoothing=a) + c.weight * consistency
-    teacher.step(loss + h * F.cross_entropy(z_s, label), t)
 
 
 def state(algorithm: Algorithm) -> dict[str, Any]:

@@ -42,11 +42,7 @@ def test_microbatches_give_the_step_of_the_whole_batch(name: str, count: int) ->
 def with_dropout(feedback: Any, graph: Any, norms: Any = "joint") -> MetaPseudoLabels:
     learner = LearnerConfig(lr=0.1, warmup=0, max_grad_norm=0.0)
     config = MPLConfig(
-        teacher=learner,
-        student=learner,
-        feedback=feedback,
-        teacher_graph=graph,
-        bn_batches=norms,
+        teacher=learner, student=learner, feedback=feedback, teacher_graph=graph, bn_batches=norms
     )
     context = AlgorithmContext(seed=1, microbatches=2)
     made = new(config, lambda: network(norm=True, dropout=0.5), steps=8, context=context)

@@ -1,37 +1,26 @@
-"""Role playing: two networks swap roles, and each keeps its optimizer, schedule and average."""
+"""Role playing: which network is the student, and what is kept for it. (Its step:
+test_definitions.py.)"""
 
-import copy
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
 
-from mpl_fast.algorithms import AlgorithmContext
 from mpl_fast.algorithms.base import predict, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch
-from mpl_fast.config import ConsistencyConfig, LearnerConfig, RolePlayConfig
-from mpl_fast.config.command_line import parse
-from mpl_fast.data.manifest import read_manifest
-from mpl_fast.learner import Learner
+from mpl_fast.config import ConsistencyConfig, ModelConfig, RolePlayConfig, RunConfig
+from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.training.build import build_algorithm
 from tests.algorithms import problems
-from tests.algorithms.problems import PlainLearner, assert_same, mpl_by_hand
-from tests.tiny_run import arguments
 
-STEPS = 6
-# Different in everything that a network could leave behind in a role.
-FIRST = LearnerConfig(
-    lr=0.2, warmup=3, momentum=0.9, ema=0.9, weight_decay=0, max_grad_norm=0, dropout=0
-)
-SECOND = replace(FIRST, lr=0.1, warmup=0, momentum=0.5, ema=0.5)
+NAMES = ("first", "second")
+LEARNER = replace(problems.LEARNER, warmup=0, max_grad_norm=0.0)
 CONFIG = RolePlayConfig(
-    teacher=FIRST,
-    student=SECOND,
+    teacher=LEARNER,
+    student=LEARNER,
     consistency=ConsistencyConfig(weight=2.0, ramp=0, temperature=0.7, threshold=0.3),
     swap_every=2,
 )
@@ -42,73 +31,30 @@ def batch(t: int) -> Batch:
 
 
 def role_play(config: RolePlayConfig) -> RolePlay:
-    """Without batch norm, so that views may be passed one by one."""
-    made = problems.new(
-        config,
-        lambda: problems.confident(problems.network()),
-        steps=STEPS,
-        context=AlgorithmContext(),
-    )
+    made = problems.new(config, lambda: problems.confident(problems.network()), steps=6)
     assert isinstance(made, RolePlay)
     return made
 
 
-def test_weights_momentum_average_and_schedule_change_roles_together() -> None:
-    """Six steps with two swaps, by hand. To single precision, which h, a difference, has."""
-    algorithm = role_play(CONFIG)
-    first, second = (PlainLearner(learner) for learner in algorithm.learners.values())
-    for t in range(STEPS):
-        train_step(algorithm, batch(t), t)
-        teacher, student = (first, second) if t in (0, 1, 4, 5) else (second, first)
-        mpl_by_hand(CONFIG, teacher, student, batch(t), t)
-    assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-7)
-    for learner, plain in zip(algorithm.learners.values(), (first, second), strict=True):
-        assert learner.average is not None
-        assert_close(learner.network.state_dict(), plain.network.state_dict())
-        assert_close(learner.average.state_dict(), plain.average.state_dict())
-        momenta = [
-            [optimizer.state[p]["momentum_buffer"] for p in parameters]
-            for optimizer, parameters in (
-                (learner.optimizer, learner.parameters),
-                (plain.optimizer, plain.network.parameters()),
-            )
-        ]
-        assert_close(momenta[0], momenta[1])
-
-
-def test_roles_follow_from_the_step() -> None:
-    algorithm = role_play(replace(CONFIG, swap_every=3))
-    first, second = algorithm.learners.values()
-    teacher_is_first = [algorithm.roles(t)[0] is first for t in range(9)]
-    assert teacher_is_first == [True] * 3 + [False] * 3 + [True] * 3
-    assert all({*algorithm.roles(t)} == {first, second} for t in range(9))
-
-
-def test_a_period_of_0_is_an_epoch_of_the_unlabeled_images(tiny_rec: Path, tmp_path: Path) -> None:
-    options = arguments(tmp_path / "run", tiny_rec, recipe="mpl_roleplay")
-    config = parse([*options, "--algorithm.swap-every", "0", "--unlabeled-batch", "7"])
-    manifest = read_manifest(str(tiny_rec))
+def test_a_period_of_0_is_an_epoch_of_the_unlabeled_images() -> None:
+    model, by_epoch = ModelConfig(name="wrn_10_1"), replace(CONFIG, swap_every=0)
+    config = RunConfig(algorithm=by_epoch, model=model, unlabeled_batch=7)
+    manifest = Manifest(Path(), (), {"unlabeled": Split(60, (), Path(), Path(), 1)}, "")
     algorithm = build_algorithm(config, manifest, 10, torch.device("cpu"))
     assert isinstance(algorithm, RolePlay)
-    assert manifest.splits["unlabeled"].records == 60
     assert algorithm.period == 9  # 60 / 7, rounded up
-
-
-def moved(before: dict[str, Tensor], learner: Learner) -> bool:
-    now = learner.network.state_dict()
-    return any(not torch.equal(now[key], value) for key, value in before.items())
 
 
 def test_the_present_student_is_frozen_during_the_student_delay() -> None:
     algorithm = role_play(replace(CONFIG, student_delay_steps=3))
     seen = []
     for t in range(5):
-        before = [copy.deepcopy(x.network.state_dict()) for x in algorithm.learners.values()]
+        before = problems.state(algorithm)
         metrics = train_step(algorithm, batch(t), t)
-        pairs = zip(before, algorithm.learners.values(), strict=True)
-        seen.append(
-            [*(moved(old, learner) for old, learner in pairs), bool(metrics["feedback"] != 0)]
-        )
+        after = problems.state(algorithm)
+        pairs = [[x[name]["network"]["0.weight"] for x in (before, after)] for name in NAMES]
+        moved = [not torch.equal(*pair) for pair in pairs]
+        seen.append([*moved, bool(metrics["feedback"] != 0)])
     # first moves, second moves, feedback: roles change before steps 2 and 4
     assert seen == [
         [True, False, False],
@@ -158,20 +104,3 @@ def test_both_averaged_networks_are_evaluated_as_an_ensemble(
     assert not torch.allclose(by_probability, by_logits, atol=1e-4)
     expected = by_probability if mean_of == "probability" else by_logits
     torch.testing.assert_close(predict(algorithm, images), expected)
-
-
-def test_resumed_in_the_middle_of_a_period_equals_no_stop() -> None:
-    uninterrupted = role_play(CONFIG)
-    saved = {}
-    for t in range(STEPS):
-        if t == 3:  # the second network has been the teacher for one step
-            saved = {k: copy.deepcopy(v.state_dict()) for k, v in uninterrupted.learners.items()}
-        train_step(uninterrupted, batch(t), t)
-    resumed = role_play(CONFIG)
-    for name, learner in resumed.learners.items():
-        learner.load_state_dict(saved[name])
-    for t in range(3, STEPS):
-        train_step(resumed, batch(t), t)
-    for name, learner in resumed.learners.items():
-        expected = uninterrupted.learners[name].state_dict()
-        assert_same(learner.state_dict(), expected, name)

@@ -1,7 +1,5 @@
 """Old names map to present ones; no present name is an old one."""
 
-import dataclasses
-
 import pytest
 
 from mpl_fast.config import RECIPES, RunConfig
@@ -14,6 +12,7 @@ from mpl_fast.config.aliases import (
     current_options,
     renamed,
 )
+from mpl_fast.config.fields import all_options
 
 
 def test_options_are_read_under_their_present_names_and_values() -> None:
@@ -40,16 +39,7 @@ def test_no_name_is_both_old_and_present(names: dict[str, str]) -> None:
 
 
 def test_present_names_exist_and_old_ones_do_not() -> None:
-    keys: set[str] = set()
-    for kind in RECIPES.values():
-        keys |= set(dotted(dataclasses.asdict(RunConfig(algorithm=kind()))))
+    configs = [RunConfig(algorithm=kind()) for kind in RECIPES.values()]
+    keys = {option.key for config in configs for option in all_options(config)}
     assert not keys & OPTION_NAMES.keys()
     assert {*OPTION_NAMES.values(), *OPTION_VALUES} <= keys
-
-
-def dotted(tree: dict[str, object], prefix: str = "") -> list[str]:
-    found = []
-    for name, value in tree.items():
-        inner = dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
-        found += inner
-    return found

@@ -5,104 +5,62 @@ import re
 import pytest
 
 from mpl_fast.config import RECIPES, AlgorithmConfig, RunConfig, problems
-from mpl_fast.config.algorithms import MPLConfig, RolePlayConfig, SMPLConfig
+from mpl_fast.config.algorithms import MPLConfig, RolePlayConfig, SMPLConfig, UDAConfig
 from mpl_fast.config.command_line import parse
 from mpl_fast.config.fields import all_options
 from mpl_fast.config.values import convert
 from mpl_fast.errors import ConfigError
 
 HERE = ["--run-dir", "r", "--data.root", "d"]
-RANGES = {  # options, refused values, words
+
+
+def whole(text: str) -> str:
+    """The text with the section's name before a dot at its beginning, or after a colon."""
+    return re.sub(r"(^|:)\.", r"\1algorithm.", text)
+
+
+RANGES = {  # options (of another recipe than mpl: its name and a colon before), refused values
     "at least 1": (
-        [
-            "steps",
-            "labeled_batch",
-            "eval_batch",
-            "log_every",
-            "microbatches",
-            "data.prefetch",
-            "data.shuffle_buffer",
-        ],
-        ["0", "-4"],
+        "steps labeled_batch eval_batch log_every microbatches data.prefetch data.shuffle_buffer",
+        "0 -4",
     ),
-    "at least 2": (["checkpoint_keep"], ["1"]),
-    "at least 8": (["data.image_size"], ["7"]),
+    "at least 2": ("checkpoint_keep", "1"),
+    "at least 8": ("data.image_size", "7"),
     "at least 0": (
-        [
-            "epochs",
-            "eval_every",
-            "eval_epochs",
-            "checkpoint_every",
-            "stop_at",
-            "seed",
-            "unlabeled_batch",
-            "model.classes",
-            "data.num_ops",
-            "data.magnitude",
-            "data.cutout",
-            "data.final_cutout",
-            "data.threads",
-            "algorithm.feedback_ramp",
-            "algorithm.consistency.weight",
-            "algorithm.consistency.ramp",
-            "algorithm.teacher.lr",
-            "algorithm.teacher.weight_decay",
-            "algorithm.teacher.max_grad_norm",
-            "algorithm.teacher.warmup",
-            "algorithm.teacher.delay_steps",
-            "algorithm.teacher.gamma",
-            "supervised: algorithm.mixup",
-            "fixmatch: algorithm.weight",
-            "mpl_roleplay: algorithm.swap_every",
-            "mpl_roleplay: algorithm.student_delay_steps",
-            "smpl: algorithm.feedback_ramp",
-            "metasemi: algorithm.weight",
-            "metasemi: algorithm.ramp",
-            "metasemi: algorithm.mixup",
-            "metasemi: algorithm.label_rate",
-        ],
-        ["-1"],
+        "epochs eval_every eval_epochs checkpoint_every stop_at seed unlabeled_batch "
+        "model.classes data.num_ops data.magnitude data.cutout data.final_cutout data.threads "
+        ".feedback_ramp .consistency.weight .consistency.ramp .teacher.lr .teacher.weight_decay "
+        ".teacher.max_grad_norm .teacher.warmup .teacher.delay_steps .teacher.gamma "
+        "supervised:.mixup fixmatch:.weight mpl_roleplay:.swap_every "
+        "mpl_roleplay:.student_delay_steps smpl:.feedback_ramp metasemi:.weight metasemi:.ramp "
+        "metasemi:.mixup metasemi:.label_rate",
+        "-1",
     ),
-    "above 0": (["algorithm.consistency.temperature", "metasemi: algorithm.epsilon"], ["0", "-1"]),
+    "above 0": (".consistency.temperature metasemi:.epsilon", "0 -1"),
     "in [0, 1]": (
-        [
-            "model.norm_momentum",
-            "data.hw_decoder_load",
-            "algorithm.label_threshold",
-            "algorithm.consistency.threshold",
-            "fixmatch: algorithm.threshold",
-        ],
-        ["1.5", "-0.5"],
+        "model.norm_momentum data.hw_decoder_load .label_threshold .consistency.threshold "
+        "fixmatch:.threshold",
+        "1.5 -0.5",
     ),
-    "in (0, 1]": (["data.eval_crop"], ["0.0", "1.5"]),
+    "in (0, 1]": ("data.eval_crop", "0.0 1.5"),
     "in [0, 1)": (
-        [
-            "algorithm.label_smoothing",
-            "algorithm.baseline",
-            "algorithm.held_out",
-            "algorithm.student.momentum",
-            "algorithm.student.ema",
-            "algorithm.student.dropout",
-            "supervised: algorithm.label_smoothing",
-            "finetune: algorithm.label_smoothing",
-            "uda: algorithm.label_smoothing",
-            "fixmatch: algorithm.label_smoothing",
-            "smpl: algorithm.label_smoothing",
-        ],
-        ["1.0", "-0.5"],
+        ".label_smoothing .baseline .held_out .student.momentum .student.ema .student.dropout "
+        "supervised:.label_smoothing finetune:.label_smoothing uda:.label_smoothing "
+        "fixmatch:.label_smoothing smpl:.label_smoothing",
+        "1.0 -0.5",
     ),
 }
 CASES = [
     (option, value, words)
     for words, (options, values) in RANGES.items()
-    for option in options
-    for value in values
+    for option in options.split()
+    for value in values.split()
 ]
 
 
 @pytest.mark.parametrize(("option", "value", "words"), CASES)
 def test_a_value_out_of_range_is_refused(option: str, value: str, words: str) -> None:
-    recipe, _, key = option.rpartition(": ")
+    recipe, _, key = whole(option).rpartition(":")
     start = ["--algorithm.start=s"] if recipe == "finetune" else []
     (kind,) = [
         o.kind for o in all_options(RunConfig(algorithm=RECIPES[recipe or "mpl"]())) if o.key == key
@@ -117,124 +75,47 @@ def test_each_number_of_a_list_is_checked() -> None:
         parse([*HERE, "--data.std=[0.2,0,0.3]"])
 
 
-EXACT, ROLES = "--algorithm.feedback=exact", "--recipe=mpl_roleplay"
+CONTRADICTIONS = """\
+.feedback=exact .labels=argmax | .feedback exact needs labels soft (or auto), not argmax
+.feedback=sampled .labels=soft | .feedback sampled needs labels sampled (or auto), not soft
+.labels=soft | .feedback difference has no gradient
+.labels=sampled | .labels sampled need feedback sampled, which uses the view they come from
+.feedback=exact .student.optimizer=adamw | .student.optimizer must be sgd for this feedback
+recipe=mpl_roleplay .feedback=per_example .teacher.optimizer=adamw | .teacher.optimizer must be sgd
+recipe=smpl .feedback=exact .learner.optimizer=adamw | .learner.optimizer must be sgd for this
+recipe=mpl_roleplay .feedback=parity_kekmodel | .feedback parity_kekmodel is for recipe mpl
+.feedback=parity_google .bn-batches=split | .bn_batches cannot be chosen with feedback parity_google
+.feedback=parity_kekmodel .consistency.measure=cosine | .consistency.measure cannot be chosen with
+.feedback=exact .baseline=0.9 | .baseline cannot be subtracted from feedback exact
+.feedback=off .held-out=0.5 | .held_out is for the feedback, which is off
+cuda-graphs=model | cuda_graphs model is for compiled networks: give --compile
+cuda-graphs=step .feedback=exact | cuda_graphs step cannot capture feedback exact, whose step draws
+cuda-graphs=step .teacher-graph=recompute | cuda_graphs step cannot capture teacher_graph recompute
+cuda-graphs=step recipe=metasemi | cuda_graphs step cannot capture recipe metasemi
+cuda-graphs=step grad-sync=ddp | cuda_graphs step needs grad_sync allreduce
+cuda-graphs=step .student.optimizer-backend=apex | .student.optimizer_backend apex reads its
+.teacher.optimizer-backend=apex .teacher.optimizer=adamw | .teacher.optimizer_backend apex is for
+microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
+recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole
+.feedback=parity_google microbatches=2 | microbatches must be 1 for feedback parity_google
+model.norm=sync compile=default | model.norm sync cannot be compiled
+recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
+recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
+model.frozen=true | model.frozen would keep random weights: give --model.pretrained
+.teacher.momentum=0 | .teacher.momentum must be above 0
+.teacher.milestones=[100] | .teacher.milestones must be empty for schedule cosine, not (100,)
+.student.schedule=step | .student.milestones must be the rising steps of schedule step, not ()
+.student.schedule=step .student.milestones=[9,5] | .student.milestones must be the rising steps of
+recipe=fixmatch unlabeled-batch=0 | unlabeled_batch must be at least 1 for recipe fixmatch, not 0
+"""
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            [EXACT, "--algorithm.labels=argmax"],
-            "algorithm.feedback exact needs labels soft (or auto), not argmax",
-        ),
-        (
-            ["--algorithm.feedback=sampled", "--algorithm.labels=soft"],
-            "algorithm.feedback sampled needs labels sampled (or auto), not soft",
-        ),
-        (["--algorithm.labels=soft"], "algorithm.feedback difference has no gradient"),
-        (
-            ["--algorithm.labels=sampled"],
-            "algorithm.labels sampled need feedback sampled, which uses the view they come from",
-        ),
-        (
-            [EXACT, "--algorithm.student.optimizer=adamw"],
-            "algorithm.student.optimizer must be sgd for this feedback",
-        ),
-        (
-            [ROLES, "--algorithm.feedback=per_example", "--algorithm.teacher.optimizer=adamw"],
-            "algorithm.teacher.optimizer must be sgd for this feedback",
-        ),
-        (
-            ["--recipe=smpl", EXACT, "--algorithm.learner.optimizer=adamw"],
-            "algorithm.learner.optimizer must be sgd for this feedback",
-        ),
-        (
-            [ROLES, "--algorithm.feedback=parity_kekmodel"],
-            "algorithm.feedback parity_kekmodel is for recipe mpl",
-        ),
-        (
-            ["--algorithm.feedback=parity_google", "--algorithm.bn-batches=split"],
-            "algorithm.bn_batches cannot be chosen with feedback parity_google",
-        ),
-        (
-            ["--algorithm.feedback=parity_kekmodel", "--algorithm.consistency.measure=cosine"],
-            "algorithm.consistency.measure cannot be chosen with feedback parity_kekmodel",
-        ),
-        (
-            [EXACT, "--algorithm.baseline=0.9"],
-            "algorithm.baseline cannot be subtracted from feedback exact",
-        ),
-        (
-            ["--algorithm.feedback=off", "--algorithm.held-out=0.5"],
-            "algorithm.held_out is for the feedback, which is off",
-        ),
-        (["--cuda-graphs=model"], "cuda_graphs model is for compiled networks: give --compile"),
-        (
-            ["--cuda-graphs=step", EXACT],
-            "cuda_graphs step cannot capture feedback exact, whose step draws the same dropout",
-        ),
-        (
-            ["--cuda-graphs=step", "--algorithm.teacher-graph=recompute"],
-            "cuda_graphs step cannot capture teacher_graph recompute",
-        ),
-        (
-            ["--cuda-graphs=step", "--recipe=metasemi"],
-            "cuda_graphs step cannot capture recipe metasemi",
-        ),
-        (["--cuda-graphs=step", "--grad-sync=ddp"], "cuda_graphs step needs grad_sync allreduce"),
-        (
-            ["--cuda-graphs=step", "--algorithm.student.optimizer-backend=apex"],
-            "algorithm.student.optimizer_backend apex reads its learning rate on the host",
-        ),
-        (
-            [
-                "--algorithm.teacher.optimizer-backend=apex",
-                "--algorithm.teacher.optimizer=adamw",
-            ],
-            "algorithm.teacher.optimizer_backend apex is for optimizer sgd: set torch",
-        ),
-        (["--microbatches=2", "--grad-sync=ddp"], "microbatches above 1 need grad_sync allreduce"),
-        (
-            ["--recipe=smpl", "--microbatches=2"],
-            "microbatches must be 1 for recipe smpl, whose step needs the whole batch at once",
-        ),
-        (
-            ["--algorithm.feedback=parity_google", "--microbatches=2"],
-            "microbatches must be 1 for feedback parity_google",
-        ),
-        (["--model.norm=sync", "--compile=default"], "model.norm sync cannot be compiled"),
-        (["--recipe=finetune"], "algorithm.start is missing: give --algorithm.start RUN_DIR"),
-        (
-            ["--recipe=finetune", "--algorithm.start=s", "--model.pretrained=timm"],
-            "model.pretrained is not for recipe finetune, which starts from algorithm.start",
-        ),
-        (
-            ["--model.frozen=true"],
-            "model.frozen would keep random weights: give --model.pretrained",
-        ),
-        (["--algorithm.teacher.momentum=0"], "algorithm.teacher.momentum must be above 0"),
-        (
-            ["--algorithm.teacher.milestones=[100]"],
-            "algorithm.teacher.milestones must be empty for schedule cosine, not (100,)",
-        ),
-        (
-            ["--algorithm.student.schedule=step"],
-            "algorithm.student.milestones must be the rising steps of schedule step, not ()",
-        ),
-        (
-            ["--algorithm.student.schedule=step", "--algorithm.student.milestones=[9,5]"],
-            "algorithm.student.milestones must be the rising steps of schedule step, not (9, 5)",
-        ),
-        (
-            ["--recipe=fixmatch", "--unlabeled-batch=0"],
-            "unlabeled_batch must be at least 1 for recipe fixmatch, not 0",
-        ),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_a_contradiction_is_refused(options: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
-        parse([*HERE, *options])
+@pytest.mark.parametrize("line", CONTRADICTIONS.splitlines())
+def test_a_contradiction_is_refused(line: str) -> None:
+    options, message = line.split(" | ")
+    given = [f"--{whole(option)}" for option in options.split()]
+    with pytest.raises(ConfigError, match=re.escape(whole(message))) as caught:
+        parse([*HERE, *given])
     assert "\n" not in str(caught.value)
 
 
@@ -256,6 +137,7 @@ def test_labeled_only_recipes_need_no_unlabeled_batch() -> None:
 @pytest.mark.parametrize(
     ("config", "repeats", "whole"),
     [
+        (UDAConfig(), None, None),
         (MPLConfig(), None, None),
         (MPLConfig(feedback="sampled"), None, None),
         (MPLConfig(feedback="per_example"), "feedback per_example", None),

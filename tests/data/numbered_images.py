@@ -37,7 +37,6 @@ def save(folder: Path, number: int) -> None:
 
 
 def pack_numbered(base: Path) -> Manifest:
-    """50 training images in 5 classes, image n of class n % 5, in 3 shards; 23 to validate."""
     for number in range(CLASSES * EACH):
         save(base / "train" / f"class{number % CLASSES}", number)
     for number in range(VAL):
@@ -47,14 +46,8 @@ def pack_numbered(base: Path) -> Manifest:
 
 def pack_folder(src: Path, out: Path, val: Path | None = None, **split: Any) -> Manifest:
     """Packs class folders; `split` has fields of SplitOptions."""
-    options = PackOptions(
-        src=(str(src),),
-        val=str(val) if val else None,
-        out=out,
-        split=SplitOptions(**split),
-        quiet=True,
-    )
-    pack(options)
+    held_out, options = str(val) if val else None, SplitOptions(**split)
+    pack(PackOptions(src=(str(src),), val=held_out, out=out, split=options, quiet=True))
     return read_manifest(out)
 
 
@@ -65,13 +58,8 @@ def train_loader(manifest: Manifest, config: DataConfig = PLAIN, **options: Any)
 
 
 def eval_loader(manifest: Manifest, config: DataConfig = PLAIN, **options: Any) -> EvalLoader:
-    defaults: dict[str, Any] = {
-        "batch": 4,
-        "rank": 0,
-        "world": 1,
-        "device": CPU,
-        "dtype": torch.float32,
-    }
+    defaults: dict[str, Any] = {"batch": 4, "rank": 0, "world": 1}
+    defaults |= {"device": CPU, "dtype": torch.float32}
     return EvalLoader(config, manifest, **(defaults | options))
 
 

@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.packing.publish.sparse_index import padded_lines
-from tests.packing.small_pack import Record, SmallPack, make_pack
+from tests.packing.small_pack import SmallPack, make_pack
 
 # Five files of four records: 0-3, 4-7, 8-11, 12-15, 16-19. The letters are the three cases in
 # which DALI's cursor goes astray: (a) a file in the middle has no record, (b) the first record
@@ -37,24 +37,20 @@ def _pipeline(
     batch: int,
     *,
     mmap: bool = True,
-    shard: int = 0,
-    shards: int = 1,
-    stick: bool = False,
-    shuffle: bool = False,
     checkpoint: Any = None,
+    **options: Any,
 ) -> Pipeline:
+    """`options` are the reader's."""
+
     def reader() -> Any:
         images, labels = fn.readers.mxnet(
             path=[str(path) for path in _files(pack)],
             index_path=[str(index)],
             name="reader",
             dont_use_mmap=not mmap,
-            shard_id=shard,
-            num_shards=shards,
-            stick_to_shard=stick,
-            random_shuffle=shuffle,
             initial_fill=8,
             tensor_init_bytes=1024,
+            **options,
         )
         return images, labels
 
@@ -89,13 +85,14 @@ def _wanted(pack: SmallPack, ids: Iterable[int]) -> list[Sample]:
     return [(pack.records[number].image, float(pack.records[number].label)) for number in ids]
 
 
-def _entry(pack: SmallPack, record: Record) -> tuple[int, int, int]:
-    files = [path.name for path in _files(pack)]
-    return record.id, files.index(record.file), record.start + record.offset
+def _entries(pack: SmallPack, chosen: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Id, file and offset of each record."""
+    files, records = [path.name for path in _files(pack)], [pack.records[n] for n in chosen]
+    return [(r.id, files.index(r.file), r.start + r.offset) for r in records]
 
 
 def _sparse_index(pack: SmallPack, chosen: Sequence[int], path: Path) -> Path:
-    path.write_text("".join(padded_lines(_entry(pack, pack.records[number]) for number in chosen)))
+    path.write_text("".join(padded_lines(_entries(pack, chosen))))
     return path
 
 
@@ -105,33 +102,14 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> SmallPack:
     return make_pack(root, shards={"train": [4, 4, 4, 4, 4]})
 
 
+@pytest.mark.parametrize(
+    ("shards", "stick"), [(1, False), (2, False), (2, True), (3, False), (3, True)]
+)
 @MMAP
-@pytest.mark.parametrize("shards", [1, 4, 16])
-def test_every_record_of_a_full_index_is_read(tmp_path: Path, shards: int, mmap: bool) -> None:
-    pack = make_pack(tmp_path / "rec", shards={"train": [48 // shards] * shards})
-    assert len(_files(pack)) == shards
-    pipeline = _pipeline(pack, pack.root / "train.idx", 48, mmap=mmap)
-    assert pipeline.reader_meta("reader")["epoch_size"] == 48
-    assert _samples(pipeline) == _wanted(pack, range(48))
-
-
-@MMAP
-@LAYOUT
-def test_sparse_layouts_are_read(
-    five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool
-) -> None:
-    index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
-    pipeline = _pipeline(five, index, len(chosen), mmap=mmap)
-    assert pipeline.reader_meta("reader")["epoch_size"] == len(chosen)
-    for _ in range(2):  # epochs
-        assert _samples(pipeline) == _wanted(five, chosen)
-
-
-@pytest.mark.parametrize("stick", [True, False], ids=["stick", "go on"])
-@pytest.mark.parametrize("shards", [2, 3])
-@MMAP
-@LAYOUT
-def test_sparse_layouts_are_shared_out(
+@pytest.mark.parametrize(
+    "chosen", [*LAYOUTS.values(), list(range(20))], ids=[*LAYOUTS, "every record"]
+)
+def test_sparse_layouts_are_read_and_shared_out(
     five: SmallPack, tmp_path: Path, chosen: list[int], mmap: bool, shards: int, stick: bool
 ) -> None:
     """Reader k of n begins at record floor(k * records / n), and without stick goes on from there.
@@ -142,9 +120,9 @@ def test_sparse_layouts_are_shared_out(
     index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
     borders = [len(chosen) * shard // shards for shard in range(shards + 1)]
     for shard, (begin, end) in enumerate(pairwise(borders)):
-        pipeline = _pipeline(
-            five, index, end - begin, mmap=mmap, shard=shard, shards=shards, stick=stick
-        )
+        own: dict[str, Any] = {"shard_id": shard, "num_shards": shards, "stick_to_shard": stick}
+        pipeline = _pipeline(five, index, end - begin, mmap=mmap, **own)
+        assert pipeline.reader_meta("reader")["epoch_size"] == len(chosen)
         assert _samples(pipeline) == _wanted(five, chosen[begin:end])
         after = chosen[begin:end] if stick else (chosen[end:] + chosen[:end])[: end - begin]
         assert _samples(pipeline) == _wanted(five, after)
@@ -154,7 +132,7 @@ def test_sparse_layouts_are_shared_out(
 def test_a_padded_index_is_shuffled_whole(five: SmallPack, tmp_path: Path, mmap: bool) -> None:
     chosen = LAYOUTS["a: the second file has no record"]
     index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
-    pipeline = _pipeline(five, index, len(chosen), mmap=mmap, shuffle=True)
+    pipeline = _pipeline(five, index, len(chosen), mmap=mmap, random_shuffle=True)
     wanted = _wanted(five, chosen)
     epochs = [_samples(pipeline) for _ in range(3)]
     for epoch in epochs:
@@ -168,12 +146,12 @@ def test_a_checkpoint_goes_on_within_a_padded_index(
 ) -> None:
     chosen = LAYOUTS["a: the second file has no record"]
     index = _sparse_index(five, chosen, tmp_path / "sparse.idx")
-    pipeline = _pipeline(five, index, 2, shuffle=shuffle)
+    pipeline = _pipeline(five, index, 2, random_shuffle=shuffle)
     for _ in range(3):
         _samples(pipeline)
     state = pipeline.checkpoint()
     rest = [_samples(pipeline) for _ in range(4)]
-    again = _pipeline(five, index, 2, shuffle=shuffle, checkpoint=state)
+    again = _pipeline(five, index, 2, random_shuffle=shuffle, checkpoint=state)
     assert [_samples(again) for _ in range(4)] == rest
 
 
@@ -184,7 +162,7 @@ def test_without_padding_these_layouts_fail(
 ) -> None:
     """The reason for the padding; skipped by a DALI that does not need it any more."""
     index = tmp_path / "plain.idx"
-    entries = [_entry(five, five.records[number]) for number in chosen]
+    entries = _entries(five, chosen)
     index.write_text("".join(f"{number}\t{offset}\n" for number, _, offset in entries))
     try:
         read = _samples(_pipeline(five, index, len(chosen), mmap=mmap))

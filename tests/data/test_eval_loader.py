@@ -10,12 +10,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.errors import DataError
-from tests.data.numbered_images import CLASSES, VAL, eval_loader, levels, pack_numbered
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return pack_numbered(tmp_path_factory.mktemp("numbered"))
+from tests.data.numbered_images import CLASSES, VAL, eval_loader, levels
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 24])
@@ -36,19 +31,18 @@ def test_evaluation_counts_every_image_once(manifest: Manifest, world: int) -> N
         assert seen == Counter(range(VAL))
 
 
-def test_evaluation_starts_over_after_an_unfinished_pass(manifest: Manifest) -> None:
+def test_a_batch_larger_than_the_split_and_a_pass_after_an_unfinished_one(
+    manifest: Manifest,
+) -> None:
+    ((images, _, count),) = eval_loader(manifest, batch=40)
+    assert images.shape[0] == 40
+    assert count == VAL
     loader = eval_loader(manifest)
     whole = [levels(images) for images, _, _ in loader]
     for images, _, _ in loader:
         assert levels(images) == whole[0]
         break
     assert [levels(images) for images, _, _ in loader] == whole
-
-
-def test_evaluation_batch_larger_than_the_split(manifest: Manifest) -> None:
-    ((images, _, count),) = eval_loader(manifest, batch=40)
-    assert images.shape[0] == 40
-    assert count == VAL
 
 
 def test_missing_split(manifest: Manifest) -> None:
@@ -80,8 +74,13 @@ def test_stale_index(manifest: Manifest, tmp_path: Path) -> None:
         eval_loader(stale)
 
 
-@pytest.mark.parametrize("damage", ["decode", "frame", "end"])
-def test_damaged_records_are_one_line(manifest: Manifest, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [("decode", "nvImageCodec failure"), ("frame", "magic"), ("end", "bytes are available")],
+)
+def test_damaged_records_are_one_line(
+    manifest: Manifest, tmp_path: Path, damage: str, reason: str
+) -> None:
     content = bytearray(joined(manifest.splits["val"], tmp_path).read_bytes())
     offsets = [int(line.split()[1]) for line in manifest.splits["val"].index.open()]
     if damage == "decode":
@@ -98,9 +97,7 @@ def test_damaged_records_are_one_line(manifest: Manifest, tmp_path: Path, damage
     assert str(tmp_path / "val.rec") in message
     assert "DALI cannot read a record or decode an image" in message
     assert f"`make_rec.py verify --deep {tmp_path}` finds damaged ones. DALI: ..." in message
-    assert {"decode": "nvImageCodec failure", "frame": "magic", "end": "bytes are available"}[
-        damage
-    ] in message
+    assert reason in message
 
 
 def test_full_memory_is_not_taken_for_damaged_records(

@@ -4,7 +4,6 @@ import base64
 import io
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -38,7 +37,6 @@ def photo(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """Return a picture as the bytes of an image file."""
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
@@ -60,25 +58,21 @@ def oriented(image: bytes, orientation: int, order: str = "<") -> bytes:
 
 
 def with_exif(image: bytes, tiff: bytes) -> bytes:
-    """Return a JPEG with any bytes as its EXIF data."""
     content = b"Exif\0\0" + tiff
     return image[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + image[2:]
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
     """Return the PNG of (type, content) chunks, with right checksums."""
+    number = struct.Struct(">I").pack
     rows = [
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
+        number(len(content)) + kind + content + number(zlib.crc32(kind + content))
         for kind, content in chunks
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(rows)
 
 
 def chunks_of(png: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the chunks of a PNG as (type, content)."""
     chunks, position = [], 8
     while position < len(png):
         end = position + 8 + int.from_bytes(png[position : position + 4], "big")
@@ -94,7 +88,6 @@ def sized(image: bytes, height: int, width: int) -> bytes:
 
 
 def without_adobe_mark(image: bytes) -> bytes:
-    """Return a JPEG without its APP14 segment."""
     start = image.index(b"\xff\xee")
     size = int.from_bytes(image[start + 2 : start + 4], "big")
     return image[:start] + image[start + 2 + size :]
@@ -106,16 +99,7 @@ def as_ycck(cmyk: bytes) -> bytes:
     return cmyk[:transform] + b"\x02" + cmyk[transform + 1 :]
 
 
-def sparse_file(folder: Path, size: int) -> bytes:
-    """Return the content of a file that was made large and never written."""
-    path = folder / "sparse.JPEG"
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path.read_bytes()
-
-
-def usable() -> dict[str, bytes]:
-    """Return odd images that DALI decodes, and so must the check."""
+def _usable() -> dict[str, bytes]:
     picture = photo()
     jpeg, png = encoded(picture, "JPEG"), encoded(picture, "PNG")
     cmyk = encoded(picture.convert("CMYK"), "JPEG")
@@ -161,8 +145,7 @@ def usable() -> dict[str, bytes]:
     return odd
 
 
-def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
-    """Return (image, part of the fault) of what the check must refuse."""
+def _unusable() -> dict[str, tuple[bytes, str]]:
     jpeg, png = encoded(photo(), "JPEG"), encoded(photo(), "PNG")
     half = len(jpeg) // 2
     scan = jpeg.index(b"\xff\xda")
@@ -177,7 +160,7 @@ def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
     return {
         "empty": (b"", "empty file"),
         "text": (b"this is no image\n" * 20, no_jpeg),
-        "zero-filled": (sparse_file(folder, 50_000), no_jpeg),
+        "zero-filled": (bytes(50_000), no_jpeg),
         "half": (jpeg[:half], no_end),
         "no end mark": (jpeg[:-2], no_end),
         "last byte missing": (jpeg[:-1], no_end),
@@ -209,3 +192,9 @@ def unusable(folder: Path) -> dict[str, tuple[bytes, str]]:
         "bmp": (encoded(photo(), "BMP"), "but BMP"),
         "tiff": (encoded(photo(), "TIFF"), no_jpeg),
     }
+
+
+USABLE = _usable()
+"""Odd images that DALI decodes, and so must the check."""
+UNUSABLE = _unusable()
+"""(image, part of the fault) of what the check must refuse."""

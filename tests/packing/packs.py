@@ -39,7 +39,7 @@ from mpl_fast.packing.plan.table import (
 from mpl_fast.packing.publish.finish import finish
 from mpl_fast.packing.publish.out_folder import WORK
 from mpl_fast.packing.write.pool import Job
-from mpl_fast.packing.write.workers import run_job
+from mpl_fast.packing.write.shard_job import run_job
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def run(
         stack.enter_context(contextlib.redirect_stderr(errors))
         stack.callback(os.chdir, Path.cwd())
         os.chdir(folder or "/")
-        for module in () if pool else ("write.workers", "check.verify"):
+        for module in () if pool else ("pack", "check.verify"):
             stack.enter_context(mock.patch(f"mpl_fast.packing.{module}.run_jobs", run_in_order))
         try:
             code = main([*map(str, arguments)])
@@ -256,7 +256,7 @@ def write_shards(work: Path, image_options: ImageOptions = KEEP) -> Path:
     with open_table(work / TABLE) as table:
         shards = table.shards()
     for shard in shards:
-        run_job(work, shard.number, image_options, 0, lambda images, size: None)
+        run_job(work, shard, image_options, 0, lambda images, size: None)
     return work
 
 
@@ -268,16 +268,7 @@ def finished(options: PackOptions) -> tuple[Path, Json]:
 
 def written_rows(table: Table, shard: ShardRow) -> list[tuple[RecordRow, WrittenRow]]:
     """Return the records that a shard holds, in order, with their places in it."""
-    query = (
-        "SELECT records.*, written.* FROM written JOIN records USING (id) "
-        "WHERE id BETWEEN ? AND ? ORDER BY id"
-    )
-    width = len(RecordRow._fields)
-    # USING gives one id column for `records.*` and again for `written.*`.
-    return [
-        (RecordRow(*row[:width]), WrittenRow(*row[width:]))
-        for row in table.query(query, (shard.first_id, shard.first_id + shard.records - 1))
-    ]
+    return list(table.written(shard.ids))
 
 
 # A table of one shard, made row by row.

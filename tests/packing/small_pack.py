@@ -1,26 +1,22 @@
-"""A finished folder of records, made without the packer: the format as it is described, by hand."""
+"""A finished pack whose records, shards and labeled images are chosen one by one."""
 
-import hashlib
 import json
-import zlib
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from mpl_fast.data.manifest import CLASSES as CLASSES_FILE
-from mpl_fast.data.manifest import FORMAT, MANIFEST
-from mpl_fast.data.records import image_record, is_multipart
-from mpl_fast.packing.plan.table import TABLE, create_table, create_written, to_utf8
-from mpl_fast.packing.publish.sparse_index import padded_lines
-from tests.packing.packs import CLASSES, jpeg, with_magic
+from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
+from mpl_fast.packing.pack import publish_pack
+from mpl_fast.packing.plan.sharding import shard_file
+from mpl_fast.packing.plan.table import TABLE, RecordRow, create_table, open_table
+from mpl_fast.packing.publish.out_folder import open_out_folder
+from tests.packing.packs import CLASSES, jpeg, make_tree, with_magic, write_shards
 
-SPLITS = {"train_label": "labeled", "train_unlabel": "unlabeled", "val": "val"}
+HOW = ImageOptions(check="none", on_bad="skip")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One record as it was put in."""
 
     id: int
@@ -38,168 +34,78 @@ class Record:
 
 @dataclass(frozen=True)
 class SmallPack:
-    """A folder of records, and what was put into it."""
+    """A finished pack, its source folder, and what it holds."""
 
     root: Path
+    source: Path
     records: Mapping[int, Record]
-
-    def of(self, file: str) -> list[Record]:
-        return [record for record in self.records.values() if record.file == file]
 
 
 def make_pack(
     root: Path,
     *,
     shards: Mapping[str, Sequence[int]],
-    labeled: Collection[int] = (),
+    labeled: Collection[int] = (0,),
     skipped: Collection[int] = (),
     images: Mapping[int, bytes] | None = None,
     layout: str = "shared",
 ) -> SmallPack:
-    """Write a finished folder: shards says how many planned records each file of a prefix has.
+    """Pack into root: shards says how many planned records each file of a prefix has.
 
     The record with id 1 has several parts. images replaces the content of records; the ids in
     skipped are planned, but not written.
     """
-    root.mkdir(parents=True)
-    table = create_table(root / TABLE)
-    table.execute("INSERT INTO plan VALUES (?)", (json.dumps({"layout": layout}),))
-    table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASSES))
-    source = root.parent / f"{root.name}-source"
-    table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
-    create_written(table)
-    records: dict[int, Record] = {}
-    entries: list[dict[str, Any]] = []
-    number = 0
-    for prefix, counts in shards.items():
-        start = 0
-        for at, count in enumerate(counts):
-            single = len(counts) == 1
-            file = f"{prefix}.rec" if single else f"{prefix}-{at:05}-of-{len(counts):05}.rec"
-            first = number
-            content = b""
-            multipart = 0
-            for record_id in range(first, first + count):
-                label, name = record_id % len(CLASSES), f"{prefix}_{record_id}.jpg"
-                image = (images or {}).get(record_id) or jpeg(record_id)
-                if record_id == 1 and not images:
-                    image = with_magic(image)
-                place = f"{CLASSES[label]}/{name}"
-                table.execute(
-                    "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), 0, ?, -1, ?, 7)",
-                    (record_id, label, record_id in labeled, to_utf8(name), place, len(image)),
-                )
-                if record_id in skipped:
-                    continue
-                framed = image_record(label, record_id, image)
-                multipart += is_multipart(framed)
-                table.execute(
-                    "INSERT INTO written VALUES (?, ?, ?, ?, ?)",
-                    (record_id, len(content), len(framed), len(image), zlib.crc32(image)),
-                )
-                records[record_id] = Record(
-                    record_id, label, name, image, file, len(content), start
-                )
-                content += framed
-            number += count
-            (root / file).write_bytes(content)
-            table.execute(
-                "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, 'c', 's')",
-                (len(entries), prefix, file, first, count, len(content)),
-            )
-            entry = {
-                "file": file,
-                "prefix": prefix,
-                "bytes": len(content),
-                "records": sum(record.file == file for record in records.values()),
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "multipart": multipart,
-                "first_id": first,
-            }
-            if not single:
-                entry["idx"] = file.removesuffix("rec") + "idx"
-                local = "".join(
-                    f"{record.id}\t{record.offset}\n"
-                    for record in records.values()
-                    if record.file == file
-                )
-                entry["idx_sha256"] = _write(root / str(entry["idx"]), local)
-            entries.append(entry)
-            start += len(content)
-    table.close()
-    pack = SmallPack(root, records)
-    _finish(pack, entries, layout, labeled)
-    return pack
+    source = root.with_name(f"{root.name}-source")
+    contents, rows = {}, []
+    prefixes = [prefix for prefix, counts in shards.items() for _ in range(sum(counts))]
+    for number, prefix in enumerate(prefixes):
+        content = with_magic(jpeg(number)) if number == 1 else jpeg(number)
+        contents[number] = b"" if number in skipped else (images or {}).get(number, content)
+        label, name = number % len(CLASSES), f"{prefix}_{number}.jpg"
+        path = f"{CLASSES[label]}/{name}"
+        stat = (make_tree(source, {path: contents[number]}) / path).stat()
+        place = (0, path, -1, stat.st_size, stat.st_mtime_ns)
+        rows.append(RecordRow(number, label, number in labeled, name, *place))
+    with open_out_folder(root) as folder:
+        _write_plan(folder.work / TABLE, source, layout, shards, rows)
+        write_shards(folder.work, HOW)
+        publish_pack(folder, 0.0)
+    (root / ".lock").unlink()
+    return SmallPack(root, source, _records(root, contents))
 
 
-def _finish(
-    pack: SmallPack, entries: list[dict[str, Any]], layout: str, labeled: Collection[int]
+def _write_plan(
+    path: Path,
+    source: Path,
+    layout: str,
+    shards: Mapping[str, Sequence[int]],
+    rows: Sequence[RecordRow],
 ) -> None:
-    splits = {}
-    for prefix in dict.fromkeys(entry["prefix"] for entry in entries):
-        chosen = [
-            r for r in pack.records.values() if r.file.startswith((f"{prefix}.", f"{prefix}-"))
-        ]
-        name = SPLITS.get(prefix, prefix)
-        splits[name] = _write_split(pack.root, entries, prefix, prefix, chosen)
-        if layout == "shared" and prefix == "train":
-            some = [record for record in chosen if record.id in labeled]
-            splits["labeled"] = _write_split(pack.root, entries, prefix, "train_label", some)
-            splits["unlabeled"] = _write_split(pack.root, entries, prefix, "train_unlabel", chosen)
-    classes = "".join(f"{name}\n" for name in CLASSES)
-    sizes = [len(record.image) for record in pack.records.values()]
-    manifest = {
-        "format": FORMAT,
-        "tool": "mpl_fast",
-        "created": "2026-01-01T00:00:00Z",
-        "plan_sha256": "0" * 64,
-        "layout": layout,
-        "options": {"labeled": "some", "balance": "count", "split_seed": 0, "unlabeled": "all"},
-        "sources": [
-            {"spec": "source", "kind": "folder", "bytes": sum(sizes), "images": len(sizes)}
-        ],
-        "classes": {
-            "n": len(CLASSES),
-            "file": CLASSES_FILE,
-            "sha256": _write(pack.root / CLASSES_FILE, classes),
-        },
-        "transform": {"mode": "none"},
-        "shards": entries,
-        "splits": splits,
-        "table": TABLE,
-        "table_sha256": hashlib.sha256((pack.root / TABLE).read_bytes()).hexdigest(),
-        "bad": [],
-        "duplicates": {"groups": 0, "images": 0, "across_splits": 0},
-        "totals": {
-            "images": len(sizes),
-            "bytes_in": sum(sizes),
-            "bytes_out": sum(entry["bytes"] for entry in entries),
-            "seconds": 1.0,
-        },
-    }
-    _write(pack.root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    split = SplitOptions(layout=layout)
+    options = PackOptions(src=(str(source),), out=path.parent, split=split, image=HOW).planned()
+    table = create_table(path)
+    table.execute("INSERT INTO plan VALUES (?)", (json.dumps(options),))
+    table.executemany("INSERT INTO classes VALUES (?, ?)", enumerate(CLASSES))
+    table.execute("INSERT INTO sources VALUES (0, ?, 'folder', ?, 0, 0)", (str(source),) * 2)
+    table.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    first = number = 0
+    for prefix, counts in shards.items():
+        for at, count in enumerate(counts):
+            size = sum(row.size for row in rows[first : first + count])
+            shard = (number, prefix, shard_file(prefix, at, len(counts)), first, count, size)
+            table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, 'c', 's')", shard)
+            first, number = first + count, number + 1
+    table.close()
 
 
-def _write_split(
-    root: Path, entries: list[dict[str, Any]], prefix: str, name: str, chosen: list[Record]
-) -> dict[str, Any]:
-    files = [entry["file"] for entry in entries if entry["prefix"] == prefix]
-    index = "".join(padded_lines((r.id, files.index(r.file), r.start + r.offset) for r in chosen))
-    listing = "".join(f"{record.id}\t{record.label}\t{record.key}\n" for record in chosen)
-    counts = Counter(record.label for record in chosen)
-    per_class = [counts[label] for label in range(len(CLASSES))]
-    return {
-        "records": len(chosen),
-        "shards": files,
-        "idx": f"{name}.idx",
-        "idx_sha256": _write(root / f"{name}.idx", index),
-        "lst": f"{name}.lst",
-        "lst_sha256": _write(root / f"{name}.lst", listing),
-        "per_class_min": min(per_class),
-        "per_class_max": max(per_class),
-    }
-
-
-def _write(path: Path, text: str) -> str:
-    path.write_text(text)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _records(root: Path, contents: Mapping[int, bytes]) -> dict[int, Record]:
+    found = {}
+    starts = dict.fromkeys(("train", "train_label", "train_unlabel", "val"), 0)
+    with open_table(root / TABLE) as table:
+        for shard in table.shards():
+            for record, written in table.written(shard.ids):
+                place = (shard.file, written.offset, starts[shard.prefix])
+                image = contents[record.id]
+                found[record.id] = Record(record.id, record.label, record.name, image, *place)
+            starts[shard.prefix] += (root / shard.file).stat().st_size
+    return found

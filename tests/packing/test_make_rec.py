@@ -231,7 +231,9 @@ def test_nine_files_from_the_imagenet_sample(shared_data: Path, tmp_path: Path) 
     common = ("--src", archive, "--val", archive, "--out", out, "--layout", "separate",
               "--shards", 1)  # fmt: skip
     line = refuse(*common, status=2)
-    assert "--labeled 10%: 100 labeled images for 1000 classes leave 900 classes" in line
+    assert (
+        "--labeled 10%: 100 labeled images for 1000 classes, so that 900 classes have none" in line
+    )
     assert not out.exists()
     run("pack", *common, "--labeled", 1000)
     assert names(out) == {*ALWAYS, *files_of("train_label", "train_unlabel", "val")}

@@ -6,38 +6,29 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import UserError
-from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.write.ray_engine import run_ray
-from mpl_fast.packing.write.workers import Jobs
-from tests.packing.packs import hashes, image_tree, names, pack, refuse
+from tests.packing.packs import hashes, image_tree, names, pack, refuse, run
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    return image_tree(tmp_path)
-
-
-def test_ray_packs_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_ray_packs_the_same_bytes(tmp_path: Path) -> None:
+    """After an error of one task, which is one line: finished shards stay."""
     pytest.importorskip("ray")
+    tree, out = image_tree(tmp_path), tmp_path / "out"
     common = ("--src", tree / "train", "--val", tree / "val", "--labeled", 6, "--shards", 4)
-    here = pack(*common, out=tmp_path / "here")
-    there = pack(*common, "--engine", "ray", out=tmp_path / "there")
-    assert hashes(there) == hashes(here)
-
-
-def test_error_of_a_task_is_one_line_and_finished_shards_stay(tree: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     image = tree / "train" / "ant" / "1.jpg"
-    image.write_bytes(image.read_bytes()[:200])
-    common = ("--src", tree / "train", "--labeled", 6, "--shards", 4, "--out", tmp_path / "out")
-    line = refuse(*common, "--engine", "ray", status=4)
+    content = image.read_bytes()
+    image.write_bytes(content[:200])
+    line = refuse(*common, "--engine", "ray", "--out", out, status=4)
     assert str(image) in line
-    assert len(list((tmp_path / "out" / ".pack").glob("*.rec.done"))) == 3
-    assert names(tmp_path / "out") == {".lock", ".pack"}
+    assert len(list((out / ".pack").glob("*.rec.done"))) == 7
+    assert names(out) == {".lock", ".pack"}
+    image.write_bytes(content)
+    run("pack", *common, "--engine", "ray", "--out", out)
+    assert hashes(out) == hashes(pack(*common, out=tmp_path / "here"))
 
 
-def test_without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    jobs = Jobs(tmp_path, [], ImageOptions(), 1)
     with pytest.raises(UserError, match=r"pip install 'mpl_fast\[ray\]'"):
-        run_ray(jobs, lambda images, size: None)
+        run_ray([], lambda images, size: None)

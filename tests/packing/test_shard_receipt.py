@@ -48,21 +48,19 @@ def test_load_returns_what_was_saved(path: Path) -> None:
     for name, kind in COLUMNS.items():
         assert getattr(loaded, name).dtype == np.dtype(kind)
     assert list(path.parent.iterdir()) == [path]
+    content = path.read_bytes()
+    DONE.save(path)
+    assert path.read_bytes() == content
     columns: dict[str, Any] = {name: np.array([], kind) for name, kind in COLUMNS.items()}
     empty = replace(DONE, **columns)
     empty.save(path)
     assert as_plain(ShardReceipt.load(path)) == as_plain(empty)
 
 
-def test_equal_receipts_are_equal_files(path: Path) -> None:
-    DONE.save(path.with_name("again"))
-    assert path.read_bytes() == path.with_name("again").read_bytes()
-
-
 def test_a_flipped_bit_is_harmless_or_an_error(path: Path) -> None:
     whole = path.read_bytes()
     damaged = 0
-    positions = range(0, len(whole), 5)
+    positions = range(0, len(whole), 11)
     for at in positions:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         try:
@@ -74,21 +72,16 @@ def test_a_flipped_bit_is_harmless_or_an_error(path: Path) -> None:
     assert damaged > len(positions) / 2
 
 
-def test_every_cut_is_an_error(path: Path) -> None:
+def test_cut_and_other_files(path: Path) -> None:
     whole = path.read_bytes()
-    for size in (*range(0, len(whole), 17), len(whole) - 1):
-        path.write_bytes(whole[:size])
+    contents = [whole[:size] for size in (*range(0, len(whole), 17), len(whole) - 1)]
+    np.save(path.with_suffix(".npy"), np.arange(3))
+    np.savez(path.with_suffix(".npz"), np.frombuffer(b"[]", np.uint8))
+    contents += [path.with_suffix(kind).read_bytes() for kind in (".npy", ".npz")]
+    for content in (*contents, b"text", np.arange(3).tobytes()):
+        path.write_bytes(content)
         with pytest.raises(DataError, match=r"x\.done: damaged .*; delete it and pack again"):
             ShardReceipt.load(path)
-
-
-def test_other_files(tmp_path: Path) -> None:
-    for content in (b"", b"text", np.arange(3).tobytes()):
-        (tmp_path / "x.done").write_bytes(content)
-        with pytest.raises(DataError, match="damaged"):
-            ShardReceipt.load(tmp_path / "x.done")
-    np.save(tmp_path / "x.npy", np.arange(3))
-    np.savez(tmp_path / "x.npz", np.frombuffer(b"[]", np.uint8))
-    for name in ("x.npy", "x.npz", "none"):
-        with pytest.raises(DataError, match="damaged"):
-            ShardReceipt.load(tmp_path / name)
+    path.unlink()
+    with pytest.raises(DataError, match=r"x\.done: damaged .*No such file"):
+        ShardReceipt.load(path)

@@ -1,25 +1,50 @@
 """The ablation: trains, resumes, compares, and reports failed runs."""
 
+import io
 import json
 import math
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
+from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError
-from tests.tiny_run import ROOT, arguments, environment, rows
+from tests.tiny_run import ROOT, TRAIN, arguments, environment, rows, train_here
+from tools.studies.ablation import run
 from tools.studies.ablation.__main__ import main
 from tools.studies.ablation.picture import curve
 from tools.studies.ablation.plan import Variant, jobs
 
 STEPS = 12
-# Of a recipe that starts faster than the config's own.
-VARIANTS = ["--variant", "fast", "recipe=supervised"]
-VARIANTS += ["--variant", "slow", "recipe=supervised", "algorithm.learner.lr=0.005", "against=fast"]
+FAST = ("recipe=supervised",)
+SLOW = ("recipe=supervised", "algorithm.learner.lr=0.005")
+VARIANTS = ["--variant", "fast", *FAST, "--variant", "slow", *SLOW, "against=fast"]
+BOTH = ["--seeds", "3", "5", *VARIANTS]
+
+
+class Here:
+    """A process of train.py within this one."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        done = train_here(*command[command.index(str(TRAIN)) + 1 :])
+        self.stdout, self._code = io.StringIO(done.stderr + done.stdout), done.returncode
+
+    def wait(self) -> int:
+        return self._code
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains without further processes."""
+    popen = SimpleNamespace(Popen=Here, PIPE=None, STDOUT=None)
+    monkeypatch.setattr(run, "subprocess", popen)
 
 
 def options(out: Path, rec: Path, *more: str) -> list[str]:
@@ -28,19 +53,11 @@ def options(out: Path, rec: Path, *more: str) -> list[str]:
     return [*line, "--steps", str(STEPS), *more]
 
 
-def command(out: Path, rec: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "tools.studies.ablation", *options(out, rec, *more)]
-
-
-def ablation(out: Path, rec: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(out, rec, *more),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env=environment(),
-        cwd=ROOT,
-        check=False,
+def started(out: Path, rec: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tools.studies.ablation", *options(out, rec, *more)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment(), cwd=ROOT
     )
 
 
@@ -50,23 +67,22 @@ def killed_and_finished(
 ) -> tuple[Path, str, str]:
     """Two variants, two seeds; killed outright in the third run, then run again."""
     out = tmp_path_factory.mktemp("ablation") / "out"
-    flags = ["--seeds", "3", "5", *VARIANTS]
-    first = subprocess.Popen(
-        command(out, tiny_rec, *flags),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-    )
+    config = Path(arguments(out / "unused", tiny_rec)[1])
+    variants = (Variant("fast", FAST), Variant("slow", SLOW, "fast"))
+    planned = jobs(variants, [3, 5], config, tiny_rec, out, STEPS)
+    for job in (planned[0], planned[1], planned[3]):  # which an ablation finds complete
+        assert train_here(*job.arguments).returncode == 0
+    first = started(out, tiny_rec, *BOTH)
     deadline = time.monotonic() + 1800
     while not list((out / "fast" / "seed5" / "checkpoints").glob("step_*")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     first.kill()
     before = first.communicate()[0]
-    done = ablation(out, tiny_rec, *flags)
-    assert done.returncode == 0, done.stderr
-    return out, before, done.stdout
+    again = started(out, tiny_rec, *BOTH)
+    after, problems = again.communicate(timeout=1800)
+    assert again.returncode == 0, problems
+    return out, before, after
 
 
 def summaries(out: Path, variant: str) -> list[dict[str, Any]]:
@@ -77,15 +93,14 @@ def summaries(out: Path, variant: str) -> list[dict[str, Any]]:
 def test_a_killed_ablation_goes_on(killed_and_finished: tuple[Path, str, str]) -> None:
     out, before, after = killed_and_finished
     assert "[3/4] fast, seed 5: training" in before and "[3/4] fast, seed 5: top-1" not in before
-    for finished in ("[1/4] fast, seed 3", "[2/4] slow, seed 3"):
-        assert f"{finished}: complete already" in after
+    for complete in ("[1/4] fast, seed 3", "[2/4] slow, seed 3", "[4/4] slow, seed 5"):
+        assert f"{complete}: complete already" in after
     assert "resuming after step" in after.split("[3/4] fast, seed 5: training")[1]
-    for variant in ("fast", "slow"):
-        for seed in (3, 5):
-            steps = [r["step"] for r in rows(out / variant / f"seed{seed}") if "eval/top1" in r]
-            assert steps == [4, 8, 12]
+    steps = [r["step"] for r in rows(out / "fast" / "seed5") if "eval/top1" in r]
+    assert steps == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_runs(killed_and_finished: tuple[Path, str, str]) -> None:
     out, _, printed = killed_and_finished
     found = {
@@ -121,17 +136,11 @@ def test_the_table_is_that_of_the_runs(killed_and_finished: tuple[Path, str, str
     assert not list(out.glob(".*writing*"))
 
 
-def test_another_recipe_takes_what_it_knows_of_the_config(
-    killed_and_finished: tuple[Path, str, str],
-) -> None:
-    import yaml
-
-    out = killed_and_finished[0]
-    mpl = yaml.safe_load((out / "mpl_dali.yaml").read_text())
-    fast, slow = (
-        yaml.safe_load((out / name / "seed3" / "config.yaml").read_text())
-        for name in ("fast", "slow")
-    )
+def test_another_recipe_takes_what_it_knows_of_the_config(tmp_path: Path) -> None:
+    config = Path(arguments(tmp_path / "unused", tmp_path)[1])
+    planned = jobs((Variant("f", FAST), Variant("s", SLOW)), [3], config, tmp_path, tmp_path, STEPS)
+    fast, slow = (yaml.safe_load(as_yaml(job.config)) for job in planned)
+    mpl = yaml.safe_load(config.read_text())
     teacher, student = mpl["algorithm"]["teacher"], mpl["algorithm"]["student"]
     assert mpl["recipe"] == "mpl" and fast["recipe"] == slow["recipe"] == "supervised"
     learner = fast["algorithm"]["learner"]
@@ -143,23 +152,24 @@ def test_another_recipe_takes_what_it_knows_of_the_config(
 
 
 @pytest.mark.slow
-def test_run_again_it_trains_nothing(
-    killed_and_finished: tuple[Path, str, str], tiny_rec: Path
+def test_run_again_it_trains_nothing_and_a_failed_run_has_its_reason_in_its_row(
+    here: None,
+    killed_and_finished: tuple[Path, str, str],
+    tiny_rec: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And one run that fails has its reason in its row, while the others count."""
     out = killed_and_finished[0]
     files = {f: f.stat().st_mtime_ns for f in out.glob("*/seed*/*") if f.is_file()}
     table = (out / "ablation.json").read_text()
-    flags = ["--seeds", "3", "5", *VARIANTS]
-    again = ablation(out, tiny_rec, *flags)
-    assert again.returncode == 0 and again.stdout.count("complete already") == 4
-    assert ": training\n" not in again.stdout
+    assert main(options(out, tiny_rec, *BOTH)) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("complete already") == 4 and ": training\n" not in printed
     assert (out / "ablation.json").read_text() == table
     assert {f: f.stat().st_mtime_ns for f in out.glob("*/seed*/*") if f.is_file()} == files
 
     failing = ["--seeds", "3", "--variant", "greedy", "labeled_batch=1000", *VARIANTS]
-    done = ablation(out, tiny_rec, *failing)
-    assert done.returncode == 1 and "[1/3] greedy, seed 3: failed: " in done.stdout
+    assert main(options(out, tiny_rec, *failing)) == 1
+    assert "[1/3] greedy, seed 3: failed: " in capsys.readouterr().out
     greedy, fast, _ = json.loads((out / "ablation.json").read_text())["variants"]
     reason = greedy["runs"][0]["failed"]
     assert "labeled_batch 1000 is larger than the 20 labeled images" in reason
@@ -186,17 +196,10 @@ def test_run_again_it_trains_nothing(
     ],
 )
 def test_a_wrong_variant_is_refused_before_anything_runs(
-    more: list[str],
-    message: str,
-    tiny_rec: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], message: str, tiny_rec: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         main(options(tmp_path / "out", tiny_rec, "--seeds", "0", *more))
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1
-    assert error.startswith("ablation: error: ") and message in error
     assert not list((tmp_path / "out").glob("*/seed*"))
 
 
@@ -209,38 +212,35 @@ def test_variants_may_differ_in_steps_where_the_command_does_not_say(tmp_path: P
         jobs((longer,), [0], config, tmp_path, tmp_path, 12)
 
 
-def test_missing_records_are_reported_once_and_before_anything_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(options(tmp_path / "out", tmp_path / "nope", "--seeds", "0", "1", *VARIANTS))
-    printed = capsys.readouterr()
-    assert stopped.value.code == 4 and printed.out == ""
-    assert printed.err.startswith("ablation: error: ") and printed.err.count("\n") == 1
-    assert f"{tmp_path / 'nope'}: no such folder of records" in printed.err
+def test_missing_records_are_reported_once_and_before_anything_runs(tmp_path: Path) -> None:
+    done = started(tmp_path / "out", tmp_path / "nope", *BOTH)
+    out, problems = done.communicate(timeout=600)
+    assert done.returncode == 4 and out == ""
+    expected = f"ablation: error: {tmp_path / 'nope'}: no such folder of records"
+    assert problems.startswith(expected) and problems.count("\n") == 1
     assert not list((tmp_path / "out").glob("*/"))
 
 
-@pytest.mark.slow
-def test_what_a_run_warns_of_is_shown_once_and_noted(tiny_rec: Path, tmp_path: Path) -> None:
+def test_what_a_run_warns_of_is_shown_once_and_noted(
+    here: None, tiny_rec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without those of an older, shorter run in the same log."""
     idle = ["--variant", "idle", "recipe=supervised", "algorithm.learner.delay_steps=2"]
-    flags = ["--steps", "2", "--seeds", "3", "5", *idle]
+    line = options(tmp_path / "out", tiny_rec, "--steps", "2", "--seeds", "3", "5", *idle)
     log = tmp_path / "out" / "logs" / "idle_seed3.log"
     log.parent.mkdir(parents=True)
     log.write_text("warning: the learner never moves: of old\nstep 1/")
-    done = ablation(tmp_path / "out", tiny_rec, *flags)
-    assert done.returncode == 0, done.stderr
+    assert main(line) == 0
     warning = "the learner never moves: its delay of 2 steps is not over in a run of 2"
-    shown = [line for line in done.stdout.splitlines() if "warning: " in line]
+    shown = [text for text in capsys.readouterr().out.splitlines() if "warning: " in text]
     assert shown == [f"  idle, seed 3: warning: {warning}"]
     assert all(f"\nwarning: {warning}\n" in f.read_text() for f in log.parent.iterdir())
     table = (tmp_path / "out" / "ablation.md").read_text()
-    assert [line for line in table.splitlines() if "never moves" in line] == [
+    assert [text for text in table.splitlines() if "never moves" in text] == [
         f"- `idle`: {warning}"
     ]
-    again = ablation(tmp_path / "out", tiny_rec, *flags)
-    assert again.stdout.count("complete already") == 2
+    assert main(line) == 0
+    assert capsys.readouterr().out.count("complete already") == 2
     assert (tmp_path / "out" / "ablation.md").read_text() == table
 
 

@@ -1,51 +1,26 @@
 """Counts of operators, bytes, waits and collectives are right for work of which they are known."""
 
-import json
-import subprocess
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.tiny_run import ROOT, environment
 from tools.bench import count
 from tools.bench.count import host_syncs, operators
 
 CPU = torch.device("cpu")
 X = torch.arange(6.0)
-PROGRAM = """
-import json, sys
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from mpl_fast import distributed
-from tools.bench.count import collectives
-
-distributed.init("cpu")
-net = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))  # 1.4 MB each
-replica = DistributedDataParallel(net, bucket_cap_mb=1, forward_sync_buffers=False)
-
-def step():
-    replica(torch.ones(2, 600)).sum().backward()
-    torch.distributed.all_reduce(torch.ones(3))
-    torch.distributed.broadcast(torch.ones(3), 0)
-
-for _ in range(3):
-    step()
-found = collectives(step)
-if distributed.rank() == 0:
-    open(sys.argv[1], "w").write(json.dumps(found))
-distributed.shutdown()
-"""
 
 
 @pytest.mark.parametrize(
-    ("work", "calls", "numbers"),
+    ("work", "launches", "numbers"),
     [
         (lambda a, b: a + b, 1, 300),
         (lambda a, b: a.add_(b), 1, 300),  # read both, write one
@@ -60,18 +35,18 @@ distributed.shutdown()
     ],
 )
 def test_operators_and_what_they_read_and_write(
-    work: Callable[[Tensor, Tensor], Any], calls: int, numbers: int
+    work: Callable[[Tensor, Tensor], Any], launches: int, numbers: int
 ) -> None:
     a, b = torch.ones(100), torch.ones(100)
     found = operators(lambda: work(a, b))
-    assert (found.calls, found.launches, found.bytes) == (calls, calls, 4 * numbers)
+    assert (found.launches, found.bytes) == (launches, 4 * numbers)
 
 
 def test_a_backward_operator_that_fills_first_launches_twice() -> None:
     x = torch.ones(4, requires_grad=True)
     y = x[:2].sum()
     found = operators(lambda: y.backward())
-    assert found.launches == found.calls + 1
+    assert found.launches == 3  # ones_like, zeros and the copy
 
 
 @pytest.mark.parametrize(
@@ -123,47 +98,46 @@ def test_a_wait_in_a_backward_pass_is_counted() -> None:
     assert host_syncs(step, CPU).total() == 1
 
 
-def test_shadows_of_the_hosts_regions_are_no_launches() -> None:
-    def event(kind: str, shadow: bool) -> Any:
-        where = types.SimpleNamespace(name=kind)
-        return types.SimpleNamespace(device_type=where, is_user_annotation=shadow)
-
-    assert count._is_launch(event("CUDA", False))
-    assert not count._is_launch(event("CUDA", True))  # such as "Torch-Compiled Region"
-    assert not count._is_launch(event("CPU", False))
+def test_launches_are_what_the_device_shows_but_shadows_of_the_hosts_regions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = [("CPU", False), ("CUDA", False), ("CUDA", True), ("CUDA", False)]
+    events = [
+        SimpleNamespace(device_type=SimpleNamespace(name=kind), is_user_annotation=shadow)
+        for kind, shadow in kinds  # a shadow is such as "Torch-Compiled Region"
+    ]
+    profiler = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(count, "profile", lambda activities: profiler)
+    called = list[int]()
+    assert (count.launches(lambda: called.append(1)), called) == (2, [1])
 
 
 def test_extra_memory_is_the_peak_without_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    def noted(name: str, value: int) -> Callable[[], int]:
-        def call() -> int:
-            order.append(name)
-            return value
-
-        return call
-
-    for name in ("synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, noted(name, 0))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", noted("before", 100))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", noted("peak", 130))
-    assert count.extra_memory(noted("work", 0)) == 30
-    assert order[1:] == ["reset_peak_memory_stats", "before", "work", "synchronize", "peak"]
+    names = ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated")
+    cuda = Mock()
+    cuda.memory_allocated.return_value, cuda.max_memory_allocated.return_value = 100, 130
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    assert count.extra_memory(cuda.work) == 30
+    order = [call[0] for call in cuda.method_calls]
+    assert order[1:] == [*names[1:3], "work", "synchronize", "max_memory_allocated"]
 
 
-@pytest.mark.slow
-def test_collectives_of_a_program_of_which_they_are_known(tmp_path: Path) -> None:
+def test_collectives_of_a_program_of_which_they_are_known() -> None:
     """DDP's exchange, one for each of its two buckets, and two by hand."""
-    script, out = tmp_path / "program.py", tmp_path / "out.json"
-    script.write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(out.read_text()) == {"allreduce_": 3, "broadcast_": 1}
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))  # 1.4 MB each
+        replica = DistributedDataParallel(net, bucket_cap_mb=1)
+
+        def step() -> None:
+            replica(torch.ones(2, 600)).sum().backward()
+            dist.all_reduce(torch.ones(3))
+            dist.broadcast(torch.ones(3), 0)
+
+        for _ in range(3):
+            step()
+        assert count.collectives(step) == {"allreduce_": 3, "broadcast_": 1}
+    finally:
+        dist.destroy_process_group()

@@ -18,7 +18,6 @@ import torch
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT
 from tools.bench import __main__, clock, harness, machine, results
-from tools.bench.cuda_graph import DeviceLostError
 from tools.bench.harness import Report
 from tools.bench.results import Row, Spread
 from tools.moved import MOVED
@@ -142,24 +141,33 @@ def test_a_run_writes_the_form_and_prints_its_table(
     assert "no number here is a claim" in found["claim"]
 
 
-def test_what_fails_is_exit_code_1_and_what_was_added_stays(tmp_path: Path) -> None:
+def test_what_fails_is_exit_code_1_and_what_was_added_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(options: Any, report: Report) -> None:
-        report.fail("b", "off by 1")
-
-    def lost(options: Any, report: Report) -> None:
         report.add([Row("r", ONE, "ms")])
-        raise DeviceLostError("launch failure")
+        with report.attempt("b"):
+            raise ValueError("off\nby 1")
+        report.fail("c", "off by 2")
 
-    out = tmp_path / "out.json"
-    code, found = run(out, wrong)
-    assert (code, found["failed"]) == (1, {"b": "off by 1"})
-    code, found = run(out, lost)
-    assert (code, found["failed"], len(found["rows"])) == (3, {"the GPU": "launch failure"}, 1)
+    code, found = run(tmp_path / "a.json", wrong)
+    failed = {"b": "ValueError: off by 1", "c": "off by 2"}
+    assert (code, found["failed"], len(found["rows"])) == (1, failed, 1)
+
+    def lost() -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(harness, "wait_for_gpu", lost)
+    code, found = run(tmp_path / "b.json", wrong)
+    failed = {"b": failed["b"]}
+    failed["the GPU"] = "the device is unusable: RuntimeError: illegal memory access"
+    assert (code, found["failed"], len(found["rows"])) == (3, failed, 1)
 
 
 def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(options: Any, report: Report) -> None:
-        raise ConfigError("--x: no")
+        with report.attempt("x"):
+            raise ConfigError("--x: no")
 
     assert run(tmp_path / "out.json", refused) == (2, {})
     assert capsys.readouterr().err == "tools.bench x: --x: no\n"

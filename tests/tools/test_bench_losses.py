@@ -3,157 +3,168 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.tiny_run import ROOT
-from tools.bench import count, harness, losses, losses_variants
-from tools.bench.harness import Report
-from tools.bench.losses import compare, rows
+from tools.bench import count, losses, losses_variants
+from tools.bench.losses import checked, rows
 from tools.bench.losses_variants import (
+    AUTOGRAD,
     COMPILED,
     EAGER,
     LIGER,
     LOSSES,
     ONE_PASS,
+    OURS,
     PLAIN,
     WITHOUT_GRADIENT,
     Call,
     Inputs,
     Outputs,
     Shape,
-    definition,
+    build,
     draw,
 )
 from tools.bench.results import Spread, spread
 
 SMALL = Shape("teacher", 10, 16, torch.float32)
+STUDENT, PSEUDO = SMALL._replace(loss="student"), SMALL._replace(loss="pseudo")
+OTHER = SMALL._replace(batch=32)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of --smoke, in a process of its own: kernels are decorated for the interpreter."""
-    out = tmp_path_factory.mktemp("bench") / "out.json"
-    command = [sys.executable, "-m", "tools.bench", "losses", "--smoke", "--out", str(out)]
+@without_gpu
+@pytest.mark.slow
+def test_smoke_counts_launches_and_bytes(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    # A machine for GPU kernels may have no DALI.
+    code = "import sys; sys.modules['nvidia.dali'] = None; from tools.bench import losses; "
+    code += f"sys.exit(losses.main(['--smoke', '--out', {str(out)!r}]))"
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result: dict[str, Any] = json.loads(out.read_text())
-    return result
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_smoke_counts_launches_and_bytes(smoke: dict[str, Any]) -> None:
-    found = {row["name"]: row for row in smoke["rows"]}
-
-    def launched(loss: str, variant: str) -> float:
-        return float(found[f"{loss} C=1000 B=256 bfloat16, {variant}, launches"]["median"])
-
-    def moved(loss: str, variant: str) -> dict[str, Any]:
-        row: dict[str, Any] = found[f"{loss} C=1000 B=256 bfloat16, {variant}, memory"]
-        return row
-
-    # Read and written, bfloat16; pseudo and feedback have no gradient.
-    assert moved("teacher", PLAIN)["limit"] == 2 * (32 + 2 * 256) * 1000 * 2 / 1e6
-    assert moved("student", PLAIN)["limit"] == 2 * 256 * 1000 * 2 / 1e6
-    assert moved("pseudo", PLAIN)["limit"] == 256 * 1000 * 2 / 1e6
-    assert moved("feedback", PLAIN)["limit"] == 2 * 32 * 1000 * 2 / 1e6
-    # What docs/losses.md publishes.
-    counts = [launched(loss, v) for loss in LOSSES[:2] for v in (PLAIN, EAGER)]
-    assert counts == [67, 104, 25, 30]
-    times = [1 / moved(loss, v)["share_of_limit"] for loss in LOSSES[:2] for v in (PLAIN, EAGER)]
-    assert [round(t) for t in times] == [23, 35, 14, 17]
-    assert not any(row["unit"] == "us" for row in smoke["rows"])
-    assert {f"{name}: needs a GPU" for name in (COMPILED, LIGER)} <= {*smoke["skipped"]}
-    correct = smoke["correctness"]
-    assert len(correct) == 2 * 4 * 2 + 4 + 1  # shapes, losses, variants; ours, and by autograd
-    assert all(one["wrong"] == "" and one["statistics"] < 2e-6 for one in correct)
-    assert sum(one["gradient"] > 0.0 for one in correct) == 2 * 2 * 2 + 2 + 1
+    assert done.returncode == 0, done.stderr
+    smoke = json.loads(out.read_text())
     assert smoke["failed"] == {}
+    assert smoke["skipped"] == [f"{name}: needs a GPU" for name in (*OURS, COMPILED, LIGER)]
+    found = {row["name"]: row for row in smoke["rows"]}
+    assert len(found) == 4 * 2 * 2 and {row["unit"] for row in smoke["rows"]} == {"launches", "MB"}
+    # Read and written, bfloat16; pseudo and feedback have no gradient.
+    numbers = (2 * (32 + 2 * 256), 2 * 256, 256, 2 * 32)
+    for loss, least in zip(LOSSES, numbers, strict=True):
+        row = found[f"{loss} C=1000 B=256 bfloat16, {PLAIN}, memory"]
+        assert row["limit"] == least * 1000 * 2 / 1e6
+    # What docs/losses.md publishes.
+    names = [f"{s} C=1000 B=256 bfloat16, {v}" for s in LOSSES[:2] for v in (PLAIN, EAGER)]
+    assert [found[f"{name}, launches"]["median"] for name in names] == [67, 104, 25, 30]
+    times = [1 / found[f"{name}, memory"]["share_of_limit"] for name in names]
+    assert [round(t) for t in times] == [23, 35, 14, 17]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_smoke_runs_our_kernels_on_the_interpreter(smoke: dict[str, Any]) -> None:
-    pytest.importorskip("triton")
-    kernels = {name.removeprefix("C=100 "): found for name, found in smoke["kernels"].items()}
-    launched = {row["name"]: row["median"] for row in smoke["rows"] if "C=100 B=16" in row["name"]}
-    names = [f"{loss} C=100 B=16 float32, {ONE_PASS}" for loss in LOSSES]
-    # By the design: a kernel and a sum; one kernel that labels.
-    assert kernels[names[0]] == ["teacher_kernel"]
-    assert [launched[f"{name}, launches"] for name in names[:3]] == [2, 2, 1]
-    assert len(kernels[names[3]]) == 2  # the labeled loss before and after
-    autograd = "student C=100 B=16 float32, ours autograd"
-    assert len(kernels[autograd]) == 2  # forward and backward
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "name", [PLAIN, EAGER, ONE_PASS, pytest.param(COMPILED, marks=pytest.mark.slow)]
+)
+def test_variants_compute_the_definition(
+    name: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = partial(torch.compile, backend="eager")  # in one graph, without a compiler
+    monkeypatch.setattr(torch, "compile", traced)
+    shape = SMALL._replace(loss=loss)
+    call = checked(name, shape, "cpu")  # ours by the reference, as always on a CPU
+    assert (call(draw(shape, "cpu")).gradient is None) == (loss in WITHOUT_GRADIENT)
+
+
+@pytest.mark.parametrize("name", [PLAIN, EAGER, ONE_PASS])
+def test_feedback_is_of_two_labeled_losses(name: str) -> None:
+    x = draw(SMALL._replace(loss="feedback"), "cpu")
+    old, new = (F.cross_entropy(x.logits[half], x.target) for half in (slice(2), slice(2, 4)))
+    assert old != new
+    torch.testing.assert_close(build(name, "feedback")(x).out, (old, new, old - new))
+
+
+@pytest.mark.parametrize(
+    ("loss", "count"), [("teacher", 34), ("student", 16), ("pseudo", 16), ("feedback", 2 * 2)]
+)
+def test_inputs_have_the_shape_that_is_counted(loss: str, count: int) -> None:
+    shape = SMALL._replace(loss=loss)
+    x = draw(shape, "cpu")
+    assert x.logits.shape == (shape.rows, 10) == (count, 10)
+    assert shape.logit_bytes == count * 10 * 4
+    assert int(x.target.max()) < 10
 
 
 def broken(fault: str) -> Call:
     """Our definition with one thing wrong."""
-    sound = definition(SMALL)
 
     def call(x: Inputs) -> Outputs:
-        out, gradient = sound(x)
+        out, gradient = build(EAGER, "teacher")(x)
+        loss, *terms, label = out
         assert gradient is not None
         if fault == "gradient":
             gradient[3, 2] += 1e-3
         if fault == "unwritten":
             gradient[-1, -1] = torch.nan
         if fault == "statistic":
-            out = out._replace(entropy=out.entropy * (1 + 1e-4))
+            terms[5] = terms[5] * (1 + 1e-4)
         if fault == "label":
-            out = out._replace(label=out.label.roll(1))
-        if fault == "raises":
-            raise RuntimeError("no such kernel")
-        return Outputs(out, gradient)
+            label = label.roll(1)
+        return Outputs((loss.bfloat16() if fault == "rounded" else loss, *terms, label), gradient)
 
     return call
 
 
-FAULTS = [("none", ""), ("gradient", "the gradient is off"), ("unwritten", "the gradient is off")]
-FAULTS += [("statistic", "entropy is off"), ("label", "label differs")]
-FAULTS += [("raises", "no such kernel")]
-
-
-@pytest.mark.parametrize(("fault", "words"), FAULTS)
-def test_what_is_wrong_is_reported(
-    fault: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "fault", "words"),
+    [
+        (COMPILED, "none", None),
+        (COMPILED, "gradient", "the gradient: .* 1 / 340"),
+        (COMPILED, "unwritten", "the gradient: .* 1 / 340"),
+        (COMPILED, "statistic", r"item \[6\]"),
+        (COMPILED, "label", r"item \[8\]"),
+        (COMPILED, "rounded", r"item \[0\]"),
+        (LIGER, "rounded", None),
+        (LIGER, "label", r"item \[8\]"),
+    ],
+)
+def test_what_is_wrong_is_found(
+    name: str, fault: str, words: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "build", lambda name, shape: broken(fault))
-    monkeypatch.setattr(losses, "LOSSES", ["teacher"])
-    monkeypatch.setattr(losses, "CHECKED_BATCH", SMALL.batch)
-    report = report_of(tmp_path)
-    faulty = losses.check([(SMALL.classes, SMALL.dtype)], [EAGER], "cpu", report)
-    (checked,) = report.more["correctness"]
-    assert words in checked["wrong"]
-    assert (checked["statistics"] == "nan") == (fault == "raises")  # NaN is not JSON
-    assert faulty == (set() if fault == "none" else {(EAGER, "teacher")})
-    assert list(report.failed) == ([] if fault == "none" else [f"{SMALL}, {EAGER}"])
+    def build_one(which: str, loss: str) -> Call:
+        return broken(fault) if which == name else build(which, loss)
 
-
-def report_of(folder: Path) -> Report:
-    report = Report("losses", parsed("--commit", "abc", "--out", str(folder / "out.json")))
-    report.more["correctness"] = []
-    return report
-
-
-def parsed(*given: str) -> Any:
-    return harness.parse("losses", "Doc.", given, losses.options, 30)
-
-
-def test_plain_pytorch_computes_the_definition() -> None:
-    for loss in LOSSES:
-        one = losses.case_of(SMALL._replace(loss=loss), "cpu")
-        for name in (PLAIN, EAGER):
-            assert compare(one, losses_variants.build(name, one.shape), "cpu").wrong == ""
-        assert (one.expected.gradient is None) == (loss in WITHOUT_GRADIENT)
+    monkeypatch.setattr(losses, "build", build_one)
+    expected = pytest.raises(AssertionError, match=f"(?s){words}") if words else nullcontext()
+    with expected:
+        checked(name, SMALL._replace(dtype=torch.bfloat16), "cpu")
 
 
 @pytest.mark.parametrize(("megabytes", "sets"), [(1, 200), (10, 22), (139, 3), (762, 3)])
 def test_inputs_outgrow_the_cache_but_not_the_memory(megabytes: int, sets: int) -> None:
     assert losses.set_count(megabytes * 10**6, 50 * 2**20) == sets
+
+
+def test_inputs_and_gradients_take_turns() -> None:
+    seen, kept = list[int](), list[torch.Tensor]()
+
+    def call(x: Inputs) -> Outputs:
+        seen.append(x.logits.data_ptr())
+        kept.append(torch.ones(3))
+        return Outputs((), kept[-1])
+
+    work = losses.rotating(call, [draw(SMALL, "cpu") for _ in range(2)])
+    for _ in range(4):
+        work()
+    assert seen[:2] == seen[2:] and seen[0] != seen[1]
+    references = [sys.getrefcount(gradient) for gradient in kept]
+    assert references[0] == references[1] == references[2] - 1 == references[3] - 1
 
 
 def test_ratios_are_to_torch_compile_and_to_plain_eager() -> None:
@@ -168,7 +179,7 @@ def test_ratios_are_to_torch_compile_and_to_plain_eager() -> None:
     assert made[f"{SMALL}, {LIGER}, host"].found == spread([9.0])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@without_gpu
 def test_one_line_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert losses.main(["--out", str(tmp_path / "out.json")]) == 2
     printed = capsys.readouterr()
@@ -178,118 +189,120 @@ def test_one_line_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_the_command_needs_no_dali() -> None:
-    """A machine for GPU kernels may have none."""
-    code = "import sys; sys.modules['nvidia.dali'] = None; import tools.bench.losses"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def uncompiled(name: str, loss: str) -> Call:
+    """In the place of torch.compile our definition, and of Liger one that does what Liger does."""
+    if name != LIGER:
+        return build(EAGER if name == COMPILED else name, loss)
 
+    def overwriting(x: Inputs) -> Outputs:
+        (value,), gradient = build(EAGER, loss)(x)
+        assert gradient is not None and bool(value.isfinite())  # waits for the device
+        x.logits.data.copy_(gradient)
+        return Outputs((value,), gradient)
 
-def uncompiled(name: str, shape: Shape) -> Call:
-    """Our definition in the place of all variants that need a GPU or a compiler."""
-    return losses_variants.build(name if name == PLAIN else EAGER, shape)
-
-
-class SimulatedGraph:
-    """Replays nothing."""
+    return overwriting
 
 
 @pytest.fixture
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the command run as on a GPU, on small shapes, with clocks that return constants."""
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """Lets the command run as on a GPU, on small shapes, with clocks that return constants.
 
-    def captured(work: Any) -> SimulatedGraph:
-        work()
-        return SimulatedGraph()
+    Returns the shapes that inputs are drawn for.
+    """
+    drawn = list[Shape]()
 
-    small = [SMALL._replace(loss=loss) for loss in LOSSES] + [SMALL._replace(batch=32)]
+    def input_sets(shape: Shape) -> list[Inputs]:
+        drawn.append(shape)
+        return [draw(shape, "cpu") for _ in range(2)]
+
+    small = [SMALL._replace(loss=loss) for loss in LOSSES] + [OTHER]
     for name, value in {
         "GPU": "cpu",
-        "CHECKED": [(10, torch.float32)],
         "SHAPES": small,
         "build": uncompiled,
-        "require_device": lambda: None,
-        "synchronization": lambda work: "",
-        "captured": captured,
-        "input_sets": lambda shape: [draw(shape, "cpu") for _ in range(2)],
-        "_warm_up": lambda call, sets: call(sets[1]),
-        "_replay_us": lambda graph: 20.0,
-        "_host_us": lambda ready: 50.0,
+        "copies": lambda *given, **named: spread([1e9]),
+        "input_sets": input_sets,
+        "HOST_CALLS": 1,
     }.items():
         monkeypatch.setattr(losses, name, value)
+    monkeypatch.setattr(losses_variants, "find_spec", lambda name: name)  # Liger is installed
+    monkeypatch.setattr("mpl_fast.losses.use", lambda choice: nullcontext())
     monkeypatch.setattr(count, "launches", lambda work: 2)
     monkeypatch.setattr(count, "extra_memory", lambda work: 1000)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for name in ("is_available", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr("tools.bench.harness.describe", lambda commit: {"commit": commit})
+    clock_of(monkeypatch, lambda work, return_mode: [work(), [0.01] * 10][1])
+    return drawn
 
 
-def run(folder: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
-    """The result of `_on_gpu`."""
-    options = parsed("--commit", "abc", "--out", str(folder / "out.json"), *arguments)
-    report = Report("losses", options)
-    report.more["correctness"] = []
-    losses._on_gpu(options, report)
-    assert bool(report.failed) == bool(expect)
-    return report.result()
+def clock_of(monkeypatch: pytest.MonkeyPatch, do_bench: Any) -> None:
+    module = SimpleNamespace(do_bench_cudagraph=do_bench)
+    monkeypatch.setitem(sys.modules, "triton.testing", module)
 
 
-def names_of(result: dict[str, Any], unit: str = "us") -> list[str]:
-    found = [row["name"] for row in result["rows"] if row["unit"] == unit]
-    return [name for name in found if not name.endswith(", host")]
+def run(out: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert losses.main(["--out", str(out), *arguments]) == code
+    found: dict[str, Any] = json.loads(out.read_text())
+    found["rows"] = {row["name"]: row for row in found["rows"]}
+    return found
 
 
-@pytest.mark.slow
-def test_a_whole_run(simulated_gpu: None, tmp_path: Path) -> None:
-    result = run(tmp_path, "--rounds", "3")
-    found = {row["name"]: row for row in result["rows"]}
-    ours = found[f"{SMALL}, {ONE_PASS}"]
-    assert (ours["median"], ours["n"]) == (10.0, 3)  # a replay is of two sets
-    assert found[f"{SMALL}, {ONE_PASS}, host"]["median"] == 50.0
-    assert found[f"{SMALL}, {COMPILED} / {ONE_PASS}"]["median"] == 1.0
-    assert found[f"{SMALL}, {ONE_PASS}, launches"]["median"] == 2
-    assert len(names_of(result)) == 4 * 4 + 1 + 4  # the student's by autograd too
-    assert result["limits"]["copy, bytes/s"]["high"] > 0
-    assert result["skipped"] == []
+def timed(found: dict[str, Any]) -> list[str]:
+    times = [name for name, row in found["rows"].items() if row["unit"] == "us"]
+    return [name for name in times if not name.endswith(", host")]
 
 
-@pytest.mark.slow
-def test_what_cannot_be_captured_or_fails_is_left_out(
-    simulated_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_whole_run(simulated_gpu: list[Shape], tmp_path: Path) -> None:
+    found = run(tmp_path / "out.json")
+    ours = found["rows"][f"{SMALL}, {ONE_PASS}"]
+    assert (ours["median"], ours["n"]) == (10.0, 3 * 10)
+    assert found["rows"][f"{SMALL}, {ONE_PASS}, host"]["n"] == 3
+    assert found["rows"][f"{SMALL}, {COMPILED} / {ONE_PASS}"]["median"] == 1.0
+    assert found["rows"][f"{SMALL}, {ONE_PASS}, launches"]["median"] == 2
+    assert found["rows"][f"{STUDENT}, {AUTOGRAD}, extra memory"]["median"] == 1e-3
+    assert len(timed(found)) == 5 * 4 + 1  # the student's by autograd too
+    assert len(simulated_gpu) == 5 * 4 + 2  # inputs of its own for each: Liger overwrites them
+    assert found["limits"]["copy, bytes/s"]["high"] == 1e9
+    # What waits for the device cannot be captured, and is timed on the host alone.
+    (skipped,) = found["skipped"]
+    assert skipped.startswith(f"no CUDA graph: {STUDENT}, {LIGER}: it waits in _local_scalar")
+    assert f"{STUDENT}, {LIGER}, host" in found["rows"]
+    found = run(tmp_path / "b.json", "--minutes", "0")
+    assert not found["rows"] and found["skipped"][4] == f"no time: {OTHER}"
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+def test_a_variant_that_fails_or_is_wrong_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build_some(name: str, shape: Shape) -> Call:
-        if name == COMPILED and shape.loss == "pseudo":
+    def build_some(name: str, loss: str) -> Call:
+        if (name, loss) == (COMPILED, "pseudo"):
             raise RuntimeError("no\ncompiler")
-        return uncompiled(name, shape)
+        return broken("gradient") if (name, loss) == (PLAIN, "teacher") else uncompiled(name, loss)
 
     monkeypatch.setattr(losses, "build", build_some)
-    monkeypatch.setattr(losses, "synchronization", lambda work: "it synchronizes")
-    result = run(tmp_path)
-    pseudo = SMALL._replace(loss="pseudo")
-    assert f"failed: {pseudo}, {COMPILED}: RuntimeError: no compiler" in result["skipped"]
-    assert f"no CUDA graph: {SMALL}, {ONE_PASS}: it synchronizes" in result["skipped"]
-    assert names_of(result) == []
-    assert f"{SMALL}, {ONE_PASS}, host" in [row["name"] for row in result["rows"]]
+    found = run(tmp_path / "out.json", code=1)
+    wrong = [f"{SMALL}, {PLAIN}", f"{PSEUDO}, {COMPILED}", f"{OTHER}, {PLAIN}"]
+    assert list(found["failed"]) == wrong
+    assert "the gradient" in found["failed"][wrong[0]]
+    assert found["failed"][wrong[1]] == "RuntimeError: no compiler"
+    assert len(timed(found)) == 5 * 4 + 1 - 3 and not {*wrong} & {*timed(found)}
 
 
-@pytest.mark.slow
-def test_a_wrong_variant_is_not_timed(
-    simulated_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("simulated_gpu")
+def test_after_a_failed_capture_the_rows_so_far_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = broken("gradient")
+    turns = iter(range(3 * 4))  # one shape's
 
-    def build(name: str, shape: Shape) -> Call:
-        return wrong if (name, shape) == (COMPILED, SMALL) else uncompiled(name, shape)
+    def lost(work: Any, return_mode: str) -> list[float]:
+        if next(turns, None) is None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return [0.01]
 
-    monkeypatch.setattr(losses, "build", build)
-    result = run(tmp_path, expect=1)
-    assert list(result["failed"]) == [f"{SMALL}, {COMPILED}"]
-    assert "the gradient is off" in result["failed"][f"{SMALL}, {COMPILED}"]
-    timed = names_of(result)
-    assert f"{SMALL}, {COMPILED}" not in timed
-    assert {f"{SMALL}, {PLAIN}", f"{SMALL._replace(batch=32)}, {COMPILED}"} <= {*timed}
-    result = run(
-        tmp_path, "--minutes", "0", expect=0
-    )  # of what there is no time for, nothing is timed
-    assert names_of(result) == [] and f"no time: {SMALL}" in result["skipped"]
+    clock_of(monkeypatch, lost)
+    found = run(tmp_path / "out.json", code=3)
+    assert list(found["failed"]) == ["the GPU"]
+    assert "no CUDA graph could be captured: RuntimeError" in found["failed"]["the GPU"]
+    assert len(timed(found)) == 4

@@ -1,16 +1,14 @@
 """The feedbacks study: its results on a few problems, its files and its errors."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpl_fast.errors import ConfigError, OutputError
 from mpl_fast.kernels import reference
+from tests.tiny_run import run_here
 from tools.studies.feedbacks import __main__ as feedbacks
 from tools.studies.feedbacks import measure
 from tools.studies.feedbacks.problems import KINDS, gradients, meta_gradient, problem
@@ -18,29 +16,21 @@ from tools.studies.feedbacks.problems import KINDS, gradients, meta_gradient, pr
 FEW = measure.Options(problems=4, drawn=2, draws=300, sizes=(8,))
 
 
-@pytest.fixture(scope="module")
-def smoke(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("feedbacks")
-    command = [sys.executable, "-m", "tools.studies.feedbacks", "--smoke", "--out", str(out)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
-
-
 @pytest.mark.slow
-def test_files_hold_every_feedback(smoke: tuple[Path, str]) -> None:
-    out, printed = smoke
-    assert {file.name for file in out.iterdir()} == {"feedbacks.json", "feedbacks.md"}
-    found: dict[str, Any] = json.loads((out / "feedbacks.json").read_text(encoding="utf-8"))
+def test_files_hold_every_feedback(tmp_path: Path) -> None:
+    done = run_here(lambda: feedbacks.main(["--smoke", "--out", str(tmp_path)]), [])
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in tmp_path.iterdir()} == {"feedbacks.json", "feedbacks.md"}
+    found: dict[str, Any] = json.loads((tmp_path / "feedbacks.json").read_text(encoding="utf-8"))
     assert found["format"] == "mpl_fast.feedbacks/2"
     assert set(found["nearness"]) == set(KINDS) - {"off"}
     assert set(found["passes"]) == set(found["time"]["relative"]) == set(KINDS)
     assert set(found["nearness"]["exact"]) == {"4", "16", "64", "256"}
     assert all(row["error"] < 1e-12 for row in found["nearness"]["exact"].values())
     assert found["time"]["relative"]["off"] == {"low": 1.0, "median": 1.0, "high": 1.0}
-    text = (out / "feedbacks.md").read_text(encoding="utf-8")
+    text = (tmp_path / "feedbacks.md").read_text(encoding="utf-8")
     for kind in KINDS.values():
-        assert f"| {kind.title} |" in text and (kind.title == "off" or kind.title in printed)
+        assert f"| {kind.title} |" in text and (kind.title == "off" or kind.title in done.stdout)
 
 
 def test_exact_is_near_and_the_published_ones_are_not() -> None:
@@ -101,28 +91,22 @@ def test_times_are_compared_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "code", "message"),
     [
-        (["--draws", "1"], "--draws: must be a whole number of at least 2, not '1'"),
-        (["--problems", "many"], "--problems: must be a whole number of at least 1, not 'many'"),
-        (["--scale", "0"], "--scale: must be a number above 0, not '0'"),
-        (["--problem", "3"], "unrecognized arguments: --problem"),
-        (["--problems", "3", "--drawn", "4"], "--drawn 4 is more than --problems 3"),
+        (["--draws", "1"], 2, "--draws: must be a whole number of at least 2, not '1'"),
+        (["--problems", "many"], 2, "--problems: must be a whole number of at least 1, not 'many'"),
+        (["--scale", "0"], 2, "--scale: must be a number above 0, not '0'"),
+        (["--problem", "3"], 2, "unrecognized arguments: --problem"),
+        (["--problems", "3", "--drawn", "4"], 2, "--drawn 4 is more than --problems 3"),
+        (["--out", "FILE"], 3, "is a file; name a folder"),
+        (["--out"], 2, "--out: expected one argument"),
     ],
 )
-def test_mistakes_are_reported(options: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=message):
-        feedbacks.run(feedbacks.parse(["--out", str(tmp_path), *options]))
-
-
-def test_a_file_in_the_place_of_the_folder_is_reported_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "taken").touch()
-    with pytest.raises(OutputError, match="is a file; name a folder"):
-        feedbacks.run(feedbacks.parse(["--out", str(tmp_path / "taken")]))
-
-
-def test_the_command_ends_with_the_code_of_its_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        feedbacks.main([])
-    assert ended.value.code == 2
-    assert "--out" in capsys.readouterr().err
+def test_a_mistake_is_one_line(options: list[str], code: int, message: str, tmp_path: Path) -> None:
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.touch()
+    line = ["--out", str(out), *(o.replace("FILE", str(file)) for o in options)]
+    done = run_here(lambda: feedbacks.main(line), [])
+    assert done.returncode == code and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("feedbacks: error: ") and message in done.stderr
+    assert not out.exists()

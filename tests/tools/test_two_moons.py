@@ -1,4 +1,4 @@
-"""The two-moons study: one run of many is a plain loop's, the statistics are right, and its files
+"""The two-moons study: one run of many is that run alone, the statistics are right, and its files
 and errors are as documented."""
 
 import json
@@ -7,14 +7,19 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpl_fast.algorithms import AlgorithmContext, build
+from mpl_fast.algorithms.base import train_step
 from mpl_fast.algorithms.labels import Labels
-from mpl_fast.learner import rng
+from mpl_fast.batch import Batch
+from mpl_fast.config import RECIPES, ConsistencyConfig, LearnerConfig
+from mpl_fast.learner import Learner, rng
+from tests.tiny_run import run_here
 from tools.studies.command import Content, write
 from tools.studies.two_moons.__main__ import main
 from tools.studies.two_moons.algorithm import RATE, RunDifference, algorithm
@@ -23,7 +28,6 @@ from tools.studies.two_moons.networks import Weights
 from tools.studies.two_moons.report import as_json, as_markdown
 from tools.studies.two_moons.training import (
     evaluate,
-    gain,
     spread,
     study,
     train,
@@ -31,7 +35,7 @@ from tools.studies.two_moons.training import (
 from tools.studies.two_moons.variants import VARIANTS, Variant, with_baselines
 
 OPTIONS = Options(draws=2, inits=2, steps=20)
-RUN = 2  # the one that the plain loop repeats: first weights of the second label draw
+RUN = 2  # the one that is repeated alone: first weights of the second label draw
 DIFFERENCE = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
 
 
@@ -40,149 +44,53 @@ def moons() -> Problem:
     return problem("3/3", OPTIONS)
 
 
-# --- the plain loop: one run, torch's own layers, loss and optimizer ---
+class OneRun(nn.Module):
+    """One run's network of torch's own layers."""
 
-
-class Plain:
-    """One run, written as the published notebooks write it: one logit and a logistic loss."""
-
-    def __init__(self, moons: Problem, variant: Variant) -> None:
-        self.moons, self.options = moons, variant.options
-        self.all_labels = variant.all_labels
-        self.feedback = variant.options.get("feedback")
-        drawn = self.feedback in ("sampled", "per_example")
-        auto = "soft" if self.feedback == "exact" else "sampled" if drawn else "argmax"
-        self.labels = variant.options.get("labels", auto)
-        self.held_out = "held_out" in variant.options
-
-    def network(self, start: Weights) -> tuple[nn.Sequential, torch.optim.SGD]:
+    def __init__(self, start: Weights) -> None:
+        super().__init__()
         layers = [nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)]
-        net = nn.Sequential(*layers).double()
+        self.layers = nn.Sequential(*layers).double()
         with torch.no_grad():
-            for weight, given in zip(net.parameters(), start, strict=True):
+            for weight, given in zip(self.parameters(), start, strict=True):
                 weight.copy_(given[RUN].reshape(weight.shape))
-        return net, torch.optim.SGD(net.parameters(), lr=0.1)
 
-    def labeled_loss(self, net: nn.Sequential, teacher: bool = False) -> Tensor:
-        """Of all six labels, or the teacher's four and the two on which the student is measured."""
-        rows = (slice(4) if teacher else slice(4, 6)) if self.held_out else slice(6)
-        points, labels = self.moons.labeled[RUN, rows], self.moons.labels[RUN, rows].double()
-        return F.binary_cross_entropy_with_logits(net(points)[:, 0], labels)
-
-    def unlabeled(self, t: int) -> Tensor:
-        return self.moons.points[self.moons.batches[t, RUN]]
-
-    def pseudo(self, z: Tensor, t: int) -> Tensor:
-        p = torch.sigmoid(z.detach())
-        if self.labels == "soft":
-            return p
-        if self.labels == "argmax":
-            return (p > 0.5).double()
-        count = BATCH * OPTIONS.runs
-        uniforms = rng.uniform(count, seed=0, step=t, device=z.device).view(BATCH, -1)[:, RUN]
-        return (uniforms >= 1 - p).double()
+    def forward(self, points: Tensor) -> Tensor:
+        z = self.layers(points)
+        return torch.cat([torch.zeros_like(z), z], -1)
 
 
-def functional(net: nn.Sequential, weights: list[Tensor], points: Tensor) -> Tensor:
-    names = [name for name, _ in net.named_parameters()]
-    z: Tensor = torch.func.functional_call(net, dict(zip(names, weights, strict=True)), (points,))
-    return z[:, 0]
-
-
-def through_the_step(plain: Plain, student: nn.Sequential, z: Tensor, x: Tensor) -> Tensor:
-    """The student's labeled loss after its step, with the graph back to the teacher's logits."""
-    loss = F.binary_cross_entropy_with_logits(student(x)[:, 0], torch.sigmoid(z))
-    weights = list(student.parameters())
-    grads = torch.autograd.grad(loss, weights, create_graph=True)
-    moved = [w - RATE * g for w, g in zip(weights, grads, strict=True)]
-    rows = slice(4, 6) if plain.held_out else slice(6)
-    z = functional(student, moved, plain.moons.labeled[RUN, rows])
-    return F.binary_cross_entropy_with_logits(z, plain.moons.labels[RUN, rows].double())
-
-
-def grads_per_example(student: nn.Sequential, x: Tensor, y: Tensor) -> list[list[Tensor]]:
-    weights = list(student.parameters())
-    losses = F.binary_cross_entropy_with_logits(student(x)[:, 0], y, reduction="none")
-    return [list(torch.autograd.grad(one, weights, retain_graph=True)) for one in losses]
-
-
-def plain_mpl(plain: Plain) -> list[nn.Sequential]:
-    teacher, teacher_sgd = plain.network(plain.moons.teacher)
-    student, student_sgd = plain.network(plain.moons.student)
+def train_alone(variant: Variant, moons: Problem) -> list[Tensor]:
+    """Weights of the project's algorithm itself on one run. (It is compared with its definition in
+    tests/algorithms.)"""
+    plain = LearnerConfig(
+        lr=RATE,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        warmup=0,
+        schedule="constant",
+    )
+    shared: dict[str, Any] = {"label_smoothing": 0.0}
+    if variant.recipe != "supervised":
+        shared |= {"consistency": ConsistencyConfig(weight=0.0), "derivative": "forward"}
+    two = variant.recipe == "mpl"
+    learners = {"teacher": plain, "student": plain} if two else {"learner": plain}
+    kind: Any = RECIPES[variant.recipe]
+    config = kind(**learners, **shared, **variant.options)
+    starts = iter([moons.teacher, moons.student])
+    made = build(
+        config, lambda c: Learner(OneRun(next(starts)), c, steps=1), AlgorithmContext(seed=0)
+    )
     for t in range(OPTIONS.steps):
-        x = plain.unlabeled(t)
-        z = teacher(x)[:, 0]
-        y = plain.pseudo(z, t)
-        term = torch.zeros((), dtype=torch.float64)
-        if plain.feedback == "exact":
-            after = through_the_step(plain, student, z, x)
-            grads = torch.autograd.grad(after, list(teacher.parameters()), retain_graph=True)
-            parts = [(g * w).sum() for g, w in zip(grads, teacher.parameters(), strict=True)]
-            term = torch.stack(parts).sum()
-        each = grads_per_example(student, x, y)
-        old = plain.labeled_loss(student).detach()
-
-        student_sgd.zero_grad()
-        F.binary_cross_entropy_with_logits(student(x)[:, 0], y).backward()
-        student_sgd.step()
-
-        if plain.feedback in ("difference", "sampled"):
-            h = old - plain.labeled_loss(student).detach()
-            term = h * F.binary_cross_entropy_with_logits(z, y)
-        if plain.feedback == "per_example":
-            v = torch.autograd.grad(plain.labeled_loss(student), list(student.parameters()))
-            dots = [sum((a * b).sum() for a, b in zip(v, g, strict=True)) for g in each]
-            h = torch.stack([torch.as_tensor(dot) for dot in dots]) * RATE / BATCH
-            term = (h * F.binary_cross_entropy_with_logits(z, y, reduction="none")).sum()
-        teacher_sgd.zero_grad()
-        loss = plain.labeled_loss(teacher, teacher=True)
-        (loss + plain.options.get("feedback_weight", 1.0) * term).backward()
-        teacher_sgd.step()
-    return [teacher, student]
-
-
-def plain_smpl(plain: Plain) -> list[nn.Sequential]:
-    net, sgd = plain.network(plain.moons.teacher)
-    for t in range(OPTIONS.steps):
-        x = plain.unlabeled(t)
-        before = [w.detach().clone() for w in net.parameters()]
-        old = plain.labeled_loss(net).detach()
-        z = net(x)[:, 0]
-        sgd.zero_grad()
-        F.binary_cross_entropy_with_logits(z, plain.pseudo(z, t)).backward()
-        sgd.step()
-
-        loss = plain.labeled_loss(net)
-        z = net(x)[:, 0]
-        if plain.feedback == "difference":
-            h = old - loss.detach()
-            loss = loss + h * F.binary_cross_entropy_with_logits(z, plain.pseudo(z, t))
-        if plain.feedback == "exact":
-            v = torch.autograd.grad(plain.labeled_loss(net), list(net.parameters()))
-            change: Tensor = torch.func.jvp(
-                lambda *w, x=x: functional(net, list(w), x), tuple(before), v
-            )[1]
-            p = torch.sigmoid(functional(net, before, x)).detach()
-            of_one, of_zero = change * (1 - p), -change * p  # d log sigmoid(z), d log sigmoid(-z)
-            q = torch.sigmoid(z)
-            loss = loss + RATE / BATCH * (of_one * q + of_zero * (1 - q)).sum()
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-    return [net]
-
-
-def plain_labeled(plain: Plain) -> list[nn.Sequential]:
-    net, sgd = plain.network(plain.moons.teacher)
-    for t in range(OPTIONS.steps):
-        sgd.zero_grad()
-        if plain.all_labels:
-            truth = plain.moons.truth[plain.moons.batches[t, RUN]].double()
-            F.binary_cross_entropy_with_logits(net(plain.unlabeled(t))[:, 0], truth).backward()
-        else:
-            plain.labeled_loss(net).backward()
-        sgd.step()
-    return [net]
+        rows = moons.batches[t, RUN]
+        points, truth = moons.points[rows], moons.truth[rows]
+        labeled, labels = moons.labeled[RUN], moons.labels[RUN]
+        if variant.all_labels:
+            labeled, labels = points, truth
+        train_step(made, Batch(labeled, labels, points, points, truth), t)
+    return [torch.cat([w.flatten() for w in x.weights()]) for x in made.learners.values()]
 
 
 def one_run(weights: Weights) -> Tensor:
@@ -194,16 +102,22 @@ def teacher_of(name: str, moons: Problem) -> Tensor:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_run_of_many_is_the_plain_loop(name: str, moons: Problem) -> None:
+def test_one_run_of_many_is_the_run_alone(
+    name: str, moons: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variant = VARIANTS[name]
-    loops = {"mpl": plain_mpl, "smpl": plain_smpl, "supervised": plain_labeled}
-    expected = loops[variant.recipe](Plain(moons, variant))
     found = list(train(variant, moons, OPTIONS.steps, 0).values())
-    for mine, other, before in zip(found, expected, [moons.teacher, moons.student], strict=False):
-        flat = torch.cat([w.detach().flatten() for w in other.parameters()])
-        torch.testing.assert_close(one_run(mine), flat, rtol=0, atol=1e-10)
-        assert float((one_run(mine) - one_run(before)).abs().max()) > 1e-3
+    many = rng.uniform
+
+    def of_run(count: int, **place: Any) -> Tensor:
+        return many(count * OPTIONS.runs, **place).view(count, -1)[:, RUN]
+
+    monkeypatch.setattr(rng, "uniform", of_run)
+    expected = train_alone(variant, moons)
     assert len(found) == len(expected)
+    for mine, other, before in zip(found, expected, [moons.teacher, moons.student], strict=False):
+        torch.testing.assert_close(one_run(mine), other, rtol=0, atol=1e-10)
+        assert float((one_run(mine) - one_run(before)).abs().max()) > 1e-3
 
 
 @pytest.mark.slow
@@ -289,7 +203,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
         options = Options(draws=2, inits=2, steps=10, seed=seed)
         names = with_baselines(["mpl_sampled"])
         assert names == ["labeled", "mpl_off_sampled", "mpl_sampled"]
-        return as_json(study(names, options, lambda name, found: None), options)
+        return as_json(study(names, options), options)
 
     first = numbers(0)
     assert numbers(0) == first
@@ -297,19 +211,10 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert runs[0] != runs[1]
 
 
-def test_difference_is_paired_with_its_own_baseline() -> None:
-    options = Options(draws=2, inits=2, steps=30)
-    found = study(with_baselines(["mpl_off"]), options, lambda name, result: None)["5/1"]
-    paired = gain(found, "mpl_off")
-    assert paired is not None and gain(found, "labeled") is None
-    expected = found["mpl_off"].accuracy - found["labeled"].accuracy
-    assert paired.mean == pytest.approx(float(expected.mean()))
-
-
 @pytest.mark.parametrize(("steps", "there"), [(100, False), (101, True)])
 def test_a_row_that_stops_early_is_left_out_of_a_run_as_short(steps: int, there: bool) -> None:
     options = Options(draws=2, inits=1, steps=steps)
-    found = study(with_baselines(["labeled_100"]), options, lambda name, result: None)
+    found = study(with_baselines(["labeled_100"]), options)
     numbers = json.loads(as_json(found, options))["results"]
     names = ["labeled", "labeled_100"] if there else ["labeled"]
     assert [list(numbers[setting]) for setting in ("3/3", "5/1")] == [names, names]
@@ -322,15 +227,11 @@ def test_a_row_that_stops_early_is_left_out_of_a_run_as_short(steps: int, there:
 # --- the command ---
 
 
-def command(out: Path, *sizes: str) -> list[str]:
-    return [sys.executable, "-m", "tools.studies.two_moons", *sizes, "--out", str(out)]
-
-
 @pytest.mark.slow
-def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> None:
+def test_command_writes_numbers_table_and_figure(tmp_path: Path) -> None:
     sizes = ["--draws", "2", "--inits", "2", "--steps", "20", "--seed", "3"]
     out = tmp_path / "new" / "out"
-    done = subprocess.run(command(out, *sizes), capture_output=True, text=True, cwd=root)
+    done = run_here(lambda: main(["--out", str(out), *sizes]), [])
     assert done.returncode == 0 and done.stderr == ""
     names = ["two_moons.json", "two_moons.md", "two_moons.png"]
     assert sorted(p.name for p in out.iterdir()) == names
@@ -351,6 +252,10 @@ def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> 
             every = torch.tensor(row["runs"])
             assert every.shape == (2, 2)
             assert float(every.mean()) == pytest.approx(row["accuracy"]["mean"], abs=0.01)
+            assert (row["difference"] is None) == (row["baseline"] is None)
+            if row["baseline"]:
+                paired = float((every - torch.tensor(rows[row["baseline"]]["runs"])).mean())
+                assert row["difference"]["mean"] == pytest.approx(paired, abs=0.02)
         assert rows["mpl_off"]["teacher_difference"]["mean"] == 0.0  # trained like `labeled`
 
 
@@ -366,28 +271,21 @@ def test_command_writes_numbers_table_and_figure(root: Path, tmp_path: Path) -> 
         (["--out", "FILE/below"], 3, "Not a directory"),
     ],
 )
-def test_a_mistake_is_one_line(
-    options: list[str],
-    code: int,
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_mistake_is_one_line(options: list[str], code: int, message: str, tmp_path: Path) -> None:
     file, out = tmp_path / "file", tmp_path / "out"
     file.write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(out), *(o.replace("FILE", str(file)) for o in options)])
-    assert stop.value.code == code
-    line = capsys.readouterr().err
-    assert line.startswith("two_moons: error: ") and message in line and line.count("\n") == 1
+    line = ["--out", str(out), *(o.replace("FILE", str(file)) for o in options)]
+    done = run_here(lambda: main(line), [])
+    assert done.returncode == code and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("two_moons: error: ") and message in done.stderr
     assert not out.exists() and file.read_text() == "mine"
 
 
 @pytest.mark.slow
 def test_interrupted_it_leaves_nothing(root: Path, tmp_path: Path) -> None:
-    sizes = ["--draws", "2", "--inits", "1", "--steps", "2000"]
+    sizes = ["--draws", "2", "--inits", "1", "--steps", "1000", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        command(tmp_path, *sizes),
+        [sys.executable, "-m", "tools.studies.two_moons", *sizes],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

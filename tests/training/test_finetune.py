@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +14,22 @@ from torch import Tensor
 
 from mpl_fast import models
 from mpl_fast.config import FinetuneConfig, LearnerConfig
-from mpl_fast.distributed import DistEnv
-from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.errors import CheckpointError
 from mpl_fast.learner import Learner
 from mpl_fast.training.checkpoint import load_start
-from tests.tiny_run import (
-    ALGORITHMS,
-    LEARNER,
-    arguments,
-    assert_same,
-    final_state,
-    rows,
-    run_in_turn,
-)
-
-HERE = DistEnv(0, 1, torch.device("cpu"))
-PLAIN = "  learner: {lr: 0.05, warmup: 0, ema: 0}\n"
+from tests.algorithms.problems import assert_same
+from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here
 
 
 @pytest.fixture(scope="module")
 def starts(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs to be tuned: Meta Pseudo Labels, two role players, and one without an average."""
     folder = tmp_path_factory.mktemp("starts")
-    ALGORITHMS["supervised plain"] = PLAIN
-    sessions = [
-        arguments(folder / name.replace(" ", "_"), tiny_rec, recipe=name)
-        for name in ("mpl", "mpl_roleplay", "supervised plain")
-    ]
-    del ALGORITHMS["supervised plain"]
-    done = run_in_turn(*sessions)
-    assert done.returncode == 0, done.stderr
+    for name in ("mpl", "mpl_roleplay", "supervised"):
+        plain = ["--algorithm.learner.ema", "0"] if name == "supervised" else []
+        done = train_here(*arguments(folder / name, tiny_rec, recipe=name), *plain)
+        assert done.returncode == 0, done.stderr
     return folder
-
-
-def tuning(folder: Path, rec: Path, start: Path, *options: str) -> list[str]:
-    """A fine-tuning run; 20 labels in batches of 4 are 5 steps an epoch."""
-    ALGORITHMS["finetune"] = f"  learner: {LEARNER}\n  start: {start}\n"
-    made = arguments(folder, rec, recipe="finetune")
-    del ALGORITHMS["finetune"]
-    return [*made, "--epochs", "1.5", "--eval-epochs", "0.5", "--checkpoint-every", "2", *options]
 
 
 def fresh(ema: float = 0.0) -> Learner:
@@ -71,17 +48,16 @@ def assert_is(network: torch.nn.Module | None, expected: dict[str, Tensor]) -> N
         ("mpl", "average", "student", "average"),
         ("mpl", "network", "student", "network"),
         ("mpl_roleplay", "average", "second", "average"),
-        ("supervised_plain", "average", "learner", "network"),
+        ("supervised", "average", "learner", "network"),
     ],
 )
-@pytest.mark.slow
 def test_tuning_begins_with_the_network_that_was_evaluated(
     run: str, weights: Any, name: str, taken: str, starts: Path
 ) -> None:
     """All of its tensors, batch-norm statistics too; the optimizer is a fresh one."""
     config = FinetuneConfig(start=str(starts / run), weights=weights)
     learner = fresh(ema=0.5)
-    message, warnings = load_start(config, learner, "wrn_10_1", HERE)
+    message, warnings = load_start(config, learner, "wrn_10_1")
     state = final_state(starts / run)["learners"][name]
     assert_is(learner.network, state[taken])
     assert_is(learner.average, state[taken])
@@ -94,52 +70,50 @@ def test_tuning_begins_with_the_network_that_was_evaluated(
 
 
 @pytest.fixture(scope="module")
-def tuned(starts: Path, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Two ranks tune what one has trained: in one go; stopped, and resumed where the start is no
-    longer to be found; and once without a change, neither of weights nor of statistics."""
+def tuned(starts: Path, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In one go; stopped, and resumed where the start is no longer to be found; and without a
+    change, neither of weights nor of statistics. 20 labels in batches of 4 are 5 steps an epoch."""
     folder = tmp_path_factory.mktemp("tuned")
     start = shutil.copytree(starts / "mpl", folder / "start")
-    still = ["--algorithm.learner.lr", "0", "--model.frozen", "true"]
-    sessions = {
-        name: tuning(folder / name, tiny_rec, start, *options)
-        for name, options in (("straight", []), ("stopped", []), ("still", still))
-    }
-    pause = ["--stop-at", "3"]
-    first = run_in_turn(
-        sessions["straight"],
-        [*sessions["stopped"], *pause],
-        [*sessions["still"], *pause],
-        ranks=2,
+
+    def options(name: str, *more: str) -> list[str]:
+        made = arguments(folder / name, tiny_rec, recipe="supervised")
+        made += ["--recipe", "finetune", "--algorithm.start", str(start)]
+        return [*made, "--epochs", "1.5", "--eval-epochs", "0.5", *more]
+
+    still = options("still", "--algorithm.learner.lr", "0", "--model.frozen", "true")
+    stopped, pause = options("stopped"), ["--stop-at", "3"]
+    done = run_in_turn(
+        options("straight"),
+        [*stopped, *pause],
+        [*still, *pause],
+        ["move", str(start), str(folder / "start of before")],
+        stopped,
+        still,
     )
-    assert first.returncode == 0, first.stderr
-    assert re.search(r"begins with the average of student after step 6, .*/start/", first.stdout)
-    shutil.rmtree(start)
-    second = run_in_turn(sessions["stopped"], sessions["still"], ranks=2)
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.count("resuming after step 3") == 2
-    (folder / "output.txt").write_text(first.stdout + second.stdout)
-    yield folder
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"begins with the average of student after step 6, .*/start/", done.stdout)
+    assert done.stdout.count("resuming after step 3") == 2
+    (folder / "output.txt").write_text(done.stdout)
+    return folder
 
 
 def evaluations(folder: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["eval/top1"]) for r in rows(folder) if "eval/top1" in r]
 
 
-@pytest.mark.slow
-def test_tuning_lasts_its_epochs_and_is_evaluated_on_the_way(tuned: Path, starts: Path) -> None:
-    """1.5 epochs of 5 steps, looked at before them and each half epoch."""
+def test_tuning_lasts_its_epochs_and_resumes_without_its_start(tuned: Path, starts: Path) -> None:
+    """1.5 epochs of 5 steps, evaluated before them and each half epoch."""
     found = evaluations(tuned / "straight")
     assert [step for step, _ in found] == [0, 3, 6, 8]
     assert found[0][1] == json.loads((starts / "mpl" / "summary.json").read_text())["top1"]
-
-
-def test_tuning_resumes_without_its_start(tuned: Path) -> None:
-    assert_same(final_state(tuned / "straight", 8), final_state(tuned / "stopped", 8))
-    assert evaluations(tuned / "straight") == evaluations(tuned / "stopped")
+    assert evaluations(tuned / "stopped") == found
+    straight, stopped = (final_state(tuned / name, 8) for name in ("straight", "stopped"))
+    assert_same(straight, stopped, ignore=("seconds",))
 
 
 @pytest.mark.parametrize("name", ["straight", "stopped", "still"])
-def test_best_and_last_are_both_told(name: str, tuned: Path) -> None:
+def test_best_and_last_are_both_reported(name: str, tuned: Path) -> None:
     found = evaluations(tuned / name)
     best = max(top1 for _, top1 in found)
     at = next(step for step, top1 in found if top1 == best)
@@ -153,16 +127,14 @@ def test_best_and_last_are_both_told(name: str, tuned: Path) -> None:
         assert at == 0 and summary["top1"] == best
 
 
-def test_a_start_that_cannot_be_had_is_one_line(starts: Path, tmp_path: Path) -> None:
-    empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
-    (empty / "checkpoints").mkdir(parents=True)
+def test_a_start_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError) as error:
-        load_start(FinetuneConfig(start=str(empty)), fresh(), "wrn_10_1", HERE)
-    assert str(error.value).startswith(f"algorithm.start: {empty}/checkpoints holds no usable")
-    assert "give the run directory of a run that has trained" in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match=f"algorithm.start: there is no folder {nowhere}"):
-        load_start(FinetuneConfig(start=str(nowhere)), fresh(), "wrn_10_1", HERE)
+        load_start(FinetuneConfig(start=str(tmp_path)), fresh(), "wrn_10_1")
+    assert str(error.value) == (
+        f"algorithm.start: {tmp_path}/checkpoints holds no usable checkpoint (nothing has been "
+        "saved there): give the run directory of a run that has trained"
+    )
 
 
 def test_a_start_of_another_network_is_one_line(starts: Path) -> None:
@@ -171,7 +143,7 @@ def test_a_start_of_another_network_is_one_line(starts: Path) -> None:
     for name, classes in others.items():
         other = Learner(models.build(name, classes), LearnerConfig(), steps=6)
         with pytest.raises(CheckpointError) as error:
-            load_start(config, other, name, HERE)
+            load_start(config, other, name)
         text = str(error.value)
         assert "step_00000006 is of another network" in text and f"model.name {name}" in text
         assert f"{starts}/mpl/config.yaml" in text and "\n" not in text
@@ -182,38 +154,34 @@ def test_a_damaged_start_falls_back_with_a_warning(starts: Path, tmp_path: Path)
     file = start / "checkpoints" / "step_00000006" / "state.pt"
     file.write_bytes(file.read_bytes()[:-1])
     learner = fresh()
-    message, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1", HERE)
+    message, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1")
     assert "after step 4" in message
     assert len(warnings) == 1 and "step_00000006 is damaged" in warnings[0]
     assert_is(learner.network, final_state(start, 4)["learners"]["student"]["average"])
 
 
-@pytest.mark.slow
-def test_transfer_trains_the_head_alone(tiny_rec: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "file"), [("mpl exact", "trunk.safetensors"), ("mpl_roleplay", "trunk.pth")]
+)
+def test_transfer_trains_the_head_alone(
+    recipe: str, file: str, tiny_rec: Path, tmp_path: Path
+) -> None:
     """Weights of a file, its trunk frozen: after the run it is bit for bit the file's."""
     torch.manual_seed(5)
     source = models.build("wrn_10_1", 10).state_dict()
     for key, value in source.items():
         if "running" in key:
             value.add_(0.25)
-    save_file(source, tmp_path / "trunk.safetensors")
-    torch.save(source, tmp_path / "trunk.pth")
-    names = {"mpl exact": "trunk.safetensors", "mpl_roleplay": "trunk.pth"}
-    sessions = []
-    for name, file in names.items():
-        made = arguments(tmp_path / name.replace(" ", "_"), tiny_rec, recipe=name)
-        model = ["--model.pretrained", str(tmp_path / file), "--model.frozen", "true"]
-        sessions.append([*made, *model])
-    done = run_in_turn(*([*s, "--stop-at", "3"] for s in sessions))
+    save: dict[str, Callable[[Any, Path], object]] = {".safetensors": save_file, ".pth": torch.save}
+    save[Path(file).suffix](source, tmp_path / file)
+    options = arguments(tmp_path / "run", tiny_rec, recipe=recipe)
+    options += ["--model.pretrained", str(tmp_path / file), "--model.frozen", "true"]
+    move = ["move", str(tmp_path / file), str(tmp_path / "gone")]  # a checkpoint holds all of it
+    done = run_in_turn([*options, "--stop-at", "3"], move, options)
     assert done.returncode == 0, done.stderr
-    for file in names.values():
-        (tmp_path / file).unlink()  # a checkpoint holds all of it
-    done = run_in_turn(*sessions)
-    assert done.returncode == 0, done.stderr
-    for name in names:
-        for learner in final_state(tmp_path / name.replace(" ", "_"))["learners"].values():
-            trunk = {k for k in source if not k.startswith("head.")}
-            assert len(trunk) > 20 and len(source) - len(trunk) == 2
-            for part in ("network", "average"):
-                assert all(torch.equal(learner[part][key], source[key]) for key in trunk)
-                assert not torch.equal(learner[part]["head.weight"], source["head.weight"])
+    trunk = {k for k in source if not k.startswith("head.")}
+    assert len(trunk) > 20 and len(source) - len(trunk) == 2
+    for learner in final_state(tmp_path / "run")["learners"].values():
+        for part in ("network", "average"):
+            assert all(torch.equal(learner[part][key], source[key]) for key in trunk)
+            assert not torch.equal(learner[part]["head.weight"], source["head.weight"])

@@ -117,8 +117,8 @@ def test_a_run_under_nccl_stops_and_resumes(
 ) -> None:
     """torchrun with one rank on CUDA, DALI on either device; stopped once and resumed."""
     folder = tmp_path / "run"
-    options = arguments(folder, tiny_rec, policy=policy)
-    options += ["--device", "cuda", "--data.device", where, "--deterministic", "false"]
+    options = [*arguments(folder, tiny_rec), "--data.policy", policy, "--data.device", where]
+    options += ["--device", "cuda", "--deterministic", "false"]
     launched = command(options)
     launcher = [launched[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     for extra in (["--stop-at", "3"], []):

@@ -1,10 +1,7 @@
-"""A batch that is not finite leaves no trace, on one rank or on two."""
+"""A batch that is not finite leaves no trace (on one of two ranks: test_two_ranks.py)."""
 
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from mpl_fast.config import AlgorithmConfig, LearnerConfig, MPLConfig, SMPLConfi
 from mpl_fast.learner import Learner
 from tests.algorithms import problems
 from tests.algorithms.problems import as_dtype, assert_same, state
-from tests.tiny_run import ROOT, environment
 
 LEARNER = LearnerConfig(lr=0.1, warmup=0, ema=0.9, dropout=0.0, max_grad_norm=1.0)
 ADAM = replace(LEARNER, optimizer="adamw", nesterov=False, max_grad_norm=0.0, ema=0.0)
@@ -116,52 +112,3 @@ def test_a_statistic_alone_that_overflows_is_restored() -> None:
     learner(torch.full((2, 3, 6, 6), math.inf))
     learner.end_step(0)
     assert torch.equal(learner.network.state_dict()["1.running_mean"], good)
-
-
-@pytest.mark.slow
-def test_a_bad_batch_on_one_rank_is_skipped_on_both(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**environment(), "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert first["skipped"] == second["skipped"] == [0, 1, 0]
-    assert_same(first["after"], first["before"], ignore=CHANGES)
-    assert_same(second["end"], first["end"], ignore=CHANGES)
-    assert not torch.equal(
-        first["end"]["learner"]["network"]["0.weight"],
-        first["after"]["learner"]["network"]["0.weight"],
-    )
-
-
-RANKS = """
-import math, sys, torch
-from mpl_fast import distributed
-from mpl_fast.algorithms.base import train_step
-from tests.algorithms.problems import state
-from tests.training.test_not_finite import batch, new
-
-dist_env = distributed.init("cpu")
-algorithm, skipped = new("uda"), []
-train_step(algorithm, batch(dist_env.rank), 0)
-skipped.append(int(algorithm.learners["learner"].skipped))
-before, bad = state(algorithm), batch(5 + dist_env.rank)
-if dist_env.rank == 1:
-    bad.weak[0, 0, 0, 0] = math.nan
-train_step(algorithm, bad, 1)
-skipped.append(int(algorithm.learners["learner"].skipped))
-after = state(algorithm)
-train_step(algorithm, batch(7 + dist_env.rank), 2)
-skipped.append(int(algorithm.learners["learner"].skipped))
-result = {"skipped": skipped, "before": before, "after": after, "end": state(algorithm)}
-torch.save(result, f"{sys.argv[1]}/{dist_env.rank}.pt")
-distributed.shutdown()
-"""

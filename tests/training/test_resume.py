@@ -3,12 +3,13 @@
 import contextlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -23,51 +24,131 @@ from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
 from mpl_fast.training.checkpoint import restore
 from mpl_fast.training.run_dir import RunDir
+from tests.algorithms.problems import assert_same
 from tests.tiny_run import (
     ALGORITHMS,
     arguments,
-    assert_same,
     command,
     environment,
     final_state,
     rows,
-    run,
     run_in_turn,
+    train_here,
 )
 
-OTHERS = [name for name in ALGORITHMS if name != "mpl"]
+LONG = 20  # steps of the run that is killed: most are left when it has its first checkpoint
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def ranks(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
+RANKS = [pytest.param(n, id=f"ranks {n}", marks=pytest.mark.slow) for n in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def straight(ranks: int, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from start to end."""
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    done = run(arguments(folder, tiny_rec), ranks)
+class Sessions(NamedTuple):
+    """Runs in folders of their own, and what those of the last processes have printed."""
+
+    ranks: int
+    folder: Path
+    resumed: dict[str, tuple[int, Path]]
+    """By the name of a run: the step after which it was resumed, the checkpoint that it equals."""
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def ended(
+    request: pytest.FixtureRequest, tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Sessions:
+    """A run that is killed and stopped in processes of its own, and others in one process a rank.
+
+    Of one rank they are paused after each step; of two they are one for each recipe, resumed
+    without its last checkpoint, from the middle of a role player's period too.
+    """
+    ranks: int = request.param
+    folder = tmp_path_factory.mktemp("ended")
+
+    def options(name: str, recipe: str = "mpl", *more: str) -> list[str]:
+        return [*arguments(folder / name / "run", tiny_rec, recipe=recipe), *more]
+
+    def checkpoint(name: str, step: int = 6) -> Path:
+        return folder / name / "run" / "checkpoints" / f"step_{step:08d}"
+
+    killed, long = (options(name, "mpl", "--steps", str(LONG)) for name in ("killed", "long"))
+    kill(killed, ranks, folder / "killed/run")
+    resumed = {"killed": (stop(killed, ranks), checkpoint("long", LONG))}
+    damaged, straight = options("damaged"), options("straight")
+    resumed["damaged"] = (2, checkpoint("straight"))
+    summary, occupied = folder / "straight/run/summary.json", folder / "occupied"
+    occupied.touch()
+    sessions = [killed, long, straight, [*damaged, "--stop-at", "4"]]
+    sessions += [["flip", str(checkpoint("damaged", 4) / "state.pt")], damaged]
+    sessions += [straight, ["move", str(summary), f"{summary}.before"], straight]
+    sessions += [["evaluate", str(folder / "straight/run"), "--data.root", str(tiny_rec)]]
+    sessions += [arguments(occupied, tiny_rec)]
+    if ranks == 1:
+        for at in range(1, 6):
+            one = options(f"stop{at}")
+            sessions += [[*one, "--stop-at", str(at)], one]
+            resumed[f"stop{at}"] = (at, checkpoint("straight"))
+    else:
+        start = folder / "start"
+        assert train_here(*arguments(start, tiny_rec)).returncode == 0
+        recipes = {name: options(name, name) for name in ALGORITHMS}
+        recipes["tuned"] = options("tuned", "supervised", "--recipe", "finetune")
+        recipes["tuned"] += ["--algorithm.start", str(start)]
+        for name, one in recipes.items():
+            kept = folder / name / "kept"
+            move = ["move", str(checkpoint(name)), str(kept)]
+            sessions += [[*one, "--checkpoint-every", "3"], move]
+            sessions += [["move", str(start), f"{start} of before"]] if name == "tuned" else []
+            sessions += [one]
+            resumed[name] = (3, kept)
+    done = run_in_turn(*sessions, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    return folder
+    return Sessions(ranks, folder, resumed, done.stdout, done.stderr)
 
 
-@pytest.mark.slow
-def test_stopped_at_any_step_and_resumed_equals_straight(tiny_rec: Path, tmp_path: Path) -> None:
-    straight = tmp_path / "straight"
-    sessions = [arguments(straight, tiny_rec)]
-    for stop in (1, 2, 3, 4, 5):
-        options = arguments(tmp_path / f"stop{stop}", tiny_rec)
-        sessions += [[*options, "--stop-at", str(stop)], options]
-    done = run_in_turn(*sessions)
-    assert done.returncode == 0, done.stderr
-    for stop in (1, 2, 3, 4, 5):
-        folder = tmp_path / f"stop{stop}"
-        assert f"paused after step {stop}" in done.stdout
-        assert f"resuming after step {stop}" in done.stdout
-        assert_same(final_state(straight), final_state(folder))
-        last = [r for r in rows(folder) if "eval/top1" in r][-1]
-        assert last == [r for r in rows(straight) if "eval/top1" in r][-1]
+def kill(options: list[str], ranks: int, folder: Path) -> None:
+    """SIGKILL to what the user started, as soon as the first checkpoint exists.
+
+    Under torchrun that is the launcher alone; its workers must follow, or they would train on.
+    """
+    process = subprocess.Popen(
+        command(options, ranks),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 600
+    while not list(folder.glob("checkpoints/step_*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    while alive(str(folder)):
+        assert time.monotonic() < deadline, "a worker outlived its launcher"
+        time.sleep(0.05)
+    assert not (folder / "summary.json").exists()
+
+
+def stop(options: list[str], ranks: int) -> int:
+    """SIGTERM to the resumed run, or to torchrun, which passes it on and itself always ends with 1.
+
+    Returns the steps done.
+    """
+    process = subprocess.Popen(
+        command(options, ranks),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and "resuming after step" in process.stdout.readline()
+    assert "unlabeled images a step" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == (75 if ranks == 1 else 1), err
+    found = re.search(r"by a signal after step (\d+), saved: the same command resumes", out)
+    assert found, out
+    return int(found[1])
 
 
 def alive(word: str) -> list[str]:
@@ -80,121 +161,53 @@ def alive(word: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_equals_straight(
-    ranks: int, straight: Path, tiny_rec: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to what the user started, as soon as the first checkpoint exists.
-
-    Under torchrun that is the launcher alone; its workers must follow, or they would train on.
-    """
-    folder = tmp_path / "run"
-    options = arguments(folder, tiny_rec)
-    process = subprocess.Popen(
-        command(options, ranks),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    while alive(str(folder)):
-        assert time.monotonic() < deadline, "a worker outlived its launcher"
-        time.sleep(0.05)
-    assert not (folder / "summary.json").exists()
-    resumed = run(options, ranks)
-    assert resumed.returncode == 0 and "resuming after step" in resumed.stdout, resumed.stderr
-    assert_same(final_state(straight), final_state(folder))
-    steps = [r["step"] for r in rows(folder) if "train_seconds" in r]
-    assert steps == [2, 4, 6]
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_asks_to_be_run_again(
-    straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
-) -> None:
-    """Sent to torchrun if there is one, which passes it on and itself always ends with 1."""
-    folder = tmp_path / "run"
-    options = arguments(folder, tiny_rec)
-    process = subprocess.Popen(
-        command(options, ranks),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    while "unlabeled images a step" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGTERM)
-    rest, problems = process.communicate(timeout=120)
-    assert process.returncode == (75 if ranks == 1 else 1), problems
-    assert "the same command resumes" in rest
-    assert run(options, ranks).returncode == 0
-    assert_same(final_state(straight), final_state(folder))
-
-
-@pytest.mark.slow
-def test_damaged_newest_checkpoint_falls_back_with_one_warning(
-    straight: Path, ranks: int, tiny_rec: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    options = arguments(folder, tiny_rec)
-    assert run([*options, "--stop-at", "4"], ranks).returncode == 0
-    newest = folder / "checkpoints" / "step_00000004" / "state.pt"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1  # one flipped bit
-    newest.write_bytes(content)
-    resumed = run(options, ranks)
-    assert resumed.returncode == 0, resumed.stderr
-    warnings = [line for line in resumed.stderr.splitlines() if line.startswith("warning:")]
-    assert len(warnings) == 1
-    assert "step_00000004" in warnings[0] and "step_00000002" in warnings[0]
-    assert_same(final_state(straight), final_state(folder))
-
-
-@pytest.mark.slow
-def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(
-    straight: Path, ranks: int, tiny_rec: Path
-) -> None:
-    """A kill may come between the last checkpoint and the summary."""
-    file = straight / "summary.json"
-    before = file.read_bytes()
-    if ranks == 1:
-        again = run(arguments(straight, tiny_rec))
-        assert again.returncode == 0 and "complete already" in again.stdout, again.stderr
-        assert file.read_bytes() == before
-    file.unlink()
-    again = run(arguments(straight, tiny_rec), ranks)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(file.read_text())["top1"] == json.loads(before)["top1"]
-
-
-@pytest.mark.slow
-def test_every_recipe_trains_under_torchrun_and_resumes(tiny_rec: Path, tmp_path: Path) -> None:
-    """On two ranks, from the middle of a role player's period too: the last checkpoint is lost.
-
-    Fine-tuning is in test_finetune.py.
-    """
-    sessions = {}
-    for name in OTHERS:
-        folder = tmp_path / name.replace(" ", "_") / "run"
-        sessions[folder] = [*arguments(folder, tiny_rec, recipe=name), "--checkpoint-every", "3"]
-    done = run_in_turn(*sessions.values(), ranks=2)
-    assert done.returncode == 0, done.stderr
-    straight = {folder: final_state(folder) for folder in sessions}
-    for folder, state in straight.items():
-        shutil.rmtree(folder / "checkpoints" / "step_00000006")
+def test_resumed_runs_end_as_uninterrupted_ones(ended: Sessions) -> None:
+    for name, (step, expected) in ended.resumed.items():
+        folder = ended.folder / name / "run"
+        assert f"resuming after step {step} from {folder}" in ended.out
+        state = torch.load(expected / "state.pt", weights_only=True)
+        assert_same(state, final_state(folder, state["step"]), name, ignore=("seconds",))
         if "baseline" in state["algorithm"]:
             assert state["algorithm"]["baseline"] != 0  # or it would prove nothing
-    done = run_in_turn(*sessions.values(), ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resuming after step 3") == len(OTHERS)
-    for folder, state in straight.items():
-        assert_same(state, final_state(folder), folder.parent.name)
+
+
+def test_rows_of_resumed_runs_are_those_of_uninterrupted_ones(ended: Sessions) -> None:
+    steps = [r["step"] for r in rows(ended.folder / "killed/run") if "train_seconds" in r]
+    assert steps == sorted({*range(2, LONG + 1, 2), ended.resumed["killed"][0]})
+    evaluated = {
+        name: [r for r in rows(ended.folder / name / "run") if "eval/top1" in r]
+        for name in ("straight", *ended.resumed)
+    }
+    for name, (_, expected) in ended.resumed.items():
+        if expected.is_relative_to(ended.folder / "straight"):
+            assert evaluated[name] == evaluated["straight"]
+    if ended.ranks == 2:  # what is tuned was trained by one rank
+        start = json.loads((ended.folder / "start of before/summary.json").read_text())
+        assert [r["step"] for r in evaluated["tuned"]] == [0, 4, 6]
+        assert evaluated["tuned"][0]["eval/top1"] == start["top1"]
+
+
+def test_damaged_newest_checkpoint_falls_back_with_one_warning(ended: Sessions) -> None:
+    (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning:")]
+    assert "step_00000004 is damaged" in warning and "to step_00000002" in warning
+
+
+def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(ended: Sessions) -> None:
+    """A kill may come between the last checkpoint and the summary."""
+    straight = ended.folder / "straight/run"
+    before, after = (
+        json.loads((straight / name).read_text())
+        for name in ("summary.json.before", "summary.json")
+    )
+    assert after == before
+    assert ended.out.count(f"complete already: top-1 {before['top1']:.2f} % in {straight}") == 1
+    line = "step_00000006: top-1 {top1:.2f} %, top-5 {top5:.2f} % of 50 images\n".format(**before)
+    assert ended.out.count(f"{straight}/checkpoints/{line}") == 1  # of tools/evaluate.py
+
+
+def test_all_ranks_have_the_error_of_the_first(ended: Sessions) -> None:
+    occupied = f"run_dir {ended.folder}/occupied cannot be written: is a file\n"
+    assert all(ended.err.count(f"rank {rank}: {occupied}") == 1 for rank in range(ended.ranks))
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:
@@ -212,8 +225,7 @@ def test_a_checkpoint_without_the_algorithms_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="older than this program and lacks the baseline"):
         restore(moving, old, tmp_path)
     moving.state["baseline"].fill_(3.0)
-    new = old | {"algorithm": {"baseline": torch.tensor(0.5)}}
-    restore(moving, new, tmp_path)
+    restore(moving, old | {"algorithm": {"baseline": torch.tensor(0.5)}}, tmp_path)
     assert moving.state["baseline"].item() == 0.5
 
 

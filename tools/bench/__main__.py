@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-INTERRUPTED = 130  # as shells have it after Ctrl-C
+from mpl_fast.errors import run_command
+
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
@@ -40,8 +41,4 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     # A SIGTERM ends a benchmark as Ctrl-C does, so that its temporary data is removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        raise SystemExit(main(sys.argv[1:]))
-    except KeyboardInterrupt:
-        print("tools.bench: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    run_command("tools.bench", lambda: main(sys.argv[1:]), "interrupted")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast import atomic
-from mpl_fast.errors import ConfigError, DataError, UserError, output_errors
+from mpl_fast.errors import INTERRUPTED, ConfigError, DataError, UserError, output_errors
 from tools.bench.results import FORM, Json, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,6 @@ MARGIN = 5.0  # seconds before the end by which everything is done
 MEASURING = 0.75  # of a benchmark's time, as its --minutes; the remainder is for imports
 SHORTEST = 10.0  # seconds in which no benchmark gets anywhere
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
-INTERRUPTED = 130  # as shells have it after Ctrl-C
 TAIL = 12  # lines of a log that are shown if a job failed
 TESTS = ("tests/kernels/test_cuda.py", "tests/training/test_gpu_run.py")
 

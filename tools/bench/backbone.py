@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import models
 from mpl_fast.models import OWN
 from tools.bench.clock import interleaved, repeated, seconds_of
-from tools.bench.cuda_graph import require_device
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device, copies, flops
-from tools.bench.results import Row, one_line, ratios, spread
+from tools.bench.results import Row, ratios, spread
 
 TINY = {"models": ["wrn_10_1"], "batch": 4, "rounds": 1}
 SMALL, LARGE = 32, 224  # pixels a side, of the networks for CIFAR and of all others
 BATCHES = {("cpu", SMALL): 64, ("cpu", LARGE): 16, ("cuda", SMALL): 512, ("cuda", LARGE): 256}
 STEPS = {"cpu": 1, "cuda": 10}
-LOSS_OFF, NORM_OFF = 0.05, 0.25  # bfloat16 and other dropout masks stay well below
+OFF = {"loss": 0.05, "gradient norm": 0.25}  # bfloat16 and other dropout masks stay well below
 TARGET, TARGET_MODEL, TARGET_GPUS = 3000.0, "resnet50", ("H100", "H200")
 IMAGES = 4  # of the pass that is counted
 PRODUCTS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -60,13 +60,12 @@ VARIANTS = (
 
 
 class Problem(NamedTuple):
-    """A network, its images and how many steps one measurement has."""
+    """A network and its images."""
 
     model: str
     network: nn.Module
     image_size: int
     batch: int
-    steps: int
     device: torch.device
 
     @property
@@ -77,7 +76,7 @@ class Problem(NamedTuple):
     def images(self) -> tuple[Tensor, Tensor]:
         """Images ``(N, 3, H, W)`` float32 and labels ``(N,)`` int64, on the device."""
         shape = (self.batch, 3, self.image_size, self.image_size)
-        labels = torch.arange(self.batch, device=self.device) % classes(self.model)
+        labels = torch.arange(self.batch, device=self.device) % 10  # every network has these
         return torch.randn(shape, device=self.device), labels
 
 
@@ -97,14 +96,16 @@ class MinimalWork(NamedTuple):
     """Activations and their gradients that are read or written, or None: see `minimal_work`."""
     weights: int
 
-    def bytes(self, itemsize: int, batch: int) -> float | None:
-        """Bytes for an image, with activations of so many bytes each.
+    def roof(self, variant: Variant, batch: int, limits: Limits) -> float:
+        """Images a second if arithmetic or memory, whichever takes longer, were at its best.
 
         Weights are float32, and a batch reads them twice and writes their gradient once.
         """
+        compute = limits.flops[variant.bf16] / self.flops
         if self.values is None:
-            return None
-        return self.values * itemsize + 3 * 4 * self.weights / batch
+            return compute
+        moved = self.values * (2 if variant.bf16 else 4) + 3 * 4 * self.weights / batch
+        return min(compute, limits.copy / moved)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -126,6 +127,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     """Network after network."""
     device = choose_device(options.device)
     options.device = device.type
+    repeats = STEPS[device.type]
     torch.manual_seed(options.seed)
     problems = [new_problem(model, device, options.batch) for model in options.models]
     found = {
@@ -146,53 +148,47 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         torch._dynamo.reset()
         work = minimal_work(one.network, one.image_size)
         steps = correct(one, VARIANTS, report)
-        try:
+        with report.attempt(f"{one.label}: all of them"):  # may need more memory than each did
             seconds = interleaved(
-                {name: repeated(step, one.steps) for name, step in steps.items()},
-                seconds_of,
+                steps,
+                lambda step: seconds_of(repeated(step, repeats)) / repeats,
                 rounds=options.rounds,
                 warmup=1,
                 seed=options.seed,
                 seconds=report.seconds_left(len(problems) - number),
             )
-        except torch.OutOfMemoryError as error:  # all together may need more than each did
-            report.fail(f"{one.label}: all of them", one_line(error))
-            continue
-        for variant in VARIANTS:
-            if variant.name in seconds:
-                report.add(time_rows(one, variant, seconds, work, limits))
-
-
-def classes(model: str) -> int:
-    """Of the data set that the literature trains a network on."""
-    return 10 if model in OWN else 1000
+            for variant in VARIANTS:
+                if variant.name in seconds:
+                    report.add(time_rows(one, variant, seconds, work, limits))
 
 
 def new_problem(model: str, device: torch.device, batch: int | None = None) -> Problem:
     """With the usual numbers for the network and the device. Raises `ConfigError` for a name."""
-    size = SMALL if model in OWN else LARGE
-    network, batch = models.build(model, classes(model)), batch or BATCHES[device.type, size]
-    return Problem(model, network, size, batch, STEPS[device.type], device)
+    size, classes = (SMALL, 10) if model in OWN else (LARGE, 1000)
+    batch = batch or BATCHES[device.type, size]
+    return Problem(model, models.build(model, classes), size, batch, device)
 
 
 def correct(problem: Problem, variants: Sequence[Variant], report: Report) -> dict[str, Step]:
     """Steps, warmed up, of the variants that compute what the first one does."""
     images, labels = problem.images()
-    first: tuple[float, float] | None = None
+    right: list[Tensor] = []  # the first one's loss and gradient norm
     steps: dict[str, Step] = {}
     for variant in variants:
-        network, label = copy.deepcopy(problem.network), f"{problem.label}: {variant.name}"
-        try:
+        with report.attempt(f"{problem.label}: {variant.name}"):
+            network = copy.deepcopy(problem.network)
             step = prepared(variant, network, images, labels)
-            found = loss_and_norm(step, network)
-            first = first or found
-            if wrong := difference(first, found):
-                report.fail(label, wrong)
-                continue
+            loss = step()
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            found = [loss, nn.utils.get_total_norm(gradients)]
+            right = right or found
+            for (what, off), mine, first in zip(OFF.items(), found, right, strict=True):
+                message = f"its {what} is wrong: {{}}".format
+                assert_close(mine, first, rtol=off, atol=0.0, msg=message)
             steps[variant.name] = step
-        except Exception as error:  # a compiler's, or that memory is full: the others go on
-            report.fail(label, one_line(error))
-        release(problem.device)
+        if problem.device.type == "cuda":
+            gc.collect()  # what compilers leave refers to itself, and holds memory of the GPU
+            torch.cuda.empty_cache()
     return steps
 
 
@@ -219,30 +215,6 @@ def prepared(variant: Variant, network: nn.Module, images: Tensor, labels: Tenso
     return step
 
 
-def loss_and_norm(step: Step, network: nn.Module) -> tuple[float, float]:
-    """The loss of a step and the norm of its gradient."""
-    loss = float(step())
-    gradients = [p.grad.norm() for p in network.parameters() if p.grad is not None]
-    return loss, float(torch.stack(gradients).norm())
-
-
-def difference(right: tuple[float, float], mine: tuple[float, float]) -> str:
-    """What is off in loss and gradient norm; empty if nothing is."""
-    names, most = ("loss", "gradient norm"), (LOSS_OFF, NORM_OFF)
-    for name, a, b, share in zip(names, right, mine, most, strict=True):
-        if not abs(a - b) <= share * abs(a):  # also for NaN
-            return f"wrong: its {name} is {b:.6g}, that of the first {a:.6g}"
-    return ""
-
-
-def release(device: torch.device) -> None:
-    """Frees memory that a failure or a preparation has left. Raises `DeviceLostError`."""
-    if device.type == "cuda":
-        require_device()
-        gc.collect()  # what compilers leave refers to itself, and holds memory of the GPU
-        torch.cuda.empty_cache()
-
-
 def time_rows(
     problem: Problem,
     variant: Variant,
@@ -250,29 +222,16 @@ def time_rows(
     work: MinimalWork,
     limits: Limits,
 ) -> list[Row]:
-    """Images a second, and how many times faster than the first one."""
-    mine, name = seconds[variant.name], f"{problem.label}: {variant.name}"
-    rates = spread([problem.batch * problem.steps / s for s in mine])
-    limit, aim = roof(work, problem.batch, limits, variant), target(problem, variant, limits.gpu)
+    """Images a second beside their limit and target, and the ratio to the first variant."""
+    name, limit = f"{problem.label}: {variant.name}", work.roof(variant, problem.batch, limits)
+    rates = spread([problem.batch / s for s in seconds[variant.name]])
+    meant = variant == BEST and problem.model == TARGET_MODEL
+    aim = TARGET if meant and any(gpu in limits.gpu for gpu in TARGET_GPUS) else None
     rows = [Row(name, rates, "img/s", "higher", limit=limit, target=aim)]
     if variant.name != BASE.name and BASE.name in seconds:
         gain = ratios(seconds, BASE.name, variant.name)
         rows.append(Row(f"{name} / {BASE.name}", gain, "times", "higher", steady=True))
     return rows
-
-
-def roof(work: MinimalWork, batch: int, limits: Limits, variant: Variant) -> float:
-    """Images a second if arithmetic or memory, whichever takes longer, were always at its best."""
-    compute = limits.flops[variant.bf16] / work.flops
-    moved = work.bytes(2 if variant.bf16 else 4, batch)
-    return compute if moved is None else min(compute, limits.copy / moved)
-
-
-def target(problem: Problem, variant: Variant, gpu: str) -> float | None:
-    """The project's target for what training uses, on the GPUs that it was set for."""
-    known = any(name in gpu for name in TARGET_GPUS)
-    meant = variant == BEST and problem.model == TARGET_MODEL
-    return TARGET if known and meant else None
 
 
 def minimal_work(network: nn.Module, image_size: int) -> MinimalWork:

@@ -4,17 +4,14 @@ import math
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tools.bench.clock import Work, wait_for_gpu
@@ -42,26 +39,16 @@ COLLECTIVE = "c10d::"  # every collective calls one of these, DDP's own in C++ t
 class Operators(TorchDispatchMode):
     """Counts the operators that Python and autograd call inside a `with` block.
 
-    `calls`: operators other than views; one over a list of tensors is one call. `launches`: the
-    same, with the fills that some make first. `bytes`: what they read and write, as if no cache
-    kept anything. `waits`: those that would make the host wait if the tensors were on a GPU, by
-    line of this project. Extensions that do not use PyTorch's dispatcher are not seen.
+    `launches`: operators other than views, one over a list of tensors counted once, and the fills
+    that some make first. `bytes`: what they read and write, as if no cache kept anything. `waits`:
+    those that would make the host wait if the tensors were on a GPU, by line of this project.
+    Extensions that do not use PyTorch's dispatcher are not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls, self.launches, self.bytes = 0, 0, 0
-        self.waits, self._unwatched = Counter[str](), False
-        self._reading = _Reading(self)
-
-    def __enter__(self) -> "Operators":
-        self._reading.__enter__()  # type: ignore[no-untyped-call]
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._reading.__exit__(*error)  # type: ignore[no-untyped-call]
+        self.launches, self.bytes = 0, 0
+        self.waits, self.unwatched = Counter[str](), False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -71,20 +58,20 @@ class Operators(TorchDispatchMode):
             self.note_wait(name)
         out = func(*args, **(kwargs or {}))
         if name not in FREE:
-            self.calls += 1
             self.launches += 1 + (name in TWO_LAUNCHES)
             self.bytes += _moved(func._schema, args, kwargs or {}, out)
         return out
 
     def note_wait(self, name: str) -> None:
         """One more wait of the host."""
-        if not self._unwatched:
+        if not self.unwatched:
             self.waits[f"{name} in {_line()}"] += 1
 
 
 def operators(work: Work) -> Operators:
     """The counts of one call."""
-    with Operators() as counts:
+    counts = Operators()
+    with _Reading(counts), counts:
         work()
     return counts
 
@@ -95,27 +82,11 @@ def launches(work: Work) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         wait_for_gpu()
-    return sum(_is_launch(event) for event in profiler.events() or ())
-
-
-@contextmanager
-def interpreted_kernels() -> Iterator[list[str]]:
-    """Names of the Triton kernels that are launched inside, on Triton's interpreter.
-
-    The interpreter's own copies are not among the operators counted meanwhile.
-    """
-    from triton.runtime.interpreter import InterpretedFunction
-
-    launched: list[str] = []
-    run = InterpretedFunction.run
-
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launched.append(self.__name__)
-        with _disable_current_modes():
-            return run(self, *args, **kwargs)
-
-    with mock.patch.object(InterpretedFunction, "run", noted):
-        yield launched
+    # Regions that the host named have a shadow on the device.
+    return sum(
+        event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+        for event in profiler.events() or ()
+    )
 
 
 def host_syncs(work: Work, device: torch.device) -> Counter[str]:
@@ -148,14 +119,13 @@ def collectives(work: Work) -> Counter[str]:
     return Counter(name.removeprefix(COLLECTIVE) for name in names if name.startswith(COLLECTIVE))
 
 
-def extra_memory(work: Callable[[], Any]) -> int:
-    """Bytes of the GPU's memory that a call needs at its peak, its result included."""
+def extra_memory(work: Work) -> int:
+    """Bytes of the GPU's memory that a call needs at its peak."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = work()
+    work()
     torch.cuda.synchronize()
-    del result
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -169,15 +139,14 @@ class _Reading(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        counts, kwargs = self._counts, kwargs or {}
         if func in READING:
-            self._counts.note_wait(func.__name__)
-        counts = self._counts
-        given = func is ONLY_ON_CPU and (len(args) > 1 or "num_classes" in (kwargs or {}))
-        before, counts._unwatched = counts._unwatched, given
+            counts.note_wait(func.__name__)
+        counts.unwatched = func is ONLY_ON_CPU and (len(args) > 1 or "num_classes" in kwargs)
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         finally:
-            counts._unwatched = before
+            counts.unwatched = False
 
 
 def _reads_content(name: str, args: Any) -> bool:
@@ -191,14 +160,11 @@ def _moved(schema: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
     named = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
     written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
     unread = written if schema.name.split("::")[-1] in UNREAD else set()
-    total = sum(_bytes(value) for name, value in named.items() if name not in unread)
-    total += sum(_bytes(value) for name, value in named.items() if name in written)
-    new = not any(returned.alias_info for returned in schema.returns)
-    return total + (_bytes(out) if new else 0)
-
-
-def _bytes(value: Any) -> int:
-    return sum(_size(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    moved = [value for name, value in named.items() if name not in unread]
+    moved += [value for name, value in named.items() if name in written]
+    if not any(returned.alias_info for returned in schema.returns):
+        moved.append(out)
+    return sum(_size(leaf) for leaf in tree_leaves(moved) if isinstance(leaf, Tensor))
 
 
 def _size(tensor: Tensor) -> int:
@@ -207,17 +173,12 @@ def _size(tensor: Tensor) -> int:
     return math.prod(sizes) * tensor.element_size()
 
 
-def _is_launch(event: Any) -> bool:
-    """Seen on the device, other than as the shadow of a region that the host named."""
-    return event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
-
-
 def _line() -> str:
     """The innermost line of this project, other than of this file, that led here."""
-    frames = traceback.extract_stack()
-    here = next(f for f in reversed(frames) if _is_ours(Path(f.filename)))
-    return f"{Path(here.filename).relative_to(ROOT)}:{here.lineno}"
-
-
-def _is_ours(file: Path) -> bool:
-    return ROOT in file.parents and "site-packages" not in file.parts and file != Path(__file__)
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
+    file, line = next(
+        (file, line)
+        for file, line in reversed(frames)
+        if ROOT in file.parents and "site-packages" not in file.parts and file != Path(__file__)
+    )
+    return f"{file.relative_to(ROOT)}:{line}"

@@ -10,7 +10,7 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 
     def measure(options: argparse.Namespace, report: Report) -> None:
         variants = {...}                        # name -> callable
-        ...                                     # compare them first: report.fail(name, why)
+        ...                                     # compare them first: with report.attempt(name)
         seconds = report.interleaved(variants, seconds_of, warmup=2)
         report.add([Row(name, spread(values), "ms") for name, values in seconds.items()])
 
@@ -20,19 +20,31 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from mpl_fast import atomic
 from mpl_fast.errors import UserError, output_errors
-from tools.bench.clock import T, V, interleaved
-from tools.bench.cuda_graph import DeviceLostError
+from tools.bench.clock import T, V, interleaved, wait_for_gpu
 from tools.bench.machine import describe
-from tools.bench.results import FORM, Json, Row, row_json, table
+from tools.bench.results import FORM, Json, Row, one_line, row_json, table
 
 Options = argparse.Namespace
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU no longer computes correctly: nothing after this can be measured."""
+
+
+def require_device() -> None:
+    """Raises `DeviceLostError` if there is a GPU and it computes no more."""
+    try:
+        wait_for_gpu()
+    except RuntimeError as error:
+        raise DeviceLostError(f"the device is unusable: {one_line(error)}") from error
 
 
 class Report:
@@ -61,6 +73,17 @@ class Report:
         """Notes a variant that is wrong or that raised; it is not timed."""
         self.failed[name] = why
         print(f"FAILED: {name}: {why}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """An exception inside is why `name` failed; if the GPU is lost as well, the run ends."""
+        try:
+            yield
+        except UserError:  # the disk is full
+            raise
+        except Exception as error:
+            self.fail(name, one_line(error))
+            require_device()
 
     def seconds_left(self, parts: int = 1) -> float:
         """An equal share of the time until `--minutes` are over; infinite without that option."""

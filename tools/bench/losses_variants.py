@@ -74,140 +74,73 @@ class Inputs(NamedTuple):
     feedback: Tensor  # 0-dim float32
 
 
-class StudentOut(NamedTuple):
-    """The student's loss alone."""
-
-    loss: Tensor
-
-
-class FeedbackOut(NamedTuple):
-    """Labeled losses of the student before and after its update, and their difference."""
-
-    old: Tensor
-    new: Tensor
-    h: Tensor
-
-
 class Outputs(NamedTuple):
     """What a variant returns; all of it has to be computed."""
 
-    out: Any  # TeacherOut, StudentOut, PseudoLabels or FeedbackOut
+    out: tuple[Tensor, ...]  # first the loss, where it has a gradient
     gradient: Tensor | None  # like the logits
 
 
+Forward = Callable[[Inputs], tuple[Tensor, ...]]
 Call = Callable[[Inputs], Outputs]
 
 
-def draw(shape: Shape, device: str, generator: torch.Generator | None = None) -> Inputs:
-    """Random logits of a network that is confident of some rows; labels of any class."""
+def draw(shape: Shape, device: str) -> Inputs:
+    """Random logits of a network that is confident of some rows; labels of any class.
+
+    A confident row has a class that is far ahead, so that hardly a confidence is near the
+    threshold, where rounding would decide.
+    """
 
     def labels(count: int) -> Tensor:
-        return torch.randint(shape.classes, (count,), device=device, generator=generator)
+        return torch.randint(shape.classes, (count,), device=device)
 
-    logits = torch.randn(shape.rows, shape.classes, device=device, generator=generator)
-    logits[: shape.rows // 2] *= 4.0
-    scalars = torch.rand(2, device=device, generator=generator) + 0.5
+    logits, confident = torch.randn(shape.rows, shape.classes, device=device), shape.rows // 2
+    logits[torch.arange(confident, device=device), labels(confident)] += 10.0
     return Inputs(
         logits.to(shape.dtype).requires_grad_(),
         labels(shape.labeled),
         labels(shape.batch),
         labels(shape.batch),
-        scalars[0].clone(),
-        scalars[1].clone(),
+        *(0.5 + torch.rand(2, device=device)).unbind(),
     )
 
 
-def names(shape: Shape) -> list[str]:
-    """The variants of this loss. Liger is the last: it overwrites its inputs and synchronizes."""
+def names(loss: str) -> list[str]:
+    """The variants of this loss."""
     found = [ONE_PASS, COMPILED, PLAIN, EAGER]
-    if shape.loss == "student":
+    if loss == "student":
         found += [AUTOGRAD, *([LIGER] if find_spec("liger_kernel") else [])]
     return found
 
 
-def build(name: str, shape: Shape) -> Call:
+def build(name: str, loss: str) -> Call:
     """The variant, which compiles when it is first called."""
-    if name == LIGER:
-        module = import_module("liger_kernel.transformers")
-        loss_of = module.LigerCrossEntropyLoss(label_smoothing=SMOOTHING)
-        return _differentiated(lambda x: StudentOut(loss_of(x.logits, x.pseudo)), shape)
-    if name in OURS:
-        return _fused(name, shape)
-    if name == PLAIN:
-        return _differentiated(_PLAIN[shape.loss], shape)
-    if name == COMPILED:
-        forward = torch.compile(_defined(shape), fullgraph=True, dynamic=False)
-        return _differentiated(forward, shape)
-    return _differentiated(_defined(shape), shape)
-
-
-def definition(shape: Shape) -> Call:
-    """Our definition of the loss; of float64 logits it is the reference for all variants."""
-    return build(EAGER, shape)
-
-
-def _defined(shape: Shape) -> Callable[[Inputs], Any]:
-    """The plain PyTorch definition, as a function of tensors."""
-    found: dict[str, Callable[[Inputs], Any]] = {
-        "teacher": lambda x: reference.teacher_loss(_teacher_inputs(x)),
-        "student": lambda x: StudentOut(
-            reference.student_loss(x.logits, x.pseudo, SMOOTHING, None)
-        ),
-        "pseudo": lambda x: reference.pseudo_labels(x.logits.detach(), None),
-        "feedback": _feedback_defined,
-    }
-    return found[shape.loss]
-
-
-def _fused(name: str, shape: Shape) -> Call:
-    """Our kernels, called as a step calls them."""
-
-    def student(x: Inputs) -> Outputs:
-        labels, smoothing = x.pseudo, SMOOTHING
-        if name == AUTOGRAD:
-            loss = losses.student_loss(x.logits, labels, label_smoothing=smoothing)
-            return Outputs(StudentOut(loss.detach()), torch.autograd.grad(loss, x.logits)[0])
-        loss, grad = losses.student_loss_and_grad(x.logits, labels, label_smoothing=smoothing)
-        return Outputs(StudentOut(loss), grad)
-
-    calls: dict[str, Call] = {
-        "teacher": lambda x: Outputs(
-            *losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x))
-        ),
-        "student": student,
-        "pseudo": lambda x: Outputs(losses.pseudo_labels(x.logits.detach()), None),
-        "feedback": lambda x: Outputs(_feedback(x), None),
-    }
-
-    def call(x: Inputs) -> Outputs:
-        with losses.use("triton"):
-            return calls[shape.loss](x)
-
-    return call
-
-
-def _feedback(x: Inputs) -> FeedbackOut:
-    labeled = x.target.shape[0]
-    old = losses.smoothed_ce(x.logits[:labeled].detach(), x.target).loss
-    new = losses.smoothed_ce(x.logits[labeled:].detach(), x.target).loss
-    return FeedbackOut(old, new, losses.mpl_feedback(old, new))
-
-
-def _feedback_defined(x: Inputs) -> FeedbackOut:
-    with losses.use("reference"):
-        return _feedback(x)
-
-
-def _differentiated(forward: Callable[[Inputs], Any], shape: Shape) -> Call:
-    """With autograd's gradient of the loss, where it has one."""
-
-    def call(x: Inputs) -> Outputs:
-        out = forward(x)
-        return Outputs(out, torch.autograd.grad(out.loss, x.logits)[0])
-
-    if shape.loss in WITHOUT_GRADIENT:
+    if name == ONE_PASS:
+        return _ONE_PASS[loss]
+    forward = _forward(name, loss)
+    if loss in WITHOUT_GRADIENT:
         return lambda x: Outputs(forward(x), None)
-    return call
+
+    def differentiated(x: Inputs) -> Outputs:
+        out = forward(x)
+        return Outputs(out, torch.autograd.grad(out[0], x.logits)[0])
+
+    return differentiated
+
+
+def _forward(name: str, loss: str) -> Forward:
+    if name == PLAIN:
+        return _PLAIN[loss]
+    if name == COMPILED:
+        return torch.compile(_DEFINED[loss], fullgraph=True, dynamic=False)
+    if name == AUTOGRAD:
+        return lambda x: (losses.student_loss(x.logits, x.pseudo, label_smoothing=SMOOTHING),)
+    if name == LIGER:
+        module: Any = import_module("liger_kernel.transformers")
+        loss_of = module.LigerCrossEntropyLoss(label_smoothing=SMOOTHING)
+        return lambda x: (loss_of(x.logits, x.pseudo),)
+    return _DEFINED[loss]
 
 
 def _teacher_arguments(x: Inputs) -> dict[str, Any]:
@@ -219,12 +152,51 @@ def _teacher_arguments(x: Inputs) -> dict[str, Any]:
         "temperature": TEMPERATURE,
         "threshold": THRESHOLD,
         "label_smoothing": SMOOTHING,
+        "pseudo": "weak",
         "truth": x.truth,
     }
 
 
-def _teacher_inputs(x: Inputs) -> TeacherInputs:
-    return TeacherInputs(logits=x.logits, pseudo="weak", **_teacher_arguments(x))
+# --- our kernels, called as a step calls them ---
+
+
+def _one_pass_student(x: Inputs) -> Outputs:
+    loss, grad = losses.student_loss_and_grad(x.logits, x.pseudo, label_smoothing=SMOOTHING)
+    return Outputs((loss,), grad)
+
+
+def _one_pass_feedback(x: Inputs) -> Outputs:
+    before, after = x.logits.detach().split(x.target.shape[0])
+    old, new = (losses.smoothed_ce(logits, x.target).loss for logits in (before, after))
+    return Outputs((old, new, losses.mpl_feedback(old, new)), None)
+
+
+_ONE_PASS: dict[str, Call] = {
+    "teacher": lambda x: Outputs(*losses.teacher_loss_and_grad(x.logits, **_teacher_arguments(x))),
+    "student": _one_pass_student,
+    "pseudo": lambda x: Outputs(losses.pseudo_labels(x.logits.detach()), None),
+    "feedback": _one_pass_feedback,
+}
+
+# --- our definition; of float64 logits it is what all variants are compared with ---
+
+
+def _defined_feedback(x: Inputs) -> tuple[Tensor, ...]:
+    before, after = x.logits.detach().split(x.target.shape[0])
+    old, new = (reference.smoothed_ce(logits, x.target, 0.0).loss for logits in (before, after))
+    return old, new, losses.mpl_feedback(old, new)
+
+
+_DEFINED: dict[str, Forward] = {
+    "teacher": lambda x: reference.teacher_loss(
+        TeacherInputs(logits=x.logits, **_teacher_arguments(x))
+    ),
+    "student": lambda x: (reference.student_loss(x.logits, x.pseudo, SMOOTHING, None),),
+    "pseudo": lambda x: reference.pseudo_labels(x.logits.detach(), None),
+    "feedback": _defined_feedback,
+}
+
+# --- plain PyTorch ---
 
 
 def _plain_teacher(x: Inputs) -> TeacherOut:
@@ -250,8 +222,8 @@ def _plain_teacher(x: Inputs) -> TeacherOut:
     )
 
 
-def _plain_student(x: Inputs) -> StudentOut:
-    return StudentOut(F.cross_entropy(x.logits.float(), x.pseudo, label_smoothing=SMOOTHING))
+def _plain_student(x: Inputs) -> tuple[Tensor, ...]:
+    return (F.cross_entropy(x.logits.float(), x.pseudo, label_smoothing=SMOOTHING),)
 
 
 def _plain_pseudo(x: Inputs) -> PseudoLabels:
@@ -260,10 +232,10 @@ def _plain_pseudo(x: Inputs) -> PseudoLabels:
     return PseudoLabels(weak.argmax(-1), confidence, entropy)
 
 
-def _plain_feedback(x: Inputs) -> FeedbackOut:
+def _plain_feedback(x: Inputs) -> tuple[Tensor, ...]:
     old, new = x.logits.detach().float().split(x.target.shape[0])
     before, after = F.cross_entropy(old, x.target), F.cross_entropy(new, x.target)
-    return FeedbackOut(before, after, before - after)
+    return before, after, before - after
 
 
 def _sharpened(weak: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +244,7 @@ def _sharpened(weak: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor
     return q, q.amax(-1), -(q * q.clamp_min(1e-30).log()).sum(-1)
 
 
-_PLAIN: dict[str, Callable[[Inputs], Any]] = {
+_PLAIN: dict[str, Forward] = {
     "teacher": _plain_teacher,
     "student": _plain_student,
     "pseudo": _plain_pseudo,

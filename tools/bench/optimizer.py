@@ -7,12 +7,13 @@ same run, copies the bytes that no variant can avoid.
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mpl_fast import models
 from mpl_fast.config import LearnerConfig
@@ -20,12 +21,12 @@ from mpl_fast.learner import Learner
 from mpl_fast.models import OWN
 from tools.bench.clock import Work, interleaved, repeated, seconds_of
 from tools.bench.count import launches, operators
-from tools.bench.harness import Report, at_least, run
+from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, choose_device, copies
-from tools.bench.results import Row, count_row, one_line, ratios, spread
+from tools.bench.results import Row, count_row, ratios, spread
 
-TINY = {"models": ["wrn_10_1"], "rounds": 2, "steps": 1}
-STEPS = {"cpu": 1, "cuda": 20}
+TINY = {"models": ["wrn_10_1"], "rounds": 2}
+STEPS = {"cpu": 1, "cuda": 20}  # of one measurement
 CONFIG = LearnerConfig(
     lr=0.01, weight_decay=1e-4, max_grad_norm=5.0, schedule="constant", warmup=0, ema=0.999
 )
@@ -33,7 +34,8 @@ NORM = 10.0  # of the gradients, so that they are clipped
 FACTORS = (1.0, 0.1, 1.0)  # of the gradients in the steps compared: clipped, not clipped, clipped
 TOLERANCE = 1e-5
 FIRST_STEP = 10**6  # the decay of the learner's average has warmed up by then
-PER_TENSOR, OURS = "per tensor", "ours (Learner)"
+PER_TENSOR, FOREACH, FUSED, OURS = "per tensor", "foreach", "fused", "ours (Learner)"
+VARIANTS = (PER_TENSOR, FOREACH, FUSED, OURS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,35 +45,32 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
-    add = parser.add_argument
-    names = ["resnet50", "wrn_28_2"]
+    add, names = parser.add_argument, ["resnet50", "wrn_28_2"]
     add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
-    add("--steps", type=at_least(1), metavar="N", help="of one measurement (GPU 20, CPU 1)")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
     """Network after network."""
     device = choose_device(options.device)
-    options.device, options.steps = device.type, options.steps or STEPS[device.type]
+    options.device, steps = device.type, STEPS[device.type]
     problems = [problem(model, device, options.seed) for model in options.models]
     copied = copies(device, small=options.smoke)
     report.more["limits"] = {"copy, bytes/s": copied._asdict()}
     report.claim = (
         f"one optimizer step, median of at most {options.rounds} interleaved rounds of "
-        f"{options.steps} back to back; the share of the limit is that of a copy in the same run"
+        f"{steps} back to back; the share of the limit is that of a copy in the same run"
     )
     for number, one in enumerate(problems):
-        variants = correct(one, BUILDERS, report)
+        works = correct(one, report)
         seconds = interleaved(
-            {name: repeated(variant.work, options.steps) for name, variant in variants.items()},
-            seconds_of,
+            works,
+            lambda work: seconds_of(repeated(work, steps)) / steps,
             rounds=options.rounds,
             seed=options.seed,
             seconds=report.seconds_left(len(problems) - number),
         )
-        of_one = {name: [s / options.steps for s in found] for name, found in seconds.items()}
-        report.add(rows(one, variants, of_one, one.minimal_bytes() / copied.high))
+        report.add(rows(one, works, seconds, one.minimal_bytes() / copied.high))
 
 
 class Problem(NamedTuple):
@@ -102,14 +101,6 @@ class Variant(NamedTuple):
     gradients: list[Tensor]
     work: Work
 
-    def load(self, gradients: Sequence[Tensor], factor: float) -> None:
-        """Takes other gradients: a variant may scale its own in place."""
-        for mine, given in zip(self.gradients, gradients, strict=True):
-            mine.copy_(given * factor)
-
-
-Builder = Callable[[Problem], Variant]
-
 
 def problem(model: str, device: torch.device, seed: int) -> Problem:
     """With random gradients of norm `NORM`. Raises `ConfigError` for an unknown name."""
@@ -121,131 +112,128 @@ def problem(model: str, device: torch.device, seed: int) -> Problem:
     return Problem(model, network, [g * (NORM / norm) for g in gradients], device)
 
 
-def correct(
-    problem: Problem, builders: Mapping[str, Builder], report: Report
-) -> dict[str, Variant]:
+def correct(problem: Problem, report: Report) -> dict[str, Work]:
     """The variants that reach the weights and averages of the one per tensor."""
-    variants = dict[str, Variant]()
-    right = stepped(problem, builders[PER_TENSOR])
-    for name, build in builders.items():
-        try:
-            variant = stepped(problem, build)
-            wrong = difference(variant, right)
-        except Exception as error:  # an extension's, or that memory is full: the others go on
-            wrong = one_line(error)
-        if wrong:
-            report.fail(f"{problem.name}: {name}", wrong)
-        else:
-            variants[name] = variant
-    return variants
+    works, right = dict[str, Work](), stepped(problem, PER_TENSOR)
+    for name in VARIANTS:
+        with report.attempt(f"{problem.name}: {name}"):
+            mine = stepped(problem, name)
+            for what in ("network", "average"):
+                pair = (floats(getattr(one, what)) for one in (mine, right))
+                message = f"its {what} is wrong: {{}}".format
+                assert_close(*pair, rtol=0.0, atol=TOLERANCE, msg=message)
+            works[name] = mine.work
+    return works
 
 
-def stepped(problem: Problem, build: Builder) -> Variant:
+def stepped(problem: Problem, name: str) -> Variant:
     """A variant after the steps that are compared."""
-    variant = build(problem)
+    variant = build(problem, name)
     for factor in FACTORS:
-        variant.load(problem.gradients, factor)
+        for mine, given in zip(variant.gradients, problem.gradients, strict=True):
+            mine.copy_(given * factor)  # clipping has scaled them in place
         variant.work()
     return variant
 
 
-def difference(mine: Variant, right: Variant) -> str:
-    """What is off; empty if nothing is."""
-    for what in ("network", "average"):
-        pairs = zip(floats(getattr(mine, what)), floats(getattr(right, what)), strict=True)
-        off = float(torch.stack([(m - r).detach().abs().max() for m, r in pairs]).max())
-        if not off <= TOLERANCE:  # also for NaN
-            return f"wrong: its {what} is off by {off:.3g}"
-    return ""
-
-
 def rows(
     problem: Problem,
-    variants: Mapping[str, Variant],
+    works: Mapping[str, Work],
     seconds: Mapping[str, list[float]],
     limit: float,
 ) -> list[Row]:
     """Times, ratios to the one per tensor, operator calls, bytes and launches."""
     made = []
-    for name, variant in variants.items():
+    for name, work in works.items():
         label = f"{problem.name}: {name}"
         milliseconds = spread([1e3 * s for s in seconds[name]])
         made.append(Row(label, milliseconds, "ms", limit=1e3 * limit))
         if name != PER_TENSOR and PER_TENSOR in seconds:
             gain = ratios(seconds, PER_TENSOR, name)
             made.append(Row(f"{label} / {PER_TENSOR}", gain, "times", "higher", steady=True))
-        counts, least = operators(variant.work), problem.minimal_bytes() / 1e6
-        made.append(count_row(f"{label}, operators", counts.calls, "calls"))
+        counts, least = operators(work), problem.minimal_bytes() / 1e6
+        made.append(count_row(f"{label}, operators", counts.launches, "calls"))
         made.append(count_row(f"{label}, memory", counts.bytes / 1e6, "MB", limit=least))
         if problem.device.type == "cuda":
-            made.append(count_row(f"{label}, launches", launches(variant.work), "launches"))
+            made.append(count_row(f"{label}, launches", launches(work), "launches"))
     return made
 
 
-def per_tensor(problem: Problem) -> Variant:
-    """Loops over the parameters, as the common reference codes have it."""
-    network, average = _copies(problem)
-    averaged = list(zip(floats(average), floats(network), strict=True))
-    copied = list(zip(counters(average), counters(network), strict=True))
+def build(problem: Problem, name: str) -> Variant:
+    """One of `VARIANTS`, with a copy of the network.
 
-    def averaging() -> None:
-        for kept, new in averaged:
-            kept.mul_(CONFIG.ema).add_(new, alpha=1.0 - CONFIG.ema)
-        for kept, new in copied:
-            kept.copy_(new)
-
-    return _clipped(problem, network, average, _sgd(network), averaging)
-
-
-def foreach(problem: Problem) -> Variant:
-    """PyTorch's operators over lists of tensors."""
-    network, average = _copies(problem)
-    optimizer, averaging = _sgd(network, foreach=True), _averaging(average, network)
-    return _clipped(problem, network, average, optimizer, averaging, foreach=True)
-
-
-def fused(problem: Problem) -> Variant:
-    """PyTorch's fused SGD, which clips and skips non-finite gradients inside of its one pass."""
-    network, average = _copies(problem)
+    Its work sets the gradients and clears them, as around a backward pass.
+    """
+    network, gradients = copy.deepcopy(problem.network), [g.clone() for g in problem.gradients]
+    average = copy.deepcopy(network).requires_grad_(False)
+    if name == OURS:
+        average, update = _ours(network, problem.device)
+    else:
+        update = _by_pytorch(network, average, name)
     parameters = list(network.parameters())
-    optimizer: Any = _sgd(network, fused=True)
-    for parameter in parameters:  # else a first step that is skipped would leave them undefined
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    averaging = _averaging(average, network)
 
-    @torch.no_grad()
     def work() -> None:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).norm()
-        optimizer.grad_scale = ((norm + 1e-6) / CONFIG.max_grad_norm).clamp(min=1.0)
-        optimizer.found_inf = (~norm.isfinite()).float()
-        optimizer.step()
-        averaging()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        update()
+        for parameter in parameters:
+            parameter.grad = None
 
-    return _variant(problem, network, average, work)
+    return Variant(network, average, gradients, work)
 
 
-def ours(problem: Problem) -> Variant:
+def _ours(network: nn.Module, device: torch.device) -> tuple[nn.Module, Work]:
     """What training does, which also keeps batch-norm statistics from non-finite values."""
-    network, _ = _copies(problem)
-    learner = Learner(network, CONFIG, steps=10 * FIRST_STEP, device=problem.device)
+    learner = Learner(network, CONFIG, steps=10 * FIRST_STEP, device=device)
     learner.begin_step(0)
     steps = count(FIRST_STEP)
     assert learner.average is not None
 
-    def work() -> None:
+    def update() -> None:
         learner.optimizer_step()
         learner.end_step(next(steps))
 
-    return _variant(problem, learner.network, learner.average, work)
+    return learner.average, update
 
 
-BUILDERS: dict[str, Builder] = {
-    PER_TENSOR: per_tensor,
-    "foreach": foreach,
-    "fused": fused,
-    OURS: ours,
-}
+def _by_pytorch(network: nn.Module, average: nn.Module, name: str) -> Work:
+    """Clipping, SGD and average.
+
+    Per tensor they are loops, as the common reference codes have them. Fused SGD clips, and skips
+    non-finite gradients, inside of its one pass.
+    """
+    parameters = list(network.parameters())
+    optimizer: Any = torch.optim.SGD(
+        groups(network),
+        CONFIG.lr,
+        momentum=CONFIG.momentum,
+        nesterov=CONFIG.nesterov,
+        foreach=name == FOREACH,
+        fused=name == FUSED,
+    )
+    kept, new, weight = floats(average), floats(network), 1.0 - CONFIG.ema
+    copied, originals = counters(average), counters(network)
+
+    @torch.no_grad()
+    def update() -> None:
+        if name == FUSED:
+            norm = torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm()  # type: ignore[misc]
+            optimizer.grad_scale = ((norm + 1e-6) / CONFIG.max_grad_norm).clamp(min=1.0)
+            optimizer.found_inf = (~norm.isfinite()).float()
+        else:
+            nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=name == FOREACH)
+        optimizer.step()
+        if name == PER_TENSOR:
+            for mine, other in zip(kept, new, strict=True):
+                mine.mul_(CONFIG.ema).add_(other, alpha=weight)
+            for mine, other in zip(copied, originals, strict=True):
+                mine.copy_(other)
+        else:
+            torch._foreach_lerp_(kept, new, weight)
+            if copied:
+                torch._foreach_copy_(copied, originals)
+
+    return update
 
 
 def groups(network: nn.Module) -> list[dict[str, Any]]:
@@ -267,67 +255,3 @@ def floats(network: nn.Module) -> list[Tensor]:
 def counters(network: nn.Module) -> list[Tensor]:
     """What an average copies."""
     return [b for b in network.buffers() if not b.is_floating_point()]
-
-
-def _copies(problem: Problem) -> tuple[nn.Module, nn.Module]:
-    """Another network with the same weights, and its average."""
-    network = copy.deepcopy(problem.network)
-    return network, copy.deepcopy(network).requires_grad_(False)
-
-
-def _clipped(
-    problem: Problem,
-    network: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    averaging: Work,
-    *,
-    foreach: bool = False,
-) -> Variant:
-    """PyTorch's clipping, the optimizer's step, the average."""
-    parameters = list(network.parameters())
-
-    @torch.no_grad()
-    def work() -> None:
-        nn.utils.clip_grad_norm_(parameters, CONFIG.max_grad_norm, foreach=foreach)
-        optimizer.step()
-        averaging()
-
-    return _variant(problem, network, average, work)
-
-
-def _variant(problem: Problem, network: nn.Module, average: nn.Module, work: Work) -> Variant:
-    """`work` between setting the gradients and clearing them, as around a backward pass."""
-    gradients, parameters = [g.clone() for g in problem.gradients], list(network.parameters())
-
-    def whole() -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        work()
-        for parameter in parameters:
-            parameter.grad = None
-
-    return Variant(network, average, gradients, whole)
-
-
-def _sgd(network: nn.Module, *, foreach: bool = False, fused: bool = False) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        groups(network),
-        CONFIG.lr,
-        momentum=CONFIG.momentum,
-        nesterov=CONFIG.nesterov,
-        foreach=foreach,
-        fused=fused,
-    )
-
-
-def _averaging(average: nn.Module, network: nn.Module) -> Work:
-    kept, new, weight = floats(average), floats(network), 1.0 - CONFIG.ema
-    copies, originals = counters(average), counters(network)
-
-    def work() -> None:
-        torch._foreach_lerp_(kept, new, weight)
-        if copies:
-            torch._foreach_copy_(copies, originals)
-
-    return work

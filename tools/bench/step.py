@@ -10,9 +10,9 @@ import argparse
 import gc
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 # Variants of different sizes share the GPU's memory.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -24,7 +24,7 @@ from mpl_fast.errors import ConfigError
 from tools.bench import step_checks
 from tools.bench.clock import interleaved, repeated, seconds_of
 from tools.bench.harness import Report, run
-from tools.bench.results import Row, one_line, ratios, spread
+from tools.bench.results import Row, ratios, spread
 from tools.bench.step_phases import phases
 from tools.bench.step_variants import (
     PLAIN,
@@ -35,7 +35,6 @@ from tools.bench.step_variants import (
     Setting,
     Variant,
     add_setting_options,
-    batch,
     builders,
     setting_of,
 )
@@ -55,7 +54,6 @@ class Scene(NamedTuple):
     """What the targets depend on: they hold for certain machines and sizes."""
 
     setting: Setting
-    passes: float  # forward passes of one image that a step costs
     gpu: str  # its name, or empty
     smoke: bool
 
@@ -66,7 +64,6 @@ class Ready(NamedTuple):
     variant: Variant
     repeats: int  # steps in a turn
     memory: int  # bytes of the GPU at a step's peak, 0 if unknown
-    metrics: dict[str, float]  # of its last warm step
 
 
 class Found(NamedTuple):
@@ -103,8 +100,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     _note(report, [step_checks.parity(setting)])
     found = _measured(options, setting, variants, report)
     gpu = torch.cuda.get_device_name() if setting.device.type == "cuda" else ""
-    report.more[BEST] = best(found)
-    report.add(rows(found, Scene(setting, passes(setting), gpu, options.smoke)))
+    report.more[BEST] = best(found.seconds)
+    report.add(rows(found, Scene(setting, gpu, options.smoke)))
 
 
 def passes(setting: Setting) -> float:
@@ -144,7 +141,8 @@ def _measured(
         seed=options.seed,
         seconds=0.8 * (seconds - (time.monotonic() - began)),
     )
-    _note(report, _checks(ready.values(), setting))
+    for one in ready.values():
+        _note(report, step_checks.compiled_logits(one.variant, setting))
     parts = dict[str, dict[str, list[float]]]()
     if report.seconds_left() > 0:
         turns = min(PHASE_ROUNDS, options.rounds)
@@ -156,23 +154,17 @@ def _measured(
 
 
 def _built(variants: Mapping[str, Builder], end: float, report: Report) -> dict[str, Ready]:
-    """Variants that run; one that fails, for lack of memory or of a compiler, is left out.
-
-    After `end` none is begun, but one is always built.
-    """
+    """Variants that run. After `end` none is begun, but one is always built."""
     ready = dict[str, Ready]()
     for name, build in variants.items():
         if ready and time.monotonic() > end:
             report.skipped.append(f"no time: {name}")
             continue
         print(f"building {name}", flush=True)
-        try:
+        with report.attempt(name):  # memory or a compiler may lack
             ready[name] = _warmed(build)
-        except Exception as error:
-            report.skipped.append(f"failed: {name}: {one_line(error)}")
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return ready
 
 
@@ -181,10 +173,8 @@ def _warmed(build: Builder) -> Ready:
     gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() if gpu else 0
     variant = build()
-    metrics: Mapping[str, Any] = {}
-    for _ in range(WARM_ON_GPU if gpu else WARM):  # alike for all: their metrics are compared
-        metrics = variant.step()
-    numbers = {name: float(value) for name, value in metrics.items()}
+    for _ in range(WARM_ON_GPU if gpu else WARM):
+        variant.step()
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -193,8 +183,7 @@ def _warmed(build: Builder) -> Ready:
     graphed = variant.flavor is not None and variant.flavor.graphs != "off"
     memory = torch.cuda.max_memory_allocated() - before if gpu and not graphed else 0
     # Steps back to back: a wait for the GPU after each would be part of the number.
-    repeats = min(AT_MOST, max(1, round(AT_LEAST / once)))
-    return Ready(variant, repeats, memory, numbers)
+    return Ready(variant, min(AT_MOST, max(1, round(AT_LEAST / once))), memory)
 
 
 def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
@@ -205,34 +194,22 @@ def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
     return {name: [turn.get(name, 0.0) for turn in found] for name in found[0]}
 
 
-def _checks(ready: Iterable[Ready], setting: Setting) -> list[step_checks.Check]:
-    images = batch(setting, "mpl").labeled
-    flavored = [(one.variant.flavor, one) for one in ready if one.variant.flavor is not None]
-    checks = step_checks.same_losses({f: one.metrics for f, one in flavored}, setting.device)
-    for flavor, one in flavored:
-        dtype = torch.bfloat16 if flavor.bf16 else torch.float32
-        checks += step_checks.compiled_logits(one.variant, images.to(dtype))
-    return checks
-
-
-def best(found: Found, only: str = "ours") -> str | None:
+def best(seconds: Mapping[str, list[float]], only: str = "ours") -> str | None:
     """The variant with the shortest step of those whose name begins so."""
-    mine = [name for name in found.seconds if name.startswith(only)]
-    return min(mine, key=lambda name: median(found.seconds[name]), default=None)
+    mine = [name for name in seconds if name.startswith(only)]
+    return min(mine, key=lambda name: median(seconds[name]), default=None)
 
 
 def rows(found: Found, scene: Scene) -> list[Row]:
     """Times, ratios, phases and memory, with the project's aims."""
-    made = [*_steps(found, scene), *_against_plain(found), *_split(found)]
-    made += [*_per_pass(found, scene), *_phases_and_memory(found)]
-    aims = targets(scene, best(found) or "no step of ours")
+    aims = targets(scene, best(found.seconds) or "no step of ours")
     return [
         row._replace(
             name=f"mpl, {row.name}",
             steady=row.steady and not scene.smoke,
             target=next((aim for end, aim in aims.items() if row.name.endswith(end)), None),
         )
-        for row in made
+        for row in (*_times(found, scene.setting), *_ratios(found.seconds, scene))
     ]
 
 
@@ -256,50 +233,12 @@ def targets(scene: Scene, first: str) -> dict[str, float]:
     return found
 
 
-def _steps(found: Found, scene: Scene) -> Iterator[Row]:
+def _times(found: Found, setting: Setting) -> Iterator[Row]:
     for name, times in found.seconds.items():
         yield Row(f"{name}: step", spread([1e3 * s for s in times]), "ms")
-        rates = spread([scene.setting.distinct / s for s in times])
+        rates = spread([setting.distinct / s for s in times])
         what = "images" if name.startswith("one pass") else "distinct images"
         yield Row(f"{name}: {what}", rates, "img/s", "higher")
-
-
-def _against_plain(found: Found) -> Iterator[Row]:
-    """How many times faster each of ours is than the plain step."""
-    for plain in (PLAIN, PLAIN_AMP):
-        if plain not in found.seconds:
-            continue
-        for name in found.seconds:
-            if name.startswith("ours"):
-                yield _speedup(found, plain, name, f"{plain} / {name}")
-        if one := best(found):
-            yield _speedup(found, plain, one, f"{plain} / {BEST}")
-        if (one := best(found, "ours fp32 compiled")) and plain == PLAIN:
-            yield _speedup(found, plain, one, f"{plain} / {BEST} in fp32")
-
-
-def _split(found: Found) -> Iterator[Row]:
-    """How many times faster it is to normalize the weak views by themselves."""
-    for name in found.seconds:
-        joint = name.replace("split", "joint")
-        if joint != name and joint in found.seconds:
-            yield _speedup(found, joint, name, f"{joint} / split")
-
-
-def _per_pass(found: Found, scene: Scene) -> Iterator[Row]:
-    """A step's time over that of its passes, of which a supervised image makes three."""
-    for name, times in found.seconds.items():
-        how = name.removeprefix("ours ").rpartition(" ")[0]
-        alone = found.seconds.get(f"one pass {how}")
-        if alone is None or not name.endswith("joint"):
-            continue
-        image = 3.0 * scene.setting.distinct
-        shares = [t / (scene.passes * s / image) for t, s in zip(times, alone, strict=True)]
-        what = f"{name}: step / its {scene.passes:.0f} passes"
-        yield Row(what, spread(shares), "x", steady=True)
-
-
-def _phases_and_memory(found: Found) -> Iterator[Row]:
     for name, parts in found.phases.items():
         for phase, times in parts.items():
             yield Row(f"{name}, phase: {phase}", spread([1e3 * s for s in times]), "ms")
@@ -307,5 +246,29 @@ def _phases_and_memory(found: Found) -> Iterator[Row]:
         yield Row(f"{name}: peak memory", spread([peak / 1e9]), "GB")
 
 
-def _speedup(found: Found, slow: str, fast: str, name: str) -> Row:
-    return Row(name, ratios(found.seconds, slow, fast), "x", "higher", steady=True)
+def _ratios(seconds: Mapping[str, list[float]], scene: Scene) -> Iterator[Row]:
+    """How many times faster than the plain step, split than joint; a step beside its passes."""
+
+    def speedup(slow: str, fast: str, name: str = "") -> Row:
+        found = ratios(seconds, slow, fast)
+        return Row(name or f"{slow} / {fast}", found, "x", "higher", steady=True)
+
+    ours = [name for name in seconds if name.startswith("ours")]
+    fastest, in_fp32 = best(seconds), best(seconds, "ours fp32 compiled")
+    for plain in (PLAIN, PLAIN_AMP):
+        if plain in seconds and fastest:
+            yield from (speedup(plain, name) for name in ours)
+            yield speedup(plain, fastest, f"{plain} / {BEST}")
+    if PLAIN in seconds and in_fp32:
+        yield speedup(PLAIN, in_fp32, f"{PLAIN} / {BEST} in fp32")
+    for name in ours:
+        how, _, kind = name.removeprefix("ours ").rpartition(" ")
+        joint, alone = f"ours {how} joint", seconds.get(f"one pass {how}")
+        if kind == "split" and joint in seconds:
+            yield speedup(joint, name, f"{joint} / split")
+        if kind == "joint" and alone is not None:
+            whole = passes(scene.setting)
+            # Those of the supervised step beside it: three an image.
+            share = 3.0 * scene.setting.distinct / whole
+            found = [share * t / s for t, s in zip(seconds[name], alone, strict=True)]
+            yield Row(f"{name}: step / its {whole:.0f} passes", spread(found), "x", steady=True)

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -61,21 +60,24 @@ def parity(setting: Setting) -> Check:
     finally:
         torch.set_default_dtype(default)
     plain = PlainStep(nets[0], nets[1], plain_settings(config))
-    error = 0.0
+    pairs = list[tuple[Tensor, Tensor]]()
     for t in range(PARITY_STEPS):
         right, mine = plain.step(images), train_step(algorithm, images, t)
-        error = max(error, *(_relative(mine[key].item(), right[key]) for key in COMPARED))
-    pairs = zip(plain.student.parameters(), algorithm.learners["student"].parameters, strict=True)
-    error = max(error, *(_difference(a, b) for a, b in pairs))
+        pairs += [(torch.tensor(right[key], dtype=torch.float64), mine[key]) for key in COMPARED]
+    student = algorithm.learners["student"]
+    pairs += zip(plain.student.parameters(), student.parameters, strict=True)
+    error = float(torch.tensor([_difference(a, b) for a, b in pairs]).max())  # NaN if one is
     what = f"our parity step and the plain step in float64, {PARITY_STEPS} steps"
     return Check(what, error, EXACT)
 
 
-def compiled_logits(variant: Variant, images: Tensor) -> list[Check]:
+def compiled_logits(variant: Variant, setting: Setting) -> list[Check]:
     """Logits of each compiled network and of an eager copy of it."""
     flavor = variant.flavor
     if flavor is None or flavor.compiled == "off":
         return []
+    images = batch(setting, "mpl", torch.bfloat16 if flavor.bf16 else torch.float32).labeled
+    tolerance = TF32 if setting.device.type == "cuda" else FP32
     found = []
     for name, learner in variant.owners.items():
         assert isinstance(learner, Learner)
@@ -88,31 +90,8 @@ def compiled_logits(variant: Variant, images: Tensor) -> list[Check]:
         )
         error = _difference(learner.forward_batch_stats(images), eager.forward_batch_stats(images))
         what = f"{variant.name}: logits of the {name}, compiled and eager"
-        found.append(Check(what, error, _tolerance(flavor, learner.device)))
+        found.append(Check(what, error, BF16 if flavor.bf16 else tolerance))
     return found
-
-
-def same_losses(metrics: Mapping[Flavor, Mapping[str, float]], device: torch.device) -> list[Check]:
-    """Losses of the same step, of all flavors that have the same precision and normalize alike.
-
-    Each is compared with the first of its kind: compiled with eager, graphs with none.
-    """
-    found, first = list[Check](), dict[tuple[bool, str], Flavor]()
-    for flavor, mine in metrics.items():
-        other = first.setdefault((flavor.bf16, flavor.norm_batches), flavor)
-        if other == flavor:
-            continue
-        losses = [name for name in mine if name.startswith("loss/") and name != "loss/feedback"]
-        a, b = (torch.tensor([x[name] for name in losses]) for x in (mine, metrics[other]))
-        what = f"losses of a step of {flavor.name} and of {other.name}"
-        found.append(Check(what, _difference(a, b), _tolerance(flavor, device)))
-    return found
-
-
-def _tolerance(flavor: Flavor, device: torch.device) -> float:
-    if flavor.bf16:
-        return BF16
-    return TF32 if device.type == "cuda" else FP32
 
 
 @torch.no_grad()
@@ -123,10 +102,6 @@ def _with_some_above_threshold(config: MPLConfig, teacher: nn.Module, weak: Tens
     threshold = float(confidence.median()) - 1e-9
     consistency = dataclasses.replace(config.consistency, threshold=threshold)
     return dataclasses.replace(config, consistency=consistency)
-
-
-def _relative(a: float, b: float) -> float:
-    return abs(a - b) / max(abs(a), abs(b), 1e-12)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,23 +1,17 @@
 """Where a step's time goes: the methods that it calls, each timed with a wait for the device."""
 
-import functools
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
-from tools.bench.clock import Work, seconds_of, wait_for_gpu
+from tools.bench.clock import Work, seconds_of
 
 REMAINDER = "labels, losses and Python"
-PHASES = {  # methods of a Learner, then of a PlainStep
+PHASES = {  # methods of a Learner, then of a PlainStep; none calls another
     "__call__": "forward",
-    "forward_no_grad": "forward without gradient",
     "forward_batch_stats": "labeled loss",
-    "infer": "labeled loss",
-    "labeled_gradient": "labeled gradient",
-    "jvp": "derivative",
-    "backward_and_step": "backward and update",
     "backward": "backward",
     "optimizer_step": "update",
     "begin_step": "ends",
@@ -36,43 +30,24 @@ PHASES = {  # methods of a Learner, then of a PlainStep
 def phases(step: Work, owners: Mapping[str, object]) -> dict[str, float]:
     """Seconds of one step by phase, in the order in which they first came; all sum up to the step.
 
-    Waiting at every border removes overlap, so a step takes longer than without. A method that
-    another one calls counts to that one.
+    Waiting at every border removes overlap, so a step takes longer than without.
     """
     found: defaultdict[str, float] = defaultdict(float)
-    with _timed(owners, found):
+    names = {id(owner): name for name, owner in owners.items()}
+
+    def timed(method: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def wrapped(owner: object, *given: Any, **named: Any) -> Any:
+            returned = list[Any]()
+            seconds = seconds_of(lambda: returned.append(method(owner, *given, **named)))
+            found[phase if phase == "ends" else f"{names[id(owner)]} {phase}".strip()] += seconds
+            return returned[0]
+
+        return wrapped
+
+    with ExitStack() as patches:
+        for kind in {type(owner) for owner in owners.values()}:
+            for name in PHASES.keys() & vars(kind).keys():
+                wrapped = timed(vars(kind)[name], PHASES[name])
+                patches.enter_context(mock.patch.object(kind, name, wrapped))
         whole = seconds_of(step)
     return {**found, REMAINDER: whole - sum(found.values())}
-
-
-@contextmanager
-def _timed(owners: Mapping[str, object], found: defaultdict[str, float]) -> Iterator[None]:
-    names = {id(owner): name for name, owner in owners.items()}
-    inside = False
-
-    def wrapped(method: Callable[..., object], phase: str) -> Callable[..., object]:
-        @functools.wraps(method)
-        def timed(owner: object, *given: object, **named: object) -> object:
-            nonlocal inside
-            if inside or id(owner) not in names:
-                return method(owner, *given, **named)
-            inside = True
-            wait_for_gpu()
-            began = time.perf_counter()
-            try:
-                return method(owner, *given, **named)
-            finally:
-                wait_for_gpu()
-                key = phase if phase == "ends" else f"{names[id(owner)]} {phase}".strip()
-                found[key] += time.perf_counter() - began
-                inside = False
-
-        return timed
-
-    with ExitStack() as stack:
-        for kind in {type(owner) for owner in owners.values()}:
-            for name, phase in PHASES.items():
-                method = vars(kind).get(name)
-                if method is not None:
-                    stack.enter_context(mock.patch.object(kind, name, wrapped(method, phase)))
-        yield

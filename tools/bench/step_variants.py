@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpl_fast import algorithms, losses, models
 from mpl_fast.algorithms.base import AlgorithmContext, train_step
@@ -30,10 +30,10 @@ from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode
 from mpl_fast.training.step_graph import StepGraph
 from tools.bench import step_reference
+from tools.bench.clock import Work
 from tools.bench.harness import at_least
 from tools.bench.machine import DEVICES, choose_device
 
-SMALL = ("wrn", "shake", "convlarge")  # networks for images of 32 pixels, in 10 classes
 STEPS = 10**6  # of the imitated run, so that its learning rate hardly changes
 PLAIN, PLAIN_AMP = "plain fp32", "plain amp"
 
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
     @property
     def classes(self) -> int:
         """Width of the last layer."""
-        return 10 if self.model.startswith(SMALL) else 1000
+        return 10 if self.model in models.OWN else 1000
 
     @property
     def distinct(self) -> int:
@@ -114,7 +114,7 @@ class Variant(NamedTuple):
     """A step that can be timed; the methods of its `owners` are its phases."""
 
     name: str
-    step: Callable[[], Mapping[str, Any]]
+    step: Work
     owners: Mapping[str, object]
     flavor: Flavor | None = None
 
@@ -123,30 +123,25 @@ Builder = Callable[[], Variant]
 
 
 def builders(setting: Setting) -> dict[str, Builder]:
-    """All variants of a step of MPL, the most important first."""
-    made: dict[str, Builder] = {
-        PLAIN_AMP: lambda: plain(setting, True),
-        PLAIN: lambda: plain(setting, False),
-    }
-    for alike in flavors(setting):
-        for flavor in alike:
-            made[flavor.name] = partial(ours, setting, "mpl", flavor)
-        # What the steps of this kind are compared with.
-        made[f"one pass {alike[0].how}"] = partial(one_pass, setting, alike[0])
-    return made
-
-
-def flavors(setting: Setting) -> list[list[Flavor]]:
-    """Ours, the most important first; those in one list make their passes alike.
+    """All variants of a step of MPL, the most important first.
 
     CUDA graphs are for small networks: each keeps the memory of its step to itself.
     """
     joint, split = Flavor(True, "default", "joint"), Flavor(True, "default", "split")
     single = [one._replace(bf16=False) for one in (joint, split)]
     half = [joint, split]
-    if setting.device.type == "cuda" and setting.model.startswith(SMALL):
+    if setting.device.type == "cuda" and setting.model in models.OWN:
         half += [split._replace(graphs="step"), joint._replace(graphs="step")]
-    return [half, single, [Flavor()]]
+    made: dict[str, Builder] = {
+        PLAIN_AMP: partial(plain, setting, amp=True),
+        PLAIN: partial(plain, setting, amp=False),
+    }
+    for alike in (half, single, [Flavor()]):
+        for flavor in alike:
+            made[flavor.name] = partial(ours, setting, "mpl", flavor)
+        # What the steps of this kind are compared with.
+        made[f"one pass {alike[0].how}"] = partial(one_pass, setting, alike[0])
+    return made
 
 
 def add_setting_options(parser: argparse.ArgumentParser, labeled: str, mu: int = 7) -> None:
@@ -167,7 +162,7 @@ def setting_of(options: argparse.Namespace, *, cuda: int, cpu: int) -> Setting:
     device = choose_device(options.device)
     options.device = device.type
     options.labeled = options.labeled or (cuda if device.type == "cuda" else cpu)
-    options.image_size = options.image_size or (32 if options.model.startswith(SMALL) else 224)
+    options.image_size = options.image_size or (32 if options.model in models.OWN else 224)
     sizes = (options.labeled, options.mu, options.image_size)
     setting = Setting(options.model, *sizes, device)
     network(setting)
@@ -199,12 +194,7 @@ def plain(setting: Setting, amp: bool) -> Variant:
     teacher, student = (network(setting, seed) for seed in (0, 1))
     settings, device = plain_settings(_MPL), setting.device
     one = step_reference.PlainStep(teacher, student, settings, device=device, amp=amp)
-    images = batch(setting, "mpl")
-    images = images._replace(
-        labeled=images.labeled.contiguous(),
-        weak=images.weak.contiguous(),
-        strong=images.strong.contiguous(),
-    )
+    images = Batch(*(tensor.contiguous() for tensor in batch(setting, "mpl")))
     return Variant(PLAIN_AMP if amp else PLAIN, lambda: one.step(images), {"": one})
 
 
@@ -237,10 +227,12 @@ def ours(setting: Setting, recipe: str, flavor: Flavor) -> Variant:
     turn = iter(range(STEPS))
     repeat = StepGraph(algorithm).step if flavor.graphs == "step" else None
 
-    def step() -> Mapping[str, Tensor]:
-        return train_step(algorithm, images, next(turn), repeat)
-
-    return Variant(flavor.name, step, algorithm.learners, flavor)
+    return Variant(
+        flavor.name,
+        lambda: train_step(algorithm, images, next(turn), repeat),
+        algorithm.learners,
+        flavor,
+    )
 
 
 def algorithm_of(setting: Setting, config: AlgorithmConfig, flavor: Flavor) -> algorithms.Algorithm:
@@ -272,11 +264,9 @@ def one_pass(setting: Setting, flavor: Flavor) -> Variant:
     learner.begin_step(0)
     images = batch(setting, "supervised", torch.bfloat16 if flavor.bf16 else torch.float32)
 
-    def step() -> Mapping[str, Tensor]:
+    def step() -> None:
         for parameter in learner.parameters:
             parameter.grad = None
-        loss = losses.smoothed_ce(learner(images.labeled), images.labels).loss
-        loss.backward()
-        return {"loss": loss.detach()}
+        losses.smoothed_ce(learner(images.labeled), images.labels).loss.backward()
 
     return Variant(f"one pass {flavor.how}", step, {})

@@ -2,8 +2,7 @@
 
 import argparse
 import platform
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import NoReturn
 
 import mpl_fast
 from mpl_fast.atomic import atomic_path
-from mpl_fast.errors import ConfigError, OutputError, UserError, fail, output_errors
+from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors, run_command
 
 Content = str | Callable[[Path], None]  # of a file: a text, or a function that writes to a path
-INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,17 +38,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-def main(program: str, study: Callable[[], None]) -> None:
+def main(program: str, study: Callable[[], None]) -> NoReturn:
     """Runs a study; an error or Ctrl-C ends the process with one line and an exit code."""
-    try:
-        study()
-    except UserError as error:
-        fail(program, error)
-    except ModuleNotFoundError as error:
-        fail(program, UserError(f"{error.name} is missing: pip install scikit-learn matplotlib"))
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+
+    def checked() -> None:
+        try:
+            study()
+        except ModuleNotFoundError as error:
+            missing = f"{error.name} is missing: pip install scikit-learn matplotlib"
+            raise UserError(missing) from error
+
+    run_command(program, checked, "interrupted; nothing was written")
 
 
 def prepare(out: Path) -> None:
@@ -74,6 +72,11 @@ def write(out: Path, contents: Mapping[str, Content]) -> list[Path]:
             else:
                 content(temporary)
     return [out / name for name in contents]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -24,7 +24,6 @@ def info(root: Path) -> Json:
     if (root / WORK / TABLE).is_file() and not (root / MANIFEST).exists():
         return _unfinished(root)
     manifest = load_pack(root)
-    prefixes = Counter(shard["prefix"] for shard in manifest["shards"])
     sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     splits = {
         name: {
@@ -39,9 +38,9 @@ def info(root: Path) -> Json:
     }
     return {
         "finished": True,
-        "classes": manifest["classes"].get("n"),
+        "classes": manifest["classes"]["n"],
         "splits": splits,
-        "shards": dict(prefixes),
+        "shards": dict(Counter(shard["prefix"] for shard in manifest["shards"])),
         **{name: manifest.get(name) for name in _KEPT},
     }
 
@@ -91,19 +90,14 @@ def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, split in found["splits"].items():
         files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB, by {split['idx']}"
         yield name, f"{split['records']:>10} records, {per_class(split)}, in {files}"
-    totals = found["totals"] or {}
-    if totals:
-        yield (
-            "written",
-            f"{totals.get('images', 0):>10} records, {totals.get('bytes_in', 0) / 1e9:.3f} GB of "
-            f"images as {totals.get('bytes_out', 0) / 1e9:.3f} GB",
-        )
+    totals = found["totals"]
+    read, written = totals["bytes_in"] / 1e9, totals["bytes_out"] / 1e9
+    yield "written", f"{totals['images']:>10} records, {read:.3f} GB of images as {written:.3f} GB"
     yield from _settings(found)
-    yield "transform", _pairs(found["transform"] or {})
-    bad = Counter(entry["action"] for entry in found["bad"] or [])
-    yield "bad images", _pairs(bad) if bad else "none"
-    duplicates = found["duplicates"] or {}
-    yield "duplicates", _pairs({k: v for k, v in duplicates.items() if k != "examples"})
+    yield "transform", _pairs(found["transform"])
+    yield "bad images", _pairs(Counter(entry["action"] for entry in found["bad"])) or "none"
+    counts = {name: count for name, count in found["duplicates"].items() if name != "examples"}
+    yield "duplicates", _pairs(counts)
 
 
 def per_class(split: Mapping[str, Any]) -> str:
@@ -113,10 +107,10 @@ def per_class(split: Mapping[str, Any]) -> str:
 
 
 def _settings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for source in found["sources"] or []:
+    for source in found["sources"]:
         size = f", {source['images']} images, {source['bytes']} bytes" if "bytes" in source else ""
         yield "source", f"{source['spec']} ({source['kind']}{size})"
-    yield "options", _pairs(found["options"] or {})
+    yield "options", _pairs(found["options"])
 
 
 def _pairs(fields: Mapping[str, Any]) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError
+from mpl_fast.packing.check.shard_check import file_fault
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE
@@ -40,7 +40,7 @@ def load_pack(root: Path) -> Json:
     manifest = load_manifest(root)
     try:
         entries: list[tuple[Json, Mapping[str, Any]]] = [(manifest, _ALL)]
-        entries += [(manifest["totals"], _TOTALS)]
+        entries += [(manifest["totals"], _TOTALS), (manifest["classes"], {"n": int, "sha256": str})]
         entries += [(entry, _SHARD) for entry in manifest["shards"]]
         entries += [(entry, _SPLIT) for entry in manifest["splits"].values()]
         entries += [(entry, _SOURCE) for entry in manifest["sources"]]
@@ -53,7 +53,6 @@ def load_pack(root: Path) -> Json:
         ]
         known = {entry["file"] for entry in manifest["shards"]}
         wrong += [name for s in manifest["splits"].values() for name in {*s["shards"]} - known]
-        wrong += [] if isinstance(manifest["classes"]["sha256"], str) else ["classes"]
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
@@ -63,13 +62,9 @@ def load_pack(root: Path) -> Json:
 
 def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
     """DataError when the table does not have the sha256 in the manifest."""
-    path = root / TABLE
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    if found != manifest["table_sha256"]:
+    fault = file_fault(root, TABLE, manifest["table_sha256"])
+    if fault:
         raise DataError(
-            f"{path}: damaged, its sha256 is not the manifest's; make_rec.py verify {root} lists "
-            "all damage, then pack again"
+            f"{root / TABLE}: damaged, {fault}; make_rec.py verify {root} lists all damage, then "
+            "pack again"
         )

@@ -3,16 +3,16 @@
 import os
 import re
 import zlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.atomic import atomic_path
-from mpl_fast.data.records import parse_payload, unframe
+from mpl_fast.data.records import ID_LIMIT, parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
+from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
@@ -74,13 +74,13 @@ def locate(root: Path, text: str) -> Found:
     if offset >= entry["bytes"]:
         raise DataError(f"{root / file}: has {entry['bytes']} bytes, so no record at {offset}")
     with open_table(root / TABLE) as table:
-        shard = next(shard for shard in table.shards() if shard.file == file)
         query = (
-            "SELECT id FROM written WHERE id BETWEEN ? AND ? AND offset <= ? "
-            "ORDER BY id DESC LIMIT 1"
+            "SELECT max(written.id) FROM written JOIN shards ON written.id "
+            "BETWEEN first_id AND first_id + records - 1 WHERE file = ? AND offset <= ?"
         )
-        ((number,),) = table.query(query, (*shard.ids, offset))
-        return _found(root, manifest, table, number)
+        ((number,),) = table.query(query, (file, offset))
+        ((record, written),) = table.written((number, number))
+        return _found(table, record, written)
 
 
 def find(root: Path, what: str) -> Found:
@@ -88,24 +88,22 @@ def find(root: Path, what: str) -> Found:
 
     Raises DataError when there is none, or when several have this name and differ.
     """
-    manifest = load_pack(root)
-    require_table(root, manifest)
+    require_table(root, load_pack(root))
     with open_table(root / TABLE) as table:
         classes = table.classes()
         planned = _with_id(table, what) or _with_name(table, classes, what)
         if not planned:
             raise DataError(f"{root}: has no {what}; give an id, class/name or name of its .lst")
-        places = {record.id: _place(table, record.id) for record in planned}
-        written = {number: row for number, row in places.items() if row}
-        if not written:
+        rows = [row for record in planned for row in table.written((record.id, record.id))]
+        if not rows:
             raise DataError(f"{root}: {what} was left out when this was packed; see info")
-        if len({(row.size, row.crc32) for row in written.values()}) > 1:
-            listed = [f"{r.id} ({image_key(classes, r)})" for r in planned if r.id in written]
+        if len({(written.size, written.crc32) for _, written in rows}) > 1:
+            listed = [f"{record.id} ({image_key(classes, record)})" for record, _ in rows]
             raise DataError(
                 f"{root}: {len(listed)} images are called {what}; give the id of one: "
                 f"{first_few(listed)}"
             )
-        return _found(root, manifest, table, min(written))
+        return _found(table, *rows[0])
 
 
 def extract(root: Path, what: str) -> tuple[Found, bytes]:
@@ -142,38 +140,30 @@ def _damaged(path: Path, found: Found, reason: str) -> DataError:
 
 
 def _with_id(table: Table, what: str) -> list[RecordRow]:
-    record = (
-        table.record(int(what)) if what.isdecimal() and len(what) <= len("3470205706") else None
-    )
+    known = what.isdecimal() and len(what) <= len(str(ID_LIMIT))
+    record = table.record(int(what)) if known else None
     return [record] if record else []
 
 
 def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
-    """Return the records with the name or class/name `what`."""
-    query = "SELECT * FROM records WHERE name = CAST(? AS TEXT)"
+    """Return the records with the name or class/name `what`, by id."""
+    query = "SELECT * FROM records WHERE name = CAST(? AS TEXT) ORDER BY id"
     class_name, slash, name = what.rpartition("/")
     rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name),))]
     return [row for row in rows if not slash or classes[row.label] == class_name]
 
 
-def _place(table: Table, number: int) -> WrittenRow | None:
-    rows = table.query("SELECT * FROM written WHERE id = ?", (number,))
-    return next((WrittenRow(*row) for row in rows), None)
-
-
-def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -> Found:
-    record, written = table.record(number), _place(table, number)
-    assert record is not None and written is not None  # checked by the callers
-    shard = next(s for s in table.shards() if s.first_id <= number < s.first_id + s.records)
+def _found(table: Table, record: RecordRow, written: WrittenRow) -> Found:
+    options = table.options()
+    splits = planned_splits(options["layout"], options["unlabeled"], val=True)
+    (shard,) = [s for s in table.shards() if s.first_id <= record.id < s.first_id + s.records]
     return Found(
-        id=number,
+        id=record.id,
         label=record.label,
         image=image_key(table.classes(), record),
         source=origin_of(table.sources()[record.source], record),
         splits=tuple(
-            name
-            for name, split in manifest["splits"].items()
-            if shard.file in split["shards"] and _lists(root / split["lst"], number)
+            split.name for split in splits if split.prefix == shard.prefix and split.lists(record)
         ),
         shard=shard.file,
         offset=written.offset,
@@ -181,13 +171,3 @@ def _found(root: Path, manifest: Mapping[str, Any], table: Table, number: int) -
         size=written.size,
         crc32=written.crc32,
     )
-
-
-def _lists(path: Path, number: int) -> bool:
-    """Return whether a .lst contains a record id."""
-    start = b"%d\t" % number
-    try:
-        with path.open("rb") as file:
-            return any(line.startswith(start) for line in file)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error

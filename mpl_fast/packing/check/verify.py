@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.data.manifest import CLASSES
 from mpl_fast.errors import DataError
 from mpl_fast.packing.check.listing_check import check_split, check_table
 from mpl_fast.packing.check.load_pack import load_pack
-from mpl_fast.packing.check.shard_check import Problem, check_hashes, check_shard
+from mpl_fast.packing.check.shard_check import Problem, check_shard, file_fault
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.write.pool import Job, run_jobs
 
@@ -80,16 +81,22 @@ def verify(
     started = time.monotonic()
     manifest = load_pack(root)
     shards, problems = check_table(root, manifest)
+    fault = file_fault(root, CLASSES, manifest["classes"]["sha256"])
+    if fault:
+        problems.append(Problem(CLASSES, fault))
     entries = manifest["shards"]
-    jobs = []
-    for entry in entries:
-        if entry["file"] in shards:
-            call = partial(check_shard, root, entry, shards[entry["file"]], deep)
-        else:
-            call = partial(check_hashes, root, entry)
-        jobs.append(Job(entry["file"], int(entry["bytes"]), call))
-    for split in manifest["splits"].values():
-        jobs.append(Job(split["lst"], 0, partial(check_split, root, split, shards)))
+    jobs = [
+        Job(
+            entry["file"],
+            entry["bytes"],
+            partial(check_shard, root, entry, shards.get(entry["file"]), deep),
+        )
+        for entry in entries
+    ]
+    jobs += [
+        Job(split["lst"], 0, partial(check_split, root, name, bool(shards)))
+        for name, split in manifest["splits"].items()
+    ]
     for found in run_jobs(jobs, processes, progress):
         problems += found
     return Report(

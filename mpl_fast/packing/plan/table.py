@@ -170,11 +170,6 @@ class Table:
         """Return the shards in the order of their records."""
         return [ShardRow(*row) for row in self._connection.execute("SELECT * FROM shards")]
 
-    def shard(self, number: int) -> ShardRow:
-        """Return one shard."""
-        query = "SELECT * FROM shards WHERE number = ?"
-        return ShardRow(*self._connection.execute(query, (number,)).fetchone())
-
     def records(self, shard: ShardRow) -> Iterator[RecordRow]:
         """Yield the planned records of a shard in order."""
         query = "SELECT * FROM records WHERE id BETWEEN ? AND ? ORDER BY id"
@@ -186,6 +181,17 @@ class Table:
         query = "SELECT * FROM records WHERE id = ?"
         row = self._connection.execute(query, (record_id,)).fetchone()
         return RecordRow(*row) if row else None
+
+    def written(self, ids: tuple[int, int]) -> Iterator[tuple[RecordRow, WrittenRow]]:
+        """Yield the written records with ids from ids[0] to ids[1] in order."""
+        query = (
+            "SELECT records.*, written.* FROM written JOIN records USING (id) "
+            "WHERE id BETWEEN ? AND ? ORDER BY id"
+        )
+        width = len(RecordRow._fields)
+        # USING gives one id column for `records.*` and again for `written.*`.
+        for row in self._connection.execute(query, ids):
+            yield RecordRow(*row[:width]), WrittenRow(*row[width:])
 
     def query(self, sql: str, values: tuple[object, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Yield the rows of any other query."""

@@ -45,7 +45,7 @@ def _write_split(
     with atomic_file(work / index) as idx, atomic_file(work / listing) as lst:
 
         def entries() -> Iterator[tuple[int, int, int]]:
-            for record_id, label, name, file, offset in _listed(
+            for record_id, label, name, file, offset in listed_records(
                 table, shards, sizes, split.labeled
             ):
                 counts[label] += 1
@@ -74,7 +74,7 @@ def _write_split(
     }
 
 
-def _listed(
+def listed_records(
     table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int], labeled: int | None
 ) -> Iterator[tuple[int, int, str, int, int]]:
     """Yield (id, label, name, file number, offset over the joined files) of written records."""

@@ -27,11 +27,12 @@ class StoppedError(Exception):
 
 
 class Job(NamedTuple, Generic[T]):
-    """One job: its name for messages, its size (the largest starts first), and what to call."""
+    """One job: its name for messages, its bytes (the largest starts first), and what to call."""
 
     name: str
     size: int
     call: Callable[[Advance], T]
+    records: int = 0
 
 
 def run_jobs(

@@ -21,14 +21,10 @@ _JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe")
 class ProcessedImage(NamedTuple):
     """The result of processing one image."""
 
-    image: bytes | None  # None: the original bytes
-    reason: str  # for the action; "" without one
-    action: str  # "", "failed", "skipped" or "converted"
-    reencoded: bool  # the image is a new JPEG
-    rotated: bool  # and an EXIF orientation other than 1, never applied, was dropped with the old
-
-
-_KEPT = ProcessedImage(None, "", "", reencoded=False, rotated=False)
+    image: bytes | None = None  # a new JPEG; None: the original bytes
+    reason: str = ""  # for the action
+    action: str = ""  # or "failed", "skipped" or "converted"
+    rotated: bool = False  # an EXIF orientation other than 1, never applied, was dropped
 
 
 def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> ProcessedImage:
@@ -43,7 +39,7 @@ def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> Pr
         size = _smaller_size(image, how)
         if size is None and not oddity:
             fault = find_fault(image, how.check)
-            return _damaged(image, fault, how) if fault else _KEPT
+            return _damaged(image, fault, how) if fault else ProcessedImage()
         quality = CONVERTED_QUALITY if size is None else how.quality
         return _reencoded(image, decode(image, size), quality, oddity)
     except PixelsError as error:
@@ -108,7 +104,7 @@ def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Proce
             return _recovered(image, reason, how)
         except PixelsError:
             action = "failed"
-    return ProcessedImage(None, reason, action, reencoded=False, rotated=False)
+    return ProcessedImage(None, reason, action)
 
 
 def _recovered(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
@@ -135,6 +131,4 @@ def _reencoded(
 ) -> ProcessedImage:
     """Return pixels as a new JPEG: a conversion if there is a reason, else only resized."""
     action = "converted" if reason else ""
-    return ProcessedImage(
-        encode(pixels, quality), reason, action, reencoded=True, rotated=orientation(image) != 1
-    )
+    return ProcessedImage(encode(pixels, quality), reason, action, orientation(image) != 1)

@@ -1,7 +1,6 @@
 """Progress of a long command: one line that is updated on a terminal, else a line now and then."""
 
 import time
-from types import TracebackType
 from typing import TextIO
 
 _TERMINAL_INTERVAL = 0.2  # seconds
@@ -23,19 +22,14 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._terminal:  # leave an empty line for what is printed next
             print("\x1b[K", end="", file=self._stream, flush=True)
 
     def update(self, images: int, size: int) -> None:
         """Print the images and bytes done, if the last line is old enough."""
         now = time.monotonic()
-        if self._stream is None or now - self._last < self._interval or not images:
+        if self._stream is None or now - self._last < self._interval or not size:
             return
         self._last = now
         seconds = now - self._start

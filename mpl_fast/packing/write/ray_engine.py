@@ -1,20 +1,18 @@
-"""Runs shard jobs as Ray tasks (--engine ray)."""
+"""Runs jobs as Ray tasks (--engine ray)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.errors import UserError
-from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.write.shard_receipt import Remark
-from mpl_fast.packing.write.workers import Jobs, run_job
+from mpl_fast.packing.write.pool import Advance, Job, T
 
 _POLL = 0.2  # seconds
 
 
-def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remark]]:
-    """Run all jobs as Ray tasks, on the cluster of RAY_ADDRESS or else on a local one.
+def run_ray(jobs: Sequence[Job[T]], progress: Callable[[int, int], None]) -> list[T]:
+    """Run all jobs as run_jobs does, on the cluster of RAY_ADDRESS or else on a local one.
 
     Every node needs the sources and the work folder under the same paths.
     """
@@ -32,35 +30,30 @@ def run_ray(jobs: Jobs, progress: Callable[[int, int], None]) -> list[list[Remar
         raise UserError(f"--engine ray: no cluster is reached or started ({reason})") from error
     try:
         # Tasks of a lost node run again elsewhere; an error of a task is final.
-        task = ray.remote(max_retries=3)(_ray_job)
-        pending = {
-            task.remote(jobs.work, shard.number, jobs.image_options, jobs.read_threads): shard
-            for shard in jobs.shards
-        }
-        remarks: dict[int, list[Remark]] = {}
-        images = size = 0
+        task: Any = ray.remote(max_retries=3)(_run)
+        pending = {task.remote(job.call): at for at, job in enumerate(jobs)}
+        results: dict[int, T] = {}
+        records = size = 0
         while pending:
             done, _ = ray.wait(list(pending), timeout=_POLL)
             for reference in done:
-                shard = pending.pop(reference)
-                remarks[shard.number] = _ray_result(ray, reference)
-                images, size = images + shard.records, size + shard.bytes
-            progress(images, size)
+                at = pending.pop(reference)
+                results[at] = _result(ray, reference)
+                records, size = records + jobs[at].records, size + jobs[at].size
+            progress(records, size)
     finally:
         ray.shutdown()
-    return [remarks[shard.number] for shard in jobs.shards]
+    return [results[at] for at in range(len(jobs))]
 
 
-def _ray_job(
-    work: Path, number: int, image_options: ImageOptions, read_threads: int
-) -> list[Remark]:
-    return run_job(work, number, image_options, read_threads, lambda images, size: None)
+def _run(call: Callable[[Advance], T]) -> T:
+    return call(lambda records, size: None)
 
 
-def _ray_result(ray: Any, reference: Any) -> list[Remark]:
+def _result(ray: Any, reference: Any) -> Any:
     """Return the result of a task; its UserError is raised as such, as in the local engine."""
     try:
-        result: list[Remark] = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
@@ -70,4 +63,3 @@ def _ray_result(ray: Any, reference: Any) -> list[Remark]:
             f"--engine ray: a task was lost ({type(error).__name__}); finished shards are "
             "kept, run the same command again"
         ) from error
-    return result

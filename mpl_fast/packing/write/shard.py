@@ -21,27 +21,22 @@ from mpl_fast.packing.sources.kinds import DECODERS
 from mpl_fast.packing.write.pool import Advance
 from mpl_fast.packing.write.process_image import process_image
 from mpl_fast.packing.write.reader import OpenedRecord, Reader
-from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, receipt_path
+from mpl_fast.packing.write.shard_receipt import COLUMNS, Remark, ShardReceipt, receipt_path
 from mpl_fast.packing.write.shard_writer import ShardWriter
 
 
 def write_shard(
-    work: Path,
-    number: int,
-    image_options: ImageOptions,
-    read_threads: int,
-    advance: Advance,
+    work: Path, shard: ShardRow, image_options: ImageOptions, read_threads: int, advance: Advance
 ) -> ShardReceipt:
-    """Write shard `number` of the table in the folder work, and its receipt; return the receipt.
+    """Write a shard of the table in the folder work, and its receipt; return the receipt.
 
     If an image failed no file is left, and the remarks of the result name every such image.
     advance is called with 1 and the bytes of each image in its source. read_threads open files
     ahead, 0 for none. Raises DataError when a source changed or no image is left, OutputError
     when work cannot be written.
     """
+    temporary = work / f"{shard.file}.tmp"
     with open_table(work / TABLE) as table, output_errors(work):
-        shard = table.shard(number)
-        temporary = work / f"{shard.file}.tmp"
         try:
             with (
                 closing(Reader(table.sources(), table.classes(), read_threads)) as reader,
@@ -81,11 +76,7 @@ class _ShardPacker:
         self._reader = reader
         self._writer = writer
         self._image_options = image_options
-        self._ids = array("I")
-        self._offsets = array("Q")
-        self._lengths = array("I")
-        self._sizes = array("I")
-        self._crc32 = array("I")
+        self._columns = {name: array("Q") for name in COLUMNS}
         self._remarks: list[Remark] = []
         self._bytes_in = self._multipart = self._reencoded = self._rotated = 0
 
@@ -104,10 +95,10 @@ class _ShardPacker:
             self._remarks.append(Remark(record.id, processed.reason, processed.action))
         if processed.action in ("failed", "skipped"):
             return
-        self._reencoded += processed.reencoded
-        self._rotated += processed.rotated
         if processed.image is not None:
             image, in_place = processed.image, False
+            self._reencoded += 1
+            self._rotated += processed.rotated
         if len(image) > IMAGE_LIMIT:
             self._refuse(record, len(image))
         elif in_place and not holds_magic(image):
@@ -129,12 +120,8 @@ class _ShardPacker:
             multipart=self._multipart,
             reencoded=self._reencoded,
             rotated=self._rotated,
-            ids=np.asarray(self._ids),
-            offsets=np.asarray(self._offsets),
-            lengths=np.asarray(self._lengths),
-            sizes=np.asarray(self._sizes),
-            crc32=np.asarray(self._crc32),
             remarks=self._remarks,
+            **{name: np.asarray(self._columns[name], kind) for name, kind in COLUMNS.items()},
         )
 
     def _refuse(self, record: RecordRow, size: int) -> None:
@@ -152,13 +139,11 @@ class _ShardPacker:
     def _complete_in_place(self, record: RecordRow, image: "bytes | memoryview") -> None:
         """Add head and padding to an image that was read in place."""
         size = len(image)
-        padding = -size % 4
-        start = self._writer.position
+        start, length = self._writer.position, HEAD_SIZE + size + -size % 4
         self._writer.put(start, record_head(record.label, record.id, size))
-        if padding:
-            self._writer.put(start + HEAD_SIZE + size, bytes(padding))
-        self._count(record, image, HEAD_SIZE + size + padding)
-        self._writer.advance(HEAD_SIZE + size + padding)
+        self._writer.put(start + HEAD_SIZE + size, bytes(-size % 4))
+        self._count(record, image, length)
+        self._writer.advance(length)
 
     def _append(self, record: RecordRow, image: bytes) -> None:
         framed = image_record(record.label, record.id, image)
@@ -167,8 +152,6 @@ class _ShardPacker:
         self._writer.append(framed)
 
     def _count(self, record: RecordRow, image: "bytes | memoryview", length: int) -> None:
-        self._ids.append(record.id)
-        self._offsets.append(self._writer.position)
-        self._lengths.append(length)
-        self._sizes.append(len(image))
-        self._crc32.append(zlib.crc32(image))
+        values = (record.id, self._writer.position, length, len(image), zlib.crc32(image))
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)

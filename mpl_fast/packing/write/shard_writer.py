@@ -71,7 +71,7 @@ class ShardWriter:
         """Write content of any length at the position."""
         rest = memoryview(content)
         while rest:
-            piece = rest[: BUFFER - self.position % BUFFER]
+            piece = rest[:BUFFER]
             self.put(self.position, piece)
             self.advance(len(piece))
             rest = rest[len(piece) :]

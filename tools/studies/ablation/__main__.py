@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.errors import ConfigError, UserError, fail, output_errors
+from mpl_fast.errors import ConfigError, output_errors, run_command
 from tools.studies.ablation import report
 from tools.studies.ablation.picture import draw
 from tools.studies.ablation.plan import DEFAULTS, Job, Variant, jobs
@@ -25,19 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The table is written after every run, so that a long ablation can be looked at early."""
     options = _options(arguments)
     began = time.perf_counter()
-    try:
-        variants = _variants(options.variant)
-        read_manifest(options.rec)  # else every run would report the same error
-        with output_errors(options.out):
-            options.out.mkdir(parents=True, exist_ok=True)
-            planned = jobs(
-                variants, options.seeds, options.config, options.rec, options.out, options.steps
-            )
+    variants = _variants(options.variant) if options.variant else DEFAULTS
+    read_manifest(options.rec)  # else every run would report the same error
+    with output_errors(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+        planned = jobs(
+            variants, options.seeds, options.config, options.rec, options.out, options.steps
+        )
+        try:
             results = _train(planned, variants, options)
-    except UserError as error:
-        fail("ablation", error)
-    except KeyboardInterrupt:
-        sys.exit("ablation: interrupted; the same command continues from what is saved")
+        except KeyboardInterrupt:
+            sys.exit("ablation: interrupted; the same command continues from what is saved")
     print(f"ablation finished in {time.perf_counter() - began:.0f} s")
     return int(any(result.summary is None for result in results))
 
@@ -70,41 +68,36 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _variants(given: list[list[str]] | None) -> tuple[Variant, ...]:
-    if not given:
-        return DEFAULTS
-    variants = tuple(_variant(name, settings) for name, *settings in given)
-    names = [variant.name for variant in variants]
-    for variant in variants:
-        if not re.fullmatch(r"\w[\w.+-]*", variant.name) or variant.name in ("configs", "logs"):
-            raise ConfigError(f"variant {variant.name!r} cannot be the name of a folder")
-        if names.count(variant.name) > 1:
-            raise ConfigError(f"variant {variant.name} is named twice")
-        if variant.against and variant.against not in names:
-            raise ConfigError(f"variant {variant.name}: there is no variant {variant.against!r}")
-        for setting in variant.settings:
+def _variants(given: list[list[str]]) -> tuple[Variant, ...]:
+    names = [name for name, *_ in given]
+    variants = []
+    for name, *settings in given:
+        against = [s.partition("=")[2] for s in settings if s.startswith("against=")]
+        if not re.fullmatch(r"\w[\w.+-]*", name) or name in ("configs", "logs"):
+            raise ConfigError(f"variant {name!r} cannot be the name of a folder")
+        if names.count(name) > 1:
+            raise ConfigError(f"variant {name} is named twice")
+        if unknown := [other for other in against if other not in names]:
+            raise ConfigError(f"variant {name}: there is no variant {unknown[0]!r}")
+        for setting in settings:
             if not re.fullmatch(r"[\w.-]+=.*", setting):
-                raise ConfigError(f"variant {variant.name}: {setting!r} is not KEY=VALUE")
-    return variants
-
-
-def _variant(name: str, settings: list[str]) -> Variant:
-    against = [s.partition("=")[2] for s in settings if s.startswith("against=")]
-    kept = tuple(s for s in settings if not s.startswith("against="))
-    return Variant(name, kept, against[-1] if against else "")
+                raise ConfigError(f"variant {name}: {setting!r} is not KEY=VALUE")
+        own = tuple(s for s in settings if not s.startswith("against="))
+        variants.append(Variant(name, own, *against[-1:]))
+    return tuple(variants)
 
 
 def _train(
     planned: list[Job], variants: tuple[Variant, ...], options: argparse.Namespace
 ) -> list[Result]:
     results: list[Result] = []
-    table, shown = "", set[tuple[str, str]]()
+    shown: set[tuple[str, str]] = set()
     for number, job in enumerate(planned, 1):
         name = f"[{number}/{len(planned)}] {job.name}"
         print(f"{name}: {'complete already' if job.complete else 'training'}", flush=True)
         log = options.out / "logs" / f"{job.variant.name}_seed{job.seed}.log"
         results.append(run(job, options.ranks, log, shown))
-        print(f"{name}: {_outcome(results[-1])}", flush=True)
+        print(f"{name}: {results[-1].outcome}", flush=True)
         rows = report.summarize(variants, results)
         table = report.write(options.out, rows, options.config.name, len(options.seeds))
     print(f"\n{table}\n")
@@ -117,12 +110,5 @@ def _train(
     return results
 
 
-def _outcome(result: Result) -> str:
-    if not result.summary:
-        return f"failed: {result.reason}"
-    top1, seconds = result.summary["top1"], result.summary["train_seconds"]
-    return f"top-1 {top1:.2f} % in {seconds:.0f} s of training"
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("ablation", main)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.atomic import write_json, write_text
+from tools.studies import command
 from tools.studies.ablation.plan import Variant
 from tools.studies.ablation.run import Result
 
@@ -52,22 +53,14 @@ def write(out: Path, rows: Sequence[Json], config: str, seeds: int) -> str:
 def table(rows: Sequence[Json], seeds: int) -> str:
     """Markdown; `seeds` is how many each variant was to have."""
     first = rows[0]["variant"]
+    head = ("variant", "top-1 (%)", f"against `{first}`", "seconds of training", "images/s", "runs")
     lines = [
         f"Top-1 of the last evaluation (averaged weights), mean ± standard deviation over {seeds} "
         f"seed(s); differences to `{first}` are between runs of one seed, mean ± standard error.",
         "",
-        f"| variant | top-1 (%) | against `{first}` | seconds of training | images/s | runs |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *command.table(head, (_cells(row, first, seeds) for row in rows)),
+        "",
     ]
-    for row in rows:
-        ended = sum(run["failed"] is None for run in row["runs"])
-        gain = "" if row["variant"] == first else _pm(row["gain"], row["gain_se"], "+.2f")
-        seconds, rate = (_number(row[key], ".0f") for key in ("train_seconds", "images_per_second"))
-        lines.append(
-            f"| {row['variant']} | {_pm(row['top1'], row['top1_sd'], '.2f')} | {gain} | "
-            f"{seconds} | {rate} | {ended} of {seeds}{_failures(row)} |"
-        )
-    lines.append("")
     for row in rows:
         if besides := row.get("besides"):
             gain = _pm(besides["gain"], besides["gain_se"], "+.2f")
@@ -77,6 +70,17 @@ def table(rows: Sequence[Json], seeds: int) -> str:
     ]
     lines += [f"- `{row['variant']}`: {note}" for row in rows for note in row["notes"]]
     return "\n".join(lines)
+
+
+def _cells(row: Json, first: str, seeds: int) -> list[str]:
+    ended = sum(run["failed"] is None for run in row["runs"])
+    return [
+        row["variant"],
+        _pm(row["top1"], row["top1_sd"], ".2f"),
+        "" if row["variant"] == first else _pm(row["gain"], row["gain_se"], "+.2f"),
+        *(_number(row[key], ".0f") for key in ("train_seconds", "images_per_second")),
+        f"{ended} of {seeds}{_failures(row)}",
+    ]
 
 
 def _paired(name: str, reference: str, results: Sequence[Result]) -> Json:

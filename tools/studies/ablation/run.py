@@ -1,6 +1,5 @@
 """Trains one run of an ablation as a process of its own."""
 
-import ctypes
 import json
 import os
 import shlex
@@ -8,14 +7,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
+from mpl_fast.training.process import signal_when_parent_ends
 from tools.studies.ablation.plan import Job
 
 TRAIN = Path(__file__).resolve().parents[3] / "mpl_fast" / "train.py"
-PR_SET_PDEATHSIG = 1  # prctl(2)
 LINES_SHOWN = ("evaluated:", "resuming after", "train: error:")
 WARNING = "warning: "  # how a line of such begins
 SESSION = "\n$ "  # before the command, in a log
@@ -30,6 +30,13 @@ class Result:
     reason: str = ""
     warnings: tuple[str, ...] = ()
 
+    @property
+    def outcome(self) -> str:
+        """For a message."""
+        if not self.summary:
+            return f"failed: {self.reason}"
+        return "top-1 {top1:.2f} % in {train_seconds:.0f} s of training".format(**self.summary)
+
 
 def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
     """Trains to the end, or resumes; shows evaluations and warnings and writes all to `log`. Raises
@@ -37,21 +44,21 @@ def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
 
     `shown`: variants with a warning that was shown already; grows.
     """
+    reason, summary = "", None
     if not job.complete:
         log.parent.mkdir(parents=True, exist_ok=True)
-        code, reason = _train(job, ranks, log, shown)
-        if code:
-            reason = reason or f"ended with exit code {code}, see {log.name}"
-            return Result(job, None, reason, _warnings(log))
-    try:
-        summary = renamed(json.loads((job.folder / "summary.json").read_text()), METRIC_NAMES)
-        return Result(job, summary, warnings=_warnings(log))
-    except (OSError, ValueError):
-        return Result(job, None, f"ended without a summary, see {log.name}", _warnings(log))
+        reason = _train(job, ranks, log, shown)
+    if not reason:
+        try:
+            text = (job.folder / "summary.json").read_text()
+            summary = renamed(json.loads(text), METRIC_NAMES)
+        except (OSError, ValueError):
+            reason = f"ended without a summary, see {log.name}"
+    return Result(job, summary, reason, _warnings(log))
 
 
-def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> tuple[int, str]:
-    """Exit code, and the error that the run has printed."""
+def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> str:
+    """Returns why the run failed: the error that it has printed; empty if it has not."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(TRAIN), *job.arguments]
     process = subprocess.Popen(
@@ -60,7 +67,8 @@ def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> tupl
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=_stop_with_parent if sys.platform == "linux" else None,
+        # If the ablation is killed, the run saves, and unlocks its folder.
+        preexec_fn=partial(signal_when_parent_ends, signal.SIGTERM),
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
@@ -81,7 +89,7 @@ def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> tupl
                 interrupted = True
     if interrupted:
         raise KeyboardInterrupt
-    return code, reason
+    return (reason or f"ended with exit code {code}, see {log.name}") if code else ""
 
 
 def _show(line: str, job: Job, shown: set[tuple[str, str]]) -> None:
@@ -101,8 +109,3 @@ def _warnings(log: Path) -> tuple[str, ...]:
         return ()
     session = text.rpartition(SESSION)[2].splitlines()
     return tuple(line.removeprefix(WARNING) for line in session if line.startswith(WARNING))
-
-
-def _stop_with_parent() -> None:
-    """Linux sends SIGTERM when the ablation is killed: the run saves, and unlocks its folder."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,10 +1,10 @@
 """Error of each feedback's gradient, its passes through the networks, and its time."""
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, LearnerConfig, MPLConfig
 from mpl_fast.learner.learner import Learner
+from tools.bench.clock import interleaved, seconds_of
 from tools.studies.feedbacks.problems import (
     KINDS,
     LABELED,
@@ -110,17 +111,9 @@ def seconds(options: Options) -> dict[str, list[float]]:
 
     A small convolutional network with batch norm in float32, with PyTorch's present threads.
     """
-    made = {name: _timed(kind) for name, kind in KINDS.items()}
     batch = _images(options.seed)
-    names, found = list(made), {name: list[float]() for name in made}
-    for t in range(options.rounds + 2):  # two to warm up
-        first = t % len(names)
-        for name in names[first:] + names[:first]:
-            began = time.perf_counter()
-            train_step(made[name], batch, t)
-            if t > 1:
-                found[name].append(time.perf_counter() - began)
-    return found
+    steps = {name: partial(train_step, _timed(kind), batch, 0) for name, kind in KINDS.items()}
+    return interleaved(steps, seconds_of, rounds=options.rounds, seed=options.seed)
 
 
 def relative(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:

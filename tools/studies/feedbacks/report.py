@@ -5,16 +5,14 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from tools.studies.command import versions
+from tools.studies.command import table, versions
 from tools.studies.feedbacks.measure import TIMED, Nearness, Options, Passes, relative
 from tools.studies.feedbacks.problems import CLASSES, FEATURES, HIDDEN, KINDS, LABELED, RATE
 
 FORMAT = "mpl_fast.feedbacks/2"
-HEADS = (
-    "| feedback | mean cosine(g, e) | cosine > 0 | error or noise, relative | size |",
-    "| feedback | teacher, all views | student: unlabeled | labeled | both together |",
-    "| feedback | time of a step, median (quartiles) |",
-)
+NEARNESS = ("feedback", "mean cosine(g, e)", "cosine > 0", "error or noise, relative", "size")
+PASSES = ("feedback", "teacher, all views", "student: unlabeled", "labeled", "both together")
+TIME = ("feedback", "time of a step, median (quartiles)")
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,23 @@ def as_json(results: Results, options: Options) -> str:
 
 def as_markdown(results: Results, options: Options) -> str:
     """Three tables, each below its explanation."""
-    rules = [f"| {' | '.join(['---'] * (head.count('|') - 1))} |" for head in HEADS]
+    near, times = results.nearness.items(), relative(results.seconds).items()
     rows = [
         _problems(options),
-        *("", HEADS[0], rules[0]),
-        *(_nearness(name, list(rows.values())) for name, rows in results.nearness.items()),
+        "",
+        *table(NEARNESS, (_nearness(name, list(rows.values())) for name, rows in near)),
         "",
         "Error: mean of |g - e| / |e|. Noise: standard deviation of g over draws / length of what "
         "it should be on average, which for sampled is e / B_u; median over problems. Size: the "
         "mean of g along that, ± standard error over problems; 1 is no bias.",
         "",
         "Passes of one step, forward / backward (+ forward with a derivative):",
-        *("", HEADS[1], rules[1]),
-        *(_passes(name, counted) for name, counted in results.passes.items()),
-        *("", _timed(results, options)),
-        *("", HEADS[2], rules[2]),
-        *(_time(name, row) for name, row in relative(results.seconds).items()),
+        "",
+        *table(PASSES, (_passes(name, counted) for name, counted in results.passes.items())),
+        "",
+        _timed(results, options),
+        "",
+        *table(TIME, (_time(name, row) for name, row in times)),
     ]
     return "\n".join(rows) + "\n"
 
@@ -83,7 +82,7 @@ def _problems(options: Options) -> str:
     )
 
 
-def _nearness(name: str, rows: list[Nearness]) -> str:
+def _nearness(name: str, rows: list[Nearness]) -> list[str]:
     def each(values: list[str]) -> str:
         return " / ".join(values) if len(set(values)) > 1 else values[0]
 
@@ -94,24 +93,23 @@ def _nearness(name: str, rows: list[Nearness]) -> str:
     sizes = [
         "" if row.size is None else f"{row.size:.2f} ± {row.size_error or 0.0:.2f}" for row in rows
     ]
-    cells = [
+    return [
         KINDS[name].title,
         each([f"{row.cosine:+.2f}" for row in rows]),
         each([f"{100 * row.positive:.0f} %" for row in rows]),
         each(spread),
         each(sizes),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
-def _passes(name: str, counted: Mapping[str, Passes]) -> str:
+def _passes(name: str, counted: Mapping[str, Passes]) -> list[str]:
     def cell(network: str, rows: str) -> str:
         passes = counted[network]
         text = f"{passes['forward'][rows]} / {passes['backward'][rows]}"
         return text + (f" + {passes['jvp'][rows]}" if rows in passes["jvp"] else "")
 
     student = [cell("student", rows) for rows in ("unlabeled", "labeled", "together")]
-    return "| " + " | ".join([KINDS[name].title, cell("teacher", "together"), *student]) + " |"
+    return [KINDS[name].title, cell("teacher", "together"), *student]
 
 
 def _timed(results: Results, options: Options) -> str:
@@ -125,5 +123,5 @@ def _timed(results: Results, options: Options) -> str:
     )
 
 
-def _time(name: str, row: Mapping[str, float]) -> str:
-    return f"| {KINDS[name].title} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
+def _time(name: str, row: Mapping[str, float]) -> list[str]:
+    return [KINDS[name].title, "{median:.2f} ({low:.2f} to {high:.2f})".format(**row)]

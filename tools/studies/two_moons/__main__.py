@@ -2,18 +2,13 @@
 
 import argparse
 import difflib
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError
 from tools.studies import command
-
-if TYPE_CHECKING:
-    from tools.studies.two_moons.data import Setting
-    from tools.studies.two_moons.training import Result
 
 ABOUT = """Does feedback help? Labels only, MPL with each feedback and SMPL on two moons with six
 labels, over many label draws and initial weights, paired. Writes two_moons.json, two_moons.md and
@@ -32,7 +27,7 @@ def run(chosen: argparse.Namespace) -> None:
 
     from tools.studies.two_moons.data import Options
     from tools.studies.two_moons.figure import draw
-    from tools.studies.two_moons.report import as_json, as_markdown, brief
+    from tools.studies.two_moons.report import as_json, as_markdown
     from tools.studies.two_moons.training import study
     from tools.studies.two_moons.variants import VARIANTS, with_baselines
 
@@ -43,15 +38,7 @@ def run(chosen: argparse.Namespace) -> None:
     # A warning of torch's forward-mode differentiation about itself.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
     torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
-    began, finished = time.perf_counter(), 0
-
-    def done(name: str, found: "Mapping[Setting, Result]") -> None:
-        nonlocal finished
-        finished += 1
-        head = f"{finished:2d}/{len(names)} {time.perf_counter() - began:5.0f} s"
-        print(f"{head}  {VARIANTS[name].title}: {brief(found)}", flush=True)
-
-    results = study(names, options, done)
+    results = study(names, options, partial(print, flush=True))
     contents: dict[str, command.Content] = {
         "two_moons.json": as_json(results, options),
         "two_moons.md": as_markdown(results, options),

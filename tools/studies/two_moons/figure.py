@@ -48,8 +48,13 @@ def draw(results: Results, options: Options, path: Path) -> None:
                 place.set_title(f"{_short(name)}\n{found[name].accuracy.mean():.1f} %", fontsize=11)
         axis.set_title(f"{setting} labels: feedback minus no feedback", fontsize=11)
         _differences(axis, found)
-        row[0].text(-0.06, 0.5, f"{setting} labels", rotation=90, fontsize=12, **_outside(row[0]))
-    left.supxlabel(_legend(options), fontsize=10, color=INK)
+        outside = {"transform": row[0].transAxes, "ha": "center", "va": "center", "color": INK}
+        row[0].text(-0.06, 0.5, f"{setting} labels", rotation=90, fontsize=12, **outside)
+    legend = (
+        f"percent: mean accuracy of {options.runs} runs after {options.steps:,} steps;  map: one "
+        f"label draw, shade: how many of its {options.inits} networks, line: half of them"
+    )
+    left.supxlabel(legend, fontsize=10, color=INK)
     right.supxlabel("points of accuracy, ± 2 standard errors over label draws", fontsize=10)
     figure.savefig(path, format="png", dpi=100, pil_kwargs={"optimize": True})
     pyplot.close(figure)
@@ -65,17 +70,6 @@ def _short(name: str) -> str:
     return VARIANTS[name].title.replace(" (old - new)", "")
 
 
-def _outside(axis: Any) -> dict[str, Any]:
-    return {"transform": axis.transAxes, "ha": "center", "va": "center", "color": INK}
-
-
-def _legend(options: Options) -> str:
-    return (
-        f"percent: mean accuracy of {options.runs} runs after {options.steps:,} steps;  map: one "
-        f"label draw, shade: how many of its {options.inits} networks, line: half of them"
-    )
-
-
 def _median_draw(accuracy: Array) -> int:
     means = accuracy.mean(1)
     return int(means.argsort(kind="stable")[len(means) // 2])
@@ -88,24 +82,26 @@ def _map(axis: Any, result: Result, data: Problem, runs: slice) -> None:
     across = torch.linspace(*X, CELLS, dtype=torch.float64)
     up = torch.linspace(*Y, CELLS, dtype=torch.float64)
     grid = torch.cartesian_prod(up, across).flip(1)  # (CELLS * CELLS, 2), x first
-    share = predict(chosen(result.weights, runs), grid).double().mean(0)
-    share = share.reshape(CELLS, CELLS)
+    choices = predict(chosen(result.weights, runs), grid).double()
+    share = choices.mean(0).reshape(CELLS, CELLS).numpy()
     axis.imshow(
         share, origin="lower", extent=(*X, *Y), cmap=colors, vmin=0, vmax=1, interpolation="nearest"
     )
     if float(share.max()) > 0.5 and float(share.min()) < 0.5:
-        axis.contour(across, up, share, levels=[0.5], colors=[INK], linewidths=1.2)
+        axis.contour(across.numpy(), up.numpy(), share, levels=[0.5], colors=[INK], linewidths=1.2)
     some = slice(None, None, max(1, len(data.points) // SHOWN))
     for label, color, marker in ((0, BLUE, "o"), (1, ORANGE, "^")):
         cloud = data.points[some][data.truth[some] == label]
-        axis.scatter(*cloud.T, s=5, color=color, alpha=0.5, linewidths=0)
+        axis.scatter(*cloud.T.numpy(), s=5, color=color, alpha=0.5, linewidths=0)
         known = data.labeled[runs.start][data.labels[runs.start] == label]
-        axis.scatter(*known.T, s=75, marker=marker, color=color, edgecolors="black", zorder=3)
+        axis.scatter(
+            *known.T.numpy(), s=75, marker=marker, color=color, edgecolors="black", zorder=3
+        )
     axis.set(xlim=X, ylim=Y)
 
 
 def _differences(axis: Any, found: Mapping[str, Result]) -> None:
-    names = [name for name in found if VARIANTS[name].has_feedback]
+    names = [name for name in found if VARIANTS[name].options.get("feedback", "off") != "off"]
     bars = [(name, bar) for name in names if (bar := gain(found, name))]
     ends = [abs(bar.mean) + 2 * bar.se_draws for _, bar in bars]
     reach = min(max([1.08 * end for end in ends], default=1.0), WIDEST) or 1.0

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tools.studies.command import versions
+from tools.studies.command import table, versions
 from tools.studies.two_moons.algorithm import RATE
-from tools.studies.two_moons.data import BATCH, NOISE, POINTS, Options, Setting
+from tools.studies.two_moons.data import BATCH, NOISE, POINTS, Options
 from tools.studies.two_moons.networks import WIDTHS
 from tools.studies.two_moons.training import (
     Result,
@@ -19,7 +19,7 @@ from tools.studies.two_moons.training import (
 from tools.studies.two_moons.variants import VARIANTS
 
 FORMAT = "mpl_fast.two_moons/2"
-HEAD = "| variant | accuracy | difference (± runs, ± draws) | to | teacher | its difference |"
+HEAD = "variant", "accuracy", "difference (± runs, ± draws)", "to", "teacher", "its difference"
 
 
 def as_json(results: Results, options: Options) -> str:
@@ -44,14 +44,9 @@ def as_markdown(results: Results, options: Options) -> str:
         "which is the one to use."
     ]
     for setting, found in results.items():
-        lines += ["", f"### {setting} labels", "", HEAD, "| --- | --- | --- | --- | --- | --- |"]
-        lines += [_line(row) for row in _rows(found, options).values()]
+        rows = _rows(found, options).values()
+        lines += ["", f"### {setting} labels", "", *table(HEAD, map(_cells, rows))]
     return "\n".join(lines) + "\n"
-
-
-def brief(found: Mapping[Setting, Result]) -> str:
-    """One variant's accuracies on a line of progress."""
-    return ", ".join(f"{name} {result.accuracy.mean():.1f} %" for name, result in found.items())
 
 
 def _rows(found: Mapping[str, Result], options: Options) -> dict[str, dict[str, Any]]:
@@ -82,7 +77,7 @@ def _row(found: Mapping[str, Result], name: str) -> dict[str, Any]:
     }
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     mean = "{mean:.1f} ± {sd:.1f}"
     signed = "{mean:+.2f} ± {se_runs:.2f} ± {se_draws:.2f}"
     accuracy, difference, teacher, teacher_difference = (
@@ -95,6 +90,4 @@ def _line(row: Mapping[str, Any]) -> str:
         )
     )
     to = VARIANTS[row["baseline"]].title if row["baseline"] else ""
-    return (
-        f"| {row['title']} | {accuracy} | {difference} | {to} | {teacher} | {teacher_difference} |"
-    )
+    return [row["title"], accuracy, difference, to, teacher, teacher_difference]

@@ -1,5 +1,6 @@
 """Trains every variant, and compares their accuracies run by run."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,16 +45,19 @@ Results = Mapping[Setting, Mapping[str, Result]]
 
 
 def study(
-    names: Sequence[str], options: Options, done: Callable[[str, Mapping[Setting, Result]], None]
+    names: Sequence[str], options: Options, show: Callable[[str], object] = lambda line: None
 ) -> Results:
-    """Trains variants in their settings; calls `done` after each."""
+    """Trains variants in their settings; shows a line for each."""
+    began = time.perf_counter()
     problems = {setting: problem(setting, options) for setting in SETTINGS}
     results: dict[Setting, dict[str, Result]] = {setting: {} for setting in SETTINGS}
-    for name in names:
+    for number, name in enumerate(names, 1):
         found = evaluate(VARIANTS[name], problems, options)
         for setting, result in found.items():
             results[setting][name] = result
-        done(name, found)
+        means = ", ".join(f"{s} {result.accuracy.mean():.1f} %" for s, result in found.items())
+        head = f"{number:2d}/{len(names)} {time.perf_counter() - began:5.0f} s"
+        show(f"{head}  {VARIANTS[name].title}: {means}")
     return results
 
 

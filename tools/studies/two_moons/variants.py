@@ -22,11 +22,6 @@ class Variant:
     stop: int | None = None
     """Number of steps, if fewer than the others take; not reported if not."""
 
-    @property
-    def has_feedback(self) -> bool:
-        """Whether the loss has a feedback term."""
-        return bool(self.options.get("feedback", "off") != "off")
-
 
 def _labeled(title: str, baseline: str | None = None, **kind: Any) -> Variant:
     return Variant(title, "supervised", {}, baseline, **kind)

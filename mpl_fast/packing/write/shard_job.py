@@ -1,0 +1,62 @@
+"""The job that writes one shard unless it is already complete."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mpl_fast.atomic import sha256_of
+from mpl_fast.errors import DataError, output_errors
+from mpl_fast.packing.options import ImageOptions
+from mpl_fast.packing.plan.table import ShardRow
+from mpl_fast.packing.write.pool import Advance
+from mpl_fast.packing.write.shard import write_shard
+from mpl_fast.packing.write.shard_receipt import Remark, ShardReceipt, receipt_path
+
+_LOCK_POLL = 0.2  # seconds between two attempts to lock a shard
+
+
+def run_job(
+    work: Path, shard: ShardRow, image_options: ImageOptions, read_threads: int, advance: Advance
+) -> list[Remark]:
+    """Write a shard unless it is complete and undamaged; return the remarks about its images.
+
+    Arguments and result are small: images never cross between processes. advance is called with
+    images and bytes done.
+    """
+    with _locked(work / f"{shard.file}.lock", advance):
+        receipt = _valid_receipt(work, shard, advance)
+        if receipt is not None:
+            advance(shard.records, shard.bytes)
+        else:
+            # If writing fails, a file that differs from its receipt must not pass for finished.
+            receipt_path(work, shard.file).unlink(missing_ok=True)
+            receipt = write_shard(work, shard, image_options, read_threads, advance)
+    return receipt.remarks
+
+
+@contextmanager
+def _locked(path: Path, advance: Advance) -> Iterator[None]:
+    """Wait until no other machine writes this shard: parts I/3 and J/4 overlap."""
+    with output_errors(path), path.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                advance(0, 0)
+                time.sleep(_LOCK_POLL)
+        yield
+
+
+def _valid_receipt(work: Path, shard: ShardRow, advance: Advance) -> ShardReceipt | None:
+    """Return the receipt of a shard if it is of this plan and the .rec file matches it."""
+    try:
+        receipt = ShardReceipt.load(receipt_path(work, shard.file))
+        if (receipt.content, receipt.stamps) != (shard.content, shard.stamps):
+            return None
+        sha256 = sha256_of(work / shard.file, lambda size: advance(0, 0))
+    except (DataError, OSError):
+        return None
+    return receipt if sha256 == receipt.sha256 else None

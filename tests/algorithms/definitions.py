@@ -1,0 +1,292 @@
+"""The step of each algorithm in plain PyTorch, from its definition, for networks without dropout.
+
+Each returns the values that the step must log. Of this project they use only the configs, schedules
+included, and the draws of mixup.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mpl_fast.batch import Batch
+from mpl_fast.config import (
+    AlgorithmConfig,
+    ConsistencyConfig,
+    FixMatchConfig,
+    MetaSemiConfig,
+    MPLConfig,
+    RolePlayConfig,
+    SMPLConfig,
+    UDAConfig,
+)
+from mpl_fast.config.algorithms import ramped
+from mpl_fast.learner import Learner, rng
+
+SEED = 11  # of drawn numbers
+Values = dict[str, Tensor]
+Logits = tuple[Tensor, Tensor, Tensor]  # of the labeled, weak and strong images
+
+
+class PlainLearner:
+    """A learner's network with SGD and a weight average."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.config, self.steps = learner.config, learner.steps
+        self.network, self.average = (copy.deepcopy(learner.network).train() for _ in range(2))
+        self.velocity: Values = {
+            name: learner.optimizer.state[parameter]
+            .get("momentum_buffer", torch.zeros_like(parameter))
+            .clone()
+            for name, parameter in learner.network.named_parameters()
+        }
+
+    def moved(self, loss: Tensor, t: int) -> tuple[Values, Values]:
+        """Weights and momentum after a step, as functions of what the loss depends on."""
+        config, named = self.config, dict(self.network.named_parameters())
+        gradient = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+        norm = float(torch.cat([g.detach().flatten() for g in gradient]).norm())
+        limit = config.max_grad_norm
+        clipping = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        weights, velocity = {}, {}
+        for (name, p), g in zip(named.items(), gradient, strict=True):
+            g = clipping * g + config.weight_decay * p.detach() * (p.ndim > 1)
+            velocity[name] = config.momentum * self.velocity[name] + g
+            ahead = g + config.momentum * velocity[name] if config.nesterov else velocity[name]
+            weights[name] = p.detach() - config.lr_at(t, self.steps) * ahead
+        return weights, velocity
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, t: int) -> None:
+        with torch.enable_grad():
+            weights, velocity = self.moved(loss, t)
+        self.velocity = {name: v.detach() for name, v in velocity.items()}
+        for name, p in self.network.named_parameters():
+            p.copy_(weights[name])
+
+    @torch.no_grad()
+    def end_step(self, t: int) -> None:
+        decay = min(self.config.ema, (1 + t) / (10 + t))
+        for a, p in zip(self.average.parameters(), self.network.parameters(), strict=True):
+            a.mul_(decay).add_(p, alpha=1 - decay)
+
+
+def labeled_loss(network: nn.Module, data: Batch, weights: Values | None = None) -> Tensor:
+    """Cross-entropy without dropout, normalized by these images."""
+    evaluated = copy.deepcopy(network).eval()
+    for module in evaluated.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    logits: Tensor = functional_call(evaluated, weights or {}, (data.labeled,))
+    return F.cross_entropy(logits, data.labels)
+
+
+def soft_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each row with smoothed probabilities ``(N, C)``."""
+    target = (1 - smoothing) * target + smoothing / logits.shape[-1]
+    return -(target * logits.log_softmax(-1)).sum(-1)
+
+
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    return F.one_hot(labels, like.shape[-1]).to(like.dtype)
+
+
+def view_logits(network: nn.Module, data: Batch, bn_batches: str) -> Logits:
+    """Normalized together, or the weak images apart."""
+    images, sizes = (data.labeled, data.weak, data.strong), [len(data.labeled), len(data.weak)]
+    if bn_batches == "joint":
+        z_l, z_w, z_s = network(torch.cat(images)).split([*sizes, sizes[1]])
+    else:
+        z_w = network(data.weak)
+        z_l, z_s = network(torch.cat(images[::2])).split(sizes)
+    return z_l, z_w, z_s
+
+
+def uda_loss(
+    logits: Logits, data: Batch, consistency: ConsistencyConfig, smoothing: float, t: int
+) -> tuple[Tensor, Values]:
+    z_l, z_w, z_s = logits
+    target = (z_w.detach() / consistency.temperature).softmax(-1)
+    mask = (target.amax(-1) >= consistency.threshold).double()
+    labeled = F.cross_entropy(z_l, data.labels, label_smoothing=smoothing)
+    if consistency.measure == "cosine":
+        sharp = z_s.softmax(-1)
+        distance = (mask * (1 - F.cosine_similarity(sharp, target, dim=-1))).mean()
+    else:
+        distance = (mask * soft_loss(z_s, target)).mean()
+    loss = labeled + ramped(consistency.weight, consistency.ramp, t) * distance
+    hits = (z_w.argmax(-1) == data.truth).double()
+    values = {"loss/labeled": labeled, "loss/consistency": distance, "mask_rate": mask.mean()}
+    return loss, {**values, "accuracy/pseudo": hits.mean()}
+
+
+def uda(config: UDAConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
+    logits = view_logits(learner.network, data, config.bn_batches)
+    loss, values = uda_loss(logits, data, config.consistency, config.label_smoothing, t)
+    learner.step(loss, t)
+    return values
+
+
+def fixmatch(config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
+    z_l, z_w, z_s = view_logits(learner.network, data, config.bn_batches)
+    confidence, label = z_w.detach().softmax(-1).max(-1)
+    mask = (confidence >= config.threshold).double()
+    labeled = F.cross_entropy(z_l, data.labels, label_smoothing=config.label_smoothing)
+    # The mean is over all images, confident or not.
+    unlabeled = (mask * F.cross_entropy(z_s, label, reduction="none")).mean()
+    learner.step(labeled + config.weight * unlabeled, t)
+    return {
+        "loss/labeled": labeled,
+        "loss/consistency": unlabeled,
+        "mask_rate": mask.mean(),
+        "confidence": confidence.mean(),
+        "accuracy/pseudo": (label == data.truth).double().mean(),
+    }
+
+
+def mpl(
+    config: MPLConfig, teacher: PlainLearner, student: PlainLearner, data: Batch, t: int
+) -> Values:
+    """With feedback off, difference or exact, of which the last is autograd through the student's
+    step."""
+    kept = len(data.labels) - round(len(data.labels) * config.held_out)
+    own = data._replace(labeled=data.labeled[:kept], labels=data.labels[:kept])
+    held_out = data
+    if config.held_out:
+        held_out = data._replace(labeled=data.labeled[kept:], labels=data.labels[kept:])
+    logits = view_logits(teacher.network, own, config.bn_batches)
+    z = logits[1] if config.pseudo == "weak" else logits[2]
+    exact = config.feedback == "exact"
+    label = z.softmax(-1) if exact else one_hot(z.argmax(-1), z)
+    taken = (z.detach().softmax(-1).amax(-1) >= config.label_threshold).double()
+
+    rows = soft_loss(student.network(data.strong), label, config.label_smoothing)
+    student_loss = (taken * rows).mean()
+    old = labeled_loss(student.network, held_out)
+    new = labeled_loss(student.network, held_out, student.moved(student_loss, t)[0])
+    term = new if exact else (old - new).detach() * (taken * soft_loss(logits[2], label)).mean()
+    loss, values = uda_loss(logits, own, config.consistency, config.label_smoothing, t)
+    weight = ramped(config.feedback_weight, config.feedback_ramp, t)
+    teacher.step(loss if config.feedback == "off" else loss + weight * term, t)
+    student.step(student_loss, t)
+    values["accuracy/pseudo"] = (z.argmax(-1) == data.truth).double().mean()
+    values |= {"loss/student": student_loss, "loss/student_labeled": new}
+    return values | ({"feedback": old - new} if config.feedback == "difference" else {})
+
+
+def google(
+    config: MPLConfig, teacher: PlainLearner, student: PlainLearner, data: Batch, t: int
+) -> Values:
+    """The student learns soft labels of the strong view. The teacher learns by UDA alone, whose
+    ramp begins at 0: the feedback has no gradient."""
+    logits = view_logits(teacher.network, data, "joint")
+    z = student.network(torch.cat([data.strong, data.labeled]))[: len(data.strong)]
+    target = logits[2].detach().softmax(-1)
+    student_loss = soft_loss(z, target, config.label_smoothing).mean()
+    student.step(student_loss, t)
+    loss, values = uda_loss(logits, data, config.consistency, config.label_smoothing, t - 1)
+    teacher.step(loss, t)
+    return values | {"loss/student": student_loss}
+
+
+def smpl(config: SMPLConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
+    """Feedback exact is autograd through the first update to its labels, and from the network's
+    present labels to its weights."""
+    exact = config.feedback == "exact"
+    z = copy.deepcopy(learner.network)(data.weak).detach()
+    label = z.softmax(-1).requires_grad_() if exact else one_hot(z.argmax(-1), z)
+    student_loss = soft_loss(learner.network(data.strong), label, config.label_smoothing).mean()
+    old = labeled_loss(learner.network, data)
+    new = labeled_loss(learner.network, data, learner.moved(student_loss, t)[0])
+    by_labels = torch.autograd.grad(new, label)[0] if exact else None
+    learner.step(student_loss, t)
+
+    logits = view_logits(learner.network, data, "joint")
+    loss, values = uda_loss(logits, data, config.consistency, config.label_smoothing, t)
+    if by_labels is not None:
+        term = (by_labels * logits[1].softmax(-1)).sum()
+    else:
+        present = one_hot(logits[1].argmax(-1), z)
+        term = (old - new).detach() * soft_loss(logits[2], present).mean()
+    weight = ramped(config.feedback_weight, config.feedback_ramp, t)
+    learner.step(loss if config.feedback == "off" else loss + weight * term, t)
+    values |= {"loss/student": student_loss, "loss/student_labeled": new}
+    return values | ({"feedback": old - new} if config.feedback == "difference" else {})
+
+
+def corrected_labels(network: nn.Module, data: Batch, rate: float) -> tuple[Tensor, Tensor]:
+    """Labels after a step along the gradient of the labeled loss, through the network's own step of
+    rate 1 down mean ||f - y||^2, at y = f; and the labeled loss.
+
+    The published step, rate * 2 J g, is U times this meta-gradient.
+    """
+    evaluated = copy.deepcopy(network).eval()
+    weights = dict(evaluated.named_parameters())
+    f = evaluated(data.weak).softmax(-1)
+    y = f.detach().requires_grad_()
+    consistency = (f - y).square().sum(-1).mean()
+    gradients = torch.autograd.grad(consistency, list(weights.values()), create_graph=True)
+    moved = {name: p - g for (name, p), g in zip(weights.items(), gradients, strict=True)}
+    loss = F.cross_entropy(functional_call(evaluated, moved, (data.labeled,)), data.labels)
+    (meta,) = torch.autograd.grad(loss, y)
+    left = (y.detach() - len(data.weak) * rate * meta).clamp_min(0.0)
+    return left / left.sum(-1, keepdim=True), loss.detach()
+
+
+def metasemi(config: MetaSemiConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
+    """KL divergence of mixed images, or cross-entropy of labeled ones, and squared differences of
+    the unlabeled ones; in training mode, in this order."""
+    rate = config.label_rate or learner.config.lr_at(t, learner.steps)
+    y, labeled = corrected_labels(learner.network, data, rate)
+    if config.mixup:
+        images, target = mixed(data, y, config.mixup, t)
+        z = learner.network(images)
+        fit = F.kl_div(z.log_softmax(-1), target, reduction="batchmean")
+        entropy = torch.special.entr(target).sum(-1).mean()
+    else:
+        fit = F.cross_entropy(learner.network(data.labeled), data.labels)
+        entropy = torch.zeros(())
+    consistency = (learner.network(data.weak).softmax(-1) - y).square().sum(-1).mean()
+    learner.step(fit + ramped(config.weight, config.ramp, t) * consistency, t)
+    return {
+        "loss/labeled": labeled,
+        "loss/fit": fit + entropy,
+        "loss/consistency": consistency,
+        "confidence": y.amax(-1).mean(),
+        "accuracy/pseudo": (y.argmax(-1) == data.truth).double().mean(),
+    }
+
+
+def mixed(data: Batch, labels: Tensor, alpha: float, t: int) -> tuple[Tensor, Tensor]:
+    """Unlabeled image i with labeled image i modulo their number."""
+    share = rng.beta(len(data.weak), alpha, seed=SEED, step=t, device=torch.device("cpu"))
+    images, targets = [], []
+    for i, a in enumerate(share.tolist()):
+        j = i % len(data.labels)
+        images.append(a * data.labeled[j] + (1 - a) * data.weak[i])
+        targets.append(a * one_hot(data.labels[j], labels) + (1 - a) * labels[i])
+    return torch.stack(images), torch.stack(targets)
+
+
+def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch, t: int) -> Values:
+    """The step of a config."""
+    first, *others = learners.values()
+    second = others[0] if others else first
+    match config:
+        case RolePlayConfig() if (t // config.swap_every) % 2:
+            return mpl(config, second, first, data, t)
+        case MPLConfig(feedback="parity_google"):
+            return google(config, first, second, data, t)
+        case MPLConfig():
+            return mpl(config, first, second, data, t)
+        case UDAConfig():
+            return uda(config, first, data, t)
+        case FixMatchConfig():
+            return fixmatch(config, first, data, t)
+        case SMPLConfig():
+            return smpl(config, first, data, t)
+        case MetaSemiConfig():
+            return metasemi(config, first, data, t)
+    raise AssertionError(config)

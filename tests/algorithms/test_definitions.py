@@ -1,0 +1,87 @@
+"""Steps of the algorithms are those of their definitions, metrics included."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpl_fast.algorithms import AlgorithmContext
+from mpl_fast.algorithms.base import train_step
+from mpl_fast.config import AlgorithmConfig, FixMatchConfig, MetaSemiConfig, RolePlayConfig
+from tests.algorithms import definitions
+from tests.algorithms.definitions import PlainLearner
+from tests.algorithms.problems import (
+    CONSISTENCY,
+    LEARNER,
+    MPL,
+    SMPL,
+    VARIANTS,
+    assert_same,
+    batch,
+    confident,
+    network,
+    new,
+)
+
+STEPS = 6
+FIXMATCH = FixMatchConfig(learner=LEARNER)
+HEAVY, NESTEROV = replace(LEARNER, nesterov=False), replace(LEARNER, weight_decay=0.05)
+# Different in everything that a network could leave behind in a role.
+OTHER = replace(LEARNER, lr=0.2, warmup=0, momentum=0.5, nesterov=False, ema=0.5)
+UNDEFINED = {
+    "supervised", "supervised mixup", "finetune", "mpl sampled", "mpl per_example",
+    "mpl parity_kekmodel", "mpl held_out baseline masked", "mpl parity_google baseline",
+    "mpl_roleplay",
+}  # fmt: skip
+CASES: dict[str, AlgorithmConfig] = {
+    **{name: config for name, config in VARIANTS.items() if name not in UNDEFINED},
+    "fixmatch split": replace(FIXMATCH, bn_batches="split", threshold=0.42, label_smoothing=0.1),
+    "fixmatch of all images": replace(FIXMATCH, threshold=0.0),
+    "fixmatch of none": replace(FIXMATCH, threshold=1.1, weight=2.0),
+    "mpl exact held_out strong": replace(
+        MPL, feedback="exact", held_out=0.5, pseudo="strong", student=HEAVY
+    ),
+    "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
+    "mpl delayed": replace(MPL, student=replace(LEARNER, delay_steps=2)),
+    "mpl strong masked": replace(MPL, pseudo="strong", label_threshold=0.4, feedback_ramp=3),
+    "mpl split held_out": replace(MPL, bn_batches="split", held_out=0.5),
+    "mpl_roleplay": RolePlayConfig(
+        teacher=LEARNER, student=OTHER, consistency=CONSISTENCY, swap_every=2
+    ),
+    "smpl difference heavy ball": replace(SMPL, learner=HEAVY, feedback_ramp=2),
+    "smpl exact delayed": replace(SMPL, feedback="exact", learner=replace(NESTEROV, delay_steps=1)),
+    "smpl exact central": replace(SMPL, feedback="exact", derivative="central"),
+    "metasemi mixup label_rate": MetaSemiConfig(
+        learner=HEAVY, derivative="forward", mixup=0.5, label_rate=3.0, ramp=2
+    ),
+}
+
+
+@pytest.mark.parametrize(("labeled", "unlabeled"), [(6, 5), (4, 9)])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_those_of_the_definition(name: str, labeled: int, unlabeled: int) -> None:
+    config = CASES[name]
+    context = AlgorithmContext(seed=definitions.SEED)
+    algorithm = new(config, lambda: confident(network(norm=True)), steps=STEPS, context=context)
+    plain = {key: PlainLearner(learner) for key, learner in algorithm.learners.items()}
+    # The feedback difference has single precision.
+    atol, rtol = 1e-7 if getattr(config, "feedback", "") == "difference" else 1e-12, 2e-6
+    if getattr(config, "derivative", "") == "central":
+        atol, rtol = 1e-5, 1e-4
+    rates = []
+    for t in range(STEPS):
+        data = batch(t, labeled, unlabeled)
+        metrics = train_step(algorithm, data, t)
+        expected = definitions.step(config, plain, data, t)
+        for key, value in expected.items():
+            assert metrics[key].item() == pytest.approx(value.item(), rel=rtol, abs=2e-7), key
+        for key, learner in algorithm.learners.items():
+            plain[key].end_step(t)
+            found = learner.network.state_dict()
+            assert_same(found, plain[key].network.state_dict(), atol=atol)
+            assert learner.average is not None
+            averages = (list(x.parameters()) for x in (learner.average, plain[key].average))
+            assert_same(next(averages), next(averages), atol=atol)
+        rates.append(metrics.get("mask_rate", torch.tensor(0.5)).item())
+    assert min(rates) < 1.0 or "all" in name
+    assert max(rates) > 0.0 or "none" in name
