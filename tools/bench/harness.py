@@ -90,16 +90,16 @@ class Report:
         return (self._deadline - time.monotonic()) / parts
 
     def interleaved(
-        self, variants: Mapping[str, V], timer: Callable[[V], T], *, warmup: int
+        self, variants: Mapping[str, V], timer: Callable[[V], T], *, warmup: int, parts: int = 1
     ) -> dict[str, list[T]]:
-        """See `clock.interleaved`: `--rounds` rounds, as many as begin within `--minutes`."""
+        """See `clock.interleaved`: `--rounds` rounds, as many as its part of `--minutes` allows."""
         return interleaved(
             variants,
             timer,
             rounds=self._options.rounds,
             warmup=warmup,
             seed=self._options.seed,
-            seconds=self.seconds_left(),
+            seconds=self.seconds_left(parts),
         )
 
     @cached_property

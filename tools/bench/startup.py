@@ -53,9 +53,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             starts = Starts(options, Path(folder))
-            found = report.interleaved({"": starts.seconds}, lambda seconds: seconds(), warmup=0)[
-                ""
-            ]
+            turns = report.interleaved({"all": starts.seconds}, lambda seconds: seconds(), warmup=0)
+        found = turns["all"]
         report.add(rows({name: [one[name] for one in found] for name in found[0]}))
     except FailedError as error:
         report.fail("a process", str(error))
