@@ -235,9 +235,17 @@ def test_incomplete_cifar(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no data_batch_1, .*: not the archive as published"):
         listed(f"{archive}:train", tmp_path)
     whole = cifar(archive, "cifar-10-batches-py").read_bytes()
-    archive.write_bytes(whole[:-2000])
-    with pytest.raises(DataError, match=r"x.tar.gz: damaged or not a tar archive"):
-        listed(f"{archive}:train", tmp_path)
+    for damaged in (whole[:-2000], with_other_byte(whole, -6)):
+        archive.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x.tar.gz: (damaged or not a tar archive|CRC check)"):
+            listed(f"{archive}:train", tmp_path)
+
+
+def with_other_byte(data: bytes, at: int) -> bytes:
+    """Return data with a changed byte, such as one of a checksum."""
+    changed = bytearray(data)
+    changed[at] ^= 1
+    return bytes(changed)
 
 
 # SVHN.
@@ -275,6 +283,9 @@ def test_no_svhn(tmp_path: Path) -> None:
         (b"MATLAB 7.3 MAT-file" + whole[19:], r"no MATLAB 5 file .*save -v7"),
         (b"", r"no MATLAB 5 file"),
     ]
+    compressed = svhn(path, pixels, labels, do_compression=True).read_bytes()
+    end = 136 + int.from_bytes(compressed[132:136], "little")  # of X, with its checksum
+    cases.append((with_other_byte(compressed, end - 1), r"x.mat: damaged \(Error -3 .* check"))
     for variables, message in (
         ({"y": labels}, "has no variable X"),
         ({"X": pixels, "y": labels}, r"X is u1 \(2, 32, 32, 3\), not uint8 \(height, width, 3"),
@@ -339,6 +350,9 @@ def test_unusable_idx(tmp_path: Path) -> None:
         (whole[:-1], labels, "cut short at image 2 of 3"),
         (whole[:12], labels, "cut short in its header"),
         (whole, labels[:-1], "a-labels-idx1-ubyte: no idx file of labels, or cut short"),
+        (whole + b"1", labels, "goes on after its 3 images"),
+        (with_other_byte(gzip.compress(whole), -6), labels, "CRC check failed"),
+        (whole, with_other_byte(gzip.compress(labels), -6), "CRC check failed"),
         (whole, whole, "a-labels-idx1-ubyte: no idx file of labels, or cut short"),
         (whole, idx(beside, random_pixels(4)).read_bytes(), "has 3 images, but .* 4 labels"),
     ):

@@ -86,6 +86,8 @@ def _members(path: Path, files: Sequence[str], *, to_end: bool) -> Iterator[tupl
                 yield name, stream
             if not missing and not to_end:
                 return
+        while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+            pass
     if missing:
         raise DataError(f"{path}: has no {first_few(missing)}: not the archive as published")
 

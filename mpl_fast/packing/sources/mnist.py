@@ -72,3 +72,5 @@ def _images(path: Path, beside: Path, labels: bytes) -> Iterator[tuple[int, str,
             raise DataError(f"{path}: cut short at image {row} of {count}")
         pixels = np.frombuffer(image, np.uint8).reshape(height, width)
         yield label, f"{stem}_{row:05d}.png", png(pixels)
+    if next(images, b""):
+        raise DataError(f"{path}: goes on after its {count} images")

@@ -148,6 +148,8 @@ class _Stream:
             block = self.read(min(size, _READ))
             size -= len(block)
             yield block
+        while self._inflater and not self._inflater.eof:
+            self._more()  # up to its checksum
 
     def _more(self) -> bytes:
         if self._inflater and self._inflater.unconsumed_tail:
