@@ -5,21 +5,22 @@ it, so that the number of images is limited by the disk, not by memory.
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpl_fast.data.records import ID_LIMIT
+from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
-from mpl_fast.packing.plan.layout import TRAIN, VAL, shard_groups
+from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
-from mpl_fast.packing.sources.source import Source
+from mpl_fast.packing.sources.source import FOLDER, Image, Source
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
@@ -33,9 +34,15 @@ CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 
 
 def make_plan(
-    path: Path, train: Sequence[Source], val: Source | None, options: PackOptions
+    path: Path,
+    train: Sequence[Source],
+    val: Source | None,
+    options: PackOptions,
+    pool: Sequence[Source] = (),
 ) -> list[str]:
     """Write the plan as a new table at path; return warnings about the sources.
+
+    Images of the sources in pool, and those of train that have no label, are unlabeled ones.
 
     Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
     sample. Raises DataError for images that cannot be packed together, ConfigError when the labeled
@@ -54,7 +61,7 @@ def make_plan(
             with suppress(sqlite3.Error, ValueError):
                 table.execute(f"PRAGMA temp_store_directory = '{folder}'")
             table.execute("BEGIN")
-            warnings = _Planner(table, path.parent, options).run(train, val)
+            warnings = _Planner(table, path.parent, options).run(train, val, pool)
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -73,7 +80,7 @@ class _Planner:
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
 
-    def run(self, train: Sequence[Source], val: Source | None) -> list[str]:
+    def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
         specs = " + ".join(source.spec for source in train)
         warnings = [line for source in train for line in self._list(source, TRAIN)]
@@ -81,6 +88,11 @@ class _Planner:
         if val is not None:
             warnings += self._list(val, VAL)
             self._require_unique(VAL, val.spec)
+        sources = [*train, *([val] if val else [])]
+        for source in pool:
+            sources.append(source)
+            warnings += self._list(source, POOL) + self._leave_out_twins(sources)
+        self._require_unique_paths()
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         how = self.options.split
@@ -104,6 +116,10 @@ class _Planner:
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
         )
+        query = f"SELECT count(*) FROM found.images WHERE source = ? AND part = {POOL}"
+        if part != POOL and (without := self._value(query, number)):
+            what = counted(without, "image has no label", "images have no label")
+            return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
         return source.warnings
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
@@ -113,10 +129,17 @@ class _Planner:
         for image in source.images():
             if abs(image.stamp) >= 1 << 63:
                 raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
+            if part == POOL or not image.class_name:
+                # No class is made of its folder; its name is its path, which is unique.
+                image = _without_label(image, part, source.spec)
+                place, class_number = POOL, NO_LABEL
+            else:
+                place = part
+                class_number = numbers.setdefault(image.class_name, len(numbers))
             yield (
-                part,
+                place,
                 number,
-                numbers.setdefault(image.class_name, len(numbers)),
+                class_number,
                 to_utf8(image.name),
                 to_utf8(image.path),
                 image.start,
@@ -138,6 +161,42 @@ class _Planner:
                 f"class/name: {', '.join(listed)}{more}; does it hold several splits? Then name "
                 "one folder of it"
             )
+
+    def _require_unique_paths(self) -> None:
+        """DataError when a path occurs twice in a source of unlabeled images, as in some tars."""
+        query = f"FROM found.images WHERE part = {POOL} GROUP BY source, name HAVING count(*) > 1"
+        if twice := self._value(f"SELECT count(*) FROM (SELECT 1 {query})"):
+            names = sorted(name for (name,) in self.table.execute(f"SELECT name {query} LIMIT 10"))
+            more = f" and {twice - len(names)} more" if twice > len(names) else ""
+            what = counted(twice, "path occurs", "paths occur")
+            raise DataError(
+                f"unlabeled images: {what} more than once in one source: {', '.join(names)}{more}"
+            )
+
+    def _leave_out_twins(self, sources: Sequence[Source]) -> list[str]:
+        """Remove images of the last source that earlier ones have, too: in the same file."""
+        source, number = sources[-1], len(sources) - 1
+        warnings = []
+        for other, earlier in enumerate(sources[:-1]):
+            prefixes = _common_place(source, earlier)
+            if prefixes is None:
+                continue
+            # Images of a folder differ in path, those of one file in position.
+            column = "path" if source.kind == FOLDER else "start"
+            same = f"CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
+            removed = self.table.execute(
+                "DELETE FROM found.images WHERE source = ? "
+                f"AND CAST(? AS TEXT) || {column} IN (SELECT {same})",
+                (number, to_utf8(prefixes[0]), to_utf8(prefixes[1]), other),
+            ).rowcount
+            if removed:
+                what = counted(removed, "of its images is", "of its images are")
+                warnings.append(
+                    f"{source.spec}: {what} in {earlier.spec}, too: packed once, as that one's"
+                )
+        if not self._value("SELECT count(*) FROM found.images WHERE source = ?", number):
+            raise DataError(f"{source.spec}: all its images are other sources': leave it out")
+        return warnings
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; warn about classes without validation images."""
@@ -165,6 +224,7 @@ class _Planner:
             "INSERT INTO found.classes VALUES (?, ?)",
             ((number, labels[name]) for name, number in self.class_numbers.items()),
         )
+        self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         absent = len(names) - len({labels[name] for name in held})
         if val is not None and absent:
             return [f"{val.spec}: has no image of {absent} of the classes"]
@@ -180,11 +240,13 @@ class _Planner:
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
         images = ((row, names[number], name) for row, number, name in self.table.execute(query))
         how = self.options.split
+        if not names or not self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}"):
+            raise DataError("--src: none of its images has a label")
         chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
         self.table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
-        left = f"SELECT count(*) FROM found.images WHERE part = {TRAIN} AND NOT labeled"
+        left = f"SELECT count(*) FROM found.images WHERE part != {VAL} AND NOT labeled"
         if how.unlabeled == "rest" and not self._value(left):
             raise DataError(
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
@@ -228,7 +290,7 @@ class _Planner:
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {where} ORDER BY rank, label, images.name"
+            f"WHERE {where} ORDER BY rank, label, images.name, source, path"
         )
         for number, values in enumerate(self.table.execute(query), first_id):
             row = RecordRow(number, *values)
@@ -239,6 +301,32 @@ class _Planner:
     def _value(self, query: str, *values: object) -> int:
         (value,) = self.table.execute(query, values).fetchone()
         return int(value)
+
+
+def _without_label(image: Image, part: int, spec: str) -> Image:
+    """Return an unlabeled image under its path; DataError where it cannot be one."""
+    if part == VAL:
+        raise DataError(f"{spec}: {image.path}: has no label (-1), which validation images need")
+    if {"\t", "\n", "\r"} & set(image.path):
+        raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
+    return image._replace(class_name="", name=image.path)
+
+
+def _common_place(first: Source, second: Source) -> tuple[str, str] | None:
+    """Return what to put before the paths in two sources that may hold the same files, or None.
+
+    Paths are then equal where the files are. Links inside a folder are not followed.
+    """
+    one, other = (Path(os.path.realpath(source.file)) for source in (first, second))
+    if (first.kind == FOLDER) != (second.kind == FOLDER):
+        return None
+    if one == other:
+        return "", ""
+    if first.kind == FOLDER and one.is_relative_to(other):
+        return f"{one.relative_to(other)}/", ""
+    if first.kind == FOLDER and other.is_relative_to(one):
+        return "", f"{other.relative_to(one)}/"
+    return None
 
 
 def _require_known(spec: str, unknown: set[str], where: str) -> None:
