@@ -38,15 +38,17 @@ def test_the_variants_include_every_recipe() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_update_every_learner_and_lower_the_labeled_loss(name: str) -> None:
-    """The same batch again and again; all metrics are finite scalars without gradient."""
+    """The same batch again and again; all metrics are finite and without gradient."""
     algorithm, data = new(VARIANTS[name], with_norm), batch(unlabeled=9)
     before = {k: copy.deepcopy(v.network.state_dict()) for k, v in algorithm.learners.items()}
     labeled = []
     for t in range(20):
         metrics = train_step(algorithm, data, t)
         labeled.append(metrics["loss/labeled"])
-        for value in metrics.values():
-            assert value.ndim == 0 and not value.requires_grad and torch.isfinite(value)
+        for key, value in metrics.items():
+            assert value.shape == ((2,) if key == "accuracy/pseudo" else ())
+            assert not value.requires_grad and value.isfinite().all()
+        assert metrics.get("accuracy/pseudo", torch.tensor([0, 6]))[1] == 6  # of 9 have a label
     assert labeled[-1] < 0.6 * labeled[0]
     for key, learner in algorithm.learners.items():
         for parameter, value in learner.network.state_dict().items():
@@ -85,7 +87,7 @@ def trained_on(
     data = as_dtype(batch(1, 6, 9, shape), dtype)
     for t in range(2):
         metrics = train_step(algorithm, data, t)
-        assert all(v.ndim == 0 and torch.isfinite(v) for v in metrics.values())
+        assert all(v.isfinite().all() for v in metrics.values())
     return algorithm, data
 
 
