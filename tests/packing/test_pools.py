@@ -235,6 +235,10 @@ def test_an_image_in_the_same_file_is_packed_once(tree: Path, tmp_path: Path) ->
     assert f"{tree}: 24 of its images are in {tree}/train, too: packed once" in done.stderr
     assert f"{tree}: 6 of its images are in {tree}/val, too: packed once" in done.stderr
     assert unlabeled(tmp_path / "out") == {f"pool/{name}": image for name, image in FILES.items()}
+    pools = ("--unlabeled-src", tree / "pool/a", tree / "pool")
+    done = run("pack", *common(tree, *pools), "--out", tmp_path / "both")
+    assert f"{tree}/pool: 3 of its images are in {tree}/pool/a, too: packed once" in done.stderr
+    assert unlabeled(tmp_path / "both").keys() == {name.removeprefix("a/") for name in FILES}
     # A list of the labeled ones, and the folder of all.
     lines = [f"{n}\t{n % 2}\tpool/{n}.jpg" for n in range(4)]
     make_tree(tree, {"some.lst": "\n".join(lines).encode()})
@@ -295,7 +299,7 @@ def test_bad_input_is_one_line(tree: Path, tmp_path: Path) -> None:
         (("--unlabeled-src", "nowhere"), 4, "nowhere: no such folder or file"),
         (("--unlabeled-src", tmp_path / "text"), 4, "text: no image found"),
         (("--unlabeled-src", tmp_path / "tab"), 4, "has a tab or line break in its name"),
-        (("--unlabeled-src", twice), 4, "1 path occurs more than once in one source: a/0.jpg"),
+        (("--unlabeled-src", twice), 4, "1 name occurs more than once in one source: a/0.jpg"),
         (("--unlabeled-src", tmp_path), 2, f"--out {out}: is inside the source {tmp_path}"),
         (("--val", none), 4, "pool/0.jpg: has no label (-1), which validation images need"),
         (("--src", none), 4, "none of its images has a label"),

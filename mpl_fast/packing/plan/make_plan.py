@@ -5,8 +5,8 @@ it, so that the number of images is limited by the disk, not by memory.
 """
 
 import json
-import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
-from mpl_fast.packing.sources.source import FOLDER, Image, Source
+from mpl_fast.packing.plan.twins import leave_out_twins
+from mpl_fast.packing.sources.source import Image, Source
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
@@ -79,6 +80,7 @@ class _Planner:
     work: Path
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
+    unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
     def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
@@ -90,9 +92,11 @@ class _Planner:
             self._require_unique(VAL, val.spec)
         sources = [*train, *([val] if val else [])]
         for source in pool:
+            warnings += self._list(source, POOL)
+            warnings += leave_out_twins(self.table, len(sources), source, sources)
             sources.append(source)
-            warnings += self._list(source, POOL) + self._leave_out_twins(sources)
-        self._require_unique_paths()
+        if self.unlabeled:
+            self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         how = self.options.split
@@ -116,11 +120,10 @@ class _Planner:
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
         )
-        query = f"SELECT count(*) FROM found.images WHERE source = ? AND part = {POOL}"
-        if part != POOL and (without := self._value(query, number)):
-            what = counted(without, "image has no label", "images have no label")
-            return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
-        return source.warnings
+        if part == POOL or not self.unlabeled[number]:
+            return source.warnings
+        what = counted(self.unlabeled[number], "image has no label", "images have no label")
+        return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
         numbers = self.class_numbers
@@ -133,6 +136,7 @@ class _Planner:
                 # No class is made of its folder; its name is its path, which is unique.
                 image = _without_label(image, part, source.spec)
                 place, class_number = POOL, NO_LABEL
+                self.unlabeled[number] += 1
             else:
                 place = part
                 class_number = numbers.setdefault(image.class_name, len(numbers))
@@ -149,54 +153,22 @@ class _Planner:
             )
 
     def _require_unique(self, part: int, spec: str) -> None:
-        names = list(self.class_numbers)
-        query = "FROM found.images WHERE part = ? GROUP BY class, name HAVING count(*) > 1"
+        """DataError when a name occurs twice in a class, or an unlabeled one twice in a source."""
+        names, within = list(self.class_numbers), "source" if part == POOL else "class"
+        query = f"FROM found.images WHERE part = ? GROUP BY {within}, name HAVING count(*) > 1"
         twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
         if twice:
             few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
-            listed = sorted(f"{names[number]}/{name}" for number, name in few)
+            listed = sorted(
+                name if part == POOL else f"{names[number]}/{name}" for number, name in few
+            )
             more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
+            kind = "in one source" if part == POOL else "as class/name"
             raise DataError(
-                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once as "
-                f"class/name: {', '.join(listed)}{more}; does it hold several splits? Then name "
-                "one folder of it"
+                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once {kind}: "
+                f"{', '.join(listed)}{more}; does it hold several splits? Then name one folder of "
+                "it"
             )
-
-    def _require_unique_paths(self) -> None:
-        """DataError when a path occurs twice in a source of unlabeled images, as in some tars."""
-        query = f"FROM found.images WHERE part = {POOL} GROUP BY source, name HAVING count(*) > 1"
-        if twice := self._value(f"SELECT count(*) FROM (SELECT 1 {query})"):
-            names = sorted(name for (name,) in self.table.execute(f"SELECT name {query} LIMIT 10"))
-            more = f" and {twice - len(names)} more" if twice > len(names) else ""
-            what = counted(twice, "path occurs", "paths occur")
-            raise DataError(
-                f"unlabeled images: {what} more than once in one source: {', '.join(names)}{more}"
-            )
-
-    def _leave_out_twins(self, sources: Sequence[Source]) -> list[str]:
-        """Remove images of the last source that earlier ones have, too: in the same file."""
-        source, number = sources[-1], len(sources) - 1
-        warnings = []
-        for other, earlier in enumerate(sources[:-1]):
-            prefixes = _common_place(source, earlier)
-            if prefixes is None:
-                continue
-            # Images of a folder differ in path, those of one file in position.
-            column = "path" if source.kind == FOLDER else "start"
-            same = f"CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
-            removed = self.table.execute(
-                "DELETE FROM found.images WHERE source = ? "
-                f"AND CAST(? AS TEXT) || {column} IN (SELECT {same})",
-                (number, to_utf8(prefixes[0]), to_utf8(prefixes[1]), other),
-            ).rowcount
-            if removed:
-                what = counted(removed, "of its images is", "of its images are")
-                warnings.append(
-                    f"{source.spec}: {what} in {earlier.spec}, too: packed once, as that one's"
-                )
-        if not self._value("SELECT count(*) FROM found.images WHERE source = ?", number):
-            raise DataError(f"{source.spec}: all its images are other sources': leave it out")
-        return warnings
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; warn about classes without validation images."""
@@ -240,7 +212,7 @@ class _Planner:
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
         images = ((row, names[number], name) for row, number, name in self.table.execute(query))
         how = self.options.split
-        if not names or not self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}"):
+        if not self._value(f"SELECT EXISTS (SELECT 1 FROM found.images WHERE part = {TRAIN})"):
             raise DataError("--src: none of its images has a label")
         chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
         self.table.executemany(
@@ -310,23 +282,6 @@ def _without_label(image: Image, part: int, spec: str) -> Image:
     if {"\t", "\n", "\r"} & set(image.path):
         raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
     return image._replace(class_name="", name=image.path)
-
-
-def _common_place(first: Source, second: Source) -> tuple[str, str] | None:
-    """Return what to put before the paths in two sources that may hold the same files, or None.
-
-    Paths are then equal where the files are. Links inside a folder are not followed.
-    """
-    one, other = (Path(os.path.realpath(source.file)) for source in (first, second))
-    if (first.kind == FOLDER) != (second.kind == FOLDER):
-        return None
-    if one == other:
-        return "", ""
-    if first.kind == FOLDER and one.is_relative_to(other):
-        return f"{one.relative_to(other)}/", ""
-    if first.kind == FOLDER and other.is_relative_to(one):
-        return "", f"{other.relative_to(one)}/"
-    return None
 
 
 def _require_known(spec: str, unknown: set[str], where: str) -> None:
