@@ -96,7 +96,8 @@ def run_extract(known: argparse.Namespace) -> Result:
 def _pack_options(known: argparse.Namespace) -> PackOptions:
     given = vars(known) | {"src": tuple(known.src), "processes": known.j}
     given["unlabeled_src"] = tuple(known.unlabeled_src)
-    given["labeled"] = known.labeled or DEFAULT_LABELED[bool(known.unlabeled_src)]
+    if known.labeled is None:
+        given["labeled"] = DEFAULT_LABELED[bool(known.unlabeled_src)]
     given["quiet"] = known.quiet or known.json
     given["image"] = options_from(ImageOptions, given)
     given["split"] = options_from(SplitOptions, given)

@@ -61,9 +61,9 @@ def resplit(root: Path, drawn: Json) -> Json:
 def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Copy the table old to new, with other labeled images and options."""
     with open_table(old) as table:
-        options = table.options()
-        default = DEFAULT_LABELED["unlabeled_src" in options]
-        options |= drawn | {"labeled": drawn["labeled"] or default}
+        options = table.options() | drawn
+        if options["labeled"] is None:
+            options["labeled"] = DEFAULT_LABELED["unlabeled_src" in options]
         query = (
             "SELECT records.id, label, name FROM shards CROSS JOIN records "
             "ON records.id BETWEEN first_id AND first_id + shards.records - 1 "

@@ -1,6 +1,7 @@
 """Every algorithm trains every network on batches of every shape."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.algorithms.problems import (
 
 # torch's attention has no forward-mode differentiation in evaluation mode.
 ANY_LAYER = [n for n, c in VARIANTS.items() if getattr(c, "derivative", "auto") != "forward"]
+UNLABELED = [name for name, config in RECIPES.items() if not config.labeled_only]
 SHAPES = {"vectors": (5,), "sequences": (4, 6), "images": (3, 5, 5), "videos": (2, 3, 4, 4)}
 
 
@@ -112,6 +114,17 @@ def test_a_network_may_be_any_module(name: str, dtype: torch.dtype) -> None:
     assert predict(algorithm, data.weak).shape == (9, CLASSES)
     for learner in algorithm.learners.values():
         assert all(p.dtype == dtype for p in learner.parameters)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n.split()[0] in UNLABELED])
+def test_without_a_label_no_pseudo_label_is_right(name: str) -> None:
+    """Nor is that of an image that is not finite."""
+    algorithm, data = new(VARIANTS[name]), batch()
+    data.truth.fill_(-1)
+    assert train_step(algorithm, data, 0)["accuracy/pseudo"].tolist() == [0.0, 0.0]
+    data.weak.fill_(math.nan)
+    data.strong.fill_(math.nan)
+    assert train_step(algorithm, data, 1)["accuracy/pseudo"].tolist() == [0.0, 0.0]
 
 
 def test_an_image_at_the_threshold_counts() -> None:

@@ -136,7 +136,7 @@ def test_dali_reads_minus_one(tree: Path, tmp_path: Path) -> None:
     out = packed_pool(tree, tmp_path / "out", "--shards", 2)
     split = read_manifest(out).splits["unlabeled"]
 
-    @pipeline_def(batch_size=32, num_threads=1, device_id=None)
+    @pipeline_def(batch_size=32, num_threads=1, device_id=None)  # type: ignore[untyped-decorator]
     def pipeline() -> Any:
         paths = [str(path) for path in split.shards]
         _, label = fn.readers.mxnet(path=paths, index_path=[str(split.index)])

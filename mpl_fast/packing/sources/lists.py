@@ -87,8 +87,8 @@ def read_list(path: Path, *, labels: bool = True) -> Iterator[Line]:
     for number, text in text_lines(path):
         columns = text.split("\t")
         if not labels:
-            record_id = int(columns[0]) if columns[0].isdecimal() and len(columns) > 1 else -1
-            yield Line(number, record_id, NO_LABEL, columns[-1])
+            has_id = len(columns) > 1 and columns[0].isdecimal()
+            yield Line(number, int(columns[0]) if has_id else -1, NO_LABEL, columns[-1])
             continue
         try:
             if len(columns) < 3 or not columns[-1]:
