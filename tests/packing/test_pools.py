@@ -1,5 +1,7 @@
 """Images without labels, from --unlabeled-src or with label -1: packed, listed, found, split."""
 
+import os
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,13 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 
 from mpl_fast.data.manifest import read_manifest
+from mpl_fast.errors import DataError
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.resplit import resplit
 from tests.packing.packs import (
     CLASSES,
+    KEEP,
     Planned,
     hashes,
     image_tree,
@@ -21,6 +27,7 @@ from tests.packing.packs import (
     make_tree,
     manifest_of,
     pack,
+    plan_work,
     read_split,
     refuse,
     run,
@@ -148,6 +155,57 @@ def test_dali_reads_minus_one(tree: Path, tmp_path: Path) -> None:
     found = np.asarray(labels.as_tensor())[:, 0].tolist()
     assert found == [int(label) for _, label, _, _ in read_split(out, "train_unlabel")]
     assert found.count(-1) == 8
+
+
+NAMES = [
+    "a",
+    "B",
+    "ant",
+    "0",
+    "é",
+    "x y",
+    "'q\"",
+    "n01",
+    "caf\udce9",
+    "train",
+    "images",
+    "a.jpg",
+    ".hid",
+]
+ENDS = [".jpg", ".JPEG", ".png", ".jpeg"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_tree_is_a_pool(tmp_path: Path, seed: int) -> None:
+    """The packed paths are those of a plain walk, whatever the folders are called."""
+    draw, files, picture = random.Random(seed), {}, jpeg(0)
+    for number in range(draw.randint(1, 30)):
+        folders = [draw.choice(NAMES) for _ in range(draw.randint(0, 4))]
+        name = "/".join([*folders, f"{draw.choice(NAMES)}_{number}{draw.choice(ENDS)}"])
+        if not any(other.startswith(f"{name}/") for other in files):
+            files[name] = picture
+    taken = {name for name in files if not any(part.startswith(".") for part in name.split("/"))}
+    train = make_tree(tmp_path / "train", {"ant/0.jpg": picture})
+    pool = make_tree(tmp_path / "pool", files)
+    options = PackOptions(src=(str(train),), unlabeled_src=(str(pool),), out=tmp_path / "out",
+                          split=SplitOptions(labeled="all"), image=KEEP, quiet=True)  # fmt: skip
+    if not taken:
+        with pytest.raises(DataError, match="no image found"):
+            plan_work(options)
+        return
+    plan = Planned(plan_work(options) / TABLE)
+    found = [key for key, row in zip(plan.keys, plan.rows, strict=True) if row.label == -1]
+    assert len(found) == len(taken) and {*found} == taken
+    assert plan.classes == ["ant"] and [row.labeled for row in plan.rows].count(1) == 1
+
+
+def test_names_that_are_not_utf8(tree: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9/x.jpg")
+    pool = make_tree(tmp_path / "odd", {name: jpeg(0)})
+    out = pack(*common(tree, "--unlabeled-src", pool), out=tmp_path / "out")
+    assert unlabeled(out) == {name: jpeg(0)}
+    assert run("extract", out, name, "--to", tmp_path / "x.jpg").stdout.count(name) == 2
+    assert not verified(out).problems
 
 
 def test_order_of_pools_of_equal_names(tree: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ CONFIGS: dict[str, AlgorithmConfig] = {
     "uda adamw": UDAConfig(learner=ADAM),
     "mpl": MPLConfig(teacher=LEARNER, student=LEARNER, baseline=0.9),
     "mpl exact": MPLConfig(teacher=LEARNER, student=LEARNER, feedback="exact"),
+    "mpl per_example": MPLConfig(teacher=LEARNER, student=LEARNER, feedback="per_example"),
     "smpl": SMPLConfig(learner=LEARNER, feedback="off"),
 }
 # Counters of batches go on, the average follows, and the learning rate is that of the step.
