@@ -8,7 +8,7 @@ from pathlib import Path
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.plan.table import to_utf8
-from mpl_fast.packing.sources.source import FOLDER, Source
+from mpl_fast.packing.sources.source import Source
 
 
 def leave_out_twins(
@@ -24,8 +24,8 @@ def leave_out_twins(
         before = _before_paths(source, earlier[other])
         if before is None:
             continue
-        # Images of a folder differ in path, those of one file in position.
-        column = "path" if source.kind == FOLDER else "start"
+        # Images below a folder differ in path, those of one file in position.
+        column = "path" if source.file.is_dir() else "start"
         same = f"SELECT CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
         removed = table.execute(
             f"DELETE FROM found.images WHERE CAST(? AS TEXT) || {column} IN ({same}) "
@@ -46,13 +46,13 @@ def _before_paths(source: Source, other: Source) -> tuple[str, str] | None:
 
     None: they have no file in common. Links inside a folder are not followed.
     """
-    one, two = (Path(os.path.realpath(source.file)) for source in (source, other))
-    if (source.kind == FOLDER) != (other.kind == FOLDER):
+    if source.kind != other.kind:
         return None
+    one, two = (Path(os.path.realpath(file)) for file in (source.file, other.file))
     if one == two:
         return "", ""
-    if source.kind == FOLDER and one.is_relative_to(two):
+    if one.is_relative_to(two):
         return f"{one.relative_to(two)}/", ""
-    if source.kind == FOLDER and two.is_relative_to(one):
+    if two.is_relative_to(one):
         return "", f"{two.relative_to(one)}/"
     return None
