@@ -178,7 +178,8 @@ ENDS = [".jpg", ".JPEG", ".png", ".jpeg"]
 @pytest.mark.parametrize("seed", range(20))
 def test_any_tree_is_a_pool(tmp_path: Path, seed: int) -> None:
     """The packed paths are those of a plain walk, whatever the folders are called."""
-    draw, files, picture = random.Random(seed), {}, jpeg(0)
+    draw, picture = random.Random(seed), jpeg(0)
+    files: dict[str, bytes] = {}
     for number in range(draw.randint(1, 30)):
         folders = [draw.choice(NAMES) for _ in range(draw.randint(0, 4))]
         name = "/".join([*folders, f"{draw.choice(NAMES)}_{number}{draw.choice(ENDS)}"])
