@@ -18,9 +18,11 @@ def opened(
     root: Path | None = None,
     labels: Path | None = None,
     report: Callable[[str], None] = print,
+    unlabeled: bool = False,
 ) -> Source:
     """Open what spec names; compressed archives are unpacked into work."""
-    return open_source(str(spec), root=root, labels=labels, work=work, report=report)
+    how = {"root": root, "labels": labels}
+    return open_source(str(spec), **how, work=work, report=report, unlabeled=unlabeled)
 
 
 def listed(

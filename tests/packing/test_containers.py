@@ -12,7 +12,17 @@ import pytest
 
 from mpl_fast.errors import DataError
 from tests.packing.made_sources import content, opened
-from tests.packing.packs import hashes, jpeg, make_tar, pack, png, read_split, run
+from tests.packing.packs import (
+    hashes,
+    jpeg,
+    make_tar,
+    make_tree,
+    pack,
+    png,
+    read_split,
+    refuse,
+    run,
+)
 
 FORMS = ("parquet", "webdataset", "zip")
 
@@ -98,6 +108,70 @@ def test_parts_and_processes(tmp_path: Path, form: str) -> None:
     run("finish", parts)
     assert hashes(one) == hashes(two) == hashes(parts)
     run("verify", one, "--deep", "-j", 1)
+
+
+def pool_images(source: str, tmp_path: Path) -> set[bytes]:
+    """Pack a source as unlabeled images beside two labeled ones; return them."""
+    tree = make_tree(tmp_path / "tree", {"ant/1.jpg": jpeg(9001), "bee/2.jpg": jpeg(9002)})
+    out = pack("--src", tree, "--unlabeled-src", source, out=tmp_path / "out")
+    run("verify", out, "--deep", "-j", 1)
+    rows = read_split(out, "train_unlabel")
+    assert {label for _, label, key, _ in rows if key not in ("ant/1.jpg", "bee/2.jpg")} == {-1}
+    assert (out / "classes.txt").read_text().split() == ["ant", "bee"]
+    return {image for *_, image in rows} - {jpeg(9001), jpeg(9002)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unlabeled_source(tmp_path: Path, form: str) -> None:
+    files = made_files()
+    assert pool_images(write(form, tmp_path / form, files), tmp_path) == {*files.values()}
+
+
+@pytest.mark.parametrize("column", ["none", "null", "minus one", "list"])
+def test_unlabeled_parquet(tmp_path: Path, column: str) -> None:
+    """Without labels, or with those that would be refused."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = [*made_files().values()]
+    labels = {
+        "null": pa.nulls(len(files), pa.int64()),
+        "minus one": [-1] * len(files),
+        "list": [[1, 2]] * len(files),
+    }
+    columns = {"image": pa.array(files)} | ({"label": labels[column]} if column in labels else {})
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert pool_images(f"{tmp_path}/x.parquet", tmp_path) == {*files}
+
+
+@pytest.mark.parametrize("shards", ["", "[01]"])
+def test_unlabeled_tars_without_labels(tmp_path: Path, shards: str) -> None:
+    rows = [*made_files().items()]
+    make_tar(tmp_path / "0.tar", [(name.replace("/", "-"), data) for name, data in rows[:20]])
+    make_tar(tmp_path / "1.tar", [(name.replace("/", "-"), data) for name, data in rows[20:]])
+    wanted = rows if shards else rows[:20]
+    found = pool_images(f"{tmp_path}/{shards or 0}.tar", tmp_path)
+    assert found == {data for _, data in wanted}
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_no_label_in_some(tmp_path: Path, form: str) -> None:
+    """-1 is the label of an image without one, as in lists and records."""
+    images = {number: jpeg(number) for number in range(9)}
+    labels = {number: max(-1, number - 5) for number in images}
+    if form == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.table({"image": pa.array([*images.values()]), "label": [*labels.values()]})
+        pq.write_table(table, source := tmp_path / "x.parquet")
+    else:
+        rows = []
+        for number, image in images.items():
+            rows += [(f"{number}.jpg", image), (f"{number}.cls", str(labels[number]).encode())]
+        source = make_tar(tmp_path / "x.tar", rows)
+    done = run("pack", "--src", source, "--labeled", "all", "--out", tmp_path / "out")
+    assert "5 images have no label (-1): unlabeled images only" in done.stderr
+    found = {image: label for _, label, _, image in read_split(tmp_path / "out", "train_unlabel")}
+    assert found == {image: labels[number] for number, image in images.items()}
+    again = ("--src", source, "--unlabeled-src", source, "--out", tmp_path / "two")
+    assert "all its images are other sources': leave it out" in refuse(*again, status=4)
 
 
 @pytest.mark.slow

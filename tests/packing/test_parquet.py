@@ -147,7 +147,7 @@ ONE = {"image": images((b"1", "1.png"))}
             {},
             r"1 row has no usable label: t.parquet row 0 \(none\)",
         ),
-        ({**ONE, "label": [-1]}, {}, r"row 0 \(-1, which means none\)"),
+        ({**ONE, "label": [-2]}, {}, r"row 0 \(-2\)"),
         ({**ONE, "label": [3]}, {"label": NAMES}, r"row 0 \(3, but 3 classes are named\)"),
         ({**ONE, "label": [""]}, {}, r"row 0 \(none\)"),
         ({**ONE, "label": [[1, 2]]}, {}, "label has several labels an image, but only one can"),

@@ -152,7 +152,7 @@ GOOD: Contents = {"0.jpg": b"1", "0.cls": "3"}
         ({**GOOD, "1.jpg": b"1", "1.cls": " "}, "1.cls: no label, but nothing"),
         ({**GOOD, "1.jpg": b"1", "1.cls": "1\n2"}, "1.cls: no label, but several lines"),
         ({**GOOD, "1.jpg": b"1", "1.cls": b"\xff"}, r"1.cls: no label \('utf-8' codec"),
-        ({**GOOD, "1.jpg": b"1", "1.cls": "-1"}, "1.cls: label -1 is not 0 or more"),
+        ({**GOOD, "1.jpg": b"1", "1.cls": "-2"}, "1.cls: label -2 is not 0 or more"),
         ({"0.jpg": b"1", "0.cls": "a/b"}, "0.cls: a class with a slash in it: 'a/b'"),
         ({"0.jpg": b"1", "0.json": '{"label": [1, 2]}'}, r"\[1, 2\] for one label: only one an im"),
         ({"0.jpg": b"1", "0.json": '{"id": 1}'}, r"0.json: no label \(none of label, cls, "),

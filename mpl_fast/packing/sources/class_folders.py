@@ -39,8 +39,9 @@ class ClassFolders(Source):
         self._folders: set[str] = set()
         self._classes: dict[str, set[str]] = defaultdict(set)  # the folders of each
         labels = self.request.labels
-        annotated = None if labels else self._annotations()
-        self._flat = labels is not None or annotated is not None  # folders give no classes
+        annotated = None if labels or self.request.unlabeled else self._annotations()
+        # Folders give no classes.
+        self._flat = bool(labels or self.request.unlabeled or annotated is not None)
         images = self._images()
         if labels:
             images = labeled_images(images, labels, self.spec)
@@ -74,7 +75,7 @@ class ClassFolders(Source):
     def _add_other(self, path: str) -> None:
         """Count a file that is no image."""
         folder, _, name = path.rpartition("/")
-        if name != ANNOTATIONS or self.request.labels:
+        if name != ANNOTATIONS or self.request.labels or self.request.unlabeled:
             self._others.add(path)
         elif folder:
             fault = f"{path} gives the classes of images beside it"
@@ -89,6 +90,8 @@ class ClassFolders(Source):
         if count := self._others.count:
             what = counted(count, "file is not an image", "files are not images")
             self._warn(f"{what} by name, left out: {self._others}")
+        if self.request.unlabeled:
+            return  # what follows is about classes
         filled = set().union(*self._classes.values())
         filled.update(folder.rpartition("/")[0] for folder in self._folders)
         if empty := sorted(self._folders - filled):

@@ -46,6 +46,7 @@ def open_source(
     labels: Path | None,
     work: Path,
     report: Callable[[str], None],
+    unlabeled: bool = False,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -55,12 +56,14 @@ def open_source(
     kind = _kind_of(path)
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
-    for file in files:
-        if kind not in SEVERAL or _kind_of(file) is not kind:
-            kinds = "parquet files or webdataset shards"
-            raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
-    opener = SEVERAL[kind] if files else kind
-    return opener(Request(spec, path, folder, root, labels, work, report, files))
+    if files:
+        several = SEVERAL | ({TarSource: ShardsSource} if unlabeled else {})
+        for file in files:
+            if several.get(_kind_of(file)) is not several.get(kind, Source):
+                kinds = "parquet files or webdataset shards"
+                raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
+        kind = several[kind]
+    return kind(Request(spec, path, folder, root, labels, work, report, unlabeled, files))
 
 
 def _kind_of(path: Path) -> type[Source]:

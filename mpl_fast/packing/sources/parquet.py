@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
 from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
@@ -31,7 +32,7 @@ class _Columns(NamedTuple):
     image: str
     is_struct: bool  # {bytes, path}, else bytes
     has_path: bool
-    label: str
+    label: str  # "": unlabeled images without one
     names: tuple[str, ...] | None
 
 
@@ -62,16 +63,21 @@ class ParquetSource(UnpackedSource):
         for file in files[1:]:
             if _columns(file, request) != columns:
                 raise DataError(f"{file}: its columns or classes are not those of {files[0]}")
+        what = f", classes column {columns.label}" if columns.label else ", no classes"
         named = "" if columns.names is None else f" ({len(columns.names)} names in the schema)"
-        request.report(
-            f"{request.spec}: images are column {columns.image}, classes column "
-            f"{columns.label}{named}"
-        )
-        rows = _check_rows(files, columns)
+        request.report(f"{request.spec}: images are column {columns.image}{what}{named}")
+        try:
+            rows = _check_rows(files, columns)
+        except DataError:
+            if not (request.unlabeled and columns.label):
+                raise
+            columns = columns._replace(label="", names=None)
+            rows = _check_rows(files, columns)
         names = columns.names or rows.texts
         classes = _without_slash(names, f"{files[0]}: column {columns.label}", request)
         images = _images(files, columns, rows, classes)
-        return Unpacked(files, columns.names and [*classes.values()], images)
+        variant = "" if columns.label else "unlabeled"
+        return Unpacked(files, columns.names and [*classes.values()], images, variant)
 
 
 def _one_split(folder: Path) -> tuple[Path, ...]:
@@ -120,7 +126,23 @@ def _columns(file: Path, request: Request) -> _Columns:
     if image is None:
         which = f"several columns may be images: {', '.join(images)}" if images else "no images"
         raise DataError(f"{file}: {which}; of its columns {_shown(types)} one must be named image")
-    label = _label_column(file, types, features, request.folder)
+    try:
+        label, names = _label(file, types, features, request.folder)
+    except DataError:
+        if not request.unlabeled:
+            raise
+        label, names = "", None
+    children = [child.name for child in types[image]] if kinds.is_struct(types[image]) else []
+    return _Columns(image, bool(children), "path" in children, label, names)
+
+
+def _label(
+    file: Path, types: dict[str, Any], features: dict[str, Any], wanted: str
+) -> tuple[str, tuple[str, ...] | None]:
+    """Return the column of the labels, and the names of the classes by label."""
+    import pyarrow.types as kinds
+
+    label = _label_column(file, types, features, wanted)
     kind = types[label]
     if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
         raise DataError(f"{file}: {label} has several labels an image, but only one can be packed")
@@ -129,9 +151,7 @@ def _columns(file: Path, request: Request) -> _Columns:
     is_text = kinds.is_string(kind) or kinds.is_large_string(kind)
     if not (is_text or kinds.is_integer(kind) or kinds.is_boolean(kind)):
         raise DataError(f"{file}: column {label} is {kind}; labels are whole numbers or text")
-    names = None if is_text else _class_names(file, label, features)
-    children = [child.name for child in types[image]] if kinds.is_struct(types[image]) else []
-    return _Columns(image, bool(children), "path" in children, label, names)
+    return label, None if is_text else _class_names(file, label, features)
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -207,12 +227,13 @@ def _check_rows(files: Sequence[Path], columns: _Columns) -> _Rows:
     """
     import numpy as np
 
-    read = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
+    read = [columns.label] if columns.label else []
+    read += [f"{columns.image}.path"] if columns.has_path else []
     own_names, hashes, faults = columns.has_path, array("q"), Tally(3)
     texts: set[str] = set()
-    for file, first, batch in _batches(files, read, _SMALL_ROWS):
-        labels = batch.column(columns.label).to_pylist()
-        for row, label in enumerate(labels, first):
+    for file, first, batch in _batches(files, read, _SMALL_ROWS) if read else ():
+        labels = _labels_of(batch, columns)
+        for row, label in enumerate(labels if columns.label else (), first):
             if fault := _label_fault(label, columns.names):
                 faults.add(f"{file.name} row {row} ({fault})")
         texts.update(label for label in labels if isinstance(label, str))
@@ -233,11 +254,19 @@ def _label_fault(label: object, names: Sequence[str] | None) -> str:
     if label is None or label == "":
         return "none"
     if isinstance(label, int):
-        if label < 0:
-            return f"{label}, which means none"
+        if label < NO_LABEL:
+            return str(label)
         if names is not None and label >= len(names):
             return f"{label}, but {len(names)} classes are named"
     return ""
+
+
+def _labels_of(batch: Any, columns: _Columns) -> list[Any]:
+    """Return the labels of some rows, None for each if they have none."""
+    if not columns.label:
+        return [None] * int(batch.num_rows)
+    labels: list[Any] = batch.column(columns.label).to_pylist()
+    return labels
 
 
 def _base(path: str) -> str:
@@ -246,15 +275,16 @@ def _base(path: str) -> str:
 
 def _images(
     files: Sequence[Path], columns: _Columns, rows: _Rows, classes: dict[str, str]
-) -> Iterator[tuple[int | str, str, bytes]]:
+) -> Iterator[tuple[int | str | None, str, bytes]]:
     """Yield label, name and content of the images, without holding them in memory."""
-    read = [columns.label, f"{columns.image}.bytes" if columns.is_struct else columns.image]
+    read = [f"{columns.image}.bytes" if columns.is_struct else columns.image]
+    read += [columns.label] if columns.label else []
     read += [f"{columns.image}.path"] if rows.own_names else []
     for file, first, batch in _batches(files, read, _ROWS):
         images = batch.column(columns.image)
         contents = images.field("bytes") if columns.is_struct else images
         paths = images.field("path") if rows.own_names else None
-        for at, label in enumerate(batch.column(columns.label).to_pylist()):
+        for at, label in enumerate(_labels_of(batch, columns)):
             content = contents[at].as_py()
             if content is None:
                 fault = "has no image bytes; files that it names by path are not read"
@@ -262,7 +292,11 @@ def _images(
             name = f"{file.stem}-{first + at:06d}{_suffix(content)}"
             if paths is not None:
                 name = _base(paths[at].as_py())
-            yield classes[label] if isinstance(label, str) else int(label), name, content
+            if isinstance(label, str):
+                label = classes[label]
+            elif label is not None:
+                label = None if label == NO_LABEL else int(label)
+            yield label, name, content
 
 
 def _suffix(image: bytes) -> str:

@@ -24,7 +24,9 @@ class Unpacked(NamedTuple):
 
     files: Sequence[Path]  # that it is read from
     names: Sequence[str] | None  # of the classes by label, if the source has them
-    images: Iterable[tuple[int | str, str, bytes]]  # label or class, name, image file
+    # Label or class (None: it has none), name, image file.
+    images: Iterable[tuple[int | str | None, str, bytes]]
+    variant: str = ""  # if the same part of the same files can be read in several ways
 
 
 class UnpackedSource(Source):
@@ -36,7 +38,7 @@ class UnpackedSource(Source):
 
     def __init__(self, request: Request) -> None:
         content = self._unpack(request)
-        part = f"{type(self).__name__}:{request.folder}"
+        part = f"{type(self).__name__}:{request.folder}:{content.variant}"
         super().__init__(request, spooled(request, _entries(content), content.files, part))
 
     @classmethod
@@ -49,11 +51,12 @@ class UnpackedSource(Source):
         names = next(entries)[0]
         highest = -1
         for (label, name), start, size in entries:
-            if isinstance(label, str):
-                yield Image(label, name, name, start, size, 0)
-            else:
+            class_name = label or ""
+            if isinstance(label, int):
                 highest = max(highest, label)
-                yield Image(names[label] if names else str(label), name, name, start, size, 0)
+                class_name = names[label] if names else str(label)
+            path = f"{class_name}/{name}" if class_name else name
+            yield Image(class_name, name, path, start, size, 0)
         if names or highest >= 0:
             self.class_order = tuple(names or map(str, range(highest + 1)))
 

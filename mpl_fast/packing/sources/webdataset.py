@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.class_folders import Entry
@@ -114,11 +115,15 @@ class _Labels:
                 if not images:
                     self._others.add(next(iter(sample)))
                 for path in images:
+                    _, start, size, _ = sample[path]
+                    name = path.rpartition("/")[2]
+                    if self._request.unlabeled:
+                        yield Image("", name, path, start, size, 0)
+                        continue
                     label = self._label_file(sample, path, len(images))
                     content = os.pread(raw.fileno(), label.size, label.start)
-                    _, start, size, _ = sample[path]
                     class_name = self._class_name(label.path, content)
-                    yield Image(class_name, path.rpartition("/")[2], path, start, size, 0)
+                    yield Image(class_name, name, path, start, size, 0)
 
     def class_order(self) -> tuple[str, ...] | None:
         """Return the class names by number, None if labels are text; after all images."""
@@ -196,6 +201,8 @@ class _Labels:
 
     def _by_number(self, where: str, name: str) -> str:
         label = int(name)
+        if label == NO_LABEL:
+            return ""
         if label < 0 or (self._names and label >= len(self._names)):
             limit = f"0 to {len(self._names) - 1} (classes.txt)" if self._names else "0 or more"
             raise DataError(f"{where}: label {label} is not {limit}")
