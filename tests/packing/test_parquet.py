@@ -97,7 +97,9 @@ def test_packed_like_a_tar(tmp_path: Path) -> None:
     assert not list(other.rglob("spool-*"))
 
 
-@pytest.mark.parametrize("paths", [[None, None], ["a.jpg", "a.jpg"], ["a.jpg", None]])
+@pytest.mark.parametrize(
+    "paths", [[None, None], ["a.jpg", "x/"], ["a.jpg", "a.jpg"], ["a.jpg", None]]
+)
 def test_names_by_row(tmp_path: Path, paths: list[str | None]) -> None:
     """Paths that are missing, or those of several images of a class, are no names."""
     rows = images((jpeg(0), paths[0]), (png(0), paths[1]))

@@ -329,6 +329,8 @@ def test_mnist(tmp_path: Path, images: str, labels: str) -> None:
         DataError, match=r"its labels must be beside it, as train-labels.idx1-ubyte"
     ):
         listed(path, tmp_path)
+    bare = opened(path, tmp_path, unlabeled=True)
+    assert [image.class_name for image in bare.images()] == [""] * 1400
     beside = idx(tmp_path / labels, digits)
     require_equal(
         images_of(path, tmp_path),

@@ -57,6 +57,10 @@ def open_source(
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
     if files:
+        if labels is not None:
+            raise ConfigError(
+                f"{spec}: a labels file is for one source, not for a pattern of files"
+            )
         several = SEVERAL | ({TarSource: ShardsSource} if unlabeled else {})
         for file in files:
             if several.get(_kind_of(file)) is not several.get(kind, Source):

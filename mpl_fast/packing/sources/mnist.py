@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 from mpl_fast.errors import DataError
@@ -36,6 +36,8 @@ class MnistSource(UnpackedSource):
         file = next((file for file in found if file != path and file.is_file()), None)
         if next(_blocks(path))[:4] == _LABELS:
             raise DataError(f"{path}: holds labels; name the file of the images")
+        if file is None and request.unlabeled:
+            return Unpacked((path,), None, _images(path, None, b""), "unlabeled")
         if file is None:
             raise DataError(f"{path}: its labels must be beside it, as {found[0].name}")
         labels = b"".join(_blocks(file))
@@ -54,7 +56,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _images(path: Path, beside: Path, labels: bytes) -> Iterator[tuple[int, str, bytes]]:
+def _images(
+    path: Path, beside: Path | None, labels: bytes
+) -> Iterator[tuple[int | None, str, bytes]]:
+    """Yield label (None without a file of labels), name and image."""
     import numpy as np
 
     blocks = _blocks(path)
@@ -62,11 +67,11 @@ def _images(path: Path, beside: Path, labels: bytes) -> Iterator[tuple[int, str,
     if len(content) < 16:
         raise DataError(f"{path}: cut short in its header")
     count, height, width = struct.unpack_from(">III", content, 4)
-    if count != len(labels):
+    if beside is not None and count != len(labels):
         raise DataError(f"{path}: has {count} images, but {beside} {len(labels)} labels")
     stem = path.name.partition("-idx")[0].partition(".")[0]
     images = pieces(chain([content[16:]], blocks), height * width)
-    for row, label in enumerate(labels):
+    for row, label in enumerate(labels if beside is not None else repeat(None, count)):
         image = next(images, b"")
         if len(image) < height * width or not image:
             raise DataError(f"{path}: cut short at image {row} of {count}")

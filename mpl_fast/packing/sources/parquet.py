@@ -239,7 +239,7 @@ def _check_rows(files: Sequence[Path], columns: _Columns) -> _Rows:
         texts.update(label for label in labels if isinstance(label, str))
         if own_names:
             paths = batch.column(columns.image).field("path").to_pylist()
-            own_names = all(paths)
+            own_names = all(path and _base(path) for path in paths)
         if own_names:
             hashes.extend(hash(pair) for pair in zip(labels, map(_base, paths), strict=True))
     if faults.count:
