@@ -39,11 +39,11 @@ class Request(NamedTuple):
 
 
 class Source(ABC):
-    """A folder of image files, or a file of which the images are byte ranges.
+    """A folder of image files, or a file (or several: SHARDS) of which images are byte ranges.
 
     A new kind sets `kind`, lists its images in `_list`, and stands in `kinds.KINDS`. If its images
-    are no byte ranges of what the user gave, its constructor writes a file of them (spool.py); if
-    they are encoded there, it has a `decode`, which is static because it is called by worker
+    are no byte ranges of what the user gave, its constructor writes a file of them (spool.py,
+    `UnpackedSource`); if they are encoded there, it has a `decode`, which is static because it is called by worker
     processes, which know only kind, file and byte ranges.
 
     An image without a label has class "". With `request.unlabeled` classes are not used: a source
