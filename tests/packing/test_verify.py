@@ -259,6 +259,8 @@ def test_folders_that_are_no_finished_pack(pack: SmallPack, tmp_path: Path) -> N
     whole = (pack.root / MANIFEST).read_text()
     edit_manifest(pack.root, lambda stored: stored["shards"][0].update(file="gone"))
     refused(pack.root, rf"manifest\.json: damaged \({FIRST}.*\); pack again")
+    edit_manifest(pack.root, lambda stored: stored["splits"]["train"].update(shards=[7]))
+    refused(pack.root, r"manifest\.json: damaged \((.*, )?7(, .*)?\); pack again")
     for part, at, key in (
         ("shards", 0, "sha256"),
         ("shards", 0, "idx_sha256"),

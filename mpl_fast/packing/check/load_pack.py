@@ -58,7 +58,7 @@ def load_pack(root: Path) -> Json:
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
-        raise DataError(f"{root / MANIFEST}: damaged ({first_few(wrong)}); pack again")
+        raise DataError(f"{root / MANIFEST}: damaged ({first_few(map(str, wrong))}); pack again")
     return manifest
 
 
