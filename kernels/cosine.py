@@ -16,27 +16,20 @@ f is taken to the base of 2, as 2 ** (rate (t - max(t))): one product less for e
 # Triton's language only looks like Python: arguments are pointers and blocks.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpl_fast.kernels.launch import (
-    constant,
-    dense_rows,
-    no_second_derivative,
-    register,
-    wrap_triton,
-)
+from mpl_fast.kernels.launch import dense_rows, differentiable, register, wrap_triton
 from mpl_fast.kernels.outputs import CosineOut
 from mpl_fast.kernels.rows import LOG2E, LOWEST, aligned, inverse, load_block, store_block
 
 
 @triton.jit
-def _fold(s, t, m_s, ee, m_t, z_t, ff, ef, rate):
+def _fold(s, t, sums, rate):
     """Adds a block of both rows to maxima, E, sum f, F and sum e f."""
+    m_s, ee, m_t, z_t, ff, ef = sums
     max_s = tl.maximum(m_s, tl.max(s, 0))
     max_t = tl.maximum(m_t, tl.max(t, 0))
     scale_s = tl.exp2((m_s - max_s) * LOG2E)
@@ -77,17 +70,13 @@ def cosine_kernel(
     inv_rows = inverse(rows)
     rate = tl.cast(inv_t, tl.float32) * LOG2E
     threshold = tl.cast(threshold, tl.float32)
-    m_s = tl.full([], LOWEST, tl.float32)
-    m_t = tl.full([], LOWEST, tl.float32)
-    ee = tl.full([], 0.0, tl.float32)
-    z_t = tl.full([], 0.0, tl.float32)
-    ff = tl.full([], 0.0, tl.float32)
-    ef = tl.full([], 0.0, tl.float32)
+    lowest = tl.full([], LOWEST, tl.float32)
+    zero = tl.full([], 0.0, tl.float32)
+    sums = lowest, zero, lowest, zero, zero, zero
     for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
-        s = load_block(x_row, offs, C)
-        t = load_block(t_row, offs, C)
-        m_s, ee, m_t, z_t, ff, ef = _fold(s, t, m_s, ee, m_t, z_t, ff, ef, rate)
+        sums = _fold(load_block(x_row, offs, C), load_block(t_row, offs, C), sums, rate)
+    m_s, ee, m_t, z_t, ff, ef = sums
     lengths = tl.sqrt_rn(ee * ff)
     z_t = tl.where(z_t == 0.0, float("nan"), z_t)  # all classes at -inf
     conf = tl.div_rn(1.0, z_t)  # rounded as PyTorch's division: it is compared
@@ -138,60 +127,41 @@ def cosine_gradient_kernel(
 
 
 def _cosine(
-    x: Tensor, target: Tensor, temperature: float, threshold: float
+    x: Tensor, constants: list[Tensor], temperature: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Shares of loss and mask rate (2, rows), and what the gradient needs (4, rows)."""
+    """Shares of loss and mask rate (2, rows), and what the gradient needs. constants: targets."""
     rows = x.shape[0]
     part = x.new_empty((2, rows), dtype=torch.float32)
     saved = x.new_empty((4, rows), dtype=torch.float32)
-    wrap_triton(cosine_kernel, rows, x, target)(
+    wrap_triton(cosine_kernel, rows, x, *constants)(
         saved, part, rows, 1.0 / temperature, float(threshold)
     )
     return part, saved
 
 
 def _cosine_gradient(
-    x: Tensor, target: Tensor, temperature: float, saved: Tensor, upstream: Tensor
+    x: Tensor,
+    constants: list[Tensor],
+    temperature: float,
+    threshold: float,
+    saved: Tensor,
+    upstream: Tensor,
 ) -> Tensor:
-    """The gradient (rows, C). saved: the second output of `_cosine`. upstream: 0-dim."""
+    """The gradient (rows, C); the threshold is in the numbers of `_cosine` already."""
     gradient = x.new_empty(x.shape)
-    wrap_triton(cosine_gradient_kernel, x.shape[0], x, target)(
+    wrap_triton(cosine_gradient_kernel, x.shape[0], x, *constants)(
         saved, upstream, gradient, x.shape[0], 1.0 / temperature
     )
     return gradient
 
 
-cosine = register("mpl_fast::cosine", _cosine)
-cosine_gradient = register("mpl_fast::cosine_gradient", _cosine_gradient)
-
-
-class _CosineLoss(torch.autograd.Function):
-    """Saves the logits, and each row's four numbers, for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, target: Tensor, temperature: float, threshold: float
-    ) -> tuple[Tensor, Tensor]:
-        part, saved = cosine(x, target, temperature, threshold)
-        if not torch.compiler.is_compiling():  # it cannot trace this
-            ctx.set_materialize_grads(False)  # a zero for the mask rate would be a launch
-        loss, mask_rate = part.sum(1).unbind()
-        ctx.save_for_backward(x, target, saved)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(mask_rate)
-        return loss, mask_rate
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        no_second_derivative()
-        if upstream is None:
-            return (None,) * 4
-        x, target, saved = ctx.saved_tensors
-        return cosine_gradient(x, target, ctx.temperature, saved, upstream), None, None, None
+_loss = differentiable(
+    register("mpl_fast::cosine", _cosine),
+    register("mpl_fast::cosine_gradient", _cosine_gradient),
+)
 
 
 def cosine_loss(logits: Tensor, target: Tensor, temperature: float, threshold: float) -> CosineOut:
     """`losses.cosine_loss`. 2 launches forward, 1 backward; all is read twice, written once."""
     x, fixed = dense_rows(logits), dense_rows(target.detach())
-    loss, rate = cast(tuple[Tensor, Tensor], _CosineLoss.apply(x, fixed, temperature, threshold))
-    return CosineOut(loss, constant(rate))
+    return CosineOut._make(_loss(x, [fixed], (temperature, threshold)))

@@ -12,8 +12,6 @@ recomputes the gradient from the logits: that is exact for every gradient with r
 # Triton's language only looks like Python: arguments are pointers and blocks.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from mpl_fast.kernels.launch import (
     dense_rows,
-    no_second_derivative,
+    differentiable,
     on_device,
     register,
     wrap_triton,
@@ -48,7 +46,7 @@ def exact_kernel(
     direction_stride,
     weight_ptr,  # a number
     saved_ptr,  # (3, rows) float32, written
-    part_ptr,  # (rows,) float32, written: shares of the value
+    part_ptr,  # (1, rows) float32, written: shares of the value
     rows,
     C: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -111,19 +109,19 @@ def exact_gradient_kernel(
         store_block(g_ptr + row * C, offs, coef * e * (_load_direction(u_row, offs, C) - mean), C)
 
 
-def _exact(x: Tensor, direction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of the value (rows,), and what the gradient needs (3, rows). weight: 0-dim."""
+def _exact(x: Tensor, constants: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Shares of the value (1, rows), and what the gradient needs. constants: direction, weight."""
+    direction, weight = constants
     rows = x.shape[0]
-    part = x.new_empty(rows, dtype=torch.float32)
+    part = x.new_empty((1, rows), dtype=torch.float32)
     saved = x.new_empty((3, rows), dtype=torch.float32)
     wrap_triton(exact_kernel, rows, x, direction)(weight, saved, part, rows)
     return part, saved
 
 
-def _exact_gradient(
-    x: Tensor, direction: Tensor, weight: Tensor, saved: Tensor, upstream: Tensor
-) -> Tensor:
-    """The gradient (rows, C). saved: the second output of `_exact`. upstream: 0-dim."""
+def _exact_gradient(x: Tensor, constants: list[Tensor], saved: Tensor, upstream: Tensor) -> Tensor:
+    """The gradient (rows, C)."""
+    direction, weight = constants
     gradient = x.new_empty(x.shape)
     wrap_triton(exact_gradient_kernel, x.shape[0], x, direction)(
         weight, saved, upstream, gradient, x.shape[0]
@@ -131,24 +129,9 @@ def _exact_gradient(
     return gradient
 
 
-exact = register("mpl_fast::exact", _exact)
-exact_gradient = register("mpl_fast::exact_gradient", _exact_gradient)
-
-
-class _ExactFeedback(torch.autograd.Function):
-    """Saves the logits, and each row's maximum, Z and mean, for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
-        part, saved = exact(x, direction, weight)
-        ctx.save_for_backward(x, direction, weight, saved)
-        return part.sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        no_second_derivative()
-        x, direction, weight, saved = ctx.saved_tensors
-        return exact_gradient(x, direction, weight, saved, upstream), None, None
+_value = differentiable(
+    register("mpl_fast::exact", _exact), register("mpl_fast::exact_gradient", _exact_gradient)
+)
 
 
 def exact_feedback(logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor:
@@ -157,4 +140,4 @@ def exact_feedback(logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor:
     All is read twice, a gradient written once.
     """
     x, fixed = dense_rows(logits), dense_rows(direction.detach())
-    return cast(Tensor, _ExactFeedback.apply(x, fixed, on_device(weight, logits)))
+    return _value(x, [fixed, on_device(weight, logits)], ())[0]

@@ -1,4 +1,4 @@
-"""Launches of the kernels: block sizes, scalars on the device, registration with torch.library.
+"""Launches of the kernels: block sizes, scalars on the device, torch.library, autograd.
 
 An op is one function that allocates outputs and launches a kernel. PyTorch's compiler calls it
 through torch.library: as `triton_op`, whose kernel inductor launches itself, where Triton compiles,
@@ -116,16 +116,53 @@ def register(name: str, function: Callable[Arguments, Result]) -> Callable[Argum
     return call
 
 
-def constant(marked: Tensor) -> Tensor:
-    """An output that an autograd.Function marked as not differentiable.
+def differentiable(
+    loss: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor]
+) -> Callable[[Tensor, list[Tensor], tuple[float, ...]], tuple[Tensor, ...]]:
+    """A function of logits (rows, C), constant tensors and numbers, differentiable by the logits.
 
-    The compiler of PyTorch 2.11 loses that mark, and fails where it needs the output's gradient.
+    loss(x, constants, *numbers) returns shares (k, rows), whose sums over rows are the loss and
+    k - 1 statistics, and what the gradient needs besides. gradient(x, constants, *numbers, saved,
+    upstream) returns the gradient (rows, C); upstream is the one with respect to the loss.
     """
-    return marked.detach() if torch.compiler.is_compiling() else marked
+
+    class Loss(torch.autograd.Function):
+        # No more names: where one argument less than given has a name, as *constants would be, the
+        # compiler of PyTorch 2.11 takes ctx for one too many.
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+            numbers, x, *constants = arguments
+            part, saved = loss(x, constants, *numbers)
+            if not torch.compiler.is_compiling():  # it cannot trace this
+                ctx.set_materialize_grads(False)  # a zero for a statistic would be a launch
+            outputs = part.sum(1).unbind()
+            ctx.save_for_backward(saved, x, *constants)
+            ctx.numbers = numbers
+            ctx.mark_non_differentiable(*outputs[1:])
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            _refuse_second_derivative()
+            saved, x, *constants = ctx.saved_tensors
+            found = None
+            if upstream is not None:
+                found = gradient(x, constants, *ctx.numbers, saved, upstream)
+            return None, found, *(None for _ in constants)
+
+    def call(x: Tensor, constants: list[Tensor], numbers: tuple[float, ...]) -> tuple[Tensor, ...]:
+        result, *statistics = cast(tuple[Tensor, ...], Loss.apply(numbers, x, *constants))
+        if torch.compiler.is_compiling():
+            # The compiler of PyTorch 2.11 loses the mark of outputs that are not differentiable,
+            # and fails where it needs their gradient.
+            statistics = [value.detach() for value in statistics]
+        return result, *statistics
+
+    return call
 
 
-def no_second_derivative() -> None:
-    """First line of a backward pass: refuses to be differentiated, where it would be wrong.
+def _refuse_second_derivative() -> None:
+    """In a backward pass: its result would be taken for a constant.
 
     While compiling, gradients are always enabled, and PyTorch itself refuses a second derivative.
     """

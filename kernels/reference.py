@@ -25,10 +25,7 @@ from mpl_fast.kernels.outputs import (
 
 
 def pseudo_labels(weak: Tensor, uniforms: Tensor | None) -> PseudoLabels:
-    """Each row's label, confidence and entropy under p = softmax(weak).
-
-    The label is the arg-max, or sampled from p by inverting its cumulative sum at `uniforms`.
-    """
+    """`losses.pseudo_labels`."""
     weak = _wide(weak.detach())
     p, log_p, confidence = _sharpen(weak, 1.0)
     label = weak.argmax(-1) if uniforms is None else _sample(p, uniforms)
@@ -36,7 +33,7 @@ def pseudo_labels(weak: Tensor, uniforms: Tensor | None) -> PseudoLabels:
 
 
 def smoothed_ce(logits: Tensor, target: Tensor, label_smoothing: float) -> CEOut:
-    """Mean over rows of CE((1 - a) 1[target] + a / C, softmax(logits)), a = label_smoothing."""
+    """`losses.smoothed_ce`."""
     x = _wide(logits)
     return CEOut(_mean(_hard_ce(x, target, label_smoothing)), _match(x.argmax(-1), target))
 
@@ -44,10 +41,7 @@ def smoothed_ce(logits: Tensor, target: Tensor, label_smoothing: float) -> CEOut
 def student_loss(
     logits: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None
 ) -> Tensor:
-    """Mean over rows of weight_i * CE_smoothed(pseudo_i, softmax(logits_i)), 0-dim.
-
-    pseudo: classes (U,), or logits (U, C) whose softmax is the target.
-    """
+    """`losses.student_loss`."""
     x = _wide(logits)
     if pseudo.dim() == 2:
         q, _, _ = _sharpen(pseudo.detach().to(x.dtype), 1.0)
@@ -68,14 +62,7 @@ def student_loss_and_grad(
 
 
 def teacher_loss(inputs: TeacherInputs) -> TeacherOut:
-    """loss = sup + uda_weight * uda + feedback * mpl, over rows labeled | weak | strong.
-
-    With q = softmax(weak / temperature), a constant, and each mean over all rows of its kind:
-
-        sup = mean CE_smoothed(target, labeled)
-        uda = mean 1[max q >= threshold] * CE(q, strong)
-        mpl = mean CE(y, strong)
-    """
+    """The terms of `losses.teacher_loss_and_grad`, which autograd differentiates."""
     x, n_labeled = _wide(inputs.logits), inputs.target.shape[0]
     labeled, strong = x[:n_labeled], x[n_labeled + inputs.n_unlabeled :]
     weak = x[n_labeled : n_labeled + inputs.n_unlabeled].detach()
@@ -111,10 +98,7 @@ def teacher_loss_and_grad(inputs: TeacherInputs) -> tuple[TeacherOut, Tensor]:
 
 
 def cosine_loss(logits: Tensor, target: Tensor, temperature: float, threshold: float) -> CosineOut:
-    """Mean over all rows of 1[max q >= threshold] * (1 - cos(softmax(logits), q)).
-
-    q = softmax(target / temperature), a constant.
-    """
+    """`losses.cosine_loss`."""
     x = _wide(logits)
     q, _, confidence = _sharpen(target.detach().to(x.dtype), temperature)
     p = x.softmax(-1)
@@ -124,7 +108,7 @@ def cosine_loss(logits: Tensor, target: Tensor, temperature: float, threshold: f
 
 
 def exact_feedback(logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor:
-    """weight * mean over rows of sum_c direction_c softmax(logits)_c, 0-dim."""
+    """`losses.exact_feedback`."""
     x = _wide(logits)
     q = _scaled(x, 1.0).softmax(-1)
     return _constant(weight, x) * _mean((q * direction.detach().to(x.dtype)).sum(-1))
@@ -133,11 +117,7 @@ def exact_feedback(logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor:
 def mpl_feedback(
     old: Tensor, new: Tensor, average: Tensor | None = None, *, momentum: float = 0.99
 ) -> Tensor:
-    """h = old - new, less its running mean if given, which is updated first and in place.
-
-    Only a finite h updates the mean. The order is the official code's (class MPL of its
-    training_utils.py); the sign is the paper's and not that code's.
-    """
+    """`losses.mpl_feedback`; the official code has it in class MPL of its training_utils.py."""
     wide = torch.float64 if old.dtype == torch.float64 else torch.float32
     h = (old.detach().to(wide) - new.detach().to(wide)).float()
     if average is None:

@@ -19,20 +19,12 @@ is taken afterwards, which is deterministic, unlike atomics.
 # Triton's language only looks like Python: arguments are pointers and blocks.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 
-from typing import Any, cast
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mpl_fast.kernels.launch import (
-    constant,
-    dense_rows,
-    no_second_derivative,
-    register,
-    wrap_triton,
-)
+from mpl_fast.kernels.launch import dense_rows, differentiable, register, wrap_triton
 from mpl_fast.kernels.outputs import CEOut
 from mpl_fast.kernels.rows import (
     LOG2E,
@@ -49,8 +41,9 @@ from mpl_fast.kernels.rows import (
 
 
 @triton.jit
-def _fold_soft(s, t, offs, start, m_s, z_s, m_t, z_t, dot, sum_d, C: tl.constexpr):
+def _fold_soft(s, t, offs, start, sums, C: tl.constexpr):
     """Adds a block of both rows to maxima, Z, sum e_t d_s and sum d_s."""
+    m_s, z_s, m_t, z_t, dot, sum_d = sums
     max_s = tl.maximum(m_s, tl.max(s, 0))
     max_t = tl.maximum(m_t, tl.max(t, 0))
     step_s = tl.where(z_s == 0.0, 0.0, m_s - max_s)
@@ -69,19 +62,15 @@ def _fold_soft(s, t, offs, start, m_s, z_s, m_t, z_t, dot, sum_d, C: tl.constexp
 @triton.jit
 def _soft_row(s_ptr, t_ptr, smoothing, C: tl.constexpr, BLOCK: tl.constexpr):
     """Cross-entropy of a row with softmax(t), the maximum and Z of both rows."""
-    m_s = tl.full([], LOWEST, tl.float32)
-    m_t = tl.full([], LOWEST, tl.float32)
-    z_s = tl.full([], 0.0, tl.float32)
-    z_t = tl.full([], 0.0, tl.float32)
-    dot = tl.full([], 0.0, tl.float32)
-    sum_d = tl.full([], 0.0, tl.float32)
+    lowest = tl.full([], LOWEST, tl.float32)
+    zero = tl.full([], 0.0, tl.float32)
+    sums = lowest, zero, lowest, zero, zero, zero
     for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
         s = load_block(s_ptr, offs, C)
         t = load_block(t_ptr, offs, C)
-        m_s, z_s, m_t, z_t, dot, sum_d = _fold_soft(
-            s, t, offs, i, m_s, z_s, m_t, z_t, dot, sum_d, C
-        )
+        sums = _fold_soft(s, t, offs, i, sums, C)
+    m_s, z_s, m_t, z_t, dot, sum_d = sums
     # All classes at -inf are NaN, as in PyTorch: of s by the logarithm, of t by 0 / 0.
     loss = tl.log(tl.where(z_s == 0.0, float("nan"), z_s)) - (1.0 - smoothing) * (dot / z_t)
     if smoothing > 0:  # 0 * -inf would be NaN
@@ -210,40 +199,44 @@ def student_gradient_kernel(
 
 
 def _student(
-    x: Tensor, pseudo: Tensor, weight: list[Tensor], label_smoothing: float, grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shares of loss and accuracy (1 or 2, rows), what a gradient needs, or the gradient (rows, C).
+    x: Tensor, constants: list[Tensor], label_smoothing: float, grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Shares of loss and accuracy (1 or 2, rows), and the gradient or what it needs later.
 
-    weight: (rows,), or none. Accuracy is there for hard labels without grad alone.
+    constants: pseudo labels and, if any, weights. Accuracy is of hard labels without `grad` alone.
     """
-    (rows, classes), soft = x.shape, pseudo.dim() == 2
+    (pseudo, *weight), (rows, _) = constants, x.shape
+    soft = pseudo.dim() == 2
     part = x.new_empty((1 if soft or grad else 2, rows), dtype=torch.float32)
-    saved = x.new_empty((0 if grad else 4 if soft else 2, rows), dtype=torch.float32)
-    gradient = x.new_empty((rows if grad else 0, classes))
+    if grad:
+        result = x.new_empty(x.shape)
+    else:
+        result = x.new_empty((4 if soft else 2, rows), dtype=torch.float32)
     wrap_triton(student_kernel, rows, x, pseudo if soft else x)(
         pseudo,
         weight[0] if weight else x,
         part,
-        saved,
-        gradient,
+        x if grad else result,
+        result if grad else x,
         rows,
         float(label_smoothing),
         SOFT=soft,
         WEIGHTED=bool(weight),
         GRAD=grad,
     )
-    return part, saved, gradient
+    return part, result
 
 
 def _student_gradient(
     x: Tensor,
-    pseudo: Tensor,
-    weight: list[Tensor],
+    constants: list[Tensor],
     label_smoothing: float,
+    grad: bool,
     saved: Tensor,
     upstream: Tensor,
 ) -> Tensor:
-    """The gradient (rows, C). saved: the second output of `_student`. upstream: 0-dim."""
+    """The gradient (rows, C)."""
+    pseudo, *weight = constants
     gradient = x.new_empty(x.shape)
     soft = pseudo.dim() == 2
     wrap_triton(student_gradient_kernel, x.shape[0], x, pseudo if soft else x)(
@@ -261,59 +254,30 @@ def _student_gradient(
 
 
 student = register("mpl_fast::student", _student)
-student_gradient = register("mpl_fast::student_gradient", _student_gradient)
-
-
-class _StudentLoss(torch.autograd.Function):
-    """Saves the logits, and each row's maximum and Z, for the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, pseudo: Tensor, label_smoothing: float, *weight: Tensor
-    ) -> tuple[Tensor, ...]:
-        part, saved, _ = student(x, pseudo, [*weight], label_smoothing, False)
-        if not torch.compiler.is_compiling():  # it cannot trace this
-            ctx.set_materialize_grads(False)  # a zero for the accuracy would be a launch
-        outputs = part.sum(1).unbind()
-        ctx.save_for_backward(x, pseudo, saved, *weight)
-        ctx.label_smoothing = label_smoothing
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        no_second_derivative()
-        x, pseudo, saved, *weight = ctx.saved_tensors
-        gradient = None
-        if upstream is not None:
-            gradient = student_gradient(x, pseudo, weight, ctx.label_smoothing, saved, upstream)
-        return gradient, None, None, *(None for _ in weight)
+_loss = differentiable(student, register("mpl_fast::student_gradient", _student_gradient))
 
 
 def smoothed_ce(logits: Tensor, target: Tensor, label_smoothing: float) -> CEOut:
     """`losses.smoothed_ce`. 2 launches forward, 1 backward; logits read twice, written once."""
-    out = _StudentLoss.apply(dense_rows(logits), target.contiguous(), label_smoothing)
-    loss, accuracy = cast(tuple[Tensor, Tensor], out)
-    return CEOut(loss, constant(accuracy))
+    return CEOut._make(_loss(dense_rows(logits), [target.contiguous()], (label_smoothing, False)))
 
 
 def student_loss(
     logits: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None
 ) -> Tensor:
     """`losses.student_loss`. 2 launches forward, 1 backward; logits read twice, written once."""
-    x, label = dense_rows(logits), dense_rows(pseudo.detach())
-    out = _StudentLoss.apply(x, label, label_smoothing, *_weights(weight))
-    return cast(tuple[Tensor, ...], out)[0]
+    return _loss(dense_rows(logits), _constants(pseudo, weight), (label_smoothing, False))[0]
 
 
 def student_loss_and_grad(
     logits: Tensor, pseudo: Tensor, label_smoothing: float, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`losses.student_loss_and_grad`. 2 launches; logits read once, a gradient written once."""
-    x, label = dense_rows(logits.detach()), dense_rows(pseudo.detach())
-    part, _, gradient = student(x, label, _weights(weight), label_smoothing, True)
+    x = dense_rows(logits.detach())
+    part, gradient = student(x, _constants(pseudo, weight), label_smoothing, True)
     return part.sum(), gradient
 
 
-def _weights(weight: Tensor | None) -> list[Tensor]:
-    return [] if weight is None else [weight.detach().contiguous()]
+def _constants(pseudo: Tensor, weight: Tensor | None) -> list[Tensor]:
+    labels = dense_rows(pseudo.detach())
+    return [labels] if weight is None else [labels, weight.detach().contiguous()]

@@ -43,22 +43,9 @@ STATISTICS = TeacherOut._fields[:-1]  # the rows of `part_ptr`
 
 
 @triton.jit
-def _fold(
-    w,
-    s,
-    start,
-    m_w,
-    z_w,
-    a_w,
-    m_s,
-    z_s,
-    dot,
-    top,
-    inv_t,
-    TOP_WEAK: tl.constexpr,
-    TOP_STRONG: tl.constexpr,
-):
+def _fold(w, s, start, sums, inv_t, TOP_WEAK: tl.constexpr, TOP_STRONG: tl.constexpr):
     """Adds a block of both rows to maxima, Z, sum e_w d_w / T, sum e_w d_s, and an arg-max."""
+    m_w, z_w, a_w, m_s, z_s, dot, top = sums
     max_w, top = fold_max(w, start, m_w, top, TOP_WEAK)
     max_s, top = fold_max(s, start, m_s, top, TOP_STRONG)
     step_w = tl.where(z_w == 0.0, 0.0, (m_w - max_w) * inv_t)
@@ -87,20 +74,15 @@ def _sums(
     BLOCK: tl.constexpr,
 ):
     """`_fold` of all blocks of two rows; a Z of 0 becomes NaN: all classes at -inf."""
-    m_w = tl.full([], LOWEST, tl.float32)
-    m_s = tl.full([], LOWEST, tl.float32)
-    z_w = tl.full([], 0.0, tl.float32)
-    z_s = tl.full([], 0.0, tl.float32)
-    a_w = tl.full([], 0.0, tl.float32)
-    dot = tl.full([], 0.0, tl.float32)
-    top = tl.full([], 0, tl.int32)
+    lowest = tl.full([], LOWEST, tl.float32)
+    zero = tl.full([], 0.0, tl.float32)
+    sums = lowest, zero, zero, lowest, zero, zero, tl.full([], 0, tl.int32)
     for i in range(0, C, BLOCK):
         offs = i + tl.arange(0, BLOCK)
         w = load_block(w_ptr, offs, C)
         s = load_block(s_ptr, offs, C)
-        m_w, z_w, a_w, m_s, z_s, dot, top = _fold(
-            w, s, i, m_w, z_w, a_w, m_s, z_s, dot, top, inv_t, TOP_WEAK, TOP_STRONG
-        )
+        sums = _fold(w, s, i, sums, inv_t, TOP_WEAK, TOP_STRONG)
+    m_w, z_w, a_w, m_s, z_s, dot, top = sums
     z_w = tl.where(z_w == 0.0, float("nan"), z_w)
     z_s = tl.where(z_s == 0.0, float("nan"), z_s)
     return m_w, z_w, a_w, m_s, z_s, dot, top
@@ -169,16 +151,10 @@ def _pair(
 
 
 @triton.jit
-def _store_column(part_ptr, pitch, loss, sup, uda, mpl, mask, confidence, entropy, hit):
-    """One program's share of STATISTICS, in that order."""
-    tl.store(part_ptr, loss)
-    tl.store(part_ptr + pitch, sup)
-    tl.store(part_ptr + 2 * pitch, uda)
-    tl.store(part_ptr + 3 * pitch, mpl)
-    tl.store(part_ptr + 4 * pitch, mask)
-    tl.store(part_ptr + 5 * pitch, confidence)
-    tl.store(part_ptr + 6 * pitch, entropy)
-    tl.store(part_ptr + 7 * pitch, hit)
+def _store_column(part_ptr, pitch, shares):
+    """One program's shares of STATISTICS."""
+    for i in tl.static_range(len(shares)):
+        tl.store(part_ptr + i * pitch, shares[i])
 
 
 # Counts must not be compiled in: every last, smaller batch would be a new kernel. Nor the addresses
@@ -238,7 +214,7 @@ def teacher_kernel(
         share = valid * inverse(n_l)
         store_hard_gradient(x_row, g_row, m, z, y, share, smoothing, C, BLOCK)
         loss *= share
-        _store_column(part_ptr, pitch, loss, loss, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        _store_column(part_ptr, pitch, (loss, loss, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     else:
         u = row - n_l
         uda, mpl, mask, confidence, entropy, hit = _pair(
@@ -260,7 +236,7 @@ def teacher_kernel(
             BLOCK,
         )
         loss = tl.load(uda_weight_ptr) * uda + tl.load(feedback_ptr) * mpl
-        _store_column(part_ptr, pitch, loss, 0.0, uda, mpl, mask, confidence, entropy, hit)
+        _store_column(part_ptr, pitch, (loss, 0.0, uda, mpl, mask, confidence, entropy, hit))
         zero_row(g_row, C, BLOCK)
 
 

@@ -1,6 +1,5 @@
 """Every loss as one function of logits and arguments, its float64 oracle, and tolerances."""
 
-import math
 import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -16,26 +15,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DOUBLE, FLOAT = torch.float64, torch.float32
 # Two classes; fewer than a warp; ImageNet; one past a power of two; five blocks, read in a loop.
 CLASSES = (2, 10, 1000, 1025, 9000)
-WIDTHS = (6, 9000)  # in one block, and in a loop
+LOOP = 40 if INTERPRETED else 9000  # a row that is read in several blocks
+WIDTHS = (6, LOOP)
 UPSTREAM = 3.0  # the gradient with respect to a loss that is differentiated
-
-
-class Backend(NamedTuple):
-    """An implementation of the losses, and the precision of its answers."""
-
-    name: Literal["reference", "interpreter", "cuda"]
-    device: str
-    dtype: torch.dtype  # its widest
-    rel: float  # of its answers to arguments of that type
-
-    @property
-    def is_fused(self) -> bool:
-        return self.name != "reference"
-
-
-REFERENCE = Backend("reference", "cpu", DOUBLE, 1e-9)
-INTERPRETER = Backend("interpreter", "cpu", FLOAT, 1e-5)
-CUDA = Backend("cuda", "cuda", FLOAT, 1e-5)
 
 
 class Arguments(NamedTuple):
@@ -50,12 +32,7 @@ class Arguments(NamedTuple):
     uda_weight: Scalar = 1.0
     feedback: Scalar = 0.5
     pseudo: Literal["weak", "strong", "given"] = "given"
-
-    def on(self, backend: Backend) -> "Arguments":
-        """The same on a backend's device."""
-        return self._replace(
-            label=self.label.to(backend.device), other=self.other.to(backend.device)
-        )
+    unlabeled: int | None = None  # pairs of rows of the teacher; by default a third of N
 
     def double(self) -> "Arguments":
         """The same in float64."""
@@ -84,13 +61,13 @@ def named(out: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(out._fields, out, strict=True))  # type: ignore[attr-defined]
 
 
-def teacher_and_grad(x: Tensor, a: Arguments) -> tuple[losses.TeacherOut, Tensor]:
-    """A third of the rows is labeled; a third of the labels is truth."""
-    target, pseudo, truth = a.label.split(len(x) // 3) if len(x) else [a.label] * 3
-    return losses.teacher_loss_and_grad(
+def _teacher(x: Tensor, a: Arguments) -> Answer:
+    pairs = len(x) // 3 if a.unlabeled is None else a.unlabeled
+    target, pseudo, truth = a.label.split((len(x) - 2 * pairs, pairs, pairs))
+    out, gradient = losses.teacher_loss_and_grad(
         x,
         target,
-        len(target),
+        pairs,
         uda_weight=a.uda_weight,
         feedback=a.feedback,
         temperature=a.temperature,
@@ -99,10 +76,6 @@ def teacher_and_grad(x: Tensor, a: Arguments) -> tuple[losses.TeacherOut, Tensor
         pseudo=pseudo if a.pseudo == "given" else a.pseudo,
         truth=truth,
     )
-
-
-def _teacher(x: Tensor, a: Arguments) -> Answer:
-    out, gradient = teacher_and_grad(x, a)
     return Answer(named(out), gradient)
 
 
@@ -166,11 +139,12 @@ def labels(count: int, classes: int) -> Tensor:
 
 
 def problem(
-    backend: Backend, count: int, classes: int, dtype: torch.dtype = FLOAT
+    device: str, count: int, classes: int, dtype: torch.dtype = FLOAT
 ) -> tuple[Tensor, Arguments]:
-    """Logits and arguments of some rows on a backend's device."""
-    a = Arguments(labels(count, classes), rows(count + 1, classes, dtype)[1:]).on(backend)
-    return rows(count, classes, dtype).to(backend.device), a
+    """Logits and arguments of some rows."""
+    other = rows(count + 1, classes, dtype)[1:].to(device)
+    a = Arguments(labels(count, classes).to(device), other)
+    return rows(count, classes, dtype).to(device), a
 
 
 def assert_same(got: Answer, wanted: Answer) -> None:
@@ -218,34 +192,3 @@ def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.bfloat16 and INTERPRETED:
         return (x.float().view(torch.int32) & -(1 << 16)).view(FLOAT).double()
     return x.to(dtype).double()
-
-
-def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
-    powers = [math.exp(x / temperature) for x in row]
-    return [p / sum(powers) for p in powers]
-
-
-def cross_entropy(target: list[float], row: list[float]) -> float:
-    return -dot(target, [math.log(p) for p in softmax(row)])
-
-
-def one_hot(index: int, classes: int) -> list[float]:
-    return [float(c == index) for c in range(classes)]
-
-
-def smooth(q: list[float], smoothing: float) -> list[float]:
-    return [(1 - smoothing) * p + smoothing / len(q) for p in q]
-
-
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
-
-
-def gradient_of(loss: Tensor, logits: Tensor) -> Tensor:
-    """d loss / d logits; the graph is kept for another call."""
-    (result,) = torch.autograd.grad(loss, logits, retain_graph=True)
-    return result

@@ -1,7 +1,6 @@
 """What every loss satisfies in plain PyTorch, on Triton's interpreter and on a GPU.
 
-The oracle is the definition in float64, which `test_definition.py` compares with arithmetic by
-hand and with finite differences.
+The oracle is the definition in float64, which `test_definition.py` tests.
 """
 
 import itertools
@@ -14,18 +13,19 @@ import torch
 from torch import Tensor
 
 from mpl_fast import losses
+from mpl_fast.kernels.outputs import Scalar
 from tests.kernels.cases import (
     CLASSES,
     EVERY_LOSS,
     EVERY_TERMS,
     FLOAT,
+    INTERPRETED,
     LOSSES,
     TERMS,
     UPSTREAM,
     WIDTHS,
     Answer,
     Arguments,
-    Backend,
     assert_gradient,
     assert_same,
     differentiated,
@@ -49,8 +49,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"smoothing": 0.1, "temperature": 0.7, "threshold": 0.6, "uda_weight": 8.0, "feedback": -0.2},
     {"smoothing": 0.15, "temperature": 0.05, "threshold": 0.9, "uda_weight": 0.5, "feedback": 0.0},
 ]
-# The interpreter is slow: 16-bit types, which differ by a load and a store, get one setting each.
-CASES = [(classes, FLOAT, setting) for classes in CLASSES for setting in range(3)]
+# The interpreter is slow: most widths get one setting there, and everywhere 16-bit types, which
+# differ by a load and a store.
+CASES = [
+    (classes, FLOAT, setting)
+    for classes in CLASSES
+    for setting in range(3)
+    if not INTERPRETED or classes in (10, 9000) or setting == classes % 3
+]
 CASES += [(2, torch.bfloat16, 0), (1000, torch.bfloat16, 1), (21841, torch.bfloat16, 2)]
 CASES += [(10, torch.float16, 0), (8192, torch.float16, 1)]
 
@@ -63,13 +69,24 @@ def check(name: str, x: Tensor, a: Arguments) -> Answer:
     return answer
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New tensors contain NaN and the largest integers, not the zeros of a fresh process."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    assert torch.ones(3).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @EVERY_LOSS
 @pytest.mark.parametrize(("classes", "dtype", "setting"), CASES)
+@pytest.mark.usefixtures("poisoned_memory")
 def test_agrees_with_float64(
-    name: str, classes: int, dtype: torch.dtype, setting: int, backend: Backend
+    name: str, classes: int, dtype: torch.dtype, setting: int, device: str
 ) -> None:
     count = 6 if name == "teacher" and classes < 5000 else 3
-    x, a = problem(backend, count, classes, dtype)
+    x, a = problem(device, count, classes, dtype)
     weights = torch.tensor([0.0, 0.5, 1.0] * 2, device=x.device)[:count]
     weight = weights if setting else None
     a = a._replace(**SETTINGS[setting], weight=weight)
@@ -93,53 +110,40 @@ def test_agrees_with_float64(
 
 
 @EVERY_LOSS
-@pytest.mark.parametrize("pitch", [40, 41])
-def test_strided_rows(name: str, pitch: int, backend: Backend) -> None:
-    wide = rows(3, pitch).to(backend.device)
-    spread = torch.stack((labels(3, 3), labels(3, 3)), 1)[:, 0].to(backend.device)
-    weight = torch.tensor([[1.0, 9.0], [0.5, 9.0], [2.0, 9.0]], device=backend.device)[:, 0]
-    for view in (wide[:, 3:13], wide[:, ::4], wide[:, :3].T):
+def test_strided_rows(name: str, device: str) -> None:
+    even, odd = rows(3, 40).to(device), rows(3, 41).to(device)
+    spread = labels(3, 3).repeat_interleave(2)[::2].to(device)
+    weight = torch.tensor([1.0, 9.0, 0.5, 9.0, 2.0, 9.0], device=device)[::2]
+    for view in (even[:, 3:13], odd[:, 3:13], even[:, ::4], odd[:, :3].T):
         assert not view.is_contiguous()
-        other = rows(4, view.shape[1]).to(backend.device)[1:]
+        other = rows(4, view.shape[1]).to(device)[1:]
         a = Arguments(spread, other, weight, smoothing=0.1)
         check(name, view, a)
         check(name, other, a._replace(other=view))
 
 
 @EVERY_LOSS
-def test_row_offsets_do_not_overflow(name: str, backend: Backend) -> None:
+def test_row_offsets_do_not_overflow(name: str, device: str) -> None:
     """Rows 2**30 elements apart: the third starts past 2**31."""
     pitch = 2**30 + 8
-    memory = torch.empty(2 * pitch + 64, dtype=torch.bfloat16, device=backend.device)
+    memory = torch.empty(2 * pitch + 64, dtype=torch.bfloat16, device=device)
     far = memory.as_strided((3, 16), (pitch, 1))  # only touched pages are real
-    x, a = problem(backend, 3, 16, torch.bfloat16)
+    x, a = problem(device, 3, 16, torch.bfloat16)
     check(name, far.copy_(x), a)
     check(name, x, a._replace(other=far))
-
-
-def test_offsets_of_labeled_rows_do_not_overflow(backend: Backend) -> None:
-    pitch = 2**30 + 8
-    memory = torch.empty(2 * pitch + 64, dtype=torch.bfloat16, device=backend.device)
-    far = memory.as_strided((3, 16), (pitch, 1))
-    near, a = problem(backend, 3, 16, torch.bfloat16)
-    options = {"uda_weight": 1.0, "feedback": 1.0}
-    found = [
-        losses.teacher_loss_and_grad(x, a.label, 0, **options)  # type: ignore[arg-type]
-        for x in (near, far.copy_(near))
-    ]
-    assert torch.equal(found[0][0].sup, found[1][0].sup)
-    assert torch.equal(found[0][1], found[1][1])
+    if name == "teacher":
+        check(name, far, a._replace(unlabeled=0))
 
 
 @EVERY_LOSS
-def test_other_logits_may_have_another_type(name: str, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_other_logits_may_have_another_type(name: str, device: str) -> None:
+    x, a = problem(device, 3, 10)
     check(name, x, a._replace(other=a.other.bfloat16()))
 
 
 @EVERY_LOSS
-def test_no_rows(name: str, backend: Backend) -> None:
-    x, a = problem(backend, 0, 10)
+def test_no_rows(name: str, device: str) -> None:
+    x, a = problem(device, 0, 10)
     outputs, gradient = LOSSES[name](x, a)
     for key, value in outputs.items():
         assert value.shape == (0,) if value.dim() else value.item() == 0.0, key
@@ -148,55 +152,32 @@ def test_no_rows(name: str, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("labeled", "unlabeled"), [(3, 0), (0, 5), (1, 1)])
-def test_the_teacher_may_have_rows_of_one_kind(
-    labeled: int, unlabeled: int, backend: Backend
-) -> None:
-    x = rows(labeled + 2 * unlabeled, 10).to(backend.device)
-    target, options = labels(labeled, 10).to(x.device), {"uda_weight": 2.0, "feedback": 0.5}
-    out, gradient = losses.teacher_loss_and_grad(x, target, unlabeled, **options)  # type: ignore[arg-type]
-    with losses.use("reference"):
-        wanted = losses.teacher_loss_and_grad(x.double(), target, unlabeled, **options)  # type: ignore[arg-type]
-    for name in ("loss", "sup", "uda", "mpl", "mask_rate", "confidence", "entropy"):
-        assert getattr(out, name).item() == pytest.approx(getattr(wanted[0], name).item(), rel=2e-6)
-    assert out.sup.item() > 0 if labeled else out.sup.item() == 0
-    assert out.entropy.item() > 0 if unlabeled else out.entropy.item() == out.uda.item() == 0
-    assert_gradient(gradient.float(), wanted[1])
+def test_the_teacher_may_have_rows_of_one_kind(labeled: int, unlabeled: int, device: str) -> None:
+    x, a = problem(device, labeled + 2 * unlabeled, 10)
+    outputs, _ = check("teacher", x, a._replace(unlabeled=unlabeled))
+    for kind, keys in ((labeled, ["sup"]), (unlabeled, ["uda", "mpl", "entropy", "confidence"])):
+        for key in keys:
+            assert outputs[key].item() > 0 if kind else outputs[key].item() == 0
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """New tensors contain NaN and the largest integers, not the zeros of a fresh process."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    assert torch.ones(3).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@EVERY_LOSS
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.usefixtures("poisoned_memory")
-def test_every_element_is_written(name: str, width: int, backend: Backend) -> None:
-    check(name, *problem(backend, 3, width))
-
-
-# Which row of three gets a bad number (0, 1, 2: labeled, weak and strong to the teacher; "other":
-# a row of the other logits), and the arguments for which that makes a difference.
+# Which of three rows get bad numbers (0, 1, 2: labeled, weak and strong to the teacher; -1: a row
+# of the other logits), and the arguments for which that makes a difference.
 CE: list[dict[str, Any]] = [
     {"column": 1},
     {"column": 2},
     {"column": 2, "smoothing": 0.1},
 ]  # the label's
 MASK: list[dict[str, Any]] = [{"threshold": 0.0}, {"threshold": 1.5}]
-BAD_ROWS: dict[str, tuple[list[int | str], list[dict[str, Any]]]] = {
-    "smoothed_ce": ([0], CE),
-    "student hard, one pass": ([0], CE),
-    "student soft": ([0, "other"], CE[1:]),
-    "student soft, one pass": ([0, "other"], CE[1:]),
-    "teacher": ([0, 1, 2], [*CE[:2], CE[2] | MASK[1]]),
-    "cosine": ([0, "other"], MASK),
-    "exact": ([0, "other"], [{}]),
-    "pseudo": ([0], [{}]),
+EITHER_OR_BOTH = [(0,), (-1,), (0, -1)]
+BAD_ROWS: dict[str, tuple[list[tuple[int, ...]], list[dict[str, Any]]]] = {
+    "smoothed_ce": ([(0,)], CE),
+    "student hard, one pass": ([(0,)], CE),
+    "student soft": (EITHER_OR_BOTH, CE[1:]),
+    "student soft, one pass": (EITHER_OR_BOTH, CE[1:]),
+    "teacher": ([(0,), (1,), (2,), (1, 2)], [*CE[:2], CE[2] | MASK[1]]),
+    "cosine": (EITHER_OR_BOTH, MASK),
+    "exact": ([(0,), (-1,)], [{}]),
+    "pseudo": ([(0,)], [{}]),
 }
 
 
@@ -205,15 +186,16 @@ BAD_ROWS: dict[str, tuple[list[int | str], list[dict[str, Any]]]] = {
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_infinities_and_nan(
-    name: str, width: int, poison: str, everywhere: bool, backend: Backend
+    name: str, width: int, poison: str, everywhere: bool, device: str
 ) -> None:
     """As in PyTorch, at a label's column and beside it."""
     # Of NaN every other one: the interpreter finds no maximum among NaN alone.
     columns = slice(None, None, 2 if poison == "nan" else None) if everywhere else slice(1, 2)
     bad_rows, settings = BAD_ROWS[name]
     for bad in bad_rows:
-        x, a = problem(backend, 3 if name == "teacher" else 1, width)
-        (a.other[0] if isinstance(bad, str) else x[bad])[columns] = POISONS[poison]
+        x, a = problem(device, 3 if name == "teacher" else 1, width)
+        for row in bad:
+            (a.other[0] if row == -1 else x[row])[columns] = POISONS[poison]
         for setting in settings:
             options = {key: value for key, value in setting.items() if key != "column"}
             label = torch.full_like(a.label, setting.get("column", 2))
@@ -230,7 +212,7 @@ def test_infinities_and_nan(
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("pseudo", ["weak", "strong"])
 def test_the_label_of_a_row_of_nan_is_a_class(
-    width: int, pseudo: Literal["weak", "strong"], fused: Backend
+    width: int, pseudo: Literal["weak", "strong"], fused: str
 ) -> None:
     """An index past the row would be a stray read on a GPU."""
     x, a = problem(fused, 3, width)
@@ -243,8 +225,8 @@ def test_the_label_of_a_row_of_nan_is_a_class(
 
 @pytest.mark.parametrize("name", ["smoothed_ce", "student hard", "student hard, one pass"])
 @pytest.mark.parametrize("bad", [-1, 10, 1 << 40, -(1 << 40), -100])
-def test_labels_out_of_range_are_nan(name: str, bad: int, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_labels_out_of_range_are_nan(name: str, bad: int, device: str) -> None:
+    x, a = problem(device, 3, 10)
     a.label[1] = bad
     outputs, gradient = check(name, x, a)
     assert outputs["loss"].isnan()
@@ -253,8 +235,8 @@ def test_labels_out_of_range_are_nan(name: str, bad: int, backend: Backend) -> N
 
 @pytest.mark.parametrize("bad", [-1, 10, 1 << 40, -(1 << 40), -100])
 @pytest.mark.parametrize("whose", ["target", "pseudo", "truth"])
-def test_the_teachers_labels_out_of_range(whose: str, bad: int, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_the_teachers_labels_out_of_range(whose: str, bad: int, device: str) -> None:
+    x, a = problem(device, 3, 10)
     row = ("target", "pseudo", "truth").index(whose)
     a.label[row] = bad
     outputs, gradient = check("teacher", x, a)
@@ -268,9 +250,9 @@ def test_the_teachers_labels_out_of_range(whose: str, bad: int, backend: Backend
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("row", ["weak", "strong"])
-def test_a_threshold_does_not_hide_nan(width: int, row: str, backend: Backend) -> None:
+def test_a_threshold_does_not_hide_nan(width: int, row: str, device: str) -> None:
     """A step on broken logits must be skipped, which the NaN causes."""
-    x, a = problem(backend, 3, width)
+    x, a = problem(device, 3, width)
     x[("labeled", "weak", "strong").index(row), 3] = math.nan
     outputs, gradient = LOSSES["teacher"](x, a._replace(threshold=2.0, feedback=0.0))
     assert outputs["uda"].isnan() and outputs["loss"].isnan()
@@ -279,8 +261,8 @@ def test_a_threshold_does_not_hide_nan(width: int, row: str, backend: Backend) -
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_ties_go_to_the_first_class(width: int, backend: Backend) -> None:
-    x = torch.zeros(3, width, device=backend.device)
+def test_ties_go_to_the_first_class(width: int, device: str) -> None:
+    x = torch.zeros(3, width, device=device)
     x[:, [3, 4, width - 1]] = 2.0
     a = Arguments(torch.tensor([3, 4, width - 1], device=x.device), x)
     assert losses.pseudo_labels(x).label.tolist() == [3, 3, 3]
@@ -291,17 +273,17 @@ def test_ties_go_to_the_first_class(width: int, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 8, 10])
-def test_thresholds_are_met_by_equality(classes: int, backend: Backend) -> None:
-    a = Arguments(labels(3, classes), torch.zeros(3, classes)).on(backend)
-    x = torch.zeros(3, classes, device=backend.device)
+def test_thresholds_are_met_by_equality(classes: int, device: str) -> None:
+    x = torch.zeros(3, classes, device=device)
+    a = Arguments(labels(3, classes).to(device), x)
     for threshold, rate in ((1 / classes, 1.0), (1 / classes + 1e-6, 0.0)):
         for name in ("teacher", "cosine"):
             outputs, _ = LOSSES[name](x, a._replace(threshold=threshold))
             assert outputs["mask_rate"].item() == rate
 
 
-def test_nothing_passes_a_threshold_above_one(backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_nothing_passes_a_threshold_above_one(device: str) -> None:
+    x, a = problem(device, 3, 10)
     masked, gradient = check("cosine", x, a._replace(threshold=1.5))
     assert not gradient.any() and masked["mask_rate"].item() == masked["loss"].item() == 0.0
     assert check("cosine", x, a).gradient.any()
@@ -315,10 +297,8 @@ def test_nothing_passes_a_threshold_above_one(backend: Backend) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("temperature", [1e-8, 1e-38])
-def test_a_tiny_temperature_is_the_arg_max(
-    width: int, temperature: float, backend: Backend
-) -> None:
-    x, a = problem(backend, 3, width)
+def test_a_tiny_temperature_is_the_arg_max(width: int, temperature: float, device: str) -> None:
+    x, a = problem(device, 3, width)
     cold = a._replace(temperature=temperature, threshold=1.0, pseudo="weak")
     outputs, _ = check("teacher", x, cold)
     assert outputs["label"].item() == x[1].argmax().item()
@@ -332,7 +312,7 @@ def test_a_tiny_temperature_is_the_arg_max(
 
 @EVERY_LOSS
 @pytest.mark.parametrize("width", WIDTHS)
-def test_huge_logits_do_not_overflow(name: str, width: int, fused: Backend) -> None:
+def test_huge_logits_do_not_overflow(name: str, width: int, fused: str) -> None:
     """No further than in PyTorch: a class that is 6e38 below another one has log p = -inf."""
     x, a = problem(fused, 3, width)
     for row, column in itertools.product(range(3), (0, 2, 4)):
@@ -351,8 +331,8 @@ def test_huge_logits_do_not_overflow(name: str, width: int, fused: Backend) -> N
 
 
 @EVERY_TERMS
-def test_only_the_loss_carries_a_gradient(name: str, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_only_the_loss_carries_a_gradient(name: str, device: str) -> None:
+    x, a = problem(device, 3, 10)
     leaf, other = x.requires_grad_(), a.other.requires_grad_()
     weight, feedback = torch.ones(3, device=x.device), torch.tensor(0.5, device=x.device)
     a = a._replace(weight=weight.requires_grad_(), feedback=feedback.requires_grad_())
@@ -369,8 +349,8 @@ def test_only_the_loss_carries_a_gradient(name: str, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_carries_no_gradient(name: str, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_one_pass_carries_no_gradient(name: str, device: str) -> None:
+    x, a = problem(device, 3, 10)
     plain = LOSSES[name](x, a)
     number = torch.tensor(0.5, device=x.device, requires_grad=True)
     taped = a._replace(other=a.other.requires_grad_(), feedback=number)
@@ -386,7 +366,7 @@ def test_one_pass_carries_no_gradient(name: str, backend: Backend) -> None:
 @pytest.mark.parametrize("width", [10, 1025, 9000])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
-def test_one_pass_equals_two(kind: str, dtype: torch.dtype, width: int, fused: Backend) -> None:
+def test_one_pass_equals_two(kind: str, dtype: torch.dtype, width: int, fused: str) -> None:
     x, a = problem(fused, 3, width, dtype)
     a = a._replace(smoothing=0.1, weight=torch.tensor([0.5, 1.0, 2.0], device=x.device))
     leaf = x.clone().requires_grad_()
@@ -397,8 +377,8 @@ def test_one_pass_equals_two(kind: str, dtype: torch.dtype, width: int, fused: B
 
 
 @EVERY_TERMS
-def test_backward_passes(name: str, fused: Backend) -> None:
-    """Twice, of logits that have changed since, and of a loss that is changed itself."""
+def test_backward_passes(name: str, fused: str) -> None:
+    """Twice, of logits that have changed since, of a loss that is changed itself, and taped."""
     x, a = problem(fused, 3, 10)
     leaf = x.clone().requires_grad_()
     loss = named(TERMS[name](leaf, a))["loss"]
@@ -418,12 +398,6 @@ def test_backward_passes(name: str, fused: Backend) -> None:
     if loss._is_view():  # of a tensor with statistics
         with pytest.raises(RuntimeError, match="modified inplace"):
             loss.div_(2.0)
-
-
-@EVERY_TERMS
-def test_a_second_derivative_is_refused(name: str, fused: Backend) -> None:
-    x, a = problem(fused, 3, 10)
-    leaf = x.requires_grad_()
     loss = named(TERMS[name](leaf, a))["loss"]
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, leaf, create_graph=True)
@@ -442,8 +416,8 @@ class Blocked(torch.autograd.Function):
 
 
 @EVERY_TERMS
-def test_a_loss_may_receive_no_gradient(name: str, backend: Backend) -> None:
-    x, a = problem(backend, 3, 10)
+def test_a_loss_may_receive_no_gradient(name: str, device: str) -> None:
+    x, a = problem(device, 3, 10)
     leaf = x.requires_grad_()
     loss = named(TERMS[name](leaf, a))["loss"]
     blocked = Blocked.apply(loss)
@@ -454,24 +428,27 @@ def test_a_loss_may_receive_no_gradient(name: str, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["teacher", "exact"])
-def test_float64_weights_are_float32_ones(name: str, fused: Backend) -> None:
+def test_a_weight_may_be_a_number_or_a_tensor_of_any_type(name: str, device: str) -> None:
     """Inductor keeps a number of Python as a 0-dim float64."""
-    x, a = problem(fused, 3, 10)
-    found = []
-    for dtype in (FLOAT, torch.float64):
-        uda, h = (torch.tensor(v, dtype=dtype, device=x.device) for v in (0.7, -0.3))
-        found.append(flat(LOSSES[name](x, a._replace(uda_weight=uda, feedback=h))))
-    for one, other in zip(*found, strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
+    x, a = problem(device, 3, 10)
+    single, double = (
+        torch.tensor([0.7, -0.3], dtype=dtype, device=device).unbind()
+        for dtype in (FLOAT, torch.float64)
+    )
+    weights: list[tuple[Scalar, ...]] = [(0.7, -0.3), single, double]
+    found = [flat(LOSSES[name](x, a._replace(uda_weight=u, feedback=h))) for u, h in weights]
+    for one, two, three in zip(*found, strict=True):
+        assert one.dtype == two.dtype == three.dtype
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 # 16-bit gradients.
 
 
 @EVERY_TERMS
-def test_float16_gradients_survive_under_a_loss_scale(name: str, backend: Backend) -> None:
+def test_float16_gradients_survive_under_a_loss_scale(name: str, device: str) -> None:
     """The scale is multiplied in before the gradient is rounded."""
-    x, a = problem(backend, 3, 1000, torch.float16)
+    x, a = problem(device, 3, 1000, torch.float16)
     small, scale = 1e-4, torch.tensor(2.0**16, device=x.device)
 
     def scaled(leaf: Tensor, b: Arguments) -> Tensor:
@@ -486,9 +463,9 @@ def test_float16_gradients_survive_under_a_loss_scale(name: str, backend: Backen
     assert (lost == 0).sum() > (kept == 0).sum()
 
 
-def test_p_minus_one_survives_rounding(backend: Backend) -> None:
+def test_p_minus_one_survives_rounding(device: str) -> None:
     """p rounds to 1 in float16, and p - 1 does not to 0."""
-    logits = torch.zeros(1, 10, dtype=torch.float16, device=backend.device)
+    logits = torch.zeros(1, 10, dtype=torch.float16, device=device)
     logits[0, 3] = 11.0
     logits.requires_grad_()
     loss = losses.smoothed_ce(logits, torch.tensor([3], device=logits.device)).loss
@@ -500,8 +477,8 @@ def test_p_minus_one_survives_rounding(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("classes", CLASSES)
-def test_labels_are_sampled_as_in_float64(classes: int, backend: Backend) -> None:
-    weak = rows(12, classes).to(backend.device)
+def test_labels_are_sampled_as_in_float64(classes: int, device: str) -> None:
+    weak = rows(12, classes).to(device)
     generator = torch.Generator().manual_seed(classes)
     uniforms = torch.rand(12, 2, generator=generator).to(weak.device)[:, 0]  # strided
     got = losses.pseudo_labels(weak, uniforms=uniforms)
@@ -520,8 +497,8 @@ def test_labels_are_sampled_as_in_float64(classes: int, backend: Backend) -> Non
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_samples_at_both_ends_are_possible_classes(width: int, backend: Backend) -> None:
-    weak = torch.full((5, width), -math.inf, device=backend.device)
+def test_samples_at_both_ends_are_possible_classes(width: int, device: str) -> None:
+    weak = torch.full((5, width), -math.inf, device=device)
     weak[:, [2, width - 3]] = 1.0
     uniforms = torch.tensor([0.0, 0.4999999, 0.5, 1.0 - 2.0**-24, 1.0], device=weak.device)
     got = losses.pseudo_labels(weak, uniforms=uniforms)
@@ -529,21 +506,13 @@ def test_samples_at_both_ends_are_possible_classes(width: int, backend: Backend)
     assert got.confidence.tolist() == [0.5] * 5
 
 
-@pytest.mark.parametrize("width", [100, 9000])
-def test_samples_follow_the_probabilities(width: int, backend: Backend) -> None:
-    weak = torch.zeros(1, width, device=backend.device).expand(9, width)
-    uniforms = (torch.arange(9, device=weak.device) + 0.5) / 9
-    got = losses.pseudo_labels(weak, uniforms=uniforms).label
-    torch.testing.assert_close(got, (uniforms.double() * width).long(), rtol=0, atol=1)
-
-
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_samples_of_infinities_and_nan(
-    width: int, poison: str, everywhere: bool, backend: Backend
+    width: int, poison: str, everywhere: bool, device: str
 ) -> None:
-    weak = rows(1, width).to(backend.device)
+    weak = rows(1, width).to(device)
     columns = slice(None, None, 2 if poison == "nan" else None) if everywhere else slice(1, 2)
     weak[0, columns] = POISONS[poison]
     uniforms = torch.tensor([0.7], device=weak.device)

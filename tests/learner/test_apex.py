@@ -55,12 +55,13 @@ def install(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, cuda: b
         ("another_package", "the package named apex here is another one"),
         ("another_package as a module", "pip uninstall apex"),
         ("without_extensions", "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"),
+        ("usable", "a CUDA device: take torch, which computes the same"),
     ],
 )
 def test_what_is_wrong_is_one_line(
     installed: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(installed, tmp_path, monkeypatch)
+    install(installed, tmp_path, monkeypatch, cuda=installed != "usable")
     assert apex.find() == installed.split()[0]
     with pytest.raises(ConfigError) as raised:
         apex.fused_sgd(GROUPS, lr=0.5, momentum=0.9, nesterov=True)
@@ -77,12 +78,3 @@ def test_fused_sgd_gets_the_groups_and_the_rates(
     made = apex.fused_sgd(GROUPS, lr=0.5, momentum=0.9, nesterov=True)
     assert type(made).__module__ == "apex.optimizers.fused_sgd"
     assert made.given == (GROUPS, 0.5, 0.9, True)  # type: ignore[attr-defined]
-
-
-def test_it_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install("usable", tmp_path, monkeypatch, cuda=False)
-    with pytest.raises(ConfigError) as raised:
-        apex.require()
-    assert str(raised.value) == (
-        "optimizer_backend apex needs a CUDA device: take torch, which computes the same"
-    )

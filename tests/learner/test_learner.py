@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from mpl_fast.config import ConsistencyConfig, LearnerConfig
 from mpl_fast.learner import Learner
@@ -13,10 +14,18 @@ from tests.algorithms.problems import assert_same, batch, flat, network
 IMAGES = batch(1).labeled.float()
 
 
-def learner(**options: float) -> Learner:
+def learner(bf16: bool = False, **options: float) -> Learner:
     torch.manual_seed(0)
     chosen = {"lr": 0.1, "warmup": 0, "dropout": 0.0, "max_grad_norm": 0.0, **options}
-    return Learner(network(norm=True).float(), LearnerConfig(**chosen), steps=10)  # type: ignore[arg-type]
+    config = LearnerConfig(**chosen)  # type: ignore[arg-type]
+    return Learner(network(norm=True).float(), config, steps=10, bf16=bf16)
+
+
+def train(made: Learner, t: int) -> Tensor:
+    made.begin_step(t)
+    rate = made.backward_and_step(made(IMAGES + t).square().mean())
+    made.end_step(t)
+    return rate
 
 
 def test_learning_rate_is_delayed_warms_up_and_falls_to_zero() -> None:
@@ -48,9 +57,7 @@ def test_average_is_the_warmed_up_moving_average_of_weights_and_statistics() -> 
     assert made.average is not None
     expected = {k: v.clone() for k, v in made.network.state_dict().items()}
     for t in range(30):
-        made.begin_step(t)
-        made.backward_and_step(made(IMAGES + t).square().mean())
-        made.end_step(t)
+        train(made, t)
         decay = min(0.9, (1 + t) / (10 + t))
         for key, value in made.network.state_dict().items():
             if value.is_floating_point():
@@ -65,21 +72,17 @@ def test_average_is_the_warmed_up_moving_average_of_weights_and_statistics() -> 
 def test_forward_batch_stats_does_not_touch_the_running_statistics() -> None:
     made = learner()
     made.begin_step(0)
-    before = {k: v.clone() for k, v in made.network.state_dict().items()}
+    before = copy.deepcopy(dict(made.network.state_dict()))
     logits = made.forward_batch_stats(IMAGES)
     assert made.network.training and not logits.requires_grad
     assert_same(dict(made.network.state_dict()), before)
-    torch.testing.assert_close(logits, made.network(IMAGES))  # in training mode
+    together = made(IMAGES[:2], IMAGES[2:])  # views are one pass, in training mode
+    torch.testing.assert_close(logits, together)
     updated = made.network.state_dict()["1.running_mean"]
     assert not torch.equal(updated, before["1.running_mean"])
-
-
-def test_average_is_evaluated_by_its_running_statistics() -> None:
-    made = learner()  # keeps no average, so that the weights themselves are evaluated
-    made.begin_step(0)
-    logits = made.infer_average(IMAGES)
+    evaluated = made.infer_average(IMAGES)  # of the weights themselves, since none are averaged
     assert made.network.training
-    torch.testing.assert_close(logits, made.network.eval()(IMAGES))
+    torch.testing.assert_close(evaluated, made.network.eval()(IMAGES))
 
 
 def test_clipping_bounds_the_step() -> None:
@@ -92,13 +95,6 @@ def test_clipping_bounds_the_step() -> None:
     assert distance == pytest.approx(1.9 * 0.01, rel=1e-3)
 
 
-def test_views_are_one_forward_pass() -> None:
-    made = learner()
-    made.begin_step(0)
-    together = made(IMAGES[:2], IMAGES[2:])
-    torch.testing.assert_close(together, made.network(IMAGES))
-
-
 def test_finite_includes_the_statistics() -> None:
     made = learner()
     assert made.finite()
@@ -109,27 +105,19 @@ def test_finite_includes_the_statistics() -> None:
 def test_the_state_is_restored() -> None:
     first, second = learner(ema=0.9), learner(ema=0.9)
     for t in range(3):
-        first.begin_step(t)
-        first.backward_and_step(first(IMAGES).square().mean())
-        first.end_step(t)
+        train(first, t)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for made in (first, second):
-        made.begin_step(3)
-        made.backward_and_step(made(IMAGES).square().mean())
-        made.end_step(3)
+        train(made, 3)
     assert first.average is not None
     assert_same(second.state_dict(), first.state_dict())
 
 
-def test_bf16_forward_keeps_fp32_weights() -> None:
-    made = Learner(network(norm=True).float(), LearnerConfig(), steps=1, bf16=True)
+def test_bf16_forward_keeps_fp32_weights_in_channels_last_memory() -> None:
+    made = learner(bf16=True)
     assert made(IMAGES).dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in made.parameters)
-
-
-def test_memory_is_channels_last() -> None:
-    weight = learner().network.state_dict()["0.weight"]
-    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert made.parameters[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -146,7 +134,6 @@ def test_backward_divides_by_the_number_of_microbatches(count: int) -> None:
 
 
 def test_a_frozen_learner_keeps_its_weights_and_momentum() -> None:
-    """Until its next step begins."""
     made = learner()
     made.begin_step(0)
     made.freeze()
@@ -155,6 +142,5 @@ def test_a_frozen_learner_keeps_its_weights_and_momentum() -> None:
     assert made.frozen and made.lr == rate == 0.0
     assert torch.equal(flat(made.parameters), before)
     assert not any(s["momentum_buffer"].any() for s in made.optimizer.state.values())
-    made.begin_step(1)
-    made.backward_and_step(made(IMAGES).square().mean())
+    train(made, 1)
     assert not made.frozen and not torch.equal(flat(made.parameters), before)

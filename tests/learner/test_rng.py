@@ -1,7 +1,5 @@
 """Random numbers do not depend on the number of ranks, and replayed dropout restores the state."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,30 +66,33 @@ def test_betas_have_their_moments() -> None:
     assert found.var().item() == pytest.approx(1 / (4 * (2 * 0.75 + 1)), abs=0.004)
 
 
-def test_replay_repeats_dropout_and_restores_the_generator() -> None:
-    layer, ones = nn.Dropout(0.5), torch.ones(4, 50)
-    before = rng.rng_state(CPU)
+DEVICES = pytest.mark.parametrize(
+    "device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str
+)
+
+
+@DEVICES
+def test_replay_repeats_dropout_and_restores_the_generator(device: torch.device) -> None:
+    """After an error, too."""
+    layer, ones = nn.Dropout(0.5), torch.ones(4, 50, device=device)
+    before = rng.rng_state(device)
     first, second = layer(ones), layer(ones)
-    present = torch.get_rng_state()
-    with rng.replay_rng(before, CPU):
+    present = rng.rng_state(device)
+    with pytest.raises(KeyError), rng.replay_rng(before, device):
         assert torch.equal(layer(ones), first)
         assert torch.equal(layer(ones), second)
         torch.rand(7)
-    assert torch.equal(torch.get_rng_state(), present)
+        raise KeyError
+    after = rng.rng_state(device)
+    assert torch.equal(after.cpu, present.cpu)
+    assert present.cuda is None or (
+        after.cuda is not None and torch.equal(after.cuda, present.cuda)
+    )
     assert not torch.equal(first, second)
 
 
-def test_replay_restores_the_generator_after_an_error() -> None:
-    before = rng.rng_state(CPU)
-    torch.rand(3)
-    present = torch.get_rng_state()
-    with pytest.raises(KeyError), rng.replay_rng(before, CPU):
-        raise KeyError
-    assert torch.equal(torch.get_rng_state(), present)
-
-
-@pytest.mark.parametrize("device", [CPU, pytest.param("cuda", marks=pytest.mark.gpu)], ids=str)
-def test_dropout_has_the_mask_of_another_dtype(device: Any) -> None:
+@DEVICES
+def test_dropout_has_the_mask_of_another_dtype(device: torch.device) -> None:
     """On a GPU the mask of a float32 tensor is another one than that of a 16-bit one."""
     x = torch.rand(64, 130, device=device) + 0.5
     torch.manual_seed(3)
@@ -106,14 +107,7 @@ def test_dropout_has_the_mask_of_another_dtype(device: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_replay_repeats_dropout_on_a_gpu() -> None:
+def test_numbers_on_a_gpu_are_those_on_a_cpu() -> None:
     device = torch.device("cuda")
-    layer, ones = nn.Dropout(0.5), torch.ones(4, 50, device=device)
-    before = rng.rng_state(device)
-    first = layer(ones)
-    present: Any = torch.cuda.get_rng_state(device)
-    with rng.replay_rng(before, device):
-        assert torch.equal(layer(ones), first)
-    assert torch.equal(torch.cuda.get_rng_state(device), present)
     uniform = rng.uniform(64, seed=1, step=2, device=device)
     assert torch.equal(uniform.cpu(), rng.uniform(64, seed=1, step=2, device=CPU))

@@ -1,5 +1,6 @@
 """All benchmarks in one command: it shares its time out, survives its jobs and reports all."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -8,85 +9,80 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.tiny_run import ROOT
 from tools.bench import all as bench_all
 from tools.bench.__main__ import NAMES
-from tools.bench.all import Ended, Job, allowance, command, jobs, page, run
+from tools.bench.all import Ended, Job, command, jobs, page, run
 from tools.bench.results import FORM
 
-PRINTS = "import sys; print('| a table |'); sys.exit(int(sys.argv[1]))"
-SLEEPS = "import time; print('began', flush=True); time.sleep(600)"
 
-
-def python(source: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-c", source, *arguments)
+def python(source: str) -> list[str]:
+    return [sys.executable, "-c", source]
 
 
 def test_the_most_important_comes_first_and_every_benchmark_is_there() -> None:
     found, left_out = jobs(gpu=True, smoke=False, rec="records")
     names = [job.name for job in found]
     assert names[:3] == ["gpu_tests", "step_wrn_28_2", "step_resnet50"]
+    assert all((ROOT / name).exists() for name in found[0].module[4:])
     assert left_out == []
-    for gpu, smoke in ((True, False), (False, False), (False, True)):
+    for gpu, smoke in ((True, False), (False, False), (False, True), (True, True)):
         found, _ = jobs(gpu=gpu, smoke=smoke, rec="records")
-        benches = {job.command[3] for job in found if job.result}
+        benches = {job.module[1] for job in found if job.module[0] == "tools.bench"}
         assert benches == NAMES.keys() - {"all", "compare", "pack"}
-    for gpu, device in ((True, "cuda"), (False, "cpu")):
-        found, _ = jobs(gpu=gpu, smoke=True, rec=None)
-        steps = next(job for job in found if job.name == "step")
-        assert steps.command[4:] == ("--device", device)
+        if smoke:
+            device = "cuda" if gpu else "cpu"
+            assert found[0].module == ("tools.bench", "step", "--device", device)
     _, left_out = jobs(gpu=False, smoke=False, rec=None)
     assert left_out == ["input: it reads records, which --rec names"]
 
 
 def test_a_job_is_given_where_to_write_and_how_long_it_may_take() -> None:
-    job = Job("x", ("python", "x.py"), 1.0)
-    given = command(job, Path("/out"), 80.0, smoke=False, commit="abc")
-    assert given[2:] == ["--out", "/out/x.json", "--minutes", "1.000", "--commit", "abc"]
-    short = command(job, Path("/out"), 80.0, smoke=True, commit=None)
-    assert short[2:] == ["--out", "/out/x.json", "--smoke"]
-    tests = Job("gpu_tests", ("pytest",), 1.0, result=False)
-    assert command(tests, Path("/out"), 80.0, smoke=False, commit="abc") == ["pytest"]
+    job, tests = Job("x", ("tools.bench", "step"), 1.0), Job("gpu_tests", ("pytest",), 1.0)
+    whole = argparse.Namespace(out=Path("/out"), smoke=False, commit="abc")
+    given = command(job, 80.0, whole)
+    assert given[1:4] == ["-m", "tools.bench", "step"]
+    assert given[4:] == ["--out", "/out/x.json", "--minutes", "1.000", "--commit", "abc"]
+    assert command(tests, 80.0, whole)[1:] == ["-m", "pytest"]
+    short = argparse.Namespace(out=Path("/out"), smoke=True, commit=None)
+    assert command(job, 80.0, short)[4:] == ["--out", "/out/x.json", "--smoke"]
 
 
-def test_what_a_job_does_not_use_goes_to_those_behind_it() -> None:
-    waiting = [Job(name, (), share) for name, share in (("a", 1.0), ("b", 2.0), ("c", 1.0))]
-    assert allowance(waiting, 100.0) == 25.0
-    assert allowance(waiting[1:], 99.0) == 66.0  # a took a second
-    assert allowance(waiting[2:], 40.0) == 40.0
+def test_what_a_job_does_not_use_goes_to_those_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    waiting = [Job(*x) for x in (("a", (), 1.0), ("b", (), 2.0), ("late", (), 0.1), ("c", (), 1.0))]
     left_out: list[str] = []
-    turns = bench_all._turns([waiting[0], waiting[2]], time.monotonic() + 25.0, left_out)
-    assert [job.name for job, _ in turns] == ["a", "c"]
-    late = [waiting[0]._replace(share=0.1), waiting[1]]  # too short a share; the next gets it
-    turns = bench_all._turns(late, time.monotonic() + 60.0, left_out)
-    assert [job.name for job, _ in turns] == ["b"] and left_out == ["a: no time"]
+    limits = {}
+    for job, limit in bench_all._turns(waiting, 82.0, left_out):
+        limits[job.name] = limit
+        now[0] += 1.0  # a second of it is used
+    assert limits == pytest.approx({"a": 20.0, "b": 81.0 * 2 / 3.1, "c": 80.0})
+    assert left_out == ["late: no time"]
 
 
 @pytest.mark.slow
-def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The child of the job ignores SIGTERM, and so does the job."""
-    source = (
-        "import os, signal, subprocess, sys, time\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {SLEEPS!r}])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    log = tmp_path / "x.log"
-    ended = run("x", python(source), log, 8.0)
+    monkeypatch.setattr(bench_all, "GRACE", 0.5)
+    ignoring = ["sh", "-c", "trap '' TERM; sleep 600 & echo $!; wait"]
+    ended = run("x", ignoring, tmp_path, 4.0)
     assert (ended.code, ended.how) == (None, "ended: its time was over")
-    assert 8.0 <= ended.seconds < 300.0  # of the 600 that it would take
-    child = int(log.read_text().split()[0])
-    for _ in range(600):
-        if not _runs(child):
+    assert 4.0 <= ended.seconds < 300.0  # of the 600 that it would take
+    child = int((tmp_path / "x.log").read_text().split()[0])
+    for _ in range(3000):
+        if not runs(child):
             return
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     pytest.fail("its child went on")
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -94,42 +90,30 @@ def _runs(process: int) -> bool:
     return state != "Z"
 
 
-def test_a_failure_is_reported_and_its_output_kept(tmp_path: Path) -> None:
-    log = tmp_path / "x.log"
-    ended = run("x", python(PRINTS, "3"), log, 300.0)
-    assert (ended.code, ended.how) == (3, "failed with code 3")
-    assert log.read_text() == "| a table |\n"
-
-
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Job]:
-    """Jobs in place of the benchmarks: one ends well, one has no time, one fails."""
+def test_it_goes_on_after_failures_and_reports_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One job ends well, one has no time, one fails and writes nothing."""
+    out = tmp_path / "out"
     writes = (
         "import json, sys; from pathlib import Path\n"
-        "assert '--smoke' in sys.argv\n"
         "row = dict(name='speed', median=2.0, low=1.0, high=3.0, n=5, unit='ms', better='lower',\n"
         "           steady=False, limit=None, target=None)\n"
         f"found = dict(form={FORM!r}, claim='what it is', rows=[row], machine=dict(cpu='a chip'),\n"
         "             skipped=['no time: another'])\n"
-        "Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps(found))\n"
+        f"Path({str(out)!r}, 'good.json').write_text(json.dumps(found))\n"
     )
-    made = [
-        Job("good", python(writes), 100.0),
-        Job("late", python(PRINTS, "0"), 0.01),
-        Job("bad", python(PRINTS, "1"), 100.0),
-    ]
+    sources = {"good": writes, "bad": "print('| a table |'); raise SystemExit(3)"}
+    made = [Job("good", (), 100.0), Job("late", (), 0.01), Job("bad", (), 100.0)]
     monkeypatch.setattr(bench_all, "jobs", lambda **_: (made, ["other: it needs a GPU"]))
-    return made
-
-
-def test_it_goes_on_after_failures_and_reports_all(planned: list[Job], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+    monkeypatch.setattr(bench_all, "command", lambda job, *_: python(sources[job.name]))
     out.mkdir(parents=True)
     (out / "bad.json").write_text('{"claim": "of an earlier run"}')
     assert bench_all.main(["--smoke", "--device", "cpu", "--out", str(out)]) == 1
+    assert (out / "bad.log").read_text() == "| a table |\n"
     text = (out / "summary.md").read_text()
     assert "| good | done |" in text
-    assert "| bad | failed with code 1 |" in text
+    assert "| bad | failed with code 3 |" in text
     assert "- late: no time" in text and "- other: it needs a GPU" in text
     assert "| speed | 2 ms (1 to 3) | 5 |" in text
     assert "what it is" in text and "- no time: another" in text and "- cpu: a chip" in text
@@ -153,6 +137,11 @@ def test_a_page_shows_the_end_of_a_failed_log(tmp_path: Path) -> None:
         (["--minutes", "0"], "--minutes 0"),
         (["--only", "nothing", "--device", "cpu"], "step"),
         (["--rec", "nowhere"], "--rec nowhere has no manifest.json"),
+        pytest.param(
+            ["--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_one_line_for_a_wrong_option(
@@ -169,7 +158,8 @@ def test_ctrl_c_ends_the_job_and_writes_the_page(tmp_path: Path) -> None:
     source = (
         "import sys\n"
         "from tools.bench import all as bench_all\n"
-        f"bench_all.jobs = lambda **_: ([bench_all.Job('x', {python(SLEEPS)!r}, 1.0)], [])\n"
+        "bench_all.jobs = lambda **_: ([bench_all.Job('x', (), 1.0)], [])\n"
+        "bench_all.command = lambda *_: ['sh', '-c', 'echo began; sleep 600']\n"
         f"sys.exit(bench_all.main(['--device', 'cpu', '--out', {str(tmp_path)!r}]))\n"
     )
     child = subprocess.Popen(
@@ -185,7 +175,3 @@ def test_ctrl_c_ends_the_job_and_writes_the_page(tmp_path: Path) -> None:
     assert child.returncode == 130, error
     assert "- interrupted" in (tmp_path / "summary.md").read_text()
     assert "Traceback" not in error
-
-
-def test_every_test_that_it_runs_is_there() -> None:
-    assert all((ROOT / name).exists() for name in bench_all.TESTS)

@@ -146,48 +146,36 @@ def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| count | 3 ms |  |  | **missing** |" in printed
     assert "| a | 1 ms |  |  | missing, not gated |" in printed
     assert "more.json is new" in printed
+    assert compare.main([str(old / "same.json"), str(new)]) == 2  # a file and a folder
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "options", "word"),
     [
-        ("{", "new.json cannot be read as JSON"),
-        ([1], "no result of the same benchmark"),
-        ({**result(), "form": "other"}, "no result of the same benchmark"),
-        ({**result(), "bench": "y"}, "no result of the same benchmark"),
-        ({**result(), "rows": None}, "it has no rows"),
-        ({**result(), "machine": None}, "it has no machine"),
-        (result({"name": "a"}), "a row lacks a part"),
-        (result(row("a", float("nan"))), "'a' has no finite number"),
-        (result(row("a", 1.0, low=None)), "'a' has no finite number"),
-        (result(row("a", 1.0), row("a", 2.0)), "new.json is damaged: it has two rows 'a'"),
+        (None, [], "new.json cannot be read"),
+        ("{", [], "new.json cannot be read as JSON"),
+        ([1], [], "new.json have no result of the same benchmark"),
+        ({**result(), "form": "other"}, [], "new.json have no result of the same benchmark"),
+        ({**result(), "bench": "y"}, [], "new.json have no result of the same benchmark"),
+        ({**result(), "rows": None}, [], "new.json is damaged: it has no rows"),
+        ({**result(), "machine": None}, [], "new.json is damaged: it has no machine"),
+        (result({"name": "a"}), [], "new.json is damaged: a row lacks a part"),
+        (result(row("a", float("nan"))), [], "new.json is damaged: row 'a' has no finite number"),
+        (result(row("a", 1.0, low=None)), [], "new.json is damaged: row 'a' has no finite number"),
+        (result(row("a", 1.0), row("a", 2.0)), [], "new.json is damaged: it has two rows 'a'"),
+        (result(), ["--tolerance", "5"], "--tolerance 5: write a share"),
+        (result(), ["--tolerance", "much"], "--tolerance much: write a share"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
-    content: Any, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: Any, options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old, new = save(tmp_path, "old.json", result()), save(tmp_path, "new.json", content)
-    assert compare.main([str(old), str(new)]) == 2
+    old, new = save(tmp_path, "old.json", result()), tmp_path / "new.json"
+    if content:
+        save(tmp_path, "new.json", content)
+    assert compare.main([str(old), str(new), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tools.bench compare: ") and word in line and "new.json" in line
-
-
-@pytest.mark.parametrize(
-    ("new", "options", "word"),
-    [
-        ("none.json", [], "none.json cannot be read"),
-        (".", [], "no result of the same benchmark"),  # a file and a folder
-        ("a.json", ["--tolerance", "5"], "--tolerance 5: write a share"),
-        ("a.json", ["--tolerance", "much"], "--tolerance much: write a share"),
-    ],
-)
-def test_bad_arguments_are_one_line(
-    new: str, options: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = save(tmp_path, "a.json", result())
-    assert compare.main([str(old), str(tmp_path / new), *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert word in line
+    assert line.startswith("tools.bench compare: ") and word in line
 
 
 def test_every_published_result_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,15 +63,3 @@ def test_above_the_budget_is_exit_code_1_and_a_line(
     assert "mpl: collectives: above the budget of 3: {'allreduce_': 4}" in second
     where = json.loads(out.read_text())["where"]
     assert sum(where["mpl: host synchronizations"].values()) == 6
-
-
-def test_all_nine_recipes_have_the_budgets() -> None:
-    assert len(step_variants.RECIPES) == 9
-    assert (syncs.SYNCS, syncs.COLLECTIVES) == (0, 3)
-
-
-def test_one_line_for_a_wrong_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model", "wrn_28_3", "--device", "cpu", "--out", str(tmp_path / "out.json")]
-    assert syncs.main(given) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "wrn_28_3" in error

@@ -1,5 +1,6 @@
 """Benchmarks: `python -m tools.bench NAME [options]`, from the root of the repository."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -38,4 +39,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command("tools.bench", lambda: main(sys.argv[1:]))
+    # A SIGTERM ends a benchmark as Ctrl-C does, so that its temporary data is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_command("tools.bench", lambda: main(sys.argv[1:]), "interrupted")

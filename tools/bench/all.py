@@ -19,28 +19,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast import atomic
-from mpl_fast.errors import ConfigError, DataError, UserError, output_errors
+from mpl_fast.errors import INTERRUPTED, ConfigError, DataError, UserError, output_errors
 from tools.bench.results import FORM, Json, table
 
 ROOT = Path(__file__).resolve().parents[2]
-MINUTES = 9.0
 MARGIN = 5.0  # seconds before the end by which everything is done
 MEASURING = 0.75  # of a benchmark's time, as its --minutes; the remainder is for imports
 SHORTEST = 10.0  # seconds in which no benchmark gets anywhere
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
-INTERRUPTED = 130  # as shells have it after Ctrl-C
-PAGE = "summary.md"
 TAIL = 12  # lines of a log that are shown if a job failed
 TESTS = ("tests/kernels/test_cuda.py", "tests/training/test_gpu_run.py")
 
 
 class Job(NamedTuple):
-    """A benchmark, or tests, with options; `share` is of the time, in any unit."""
+    """A module with options; `share` is of the time, in any unit."""
 
     name: str
-    command: tuple[str, ...]
+    module: tuple[str, ...]
     share: float
-    result: bool = True  # whether it writes a JSON file
 
 
 class Ended(NamedTuple):
@@ -73,10 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     code = 0
     try:
         for job, limit in _turns(waiting, began + 60.0 * options.minutes - MARGIN, left_out):
-            given = command(job, options.out, limit, smoke=options.smoke, commit=options.commit)
             print(f"{job.name}, at most {limit:.0f} s", flush=True)
             (options.out / f"{job.name}.json").unlink(missing_ok=True)  # of an earlier run
-            ended.append(run(job.name, given, options.out / f"{job.name}.log", limit))
+            ended.append(run(job.name, command(job, limit, options), options.out, limit))
             print(f"  {ended[-1].how} ({ended[-1].seconds:.0f} s)", flush=True)
             _write(options, ended, left_out)
     except KeyboardInterrupt:
@@ -91,7 +86,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m tools.bench all", description=description)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="(%(default)s)")
-    add("--minutes", type=float, default=MINUTES, metavar="M", help="(%(default)s)")
+    add("--minutes", type=float, default=9.0, metavar="M", help="(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     add("--rec", metavar="DIR", help="records that make_rec.py packed, for `input`")
     add("--only", nargs="+", default=[""], metavar="NAME", help="benchmarks that begin with this")
@@ -120,123 +115,97 @@ def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[st
 
     `pack` is not among them: it measures disks, with peers to install first.
     """
-    device = ("--device", "cuda" if gpu else "cpu")
-    models = () if gpu else ("--models", "wrn_28_2")
-    made = [*_steps(gpu, smoke), _bench("backbone", 70.0, *device, *models)]
+    device, left_out = ("--device", "cuda" if gpu else "cpu"), []
+    if smoke or not gpu:
+        made = [_bench("step", 90.0 if smoke else 300.0, *device)]
+    else:
+        # In float32 and NCHW so many images of 224 pixels just fit into 80 GB.
+        large = ("--model", "resnet50", "--labeled", "32")
+        made = [
+            Job("gpu_tests", ("pytest", "-q", "-m", "gpu and not slow", *TESTS), 60.0),
+            _bench("step", 150.0, *device, "--model", "wrn_28_2", job="step_wrn_28_2"),
+            _bench("step", 170.0, *device, *large, job="step_resnet50"),
+        ]
+    made.append(_bench("backbone", 70.0, *device, *(() if gpu else ("--models", "wrn_28_2"))))
     # Without a GPU it counts and compares, and times nothing.
-    made.append(_bench("losses", 50.0, *([] if gpu or smoke else ["--smoke"])))
-    left_out = []
+    made.append(_bench("losses", 50.0, *(() if gpu or smoke else ("--smoke",))))
     if rec or smoke:
-        given = ("--rec", rec) if rec else ()
-        threads = str(len(os.sched_getaffinity(0)))
-        made.append(_bench("input", 60.0, *device, *given, "--threads", threads))
+        threads = ("--threads", str(len(os.sched_getaffinity(0))))
+        made.append(_bench("input", 60.0, *device, *threads, *(("--rec", rec) if rec else ())))
     else:
         left_out.append("input: it reads records, which --rec names")
     others = {"syncs": 30.0, "optimizer": 20.0, "checkpoint": 25.0, "startup": 40.0, "ranks": 20.0}
     return made + [_bench(name, share, *device) for name, share in others.items()], left_out
 
 
-def command(job: Job, out: Path, seconds: float, *, smoke: bool, commit: str | None) -> list[str]:
-    """What is run: the job's own command, where it writes, and how long it may measure."""
-    given = [*job.command]
-    if not job.result:
-        return given
-    given += ["--out", str(out / f"{job.name}.json")]
-    if not smoke:
-        given += ["--minutes", f"{MEASURING * seconds / 60.0:.3f}"]
-    if commit:
-        given += ["--commit", commit]
-    return given + (["--smoke"] if smoke and "--smoke" not in given else [])
+def _bench(name: str, share: float, *options: str, job: str = "") -> Job:
+    return Job(job or name, ("tools.bench", name, *options), share)
 
 
-def allowance(waiting: Sequence[Job], left: float) -> float:
-    """Seconds for the first of those that wait: its share of what is left."""
-    return left * waiting[0].share / sum(job.share for job in waiting)
+def command(job: Job, seconds: float, options: argparse.Namespace) -> list[str]:
+    """What is run: where a benchmark writes, and how long it may measure, included."""
+    given = [sys.executable, "-m", *job.module]
+    if job.module[0] == "tools.bench":
+        given += ["--out", str(options.out / f"{job.name}.json")]
+        minutes = f"{MEASURING * seconds / 60.0:.3f}"
+        given += ["--smoke"] if options.smoke else ["--minutes", minutes]
+        given += ["--commit", options.commit] if options.commit else []
+    return given
 
 
 def _turns(
     waiting: Sequence[Job], deadline: float, left_out: list[str]
 ) -> Iterator[tuple[Job, float]]:
-    """Each job and its seconds: what one does not use goes to those behind it."""
+    """Each job and its share of the seconds left: what one does not use goes to those behind it."""
     for number, job in enumerate(waiting):
-        limit = allowance(waiting[number:], deadline - time.monotonic())
+        left = deadline - time.monotonic()
+        limit = left * job.share / sum(other.share for other in waiting[number:])
         if limit < SHORTEST:
             left_out.append(f"{job.name}: no time")
         else:
             yield job, limit
 
 
-def _steps(gpu: bool, smoke: bool) -> list[Job]:
-    if smoke or not gpu:
-        device = "cuda" if gpu else "cpu"
-        return [_bench("step", 90.0 if smoke else 300.0, "--device", device)]
-    tests = (sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", *TESTS)
-    small = _bench("step", 150.0, "--device", "cuda", "--model", "wrn_28_2")
-    # In float32 and NCHW so many images of 224 pixels just fit into 80 GB.
-    large = _bench("step", 170.0, "--device", "cuda", "--model", "resnet50", "--labeled", "32")
-    return [
-        Job("gpu_tests", tests, 60.0, result=False),
-        small._replace(name="step_wrn_28_2"),
-        large._replace(name="step_resnet50"),
-    ]
-
-
-def _bench(name: str, share: float, *options: str) -> Job:
-    return Job(name, (sys.executable, "-m", "tools.bench", name, *options), share)
-
-
 def _gpu(device: str) -> bool:
     """Imports torch only here, so that a wrong option is an error at once."""
+    if device == "cpu":
+        return False
     import torch
 
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu, or auto")
-    return there and device != "cpu"
+    return torch.cuda.is_available()
 
 
-def run(name: str, command: Sequence[str], log: Path, limit: float) -> Ended:
-    """Runs a command in the repository's root; its output goes to `log`.
+def run(name: str, command: Sequence[str], out: Path, limit: float) -> Ended:
+    """Runs a command in the repository's root; its output goes to NAME.log.
 
-    After `limit` seconds it is ended, with all processes that it has started.
+    After `limit` seconds it is ended, with all processes of its group.
     """
-    began = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
+    began, code = time.monotonic(), None
+    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
             command,
-            stdout=file,
+            stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
             start_new_session=True,
         )
         try:
-            code: int | None = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = child.wait(limit)
         finally:
-            _end(child)
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(child.pid, number)
+                    child.wait(GRACE)
     return Ended(name, code, time.monotonic() - began)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """The whole group: compilers and ranks that it has started, as well."""
-    if child.poll() is None:
-        _signal(child.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE)
-    _signal(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _signal(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all have ended
-        os.killpg(group, number)
 
 
 def _write(options: argparse.Namespace, ended: list[Ended], left_out: list[str]) -> None:
     text = page(options.out, ended, left_out, smoke=options.smoke)
-    atomic.write_text(options.out / PAGE, text)
+    atomic.write_text(options.out / "summary.md", text)
 
 
 def page(out: Path, ended: Sequence[Ended], left_out: Sequence[str], *, smoke: bool) -> str:

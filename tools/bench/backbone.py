@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import models
 from mpl_fast.models import OWN
-from tools.bench.clock import interleaved, repeated, seconds_of
+from tools.bench.clock import repeated, seconds_of
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device, copies, flops
 from tools.bench.results import Row, ratios, spread
@@ -149,13 +149,11 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         work = minimal_work(one.network, one.image_size)
         steps = correct(one, VARIANTS, report)
         with report.attempt(f"{one.label}: all of them"):  # may need more memory than each did
-            seconds = interleaved(
+            seconds = report.interleaved(
                 steps,
                 lambda step: seconds_of(repeated(step, repeats)) / repeats,
-                rounds=options.rounds,
                 warmup=1,
-                seed=options.seed,
-                seconds=report.seconds_left(len(problems) - number),
+                parts=len(problems) - number,
             )
             for variant in VARIANTS:
                 if variant.name in seconds:

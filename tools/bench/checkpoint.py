@@ -22,7 +22,7 @@ from mpl_fast.errors import output_errors
 from mpl_fast.learner import Learner
 from mpl_fast.learner.rng import generator_states
 from mpl_fast.training.checkpoint import Checkpoints, newest, restore
-from tools.bench.clock import Work, interleaved, seconds_of
+from tools.bench.clock import seconds_of
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
@@ -59,14 +59,9 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         place = tempfile.TemporaryDirectory(prefix=".bench_checkpoint_", dir=options.folder)
     with place as folder:
         disk = Disk(algorithm, Path(folder))
-        seconds = interleaved(
-            disk.works(),
-            seconds_of,
-            rounds=options.rounds,
-            warmup=1,
-            seed=options.seed,
-            seconds=report.seconds_left(),
-        )
+        works = disk.save, disk.verify, disk.resume, disk.plain_write, disk.plain_hash
+        named = {work.__name__: work for work in works}
+        seconds = report.interleaved(named, seconds_of, warmup=1)
     report.add(rows(seconds, len(disk.content)))
 
 
@@ -92,11 +87,6 @@ class Disk:
         files = sorted(file for file in self._latest.iterdir() if file.suffix == ".pt")
         self.content = b"".join(file.read_bytes() for file in files)
         self.plain_write()
-
-    def works(self) -> dict[str, Work]:
-        """What is timed, by name."""
-        every = self.save, self.verify, self.resume, self.plain_write, self.plain_hash
-        return {work.__name__: work for work in every}
 
     def save(self) -> None:
         """What training waits for."""

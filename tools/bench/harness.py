@@ -11,8 +11,7 @@ A benchmark is a file with a docstring, of which the first line is the `--help`,
     def measure(options: argparse.Namespace, report: Report) -> None:
         variants = {...}                        # name -> callable
         ...                                     # compare them first: with report.attempt(name)
-        seconds = interleaved(variants, seconds_of, rounds=options.rounds, seed=options.seed,
-                              seconds=report.seconds_left())
+        seconds = report.interleaved(variants, seconds_of, warmup=2)
         report.add([Row(name, spread(values), "ms") for name, values in seconds.items()])
 
 `tools/bench/optimizer.py` is a complete example.
@@ -29,7 +28,7 @@ from tempfile import NamedTemporaryFile
 
 from mpl_fast import atomic
 from mpl_fast.errors import UserError, output_errors
-from tools.bench.clock import wait_for_gpu
+from tools.bench.clock import T, V, interleaved, wait_for_gpu
 from tools.bench.machine import describe
 from tools.bench.results import FORM, Json, Row, one_line, row_json, table
 
@@ -90,6 +89,19 @@ class Report:
         """An equal share of the time until `--minutes` are over; infinite without that option."""
         return (self._deadline - time.monotonic()) / parts
 
+    def interleaved(
+        self, variants: Mapping[str, V], timer: Callable[[V], T], *, warmup: int, parts: int = 1
+    ) -> dict[str, list[T]]:
+        """See `clock.interleaved`: `--rounds` rounds, as many as its part of `--minutes` allows."""
+        return interleaved(
+            variants,
+            timer,
+            rounds=self._options.rounds,
+            warmup=warmup,
+            seed=self._options.seed,
+            seconds=self.seconds_left(parts),
+        )
+
     @cached_property
     def _machine(self) -> Json:
         """Once: git and nvidia-smi take longer than many a measurement."""
@@ -134,16 +146,21 @@ def run(
     parsed = parse(bench, doc, arguments, options, rounds)
     if parsed.smoke:
         vars(parsed).update(tiny)
+    code = 0
     try:
         require_writable(parsed.out)
         report = Report(bench, parsed)
-        code = _measured(measure, parsed, report)
+        try:
+            measure(parsed, report)
+        except DeviceLostError as lost:  # the rows until here are good
+            report.fail("the GPU", str(lost))
+            code = 3
         report.save()
     except UserError as error:
         print(f"tools.bench {bench}: {error}", file=sys.stderr)
         return 2
     _print(report.result(), parsed.out)
-    return code
+    return code or int(bool(report.failed))
 
 
 def parse(
@@ -187,15 +204,6 @@ def require_writable(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=out.parent):
             pass
-
-
-def _measured(measure: Callable[[Options, Report], None], options: Options, report: Report) -> int:
-    try:
-        measure(options, report)
-    except DeviceLostError as lost:  # the rows until here are good
-        report.fail("the GPU", str(lost))
-        return 3
-    return int(bool(report.failed))
 
 
 def _print(found: Json, out: Path) -> None:

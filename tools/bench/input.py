@@ -8,11 +8,11 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -26,11 +26,14 @@ from mpl_fast.data.pipelines import Engine, decode, read_shuffled, train_pipelin
 from mpl_fast.data.stream import Stream
 from mpl_fast.errors import ConfigError
 from tools.bench import input_peers
-from tools.bench.clock import interleaved, wait_for_gpu
+from tools.bench.clock import wait_for_gpu
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
 from tools.bench.smooth_images import packed
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsNext
 
 TINY = {"batch": 8, "batches": 1, "rounds": 1}
 TICK = os.sysconf("SC_CLK_TCK")
@@ -41,7 +44,7 @@ PEER = "torchvision-pil"
 TARGETS = {("weak: dali", PEER): 1.6, ("both: dali-mpl", PEER): 1.3}
 
 Task = Literal["decode", "weak", "both"]
-Batches = Iterator[tuple[Tensor, ...]]
+Batches: TypeAlias = "SupportsNext[tuple[Tensor, ...]]"
 
 
 class Setting(NamedTuple):
@@ -130,13 +133,10 @@ def rounds(
         else:
             running[variant.name] = variant, source
 
-    return interleaved(
+    return report.interleaved(
         running,
         lambda one: measured(one[1], one[0].ahead + 1, options.batches, options.batch),
-        rounds=options.rounds,
         warmup=0,
-        seed=options.seed,
-        seconds=report.seconds_left(),
     )
 
 
@@ -187,20 +187,20 @@ def cpu_seconds() -> float:
 
 def peers(setting: Setting) -> list[Variant]:
     """Torchvision in processes and, where SPDL is installed, in threads."""
-    tasks: tuple[Task, ...] = ("weak", "both")
-    kinds: tuple[input_peers.Kind, ...] = ("pil", "tensor")
     config, split, batch, workers, _ = setting
     ahead, found = input_peers.AHEAD * workers, []
+    tasks: tuple[Task, ...] = ("weak", "both")
     for task in tasks:
-        for kind in kinds:
-            data = input_peers.Views(config, split, kind, strong=task == "both")
+        pil, tensor = (
+            input_peers.Views(config, split, kind, strong=task == "both")
+            for kind in input_peers.KINDS
+        )
+        for name, data in (("torchvision-pil", pil), ("torchvision-tensor", tensor)):
             batches = partial(input_peers.loader, data, batch, workers)
-            found.append(Variant(f"torchvision-{kind}", task, batches, ahead, True))
-            if kind == "tensor" and input_peers.has_spdl():
-                batches = partial(input_peers.threads, data, batch, workers)
-                found.append(
-                    Variant("spdl-tensor", task, batches, input_peers.THREADED_AHEAD, True)
-                )
+            found.append(Variant(name, task, batches, ahead, True))
+        if input_peers.has_spdl():
+            batches = partial(input_peers.threads, tensor, batch, workers)
+            found.append(Variant("spdl-tensor", task, batches, input_peers.THREADED_AHEAD, True))
     return found
 
 
@@ -239,11 +239,7 @@ def streamed(name: str, task: Task, setting: Setting) -> Variant:
             return decoding_pipeline(config, split, engine)
         return train_pipeline(config, split, engine, strong=task == "both")
 
-    def batches() -> Batches:
-        stream = Stream(build, split, device, torch.float32)
-        while True:
-            yield next(stream)
-
+    batches = partial(Stream, build, split, device, torch.float32)
     return Variant(name, task, batches, config.prefetch, False)
 
 

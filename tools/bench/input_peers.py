@@ -25,6 +25,7 @@ from mpl_fast.data.manifest import Split
 from mpl_fast.data.records import parse_payload, unframe
 
 Kind = Literal["pil", "tensor"]
+KINDS: tuple[Kind, Kind] = ("pil", "tensor")
 AHEAD = 2  # batches that each worker prepares ahead, PyTorch's default
 # What its stages hold between them, batches and images; nine were seen to come at once.
 THREADED_AHEAD = 12

@@ -19,7 +19,7 @@ from mpl_fast import models
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
 from mpl_fast.models import OWN
-from tools.bench.clock import Work, interleaved, repeated, seconds_of
+from tools.bench.clock import Work, repeated, seconds_of
 from tools.bench.count import launches, operators
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, choose_device, copies
@@ -63,12 +63,11 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     )
     for number, one in enumerate(problems):
         works = correct(one, report)
-        seconds = interleaved(
+        seconds = report.interleaved(
             works,
             lambda work: seconds_of(repeated(work, steps)) / steps,
-            rounds=options.rounds,
-            seed=options.seed,
-            seconds=report.seconds_left(len(problems) - number),
+            warmup=2,
+            parts=len(problems) - number,
         )
         report.add(rows(one, works, seconds, one.minimal_bytes() / copied.high))
 

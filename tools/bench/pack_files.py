@@ -1,13 +1,15 @@
-"""What packing is measured on, and the counts of what was written.
+"""What packing is measured on, and what was written of it.
 
-The readers share no code with the writers, and their counts do not depend on the order.
+The readers share no code with the writers.
 """
 
 import itertools
+import mmap
 import random
+import re
 import struct
 import tarfile
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,24 +27,24 @@ SMOOTH = 8  # generated photographs
 CLASSES, A_CLASS = 100, 20  # so many images a class at least: a tenth of all has one of each
 MEMBER_CLASSES, MEMBERS_A_CLASS = 1000, 200  # the same for a hundredth
 JPEG_START = b"\xff\xd8"
-COMMENT = b"\xff\xfe"  # a JPEG segment that readers skip
+MARK = JPEG_START + b"\xff\xfe\x00\x12number: "  # a comment, which readers skip; 8 digits follow
 MAGIC = struct.pack("<I", 0xCED7230A)
 IMAGE_HEADER = 24  # bytes of a record: MXNet's flag, label and two ids
 
 
-class Counts(NamedTuple):
-    """Of JPEG images."""
+class Data(NamedTuple):
+    """JPEG images in class folders."""
 
     images: int
     bytes: int
-    checksum: int  # the sum of the images' crc32 values
     short_sides: tuple[int, int]  # the smallest and the largest of the images, pixels
 
 
 def photographs(archive: Path | None, size: int) -> list[bytes]:
     """The first JPEG files of a tar, of about `size` bytes and at most 1 GiB; or generated ones.
 
-    Raises `DataError` if the archive has none.
+    Those with MXNet's magic word, which records would cut, are left out. Raises `DataError` if the
+    archive has none.
     """
     if archive is None:
         return [smooth_jpeg(number, *TILE) for number in range(SMOOTH)]
@@ -51,7 +53,7 @@ def photographs(archive: Path | None, size: int) -> list[bytes]:
         for member in members:
             content = members.extractfile(member)
             image = content.read() if content else b""
-            if image.startswith(JPEG_START):
+            if image.startswith(JPEG_START) and MAGIC not in image:
                 found.append(image)
                 left -= len(image)
             if left <= 0:
@@ -61,25 +63,22 @@ def photographs(archive: Path | None, size: int) -> list[bytes]:
     return found
 
 
-def make_folders(archive: Path | None, out: Path, size: int) -> Counts:
+def make_folders(archive: Path | None, out: Path, size: int) -> Data:
     """Copies of the photographs until they have `size` bytes; a number makes each different."""
     images = photographs(archive, size)
-    expected = size * len(images) // sum(map(len, images))
 
-    def numbered() -> Iterable[bytes]:
+    def numbered() -> Iterator[bytes]:
         left = size
-        for number in itertools.count():
-            image = images[number % len(images)]
-            comment = COMMENT + struct.pack(">HQ", 10, number)
-            yield JPEG_START + comment + image[2:]
-            left -= len(image) + len(comment)
+        for number, image in enumerate(itertools.cycle(images)):
+            yield (marked := MARK + b"%08d" % number + image[len(JPEG_START) :])
+            left -= len(marked)
             if left <= 0:
                 return
 
-    return _write(numbered(), out, expected // A_CLASS)
+    return _write(numbered(), out, size * len(images) // sum(map(len, images)))
 
 
-def make_mosaics(archive: Path | None, out: Path, images: int) -> Counts:
+def make_mosaics(archive: Path | None, out: Path, images: int) -> Data:
     """Pictures of 1000 x 750 pixels, each of four photographs: all have to be made smaller.
 
     Enlarged photographs would be smoother, so quicker to encode, than real ones of this size.
@@ -88,13 +87,13 @@ def make_mosaics(archive: Path | None, out: Path, images: int) -> Counts:
     tiles = [cv2.resize(simplejpeg.decode_jpeg(image), TILE) for image in some]
     chance = random.Random(0)
 
-    def mosaics() -> Iterable[bytes]:
+    def mosaics() -> Iterator[bytes]:
         for _ in range(images):
             a, b, c, d = chance.choices(tiles, k=4)
             pixels = np.vstack([np.hstack([a, b]), np.hstack([c, d])])  # (750, 1000, 3) uint8
             yield simplejpeg.encode_jpeg(pixels, quality=95)
 
-    return _write(mosaics(), out, images // A_CLASS)
+    return _write(mosaics(), out, images)
 
 
 def make_members(out: Path, rows: int) -> None:
@@ -109,87 +108,56 @@ def make_members(out: Path, rows: int) -> None:
         file.write(bytes(1024))
 
 
-def _write(images: Iterable[bytes], out: Path, classes: int) -> Counts:
-    """As many class folders as have enough images, at most `CLASSES`."""
-    folders = [out / f"class_{label:04d}" for label in range(max(1, min(CLASSES, classes)))]
-    for folder in folders:
-        folder.mkdir(parents=True)
+def _write(images: Iterable[bytes], out: Path, expected: int) -> Data:
+    """As many class folders as have enough images, at most `CLASSES`; beside them a list in the
+    order of im2rec's."""
+    classes = max(1, min(CLASSES, expected // A_CLASS))
+    size, sides, lines = 0, [], []
     for number, image in enumerate(images):
-        (folders[number % len(folders)] / f"{number:07d}.JPEG").write_bytes(image)
-    return tally(read_folders(out))
+        file = out / f"class_{number % classes:04d}" / f"{number:08d}.JPEG"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image)
+        size += len(image)
+        sides.append(min(simplejpeg.decode_jpeg_header(image)[:2]))
+        lines.append(f"{number}\t{number % classes}\t{file.relative_to(out)}\n")
+    random.Random(100).shuffle(lines)
+    out.with_suffix(".lst").write_text("".join(lines))
+    return Data(len(sides), size, (min(sides), max(sides)))
 
 
-def tally(images: Iterable[bytes]) -> Counts:
-    """Counts JPEG images. Raises ValueError for another file."""
-    found, size, checksum, sides = 0, 0, 0, set[int]()
-    for image in images:
-        found, size, checksum = found + 1, size + len(image), checksum + zlib.crc32(image)
-        sides.add(min(simplejpeg.decode_jpeg_header(image)[:2]))
-    return Counts(found, size, checksum, (min(sides, default=0), max(sides, default=0)))
+def altered(out: Path, source: Path) -> list[int]:
+    """The images of `make_folders` that the files in `out` do not have once, byte for byte."""
+    images = {int(file.stem): file for file in source.rglob("*.JPEG")}
+    found = Counter[int]()
+    for file in out.rglob("*"):
+        if file.is_dir() or not file.stat().st_size:
+            continue
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as whole:
+            for match in re.finditer(MARK + rb"(\d{8})", whole):
+                number = int(match[1])
+                image = images[number].read_bytes()
+                found[number] += whole[match.start() : match.start() + len(image)] == image
+    return [number for number in images if found[number] != 1]
 
 
-def count(kind: str, out: Path, source: Path) -> Counts:
-    """Of a folder that was written as copy, tar, mds or rec.
+def short_sides(out: Path) -> list[int]:
+    """Of the images of all .rec files; train.idx must list as many records with other ids.
 
     Raises ValueError, OSError or struct.error for what cannot be read.
     """
-    if kind == "copy":
-        return tally(read_copy(out, source))
-    return tally({"tar": read_tars, "mds": read_mds, "rec": read_records}[kind](out))
-
-
-def read_folders(root: Path) -> Iterator[bytes]:
-    """The files of all class folders, in the order in which the copy reads them."""
-    for folder in sorted(root.iterdir()):
-        for file in sorted(folder.iterdir()):
-            yield file.read_bytes()
-
-
-def read_copy(out: Path, source: Path) -> Iterator[bytes]:
-    """The images of a plain copy, cut by the sizes of its source's files."""
-    with (out / "copy.bin").open("rb") as whole:
-        yield from (whole.read(len(image)) for image in read_folders(source))
-        if more := whole.read():
-            yield more
-
-
-def read_tars(out: Path) -> Iterator[bytes]:
-    """The files of all archives but for webdataset's labels."""
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                file = archive.extractfile(member)
-                if file and not member.name.endswith(".cls"):
-                    yield file.read()
-
-
-def read_mds(out: Path) -> Iterator[bytes]:
-    """The images of MDS shards: u32 samples, u32 offsets, then u32 size, image, label."""
-    for path in sorted(out.glob("*.mds")):
-        content = path.read_bytes()
-        (samples,) = struct.unpack_from("<I", content)
-        for offset in struct.unpack_from(f"<{samples}I", content, 4):
-            (size,) = struct.unpack_from("<I", content, offset)
-            yield content[offset + 4 : offset + 4 + size]
-
-
-def read_records(out: Path) -> Iterator[bytes]:
-    """The images of all .rec files; train.idx must list as many records with other ids.
-
-    A record of several parts gets back its magic words.
-    """
-    count, parts = 0, list[bytes]()
-    for path in sorted(out.glob("*.rec")):
-        with path.open("rb") as file:
-            while head := file.read(8):
-                magic, length = struct.unpack("<4sI", head)
-                if magic != MAGIC:
-                    raise ValueError(f"no record at byte {file.tell() - 8}")
-                flag, size = length >> 29, length & (1 << 29) - 1
-                parts.append(file.read(size + 3 & ~3)[:size])
-                if flag in (0, 3):  # whole, or the last part
-                    yield MAGIC.join(parts)[IMAGE_HEADER:]
-                    count, parts = count + 1, []
+    sides = []
+    for file in sorted(out.glob("*.rec")):
+        content, at = file.read_bytes(), 0
+        while at < len(content):
+            magic, length = struct.unpack_from("<4sI", content, at)
+            if magic != MAGIC:
+                raise ValueError(f"{file.name} has no record at byte {at}")
+            part, size = length >> 29, length & (1 << 29) - 1
+            if part in (0, 1):  # whole, or the first part of several
+                image = content[at + 8 + IMAGE_HEADER : at + 8 + size]
+                sides.append(min(simplejpeg.decode_jpeg_header(image)[:2]))
+            at += 8 + (size + 3 & ~3)
     ids = {line.split()[0] for line in (out / "train.idx").read_text().splitlines()}
-    if len(ids) != count:
-        raise ValueError(f"train.idx lists {len(ids)} records, there are {count}")
+    if len(ids) != len(sides):
+        raise ValueError(f"train.idx lists {len(ids)} records, there are {len(sides)}")
+    return sides

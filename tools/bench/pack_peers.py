@@ -1,14 +1,8 @@
 """The peers of `pack`: installs them, calls their writers, and times a command.
 
-`python -m tools.bench.pack_peers FOLDER` installs each in an environment of its own; then
-`python -m tools.bench pack --peers FOLDER`, which starts this file as a script:
-
-- `write KIND SOURCE OUT`, with the Python of the peer's environment, writes class folders of images
-  and prints the seconds from the first image that is read to the last file that is on the disk;
-  start, import and listing are not in them;
-- `run OUT LOG COMMAND ...` runs a command until its files in OUT are on the disk.
-
-It imports no PyTorch: the peak memory that the system reports of a command begins with that of the
+`python -m tools.bench.pack_peers FOLDER` installs each in an environment of its own. `pack` starts
+this file as a script, as `write` with the Python of the peer's environment, and as `run`, which
+imports no PyTorch: the peak memory that the system reports of a command begins with that of the
 process that started it.
 """
 
@@ -17,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +20,6 @@ ENVIRONMENTS = {
     "streams": ("webdataset==1.0.2", "mosaicml-streaming==0.13.0"),
     "mxnet": ("mxnet==1.9.1", "numpy==1.23.5", "opencv-python-headless<4.9"),
 }
-VERSION = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
 SHARD_BYTES = 1 << 28
 Images = list[tuple[str, int]]  # path, label
 
@@ -46,22 +40,12 @@ def install(folder: Path) -> None:
         subprocess.run([folder / name / "bin" / "pip", "install", *packages], check=True)
 
 
-def versions(folder: Path) -> dict[str, str]:
-    """The version of every package that is installed there."""
-    found = {}
-    for environment, packages in ENVIRONMENTS.items():
-        python = folder / environment / "bin" / "python"
-        for package in packages if python.exists() else ():
-            name = package.split("=")[0].split("<")[0]
-            command: list[str | Path] = [python, "-c", VERSION, name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                found[name] = done.stdout.strip()
-    return found
-
-
 def write(kind: str, source: str, out: str) -> None:
-    """Prints `seconds` and `cpu` seconds as JSON."""
+    """Writes class folders of images, and prints `seconds` and `cpu` seconds as JSON.
+
+    They are from the first image that is read to the last file that is on the disk: without start,
+    imports and listing.
+    """
     folders = sorted(Path(source).iterdir())
     images = [(str(f), label) for label, d in enumerate(folders) for f in sorted(d.iterdir())]
     writer = {"copy": copy, "codecs": codecs, "webdataset": webdataset, "mds": mds}[kind]
@@ -117,17 +101,24 @@ def mds(images: Images, out: str) -> None:
             shards.write({"image": Path(path).read_bytes(), "label": label})
 
 
-def run(out: str, log: str, *command: str) -> None:
-    """Prints the exit code, `wall` and `cpu` seconds, and `peak_mib` of the largest process."""
-    with Path(log).open("wb") as printed:
+def run(out: str, *command: str) -> None:
+    """Runs a command until its files in `out` are on the disk, and prints JSON.
+
+    That has the exit code, `wall` and `cpu` seconds, `peak_mib` of the largest process, and what
+    the command has printed.
+    """
+    with tempfile.TemporaryFile() as log:
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=printed, stderr=printed)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         sync(Path(out))
         wall = time.perf_counter() - began
+        log.seek(0)
+        printed = log.read().decode(errors="replace")
     code = process.returncode = os.waitstatus_to_exitcode(status)
     cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-    print(json.dumps({"code": code, "wall": wall, "cpu": cpu, "peak_mib": peak}))
+    found = {"code": code, "wall": wall, "cpu": cpu, "peak_mib": peak, "printed": printed}
+    print(json.dumps(found))
 
 
 def sync(folder: Path) -> None:

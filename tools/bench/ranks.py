@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
 from unittest import mock
 
 import torch
@@ -62,15 +61,19 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     if cuda and options.ranks[-1] > have:
         raise ConfigError(f"--ranks {options.ranks[-1]}: there are {have} GPUs here")
     report.claim = "steps of the slowest rank; numbers of ranks took turns"
-    measured = interleaved(
-        {str(ranks): ranks for ranks in options.ranks},
-        lambda ranks: _timed(ranks, setting, options.steps, report),
-        rounds=options.rounds,
-        warmup=0,
-        seed=options.seed,
-        seconds=report.seconds_left(),
-    )
-    found = {int(ranks): _joined(turns) for ranks, turns in measured.items() if any(turns)}
+    found: dict[int, Times] = {}
+
+    def timed(ranks: int) -> None:
+        print(f"{ranks} ranks", flush=True)
+        try:
+            times = on_ranks("tools.bench.ranks", ranks, setting, [str(options.steps)])
+        except RanksError as error:
+            report.skipped.append(str(error))
+        else:
+            earlier = found.setdefault(ranks, {TOGETHER: [], ALONE: []})
+            found[ranks] = {key: earlier[key] + times[key] for key in earlier}
+
+    report.interleaved({str(ranks): ranks for ranks in options.ranks}, timed, warmup=0)
     if not found:
         report.fail("all numbers of ranks", "nothing could be measured")
     report.add(rows(found, setting, options.smoke))
@@ -101,25 +104,6 @@ def rows(found: Mapping[int, Times], setting: Setting, smoke: bool) -> list[Row]
     return made
 
 
-def _timed(ranks: int, setting: Setting, steps: int, report: Report) -> Times:
-    """Empty if the ranks failed or had no time."""
-    left = report.seconds_left()
-    print(f"{ranks} ranks", flush=True)
-    try:
-        found: Times = on_ranks(
-            "tools.bench.ranks", ranks, setting, [str(steps)], max(1.0, min(left, 1e5))
-        )
-    except RanksError as error:
-        report.skipped.append(str(error))
-        return {}
-    return found
-
-
-def _joined(turns: Sequence[Times]) -> Times:
-    """The steps of all rounds that ended."""
-    return {name: [s for turn in turns if turn for s in turn[name]] for name in (TOGETHER, ALONE)}
-
-
 def rank(given: Sequence[str]) -> None:
     """On one rank: times steps with the others, and without any exchange; rank 0 writes.
 
@@ -142,25 +126,19 @@ def rank(given: Sequence[str]) -> None:
 
 def without_exchange(make: Callable[[Setting], Work], setting: Setting) -> Work:
     """The step of a process that has no others."""
-    with _no_others():
+
+    @contextmanager
+    def no_others() -> Iterator[None]:
+        with mock.patch.object(dist, "is_initialized", return_value=False):
+            yield
+
+    with no_others():
         step = make(setting)
-
-    def alone() -> Any:
-        with _no_others():
-            return step()
-
-    return alone
-
-
-@contextmanager
-def _no_others() -> Iterator[None]:
-    with mock.patch.object(dist, "is_initialized", return_value=False):
-        yield
+    return no_others()(step)
 
 
 def _step(setting: Setting) -> Work:
-    one = step_variants.ours(setting, "mpl", Flavor(bf16=setting.device.type == "cuda"))
-    return one.step
+    return step_variants.ours(setting, "mpl", Flavor(bf16=setting.device.type == "cuda")).step
 
 
 def _seconds(work: Work) -> float:

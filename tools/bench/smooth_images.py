@@ -1,15 +1,15 @@
 """Generated photographs, for smoke tests and where their content does not matter."""
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from mpl_fast.packing.options import PackOptions, SplitOptions
+from mpl_fast.packing.pack import pack
+
 VAL = 8
-MAKE_REC = Path(__file__).resolve().parents[1] / "make_rec.py"
 
 
 def smooth_jpeg(number: int, width: int, height: int) -> bytes:
@@ -31,8 +31,7 @@ def packed(folder: Path, count: int, labeled: int) -> Path:
         file = folder / kind / f"class_{number % 2}" / f"{number}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(smooth_jpeg(number, 80 + number % 24, 100 - number % 24))
-    out = folder / "rec"
-    command: list[str | Path] = [sys.executable, MAKE_REC, "pack", "--quiet", "--out", out]
-    command += ["--src", folder / "train", "--val", folder / "val", "--labeled", str(labeled)]
-    subprocess.run(command, check=True)
+    out, split = folder / "rec", SplitOptions(labeled=str(labeled))
+    src, val = (str(folder / "train"),), str(folder / "val")
+    pack(PackOptions(src=src, val=val, out=out, split=split, quiet=True))
     return out

@@ -6,7 +6,6 @@ caches that the cold run left. Resume: the warm run goes on from its checkpoint,
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.learner.compilation import CACHES
-from tools.bench.clock import interleaved
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, ROOT, choose_device
 from tools.bench.results import Row, last_line, spread
@@ -26,8 +24,9 @@ USUAL = {"recipe": "mpl", "labeled": 16, "unlabeled": 32, "image_size": 32}
 TINY = {"model": "wrn_10_1", "recipe": "supervised", "labeled": 4, "unlabeled": 4, "rounds": 1}
 TRAIN = ROOT / "mpl_fast" / "train.py"
 HELP = 0.5  # seconds, the target
-POLL = 0.005  # seconds between two readings of the metrics
-LATE = 1800.0  # seconds after which a step is given up
+# Of a smoke test, to compile in half the time: no worker processes and no vector instructions,
+# for which libraries are compiled that only show which of them the CPU has.
+SCALAR = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "0"}
 
 
 class FailedError(Exception):
@@ -54,25 +53,26 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             starts = Starts(options, Path(folder))
-            found = interleaved(
-                {"all": starts.seconds},
-                lambda seconds: seconds(),
-                rounds=options.rounds,
-                warmup=0,
-                seconds=report.seconds_left(),
-            )["all"]
+            turns = report.interleaved({"all": starts.seconds}, lambda seconds: seconds(), warmup=0)
+        found = turns["all"]
         report.add(rows({name: [one[name] for one in found] for name in found[0]}))
     except FailedError as error:
         report.fail("a process", str(error))
 
 
-def seconds_of_help() -> float:
+def run_train(*options: str, **environment: str) -> None:
     """Raises `FailedError`."""
-    began, command = time.perf_counter(), [sys.executable, str(TRAIN), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, TRAIN, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
     if done.returncode:
-        raise FailedError(f"--help: {last_line(done.stderr)}")
-    return time.perf_counter() - began
+        raise FailedError(f"exit code {done.returncode}: {last_line(done.stdout)}")
 
 
 class Starts:
@@ -80,6 +80,7 @@ class Starts:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._folder, self._rounds = folder, 0
+        self._environment = SCALAR if options.smoke else {}
         self._training = {
             "recipe": options.recipe,
             "model.name": options.model,
@@ -100,8 +101,10 @@ class Starts:
         self._rounds += 1
         folder = self._folder / str(self._rounds)
         other, kept, warm = folder / "other_caches", folder / "caches", folder / "warm"
+        began = time.perf_counter()
+        run_train("--help")
         return {
-            "--help": seconds_of_help(),
+            "--help": time.perf_counter() - began,
             # Kernels of the losses are compiled here too, on a GPU.
             "first step, not compiled": self._until(1, folder / "plain", "off", other),
             "first step, compiled cold": self._until(1, folder / "cold", "default", kept),
@@ -110,49 +113,14 @@ class Starts:
         }
 
     def _until(self, step: int, run: Path, mode: str, caches: Path) -> float:
-        """Trains until a step, whose row is written before anything else is done."""
-        # A place that is given stays, whatever a run would choose.
-        places = {variable: str(caches / name) for variable, name in CACHES.items()}
+        """Trains until a step, whose row is the last that is written before the checkpoint."""
         given = self._training | {"run-dir": run, "stop-at": step, "compile": mode}
-        command = [sys.executable, str(TRAIN), *(f"--{k}={v}" for k, v in given.items())]
-        with (self._folder / "output").open("w+") as output:
-            began = time.perf_counter()
-            process = subprocess.Popen(
-                command, stdout=output, stderr=output, cwd=ROOT, env={**os.environ, **places}
-            )
-            try:
-                took = seconds_to_row(run / "metrics.jsonl", step, process, began)
-                code = process.wait(LATE)
-            except subprocess.TimeoutExpired:
-                took, code = None, None
-            finally:
-                process.kill()
-                process.wait()
-            output.seek(0)
-            if code or took is None:
-                raise FailedError(f"training (exit code {code}): {last_line(output.read())}")
-        return took
-
-
-def seconds_to_row(
-    metrics: Path, step: int, process: "subprocess.Popen[bytes]", began: float
-) -> float | None:
-    """Until a step's row is in the file; None if the process ends without it."""
-    while time.perf_counter() - began < LATE:
-        ended = process.poll() is not None
-        now = time.perf_counter()
-        if metrics.exists() and has_row(metrics.read_text(), step):
-            return now - began
-        if ended:
-            return None
-        time.sleep(POLL)
-    return None
-
-
-def has_row(rows: str, step: int) -> bool:
-    """Whether a complete line is of this step."""
-    complete = rows.split("\n")[:-1]
-    return any(json.loads(line)["step"] == step for line in complete)
+        # Places that are given stay, whatever a run would choose.
+        places = {variable: str(caches / name) for variable, name in CACHES.items()}
+        places |= self._environment
+        began = time.time()
+        run_train(*(f"--{name}={value}" for name, value in given.items()), **places)
+        return (run / "metrics.jsonl").stat().st_mtime - began
 
 
 def rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:

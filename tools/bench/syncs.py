@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     device = setting.device
     report.claim = f"counts of one warm step of {setting.model}, eager"
     report.more["where"] = {}
-    exchanged = on_ranks("tools.bench.syncs", RANKS, setting, options.recipe, None)
+    exchanged = on_ranks("tools.bench.syncs", RANKS, setting, options.recipe)
     _count("plain mpl", step_variants.plain(setting, amp=False), device, report, budget=None)
     for recipe in options.recipe:
         one = step_variants.ours(setting, recipe, Flavor(bf16=device.type == "cuda"))
