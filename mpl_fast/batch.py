@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (L,) int64
     weak: Tensor  # (U, 3, H, W) crop and flip
     strong: Tensor  # (U, 3, H, W) the same crop, its own flip, RandAugment
-    truth: Tensor  # (U,) int64, labels of the unlabeled images in the records: for metrics only
+    truth: Tensor  # (U,) int64, labels that unlabeled images have, or -1: for metrics only
 
 
 class Loader(Protocol):

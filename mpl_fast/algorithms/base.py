@@ -11,7 +11,8 @@ from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig
 from mpl_fast.learner import Learner
 
-# 0-dim and detached, on the device: reading one would make the host wait for the step.
+# Detached, on the device: reading one would make the host wait for the step. 0-dim; or (2,), a sum
+# and the number of its terms, for a mean over those images of an interval that a metric exists for.
 Metrics = dict[str, Tensor]
 Step = Callable[[Batch, int], Metrics]
 LearnerFactory = Callable[[LearnerConfig], Learner]
@@ -66,6 +67,15 @@ def train_step(algorithm: Algorithm, batch: Batch, t: int, step: Step | None = N
         learner.end_step(t)
         metrics[f"skipped/{name}"] = learner.skipped.clamp(max=1.0)
     return metrics
+
+
+def accuracy_of_known(share: Tensor, truth: Tensor) -> Tensor:
+    """``(2,)``: how many labels equal the truth, and how many images have one (it is not -1).
+
+    `share`, 0-dim: of all images, how many labels equal `truth` ``(U,)``.
+    """
+    known = (truth >= 0).sum(dtype=share.dtype)
+    return torch.stack([share * len(truth), known])
 
 
 @torch.no_grad()

@@ -161,7 +161,8 @@ class DerivativeFeedback:
             self._decreases.append(-value.detach())
             return value
         target = self._pseudo.target[rows]
-        h = -self._rate * self._u[rows].gather(-1, target[:, None])[:, 0]
+        taken = target.clamp_min(0)[:, None]  # of an invalid label, the loss below is NaN
+        h = -self._rate * self._u[rows].gather(-1, taken)[:, 0]
         self._decreases.append(h.mean())
         return losses.student_loss(logits, target, weight=h)
 

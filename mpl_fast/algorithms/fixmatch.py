@@ -5,7 +5,13 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.base import (
+    AlgorithmContext,
+    EvalEnsemble,
+    LearnerFactory,
+    Metrics,
+    accuracy_of_known,
+)
 from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
@@ -39,6 +45,7 @@ class FixMatch:
         config = self.config
         logits = Views(self.learner, batch, config.bn_batches).logits()
         pseudo = losses.pseudo_labels(logits.weak.detach())
+        hits = pseudo.label == batch.truth
         mask = (pseudo.confidence >= config.threshold).to(pseudo.confidence.dtype)
         labeled = losses.smoothed_ce(
             logits.labeled, batch.labels, label_smoothing=config.label_smoothing
@@ -49,5 +56,5 @@ class FixMatch:
             "loss/consistency": unlabeled.detach(),
             "mask_rate": mask.mean(),
             "confidence": pseudo.confidence.mean(),
-            "accuracy/pseudo": (pseudo.label == batch.truth).float().mean(),
+            "accuracy/pseudo": accuracy_of_known(hits.float().mean(), batch.truth),
         }

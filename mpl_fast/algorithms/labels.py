@@ -8,6 +8,8 @@ from torch import Tensor
 from mpl_fast import losses
 from mpl_fast.config.algorithms import LabelKind
 
+INVALID = -2  # and not -1, which is the truth of an image without a label
+
 
 class Labels(NamedTuple):
     """Pseudo labels of U images, constants: arguments of `losses.student_loss`."""
@@ -29,9 +31,9 @@ def make_labels(
 
     `uniforms`: ``(U,)`` in [0, 1), for kind sampled. `threshold`: images whose largest probability
     is smaller get weight 0; a threshold of 0 gives no weights. Rows of logits that are not finite
-    get class -1, which makes the losses NaN, so that `Learner` skips the update.
+    get class INVALID, which makes the losses NaN, so that `Learner` skips the update.
     """
     found = losses.pseudo_labels(logits, uniforms=uniforms)
-    hard = torch.where(found.confidence.isfinite(), found.label, -1)
+    hard = torch.where(found.confidence.isfinite(), found.label, INVALID)
     weight = (found.confidence >= threshold).to(torch.float32) if threshold > 0 else None
     return Labels(logits if kind == "soft" else hard, weight, hard)

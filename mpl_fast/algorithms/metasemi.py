@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.base import (
+    AlgorithmContext,
+    EvalEnsemble,
+    LearnerFactory,
+    Metrics,
+    accuracy_of_known,
+)
 from mpl_fast.batch import Batch
 from mpl_fast.config import MetaSemiConfig
 from mpl_fast.config.algorithms import ramped
@@ -49,6 +55,7 @@ class MetaSemi:
         else:
             fit = losses.smoothed_ce(learner(batch.labeled), batch.labels).loss
         logits = learner(batch.weak).to(labels.dtype)
+        hits = labels.argmax(-1) == batch.truth
         consistency = (logits.softmax(-1) - labels).square().sum(-1).mean()
         learner.backward_and_step(fit + ramped(config.weight, config.ramp, t) * consistency)
         return {
@@ -56,7 +63,7 @@ class MetaSemi:
             "loss/fit": fit.detach(),
             "loss/consistency": consistency.detach(),
             "confidence": labels.amax(-1).mean(),
-            "accuracy/pseudo": (labels.argmax(-1) == batch.truth).float().mean(),
+            "accuracy/pseudo": accuracy_of_known(hits.float().mean(), batch.truth),
         }
 
     def corrected_labels(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """The mean of each metric over the microbatches."""
+    """The mean of each metric over the microbatches; sums of those that are a sum and a count."""
     if len(metrics) == 1:
         return metrics[0]
-    return {name: torch.stack([part[name] for part in metrics]).mean() for name in metrics[0]}
+    stacked = {name: torch.stack([part[name] for part in metrics]) for name in metrics[0]}
+    return {name: rows.sum(0) if rows.ndim > 1 else rows.mean() for name, rows in stacked.items()}

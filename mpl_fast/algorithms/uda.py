@@ -6,7 +6,13 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from mpl_fast import losses
-from mpl_fast.algorithms.base import AlgorithmContext, EvalEnsemble, LearnerFactory, Metrics
+from mpl_fast.algorithms.base import (
+    AlgorithmContext,
+    EvalEnsemble,
+    LearnerFactory,
+    Metrics,
+    accuracy_of_known,
+)
 from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import ViewLogits, Views
 from mpl_fast.batch import Batch
@@ -88,6 +94,6 @@ def uda_loss(
         "loss/consistency": out.uda,
         "mask_rate": out.mask_rate,
         "confidence": out.confidence,
-        "accuracy/pseudo": out.pseudo_accuracy,
+        "accuracy/pseudo": accuracy_of_known(out.pseudo_accuracy, batch.truth),
     }
     return UDALoss(terms, out, metrics)

@@ -12,6 +12,7 @@ from mpl_fast.config import DataConfig
 from mpl_fast.data import pipelines
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.data.randaugment import strengthen
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import ConfigError, output_errors
 
 Pixels = NDArray[np.uint8]
@@ -35,7 +36,7 @@ def contact_sheet(
     rows = _draw_rows(config, split, images, draws, seed)
     titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
     zoom = -(-MIN_TILE // config.image_size)
-    names = [manifest.classes[label] for label, _ in rows]
+    names = ["no label" if label == NO_LABEL else manifest.classes[label] for label, _ in rows]
     tiles = [[tile.repeat(zoom, axis=0).repeat(zoom, axis=1) for tile in row] for _, row in rows]
     sheet = _arrange(tiles, titles, names, zoom * config.image_size)
     with output_errors(out):

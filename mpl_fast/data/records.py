@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAGIC = 0xCED7230A
+NO_LABEL = -1  # stored as the one label (flag 0) of an image without a label
 LENGTH_LIMIT = 1 << 29  # bytes; the frame keeps a length in 29 bits
 ID_LIMIT = MAGIC  # a larger id could hold the magic word, at which the header would be cut
 

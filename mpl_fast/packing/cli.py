@@ -27,18 +27,21 @@ _PART = re.compile(r"(\d+)/(\d+)")
 _PACK = """\
 Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI and MXNet read.
 
-sources (--src, --val):
+sources (--src, --val, --unlabeled-src):
   DIR              class folders: an image's class is the name of its folder
   ARCHIVE          a .tar, also .tar.xz, .tar.gz, .tar.bz2, with class folders or one tar a class
                    inside, as ILSVRC2012_img_train.tar; nothing is extracted
   ARCHIVE:FOLDER   one folder of an archive
   FILE.lst         MXNet's list: id, label, path; the paths start at --root
   FILE.rec         records, whose names are in FILE.lst beside it
+  --unlabeled-src takes the same, without classes and labels: folders may be flat, or of any depth,
+  and a list may have paths alone
   with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
   `name class`, or a class, in the order of the names
 
 examples:
   make_rec.py pack --src train --val val --out rec --labeled 10%
+  make_rec.py pack --src labeled --unlabeled-src crawled photos.tar --val val --out rec
   make_rec.py pack --src ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar \\
       --val-labels validation_labels.txt --out rec --labeled 10percent.txt --short-side 480
   make_rec.py pack ... --part 3/8   (on each of 8 machines that share the disk; then: finish rec)
@@ -120,6 +123,8 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--src", required=True, nargs="+", help="training images; several sources are joined")
     add("--out", required=True, type=_path, help="folder to write, made if missing")
     add("--val", metavar="SRC", help="validation images, which training needs")
+    more = "training images without labels, for the unlabeled split"
+    add("--unlabeled-src", nargs="+", default=[], metavar="SRC", help=more)
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
     add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
     add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
@@ -141,9 +146,10 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
 
 def _add_split(group: "argparse._ArgumentGroup") -> None:
     add = group.add_argument
-    add("--labeled", default="10%", metavar="HOW",
-        help="share (10%%), number of images (4000), or a file that names them: base names as in "
-        "SimCLR's 10percent.txt, class/name, or an .lst (default: 10%%)")  # fmt: skip
+    add("--labeled", metavar="HOW",
+        help="share (10%%), number of images (4000), all, or a file that names them: base names as "
+        "in SimCLR's 10percent.txt, class/name, or an .lst (default: 10%%; with --unlabeled-src: "
+        "all)")  # fmt: skip
     add("--balance", choices=BALANCES, default="count",
         help="the same number from every class, or by its size (default: count)")  # fmt: skip
     unlabeled = "all training images, the labeled ones too, or only the rest (default: all)"

@@ -13,6 +13,7 @@ from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import (
+    DEFAULT_LABELED,
     DRAWN,
     ImageOptions,
     Json,
@@ -95,6 +96,9 @@ def run_extract(known: argparse.Namespace) -> Result:
 
 def _pack_options(known: argparse.Namespace) -> PackOptions:
     given = vars(known) | {"src": tuple(known.src), "processes": known.j}
+    given["unlabeled_src"] = tuple(known.unlabeled_src)
+    if known.labeled is None:
+        given["labeled"] = DEFAULT_LABELED[bool(known.unlabeled_src)]
     given["quiet"] = known.quiet or known.json
     given["image"] = options_from(ImageOptions, given)
     given["split"] = options_from(SplitOptions, given)

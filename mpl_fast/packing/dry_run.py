@@ -12,6 +12,7 @@ from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
 from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
 from mpl_fast.packing.plan.prepare import check_options, plan_to
 from mpl_fast.packing.plan.table import Table, open_table
+from mpl_fast.packing.publish.split_files import class_counts
 from mpl_fast.packing.write.process_image import process_image
 from mpl_fast.packing.write.reader import Reader
 
@@ -58,12 +59,7 @@ def _split(table: Table, split: PlannedSplit) -> Json:
     for shard in table.shards():
         if shard.prefix == split.prefix:
             counts.update(record.label for record in table.records(shard) if split.lists(record))
-    per_class = [counts[label] for label in range(len(table.classes()))]
-    return {
-        "records": sum(per_class),
-        "per_class_min": min(per_class),
-        "per_class_max": max(per_class),
-    }
+    return {"records": counts.total(), **class_counts(counts, len(table.classes()))}
 
 
 def _seconds_per_image(table: Table, options: PackOptions) -> float:

@@ -10,6 +10,7 @@ BALANCES = ("count", "proportional")
 CHECKS = ("decode", "header", "none")
 ACTIONS = {"fail": "failed", "skip": "skipped", "convert": "converted"}
 DRAWN = ("labeled", "balance", "unlabeled", "split_seed")  # options that resplit has, too
+DEFAULT_LABELED = {False: "10%", True: "all"}  # of a pack without and with unlabeled sources
 Json = dict[str, Any]
 
 
@@ -17,7 +18,7 @@ Json = dict[str, Any]
 class SplitOptions:
     """How images are divided into splits and shards; each field is the option of that name."""
 
-    labeled: str = "10%"
+    labeled: str = DEFAULT_LABELED[False]
     balance: str = "count"
     unlabeled: str = "all"  # includes the labeled images, as in the official MPL code; or "rest"
     split_seed: int = 0
@@ -46,6 +47,7 @@ class PackOptions:
     src: tuple[str, ...]
     out: Path
     val: str | None = None
+    unlabeled_src: tuple[str, ...] = ()  # training images without labels
     root: Path | None = None  # of the paths in a list
     labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
@@ -64,6 +66,8 @@ class PackOptions:
         return {
             "src": list(self.src),
             "val": self.val,
+            # Not in packs without: their tables are as they were before this option.
+            **({"unlabeled_src": list(self.unlabeled_src)} if self.unlabeled_src else {}),
             **{name: None if path is None else str(path) for name, path in paths.items()},
             **asdict(self.split),
             **asdict(self.image),

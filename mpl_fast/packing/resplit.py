@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mpl_fast.atomic import atomic_path, sha256_of, write_json
 from mpl_fast.data.manifest import MANIFEST
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import ConfigError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.options import Json
+from mpl_fast.packing.options import DEFAULT_LABELED, Json
 from mpl_fast.packing.plan.choose_labeled import choose_labeled
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, edit_table, open_table, table_errors
@@ -21,10 +22,11 @@ from mpl_fast.packing.publish.split_files import write_splits
 def resplit(root: Path, drawn: Json) -> Json:
     """Draw the labeled images of a finished pack again; return its new manifest.
 
-    drawn has the options named in DRAWN, and the folder gets what packing with them would have
-    made. The table is replaced too, since it stores which images are labeled. The old pack stays
-    valid until the new one is complete. Raises ConfigError for a layout without shared records,
-    DataError for a folder that is not finished, OutputError when it cannot be written.
+    drawn has the options named in DRAWN, with None as the default of "labeled", and the folder gets
+    what packing with them would have made. The table is replaced too, since it stores which images
+    are labeled. The old pack stays valid until the new one is complete. Raises ConfigError for a
+    layout without shared records, DataError for a folder that is not finished, OutputError when it
+    cannot be written.
     """
     load_pack(root)  # before anything is created in a folder that is no pack
     with open_out_folder(root) as folder, output_errors(root):
@@ -60,16 +62,18 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Copy the table old to new, with other labeled images and options."""
     with open_table(old) as table:
         options = table.options() | drawn
+        if options["labeled"] is None:
+            options["labeled"] = DEFAULT_LABELED["unlabeled_src" in options]
         query = (
             "SELECT records.id, label, name FROM shards CROSS JOIN records "
             "ON records.id BETWEEN first_id AND first_id + shards.records - 1 "
-            "WHERE prefix = 'train'"
+            f"WHERE prefix = 'train' AND label != {NO_LABEL}"
         )
         classes = table.classes()
         # All planned training images, bad ones too, as pack draws.
         images = ((number, classes[label], name) for number, label, name in table.query(query))
         seed, balance = drawn["split_seed"], drawn["balance"]
-        chosen = choose_labeled(images, drawn["labeled"], seed=seed, balance=balance)
+        chosen = choose_labeled(images, options["labeled"], seed=seed, balance=balance)
     shutil.copyfile(old, new)
     with table_errors(new), closing(edit_table(new)) as connection:
         connection.execute("BEGIN")

@@ -21,6 +21,7 @@ class PendingRow(NamedTuple):
     values: Tensor  # on the host, valid once `copied` has completed
     copied: torch.cuda.Event | None  # None on a CPU
     host_values: Row
+    counted: frozenset[str]  # means of sums and counts, of which the counts may be 0
 
 
 class Meter:
@@ -28,25 +29,32 @@ class Meter:
 
     Only finite values are summed, so that one bad batch does not hide the others of its interval.
     Steps may return different metrics, in any order: the mean of a metric is over the steps that
-    returned it. All ranks must return the same names within an interval.
+    returned it, or, of metrics that are a sum and a count, over what was counted; it is not in the
+    row if that is nothing. All ranks must return the same names within an interval.
     """
 
     def __init__(self) -> None:
         # For each tuple of names that a step returned: (2, names) sums and counts of finite values.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._steps, self._waited = 0, 0.0
+        self._counted: frozenset[str] = frozenset()
         self._pending: list[PendingRow] = []
         self._began = time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor], waited: float) -> None:
-        """Adds one step's metrics (0-dim tensors) and its seconds of waiting for data.
+        """Adds one step's `algorithms.base.Metrics` and its seconds of waiting for data.
 
         Launches a few small kernels and does not wait for the device.
         """
-        values = torch.stack([m.detach().float() for m in metrics.values()])
+        means = {name: value for name, value in metrics.items() if value.ndim == 0}
+        values = torch.stack([m.detach().float() for m in means.values()])
         finite = values.isfinite()
         step = torch.stack([torch.where(finite, values, 0.0), finite.float()])
-        names = tuple(metrics)
+        if counted := {name: value for name, value in metrics.items() if value.ndim}:
+            pairs = [value.detach().float() for value in counted.values()]
+            step = torch.cat([step, torch.stack(pairs, dim=1)], dim=1)
+            self._counted |= counted.keys()
+        names = (*means, *counted)
         self._sums[names] = self._sums[names] + step if names in self._sums else step
         self._steps += 1
         self._waited += waited
@@ -62,7 +70,7 @@ class Meter:
         names = list(dict.fromkeys(name for group in self._sums for name in group))
         columns = [_column(self._sums, name) for name in names]
         sums = sum_over_ranks(torch.stack(columns, dim=1))  # (2, names)
-        means = sums[0] / sums[1]  # NaN where no value was finite
+        means = sums[0] / sums[1]  # NaN where no value was finite, or nothing counted
         values = torch.cat([means, *(value.float()[None] for value in latest.values())])
         copied = None
         if values.is_cuda:
@@ -73,7 +81,8 @@ class Meter:
         seconds, self._began = now - self._began, now
         host_values = {**host_values, "steps": self._steps, "train_seconds": seconds}
         host_values["data_wait"] = self._waited / max(seconds, 1e-9)
-        self._pending.append(PendingRow(step, [*names, *latest], values, copied, host_values))
+        row = PendingRow(step, [*names, *latest], values, copied, host_values, self._counted)
+        self._pending.append(row)
         self._sums, self._steps, self._waited = {}, 0, 0.0
 
     def rows(self, *, late: int = 0) -> list[tuple[int, Row]]:
@@ -114,6 +123,9 @@ def _row(pending: PendingRow) -> tuple[int, Row]:
     if pending.copied is not None:
         pending.copied.synchronize()
     values = dict(zip(pending.names, pending.values.tolist(), strict=True))
+    empty = [name for name in pending.counted & values.keys() if math.isnan(values[name])]
+    for name in empty:
+        del values[name]
     return pending.step, values | pending.host_values
 
 

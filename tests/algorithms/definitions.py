@@ -104,6 +104,11 @@ def view_logits(network: nn.Module, data: Batch, bn_batches: str) -> Logits:
     return z_l, z_w, z_s
 
 
+def right_and_known(label: Tensor, data: Batch) -> Tensor:
+    known = data.truth != -1
+    return torch.stack([(label[known] == data.truth[known]).sum(), known.sum()]).double()
+
+
 def uda_loss(
     logits: Logits, data: Batch, consistency: ConsistencyConfig, smoothing: float, t: int
 ) -> tuple[Tensor, Values]:
@@ -117,9 +122,8 @@ def uda_loss(
     else:
         distance = (mask * soft_loss(z_s, target)).mean()
     loss = labeled + ramped(consistency.weight, consistency.ramp, t) * distance
-    hits = (z_w.argmax(-1) == data.truth).double()
     values = {"loss/labeled": labeled, "loss/consistency": distance, "mask_rate": mask.mean()}
-    return loss, {**values, "accuracy/pseudo": hits.mean()}
+    return loss, {**values, "accuracy/pseudo": right_and_known(z_w.argmax(-1), data)}
 
 
 def uda(config: UDAConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
@@ -142,7 +146,7 @@ def fixmatch(config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int)
         "loss/consistency": unlabeled,
         "mask_rate": mask.mean(),
         "confidence": confidence.mean(),
-        "accuracy/pseudo": (label == data.truth).double().mean(),
+        "accuracy/pseudo": right_and_known(label, data),
     }
 
 
@@ -171,7 +175,7 @@ def mpl(
     weight = ramped(config.feedback_weight, config.feedback_ramp, t)
     teacher.step(loss if config.feedback == "off" else loss + weight * term, t)
     student.step(student_loss, t)
-    values["accuracy/pseudo"] = (z.argmax(-1) == data.truth).double().mean()
+    values["accuracy/pseudo"] = right_and_known(z.argmax(-1), data)
     values |= {"loss/student": student_loss, "loss/student_labeled": new}
     return values | ({"feedback": old - new} if config.feedback == "difference" else {})
 
@@ -255,7 +259,7 @@ def metasemi(config: MetaSemiConfig, learner: PlainLearner, data: Batch, t: int)
         "loss/fit": fit + entropy,
         "loss/consistency": consistency,
         "confidence": y.amax(-1).mean(),
-        "accuracy/pseudo": (y.argmax(-1) == data.truth).double().mean(),
+        "accuracy/pseudo": right_and_known(y.argmax(-1), data),
     }
 
 

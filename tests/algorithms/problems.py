@@ -93,7 +93,9 @@ def batch(
     labels = torch.randint(classes, (labeled + unlabeled,), generator=g)
     weak = images[labeled:]
     strong = weak + 0.3 * torch.randn(weak.shape, generator=g, dtype=torch.float64)
-    return Batch(images[:labeled], labels[:labeled], weak, strong, labels[labeled:])
+    truth = labels[labeled:].clone()
+    truth[::3] = -1  # a third of the unlabeled images has no label
+    return Batch(images[:labeled], labels[:labeled], weak, strong, truth)
 
 
 def as_dtype(data: Batch, dtype: torch.dtype) -> Batch:

@@ -1,6 +1,7 @@
 """Every algorithm trains every network on batches of every shape."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.algorithms.problems import (
 
 # torch's attention has no forward-mode differentiation in evaluation mode.
 ANY_LAYER = [n for n, c in VARIANTS.items() if getattr(c, "derivative", "auto") != "forward"]
+UNLABELED = [name for name, config in RECIPES.items() if not config.labeled_only]
 SHAPES = {"vectors": (5,), "sequences": (4, 6), "images": (3, 5, 5), "videos": (2, 3, 4, 4)}
 
 
@@ -38,15 +40,17 @@ def test_the_variants_include_every_recipe() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_update_every_learner_and_lower_the_labeled_loss(name: str) -> None:
-    """The same batch again and again; all metrics are finite scalars without gradient."""
+    """The same batch again and again; all metrics are finite and without gradient."""
     algorithm, data = new(VARIANTS[name], with_norm), batch(unlabeled=9)
     before = {k: copy.deepcopy(v.network.state_dict()) for k, v in algorithm.learners.items()}
     labeled = []
     for t in range(20):
         metrics = train_step(algorithm, data, t)
         labeled.append(metrics["loss/labeled"])
-        for value in metrics.values():
-            assert value.ndim == 0 and not value.requires_grad and torch.isfinite(value)
+        for key, value in metrics.items():
+            assert value.shape == ((2,) if key == "accuracy/pseudo" else ())
+            assert not value.requires_grad and value.isfinite().all()
+        assert metrics.get("accuracy/pseudo", torch.tensor([0, 6]))[1] == 6  # of 9 have a label
     assert labeled[-1] < 0.6 * labeled[0]
     for key, learner in algorithm.learners.items():
         for parameter, value in learner.network.state_dict().items():
@@ -85,7 +89,7 @@ def trained_on(
     data = as_dtype(batch(1, 6, 9, shape), dtype)
     for t in range(2):
         metrics = train_step(algorithm, data, t)
-        assert all(v.ndim == 0 and torch.isfinite(v) for v in metrics.values())
+        assert all(v.isfinite().all() for v in metrics.values())
     return algorithm, data
 
 
@@ -110,6 +114,17 @@ def test_a_network_may_be_any_module(name: str, dtype: torch.dtype) -> None:
     assert predict(algorithm, data.weak).shape == (9, CLASSES)
     for learner in algorithm.learners.values():
         assert all(p.dtype == dtype for p in learner.parameters)
+
+
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n.split()[0] in UNLABELED])
+def test_without_a_label_no_pseudo_label_is_right(name: str) -> None:
+    """Nor is that of an image that is not finite."""
+    algorithm, data = new(VARIANTS[name]), batch()
+    data.truth.fill_(-1)
+    assert train_step(algorithm, data, 0)["accuracy/pseudo"].tolist() == [0.0, 0.0]
+    data.weak.fill_(math.nan)
+    data.strong.fill_(math.nan)
+    assert train_step(algorithm, data, 1)["accuracy/pseudo"].tolist() == [0.0, 0.0]
 
 
 def test_an_image_at_the_threshold_counts() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpl_fast.errors import run_command
 from tests.data.numbered_images import pack_folder
 from tools import contact_sheet
 
@@ -31,7 +32,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, l
     """Runs the command in this process: exit code and lines of stderr."""
     with mock.patch("sys.argv", ["contact_sheet.py", *arguments]):
         try:
-            contact_sheet.main()
+            run_command("contact_sheet", contact_sheet.main)
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)

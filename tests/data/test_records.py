@@ -25,6 +25,7 @@ from mpl_fast.data.records import (
     ID_LIMIT,
     IMAGE_LIMIT,
     LENGTH_LIMIT,
+    NO_LABEL,
     Payload,
     frame,
     holds_magic,
@@ -109,6 +110,15 @@ def test_golden_file() -> None:
         assert frame(unframe(framed)) == framed
         if isinstance(label, int):
             assert image_record(label, record_id, image) == framed
+
+
+def test_no_label_is_minus_one() -> None:
+    """The bytes that MXNet 1.9.1 writes for IRHeader(0, -1.0, 7, 0); its readers return -1."""
+    framed = bytes.fromhex("0a23d7ce1d000000 00000000000080bf 0700000000000000 0000000000000000")
+    framed += b"image\0\0\0"
+    assert image_record(NO_LABEL, 7, b"image") == framed
+    assert record_head(NO_LABEL, 7, 5) == framed[:32]
+    assert parse_payload(unframe(framed)) == Payload((-1.0,), 7, b"image")
 
 
 pieces = st.one_of(st.just(MAGIC), st.binary(max_size=9), st.just(b"\0\0\0\0"))

@@ -63,7 +63,7 @@ def test_odd_and_absolute_paths(tmp_path: Path) -> None:
         ("1\tant\tb.jpg", "label 'ant' is no number"),
         ("1\tnan\tb.jpg", r"label nan is no whole number in 0..16777215"),
         ("1\tinf\tb.jpg", "label inf is no whole number"),
-        ("1\t-1\tb.jpg", "label -1 is no whole number"),
+        ("1\t-2\tb.jpg", r"label -2 is no whole number in 0..16777215 \(or -1: no label\)"),
         ("1\t2.5\tb.jpg", "label 2.5 is no whole number"),
         ("1\t16777216\tb.jpg", "label 16777216 is no whole number"),
         ("1\t0\t../b.jpg", r"\.\./b.jpg is not below .*; see --root"),

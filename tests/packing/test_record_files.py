@@ -79,7 +79,7 @@ def test_files_beside_that_do_not_fit(tmp_path: Path, beside: str, text: str, me
         listed(path, tmp_path)
 
 
-@pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf"), float(1 << 24)])
+@pytest.mark.parametrize("label", [-2.0, 0.5, float("nan"), float("inf"), float(1 << 24)])
 def test_labels_that_are_no_class(tmp_path: Path, label: float) -> None:
     path = make_records(tmp_path / "a.rec", [(1.0, 1, b"1"), (label, 6, b"22")])
     message = r"a.rec: record 6 at byte 36: label \S+ is no whole number"

@@ -53,6 +53,20 @@ def test_metrics_that_only_some_steps_return_have_their_own_mean() -> None:
     assert closed(meter).keys() & {"a", "b", "c"} == {"c"}  # nothing is left of the last interval
 
 
+def test_metrics_that_are_a_sum_and_a_count() -> None:
+    """Their mean is over what was counted; they are not in a row in which that was nothing."""
+    meter = Meter()
+    for right, known in ((1.0, 2.0), (0.0, 0.0), (3.0, 4.0)):
+        meter.add({"share": torch.tensor([right, known]), "a": torch.tensor(right)}, 0.0)
+    row = closed(meter)
+    assert (row["share"], row["a"]) == pytest.approx((4 / 6, 4 / 3))
+    meter.add({"a": torch.tensor(1.0), "share": torch.zeros(2)}, 0.0)
+    row = closed(meter)
+    assert "share" not in row and row["a"] == 1.0 and non_finite(row) is None
+    meter.add({"a": torch.tensor(math.nan), "share": torch.zeros(2)}, 0.0)
+    assert non_finite(closed(meter)) == "a"
+
+
 def test_values_that_are_not_finite_are_left_out() -> None:
     meter = Meter()
     for a, b in ((1.0, math.nan), (math.inf, math.nan), (3.0, math.nan)):

@@ -84,12 +84,12 @@ def new(config: AlgorithmConfig, graphs: Graphs) -> Algorithm:
     )
 
 
-def trained(algorithm: Algorithm, graph: StepGraph | None) -> tuple[Any, list[dict[str, float]]]:
+def trained(algorithm: Algorithm, graph: StepGraph | None) -> tuple[Any, list[dict[str, Any]]]:
     torch.manual_seed(1)
     metrics = []
     for t in range(STEPS):
         row = train_step(algorithm, batch(t), t, graph.step if graph else None)
-        metrics.append({name: value.item() for name, value in row.items()})
+        metrics.append({name: value.tolist() for name, value in row.items()})
     return problems.state(algorithm), metrics
 
 

@@ -9,7 +9,7 @@ from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
-from mpl_fast.packing.plan.table import TABLE, open_table
+from mpl_fast.packing.plan.table import TABLE, open_table, source_entry
 from mpl_fast.packing.publish.out_folder import WORK
 from mpl_fast.packing.write.shard_receipt import receipt_path
 
@@ -30,6 +30,7 @@ def info(root: Path) -> Json:
             "records": split["records"],
             "per_class_min": split.get("per_class_min"),
             "per_class_max": split.get("per_class_max"),
+            "with_label": split.get("with_label", split["records"]),
             "shards": len(split["shards"]),
             "shard_bytes": sum(sizes[file] for file in split["shards"]),
             "idx": split["idx"],
@@ -59,7 +60,7 @@ def _unfinished(root: Path) -> Json:
         "records_done": sum(shard.records for shard in done),
         "records_planned": sum(shard.records for shard in shards),
         "missing": [shard.file for shard in shards if shard not in done],
-        "sources": [{"spec": source.spec, "kind": source.kind} for source in sources],
+        "sources": [source_entry(source, options) for source in sources],
         "options": options,
     }
 
@@ -103,13 +104,18 @@ def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def per_class(split: Mapping[str, Any]) -> str:
     """Return the records of a class as text."""
     low, high = split["per_class_min"], split["per_class_max"]
-    return f"{low if low == high else f'{low} to {high}'} a class"
+    text = f"{low if low == high else f'{low} to {high}'} a class"
+    labeled = split.get("with_label", split["records"])  # absent if all have one
+    if labeled == split["records"]:
+        return text
+    return f"{labeled} of them with a label, {text}" if labeled else "none of them with a label"
 
 
 def _settings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for source in found["sources"]:
         size = f", {source['images']} images, {source['bytes']} bytes" if "bytes" in source else ""
-        yield "source", f"{source['spec']} ({source['kind']}{size})"
+        pool = ", unlabeled" if source.get("unlabeled") else ""
+        yield "source", f"{source['spec']} ({source['kind']}{size}{pool})"
     yield "options", _pairs(found["options"])
 
 

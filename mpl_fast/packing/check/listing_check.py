@@ -8,7 +8,7 @@ from typing import Any
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.packing.check.shard_check import CHANGED, Problem, file_fault
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, open_table
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, listed_name, open_table
 from mpl_fast.packing.publish.sparse_index import padded_lines
 from mpl_fast.packing.publish.split_files import listed_records
 from mpl_fast.packing.write.pool import Advance
@@ -81,7 +81,10 @@ def _right_lines(table: Table, manifest: Mapping[str, Any], name: str, kind: str
     rows = listed_records(table, shards, sizes, planned.labeled)
     if kind == "idx":
         return padded_lines((number, file, offset) for number, _, _, file, offset in rows)
-    return (f"{number}\t{label}\t{classes[label]}/{image}\n" for number, label, image, *_ in rows)
+    return (
+        f"{number}\t{label}\t{listed_name(classes, label, image)}\n"
+        for number, label, image, *_ in rows
+    )
 
 
 def _first_wrong_line(path: Path, right: Iterable[str], advance: Advance) -> str:

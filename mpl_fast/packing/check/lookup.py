@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.atomic import atomic_path
-from mpl_fast.data.records import ID_LIMIT, parse_payload, unframe
+from mpl_fast.data.records import ID_LIMIT, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
@@ -32,8 +32,8 @@ class Found:
     """One record of a finished pack."""
 
     id: int
-    label: int
-    image: str  # class/name
+    label: int | None  # None: it has none
+    image: str  # class/name, or without a label its path
     source: str  # where the image came from
     splits: tuple[str, ...]  # that list it
     shard: str
@@ -49,6 +49,8 @@ class Found:
     def lines(self) -> list[str]:
         """Return the fields as text, one a line."""
         fields = asdict(self) | {"splits": ", ".join(self.splits), "crc32": f"{self.crc32:08x}"}
+        if self.label is None:
+            fields["label"] = "none"
         return [f"{name:<7} {value}" for name, value in fields.items()]
 
 
@@ -146,11 +148,11 @@ def _with_id(table: Table, what: str) -> list[RecordRow]:
 
 
 def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
-    """Return the records with the name or class/name `what`, by id."""
-    query = "SELECT * FROM records WHERE name = CAST(? AS TEXT) ORDER BY id"
-    class_name, slash, name = what.rpartition("/")
-    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name),))]
-    return [row for row in rows if not slash or classes[row.label] == class_name]
+    """Return the records with the name or class/name `what`, or its path, by id."""
+    query = "SELECT * FROM records WHERE name IN (CAST(? AS TEXT), CAST(? AS TEXT)) ORDER BY id"
+    name = what.rpartition("/")[2]
+    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name), to_utf8(what)))]
+    return [row for row in rows if what in (row.name, image_key(classes, row))]
 
 
 def _found(table: Table, record: RecordRow, written: WrittenRow) -> Found:
@@ -159,7 +161,7 @@ def _found(table: Table, record: RecordRow, written: WrittenRow) -> Found:
     (shard,) = [s for s in table.shards() if s.first_id <= record.id < s.first_id + s.records]
     return Found(
         id=record.id,
-        label=record.label,
+        label=None if record.label == NO_LABEL else record.label,
         image=image_key(table.classes(), record),
         source=origin_of(table.sources()[record.source], record),
         splits=tuple(

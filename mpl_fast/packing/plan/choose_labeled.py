@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
+ALL = "all"  # a file of this name is written ./all
 # No exponent, and a limited number of digits.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 
@@ -31,10 +32,12 @@ def choose_labeled(
 ) -> set[int]:
     """Return the ids of the labeled images; images are (id, class, name).
 
-    how is a share ("10%"), a number of images ("4000"), or a file of names. Shares and numbers are
-    divided among the classes: evenly with balance "count", as in SimCLR's ImageNet subsets, or by
-    class size with "proportional". Raises ConfigError when a class gets no image.
+    how is "all", a share ("10%"), a number of images ("4000"), or a file of names. Shares and
+    numbers are divided among the classes: evenly with balance "count", as in SimCLR's ImageNet
+    subsets, or by class size with "proportional". Raises ConfigError when a class gets no image.
     """
+    if how == ALL:
+        return {record_id for record_id, _, _ in images}
     if not (how.endswith("%") or how.isdecimal()):
         return choose_named(images, _list_path(how))
     import numpy as np  # late: the command line's --help must not wait for it
@@ -139,7 +142,9 @@ def _list_path(how: str) -> Path:
             return path
     except OSError as error:
         raise ConfigError(f"--labeled {how}: {error.strerror}") from error
-    raise ConfigError(f"--labeled {how}: give a share (10%), a number (4000), or an existing file")
+    raise ConfigError(
+        f"--labeled {how}: give a share (10%), a number (4000), all, or an existing file"
+    )
 
 
 def _total(how: str, images: int) -> int:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mpl_fast.packing.plan.table import RecordRow
 
-TRAIN, VAL = 0, 1  # found.images.part
+TRAIN, VAL, POOL = range(3)  # found.images.part; POOL: training images without a label
 
 
 class PlannedSplit(NamedTuple):
@@ -26,7 +26,7 @@ def shard_groups(layout: str, unlabeled: str, *, val: bool) -> dict[str, str]:
     Files of one prefix are read as one joined file. The values are SQL conditions that select
     their images from found.images.
     """
-    train, rest = f"part = {TRAIN}", " AND NOT labeled" if unlabeled == "rest" else ""
+    train, rest = f"part != {VAL}", " AND NOT labeled" if unlabeled == "rest" else ""
     groups = {"train_label": f"{train} AND labeled", "train_unlabel": f"{train}{rest}"}
     if layout == "shared":
         groups = {"train": train}

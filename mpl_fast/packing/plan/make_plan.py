@@ -6,20 +6,22 @@ it, so that the number of images is limited by the disk, not by memory.
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpl_fast.data.records import ID_LIMIT
+from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
-from mpl_fast.packing.plan.layout import TRAIN, VAL, shard_groups
+from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
-from mpl_fast.packing.sources.source import Source
+from mpl_fast.packing.plan.twins import leave_out_twins
+from mpl_fast.packing.sources.source import Image, Source
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
@@ -33,9 +35,15 @@ CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 
 
 def make_plan(
-    path: Path, train: Sequence[Source], val: Source | None, options: PackOptions
+    path: Path,
+    train: Sequence[Source],
+    val: Source | None,
+    options: PackOptions,
+    pool: Sequence[Source] = (),
 ) -> list[str]:
     """Write the plan as a new table at path; return warnings about the sources.
+
+    Images of the sources in pool, and those of train that have no label, are unlabeled ones.
 
     Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
     sample. Raises DataError for images that cannot be packed together, ConfigError when the labeled
@@ -54,7 +62,7 @@ def make_plan(
             with suppress(sqlite3.Error, ValueError):
                 table.execute(f"PRAGMA temp_store_directory = '{folder}'")
             table.execute("BEGIN")
-            warnings = _Planner(table, path.parent, options).run(train, val)
+            warnings = _Planner(table, path.parent, options).run(train, val, pool)
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -72,8 +80,9 @@ class _Planner:
     work: Path
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
+    unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
-    def run(self, train: Sequence[Source], val: Source | None) -> list[str]:
+    def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
         specs = " + ".join(source.spec for source in train)
         warnings = [line for source in train for line in self._list(source, TRAIN)]
@@ -81,6 +90,13 @@ class _Planner:
         if val is not None:
             warnings += self._list(val, VAL)
             self._require_unique(VAL, val.spec)
+        sources = [*train, *([val] if val else [])]
+        for source in pool:
+            warnings += self._list(source, POOL)
+            warnings += leave_out_twins(self.table, len(sources), source, sources)
+            sources.append(source)
+        if self.unlabeled:
+            self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         how = self.options.split
@@ -104,7 +120,10 @@ class _Planner:
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
         )
-        return source.warnings
+        if part == POOL or not self.unlabeled[number]:
+            return source.warnings
+        what = counted(self.unlabeled[number], "image has no label", "images have no label")
+        return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
         numbers = self.class_numbers
@@ -113,10 +132,18 @@ class _Planner:
         for image in source.images():
             if abs(image.stamp) >= 1 << 63:
                 raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
+            if part == POOL or not image.class_name:
+                # No class is made of its folder; its name is its path, which is unique.
+                image = _without_label(image, part, source.spec)
+                place, class_number = POOL, NO_LABEL
+                self.unlabeled[number] += 1
+            else:
+                place = part
+                class_number = numbers.setdefault(image.class_name, len(numbers))
             yield (
-                part,
+                place,
                 number,
-                numbers.setdefault(image.class_name, len(numbers)),
+                class_number,
                 to_utf8(image.name),
                 to_utf8(image.path),
                 image.start,
@@ -126,17 +153,21 @@ class _Planner:
             )
 
     def _require_unique(self, part: int, spec: str) -> None:
-        names = list(self.class_numbers)
-        query = "FROM found.images WHERE part = ? GROUP BY class, name HAVING count(*) > 1"
+        """DataError when a name occurs twice in a class, or an unlabeled one twice in a source."""
+        names, within = list(self.class_numbers), "source" if part == POOL else "class"
+        query = f"FROM found.images WHERE part = ? GROUP BY {within}, name HAVING count(*) > 1"
         twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
         if twice:
             few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
-            listed = sorted(f"{names[number]}/{name}" for number, name in few)
+            listed = sorted(
+                name if part == POOL else f"{names[number]}/{name}" for number, name in few
+            )
             more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
+            kind = "in one source" if part == POOL else "as class/name"
             raise DataError(
-                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once as "
-                f"class/name: {', '.join(listed)}{more}; does it hold several splits? Then name "
-                "one folder of it"
+                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once {kind}: "
+                f"{', '.join(listed)}{more}; does it hold several splits? Then name one folder of "
+                "it"
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
@@ -165,6 +196,7 @@ class _Planner:
             "INSERT INTO found.classes VALUES (?, ?)",
             ((number, labels[name]) for name, number in self.class_numbers.items()),
         )
+        self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         absent = len(names) - len({labels[name] for name in held})
         if val is not None and absent:
             return [f"{val.spec}: has no image of {absent} of the classes"]
@@ -180,11 +212,13 @@ class _Planner:
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
         images = ((row, names[number], name) for row, number, name in self.table.execute(query))
         how = self.options.split
+        if not self._value(f"SELECT EXISTS (SELECT 1 FROM found.images WHERE part = {TRAIN})"):
+            raise DataError("--src: none of its images has a label")
         chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
         self.table.executemany(
             "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
         )
-        left = f"SELECT count(*) FROM found.images WHERE part = {TRAIN} AND NOT labeled"
+        left = f"SELECT count(*) FROM found.images WHERE part != {VAL} AND NOT labeled"
         if how.unlabeled == "rest" and not self._value(left):
             raise DataError(
                 "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
@@ -228,7 +262,7 @@ class _Planner:
         query = (
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {where} ORDER BY rank, label, images.name"
+            f"WHERE {where} ORDER BY rank, label, images.name, source, path"
         )
         for number, values in enumerate(self.table.execute(query), first_id):
             row = RecordRow(number, *values)
@@ -239,6 +273,15 @@ class _Planner:
     def _value(self, query: str, *values: object) -> int:
         (value,) = self.table.execute(query, values).fetchone()
         return int(value)
+
+
+def _without_label(image: Image, part: int, spec: str) -> Image:
+    """Return an unlabeled image under its path; DataError where it cannot be one."""
+    if part == VAL:
+        raise DataError(f"{spec}: {image.path}: has no label (-1), which validation images need")
+    if {"\t", "\n", "\r"} & set(image.path):
+        raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
+    return image._replace(class_name="", name=image.path)
 
 
 def _require_known(spec: str, unknown: set[str], where: str) -> None:

@@ -27,7 +27,12 @@ def check_options(options: PackOptions) -> None:
         raise OutputError(f"--out {options.out}: {_reason(error)}") from error
     if options.val_labels and options.val is None:
         raise ConfigError(f"--val-labels {options.val_labels}: there is no --val that needs them")
-    for name, specs in (("--src", options.src), ("--val", (options.val,))):
+    given = {
+        "--src": options.src,
+        "--val": (options.val,),
+        "--unlabeled-src": options.unlabeled_src,
+    }
+    for name, specs in given.items():
         for spec in specs:
             if spec == "":
                 raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
@@ -53,12 +58,19 @@ def plan_to(path: Path, options: PackOptions) -> None:
     val = None
     if options.val is not None:
         val = _open(options.val, options, options.val_labels, path.parent)
-    warn(make_plan(path, train, val, options))
+    pool = [
+        _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
+    ]
+    warn(make_plan(path, train, val, options, pool))
 
 
-def _open(spec: str, options: PackOptions, labels: Path | None, work: Path) -> Source:
+def _open(
+    spec: str, options: PackOptions, labels: Path | None, work: Path, *, unlabeled: bool = False
+) -> Source:
     def report(line: str) -> None:
         if not options.quiet:
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
-    return open_source(spec, root=options.root, labels=labels, work=work, report=report)
+    return open_source(
+        spec, root=options.root, labels=labels, work=work, report=report, unlabeled=unlabeled
+    )

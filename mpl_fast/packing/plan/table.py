@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError, OutputError
 
 TABLE = "records.sqlite"
@@ -71,9 +72,9 @@ class RecordRow(NamedTuple):
     """One planned record, with the byte range of its image."""
 
     id: int
-    label: int
+    label: int  # NO_LABEL if the image has none
     labeled: int  # 1 when the image is one of the labeled ones
-    name: str  # file name, without folders
+    name: str  # file name, without folders; of an image without a label: its path
     source: int
     path: str  # inside its source, with "/"
     start: int  # byte offset; -1: the whole file; in "records": of the record's frame
@@ -207,7 +208,12 @@ def create_written(connection: sqlite3.Connection) -> None:
 
 def image_key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:
     """Return `class/name`, the name of an image in messages."""
-    return f"{classes[record.label]}/{record.name}"
+    return listed_name(classes, record.label, record.name)
+
+
+def listed_name(classes: Mapping[int, str] | list[str], label: int, name: str) -> str:
+    """Return the name of a record in a .lst: `class/name`, or its path if it has no label."""
+    return name if label == NO_LABEL else f"{classes[label]}/{name}"
 
 
 def origin_of(source: SourceRow, record: RecordRow) -> str:
@@ -215,3 +221,11 @@ def origin_of(source: SourceRow, record: RecordRow) -> str:
     if source.kind == "folder":
         return str(Path(source.file, record.path))
     return f"{source.spec}: {record.path}"
+
+
+def source_entry(source: SourceRow, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the manifest says of a source; `unlabeled` marks those of --unlabeled-src."""
+    entry: dict[str, Any] = {"spec": source.spec, "kind": source.kind}
+    # They are planned last.
+    labeled = len(options["src"]) + (options["val"] is not None)
+    return entry | ({"unlabeled": True} if source.number >= labeled else {})

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
@@ -17,7 +18,10 @@ def find_duplicates(table: Table) -> Json:
     One image that the layout writes into two .rec files is no duplicate.
     """
     classes = table.classes()
-    groups = images = across = 0
+    groups = images = across = unlabeled = 0
+    has_unlabeled = bool(
+        list(table.query(f"SELECT 1 FROM records WHERE label = {NO_LABEL} LIMIT 1"))
+    )
     examples: list[list[str]] = []
     for group in _equal_images(table):
         origins = {(record.source, record.path, record.start) for record, _ in group}
@@ -26,21 +30,24 @@ def find_duplicates(table: Table) -> Json:
             images += len(origins)
             parts = {prefix.partition("_")[0] for _, prefix in group}
             across += len(parts) > 1
+            unlabeled += len({record.label == NO_LABEL for record, _ in group}) > 1
             if len(examples) < _EXAMPLES:
                 named = {f"{image_key(classes, record)} ({prefix})" for record, prefix in group}
                 examples.append(sorted(named)[:_EXAMPLES])
-    return {"groups": groups, "images": images, "across_splits": across, "examples": examples}
+    found = {"groups": groups, "images": images, "across_splits": across, "examples": examples}
+    return found | ({"with_and_without_label": unlabeled} if has_unlabeled else {})
 
 
 def describe_duplicates(found: Mapping[str, Any]) -> str:
     """Return a warning about duplicates; "" when there are none."""
     if not found["groups"]:
         return ""
-    across = found["across_splits"]
+    across, unlabeled = found["across_splits"], found.get("with_and_without_label", 0)
     shown = "; ".join(" = ".join(group[:3]) for group in found["examples"][:3])
     return (
         f"{found['images']} images are there more than once, in {counted(found['groups'], 'group')}"
-        f"{f', {across} of them in training and validation both' if across else ''}: {shown}"
+        f"{f', {across} of them in training and validation both' if across else ''}"
+        f"{f', {unlabeled} of them with a label and without one' if unlabeled else ''}: {shown}"
     )
 
 

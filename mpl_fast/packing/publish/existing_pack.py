@@ -51,7 +51,7 @@ def check_existing(folder: OutFolder, plan: Table, options: Json) -> tuple[Json,
 
 def _refuse_other_pack(folder: OutFolder, old: Json, before: Json, options: Json) -> None:
     what = changed_options(before, options) or "its source's files were others"
-    others = {name for name in options if options[name] != before.get(name)}
+    others = {name for name in before | options if options.get(name) != before.get(name)}
     resplit = "make_rec.py resplit draws other labeled images for this one; else "
     drawn_anew = others and others <= {*DRAWN} and old.get("layout") == "shared"
     remedy = f"{resplit if drawn_anew else ''}{_REMEDY}"
@@ -61,9 +61,9 @@ def _refuse_other_pack(folder: OutFolder, old: Json, before: Json, options: Json
 def changed_options(old: Json, new: Json) -> str:
     """Return the options that differ, in one line; "" when none does."""
     return ", ".join(
-        f"{name} was {old.get(name)}, now {value}"
-        for name, value in new.items()
-        if value != old.get(name)
+        f"{name} was {old.get(name)}, now {new.get(name)}"
+        for name in new | old
+        if new.get(name) != old.get(name)
     )
 
 

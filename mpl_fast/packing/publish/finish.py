@@ -26,6 +26,7 @@ from mpl_fast.packing.plan.table import (
     image_key,
     open_table,
     origin_of,
+    source_entry,
     table_errors,
 )
 from mpl_fast.packing.publish.duplicates import describe_duplicates, find_duplicates
@@ -153,7 +154,7 @@ def _sources(table: Table) -> list[Json]:
     entries = []
     for source in table.sources():
         count, size = totals.get(source.number, (0, 0))
-        entries.append({"spec": source.spec, "kind": source.kind, "images": count, "bytes": size})
+        entries.append({**source_entry(source, options), "images": count, "bytes": size})
     return entries
 
 

@@ -5,10 +5,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.atomic import atomic_file
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
-from mpl_fast.packing.plan.table import ShardRow, Table, to_utf8
+from mpl_fast.packing.plan.table import ShardRow, Table, listed_name, to_utf8
 from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 
 
@@ -49,7 +50,8 @@ def _write_split(
                 table, shards, sizes, split.labeled
             ):
                 counts[label] += 1
-                lst.write(to_utf8(f"{record_id}\t{label}\t{classes[label]}/{name}\n"))
+                shown = listed_name(classes, label, name)
+                lst.write(to_utf8(f"{record_id}\t{label}\t{shown}\n"))
                 yield record_id, file, offset
 
         for line in padded_lines(entries()):
@@ -63,14 +65,27 @@ def _write_split(
         with (work / index).open(encoding="ascii") as lines:
             check_index(lines, [sizes[shard.file] for shard in shards], index)
     return {
-        "records": sum(counts.values()),
+        "records": counts.total(),
         "shards": [shard.file for shard in shards],
         "idx": index,
         "idx_sha256": idx.sha256,
         "lst": listing,
         "lst_sha256": lst.sha256,
-        "per_class_min": min(counts[label] for label in range(len(classes))),
-        "per_class_max": max(counts.values()),
+        **class_counts(counts, len(classes)),
+    }
+
+
+def class_counts(counts: Counter[int], classes: int) -> Json:
+    """Return how many records of a split each class has, from the number of each label.
+
+    `with_label`: how many records have a label; absent if all have.
+    """
+    without = counts[NO_LABEL]
+    per_class = [counts[label] for label in range(classes)]
+    return {
+        "per_class_min": min(per_class),
+        "per_class_max": max(per_class),
+        **({"with_label": counts.total() - without} if without else {}),
     }
 
 

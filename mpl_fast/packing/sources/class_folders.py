@@ -50,7 +50,7 @@ class ClassFolders(Source):
             if folder != previous:
                 previous, class_name = folder, folder.rpartition("/")[2]
                 self._classes[class_name].add(folder)
-            if not self.request.labels and not folder:
+            if not (self.request.labels or self.request.unlabeled or folder):
                 hint = "give the classes with a labels file, or name the folder above"
                 raise DataError(f"{self.spec}: {path} is outside any class folder; {hint}")
             yield Image(class_name, name, path, start, size, stamp)
@@ -59,6 +59,8 @@ class ClassFolders(Source):
         if count := self._others.count:
             what = counted(count, "file is not an image", "files are not images")
             self._warn(f"{what} by name, left out: {self._others}")
+        if self.request.unlabeled:
+            return  # what follows is about classes
         filled = set().union(*self._classes.values())
         filled.update(folder.rpartition("/")[0] for folder in self._folders)
         if empty := sorted(self._folders - filled):

@@ -23,6 +23,7 @@ def open_source(
     labels: Path | None,
     work: Path,
     report: Callable[[str], None],
+    unlabeled: bool = False,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -32,7 +33,7 @@ def open_source(
     kind = _kind_of(path)
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
-    return kind(Request(spec, path, folder, root, labels, work, report))
+    return kind(Request(spec, path, folder, root, labels, work, report, unlabeled))
 
 
 def _kind_of(path: Path) -> type[Source]:

@@ -4,9 +4,11 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
 from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
@@ -19,7 +21,7 @@ class Line(NamedTuple):
 
     number: int  # from 1
     id: int
-    label: int
+    label: int  # NO_LABEL if the image has none
     path: str  # as written in the list
 
 
@@ -38,11 +40,12 @@ class ListSource(Source):
         super().__init__(request, root)
 
     def _list(self) -> Iterator[Image]:
-        list_path = self.request.path
-        names = self.class_order = class_names(list_path)
-        _require_unique(list_path, self.file)
+        list_path, labels = self.request.path, not self.request.unlabeled
+        names = class_names(list_path) if labels else ()
+        self.class_order = names or None
+        _require_unique(list_path, self.file, labels=labels)
         missing, used = Tally(), set()
-        for line in read_list(list_path):
+        for line in read_list(list_path, labels=labels):
             path = _below(self.file, line, list_path)
             state = _state(f"{self.file}/{path}")
             if state is None:
@@ -50,7 +53,8 @@ class ListSource(Source):
                 continue
             used.add(line.label)
             name = path.rpartition("/")[2]
-            yield Image(names[line.label], name, path, -1, state.st_size, state.st_mtime_ns)
+            class_name = "" if line.label == NO_LABEL else names[line.label]
+            yield Image(class_name, name, path, -1, state.st_size, state.st_mtime_ns)
         if missing.count:
             what = counted(missing.count, "file is", "files are")
             raise DataError(f"{list_path}: {what} not in {self.file}: {missing}")
@@ -60,21 +64,32 @@ class ListSource(Source):
 
 
 def whole_label(label: str | float) -> int:
-    """Return a label ("16", "16.000000", "1e3") as a class index; ValueError if it is none."""
+    """Return a label ("16", "16.000000", "1e3") as a class index; ValueError if it is none.
+
+    A label of -1 is that of an image without one, NO_LABEL.
+    """
     try:
         number = float(label)
     except ValueError as error:
         raise ValueError(f"label {label!r} is no number") from error
-    if not number.is_integer() or not 0 <= number < _LABEL_LIMIT:
-        raise ValueError(f"label {label} is no whole number in 0..{_LABEL_LIMIT - 1}")
+    if not number.is_integer() or not NO_LABEL <= number < _LABEL_LIMIT:
+        limits = f"0..{_LABEL_LIMIT - 1} (or -1: no label)"
+        raise ValueError(f"label {label} is no whole number in {limits}")
     return int(number)
 
 
-def read_list(path: Path) -> Iterator[Line]:
-    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line."""
-    labels: dict[str, int] = {}  # few, on many lines
+def read_list(path: Path, *, labels: bool = True) -> Iterator[Line]:
+    """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line.
+
+    Without labels only the path is needed, the last column of a line.
+    """
+    known: dict[str, int] = {}  # few, on many lines
     for number, text in text_lines(path):
         columns = text.split("\t")
+        if not labels:
+            has_id = len(columns) > 1 and columns[0].isdecimal()
+            yield Line(number, int(columns[0]) if has_id else -1, NO_LABEL, columns[-1])
+            continue
         try:
             if len(columns) < 3 or not columns[-1]:
                 raise ValueError(f"{text!r} is not `id TAB label TAB path`")
@@ -83,11 +98,11 @@ def read_list(path: Path) -> Iterator[Line]:
             record_id, label, name = columns
             if not record_id.isdecimal():
                 raise ValueError(f"id {record_id!r} is no whole number")
-            if label not in labels:
-                labels[label] = whole_label(label)
+            if label not in known:
+                known[label] = whole_label(label)
         except ValueError as error:
             raise DataError(f"{path}: line {number}: {error}") from error
-        yield Line(number, int(record_id), labels[label], name)
+        yield Line(number, int(record_id), known[label], name)
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -112,13 +127,17 @@ def class_names(path: Path) -> tuple[str, ...]:
     If two labels would get the same name, all are named by their numbers.
     """
     folders: dict[int, str] = {}  # "": several
+    empty = True
     for line in read_list(path):
+        empty = False
+        if line.label == NO_LABEL:
+            continue
         folder = line.path.rpartition("/")[0].rpartition("/")[2]
         if folders.setdefault(line.label, folder) != folder:
             folders[line.label] = ""
-    if not folders:
+    if empty:
         raise DataError(f"{path}: lists no image")
-    numbers = [str(label) for label in range(max(folders) + 1)]
+    numbers = [str(label) for label in range(max(folders, default=-1) + 1)]
     names = [folders.get(label) or number for label, number in enumerate(numbers)]
     return tuple(names if len(set(names)) == len(names) else numbers)
 
@@ -142,15 +161,16 @@ def _below(root: Path, line: Line, path: Path) -> str:
     return name
 
 
-def _require_unique(path: Path, root: Path) -> None:
+def _require_unique(path: Path, root: Path, *, labels: bool) -> None:
     """DataError when a .lst names a file twice; uses 8 bytes of memory per line."""
     import numpy as np  # late: the command line's --help must not wait for it
 
-    hashes = array("q", (hash(_below(root, line, path)) for line in read_list(path)))
+    lines = partial(read_list, path, labels=labels)
+    hashes = array("q", (hash(_below(root, line, path)) for line in lines()))
     ordered = np.sort(np.frombuffer(hashes, np.int64))
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     first: dict[str, int] = {}
-    for line in read_list(path) if twice else ():
+    for line in lines() if twice else ():
         name = _below(root, line, path)
         if hash(name) in twice and first.setdefault(name, line.number) != line.number:
             raise DataError(f"{path}: line {line.number}: {name} is on line {first[name]} already")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, parse_payload, unframe
+from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
 from mpl_fast.packing.sources.source import Image, Source
@@ -78,16 +78,17 @@ class RecordSource(Source):
         return parse_payload(unframe(stored)).image
 
     def _list(self) -> Iterator[Image]:
-        names, list_path = _classes_beside(self.file), _list_beside(self.file)
-        if list_path and not names:
+        labels, list_path = not self.request.unlabeled, _list_beside(self.file)
+        names = _classes_beside(self.file) if labels else None
+        if list_path and labels and not names:
             names = class_names(list_path)
-        lines = read_list(list_path) if list_path else iter(())
-        highest = -1
+        lines = read_list(list_path, labels=labels) if list_path else iter(())
+        highest = NO_LABEL
         for frame in read_frames(self.file):
             try:
-                if frame.labels:
+                if frame.labels and labels:
                     raise ValueError(f"{frame.labels} labels, but only one can be packed")
-                label = whole_label(frame.label)
+                label = whole_label(frame.label) if labels else NO_LABEL
                 highest = max(highest, label)
                 path = f"{frame.id}.jpg"
                 if list_path:
@@ -97,9 +98,10 @@ class RecordSource(Source):
             except ValueError as error:
                 where = f"record {frame.id} at byte {frame.start}"
                 raise DataError(f"{self.file}: {where}: {error}") from error
-            class_name = names[label] if names else str(label)
+            class_name = "" if label == NO_LABEL else names[label] if names else str(label)
             yield Image(class_name, path.rpartition("/")[2], path, frame.start, frame.size, 0)
-        self.class_order = names or tuple(map(str, range(highest + 1)))
+        if labels:
+            self.class_order = names or tuple(map(str, range(highest + 1)))
 
 
 def _path_in(list_path: Path, lines: Iterator[Line], record_id: int, label: int) -> str:

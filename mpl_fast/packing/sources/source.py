@@ -14,7 +14,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 class Image(NamedTuple):
     """One image: its class, its file name, and the byte range of its content."""
 
-    class_name: str
+    class_name: str  # "": it has no label
     name: str  # without folders
     path: str  # inside its source, with "/"
     start: int  # byte offset in the source's file; -1: it is a file of its own
@@ -32,6 +32,7 @@ class Request(NamedTuple):
     labels: Path | None  # a file with the classes of images outside class folders
     work: Path  # the folder into which files may be unpacked
     report: Callable[[str], None]  # prints a line
+    unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
 
 
 class Source(ABC):
@@ -41,6 +42,9 @@ class Source(ABC):
     are no byte ranges of what the user gave, its constructor writes a file of them (spool.py); if
     they are encoded there, it has a `decode`, which is static because it is called by worker
     processes, which know only kind, file and byte ranges.
+
+    An image without a label has class "". With `request.unlabeled` classes are not used: a source
+    yields its images whether it finds a class or not, and does not warn of classes.
     """
 
     kind: ClassVar[str]  # stored in packs

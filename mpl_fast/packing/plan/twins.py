@@ -1,0 +1,58 @@
+"""Unlabeled images that other sources have as well: the same files, found before any is read."""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import counted
+from mpl_fast.packing.plan.table import to_utf8
+from mpl_fast.packing.sources.source import Source
+
+
+def leave_out_twins(
+    table: sqlite3.Connection, number: int, source: Source, earlier: Sequence[Source]
+) -> list[str]:
+    """Remove images of source `number` from found.images that an earlier source has, too.
+
+    A folder of everything is then the rest beside its labeled part. Equal images in other files
+    are packed, and counted at the end. Returns warnings; DataError when no image is left.
+    """
+    warnings = []
+    for other, spec in enumerate(one.spec for one in earlier):
+        before = _before_paths(source, earlier[other])
+        if before is None:
+            continue
+        # Images below a folder differ in path, those of one file in position.
+        column = "path" if source.file.is_dir() else "start"
+        same = f"SELECT CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
+        removed = table.execute(
+            f"DELETE FROM found.images WHERE CAST(? AS TEXT) || {column} IN ({same}) "
+            "AND source = ?",
+            (*map(to_utf8, before), other, number),
+        ).rowcount
+        if removed:
+            what = counted(removed, "of its images is", "of its images are")
+            warnings.append(f"{source.spec}: {what} in {spec}, too: packed once, as that one's")
+    left = "SELECT 1 FROM found.images WHERE source = ? LIMIT 1"
+    if warnings and not table.execute(left, (number,)).fetchone():
+        raise DataError(f"{source.spec}: all its images are other sources': leave it out")
+    return warnings
+
+
+def _before_paths(source: Source, other: Source) -> tuple[str, str] | None:
+    """Return what makes paths in the two sources equal where files are, if put before each.
+
+    None: they have no file in common. Links inside a folder are not followed.
+    """
+    if source.kind != other.kind:
+        return None
+    one, two = (Path(os.path.realpath(file)) for file in (source.file, other.file))
+    if one == two:
+        return "", ""
+    if one.is_relative_to(two):
+        return f"{one.relative_to(two)}/", ""
+    if two.is_relative_to(one):
+        return "", f"{two.relative_to(one)}/"
+    return None
