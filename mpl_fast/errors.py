@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
 RANK_DELAY = 5.0  # seconds
+STDERR = 2  # file descriptor
 
 
 class UserError(Exception):
@@ -55,17 +56,17 @@ class CheckpointError(UserError):
 def run_command(program: str, command: Callable[[], int | None], interrupted: str = "") -> NoReturn:
     """Runs a command and exits with its code, that of its `UserError`, or `INTERRUPTED`.
 
-    If its stdout is closed early, as by ``| head -1``, the command continues without output.
+    If its stdout or stderr is closed early, as by ``| head -1``, the command continues without it;
+    a stdout that cannot be written is an `OutputError`.
     """
-    if isinstance(out := sys.stdout, io.TextIOWrapper) and out is sys.__stdout__:
-        sys.stdout = io.TextIOWrapper(
-            io.BufferedWriter(_Output(out.fileno(), "w", closefd=False)),
-            encoding=out.encoding,
-            errors=out.errors,
-            line_buffering=out.line_buffering or out.write_through,
-        )
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     try:
-        sys.exit(command())
+        try:
+            code = command()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         fail(program, error)
     except KeyboardInterrupt:
@@ -74,15 +75,29 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
         sys.exit(INTERRUPTED)
 
 
+def _guarded(stream: TextIO) -> TextIO:
+    """The same stream through `_Output`, if it is a stream of the process."""
+    if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )
+
+
 class _Output(io.FileIO):
-    """Standard output until its reader has gone; from then on, /dev/null."""
+    """Standard output or error until it cannot be written; from then on, /dev/null."""
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return super().write(data)
+            if isinstance(error, BrokenPipeError) or self.fileno() == STDERR:
+                return super().write(data)
+            raise OutputError(f"standard output: {error.strerror}") from error
 
 
 def fail(program: str, error: UserError) -> NoReturn:

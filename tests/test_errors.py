@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mpl_fast.errors import ConfigError, fail, run_command
-from tests.tiny_run import ROOT
+from tests.tiny_run import ROOT, TRAIN
 
 
 @pytest.mark.parametrize(("rank", "alone"), [("0", False), ("1", False), ("1", True)])
@@ -63,3 +64,25 @@ def test_a_command_whose_stdout_is_closed_ends_as_usual(command: str) -> None:
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [("train.py --print-config", 0), ("train.py --sed=1", 2)]
+)
+def test_a_command_without_stdout_and_stderr_ends_as_usual(command: str, code: int) -> None:
+    """As after `2>&1 | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = [sys.executable, *command.split()]
+    done = subprocess.run(line, stdout=writer, stderr=writer, cwd=ROOT / "mpl_fast", check=False)
+    os.close(writer)
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize("option", ["--help", "--print-config"])
+def test_a_stdout_that_cannot_be_written_is_one_line(option: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, str(TRAIN), option]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "train: error: standard output: No space left on device\n"

@@ -1,11 +1,11 @@
 """Cost of one network per image: operations, saved activations, and time."""
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast.models import count_parameters
@@ -71,15 +71,22 @@ def seconds_per_image(
 
     def seconds() -> float:
         network.zero_grad(set_to_none=True)
-        began = timer()  # waits for the device
+        began = _now(device)
         _logits(network, images, bf16).float().sum().backward()
-        return timer() - began
+        return _now(device) - began
 
     seconds()  # the first one is slower
     found = [seconds()]
     while sum(found) < SECONDS and len(found) < 50:
         found.append(seconds())
     return min(found) / rows
+
+
+def _now(device: torch.device) -> float:
+    """When the device has done what is queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _images(rows: int, side: int, device: torch.device, bf16: bool) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mpl_fast.errors import ConfigError, OutputError, UserError
+from mpl_fast.errors import ConfigError, UserError
 from mpl_fast.packing import commands
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, LAYOUTS
@@ -255,8 +255,11 @@ def main(arguments: list[str]) -> int:
         print(f"make_rec: interrupted{_kept(known)}", file=sys.stderr)
         return INTERRUPTED
     if known.json:
-        return _print([json.dumps(result, indent=1)])
-    return _print([] if known.quiet else lines)
+        lines = [json.dumps(result, indent=1)]
+    elif known.quiet:
+        lines = []
+    print("\n".join(lines), end="\n" if lines else "")
+    return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -275,14 +278,3 @@ def _kept(known: argparse.Namespace) -> str:
         return f"; nothing was kept in {known.out}"
     kept = counted(finished, "finished shard is", "finished shards are")
     return f"; {kept} kept in {work}, the same command goes on"
-
-
-def _print(lines: list[str]) -> int:
-    try:
-        print("\n".join(lines), end="\n" if lines else "", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails, too
-        if not isinstance(error, BrokenPipeError):
-            print(f"make_rec: error: standard output: {error.strerror}", file=sys.stderr)
-        return OutputError.exit_code
-    return 0

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, output_errors
 from mpl_fast.packing.check.info import info, info_lines, per_class
 from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.lookup import extract, locate, save
@@ -86,7 +86,8 @@ def run_extract(known: argparse.Namespace) -> Result:
     if str(known.to) == "-" and known.json:
         raise ConfigError("--to - writes the image to standard output: there is no room for --json")
     if str(known.to) == "-":
-        sys.stdout.buffer.write(image)
+        with output_errors(Path("standard output")):
+            sys.stdout.buffer.write(image)
         return {}, []
     path = known.to or Path(Path(found.image).name)
     save(image, path, force=known.force)

@@ -191,7 +191,7 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     ]
     images, size = sum(s.records for s in shards), sum(s.bytes for s in shards)
     with Progress("packed", images, size, None if options.quiet else sys.stderr) as progress:
-        if options.engine == "ray":
+        if options.engine == "ray" and jobs:  # else no cluster is needed
             remarks = run_ray(jobs, progress.update)
         else:
             remarks = run_jobs(jobs, options.processes, progress.update)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
-from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.errors import ConfigError, DataError, output_errors
 
 PANELS = {
     "eval/top1": "held-out top-1 (%)",
@@ -51,7 +51,8 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
         axis.legend(frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    with output_errors(out):
+        figure.savefig(out, dpi=110)
     pyplot.close(figure)
 
 

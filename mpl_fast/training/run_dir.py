@@ -17,7 +17,7 @@ from mpl_fast import atomic, distributed
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.errors import ConfigError, UserError, output_errors
 from mpl_fast.learner import compilation
 from mpl_fast.training.curves import read_rows
 from mpl_fast.training.metrics import Row
@@ -32,23 +32,25 @@ FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_
 
 
 class RunDir:
-    """Writes a run's files. Exists on rank 0 only."""
+    """Writes a run's files. Exists on rank 0 only. Raises `OutputError` on a full disk."""
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
         self._lock = _locked(self.path)
         _check_same_config(self.path / "config.yaml", config)
-        atomic.write_text(self.path / "config.yaml", as_yaml(config))
-        self._write_environment()
-        self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        with output_errors(self.path):
+            atomic.write_text(self.path / "config.yaml", as_yaml(config))
+            self._write_environment()
+            self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
 
     def close(self) -> None:
         """Syncs all files to disk and releases the lock of the folder."""
         self.sync()
-        self._rows.close()
-        if self._board is not None:
-            self._board.close()
+        with output_errors(self.path):
+            self._rows.close()
+            if self._board is not None:
+                self._board.close()
         self._lock.close()
 
     def resume_at(self, step: int) -> None:
@@ -57,30 +59,33 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         self._rows.close()
         kept = [r for r in read_rows(file) if r["step"] <= step]
-        atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
-        self._rows = file.open("a", encoding="utf-8")
-        from tensorboardX import SummaryWriter  # takes seconds to import
+        from mpl_fast.training.tensorboard import Board  # takes seconds to import
 
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        with output_errors(self.path):
+            atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
+            self._rows = file.open("a", encoding="utf-8")
+            self._board = Board(self.path / "tensorboard", step + 1)
 
     def row(self, step: int, values: Row) -> None:
         """Appends a line to metrics.jsonl and a point to each TensorBoard curve; `step` is the
         number of steps done."""
-        self._rows.write(json.dumps({"step": step, **values}) + "\n")
-        self._rows.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with output_errors(self.path):
+            self._rows.write(json.dumps({"step": step, **values}) + "\n")
+            self._rows.flush()
+            self._board.row(step, values)
 
     def sync(self) -> None:
         """Syncs the rows written so far to disk."""
-        self._rows.flush()
-        os.fsync(self._rows.fileno())
-        if self._board is not None:
-            self._board.flush()
+        with output_errors(self.path):
+            self._rows.flush()
+            os.fsync(self._rows.fileno())
+            if self._board is not None:
+                self._board.flush()
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
-        atomic.write_json(self.path / "summary.json", values)
+        with output_errors(self.path):
+            atomic.write_json(self.path / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended."""

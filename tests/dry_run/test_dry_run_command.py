@@ -1,6 +1,7 @@
 """`--dry-run` prints its estimate and writes nothing; the numbers follow by hand."""
 
 import re
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +16,7 @@ from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.rows import StepRows
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.errors import ConfigError
-from tests.tiny_run import arguments
+from tests.tiny_run import arguments, command, environment
 
 HERE = ["--run-dir", "r", "--data.root", "d"]
 NAMES = [
@@ -76,6 +77,15 @@ def test_it_refuses_what_training_would(
     assert code == 2
     assert "labeled_batch 4000 is larger than the 20 labeled images" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_no_library_warns_of_a_gpu_that_nobody_asked_for(tiny_rec: Path, tmp_path: Path) -> None:
+    """As torch's compilation of extensions does, where CUDA is installed and no GPU."""
+    line = command([*arguments(tmp_path / "run", tiny_rec), "--dry-run"])
+    without_gpu = environment() | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, capture_output=True, text=True, env=without_gpu, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

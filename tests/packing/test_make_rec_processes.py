@@ -33,6 +33,7 @@ from tests.packing.packs import (
     hashes,
     identities,
     image_tree,
+    jpeg,
     make_tree,
     names,
     pack,
@@ -365,11 +366,17 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert "none: no such folder" in error_of(
         run_process("pack", "--src", tmp_path / "none", "--out", out, status=4)
     )
-    with Path("/dev/full").open("w") as full:
-        line = command_line("pack", *common)
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
-    assert done.returncode == 3
-    assert done.stderr == "make_rec: error: standard output: No space left on device\n"
+    make_tree(tree / "train", {"ant/large.jpg": jpeg(0, 200)})
+    for line in (
+        command_line("pack", *common),
+        command_line("extract", out, "large.jpg", "--to", "-"),
+    ):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT
+            )
+        assert done.returncode == 3
+        assert done.stderr == "make_rec: error: standard output: No space left on device\n"
     assert "already complete" in run("pack", *common).stdout  # the pack is whole
 
 

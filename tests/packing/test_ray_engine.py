@@ -28,7 +28,9 @@ def test_ray_packs_the_same_bytes(tmp_path: Path) -> None:
     assert hashes(out) == hashes(pack(*common, out=tmp_path / "here"))
 
 
-def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+    common = ("--src", image_tree(tmp_path) / "train", "--labeled", 6, "--out", tmp_path / "out")
+    run("pack", *common, "--engine", "ray", "--part", "8/8")  # a part without shards
     with pytest.raises(UserError, match=r"pip install 'mpl_fast\[ray\]'"):
         run_ray([], lambda images, size: None)

@@ -1,11 +1,17 @@
 """A shard is written once: kept when it is whole, written anew when anything is wrong with it."""
 
 import fcntl
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,3 +206,33 @@ def test_pool() -> None:
         "a worker process died (SIGKILL; out of memory?) while it was at one of: last; what is "
         "finished is kept: run the same command again, with a smaller -j if memory is short"
     )
+
+
+def test_worker_that_is_started_while_another_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool of Python 3.11 joins a worker that it neither ended nor told to end."""
+    told, known = threading.Event(), threading.Event()
+    start, join = SpawnProcess.start, Queue.join_thread
+    spawn = ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
+
+    def start_and_kill_others(worker: SpawnProcess) -> None:
+        start(worker)
+        for other in set(multiprocessing.active_children()) - {worker}:
+            other.kill()
+            told.wait(5)  # a later Python waits until this one is known
+
+    def spawn_and_note(pool: ProcessPoolExecutor) -> None:
+        spawn(pool)
+        if len(pool._processes) > 1:
+            known.set()
+
+    def join_later(queue: "Queue[Any]") -> None:
+        told.set()
+        known.wait(5)
+        join(queue)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_kill_others)
+    monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", spawn_and_note)
+    monkeypatch.setattr(Queue, "join_thread", join_later)
+    jobs = [Job(name, 1, succeed) for name in ("first", "second")]
+    with pytest.raises(UserError, match="a worker process died"):
+        run_jobs(jobs, 2, lambda records, size: None)

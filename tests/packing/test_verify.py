@@ -195,6 +195,13 @@ def line_of(file: str, number: int, found: str, right: str) -> list[str]:
         (lambda at: (at / TABLE).unlink(), [f"{TABLE}: {GONE}"]),
         (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(records=3)),
          [f"{MANIFEST}: its shards are not those of {TABLE}; pack again"]),
+        (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(bytes=3)),
+         [f"{MANIFEST}: its shards are not those of {TABLE}; pack again"]),
+        (lambda at: edit_manifest(at, lambda stored: stored["splits"]["train"]["shards"].pop()),
+         [f"{MANIFEST}: its splits are not those of {TABLE}; pack again"]),
+        (lambda at: edit_manifest(at, lambda stored: (stored["classes"].update(n=4),
+                                                      stored["splits"].pop("val"))),
+         [f"{MANIFEST}: its classes and splits are not those of {TABLE}; pack again"]),
         (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(sha256="0")),
          [f"{FIRST}: every record is as the table has it, but {OTHER}"]),
     ],
@@ -206,6 +213,16 @@ def test_damaged_files(pack: SmallPack, harm: Callable[[Path], None], lines: lis
     assert sorted(map(str, report.problems)) == sorted(lines)
     with pytest.raises(DataError):
         report.require_sound()
+
+
+def test_a_file_that_cannot_be_read_again(pack: SmallPack, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pack.root / FIRST).unlink()
+    entry = json.loads((pack.root / MANIFEST).read_text())["shards"][0]
+    with open_table(pack.root / TABLE) as table:
+        shard = table.shards()[0]
+    monkeypatch.setattr("mpl_fast.packing.check.shard_check.file_fault", lambda *_: "")
+    (found,) = check_shard(pack.root, entry, shard, True, lambda records, size: None)
+    assert str(found) == f"{FIRST}: {GONE}"
 
 
 @pytest.mark.parametrize("harm", [edit_table, lambda at: (at / TABLE).write_bytes(b"no table")])
@@ -242,9 +259,17 @@ def test_folders_that_are_no_finished_pack(pack: SmallPack, tmp_path: Path) -> N
     whole = (pack.root / MANIFEST).read_text()
     edit_manifest(pack.root, lambda stored: stored["shards"][0].update(file="gone"))
     refused(pack.root, rf"manifest\.json: damaged \({FIRST}.*\); pack again")
-    (pack.root / MANIFEST).write_text(whole)
-    edit_manifest(pack.root, lambda stored: stored["shards"][0].pop("sha256"))
-    refused(pack.root, r"manifest\.json: damaged \('sha256'\); pack again")
+    edit_manifest(pack.root, lambda stored: stored["splits"]["train"].update(shards=[7]))
+    refused(pack.root, r"manifest\.json: damaged \((.*, )?7(, .*)?\); pack again")
+    for part, at, key in (
+        ("shards", 0, "sha256"),
+        ("shards", 0, "idx_sha256"),
+        ("splits", "train", "lst_sha256"),
+    ):
+        stored = json.loads(whole)
+        del stored[part][at][key]
+        (pack.root / MANIFEST).write_text(json.dumps(stored))
+        refused(pack.root, rf"manifest\.json: damaged \('{key}'\); pack again")
     (pack.root / MANIFEST).unlink()
     refused(pack.root, r"has no manifest\.json")
     (pack.root / ".pack").mkdir()

@@ -36,8 +36,7 @@ from tests.tiny_run import (
     train_here,
 )
 
-LONG = 20  # steps of the run that is killed: most are left when it has its first checkpoint
-
+ENDLESS = 1_000_000  # steps of the run that is killed and stopped: on no machine it ends before
 
 RANKS = [pytest.param(n, id=f"ranks {n}", marks=pytest.mark.slow) for n in (1, 2)]
 
@@ -71,14 +70,17 @@ def ended(
     def checkpoint(name: str, step: int = 6) -> Path:
         return folder / name / "run" / "checkpoints" / f"step_{step:08d}"
 
-    killed, long = (options(name, "mpl", "--steps", str(LONG)) for name in ("killed", "long"))
+    killed, long = (options(name, "mpl", "--steps", str(ENDLESS)) for name in ("killed", "long"))
     kill(killed, ranks, folder / "killed/run")
-    resumed = {"killed": (stop(killed, ranks), checkpoint("long", LONG))}
+    stopped = stop(killed, ranks)
+    end = stopped + 3
+    resumed = {"killed": (stopped, checkpoint("long", end))}
     damaged, straight = options("damaged"), options("straight")
     resumed["damaged"] = (2, checkpoint("straight"))
     summary, occupied = folder / "straight/run/summary.json", folder / "occupied"
     occupied.touch()
-    sessions = [killed, long, straight, [*damaged, "--stop-at", "4"]]
+    sessions = [[*one, "--stop-at", str(end)] for one in (killed, long)]
+    sessions += [straight, [*damaged, "--stop-at", "4"]]
     sessions += [["flip", str(checkpoint("damaged", 4) / "state.pt")], damaged]
     sessions += [straight, ["move", str(summary), f"{summary}.before"], straight]
     sessions += [["evaluate", str(folder / "straight/run"), "--data.root", str(tiny_rec)]]
@@ -173,7 +175,8 @@ def test_resumed_runs_end_as_uninterrupted_ones(ended: Sessions) -> None:
 
 def test_rows_of_resumed_runs_are_those_of_uninterrupted_ones(ended: Sessions) -> None:
     steps = [r["step"] for r in rows(ended.folder / "killed/run") if "train_seconds" in r]
-    assert steps == sorted({*range(2, LONG + 1, 2), ended.resumed["killed"][0]})
+    stopped, _ = ended.resumed["killed"]
+    assert steps == sorted({*range(2, stopped + 3, 2), stopped, stopped + 3})
     evaluated = {
         name: [r for r in rows(ended.folder / name / "run") if "eval/top1" in r]
         for name in ("straight", *ended.resumed)

@@ -1,6 +1,7 @@
 """What a run leaves behind, and what the tools make of it."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpl_fast.errors import run_command
+from mpl_fast.config import RunConfig, UDAConfig
+from mpl_fast.errors import OutputError, run_command
+from mpl_fast.training.run_dir import RunDir
+from mpl_fast.training.tensorboard import Board
 from tests.tiny_run import ROOT, arguments, final_state, rows, run_here, train_here
 from tools.evaluate import main as evaluate_command
 from tools.plot import main as plot_command
@@ -43,6 +47,32 @@ def test_rows_say_what_happened(finished: Path) -> None:
     evaluations = [r for r in rows(finished) if "eval/top1" in r]
     assert [r["step"] for r in evaluations] == [4, 6]
     assert evaluations[-1]["eval/count"] == 50
+
+
+@pytest.mark.parametrize("limit", [10, 3_000])
+def test_a_full_disk_is_an_output_error(limit: int, tmp_path: Path) -> None:
+    """At the start of a run or later; it neither blocks nor is the error of a library."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OutputError, match="File too large"):
+            run_dir = RunDir(RunConfig(run_dir=str(tmp_path / "run"), algorithm=UDAConfig()))
+            run_dir.resume_at(0)
+            for step in range(1000):
+                run_dir.row(step, {"loss/labeled": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_curves_on_a_full_disk_are_an_oserror(tmp_path: Path) -> None:
+    board, before = Board(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(1000):
+                board.row(step, {"loss/labeled": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,6 +111,12 @@ def test_plot_draws_the_curves_but_for_a_cut_line(finished: Path, tmp_path: Path
     (run / "metrics.jsonl").write_text("")
     empty = plot(str(run), "--out", str(out))
     assert empty.returncode == 4 and "nothing to draw yet" in empty.stderr
+
+
+def test_plot_on_a_full_disk_is_one_line(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "curves.png").symlink_to("/dev/full")
+    full = plot(str(finished), "--out", str(tmp_path / "curves.png"))
+    assert full.returncode == 3 and full.stderr.endswith("curves.png: No space left on device\n")
 
 
 def test_plot_refuses_a_folder_without_metrics(tmp_path: Path) -> None:

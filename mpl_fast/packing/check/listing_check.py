@@ -7,14 +7,14 @@ from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.packing.check.shard_check import CHANGED, Problem, file_fault
-from mpl_fast.packing.plan.layout import planned_splits
+from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
 from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, listed_name, open_table
 from mpl_fast.packing.publish.sparse_index import padded_lines
 from mpl_fast.packing.publish.split_files import listed_records
 from mpl_fast.packing.write.pool import Advance
 
-_COUNT = """
-SELECT file, count(*) FROM shards
+_SIZES = """
+SELECT file, count(*), max(offset + length) FROM shards
 JOIN written ON written.id BETWEEN first_id AND first_id + records - 1 GROUP BY file
 """
 
@@ -22,16 +22,29 @@ JOIN written ON written.id BETWEEN first_id AND first_id + records - 1 GROUP BY 
 def check_table(
     root: Path, manifest: Mapping[str, Any]
 ) -> tuple[dict[str, ShardRow], list[Problem]]:
-    """Return the shards in the table by file name, none if it is damaged, and the problems."""
+    """Compare the table with its checksum, and what training uses of the manifest with the table.
+
+    Return the shards in the table by file name, none if it is damaged, and the problems.
+    """
     fault = file_fault(root, TABLE, manifest["table_sha256"])
     if fault:
         return {}, [Problem(TABLE, fault)]
     with open_table(root / TABLE) as table:
         shards = {shard.file: shard for shard in table.shards()}
-        counts = dict(table.query(_COUNT))
-    if counts != {entry["file"]: entry["records"] for entry in manifest["shards"]}:
-        return shards, [Problem(MANIFEST, f"its shards are not those of {TABLE}; pack again")]
-    return shards, []
+        right = (
+            len(table.classes()),
+            {file: sizes for file, *sizes in table.query(_SIZES)},
+            {split.name: [shard.file for shard in own] for split, own in _splits(table)},
+        )
+    stored = (
+        manifest["classes"]["n"],
+        {entry["file"]: [entry["records"], entry["bytes"]] for entry in manifest["shards"]},
+        {name: split["shards"] for name, split in manifest["splits"].items()},
+    )
+    names = ("classes", "shards", "splits")
+    wrong = [name for name, old, new in zip(names, stored, right, strict=True) if old != new]
+    text = f"its {' and '.join(wrong)} are not those of {TABLE}; pack again"
+    return shards, [Problem(MANIFEST, text)] if wrong else []
 
 
 def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> list[Problem]:
@@ -53,11 +66,17 @@ def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> lis
     return problems
 
 
+def _splits(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
+    """Return the splits with their shards."""
+    options, rows = table.options(), table.shards()
+    planned = planned_splits(options["layout"], options["unlabeled"], val=True)
+    found = [(split, [row for row in rows if row.prefix == split.prefix]) for split in planned]
+    return [(split, own) for split, own in found if own]
+
+
 def _right_lines(table: Table, manifest: Mapping[str, Any], name: str, kind: str) -> Iterator[str]:
-    options, classes = table.options(), table.classes()
-    splits = planned_splits(options["layout"], options["unlabeled"], val=True)
-    (planned,) = [split for split in splits if split.name == name]
-    shards = [shard for shard in table.shards() if shard.prefix == planned.prefix]
+    classes = table.classes()
+    ((planned, shards),) = [found for found in _splits(table) if found[0].name == name]
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
     rows = listed_records(table, shards, sizes, planned.labeled)
     if kind == "idx":

@@ -13,7 +13,8 @@ from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.publish.out_folder import WORK
 
 _SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "sha256": str, "first_id": int}
-_SPLIT = {"records": int, "shards": list, "idx": str, "idx_sha256": str, "lst": str}
+_INDEX = {"idx": str, "idx_sha256": str}
+_SPLIT = {"records": int, "shards": list, **_INDEX, "lst": str, "lst_sha256": str}
 _TOTALS = {"images": int, "bytes_in": int, "bytes_out": int, "seconds": (int, float)}
 _ALL = {"totals": dict, "options": dict, "transform": dict, "sources": list, "bad": list}
 _ALL |= {"table_sha256": str, "layout": str, "duplicates": dict}
@@ -42,6 +43,7 @@ def load_pack(root: Path) -> Json:
         entries: list[tuple[Json, Mapping[str, Any]]] = [(manifest, _ALL)]
         entries += [(manifest["totals"], _TOTALS), (manifest["classes"], {"n": int, "sha256": str})]
         entries += [(entry, _SHARD) for entry in manifest["shards"]]
+        entries += [(entry, _INDEX) for entry in manifest["shards"] if "idx" in entry]
         entries += [(entry, _SPLIT) for entry in manifest["splits"].values()]
         entries += [(entry, _SOURCE) for entry in manifest["sources"]]
         entries += [(entry, _BAD) for entry in manifest["bad"]]
@@ -56,7 +58,7 @@ def load_pack(root: Path) -> Json:
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
-        raise DataError(f"{root / MANIFEST}: damaged ({first_few(wrong)}); pack again")
+        raise DataError(f"{root / MANIFEST}: damaged ({first_few(map(str, wrong))}); pack again")
     return manifest
 
 

@@ -73,7 +73,10 @@ def check_shard(
     fault = file_fault(root, name, entry["sha256"], hashed)
     problems: list[Problem] = []
     if shard and (fault == CHANGED or (deep and not fault)):
-        problems += _record_problems(root, entry, shard, deep, advance)
+        try:
+            problems += _record_problems(root, entry, shard, deep, advance)
+        except OSError as error:  # the file is read a second time
+            problems.append(Problem(name, error.strerror or str(error)))
         fault = fault and f"every record is as the table has it, but {fault}"
     if fault and not problems:
         problems.append(Problem(name, fault))

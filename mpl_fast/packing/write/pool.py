@@ -52,6 +52,7 @@ def run_jobs(
     )
     futures: dict[int, Future[T]] = {}
     workers: list[BaseProcess] = []
+    others = multiprocessing.active_children()
     try:
         # Workers inherit the blocked Ctrl-C: only the parent handles it, once they are started.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -69,6 +70,10 @@ def run_jobs(
                 future.result()
             progress(sum(board[2::3]), sum(board[3::3]))
     except BrokenProcessPool as error:
+        # The pool waits for ever for a worker that it started while it ended the others.
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.terminate()
         pool.shutdown()  # until it has waited for its processes, not all have their exit codes
         raise UserError(_death(jobs, board, workers)) from error
     finally:
