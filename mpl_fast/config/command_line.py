@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,18 @@ def wants_dry_run(argv: Sequence[str]) -> bool:
 def as_yaml(config: RunConfig) -> str:
     """Text that `parse` reads back to an equal config."""
     tree = {"recipe": config.recipe, **dataclasses.asdict(config)}
-    return yaml.safe_dump(_lists(tree), sort_keys=False)
+    return yaml.dump(_lists(tree), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.2 reads as numbers: to PyYAML, of YAML 1.1, 2e5 is a text."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)([eE][-+]?\d+)?|0o[0-7]+"),
+    list("-+.0123456789"),
+)
 
 
 def _command_line(argv: Sequence[str]) -> dict[str, Given]:

@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mpl_fast import atomic
 from mpl_fast.config import RECIPES, MPLConfig, RunConfig, UDAConfig
 from mpl_fast.config.command_line import as_yaml, parse
-from mpl_fast.config.fields import all_options
+from mpl_fast.config.fields import all_options, replaced
+from mpl_fast.config.values import choices
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, TRAIN
 
@@ -108,6 +113,70 @@ def test_saved_config_reads_back_equal(recipe: str, tmp_path: Path) -> None:
     assert parse(["--config", written(tmp_path, as_yaml(config))]) == config
     shipped = parse(["--config", str(CONFIGS[0]), *HERE, "--seed", "5"])
     assert parse(["--config", written(tmp_path, as_yaml(shipped))]) == shipped
+
+
+LIKE_ANOTHER_TYPE = """\
+77950e8 1e-3 2e5 -1E+5 007 0x1f 0o17 0b1 1_0 1:30 .5 5. .inf -.NaN null Null ~ yes No on off TRUE y
+= << - ? : # ! & * @ ` % | > [] {} [a] {a:1} 'a' "a" it's ''a\\n a:b a#b a\\b !!int , --- ... \
+2026-01-01 2026-01-01T00:00:00Z é 画像 \U0001f4c1 \ud83d\udcc1 \udcff \x00 \ufeff"""
+ODD_TEXTS = [
+    *LIKE_ANOTHER_TYPE.split(),
+    "",
+    " ",
+    " a",
+    "a ",
+    "a: b",
+    "a #b",
+    "\n",
+    "a\n",
+    "a\n\n b\n",
+]
+ODD_TEXTS += ["\t", "\r\n", "a\rb", "\x85", "\u2028", "a " * 60, "x" * 300, "a\\ b" * 40]
+TEXTS = st.sampled_from(ODD_TEXTS) | st.text(st.characters(exclude_categories=()))
+
+
+def any_value(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a field's type, in its range or not."""
+    if names := choices(kind):
+        return st.sampled_from(names)
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(plain) is tuple:
+        first, *others = get_args(plain)
+        if others[-1] is Ellipsis:
+            return st.lists(any_value(first), max_size=3).map(tuple)
+        return st.tuples(*map(any_value, (first, *others)))
+    by_type: dict[Any, st.SearchStrategy[Any]] = {
+        str: TEXTS,
+        int: st.integers(),
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False, allow_infinity=False),
+    }
+    return by_type[plain]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_saved_config_of_any_values_reads_back_equal(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --config, and by a plain reader of YAML; no text is a number of YAML 1.2."""
+    monkeypatch.setattr("mpl_fast.config.command_line.problems", lambda _: [])
+    default = RunConfig(algorithm=RECIPES[recipe]())
+    kinds = {option.key: any_value(option.kind) for option in all_options(default)}
+    texts = [option.key for option in all_options(default) if option.kind is str]
+
+    def check(values: dict[str, Any]) -> None:
+        config, file = replaced(default, values), tmp_path / "config.yaml"
+        atomic.write_text(file, as_yaml(config))
+        assert repr(parse(["--config", str(file)])) == repr(config)
+        plain = yaml.safe_load(file.read_text())
+        assert (plain["run_dir"], plain["data"]["root"]) == (config.run_dir, config.data.root)
+        assert not re.search(
+            r"^run_dir: -?[0-9.]+(e[-+]?\d+)?$", file.read_text(), re.MULTILINE | re.I
+        )
+
+    for text in ODD_TEXTS:
+        check(dict.fromkeys(texts, text))
+    given(st.fixed_dictionaries(kinds))(check)()
 
 
 @pytest.mark.parametrize(
