@@ -27,6 +27,11 @@ def at_least(low: int) -> Range:
     return Range(f"at least {low}", lambda x: x >= low)
 
 
+def at_most(high: int) -> Range:
+    """The range up to `high`."""
+    return Range(f"at most {high}", lambda x: x <= high)
+
+
 POSITIVE = Range("above 0", lambda x: x > 0)
 PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]

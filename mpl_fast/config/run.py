@@ -12,6 +12,7 @@ from mpl_fast.config.fields import (
     NonNegativeInt,
     PositiveInt,
     at_least,
+    at_most,
     sections,
 )
 from mpl_fast.config.learner import LearnerConfig
@@ -52,13 +53,13 @@ class DataConfig:
     (CIFAR: 8); 0: none."""
     eval_crop: FractionAbove0 = 0.875
     """Share of the shorter side that evaluation's center crop keeps (crop random_resized only)."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Annotated[tuple[float, float, float], at_least(0)] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue channel, on a scale of 0 to 1."""
     std: Annotated[tuple[float, float, float], POSITIVE] = (0.229, 0.224, 0.225)
     """Standard deviation of the red, green and blue channel, on a scale of 0 to 1."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device on which DALI decodes and augments. auto: the training device."""
-    threads: NonNegativeInt = 0
+    threads: Annotated[int, at_least(0), at_most(1024)] = 0
     """DALI's CPU threads on each rank; 0: the machine's cores divided by its ranks."""
     prefetch: PositiveInt = 2
     """Batches that DALI prepares ahead."""
@@ -68,10 +69,16 @@ class DataConfig:
     """Share of the images that a GPU's hardware JPEG decoder decodes, where there is one."""
 
     def problems(self) -> list[str]:
-        """What is missing, a line that begins with its key."""
-        if self.root:
-            return []
-        return ["root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it"]
+        """What is missing or of another scale, a line that begins with its key."""
+        found = [
+            f"{name} must be on a scale of 0 to 1, not [{', '.join(map(str, values))}]: divide by "
+            "255"
+            for name, values in (("mean", self.mean), ("std", self.std))
+            if max(values) > 1
+        ]
+        if not self.root:
+            found.append("root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +119,7 @@ class RunConfig:
     """Labeled images in a step, over all ranks."""
     unlabeled_batch: NonNegativeInt = 15_360
     """Unlabeled images in a step, over all ranks; supervised and finetune ignore it."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, at_least(0), at_most(10**13)] = 0
     """Seed of initial weights, data order, augmentation and dropout."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Training device. auto: CUDA if there is a GPU."""
@@ -137,7 +144,7 @@ class RunConfig:
     eval_epochs: NonNegativeFloat = 0.0
     """Passes between evaluations, in place of `eval_every`, counted as in `epochs`."""
     eval_batch: PositiveInt = 1024
-    """Images in an evaluation batch, over all ranks."""
+    """Images in an evaluation batch, over all ranks; at most the validation split is one batch."""
     log_every: PositiveInt = 50
     """Steps averaged in one row of metrics."""
     checkpoint_every: NonNegativeInt = 1000

@@ -129,13 +129,14 @@ def build_algorithm(
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:
-    """Loader of this rank's validation images."""
+    """Loader of this rank's validation images, in batches of at most as many as it has."""
+    world, records = dist_env.world, manifest.splits["val"].records
     return EvalLoader(
         config.data,
         manifest,
-        batch=max(1, config.eval_batch // dist_env.world),
+        batch=max(1, min(config.eval_batch // world, math.ceil(records / world))),
         rank=dist_env.rank,
-        world=dist_env.world,
+        world=world,
         device=dist_env.device,
         dtype=torch.bfloat16 if uses_bf16(config, dist_env.device) else torch.float32,
     )

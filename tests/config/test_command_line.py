@@ -66,7 +66,7 @@ def test_options_override_yaml_wherever_they_stand(equals: bool, tmp_path: Path)
         ("compile", "off", "off"),
         ("run_dir", "007", "007"),
         ("run_dir", "a=b", "a=b"),
-        ("data.mean", "[0.1, 0.2,3]", (0.1, 0.2, 3.0)),
+        ("data.mean", "[0.1, 0.2,1]", (0.1, 0.2, 1.0)),
         ("algorithm.teacher.milestones", "[]", ()),
     ],
 )
@@ -360,7 +360,7 @@ def test_help_shows_choices_ranges_and_the_defaults_of_the_recipe(
     printed = " ".join(capsys.readouterr().out.split())
     assert "--algorithm.teacher.schedule {cosine,constant,step,exponential,onecycle} " in printed
     assert re.search(r"--algorithm\.teacher\.lr FLOAT [^(]*\(at least 0; default: 0\.6\)", printed)
-    assert re.search(r"--data\.mean \[FLOAT,\.\.\.\] .*?\(default: \[0\.485,0", printed)
+    assert re.search(r"--data\.mean \[FLOAT,\.\.\.\] .*?\(at least 0; default: \[0\.485,0", printed)
     assert re.search(r"--data\.flip \{true,false\} [^(]*\(default: true\)", printed)
 
 

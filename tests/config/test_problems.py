@@ -36,6 +36,8 @@ RANGES = {  # options (of another recipe than mpl: its name and a colon before),
         "metasemi:.mixup metasemi:.label_rate",
         "-1",
     ),
+    "at most 1024": ("data.threads", "1025 100000"),
+    "at most 10000000000000": ("seed", "10000000000001 9223372036854775807"),
     "above 0": (".consistency.temperature metasemi:.epsilon", "0 -1"),
     "in [0, 1]": (
         "model.norm_momentum data.hw_decoder_load .label_threshold .consistency.threshold "
@@ -70,9 +72,34 @@ def test_a_value_out_of_range_is_refused(option: str, value: str, words: str) ->
         parse([*HERE, f"--recipe={recipe or 'mpl'}", *start, f"--{key}={value}"])
 
 
-def test_each_number_of_a_list_is_checked() -> None:
-    with pytest.raises(ConfigError, match=r"data\.std must be above 0, not 0\.0"):
-        parse([*HERE, "--data.std=[0.2,0,0.3]"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("std=[0.2,0,0.3]", "data.std must be above 0, not 0.0"),
+        ("std=[0.2,-0.2,0.3]", "data.std must be above 0, not -0.2"),
+        ("mean=[0.5,-0.5,0.5]", "data.mean must be at least 0, not -0.5"),
+        (
+            "mean=[123.675,116.28,103.53]",
+            "data.mean must be on a scale of 0 to 1, not [123.675, 116.28, 103.53]: divide by 255",
+        ),
+        (
+            "std=[58.395, 57.12, 57.375]",
+            "data.std must be on a scale of 0 to 1, not [58.395, 57.12, 57.375]: divide by 255",
+        ),
+        ("std=[.nan,1,1]", "data.std must be a list such as [1,2,3], not [.nan,1,1]"),
+        ("mean=[.inf,0,0]", "data.mean must be a list such as [1,2,3], not [.inf,0,0]"),
+        ("mean=[nan,0,0]", "data.mean must be a list such as [1,2,3], not [nan,0,0]"),
+        ("mean=[0,0,1e999]", "data.mean must be a list such as [1,2,3], not [0,0,1e999]"),
+    ],
+)
+def test_each_number_of_a_list_is_checked(option: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse([*HERE, f"--data.{option}"])
+
+
+@pytest.mark.parametrize("option", ["mean=[0,0,0]", "mean=[1,1,1]", "std=[1,1,1]", "threads=1024"])
+def test_the_ends_of_ranges_are_taken(option: str) -> None:
+    parse([*HERE, f"--data.{option}"])
 
 
 CONTRADICTIONS = """\

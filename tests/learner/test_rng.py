@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpl_fast.config import RunConfig
+from mpl_fast.distributed import DistEnv
 from mpl_fast.learner import rng
 
 CPU = torch.device("cpu")
@@ -111,3 +113,8 @@ def test_numbers_on_a_gpu_are_those_on_a_cpu() -> None:
     device = torch.device("cuda")
     uniform = rng.uniform(64, seed=1, step=2, device=device)
     assert torch.equal(uniform.cpu(), rng.uniform(64, seed=1, step=2, device=CPU))
+
+
+def test_the_largest_seed_seeds_every_rank() -> None:
+    rng.seed_run(RunConfig(seed=10**13), DistEnv(99_999, 100_000, CPU))
+    assert torch.initial_seed() == (10**13 * 1_000_003 + 100_000) % 2**64

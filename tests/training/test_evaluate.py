@@ -1,11 +1,17 @@
 """Top-1, top-5 and the count, by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from mpl_fast.algorithms.base import EvalEnsemble
+from mpl_fast.config import DataConfig, RunConfig
+from mpl_fast.data.manifest import read_manifest
+from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import DataError
+from mpl_fast.training.build import eval_loader
 from mpl_fast.training.evaluate import evaluate
 
 
@@ -47,3 +53,11 @@ def test_counts_what_counts() -> None:
 def test_a_missing_image_is_an_error() -> None:
     with pytest.raises(DataError, match="saw 4 images, the manifest lists 5"):
         evaluate(One(), BATCHES, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("world", "rows"), [(1, 50), (3, 17), (60, 1)])
+def test_a_batch_of_evaluation_is_at_most_the_split(tiny_rec: Path, world: int, rows: int) -> None:
+    config = RunConfig(data=DataConfig(image_size=16, threads=1), eval_batch=99_999_999)
+    env = DistEnv(0, world, torch.device("cpu"))
+    ((found, _, _),) = eval_loader(config, read_manifest(tiny_rec), env)
+    assert len(found) == rows
