@@ -11,7 +11,7 @@ pixel: the longer side and the corner of the center crop are rounded, not trunca
 from dataclasses import dataclass
 from typing import Any
 
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
@@ -22,6 +22,7 @@ from mpl_fast.data.randaugment import strengthen
 
 READER = "reader"
 PADDING = 4  # pixels, of pad_crop
+MAX_ASPECT = 16  # of the middle of an image that evaluation resizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def _train_graph(
 
 def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataNode, ...]:
     encoded, label = _read(split, engine, stick_to_shard=True, pad_last_batch=True)
-    image = EVAL_CROPS[config.crop](decode(encoded, config, engine), config)
+    image = EVAL_CROPS[config.crop](encoded, config, engine)
     return normalize(image, config, engine, 0), _label(label, engine)
 
 
@@ -148,12 +149,23 @@ def _pad_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode
     )
 
 
-def _shorter_side(image: DataNode, config: DataConfig) -> DataNode:
-    return resize(image, round(config.image_size / config.eval_crop), "not_smaller", config)
+def _shorter_side(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
+    """Only the middle of a very long image is resized: all of 20000 x 1 would take 5 GB."""
+    size = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+    longest = MAX_ASPECT * fn.reductions.min(size)
+    cut = (size - math.min(size, longest)) // 2  # at either end
+    return resize(
+        decode(encoded, config, engine),
+        round(config.image_size / config.eval_crop),
+        "not_smaller",
+        config,
+        roi_start=fn.cast(cut, dtype=types.FLOAT),
+        roi_end=fn.cast(size - cut, dtype=types.FLOAT),
+    )
 
 
-def _whole(image: DataNode, config: DataConfig) -> DataNode:
-    return resize(image, config.image_size, "stretch", config)
+def _whole(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
+    return resize(decode(encoded, config, engine), config.image_size, "stretch", config)
 
 
 # By DataConfig.crop: the weak view, and what evaluation crops the center of.
@@ -176,7 +188,9 @@ def _decoder(engine: Engine) -> str:
     return "cpu" if engine.gpu is None else "mixed"
 
 
-def resize(image: DataNode, side: int, mode: str, config: DataConfig) -> DataNode:
+def resize(
+    image: DataNode, side: int, mode: str, config: DataConfig, **region: DataNode
+) -> DataNode:
     """Antialiased; "stretch" makes a square, "not_smaller" keeps the aspect ratio and makes the
     shorter side `side` pixels."""
     return fn.resize(
@@ -185,6 +199,7 @@ def resize(image: DataNode, side: int, mode: str, config: DataConfig) -> DataNod
         mode=mode,
         interp_type=INTERPOLATIONS[config.interpolation],
         antialias=True,
+        **region,
     )
 
 

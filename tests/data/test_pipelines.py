@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import pipeline_def
+from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest
-from mpl_fast.data.pipelines import Engine, _train_graph
+from mpl_fast.data.pipelines import EVAL_CROPS, Engine, _eval_graph, _train_graph, decode, resize
 from mpl_fast.data.position import GRAPH
 from tests.data.numbered_images import eval_loader, pack_folder, train_loader
 
@@ -174,6 +174,67 @@ def test_imagenet_evaluation_is_pillows(
     assert found == {0, 1, 2}
 
 
+def resized_and_whole(files: list[bytes], config: DataConfig, *, whole: bool) -> list[Any]:
+    """What evaluation crops from, on the CPU, and with `whole` also all of each image resized."""
+    engine = Engine(batch=len(files), gpu=None, threads=1, shard=0, shards=1)
+    arrays = [np.frombuffer(file, np.uint8) for file in files]
+
+    def graph() -> tuple[DataNode, ...]:
+        file = fn.external_source(source=lambda: arrays, dtype=types.UINT8, ndim=1)
+        resized = EVAL_CROPS[config.crop](file, config, engine)
+        side = round(config.image_size / config.eval_crop)
+        if not whole:
+            return (resized,)
+        return resized, resize(decode(file, config, engine), side, "not_smaller", config)
+
+    outputs = pipeline_def(graph)(**engine.options(1)).run()
+    return [[np.array(output.at(i)) for i in range(len(files))] for output in outputs]
+
+
+def noise_images(sizes: Sequence[tuple[int, int]]) -> list[bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    return [encoded(Image.fromarray(noise[:h, :w]), "JPEG") for h, w in sizes]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_evaluation_resizes_all_of_an_ordinary_image(
+    interpolation: Literal["bicubic", "bilinear"],
+) -> None:
+    """Bit for bit, up to an aspect of 16."""
+    files = noise_images([(500, 375), (333, 500), (1, 1), (1, 16), (37, 592), (592, 37), (64, 301)])
+    files += [
+        encoded(Image.new(mode, (90, 41), 77), form)
+        for mode, form in (("L", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP"), ("CMYK", "JPEG"))
+    ]
+    config = replace(RAW, image_size=64, interpolation=interpolation)
+    resized, whole = resized_and_whole(files, config, whole=True)
+    for one, other in zip(resized, whole, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_very_long_image_takes_no_more_memory_in_evaluation() -> None:
+    """Of a strip of 20000 x 1 only the middle is resized: 256 x 4096, not 256 x 5 million."""
+    strips = [Image.new("RGB", size, (9, 90, 200)) for size in ((20000, 1), (1, 20000), (9001, 9))]
+    files = [encoded(strip, "PNG") for strip in strips]
+    (resized,) = resized_and_whole(files, replace(RAW, image_size=224), whole=False)
+    assert [image.shape[:2] for image in resized[:2]] == [(256, 4096), (4096, 256)]
+    assert resized[2].shape[0] == 256 and resized[2].shape[1] < 4200
+    assert all((image == (9, 90, 200)).all() for image in resized)
+
+
+@pytest.mark.parametrize("size", [(2, 600), (600, 2), (1, 501), (11, 599)])
+def test_evaluation_crops_the_middle_of_a_very_long_image(size: tuple[int, int]) -> None:
+    """As if all of it were resized."""
+    config = replace(RAW, image_size=64)
+    (resized,), (whole,) = resized_and_whole(noise_images([size]), config, whole=True)
+    assert resized.size < whole.size
+    crops = [
+        image[(image.shape[0] - 64) // 2 :, (image.shape[1] - 64) // 2 :][:64, :64].astype(int)
+        for image in (resized, whole)
+    ]
+    assert np.abs(crops[0] - crops[1]).max() <= 1
+
+
 def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn right to view
@@ -225,10 +286,21 @@ def test_graphs(ramps: Manifest) -> None:
     assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] == "159e974aa26f"
 
 
+@pytest.mark.parametrize("crop", EVAL_CROPS)
+def test_images_of_evaluation_stay_on_the_gpu(
+    crop: Literal["random_resized", "pad_crop"], ramps: Manifest
+) -> None:
+    engine = Engine(batch=2, gpu=0, threads=1, shard=0, shards=1)
+    outputs = pipeline_def(_eval_graph)(
+        replace(RAW, crop=crop), ramps.splits["val"], engine, batch_size=2, device_id=0
+    )._graph_out
+    assert_images_stay_on_the_gpu(outputs, operators_behind(outputs))
+
+
 def assert_images_stay_on_the_gpu(outputs: Sequence[DataNode], operators: list[Any]) -> None:
     """No operator there takes its data from another processor, and nothing but a decoder brings an
     image over: by the graph's description, without a GPU."""
-    assert [output.device for output in outputs] == ["gpu"] * 3
+    assert {output.device for output in outputs} == {"gpu"}
     flows = Counter(
         (operator._op.device, data.device)
         for operator in operators
