@@ -57,7 +57,8 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
     """Runs a command and exits with its code, that of its `UserError`, or `INTERRUPTED`.
 
     If its stdout or stderr is closed early, as by ``| head -1``, the command continues without it;
-    a stdout that cannot be written is an `OutputError`.
+    a stdout that cannot be written is an `OutputError`. A character that its encoding lacks is
+    written as its number, such as ``\\xb1``.
     """
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     try:
@@ -82,7 +83,7 @@ def _guarded(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
         line_buffering=stream.line_buffering or stream.write_through,
     )
 

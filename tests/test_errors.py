@@ -79,6 +79,23 @@ def test_a_command_without_stdout_and_stderr_ends_as_usual(command: str, code: i
     assert done.returncode == code
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_text_that_an_encoding_lacks_is_written_as_numbers(encoding: str, stream: str) -> None:
+    """Also names of files that are not UTF-8."""
+    code = f"import sys; print('± 画 \\udcff', file=sys.{stream}, flush=True)"
+    line = "from mpl_fast.errors import run_command; run_command('x', lambda: exec(code))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"code = {code!r}; {line}"],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    text = "± 画 \udcff\n".encode(encoding, "backslashreplace")
+    assert (done.stdout, done.stderr) == ((text, b"") if stream == "stdout" else (b"", text))
+
+
 @pytest.mark.parametrize("option", ["--help", "--print-config"])
 def test_a_stdout_that_cannot_be_written_is_one_line(option: str) -> None:
     with Path("/dev/full").open("w") as full:

@@ -25,6 +25,7 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a run is no formula
     from matplotlib import pyplot
 
     curves = {folder: read(folder) for _, folder in runs}
@@ -38,17 +39,16 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.8 * len(panels), 3.6), squeeze=False)
     colors = {label: f"C{i}" for i, label in enumerate(dict.fromkeys(label for label, _ in runs))}
     for axis, name in zip(axes[0], panels, strict=True):
-        named: set[str] = set()
+        named: dict[str, Any] = {}
         for label, folder in runs:
             if name in curves[folder]:
                 steps, values = zip(*curves[folder][name], strict=True)
-                shown = label if label not in named else None
                 dot = "." if len(steps) == 1 else None  # one point makes no line
-                axis.plot(steps, values, color=colors[label], label=shown, marker=dot, alpha=0.85)
-                named.add(label)
+                (line,) = axis.plot(steps, values, color=colors[label], marker=dot, alpha=0.85)
+                named.setdefault(label.encode(errors="backslashreplace").decode(), line)
         axis.set(xlabel="step", title=PANELS[name])
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(list(named.values()), list(named), frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
     with output_errors(out):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -111,6 +112,23 @@ def test_plot_draws_the_curves_but_for_a_cut_line(finished: Path, tmp_path: Path
     (run / "metrics.jsonl").write_text("")
     empty = plot(str(run), "--out", str(out))
     assert empty.returncode == 4 and "nothing to draw yet" in empty.stderr
+
+
+def test_plot_draws_the_names_of_runs_literally(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+    monkeypatch.chdir(tmp_path)
+    names = ["$a_{1$", r"$\frac$", "_hidden", "%s", "not UTF-8: \udcff"]
+    for name in names:
+        Path(name).symlink_to(finished)
+    done = plot(*names, "--out", "$x^2$.png")
+    assert done.returncode == 0, done.stderr
+    for axis in figures[0].axes:
+        texts = axis.get_legend().get_texts()
+        assert [text.get_text() for text in texts] == [*names[:4], r"not UTF-8: \udcff"]
+        assert not any(text.get_parse_math() for text in texts)
 
 
 def test_plot_on_a_full_disk_is_one_line(finished: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def draw(results: Sequence[Result], out: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a variant's name is no formula
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 3.8), sharey=True)
