@@ -1,5 +1,6 @@
 """The errors that a user can correct: one line each, with an exit code for each kind."""
 
+import codecs
 import io
 import os
 import sys
@@ -13,6 +14,7 @@ INTERRUPTED = 130  # a shell's exit code after Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
 RANK_DELAY = 5.0  # seconds
 STDERR = 2  # file descriptor
+ANY_TEXT = "mpl_fast.any_text"
 
 
 class UserError(Exception):
@@ -57,8 +59,8 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
     """Runs a command and exits with its code, that of its `UserError`, or `INTERRUPTED`.
 
     If its stdout or stderr is closed early, as by ``| head -1``, the command continues without it;
-    a stdout that cannot be written is an `OutputError`. A character that its encoding lacks is
-    written as its number, such as ``\\xb1``.
+    a stdout that cannot be written is an `OutputError`. The name of a file that is not UTF-8 is
+    printed as it is; another character that the encoding of stdout lacks, as its number: ``\\xb1``.
     """
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     try:
@@ -83,9 +85,25 @@ def _guarded(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
-        errors="backslashreplace" if stream.errors == "strict" else stream.errors,
+        errors=stream.errors if stream.errors == "backslashreplace" else ANY_TEXT,
         line_buffering=stream.line_buffering or stream.write_through,
     )
+
+
+def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
+    """An error handler of codecs that writes one character in any case."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    one = UnicodeEncodeError(
+        error.encoding, error.object, error.start, error.start + 1, error.reason
+    )
+    try:
+        return codecs.lookup_error("surrogateescape")(one)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(one)
+
+
+codecs.register_error(ANY_TEXT, _any_text)
 
 
 class _Output(io.FileIO):

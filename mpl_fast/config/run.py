@@ -76,6 +76,10 @@ class DataConfig:
             for name, values in (("mean", self.mean), ("std", self.std))
             if max(values) > 1
         ]
+        if any("\ud800" <= letter <= "\udfff" for letter in self.root):
+            found.append(
+                f"root {self.root} is not UTF-8, which DALI cannot open: rename the folder"
+            )
         if not self.root:
             found.append("root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it")
         return found

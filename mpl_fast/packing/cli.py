@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import io
 import json
 import os
 import re
@@ -244,8 +243,6 @@ def main(arguments: list[str]) -> int:
     known = parse(build_parser(), arguments)
     for number in _STOPS:
         signal.signal(number, _stop)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
-        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         result, lines = known.run(known)
     except UserError as error:

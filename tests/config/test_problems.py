@@ -97,6 +97,12 @@ def test_each_number_of_a_list_is_checked(option: str, message: str) -> None:
         parse([*HERE, f"--data.{option}"])
 
 
+def test_a_folder_that_dali_cannot_open_is_refused() -> None:
+    message = "data.root a\udcff is not UTF-8, which DALI cannot open: rename the folder"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        parse([*HERE, "--data.root", "a\udcff"])
+
+
 @pytest.mark.parametrize("option", ["mean=[0,0,0]", "mean=[1,1,1]", "std=[1,1,1]", "threads=1024"])
 def test_the_ends_of_ranges_are_taken(option: str) -> None:
     parse([*HERE, f"--data.{option}"])
