@@ -353,7 +353,7 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
         assert reason in named[str(train / key)]
     assert advice == (
         "repair or remove them, or leave them out with --on-bad skip, which keeps every "
-        "finished shard"
+        "finished shard, or make JPEGs of what can be decoded of them with --on-bad convert"
     )
     assert not out.exists()
     # Looking only at the ends misses what is wrong in the middle, and nothing else.

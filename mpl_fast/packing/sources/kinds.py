@@ -29,7 +29,7 @@ def open_source(
 
     Raises DataError when spec cannot be read.
     """
-    path, folder = _find(spec)
+    path, folder = find_path(spec)
     kind = _kind_of(path)
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
@@ -40,8 +40,11 @@ def _kind_of(path: Path) -> type[Source]:
     return next(kind for kind in KINDS if kind.recognizes(path))
 
 
-def _find(spec: str) -> tuple[Path, str]:
-    """Return the path in spec, and the folder inside that archive, "" for all of it."""
+def find_path(spec: str) -> tuple[Path, str]:
+    """Return the path in spec, and the folder inside that archive, "" for all of it.
+
+    Raises DataError when there is no such file or folder.
+    """
     path = Path(spec)
     before, colon, folder = spec.rpartition(":")
     try:

@@ -1,5 +1,6 @@
 """Labels files: the classes of images outside class folders."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,15 +27,16 @@ def labeled_images(images: Iterable[Image], path: Path, spec: str) -> Iterator[I
         by_name = {name: (label, 0) for name, label in zip(names, in_order, strict=False)}
         for number in range(len(names), len(in_order)):
             faults.add(f"class {number + 1} (no image)")
-    seen = set()
+    seen: Counter[str] = Counter()
     for image in images:
-        if image.name in seen:
-            faults.add(f"{image.name} (several images)")
-        elif image.name in by_name:
+        seen[image.name] += 1
+        if image.name in by_name:
             yield image._replace(class_name=by_name[image.name][0])
-        else:
-            faults.add(f"{image.name} (no line)")
-        seen.add(image.name)
+    for name, count in seen.items():
+        if name not in by_name:
+            faults.add(f"{name} (no line)")
+        elif count > 1:
+            faults.add(f"{name} ({count} images)")
     for name, (_, number) in by_name.items():
         if name not in seen:
             faults.add(f"{name} (line {number}, no image)")
