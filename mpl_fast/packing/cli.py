@@ -78,7 +78,7 @@ def build_parser() -> Parser:
     command = _command(
         found, commands.run_resplit, summary, out="a pack of the shared layout", more=_RESPLIT
     )
-    _add_split(command.add_argument_group("splits"), default="as OUT was packed or split last")
+    _add_split(command.add_argument_group("splits"), default="that of OUT")
     command.set_defaults(**dict.fromkeys(DRAWN))
     _add_verify(found)
     summary = "finish a pack whose parts were packed with --part"

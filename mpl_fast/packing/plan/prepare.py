@@ -9,7 +9,6 @@ from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import check_labeled
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
-from mpl_fast.packing.sources.lists import text_lines
 from mpl_fast.packing.sources.source import Source
 
 
@@ -43,7 +42,8 @@ def check_options(options: PackOptions) -> None:
             if spec:  # before the first compressed archive is unpacked
                 find_path(spec)
     for labels in filter(None, (options.labels, options.val_labels)):
-        next(text_lines(labels), None)
+        if not labels.exists():  # not opened: a pipe can be read only once
+            raise DataError(f"{labels}: No such file or directory")
     check_labeled(options.split.labeled)
 
 
