@@ -64,7 +64,6 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", out, "--labeled", "24", "--unlabeled", "rest",
           "--layout", "separate"), 4, "no image"),
         (("--src", train, "--out", out, "--lable", "6"), 2, "did you mean --labeled?"),
-        (("--src", train, "--out", out, "--qqt", "6"), 2, "unknown: --qqt (see --help)"),
         (("--src", train, "--out", out, "--shards", "two"), 2, "invalid int value: 'two'"),
         (("--src", train, "--out", out, "--check", "all"), 2, "invalid choice: 'all'"),
         (("--src", train), 2, "required: --out"),

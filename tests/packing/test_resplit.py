@@ -158,6 +158,8 @@ def test_options_not_given_are_those_of_the_pack(tree: Path, packed: Path, tmp_p
     gone = refuse(packed, "--split-seed", 8, status=ConfigError.exit_code, command="resplit")
     assert f"are those of the file {names}, which is not there now" in gone
     assert gone.endswith("give --labeled")
+    unknown = refuse(packed, "--out", "x", status=ConfigError.exit_code, command="resplit")
+    assert unknown.endswith("unknown: --out (see --help)")  # and not like --quiet
     assert (packed / "train_label.lst").read_text() == listed
     rows = run("info", packed).stdout.splitlines()
     stored = json.loads((packed / MANIFEST).read_text())
