@@ -166,6 +166,7 @@ def _dry_run_lines(planned: Json) -> list[str]:
     shards = planned["shards"]
     sizes = [shard["bytes"] for shard in shards]
     read, written = planned["bytes_in"] / 1e9, planned["bytes_out_at_most"] / 1e9
+    without = "neither the disk nor unpacking is" if planned["unpacked"] else "the disk is not"
     return [
         *_split_lines(planned["splits"]),
         f"{counted(len(shards), 'shard')} of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB: "
@@ -173,11 +174,7 @@ def _dry_run_lines(planned: Json) -> list[str]:
         f"{planned['out']}: {counted(planned['images'], 'record')}, "
         f"{counted(planned['classes'], 'class', 'classes')}, {read:.3f} GB read, at most "
         f"{written:.3f} GB written, {planned['seconds_at_least']} s and more (from a sample; "
-        + (
-            "neither the disk nor the unpacking of compressed archives is in it)"
-            if planned["unpacked"]
-            else "the disk is not in it)"
-        ),
+        f"{without} in it)",
         f"dry run: nothing was written to {planned['out']}",
     ]
 

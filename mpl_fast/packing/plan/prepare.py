@@ -42,8 +42,10 @@ def check_options(options: PackOptions) -> None:
             if spec:  # before the first compressed archive is unpacked
                 find_path(spec)
     for labels in filter(None, (options.labels, options.val_labels)):
-        if not labels.exists():  # not opened: a pipe can be read only once
-            raise DataError(f"{labels}: No such file or directory")
+        try:
+            labels.stat()  # not opened: a pipe can be read only once
+        except OSError as error:
+            raise DataError(f"{labels}: {error.strerror}") from error
     check_labeled(options.split.labeled)
 
 
