@@ -28,6 +28,8 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
+COMMANDS = [*FILES, *sorted(ROOT.glob("tools/**/*.py"))]
+PARSERS = [path for path in COMMANDS if "Parser(" in path.read_text()]
 NEVER_IN_ALGORITHMS = (
     "torch.distributed", "torch.amp", "torch.autocast", "torch.cuda.amp", "torch.nn.parallel",
     "nvidia", "triton",
@@ -138,13 +140,7 @@ def test_the_reader_of_imports_finds_what_it_must() -> None:
     assert PACKAGE / "errors.py" in files_of("mpl_fast.errors")
 
 
-@pytest.mark.parametrize(
-    "path",
-    PARSERS := [
-        path for path in [*FILES, *ROOT.glob("tools/**/*.py")] if "Parser(" in path.read_text()
-    ],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
+@pytest.mark.parametrize("path", PARSERS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_parser_takes_a_part_of_an_option_for_it(path: Path) -> None:
     """`--seed` of a command with `--seeds`; and a new option would change what a part means."""
     for call in ast.walk(ast.parse(path.read_text())):

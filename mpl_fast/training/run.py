@@ -129,7 +129,7 @@ class Run:
         """In a signal handler."""
         if not self.stop.requested:
             self.console.print_in_signal_handler(
-                "train: stopping: saves after this step and an evaluation that has begun"
+                "train: stopping: saves a checkpoint after this step, or after a running evaluation"
             )
         self.stop.request()
 
