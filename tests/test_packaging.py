@@ -115,6 +115,7 @@ def test_the_lock_pins_every_requirement(root: Path) -> None:
     assert len(wanted) > 10 and not wanted - pinned
 
 
+@pytest.mark.slow
 def test_plain_pytest_finds_tests_and_tools(root: Path) -> None:
     """As `pytest` starts, without the working folder on the import path."""
     done = subprocess.run(
