@@ -32,8 +32,9 @@ REQUIRES = [
 ]
 DEMO = ["scikit-learn", "matplotlib"]
 RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
+PARQUET = ["pyarrow"]  # packing from parquet files
 TESTS = ["pytest", "pytest-xdist", "hypothesis"]
-DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY]
+DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY, *PARQUET]
 
 setup(
     name="mpl_fast",
@@ -70,6 +71,7 @@ setup(
         # own the same folder.
         "cuda13": ["nvidia-dali-cuda130>=2.4"],
         "demo": DEMO,
+        "parquet": PARQUET,
         "ray": RAY,
         "dev": DEV,
     },

@@ -30,10 +30,15 @@ Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI
 sources (--src, --val, --unlabeled-src):
   DIR              class folders: an image's class is the name of its folder
   ARCHIVE          a .tar, also .tar.xz, .tar.gz, .tar.bz2, with class folders or one tar a class
-                   inside, as ILSVRC2012_img_train.tar; nothing is extracted
+                   inside, as ILSVRC2012_img_train.tar; nothing is extracted;
+                   or a .zip with class folders
   ARCHIVE:FOLDER   one folder of an archive
   FILE.lst         MXNet's list: id, label, path; the paths start at --root
   FILE.rec         records, whose names are in FILE.lst beside it
+  FILE.parquet     images and labels as on Hugging Face; also a folder of them, or a pattern
+  SHARD.tar        webdataset: a .cls, .json or .txt beside each image; also a pattern of shards
+  cifar-10-python.tar.gz:train, train_32x32.mat, train-images-idx3-ubyte.gz
+                   CIFAR-10 and -100, SVHN, MNIST as published
   --unlabeled-src takes the same, without classes and labels: folders may be flat, or of any depth,
   and a list may have paths alone
   with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is

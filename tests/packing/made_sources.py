@@ -1,12 +1,13 @@
 """Opened sources and their images; sources of images that need not exist, and their plans."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import open_source
-from mpl_fast.packing.sources.source import Image, Source
+from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Source
 from tests.packing.packs import KEEP, Planned
 
 
@@ -17,9 +18,11 @@ def opened(
     root: Path | None = None,
     labels: Path | None = None,
     report: Callable[[str], None] = print,
+    unlabeled: bool = False,
 ) -> Source:
     """Open what spec names; compressed archives are unpacked into work."""
-    return open_source(str(spec), root=root, labels=labels, work=work, report=report)
+    how = {"root": root, "labels": labels}
+    return open_source(str(spec), **how, work=work, report=report, unlabeled=unlabeled)
 
 
 def listed(
@@ -42,8 +45,13 @@ def content(source: Source, image: Image) -> bytes:
         assert path.stat().st_mtime_ns == image.stamp
         assert path.stat().st_size == image.size
         return path.read_bytes()
-    assert image.stamp == 0
-    return source.file.read_bytes()[image.start :][: image.size]
+    path, stamp = source.file, 0
+    if source.kind == SHARDS:
+        path /= image.path.partition(IN_SHARD)[0]
+        stamp = path.stat().st_mtime_ns
+    assert image.stamp == stamp
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), image.size, image.start)
 
 
 def entries(spec: Path | str, work: Path, *, labels: Path | None = None) -> list[tuple[str, bytes]]:

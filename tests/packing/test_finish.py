@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import pytest
 
 from mpl_fast.data.manifest import file_names, text_hashes
@@ -257,6 +259,22 @@ def test_images_in_training_and_validation(tree: Path) -> None:
         "5 images are there more than once, in 2 groups, 1 of them in training and validation both:"
     )
     assert "bee/3.jpg (train) = bee/again.jpg (train)" in line
+
+
+def test_png_of_one_size_and_checksum(tree: Path) -> None:
+    """The CRC-32 of a PNG has only 65536 values for each size, since it contains its own."""
+    first: dict[tuple[int, int], bytes] = {}
+    for number in range(3000):
+        pixels = np.frombuffer(number.to_bytes(3, "little"), np.uint8).reshape(1, 1, 3)
+        image = bytes(cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1])
+        other = first.setdefault((len(image), zlib.crc32(image)), image)
+        if other != image:
+            break
+    assert other != image
+    for name, content in (("one", image), ("two", other), ("three", other)):
+        (tree / f"train/ant/{name}.png").write_bytes(content)
+    found = finished(options(tree))[1]["duplicates"]
+    assert found["examples"] == [["ant/three.png (train)", "ant/two.png (train)"]]
 
 
 def test_unpacked_archive_is_forgotten(

@@ -134,8 +134,8 @@ def test_stop_within_publish_comes_too_late(
 
 
 def test_error_keeps_finished_shards_and_nothing_else(tmp_path: Path) -> None:
-    kept = ["a.rec", "a.rec.done", "records.sqlite", "spool-0123456789abcdef.tar"]
-    gone = ["b.rec", "b.rec.tmp", "plan.new", "plan.new.found", "train.idx", "spool-1.tar.tmp"]
+    kept = ["a.rec", "a.rec.done", "records.sqlite", "spool-1.images", "spool-2.tar"]
+    gone = ["b.rec", "b.rec.tmp", "plan.new", "plan.new.found", "train.idx", "spool-2.tar.tmp"]
     gone += ["part-1-of-2.lock", "classes.txt"]
     with pytest.raises(KeyError), open_out_folder(tmp_path) as folder:
         for name in (*kept, *gone):

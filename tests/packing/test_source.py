@@ -3,6 +3,7 @@
 import os
 import shutil
 import tracemalloc
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,9 @@ def test_bad_names(tmp_path: Path, form: str, name: str, message: str) -> None:
         ("none", "none: no such folder or file"),
         ("none.lst", "none.lst: no such folder or file"),
         ("none.tar:train", "none.tar:train: no such folder or file"),
+        ("none*.tar", r"none\*.tar: no such folder or file"),
+        ("{1..9999999}.tar", "stands for more than 1000000 files"),
+        ("{1..999}{1..9999}.tar", "stands for more than 1000000 files"),
         ("tree:train", "tree is a folder; write .*tree/train"),
         ("pipe", "pipe: neither a file nor a folder"),
         ("x" * 300, "xxx: File name too long"),
@@ -195,6 +199,11 @@ def many(root: Path, count: int, suffix: str) -> Path:
     names = [f"ant/{number}.jpg" for number in range(count)]
     if suffix == ".tar":
         return make_tar(path, ((name, b"") for name in names))
+    if suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"")
+        return path
     if suffix == ".rec":
         return make_records(path, ((0, number, b"") for number in range(count)))
     tree = make_tree(root / f"{count}", dict.fromkeys(names, b""))
@@ -204,7 +213,7 @@ def many(root: Path, count: int, suffix: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["", ".tar", ".lst", ".rec"])
+@pytest.mark.parametrize("suffix", ["", ".tar", ".zip", ".lst", ".rec"])
 def test_memory_does_not_grow_with_the_images(tmp_path: Path, suffix: str) -> None:
     peaks = []
     for count in (200, 200, 2200):  # the first fills caches

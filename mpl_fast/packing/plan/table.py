@@ -42,8 +42,10 @@ class SourceRow(NamedTuple):
 
     number: int
     spec: str  # as the user wrote it
-    kind: str  # "folder"; "archive" (byte ranges of one file); "records" (framed records)
-    # The folder or file to read. Of a compressed archive: its spool file beside the plan, stored
+    # "folder"; "shards" (byte ranges of files in one folder); or byte ranges of one file, which are
+    # the images ("archive", "unpacked") or contain them ("records", "zip").
+    kind: str
+    # The folder or file to read. Of what has to be unpacked: its spool file beside the plan, stored
     # without that folder; in a finished pack, which has no spool files, the spec.
     file: str
     size: int  # bytes of that file; 0 for a folder
@@ -146,7 +148,7 @@ class Table:
 
     def __init__(self, connection: sqlite3.Connection, folder: Path = Path()) -> None:
         self._connection = connection
-        self._folder = folder
+        self.folder = folder
 
     def options(self) -> dict[str, Any]:
         """Return the options that the plan was made with."""
@@ -163,7 +165,7 @@ class Table:
         """Return the sources, by number."""
         rows = map(SourceRow._make, self._connection.execute("SELECT * FROM sources"))
         return [
-            row._replace(file=str(self._folder / row.file)) if row.file.startswith(_SPOOL) else row
+            row._replace(file=str(self.folder / row.file)) if row.file.startswith(_SPOOL) else row
             for row in rows
         ]
 

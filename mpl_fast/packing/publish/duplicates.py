@@ -1,10 +1,18 @@
-"""Images that a pack contains more than once, found by size and CRC-32 of the packed image."""
+"""Images that a pack contains more than once.
 
+They are searched by size and CRC-32 of the packed image, and those that agree are compared: CRC-32
+is that of PNG's chunks too, so that of a whole PNG depends on few bits of its content.
+"""
+
+import hashlib
+import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.records import NO_LABEL
+from mpl_fast.data.records import HEAD_SIZE, NO_LABEL
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
@@ -24,7 +32,7 @@ def find_duplicates(table: Table) -> Json:
     )
     examples: list[list[str]] = []
     for group in _equal_images(table):
-        origins = {(record.source, record.path, record.start) for record, _ in group}
+        origins = {_origin(record) for record, _ in group}
         if len(origins) > 1:
             groups += 1
             images += len(origins)
@@ -52,12 +60,30 @@ def describe_duplicates(found: Mapping[str, Any]) -> str:
 
 
 def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
-    """Yield groups of records, with their prefix, whose images have one size and checksum."""
+    """Yield groups of records, with their prefix, whose images are equal."""
     query = (
-        "SELECT written.size, crc32, shards.prefix, records.* FROM written "
-        "JOIN (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1) "
+        "SELECT written.size, crc32, shards.prefix, shards.file, offset, length, records.* "
+        "FROM written JOIN (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1) "
         "USING (size, crc32) JOIN records USING (id) JOIN shards ON records.id "
         "BETWEEN first_id AND first_id + shards.records - 1 ORDER BY 1, 2, records.id"
     )
     for _, group in groupby(table.query(query), lambda row: row[:2]):
-        yield [(RecordRow(*record), prefix) for _, _, prefix, *record in group]
+        found = [(row[2:6], RecordRow(*row[6:])) for row in group]
+        if len({_origin(record) for _, record in found}) == 1:
+            continue  # one image in two files
+        equal: dict[bytes, list[tuple[RecordRow, str]]] = defaultdict(list)
+        for (prefix, file, offset, length), record in found:
+            digest = _image_digest(table.folder / file, offset, length)
+            equal[digest].append((record, prefix))
+        yield from (records for records in equal.values() if len(records) > 1)
+
+
+def _origin(record: RecordRow) -> tuple[int, str, int]:
+    return record.source, record.path, record.start
+
+
+def _image_digest(file: Path, offset: int, length: int) -> bytes:
+    """Return a digest of a record without label and id; where it is cut depends on the image."""
+    with file.open("rb") as shard:
+        framed = os.pread(shard.fileno(), length - HEAD_SIZE, offset + HEAD_SIZE)
+    return hashlib.sha256(framed).digest()

@@ -169,7 +169,8 @@ class OutFolder:
             return
         kept = {TABLE, *finished, *(receipt_path(self.work, name).name for name in finished)}
         for path in self.work.iterdir():
-            if path.name not in kept and not path.match("spool-*.tar"):
+            spool = path.match("spool-*") and path.suffix != ".tmp"
+            if path.name not in kept and not spool:
                 path.unlink()
 
 

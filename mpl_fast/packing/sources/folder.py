@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.sources.class_folders import ClassFolders, Entry
+from mpl_fast.packing.sources.class_folders import ANNOTATIONS, ClassFolders, Entry
 from mpl_fast.packing.sources.source import FOLDER
 
 
@@ -24,6 +24,10 @@ class FolderSource(ClassFolders):
     @classmethod
     def recognizes(cls, path: Path) -> bool:
         return path.is_dir()
+
+    def _annotations(self) -> bytes | None:
+        file = self.file / ANNOTATIONS
+        return file.read_bytes() if file.is_file() else None
 
     def _entries(self) -> Iterator[Entry]:
         """Yield all files and folders; links are followed, a loop of links is an error."""

@@ -1,6 +1,6 @@
 """Labels files: the classes of images outside class folders."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mpl_fast.errors import DataError
@@ -19,13 +19,29 @@ def labeled_images(images: Iterable[Image], path: Path, spec: str) -> Iterator[I
     line, or a line no image; spec names the images in it.
     """
     by_name, in_order = _read(path)
-    faults = Tally()
+    spare = []
     if in_order:
         images = sorted(images, key=lambda image: image.name)
         names = dict.fromkeys(image.name for image in images)
         by_name = {name: (label, 0) for name, label in zip(names, in_order, strict=False)}
-        for number in range(len(names), len(in_order)):
-            faults.add(f"class {number + 1} (no image)")
+        spare = [f"class {number + 1} (no image)" for number in range(len(names), len(in_order))]
+    yield from matched_images(images, by_name, str(path), spec, spare)
+
+
+def matched_images(
+    images: Iterable[Image],
+    by_name: Mapping[str, tuple[str, int]],
+    path: str,
+    spec: str,
+    spare: Iterable[str] = (),
+) -> Iterator[Image]:
+    """Yield images with the class that by_name, with the number of its line in path, gives each.
+
+    Raises DataError for spare lines and for those that do not fit the images one to one.
+    """
+    faults = Tally()
+    for line in spare:
+        faults.add(line)
     seen = set()
     for image in images:
         if image.name in seen:

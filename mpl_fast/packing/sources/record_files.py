@@ -79,7 +79,7 @@ class RecordSource(Source):
 
     def _list(self) -> Iterator[Image]:
         labels, list_path = not self.request.unlabeled, _list_beside(self.file)
-        names = _classes_beside(self.file) if labels else None
+        names = classes_beside(self.file) if labels else None
         if list_path and labels and not names:
             names = class_names(list_path)
         lines = read_list(list_path, labels=labels) if list_path else iter(())
@@ -122,8 +122,8 @@ def _list_beside(path: Path) -> Path | None:
     return next((file for file in lists if file.is_file()), None)
 
 
-def _classes_beside(path: Path) -> tuple[str, ...] | None:
-    """Return the lines of the classes.txt beside a .rec file; None if there is none."""
+def classes_beside(path: Path) -> tuple[str, ...] | None:
+    """Return the lines of the classes.txt beside a file; None if there is none."""
     file = path.with_name("classes.txt")
     if not file.is_file():
         return None

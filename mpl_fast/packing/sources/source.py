@@ -8,6 +8,8 @@ from typing import ClassVar, NamedTuple
 from mpl_fast.errors import DataError
 
 FOLDER = "folder"  # the kind of all sources whose images are files of their own
+SHARDS = "shards"  # of sources whose images are byte ranges of several files in one folder
+IN_SHARD = "//"  # between a file and what is in it, in the path of an image of such a source
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -19,7 +21,7 @@ class Image(NamedTuple):
     path: str  # inside its source, with "/"
     start: int  # byte offset in the source's file; -1: it is a file of its own
     size: int  # bytes of that range
-    stamp: int  # modification time in ns of a file of its own, else 0
+    stamp: int  # modification time in ns of a file of its own, or of its shard; else 0
 
 
 class Request(NamedTuple):
@@ -33,15 +35,16 @@ class Request(NamedTuple):
     work: Path  # the folder into which files may be unpacked
     report: Callable[[str], None]  # prints a line
     unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
+    files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
 
 
 class Source(ABC):
-    """A folder of image files, or a file of which the images are byte ranges.
+    """A folder of image files, or a file (or several: SHARDS) of which images are byte ranges.
 
     A new kind sets `kind`, lists its images in `_list`, and stands in `kinds.KINDS`. If its images
-    are no byte ranges of what the user gave, its constructor writes a file of them (spool.py); if
-    they are encoded there, it has a `decode`, which is static because it is called by worker
-    processes, which know only kind, file and byte ranges.
+    are no byte ranges of what the user gave, its constructor writes a file of them (spool.py,
+    `UnpackedSource`); if they are encoded there, it has a `decode`, which is static because it is
+    called by worker processes, which know only kind, file and byte ranges.
 
     An image without a label has class "". With `request.unlabeled` classes are not used: a source
     yields its images whether it finds a class or not, and does not warn of classes.
@@ -61,7 +64,7 @@ class Source(ABC):
         self.spec = request.spec
         self.file = file or request.path
         state = self.file.stat()
-        one_file = self.kind != FOLDER
+        one_file = self.kind not in (FOLDER, SHARDS)
         self.size, self.stamp = (state.st_size, state.st_mtime_ns) if one_file else (0, 0)
         self.warnings: list[str] = []  # complete at the end of images()
         # At the end of images(): class names by label if the source numbers its labels, else None.

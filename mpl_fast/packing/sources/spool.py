@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO
@@ -34,25 +34,30 @@ def archive_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
-def spooled(request: Request, blocks: Iterable[bytes]) -> Path:
+def spooled(
+    request: Request, blocks: Iterable[bytes], files: Sequence[Path] = (), part: str = ""
+) -> Path:
     """Return a file of these blocks in the work folder, made once and kept.
 
-    blocks are the content of the request's path in a form of which images are byte ranges. The file
-    gets the time of that path, so that it is the same when made again. Raises OutputError when the
-    work folder is full.
+    blocks are the content of the request's path, or of that part of these files, in a form of which
+    images are byte ranges. The file gets their latest time, so that it is the same when made again.
+    Raises OutputError when the work folder is full.
     """
-    path, work = request.path, request.work
-    state = path.stat()
-    identity = f"{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}"
+    work = request.work
+    states = [(path, path.stat()) for path in files or (request.path,)]
+    lines = [f"{path.resolve()}\n{state.st_size}\n{state.st_mtime_ns}" for path, state in states]
+    identity = "\n".join([*lines, *filter(None, [part])])
     digest = hashlib.sha256(os.fsencode(identity)).hexdigest()
-    spool = work / f"spool-{digest[:16]}.tar"
+    spool = work / f"spool-{digest[:16]}.{'images' if part else 'tar'}"
     if not spool.exists():
-        request.report(f"unpacking {path} into a temporary file in {work}")
+        what = request.spec if part else request.path
+        request.report(f"unpacking {what} into a temporary file in {work}")
         with output_errors(work), atomic_path(spool) as temporary:
             with temporary.open("wb") as file:
                 for block in blocks:
                     file.write(block)
-            os.utime(temporary, ns=(state.st_mtime_ns, state.st_mtime_ns))
+            latest = max(state.st_mtime_ns for _, state in states)
+            os.utime(temporary, ns=(latest, latest))
     return spool
 
 

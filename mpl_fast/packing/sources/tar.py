@@ -2,7 +2,9 @@
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +15,8 @@ from mpl_fast.packing.sources.spool import archive_errors, decompressed, spooled
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
+_PEEKED = 16  # members that tell what an archive is, which end before
+_PEEKED_BYTES = 1 << 24
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
 
 
@@ -31,25 +35,50 @@ class TarSource(ClassFolders):
         return True
 
     def _entries(self) -> Iterator[Entry]:
-        """Yield the members of the folder, named relative to it.
+        """Yield the members of the folder, named relative to it."""
+        yield from tar_entries(self.file, self.request.path, self.request.folder)
 
-        A tar inside the archive (ImageNet's has one for each class) is a folder of its name. Raises
-        DataError for links, and when the archive is damaged, truncated or followed by another.
-        """
-        archive, folder = self.request.path, clean_name(self.request.folder)
-        prefix = f"{folder}/" if folder else ""
-        found = False
-        tops: dict[str, None] = {}
-        with archive_errors(archive), self.file.open("rb") as raw:
-            for path, start, size, _ in _members(raw, 0, raw.seek(0, os.SEEK_END), "", archive):
-                if path.startswith(prefix):
-                    found = True
-                    yield Entry(path[len(prefix) :], start, size)
-                elif len(tops) < _SHOWN:
-                    tops[path.partition("/")[0]] = None
-        if prefix and not found:
-            where = f"in this archive; it holds {', '.join(tops)}"
-            raise DataError(f"{archive}: no folder {folder!r} {where}")
+
+def tar_entries(file: Path, archive: Path, folder: str) -> Iterator[Entry]:
+    """Yield the members of a folder of an archive, "" for all, whose plain form is in file.
+
+    A tar inside the archive (ImageNet's has one for each class) is a folder of its name. Raises
+    DataError for links, and when the archive is damaged, truncated or followed by another.
+    """
+    with archive_errors(archive), file.open("rb") as raw:
+        members = _members(raw, 0, raw.seek(0, os.SEEK_END), "", archive)
+        yield from in_folder(members, folder, archive)
+
+
+def in_folder(members: Iterable[Entry], folder: str, archive: Path) -> Iterator[Entry]:
+    """Yield those members that are in a folder, named relative to it; DataError if none is."""
+    folder = clean_name(folder)
+    prefix = f"{folder}/" if folder else ""
+    found = False
+    tops: dict[str, None] = {}
+    for path, start, size, _ in members:
+        if path.startswith(prefix):
+            found = True
+            yield Entry(path[len(prefix) :], start, size)
+        elif len(tops) < _SHOWN:
+            tops[path.partition("/")[0]] = None
+    if prefix and not found:
+        where = f"in this archive; it holds {', '.join(tops)}"
+        raise DataError(f"{archive}: no folder {folder!r} {where}")
+
+
+def first_members(path: Path) -> list[str]:
+    """Return the names of a few first members of a tar, compressed or not; [] if it is none.
+
+    The last one may be a tar, or large, so that what follows would have to be decompressed.
+    """
+    names: list[str] = []
+    with suppress(DataError), archive_errors(path), tarfile.open(path) as tar:
+        for item in islice(tar, _PEEKED):
+            names.append(clean_name(item.name))
+            if item.name.endswith(".tar") or item.offset_data + item.size > _PEEKED_BYTES:
+                break
+    return names
 
 
 def clean_name(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from mpl_fast.errors import DataError
 from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_of
 from mpl_fast.packing.sources.kinds import DECODERS
+from mpl_fast.packing.sources.source import FOLDER, IN_SHARD, SHARDS
 
 _BATCH = 8  # records that are opened together
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
@@ -37,7 +38,7 @@ class Reader:
         self._threads = ThreadPoolExecutor(threads) if threads else None
         self._batches_ahead = threads + 1
         self._shared: dict[int, int] = {}  # source number to descriptor
-        self._own: set[int] = set()  # descriptors of files that hold one image
+        self._own: set[int] = set()  # descriptors of files that are opened for one image
 
     def opened(self, records: Iterable[RecordRow]) -> Iterator[OpenedRecord]:
         """Yield the records in order; a file of one image is closed before the next is yielded."""
@@ -66,6 +67,8 @@ class Reader:
             if record.start < 0:
                 stat = os.fstat(opened.file)
                 whole = whole and (stat.st_size, stat.st_mtime_ns) == (record.size, record.stamp)
+            elif opened.source.kind == SHARDS:
+                whole = whole and os.fstat(opened.file).st_mtime_ns == record.stamp
         except OSError as error:
             raise DataError(f"{self._name(opened)}: {error.strerror}") from error
         if not whole:
@@ -100,7 +103,7 @@ class Reader:
         """Start to open the files of a batch; return a function that waits for them."""
         for number in {record.source for record in batch}:
             source = self._sources[number]
-            if source.kind != "folder" and number not in self._shared:
+            if source.kind not in (FOLDER, SHARDS) and number not in self._shared:
                 self._shared[number] = _open(source.file, source.spec)
                 self._check_shared(source, self._shared[number])
         if self._threads:
@@ -112,8 +115,11 @@ class Reader:
         result = []
         for record in batch:
             source = self._sources[record.source]
-            if source.kind == "folder":
-                file = _open(f"{source.file}/{record.path}", image_key(self._classes, record))
+            if source.kind in (FOLDER, SHARDS):
+                path = record.path
+                if source.kind == SHARDS:
+                    path = path.partition(IN_SHARD)[0]
+                file = _open(f"{source.file}/{path}", image_key(self._classes, record))
                 self._own.add(file)
             else:
                 file = self._shared[source.number]

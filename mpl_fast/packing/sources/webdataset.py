@@ -1,0 +1,221 @@
+"""Webdataset shards as sources: tars in which the label is a file beside each image.
+
+The files of a sample follow each other and share their name up to its first dot.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from mpl_fast.data.records import NO_LABEL
+from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.packing.sources.class_folders import Entry
+from mpl_fast.packing.sources.record_files import classes_beside
+from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, IN_SHARD, SHARDS, Image, Request, Source
+from mpl_fast.packing.sources.spool import decompressed
+from mpl_fast.packing.sources.tar import TarSource, first_members, tar_entries
+
+_IMAGES = (*IMAGE_SUFFIXES, ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LABELS = (".cls", ".json", ".txt")  # the first that a sample has is taken
+_KEYS = ("label", "cls", "class", "class_id", "class_name", "target", "fine_label")  # of a .json
+_NUMBER = re.compile(r"-?[0-9]+")
+_LONGEST = 1 << 20  # bytes of a file with a label
+_FEW = 10  # images, of which each may have a class of its own
+
+
+class WebDatasetSource(TarSource):
+    """One shard, whose byte ranges are the images."""
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Return whether a tar begins with a sample: an image with its .cls, .json or .txt.
+
+        In class folders only a .cls makes it one.
+        """
+        names = first_members(path)
+        for _, group in groupby(names, _key):
+            found = [*group]
+            suffixes = {Path(name).suffix.lower() for name in found}
+            labels = _LABELS if "/" not in found[0] else _LABELS[:1]
+            if suffixes & {*_IMAGES} and suffixes & {*labels}:
+                return True
+        return False
+
+    def _list(self) -> Iterator[Image]:
+        if self.request.labels:
+            yield from super()._list()
+            return
+        labels = _Labels(self.request)
+        yield from labels.images(self.file, self._entries())
+        self.warnings += labels.warnings()
+        self.class_order = labels.class_order()
+
+
+class ShardsSource(Source):
+    """Several shards; each image is in a byte range of one of them."""
+
+    kind = SHARDS
+
+    def __init__(self, request: Request) -> None:
+        files = [file.absolute() for file in request.files]
+        super().__init__(request, Path(os.path.commonpath([file.parent for file in files])))
+        lines = []
+        for file in files:
+            if decompressed(file) is not None:
+                fault = "one of several shards is compressed; unpack it, or give them one by one"
+                raise DataError(f"{file}: {fault}")
+            state = file.stat()
+            lines.append(f"{file}\n{state.st_size}\n{state.st_mtime_ns}")
+        # In place of the time of one file, to detect any change.
+        digest = hashlib.sha256(os.fsencode("\n".join(lines))).digest()
+        self.stamp = int.from_bytes(digest[:7], "big")
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return False
+
+    def _list(self) -> Iterator[Image]:
+        labels = _Labels(self.request)
+        for file in self.request.files:
+            stamp = file.stat().st_mtime_ns
+            shard = file.absolute().relative_to(self.file)
+            entries = tar_entries(file, file, self.request.folder)
+            for image in labels.images(file, entries):
+                yield image._replace(path=f"{shard}{IN_SHARD}{image.path}", stamp=stamp)
+        self.warnings += labels.warnings()
+        self.class_order = labels.class_order()
+
+
+class _Labels:
+    """Finds the labels of the samples of one source, which must all be of one form."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._spec = request.spec
+        self._place = ""  # where the labels are
+        self._numbered = False
+        self._names: Sequence[str] | None = None  # of the classes, by number
+        self._classes: set[str] = set()
+        self._highest = -1
+        self._images = 0
+        self._others = Tally(3)
+
+    def images(self, file: Path, entries: Iterator[Entry]) -> Iterator[Image]:
+        """Yield the images of a shard."""
+        visible = (entry for entry in entries if entry.size >= 0 and "/." not in f"/{entry.path}")
+        with file.open("rb") as raw:
+            for _, group in groupby(visible, lambda entry: _key(entry.path)):
+                sample = {entry.path: entry for entry in group}
+                images = [path for path in sample if path.lower().endswith(_IMAGES)]
+                if not images:
+                    self._others.add(next(iter(sample)))
+                for path in images:
+                    _, start, size, _ = sample[path]
+                    name = path.rpartition("/")[2]
+                    if self._request.unlabeled:
+                        yield Image("", name, path, start, size, 0)
+                        continue
+                    label = self._label_file(sample, path, len(images))
+                    content = os.pread(raw.fileno(), label.size, label.start)
+                    class_name = self._class_name(label.path, content)
+                    yield Image(class_name, name, path, start, size, 0)
+
+    def class_order(self) -> tuple[str, ...] | None:
+        """Return the class names by number, None if labels are text; after all images."""
+        self._refuse_captions()
+        if not self._numbered:
+            return None
+        return tuple(self._names or map(str, range(self._highest + 1)))
+
+    def warnings(self) -> list[str]:
+        """Return a line about samples without an image."""
+        one, many = "sample has no image and is", "samples have no image and are"
+        line = f"{self._spec}: {counted(self._others.count, one, many)} left out: {self._others}"
+        return [line] if self._others.count else []
+
+    def _label_file(self, sample: dict[str, Entry], image: str, images: int) -> Entry:
+        """Return the member that has the label of an image of a sample."""
+        stem = image.rpartition(".")[0]
+        found = [sample[f"{stem}{suffix}"] for suffix in _LABELS if f"{stem}{suffix}" in sample]
+        if not found and images == 1:
+            found = [sample[path] for end in _LABELS for path in sample if path.endswith(end)]
+        if not found:
+            several = f", and {images} images are called {_key(image)}.*" if images > 1 else ""
+            looked = f"looked for {', '.join(_LABELS)}"
+            raise DataError(f"{self._spec}: {image} has no label beside it ({looked}){several}")
+        entry = found[0]
+        if entry.size > _LONGEST:
+            raise DataError(f"{self._spec}: {entry.path} has {entry.size} bytes: no label")
+        return entry
+
+    def _class_name(self, path: str, content: bytes) -> str:
+        """Return the class that a file with a label names."""
+        where = f"{self._spec}: {path}"
+        place = path[path.rindex(".") :]
+        try:
+            text = content.decode("utf-8-sig").strip()
+            label: object = text
+            if place == ".json":
+                fields = json.loads(text)
+                key = next(key for key in _KEYS if key in fields)
+                label, place = fields[key], f".json, as {key}"
+        except (ValueError, TypeError, StopIteration) as error:
+            reason = f"none of {', '.join(_KEYS)}" if isinstance(error, StopIteration) else error
+            raise DataError(f"{where}: no label ({reason})") from error
+        if isinstance(label, list | dict):
+            raise DataError(f"{where}: {label!r} for one label: only one an image can be packed")
+        if isinstance(label, float) and label.is_integer():
+            label = int(label)
+        name = "" if label is None else str(label)
+        if not name or "\n" in name:
+            raise DataError(f"{where}: no label, but {'several lines' if name else 'nothing'}")
+        if "/" in name:
+            raise DataError(f"{where}: a class with a slash in it: {name!r}")
+        self._check_form(where, place, name)
+        self._images += 1
+        return self._by_number(where, name) if self._numbered else name
+
+    def _check_form(self, where: str, place: str, name: str) -> None:
+        numbered = bool(_NUMBER.fullmatch(name))
+        if not self._place:
+            self._place, self._numbered = place, numbered
+            if numbered:
+                self._names = classes_beside(self._request.path)
+            what = "numbers" if numbered else "names"
+            source = " and classes.txt" if self._names else ""
+            line = f"read as webdataset samples, their classes are {what} in {place}{source}"
+            self._request.report(f"{self._spec}: {line}")
+        if place != self._place:
+            raise DataError(f"{where}: its label is in {place}, that of others in {self._place}")
+        if numbered != self._numbered:
+            raise DataError(f"{where}: {name!r}: labels are both numbers and names")
+        if not numbered:
+            self._classes.add(name)
+            if self._images % 1000 == 999:
+                self._refuse_captions()
+
+    def _by_number(self, where: str, name: str) -> str:
+        label = int(name)
+        if label == NO_LABEL:
+            return ""
+        if label < 0 or (self._names and label >= len(self._names)):
+            limit = f"0 to {len(self._names) - 1} (classes.txt)" if self._names else "0 or more"
+            raise DataError(f"{where}: label {label} is not {limit}")
+        self._highest = max(self._highest, label)
+        return self._names[label] if self._names else str(label)
+
+    def _refuse_captions(self) -> None:
+        if self._place == ".txt" and self._images >= _FEW and 2 * len(self._classes) > self._images:
+            what = f"{len(self._classes)} different texts in .txt beside {self._images} images"
+            raise DataError(f"{self._spec}: {what}: captions, not classes; see --labels")
+
+
+def _key(path: str) -> str:
+    """Return the name of a file up to the first dot in its last part."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + name.partition(".")[0]
