@@ -207,7 +207,9 @@ def unable() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
-    parser = argparse.ArgumentParser("aot", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "aot", allow_abbrev=False, description=(__doc__ or "").splitlines()[0]
+    )
     add = parser.add_argument
     add("--arch", type=int, nargs="+", default=ARCHITECTURES, metavar="N", help="80 90 100")
     add("--only", nargs="+", default=(), metavar="NAME", help="functions, such as teacher_loss")

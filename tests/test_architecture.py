@@ -7,6 +7,7 @@ The order, from top to bottom; a unit imports only units below it:
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
+COMMANDS = [*FILES, *sorted(ROOT.glob("tools/**/*.py"))]
+PARSERS = [path for path in COMMANDS if "Parser(" in path.read_text()]
 NEVER_IN_ALGORITHMS = (
     "torch.distributed", "torch.amp", "torch.autocast", "torch.cuda.amp", "torch.nn.parallel",
     "nvidia", "triton",
@@ -135,3 +138,11 @@ def test_the_reader_of_imports_finds_what_it_must() -> None:
     assert "mpl_fast.kernels.fused" not in set(imports(PACKAGE / "losses.py", late=False))
     assert units_imported(PACKAGE / "losses.py") == {"errors", "kernels"}
     assert PACKAGE / "errors.py" in files_of("mpl_fast.errors")
+
+
+@pytest.mark.parametrize("path", PARSERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_parser_takes_a_part_of_an_option_for_it(path: Path) -> None:
+    """`--seed` of a command with `--seeds`; and a new option would change what a part means."""
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and re.search(r"Parser$|add_parser$", ast.unparse(call.func)):
+            assert "allow_abbrev=False" in [ast.unparse(k).replace(" ", "") for k in call.keywords]

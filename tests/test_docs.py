@@ -1,5 +1,6 @@
 """Documents name files that exist, and link to files and headings that exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def broken(document: Path) -> list[str]:
 def test_links_and_files_of_a_document_exist(document: Path) -> None:
     missing = set(broken(document)) - MADE_UP.get(document.name, set())
     assert not missing
+
+
+RESULTS = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.name)
+def test_a_published_result_is_linked_beside_the_commit_that_it_names(file: Path) -> None:
+    commit = json.loads(file.read_text())["machine"]["commit"]
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    (section,) = (
+        part for part in re.split(r"^##+ ", text, flags=re.MULTILINE) if file.name in part
+    )
+    assert re.search(rf"commit\s{commit}(?![\w-])", section, re.IGNORECASE)
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:

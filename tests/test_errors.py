@@ -51,6 +51,7 @@ def test_ctrl_c_is_an_exit_code(
         "tools/make_rec.py --help",
         "tools/plot.py --help",
         "-m tools.bench",
+        "-m tools.studies",
         "-m tools.studies.ablation --help",
         "-m tools.studies.feedbacks --help",
         "-m tools.studies.two_moons --help",

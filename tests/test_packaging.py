@@ -115,6 +115,20 @@ def test_the_lock_pins_every_requirement(root: Path) -> None:
     assert len(wanted) > 10 and not wanted - pinned
 
 
+@pytest.mark.slow
+def test_plain_pytest_finds_tests_and_tools(root: Path) -> None:
+    """As `pytest` starts, without the working folder on the import path."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/tools/test_studies.py"],
+        cwd=root,
+        env={"PATH": os.environ["PATH"], "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.ngc"])
 @pytest.mark.parametrize("module", ["tools.bench", "tools.studies.ablation"])
 def test_tools_are_found_in_the_environment_of_an_image(root: Path, file: str, module: str) -> None:

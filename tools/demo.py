@@ -44,7 +44,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Trains three recipes on scikit-learn's handwritten digits, 5 labels a class."
+        allow_abbrev=False,
+        description="Trains three recipes on scikit-learn's handwritten digits, 5 labels a class.",
     )
     parser.add_argument("--seeds", type=int, default=1, help="label draws to average over")
     parser.add_argument("--steps", type=int, default=0, help="training steps (0: as configured)")
@@ -157,8 +158,8 @@ def table(summary: dict[str, Result], options: argparse.Namespace) -> str:
         spread = "" if r["top1_sd"] is None else f" ± {r['top1_sd']:.1f}"
         speed = f"{r['train_seconds']:.0f} | {r['images_per_second']:.0f}"
         lines.append(f"| {title} | {r['top1']:.1f}{spread} | {speed} |")
-    gain = summary["mpl"]["top1"] - summary["supervised"]["top1"]
-    verdict = f"MPL is {gain:+.1f} points against labeled only."
+    labeled, uda = (summary["mpl"]["top1"] - summary[k]["top1"] for k in ("supervised", "uda"))
+    verdict = f"MPL is {labeled:+.1f} points against labeled only, {uda:+.1f} against UDA."
     if options.steps:
         verdict = f"--steps {options.steps}: a shortened run says nothing about accuracy."
     return "\n".join([*lines, "", verdict])

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.config.command_line import parse
-from mpl_fast.errors import ConfigError, run_command
+from mpl_fast.errors import DataError, run_command
 from mpl_fast.training.process import die_with_launcher
 
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
@@ -26,7 +26,7 @@ def main() -> int:
     run, *options = arguments
     config_file = Path(run) / "config.yaml"
     if not config_file.exists():
-        raise ConfigError(f"{config_file} does not exist: name a run directory that has trained")
+        raise DataError(f"{config_file} does not exist: name a run directory that has trained")
     config = parse(["--config", str(config_file), *options, "--run-dir", run])
     from mpl_fast.training.evaluate import evaluate_run
 

@@ -11,7 +11,9 @@ from mpl_fast.errors import UserError, run_command
 
 def main() -> None:
     """One curve a run, named as it was given."""
-    parser = argparse.ArgumentParser(description="Draws the learning curves of runs as one PNG.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Draws the learning curves of runs as one PNG."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
     chosen = parser.parse_args()

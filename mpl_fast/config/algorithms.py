@@ -232,7 +232,7 @@ class MPLConfig(Recipe):
         if self.baseline and self.feedback not in ("difference", "sampled", "parity_google"):
             found.append(f"baseline cannot be subtracted from feedback {self.feedback}: set 0")
         if self.feedback in BY_SGD_STEP:
-            found += needs_sgd("student", self.student)
+            found += needs_sgd("student", self.student, self.feedback)
         if self.feedback == "off" and self.held_out:
             found.append("held_out is for the feedback, which is off: set 0")
         return found + (self._parity_problems() if self._parity else [])
@@ -295,8 +295,10 @@ class RolePlayConfig(MPLConfig):
         """Contradictions, each a line that begins with a key of this section."""
         if self._parity:
             return [f"feedback {self.feedback} is for recipe mpl, which does not swap roles"]
-        teacher = needs_sgd("teacher", self.teacher) if self.feedback in BY_SGD_STEP else []
-        return MPLConfig.problems(self) + teacher
+        found = MPLConfig.problems(self)
+        if self.feedback in BY_SGD_STEP:
+            found += needs_sgd("teacher", self.teacher, self.feedback)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +334,8 @@ class SMPLConfig(Recipe):
 
     def problems(self) -> list[str]:
         """Contradictions, each a line that begins with a key of this section."""
-        return needs_sgd("learner", self.learner) if self.feedback == "exact" else []
+        exact = self.feedback == "exact"
+        return needs_sgd("learner", self.learner, self.feedback) if exact else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,8 +380,9 @@ RECIPES: dict[str, type[AlgorithmConfig]] = {
 }
 
 
-def needs_sgd(network: str, config: LearnerConfig) -> list[str]:
+def needs_sgd(network: str, config: LearnerConfig, feedback: str) -> list[str]:
     """The problem of a network whose update the feedback differentiates through, if it has one."""
     if config.optimizer == "sgd":
         return []
-    return [f"{network}.optimizer must be sgd for this feedback, which is derived for plain SGD"]
+    reason = f"feedback {feedback}, which is derived for plain SGD"
+    return [f"{network}.optimizer must be sgd for {reason}"]

@@ -230,7 +230,10 @@ def _lists(value: Any) -> Any:
 
 
 def _help(config: RunConfig) -> str:
-    parser = argparse.ArgumentParser(prog="train.py", usage=USAGE, add_help=False)
+    # Only for its help: it parses nothing.
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage=USAGE, add_help=False, allow_abbrev=False
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys below.")
     for flag, text in FLAGS.items():
         names = ("-h", "--help") if flag == "help" else (f"--{flag}",)

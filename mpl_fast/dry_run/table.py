@@ -133,9 +133,10 @@ def _memory(plan: Plan) -> str:
     have = plan.device_bytes
     of = f" of {_amount(have)}B" if have else ""
     over = "; TOO MUCH: lower the batches" if have and total > have else ""
+    libraries = "Python, PyTorch and DALI" if plan.device == "cpu" else "CUDA, NCCL and DALI"
     return (
-        f"{_amount(total)}B on a rank{of} at the peak ({', '.join(parts)}), besides what CUDA, "
-        f"NCCL and DALI take{over}"
+        f"{_amount(total)}B on a rank{of} at the peak ({', '.join(parts)}), besides what "
+        f"{libraries} take{over}"
     )
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from mpl_fast.errors import ConfigError, UserError
 from mpl_fast.packing import commands
 from mpl_fast.packing.first_few import counted
-from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, LAYOUTS
+from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, DRAWN, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -50,6 +50,10 @@ examples:
       --val-labels validation_labels.txt --out rec --labeled 10percent.txt --short-side 480
   make_rec.py pack ... --part 3/8   (on each of 8 machines that share the disk; then: finish rec)
 """
+_RESPLIT = """\
+Draw other labeled images in place of those of a pack: the index files of its splits labeled and
+unlabeled are replaced, the records stay. Options that are not given stay as they are in OUT.
+"""
 _EPILOG = """\
 A run that was stopped continues where it was: run the same command again. Finished shards wait in
 OUT/.pack until all are there, and an older pack in OUT stays readable until then.
@@ -74,9 +78,12 @@ def build_parser() -> Parser:
     )
     found = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pack(found)
-    summary = "draw the labeled images anew: writes index files only, the records stay"
-    command = _command(found, commands.run_resplit, summary, out="a pack of the shared layout")
-    _add_split(command.add_argument_group("splits"))
+    summary = "draw other labeled images in place of those of a pack; the records stay"
+    command = _command(
+        found, commands.run_resplit, summary, out="a pack of the shared layout", more=_RESPLIT
+    )
+    _add_split(command.add_argument_group("splits"), default="that of OUT")
+    command.set_defaults(**dict.fromkeys(DRAWN))
     _add_verify(found)
     summary = "finish a pack whose parts were packed with --part"
     _command(found, commands.run_finish, summary, out="the folder of the parts")
@@ -148,17 +155,21 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
 
 
-def _add_split(group: "argparse._ArgumentGroup") -> None:
+def _add_split(group: "argparse._ArgumentGroup", default: str = "") -> None:
+    """Add the options named in DRAWN; `default` describes those of all of them, if not pack's."""
     add = group.add_argument
+    drawn = default or "10%%; with --unlabeled-src: all"
     add("--labeled", metavar="HOW",
         help="share (10%%), number of images (4000), all, or a file that names them: base names as "
-        "in SimCLR's 10percent.txt, class/name, or an .lst (default: 10%%; with --unlabeled-src: "
-        "all)")  # fmt: skip
+        f"in SimCLR's 10percent.txt, class/name, or an .lst (default: {drawn})")  # fmt: skip
     add("--balance", choices=BALANCES, default="count",
-        help="the same number from every class, or by its size (default: count)")  # fmt: skip
-    unlabeled = "all training images, the labeled ones too, or only the rest (default: all)"
-    add("--unlabeled", choices=("all", "rest"), default="all", help=unlabeled)
-    add("--split-seed", type=int, default=0, metavar="N", help="draws the labeled images (0)")
+        help="the same number from every class, or by its size "
+        f"(default: {default or 'count'})")  # fmt: skip
+    unlabeled = "all training images, the labeled ones too, or only the rest"
+    add("--unlabeled", choices=("all", "rest"), default="all",
+        help=f"{unlabeled} (default: {default or 'all'})")  # fmt: skip
+    add("--split-seed", type=int, default=0, metavar="N",
+        help=f"draws the labeled images (default: {default or 0})")  # fmt: skip
 
 
 def _add_files(group: "argparse._ArgumentGroup") -> None:
@@ -233,8 +244,10 @@ def parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     if unknown:
         command: Parser = known.parser
         names = [name for action in command._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
-        parser.error(f"unknown: {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        words = {name.lstrip("-"): name for name in names}  # the dashes make all of them alike
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], words, 1)
+        hint = f"; did you mean {words[near[0]]}?" if near else ""
+        parser.error(f"unknown: {unknown[0]}{hint}")
     return known
 
 

@@ -23,6 +23,7 @@ from mpl_fast.packing.options import (
     options_from,
 )
 from mpl_fast.packing.pack import finish_parts, pack
+from mpl_fast.packing.publish.existing_pack import changed_options
 from mpl_fast.packing.resplit import resplit
 from mpl_fast.packing.write.progress import Progress
 
@@ -47,8 +48,13 @@ def run_finish(known: argparse.Namespace) -> Result:
 
 def run_resplit(known: argparse.Namespace) -> Result:
     """Draw the labeled images again."""
-    manifest = resplit(known.out, {name: getattr(known, name) for name in DRAWN})
-    return manifest, _split_lines(manifest["splits"])
+    old = load_pack(known.out)
+    given = {name: getattr(known, name) for name in DRAWN}
+    drawn = {name: value for name, value in given.items() if value is not None}
+    manifest = resplit(known.out, drawn)
+    lines = _split_lines(manifest["splits"], old["splits"])
+    changed = changed_options(old["options"], manifest["options"])
+    return manifest, [*lines, f"options: {changed or 'as before'}"]
 
 
 def run_verify(known: argparse.Namespace) -> Result:
@@ -160,20 +166,25 @@ def _dry_run_lines(planned: Json) -> list[str]:
     shards = planned["shards"]
     sizes = [shard["bytes"] for shard in shards]
     read, written = planned["bytes_in"] / 1e9, planned["bytes_out_at_most"] / 1e9
+    without = "neither the disk nor unpacking is" if planned["unpacked"] else "the disk is not"
     return [
         *_split_lines(planned["splits"]),
         f"{counted(len(shards), 'shard')} of {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} MB: "
         f"{shards[0]['file']} ... {shards[-1]['file']}",
         f"{planned['out']}: {counted(planned['images'], 'record')}, "
         f"{counted(planned['classes'], 'class', 'classes')}, {read:.3f} GB read, at most "
-        f"{written:.3f} GB written, {planned['seconds_at_least']} s and more (from a sample; the "
-        "disk is not in it)",
+        f"{written:.3f} GB written, {planned['seconds_at_least']} s and more (from a sample; "
+        f"{without} in it)",
         f"dry run: nothing was written to {planned['out']}",
     ]
 
 
-def _split_lines(splits: Json) -> list[str]:
-    return [
-        f"{name}: {counted(split['records'], 'record')}, {per_class(split)}"
-        for name, split in splits.items()
-    ]
+def _split_lines(splits: Json, before: Json | None = None) -> list[str]:
+    """Return a line for each split; of one that is drawn anew also what it was before."""
+    lines = []
+    for name, split in splits.items():
+        count = counted(split["records"], "record")
+        if before and name in ("labeled", "unlabeled"):
+            count = f"{counted(before[name]['records'], 'record')} before, {split['records']} now"
+        lines.append(f"{name}: {count}, {per_class(split)}")
+    return lines

@@ -24,7 +24,7 @@ def dry_run(options: PackOptions) -> Json:
     """Return counts, bytes, shards, splits and time of the plan; nothing is written to --out.
 
     The time is measured on a sample of the images, which are read, checked and perhaps re-encoded,
-    and divided by the number of processes. It does not include writing.
+    and divided by the number of processes. It includes neither writing nor unpacking.
     """
     check_options(options)
     how = options.split
@@ -51,6 +51,7 @@ def dry_run(options: PackOptions) -> Json:
                 ],
                 "splits": {split.name: _split(table, split) for split in splits},
                 "seconds_at_least": round(seconds, 1),
+                "unpacked": [s.spec for s in table.sources() if Path(s.file).parent == path.parent],
             }
 
 

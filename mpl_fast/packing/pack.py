@@ -10,13 +10,14 @@ from mpl_fast.atomic import write_json, write_text
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.packing.first_few import counted, first_few
-from mpl_fast.packing.options import Json, PackOptions
+from mpl_fast.packing.options import ImageOptions, Json, PackOptions
 from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
 from mpl_fast.packing.plan.prepare import check_options, plan_to, warn
 from mpl_fast.packing.plan.table import TABLE, ShardRow, open_table, origin_of
 from mpl_fast.packing.publish.existing_pack import changed_options, check_existing, require_same
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.publish.out_folder import OutFolder, open_out_folder
+from mpl_fast.packing.write.image_check import NO_IMAGE
 from mpl_fast.packing.write.pool import Job, run_jobs
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.packing.write.ray_engine import run_ray
@@ -195,25 +196,29 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
             remarks = run_ray(jobs, progress.update)
         else:
             remarks = run_jobs(jobs, options.processes, progress.update)
-    _require_usable(folder, (remark for job in remarks for remark in job), options.image.on_bad)
+    _require_usable(folder, (remark for job in remarks for remark in job), options.image)
 
 
-def _require_usable(folder: OutFolder, remarks: Iterable[Remark], on_bad: str) -> None:
+def _require_usable(folder: OutFolder, remarks: Iterable[Remark], how: ImageOptions) -> None:
     """DataError that lists the faulty images, unless they may be skipped."""
     # With "fail", shards that an earlier run finished with --on-bad skip may lack images.
-    refused = {"failed", "skipped"} if on_bad == "fail" else {"failed"}
+    refused = {"failed", "skipped"} if how.on_bad == "fail" else {"failed"}
     with open_table(folder.work / TABLE) as table:
         sources = table.sources()
-        faults = []
+        faults, convertible = [], False
         for remark in remarks:
             if remark.action in refused and (record := table.record(remark.id)):
                 faults.append(f"{origin_of(sources[record.source], record)}: {remark.reason}")
+                convertible |= how.on_bad == "fail" and remark.reason not in NO_IMAGE
     if faults:
         every = sorted(set(faults))
         if len(every) > _LISTED:
             warn(every)
+        convert = "--on-bad convert" + ("" if how.check == "decode" else " --check decode")
+        or_convert = f", or make JPEGs of what can be decoded of them with {convert}"
         raise DataError(
             f"{counted(len(every), 'image')} cannot be used, nothing was published: "
             f"{first_few(every, _LISTED, '; ')}; repair or remove them, or leave them out with "
             "--on-bad skip, which keeps every finished shard"
+            f"{or_convert if convertible else ''}"
         )

@@ -11,8 +11,8 @@ from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import ConfigError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.options import DEFAULT_LABELED, Json
-from mpl_fast.packing.plan.choose_labeled import choose_labeled
+from mpl_fast.packing.options import Json
+from mpl_fast.packing.plan.choose_labeled import check_labeled, choose_labeled
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, edit_table, open_table, table_errors
 from mpl_fast.packing.publish.out_folder import open_out_folder
@@ -22,11 +22,11 @@ from mpl_fast.packing.publish.split_files import write_splits
 def resplit(root: Path, drawn: Json) -> Json:
     """Draw the labeled images of a finished pack again; return its new manifest.
 
-    drawn has the options named in DRAWN, with None as the default of "labeled", and the folder gets
-    what packing with them would have made. The table is replaced too, since it stores which images
-    are labeled. The old pack stays valid until the new one is complete. Raises ConfigError for a
-    layout without shared records, DataError for a folder that is not finished, OutputError when it
-    cannot be written.
+    drawn has some of the options named in DRAWN, the others stay as they are in the pack; the
+    folder gets what packing with them would have made. The table is replaced too, since it stores
+    which images are labeled. The old pack stays valid until the new one is complete. Raises
+    ConfigError for a layout without shared records, DataError for a folder that is not finished,
+    OutputError when it cannot be written.
     """
     load_pack(root)  # before anything is created in a folder that is no pack
     with open_out_folder(root) as folder, output_errors(root):
@@ -52,7 +52,7 @@ def resplit(root: Path, drawn: Json) -> Json:
                     folder.work, table, manifest["shards"], ("labeled", "unlabeled")
                 )
             manifest["table_sha256"] = sha256_of(new)
-        manifest["created"] = datetime.now(timezone.utc).isoformat()
+        manifest["resplit"] = datetime.now(timezone.utc).isoformat()
         write_json(folder.work / MANIFEST, manifest)
         folder.publish()
     return manifest
@@ -62,8 +62,8 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Copy the table old to new, with other labeled images and options."""
     with open_table(old) as table:
         options = table.options() | drawn
-        if options["labeled"] is None:
-            options["labeled"] = DEFAULT_LABELED["unlabeled_src" in options]
+        if "labeled" not in drawn:
+            _require_kept(options["labeled"])
         query = (
             "SELECT records.id, label, name FROM shards CROSS JOIN records "
             "ON records.id BETWEEN first_id AND first_id + shards.records - 1 "
@@ -72,7 +72,7 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
         classes = table.classes()
         # All planned training images, bad ones too, as pack draws.
         images = ((number, classes[label], name) for number, label, name in table.query(query))
-        seed, balance = drawn["split_seed"], drawn["balance"]
+        seed, balance = options["split_seed"], options["balance"]
         chosen = choose_labeled(images, options["labeled"], seed=seed, balance=balance)
     shutil.copyfile(old, new)
     with table_errors(new), closing(edit_table(new)) as connection:
@@ -83,3 +83,14 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
         )
         connection.execute("UPDATE plan SET options = ?", (json.dumps(options),))
         connection.execute("COMMIT")
+
+
+def _require_kept(how: str) -> None:
+    """ConfigError when how, by which the pack was made, is a file that is gone."""
+    try:
+        check_labeled(how)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the pack's labeled images are those of the file {how}, which is not there now (a "
+            "relative path starts at the current folder); give --labeled"
+        ) from error

@@ -40,8 +40,12 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
         wanted["unlabeled"] = config.unlabeled_images
     for split, batch in wanted.items():
         records = manifest.splits[split].records
-        if batch % dist_env.world:
-            raise ConfigError(f"{split}_batch {batch} is not divisible by {dist_env.world} ranks")
+        if over := batch % dist_env.world:
+            sizes = [str(n) for n in (batch - over, batch - over + dist_env.world) if n]
+            raise ConfigError(
+                f"{split}_batch {batch} is not divisible by {dist_env.world} ranks: "
+                f"take {' or '.join(sizes)}"
+            )
         if batch > records:
             raise ConfigError(
                 f"{split}_batch {batch} is larger than the {records} {split} images in "

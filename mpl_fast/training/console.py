@@ -1,8 +1,11 @@
 """Console output of a run: a line every few seconds, and a progress bar on a terminal."""
 
+import os
 import sys
 import time
+from contextlib import suppress
 
+from mpl_fast.errors import STDERR
 from mpl_fast.training.metrics import Row
 
 MIN_SECONDS = 5.0  # between two rows
@@ -29,6 +32,14 @@ class Console:
         """Prints a line, above the progress bar if there is one."""
         if not self.silent:
             print(f"\r\033[K{text}" if self.bar else text, flush=True)
+
+    def print_in_signal_handler(self, text: str) -> None:
+        """Prints a line to standard error without its buffer, which the signal may have found in
+        the middle of a write."""
+        if not self.silent and sys.stderr:
+            line = f"\r\033[K{text}\n" if self.bar else f"{text}\n"
+            with suppress(OSError):
+                os.write(STDERR, line.encode())
 
     def warn(self, text: str) -> None:
         """Prints a warning to standard error."""

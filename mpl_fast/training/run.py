@@ -106,7 +106,7 @@ class Run:
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
-        with stop_on_signal(self.stop.request):
+        with stop_on_signal(self._request_stop):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
             if self.steps_done == 0 and isinstance(self.config.algorithm, FinetuneConfig):
@@ -124,6 +124,14 @@ class Run:
             f"stopped by a signal after step {done}, saved: the same command resumes"
         )
         return PREEMPTED
+
+    def _request_stop(self) -> None:
+        """In a signal handler."""
+        if not self.stop.requested:
+            self.console.print_in_signal_handler(
+                "train: stopping: saves a checkpoint after this step, or after a running evaluation"
+            )
+        self.stop.request()
 
     def _already_complete(self, checkpoint: Path) -> int:
         """Prints the result; writes the summary if the run was killed before it was written."""

@@ -37,7 +37,7 @@ class RunDir:
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
         self._lock = _locked(self.path)
-        _check_same_config(self.path / "config.yaml", config)
+        check_same_config(self.path / "config.yaml", config)
         with output_errors(self.path):
             atomic.write_text(self.path / "config.yaml", as_yaml(config))
             self._write_environment()
@@ -190,7 +190,7 @@ def _locked(path: Path) -> Any:
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 
 
-def _check_same_config(file: Path, config: RunConfig) -> None:
+def check_same_config(file: Path, config: RunConfig) -> None:
     """Raises `ConfigError` if a run directory with checkpoints has another config.
 
     `FREE_OPTIONS` may differ. An option that did not exist when the run began had the value that is
@@ -205,9 +205,13 @@ def _check_same_config(file: Path, config: RunConfig) -> None:
     old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
     keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
     if keys:
-        shown = ", ".join(f"{k} was {old.get(k)} and is {new.get(k)}" for k in keys[:5])
+        shown = ", ".join(f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys[:5])
         more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
         raise ConfigError(f"{file.parent} holds another run: {shown}{more}; use another --run-dir")
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return str(values.get(key)) or '""'
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

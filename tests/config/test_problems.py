@@ -113,9 +113,9 @@ CONTRADICTIONS = """\
 .feedback=sampled .labels=soft | .feedback sampled needs labels sampled (or auto), not soft
 .labels=soft | .feedback difference has no gradient
 .labels=sampled | .labels sampled need feedback sampled, which uses the view they come from
-.feedback=exact .student.optimizer=adamw | .student.optimizer must be sgd for this feedback
+.feedback=exact .student.optimizer=adamw | .student.optimizer must be sgd for feedback exact
 recipe=mpl_roleplay .feedback=per_example .teacher.optimizer=adamw | .teacher.optimizer must be sgd
-recipe=smpl .feedback=exact .learner.optimizer=adamw | .learner.optimizer must be sgd for this
+recipe=smpl .feedback=exact .learner.optimizer=adamw | .learner.optimizer must be sgd for feedback
 recipe=mpl_roleplay .feedback=parity_kekmodel | .feedback parity_kekmodel is for recipe mpl
 .feedback=parity_google .bn-batches=split | .bn_batches cannot be chosen with feedback parity_google
 .feedback=parity_kekmodel .consistency.measure=cosine | .consistency.measure cannot be chosen with

@@ -115,14 +115,14 @@ def test_the_option_is_the_parsers_own(tmp_path: Path, capsys: pytest.CaptureFix
         parse(["--config", str(tmp_path / "c.yaml"), *HERE])
 
 
-def plan(rate: float, device_bytes: int = 0) -> Plan:
+def plan(rate: float, device_bytes: int = 0, device: str = "cpu") -> Plan:
     """Two ranks, each with 8 GFLOP a step."""
     model, batches = ModelConfig(name="resnet50"), {"labeled_batch": 4, "unlabeled_batch": 28}
     config = RunConfig(algorithm=MPLConfig(), model=model, steps=101, eval_every=50, **batches)  # type: ignore[arg-type]
     return Plan(
         config=config,
         world=2,
-        device="cpu",
+        device=device,
         device_bytes=device_bytes,
         bf16=False,
         cost=NetworkCost(25_600_000, 4, 4, 1_000_000_000, 2_000_000_000, 1.0, 1.0, 1.0),
@@ -157,7 +157,10 @@ def test_memory_names_its_parts_and_what_does_not_fit() -> None:
     )
     parts = "weights 1 GB, gradients 2 GB, activations 4 GB"
     assert unknown.startswith(f"7 GB on a rank at the peak ({parts})")
-    assert fits.endswith("DALI take")
+    assert fits.endswith("besides what Python, PyTorch and DALI take")
+    for gpu in ("", "H100"):
+        found = paragraphs(table(plan(1.0, device=gpu)))["memory"]
+        assert found.endswith("besides what CUDA, NCCL and DALI take")
     assert small.startswith("7 GB on a rank of 6 GB") and "TOO MUCH: lower the batches" in small
 
 

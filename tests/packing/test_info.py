@@ -40,7 +40,10 @@ def test_info_of_a_finished_folder(small: SmallPack) -> None:
     rows = {line[:column].rstrip(): line[column:] for line in lines}
     names = ["layout", "packed", "classes", "train", "labeled", "unlabeled", "val", "written"]
     assert list(rows) == [*names, "source", "options", "transform", "bad images", "duplicates"]
-    assert " 2 records, 0 to 1 a class" in rows["labeled"]
+    shared = "2 .rec, shared with other splits, by train_label.idx"
+    assert rows["labeled"].endswith(f" 2 records, 0 to 1 a class, in {shared}")
+    assert rows["train"].endswith(f"in 2 .rec, {size / 1e9:.3f} GB, by train.idx")
+    assert f"src {small.source}," in rows["options"]
     assert "split_seed 0" in rows["options"]
     assert rows["bad images"] == "skipped 1"
 
@@ -185,7 +188,8 @@ def test_an_image_is_saved_whole_and_never_over_another_file(tmp_path: Path) -> 
     assert path.read_bytes() == b"one"
     save(b"two", path, force=True)
     assert path.read_bytes() == b"two"
-    with pytest.raises(OutputError, match="absent"):
+    missing = f"{tmp_path}/absent/a.jpg: there is no folder {tmp_path}/absent$"
+    with pytest.raises(OutputError, match=missing):
         save(b"three", tmp_path / "absent" / "a.jpg", force=False)
     assert sorted(tmp_path.iterdir()) == [path, other]
     assert other.read_bytes() == b"of the user"

@@ -186,6 +186,29 @@ def test_dry_run_counts_what_is_packed_then(tree: Path, tmp_path: Path) -> None:
     assert stored["totals"]["bytes_out"] < written <= planned["bytes_out_at_most"]
 
 
+def test_compressed_archive_is_unpacked_after_cheap_checks(tree: Path, tmp_path: Path) -> None:
+    files = [(str(path.relative_to(tree)), path.read_bytes()) for path in tree.rglob("*.jpg")]
+    archive = make_tar(tmp_path / "all.tar.xz", files, "w:xz")
+    common = ("--src", f"{archive}:train", "--out", tmp_path / "out")
+    none = tmp_path / "none"
+    for more, status, message in (
+        (("--labeled", "40x"), 2, "--labeled 40x: give a share (10%)"),
+        (("--labeled", "1.2.3%"), 2, "--labeled 1.2.3%: not a share such as 10%"),
+        (("--val", none), 4, f"{none}: no such folder or file"),
+        (("--labels", none), 4, f"{none}: No such file"),
+    ):
+        (line,) = run("pack", *common, *more, status=status).stderr.splitlines()
+        assert message in line  # and not "unpacking" before
+    done = run("pack", *common, "--labeled", 3, "--dry-run")
+    assert "unpacking" in done.stderr
+    assert "(from a sample; neither the disk nor unpacking is in it)" in done.stdout
+    plain = ("--src", tree / "train", "--out", tmp_path / "out", "--labeled", 3)
+    assert "(from a sample; the disk is not in it)" in run("pack", *plain, "--dry-run").stdout
+    planned = json.loads(run("pack", *common, "--labeled", 3, "--dry-run", "--json").stdout)
+    assert planned["unpacked"] == [f"{archive}:train"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_quiet_and_help(tree: Path, tmp_path: Path) -> None:
     done = run("pack", "--src", tree / "train", "--out", tmp_path / "o", "--labeled", 6, "--quiet")
     assert (done.stdout, done.stderr) == ("", "")
@@ -353,13 +376,14 @@ def test_faulty_images_are_all_named(tree: Path, tmp_path: Path) -> None:
         assert reason in named[str(train / key)]
     assert advice == (
         "repair or remove them, or leave them out with --on-bad skip, which keeps every "
-        "finished shard"
+        "finished shard, or make JPEGs of what can be decoded of them with --on-bad convert"
     )
     assert not out.exists()
     # Looking only at the ends misses what is wrong in the middle, and nothing else.
     line = refuse(*common, "--check", "header", status=4)
     assert "4 images cannot" in line
     assert "ant/3.jpg" not in line
+    assert line.endswith("with --on-bad convert --check decode")
     line = refuse(*common, "--check", "none", status=4)
     assert f"1 image cannot be used, nothing was published: {train}/ant/0.jpg: empty file" in line
 
@@ -374,6 +398,7 @@ def test_many_faulty_images_have_a_line_each(tree: Path, tmp_path: Path) -> None
     assert "error: 15 images cannot be used" in last
     assert " and 5 more; repair or remove them" in last
     assert last.count("neither JPEG nor PNG") == 10
+    assert "convert" not in last  # which would make nothing of them
 
 
 def test_skip_leaves_gaps_and_the_manifest_names_them(tree: Path, tmp_path: Path) -> None:

@@ -248,9 +248,10 @@ def test_resplit_is_pack(tree: Path, tmp_path: Path) -> None:
     resplit(out, drawn | {"unlabeled": "rest"})
     flags = ("--labeled", 6, "--split-seed", 4, "--unlabeled", "rest")
     assert contents(out) == contents(packed_pool(tree, tmp_path / "new", *flags))
-    printed = run("resplit", out).stdout
-    assert "labeled: 24 records, 8 a class" in printed
-    assert "unlabeled: 32 records, 24 of them with a label, 8 a class" in printed
+    back = ("--labeled", "all", "--split-seed", 0, "--unlabeled", "all")
+    printed = run("resplit", out, *back).stdout
+    assert "labeled: 6 records before, 24 now, 8 a class" in printed
+    assert "unlabeled: 26 records before, 32 now, 24 of them with a label, 8 a class" in printed
     assert contents(out) == contents(packed_pool(tree, tmp_path / "again"))
     names = tmp_path / "names.txt"
     names.write_text("a/b/c/0.jpg\n")

@@ -26,6 +26,7 @@ from tests.packing.packs import (
     names,
     pack,
     read_split,
+    refuse,
     run,
     verified,
 )
@@ -53,7 +54,7 @@ def contents(root: Path) -> dict[str, object]:
             stored = json.loads(path.read_text())
             found[MANIFEST] = stored | {
                 # The table is compared by its rows: edited, its bytes are others.
-                **{"created": "", "table_sha256": ""},
+                **{"created": "", "resplit": "", "table_sha256": ""},
                 "totals": stored["totals"] | {"seconds": 0},
             }
         elif path.is_file():
@@ -132,6 +133,39 @@ def test_images_that_were_left_out_took_part_in_the_draw(tmp_path: Path) -> None
     other = pack_tree(tree, tmp_path / "other", half, "--on-bad", "skip")
     assert contents(packed) == contents(other)
     assert len(read_split(packed, "train")) == 21
+
+
+def test_options_not_given_are_those_of_the_pack(tree: Path, packed: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("ant/3.jpg\nbee/0.jpg\ncat/2.png\n")
+    first = FIRST | {"labeled": "12", "balance": "proportional", "unlabeled": "rest"}
+    again(packed, **first)
+    packing = json.loads((packed / MANIFEST).read_text())["created"]
+    printed = run("resplit", packed, "--split-seed", 7).stdout.splitlines()
+    assert contents(packed) == contents(pack_tree(tree, tmp_path / "a", first | {"split_seed": 7}))
+    assert "labeled: 12 records before, 12 now, 4 a class" in printed
+    assert printed[-1] == "options: split_seed was 0, now 7"
+    before = contents(packed)
+    assert run("resplit", packed).stdout.endswith("options: as before\n")
+    assert contents(packed) == before
+    printed = run("resplit", packed, "--labeled", names).stdout.splitlines()
+    assert "labeled: 12 records before, 3 now, 1 a class" in printed
+    assert "unlabeled: 12 records before, 21 now, 7 a class" in printed
+    assert printed[-1] == f"options: labeled was 12, now {names}"
+    run("resplit", packed, "--unlabeled", "all")
+    listed = (packed / "train_label.lst").read_text()
+    names.unlink()
+    gone = refuse(packed, "--split-seed", 8, status=ConfigError.exit_code, command="resplit")
+    assert f"are those of the file {names}, which is not there now" in gone
+    assert gone.endswith("give --labeled")
+    unknown = refuse(packed, "--out", "x", status=ConfigError.exit_code, command="resplit")
+    assert unknown.endswith("unknown: --out (see --help)")  # and not like --quiet
+    assert (packed / "train_label.lst").read_text() == listed
+    rows = run("info", packed).stdout.splitlines()
+    stored = json.loads((packed / MANIFEST).read_text())
+    assert stored["created"] == packing < stored["resplit"]
+    assert rows[1].split() == ["packed", packing, "by", *stored["tool"].split()]
+    assert rows[2].split() == ["resplit", stored["resplit"]]
 
 
 def test_packing_again_knows_the_new_split(tree: Path, packed: Path) -> None:

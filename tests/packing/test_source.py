@@ -110,7 +110,10 @@ def test_warnings(
     ("name", "message"),
     [
         ("ant/notes.txt", r"no image found \(looked for .jpg, .jpeg, .png\); .*ant/notes.txt"),
-        ("a.jpg", "a.jpg is outside any class folder; give the classes with a labels"),
+        (
+            "a.jpg",
+            "a.jpg is outside any class folder; give the classes with --labels or --val-labels, or",
+        ),
         ("ant/a\tb.jpg", r"'ant/a\\tb.jpg' has a tab or line break"),
         ("ant/a\nb.jpg", r"'ant/a\\nb.jpg' has a tab or line break"),
         ("a\rnt/a.jpg", r"'a\\rnt/a.jpg' has a tab or line break"),

@@ -19,8 +19,9 @@ from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT, TRAIN, arguments, environment, rows, train_here
 from tools.studies.ablation import run
 from tools.studies.ablation.__main__ import main
-from tools.studies.ablation.picture import curve
+from tools.studies.ablation.picture import curve, title
 from tools.studies.ablation.plan import Variant, jobs
+from tools.studies.ablation.report import summarize, table
 
 STEPS = 12
 FAST = ("recipe=supervised",)
@@ -201,6 +202,30 @@ def test_a_wrong_variant_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         main(options(tmp_path / "out", tiny_rec, "--seeds", "0", *more))
     assert not list((tmp_path / "out").glob("*/seed*"))
+
+
+def test_another_run_in_a_folder_is_refused_before_a_result_is_written(
+    tiny_rec: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = Path(arguments(out / "unused", tiny_rec)[1])
+    (job,) = jobs((Variant("slow", FAST),), [3], config, tiny_rec, out, STEPS)
+    (job.folder / "checkpoints" / "step_4").mkdir(parents=True)
+    (job.folder / "config.yaml").write_text(as_yaml(job.config))
+    (out / "ablation.md").write_text("of old")
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    message = r"variant slow: .*/slow/seed3 holds another run: .*\.lr was 0\.05 and is 0\.005"
+    with pytest.raises(ConfigError, match=message):
+        main(options(out, tiny_rec, "--seeds", "3", "--variant", "slow", *SLOW))
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_the_titles_of_one_seed_promise_no_spread(tmp_path: Path) -> None:
+    assert title(1) == "one seed"
+    assert title(3) == "mean of 3 seeds; bands are ± one standard deviation"
+    one, three = (table(summarize([Variant("a", ())], []), n).partition("\n")[0] for n in (1, 3))
+    assert "one seed; " in one and "±" not in one and "standard" not in one
+    assert "mean ± standard deviation over 3 seeds" in three and "standard error" in three
 
 
 def test_variants_may_differ_in_steps_where_the_command_does_not_say(tmp_path: Path) -> None:

@@ -216,5 +216,5 @@ def test_a_wrong_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "out.json"
     assert backbone.main(["--out", str(out), "--models", "wrn_10_1", "resnet5O"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tools.bench backbone: ") and "resnet5O" in line
+    assert line.startswith("tools.bench backbone: error: ") and "resnet5O" in line
     assert not out.exists()

@@ -152,7 +152,7 @@ def test_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "options", "word"),
     [
-        (None, [], "new.json cannot be read"),
+        (None, [], "new.json: no such file or folder"),
         ("{", [], "new.json cannot be read as JSON"),
         ([1], [], "new.json have no result of the same benchmark"),
         ({**result(), "form": "other"}, [], "new.json have no result of the same benchmark"),
@@ -175,7 +175,7 @@ def test_what_cannot_be_compared_is_one_line(
         save(tmp_path, "new.json", content)
     assert compare.main([str(old), str(new), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tools.bench compare: ") and word in line
+    assert line.startswith("tools.bench compare: error: ") and word in line
 
 
 def test_every_published_result_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,7 @@ def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
             raise ConfigError("--x: no")
 
     assert run(tmp_path / "out.json", refused) == (2, {})
-    assert capsys.readouterr().err == "tools.bench x: --x: no\n"
+    assert capsys.readouterr().err == "tools.bench x: error: --x: no\n"
     (tmp_path / "file").write_text("")
     for place, words in ((tmp_path / "file" / "out.json", "file"), (tmp_path, "is a folder")):
         assert run(place, refused)[0] == 2

@@ -95,6 +95,15 @@ def test_run_directory_that_is_a_file(tiny_rec: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run").read_text() == "precious"
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [("4", "3 or 6"), ("2", "3")])
+def test_a_batch_that_the_ranks_cannot_share(
+    batch: str, sizes: str, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = refused(2, *arguments(tmp_path, tiny_rec), "--labeled-batch", batch, "--dry-run")
+    assert f"labeled_batch {batch} is not divisible by 3 ranks: take {sizes}\n" in line
+
+
 def test_run_directory_of_another_config_or_of_a_divergence(tiny_rec: Path, tmp_path: Path) -> None:
     """Both leave the checkpoint as it was; and a mistake before it can be corrected."""
     options, folder = arguments(tmp_path / "run", tiny_rec), tmp_path / "run"
@@ -104,6 +113,8 @@ def test_run_directory_of_another_config_or_of_a_divergence(tiny_rec: Path, tmp_
     assert begun.returncode == 0, begun.stderr
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert "seed was 0 and is 9" in refused(2, *options, "--seed", "9")
+    pretrained = refused(2, *options, "--model.pretrained", "a.pt")
+    assert 'model.pretrained was "" and is a.pt' in pretrained
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     for file in (folder / "config.yaml", Path(options[1])):
         file.write_text(file.read_text().replace("lr: 0.05", "lr: 1.0e+30"))

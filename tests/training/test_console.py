@@ -36,3 +36,15 @@ def test_a_row_names_its_rates(
     Console(10, silent=False).row(10, ROW | rates)
     line = capsys.readouterr().out
     assert line.rstrip().endswith(f"100 img/s, data wait 25 % | consistency 0.5 | {shown}")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_signal_handler_prints_past_the_buffer(
+    silent: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(10, silent=silent)
+    console.print_in_signal_handler("stopping")
+    assert capfd.readouterr().err == ("" if silent else "stopping\n")
+    monkeypatch.setattr("sys.stderr", None)  # closed: its number may be that of another file
+    console.print_in_signal_handler("stopping")
+    assert capfd.readouterr().err == ""

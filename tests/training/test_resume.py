@@ -150,6 +150,7 @@ def stop(options: list[str], ranks: int) -> int:
     assert process.returncode == (75 if ranks == 1 else 1), err
     found = re.search(r"by a signal after step (\d+), saved: the same command resumes", out)
     assert found, out
+    assert err.count("train: stopping: saves a checkpoint after this step") == 1
     return int(found[1])
 
 

@@ -97,7 +97,7 @@ def test_evaluate_refuses_another_network_and_a_missing_run(finished: Path, tmp_
     assert other.returncode == 6 and "is of another network" in other.stderr
     tool = [sys.executable, str(ROOT / "tools" / "evaluate.py"), str(tmp_path)]
     done = subprocess.run(tool, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "config.yaml does not exist" in done.stderr
+    assert done.returncode == 4 and "config.yaml does not exist" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     help_wanted = not arguments or arguments[0] in ("-h", "--help")
     out = sys.stdout if help_wanted else sys.stderr
     if not help_wanted:
-        print(f"tools.bench: there is no benchmark {arguments[0]!r}", file=out)
+        print(f"tools.bench: error: there is no benchmark {arguments[0]!r}", file=out)
     print("usage: python -m tools.bench NAME [options]\n", file=out)
     print("\n".join(f"  {name:<12}{text}" for name, text in NAMES.items()), file=out)
     return 0 if help_wanted else 2

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         with output_errors(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
     except UserError as error:
-        print(f"tools.bench all: {error}", file=sys.stderr)
+        print(f"tools.bench all: error: {error}", file=sys.stderr)
         return 2
     ended: list[Ended] = []
     code = 0
@@ -83,7 +83,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     description = " ".join((__doc__ or "").partition("\n\n")[0].split())
-    parser = argparse.ArgumentParser("python -m tools.bench all", description=description)
+    parser = argparse.ArgumentParser(
+        "python -m tools.bench all", allow_abbrev=False, description=description
+    )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="(%(default)s)")
     add("--minutes", type=float, default=9.0, metavar="M", help="(%(default)s)")

@@ -40,7 +40,9 @@ class Change(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Prints a table for each benchmark."""
     description = " ".join((__doc__ or "").partition("\n\n")[0].split())
-    parser = argparse.ArgumentParser("python -m tools.bench compare", description=description)
+    parser = argparse.ArgumentParser(
+        "python -m tools.bench compare", allow_abbrev=False, description=description
+    )
     add = parser.add_argument
     add("old", type=Path, help="JSON file of a benchmark, or a folder of them")
     add("new", type=Path, help="one of the same kind")
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         if not old.keys() & new.keys():
             raise DataError(f"{options.old} and {options.new} have no result of the same benchmark")
     except UserError as error:
-        print(f"tools.bench compare: {error}", file=sys.stderr)
+        print(f"tools.bench compare: error: {error}", file=sys.stderr)
         return 2
     failures = sum(_print(key, one, new.get(key), tolerance) for key, one in old.items())
     for name, bench in new.keys() - old.keys():
@@ -132,6 +134,8 @@ def _print(key: Key, old: Json, new: Json | None, tolerance: float) -> int:
 
 def _results(path: Path) -> dict[Key, Json]:
     """Of a file, or of every JSON file of a folder that has the form of a benchmark's result."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
     found = dict[Key, Json]()
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:

@@ -157,7 +157,7 @@ def run(
             code = 3
         report.save()
     except UserError as error:
-        print(f"tools.bench {bench}: {error}", file=sys.stderr)
+        print(f"tools.bench {bench}: error: {error}", file=sys.stderr)
         return 2
     _print(report.result(), parsed.out)
     return code or int(bool(report.failed))
@@ -172,7 +172,9 @@ def parse(
 ) -> Options:
     """The options of a benchmark and those that all have."""
     description = " ".join((doc or "").partition("\n\n")[0].split())
-    parser = argparse.ArgumentParser(f"python -m tools.bench {bench}", description=description)
+    parser = argparse.ArgumentParser(
+        f"python -m tools.bench {bench}", allow_abbrev=False, description=description
+    )
     options(parser)
     add = parser.add_argument
     add("--out", type=Path, default=Path(f"runs/bench/{bench}.json"), help="(%(default)s)")

@@ -1,5 +1,6 @@
 """The info command: content of a finished pack, or progress of an unfinished one."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpl_fast.packing.publish.out_folder import WORK
 from mpl_fast.packing.write.shard_receipt import receipt_path
 
 _KEPT = (
-    *("tool", "created", "plan_sha256", "layout", "sources", "transform", "options"),
+    *("tool", "created", "resplit", "plan_sha256", "layout", "sources", "transform", "options"),
     *("bad", "duplicates", "totals"),
 )
 
@@ -24,7 +25,7 @@ def info(root: Path) -> Json:
     if (root / WORK / TABLE).is_file() and not (root / MANIFEST).exists():
         return _unfinished(root)
     manifest = load_pack(root)
-    sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    shards = {shard["file"]: shard for shard in manifest["shards"]}
     splits = {
         name: {
             "records": split["records"],
@@ -32,7 +33,8 @@ def info(root: Path) -> Json:
             "per_class_max": split.get("per_class_max"),
             "with_label": split.get("with_label", split["records"]),
             "shards": len(split["shards"]),
-            "shard_bytes": sum(sizes[file] for file in split["shards"]),
+            "shard_bytes": sum(shards[file]["bytes"] for file in split["shards"]),
+            "shard_records": sum(shards[file]["records"] for file in split["shards"]),
             "idx": split["idx"],
         }
         for name, split in manifest["splits"].items()
@@ -87,9 +89,14 @@ def _unfinished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "layout", str(found["layout"])
     yield "packed", f"{found['created']} by {found['tool']}"
+    if found["resplit"]:
+        yield "resplit", found["resplit"]
     yield "classes", str(found["classes"])
     for name, split in found["splits"].items():
-        files = f"{split['shards']} .rec, {split['shard_bytes'] / 1e9:.3f} GB, by {split['idx']}"
+        # The bytes of a part of the records are stored nowhere.
+        whole = split["records"] == split["shard_records"]
+        size = f"{split['shard_bytes'] / 1e9:.3f} GB" if whole else "shared with other splits"
+        files = f"{split['shards']} .rec, {size}, by {split['idx']}"
         yield name, f"{split['records']:>10} records, {per_class(split)}, in {files}"
     totals = found["totals"]
     read, written = totals["bytes_in"] / 1e9, totals["bytes_out"] / 1e9
@@ -120,5 +127,9 @@ def _settings(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(fields: Mapping[str, Any]) -> str:
-    shown = {name: value for name, value in fields.items() if value is not None}
+    shown = {
+        name: shlex.join(value) if isinstance(value, list) else value
+        for name, value in fields.items()
+        if value is not None
+    }
     return ", ".join(f"{name} {value}" for name, value in shown.items())

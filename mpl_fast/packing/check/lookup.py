@@ -127,6 +127,8 @@ def extract(root: Path, what: str) -> tuple[Found, bytes]:
 
 def save(image: bytes, path: Path, *, force: bool) -> None:
     """Write an image to path atomically; OutputError when the file exists, unless force."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}")
     if path.exists() and not force:
         raise OutputError(f"{path}: is there already; --force replaces it")
     own = path.with_name(f".{path.name}.{os.getpid()}.tmp")

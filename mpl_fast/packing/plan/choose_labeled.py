@@ -27,6 +27,14 @@ ALL = "all"  # a file of this name is written ./all
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 
 
+def check_labeled(how: str) -> None:
+    """ConfigError unless how is "all", written as a share or a number, or an existing file."""
+    if _is_amount(how):
+        _amount(how)
+    elif how != ALL:
+        _list_path(how)
+
+
 def choose_labeled(
     images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
 ) -> set[int]:
@@ -38,7 +46,7 @@ def choose_labeled(
     """
     if how == ALL:
         return {record_id for record_id, _, _ in images}
-    if not (how.endswith("%") or how.isdecimal()):
+    if not _is_amount(how):
         return choose_named(images, _list_path(how))
     import numpy as np  # late: the command line's --help must not wait for it
 
@@ -135,6 +143,10 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> l
     return list(counts.values())
 
 
+def _is_amount(how: str) -> bool:
+    return how.endswith("%") or how.isdecimal()
+
+
 def _list_path(how: str) -> Path:
     path = Path(how)
     try:
@@ -147,15 +159,19 @@ def _list_path(how: str) -> Path:
     )
 
 
-def _total(how: str, images: int) -> int:
-    """Return the number of images that a share or number means."""
+def _amount(how: str) -> Fraction:
     try:
         if not _AMOUNT.fullmatch(how):
             raise ValueError(how)
-        share = Fraction(how.removesuffix("%"))
+        return Fraction(how.removesuffix("%"))
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--labeled {how}: not a share such as 10%") from error
-    total = round(share / 100 * images) if how.endswith("%") else int(share)
+
+
+def _total(how: str, images: int) -> int:
+    """Return the number of images that a share or number means."""
+    amount = _amount(how)
+    total = round(amount / 100 * images) if how.endswith("%") else int(amount)
     if not 0 < total <= images:
         what = counted(total, "labeled image")
         raise ConfigError(f"--labeled {how}: that is {what}, the source has {images}")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mpl_fast.errors import ConfigError, DataError, OutputError
 from mpl_fast.packing.options import PackOptions
+from mpl_fast.packing.plan.choose_labeled import check_labeled
 from mpl_fast.packing.plan.make_plan import make_plan
-from mpl_fast.packing.sources.kinds import open_source
+from mpl_fast.packing.sources.kinds import find_path, open_source
 from mpl_fast.packing.sources.source import Source
 
 
@@ -18,7 +19,7 @@ def warn(lines: Sequence[str]) -> None:
 
 
 def check_options(options: PackOptions) -> None:
-    """Refuse what can be refused before anything is created."""
+    """Refuse what can be refused before anything is created or unpacked."""
     try:
         out = options.out.resolve()
         if options.out.exists() and not options.out.is_dir():
@@ -38,6 +39,14 @@ def check_options(options: PackOptions) -> None:
                 raise ConfigError(f"{name}: its value is empty; give a folder or an archive")
             if spec and _is_inside(out, name, spec):
                 raise ConfigError(f"--out {options.out}: is inside the source {spec}")
+            if spec:  # before the first compressed archive is unpacked
+                find_path(spec)
+    for labels in filter(None, (options.labels, options.val_labels)):
+        try:
+            labels.stat()  # not opened: a pipe can be read only once
+        except OSError as error:
+            raise DataError(f"{labels}: {error.strerror}") from error
+    check_labeled(options.split.labeled)
 
 
 def _is_inside(out: Path, name: str, spec: str) -> bool:

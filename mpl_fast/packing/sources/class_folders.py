@@ -68,7 +68,7 @@ class ClassFolders(Source):
                 previous, class_name = folder, class_of(folder)
                 self._classes[class_name].add(folder)
             if not self._flat and not folder:
-                hint = "give the classes with a labels file, or name the folder above"
+                hint = "give the classes with --labels or --val-labels, or name the folder above"
                 raise DataError(f"{self.spec}: {path} is outside any class folder; {hint}")
             yield Image(class_name, name, path, start, size, stamp)
 

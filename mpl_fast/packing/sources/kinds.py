@@ -52,7 +52,7 @@ def open_source(
 
     Raises DataError when spec cannot be read.
     """
-    path, folder, files = _find(spec)
+    path, folder, files = find_path(spec)
     kind = _kind_of(path)
     if labels is not None and kind.has_labels:
         raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
@@ -77,10 +77,11 @@ def _kind_of(path: Path) -> type[Source]:
         raise DataError(f"{error.filename or path}: {error.strerror}") from error
 
 
-def _find(spec: str) -> tuple[Path, str, tuple[Path, ...]]:
+def find_path(spec: str) -> tuple[Path, str, tuple[Path, ...]]:
     """Return the path in spec, the folder inside that archive, "" for all of it, and its files.
 
-    Files are there if spec is a pattern; the path is the first of them.
+    Files are there if spec is a pattern; the path is the first of them. Raises DataError if
+    there is none.
     """
     path = Path(spec)
     before, colon, folder = spec.rpartition(":")

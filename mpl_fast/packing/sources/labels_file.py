@@ -1,5 +1,6 @@
 """Labels files: the classes of images outside class folders."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -42,15 +43,16 @@ def matched_images(
     faults = Tally()
     for line in spare:
         faults.add(line)
-    seen = set()
+    seen: Counter[str] = Counter()
     for image in images:
-        if image.name in seen:
-            faults.add(f"{image.name} (several images)")
-        elif image.name in by_name:
+        seen[image.name] += 1
+        if image.name in by_name:
             yield image._replace(class_name=by_name[image.name][0])
-        else:
-            faults.add(f"{image.name} (no line)")
-        seen.add(image.name)
+    for name, count in seen.items():
+        if name not in by_name:
+            faults.add(f"{name} (no line)")
+        elif count > 1:
+            faults.add(f"{name} ({count} images)")
     for name, (_, number) in by_name.items():
         if name not in seen:
             faults.add(f"{name} (line {number}, no image)")

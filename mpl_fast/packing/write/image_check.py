@@ -4,6 +4,8 @@ import re
 
 from mpl_fast.packing.write.pixels import PixelsError, check_jpeg, decode, kind_of
 
+_EMPTY, _UNKNOWN = "empty file", "neither JPEG nor PNG"
+NO_IMAGE = (_EMPTY, _UNKNOWN)  # faults of files of which nothing can be decoded
 _JPEG_END = re.compile(rb"\xff\xd9")
 _PNG_END = re.compile(rb"IEND")
 _TAIL = 64  # bytes; most files have their end mark in the last ones
@@ -17,12 +19,12 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
     JPEG and PNG are distinguished by content, not name: ImageNet has a PNG named .JPEG.
     """
     if not image:
-        return "empty file"
+        return _EMPTY
     if how == "none":
         return None
     kind = kind_of(image)
     if kind not in ("JPEG", "PNG"):
-        return f"neither JPEG nor PNG but {kind}" if kind else "neither JPEG nor PNG"
+        return f"{_UNKNOWN} but {kind}" if kind else _UNKNOWN
     if how == "header":
         return _missing_end(image, kind)
     try:

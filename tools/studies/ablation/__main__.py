@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_fast.data.manifest import read_manifest
+from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import ConfigError, output_errors, run_command
 from tools.studies.ablation import report
 from tools.studies.ablation.picture import draw
@@ -26,12 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     began = time.perf_counter()
     variants = _variants(options.variant) if options.variant else DEFAULTS
-    read_manifest(options.rec)  # else every run would report the same error
+    manifest = read_manifest(options.rec)  # else every run would report the same error
     with output_errors(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         planned = jobs(
             variants, options.seeds, options.config, options.rec, options.out, options.steps
         )
+        _refuse_others(planned, manifest)
         try:
             results = _train(planned, variants, options)
         except KeyboardInterrupt:
@@ -41,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ablation", description=ABOUT)
+    parser = argparse.ArgumentParser(prog="ablation", description=ABOUT, allow_abbrev=False)
     add = parser.add_argument
     add("--rec", type=Path, required=True, help="folder that tools/make_rec.py pack wrote")
     add("--out", type=Path, required=True, help="folder for runs and results")
     add("--config", type=Path, required=True, help="YAML file of train.py that variants vary")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every variant (0 1 2)")
     add(
         "--variant",
         nargs="+",
@@ -59,7 +60,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         + ")",
     )
     add("--steps", type=int, default=0, help="training steps (0: as configured)")
-    add("--ranks", type=int, default=1, help="processes of each run")
+    add("--ranks", type=int, default=1, help="processes of each run (%(default)s)")
     options = parser.parse_args(arguments)
     if options.steps < 0 or options.ranks < 1 or min(options.seeds) < 0:
         parser.error("--steps and --seeds must be at least 0, --ranks at least 1")
@@ -85,6 +86,20 @@ def _variants(given: list[list[str]]) -> tuple[Variant, ...]:
         own = tuple(s for s in settings if not s.startswith("against="))
         variants.append(Variant(name, own, *against[-1:]))
     return tuple(variants)
+
+
+def _refuse_others(planned: list[Job], manifest: Manifest) -> None:
+    """Raises `ConfigError`, before any result is overwritten, if a folder holds another run."""
+    # Imported here: PyTorch takes seconds, which --help does not need.
+    from mpl_fast.training.build import resolve_epochs
+    from mpl_fast.training.run_dir import check_same_config
+
+    for job in planned:
+        try:
+            check_same_config(job.folder / "config.yaml", resolve_epochs(job.config, manifest))
+        except ConfigError as error:
+            advice = "or another --out for this ablation"
+            raise ConfigError(f"variant {job.variant.name}: {error}, {advice}") from None
 
 
 def _train(

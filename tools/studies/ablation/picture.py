@@ -43,12 +43,17 @@ def draw(results: Sequence[Result], out: Path) -> bool:
     # Beside the curves: six names would cover some of them.
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
     seeds = max(len(runs) for runs in curves.values())
-    figure.suptitle(f"mean of {seeds} seed(s); bands are ± one standard deviation", fontsize=10)
+    figure.suptitle(title(seeds), fontsize=10)
     figure.tight_layout()
     with atomic_path(out) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
     return True
+
+
+def title(seeds: int) -> str:
+    """Of the picture."""
+    return f"mean of {seeds} seeds; bands are ± one standard deviation" if seeds > 1 else "one seed"
 
 
 def curve(folder: Path) -> Curve:

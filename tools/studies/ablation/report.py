@@ -54,9 +54,12 @@ def table(rows: Sequence[Json], seeds: int) -> str:
     """Markdown; `seeds` is how many each variant was to have."""
     first = rows[0]["variant"]
     head = ("variant", "top-1 (%)", f"against `{first}`", "seconds of training", "images/s", "runs")
+    over, error = f", mean ± standard deviation over {seeds} seeds", ", mean ± standard error"
+    if seeds == 1:
+        over, error = ", one seed", ""
     lines = [
-        f"Top-1 of the last evaluation (averaged weights), mean ± standard deviation over {seeds} "
-        f"seed(s); differences to `{first}` are between runs of one seed, mean ± standard error.",
+        f"Top-1 of the last evaluation (averaged weights){over}; "
+        f"differences to `{first}` are between runs of one seed{error}.",
         "",
         *command.table(head, (_cells(row, first, seeds) for row in rows)),
         "",
