@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mpl_fast.errors import ConfigError, UserError
+from mpl_fast.errors import ANY_TEXT, ConfigError, UserError
 from mpl_fast.packing import commands
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, DRAWN, LAYOUTS
@@ -256,6 +257,8 @@ def main(arguments: list[str]) -> int:
     known = parse(build_parser(), arguments)
     for number in _STOPS:
         signal.signal(number, _stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be UTF-8
+        sys.stdout.reconfigure(errors=ANY_TEXT)
     try:
         result, lines = known.run(known)
     except UserError as error:
