@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import ConfigError, fail, run_command
-from tests.tiny_run import ROOT, TRAIN
+from tests.tiny_run import ROOT, TRAIN, write_digits
 
 
 @pytest.mark.parametrize(("rank", "alone"), [("0", False), ("1", False), ("1", True)])
@@ -105,3 +105,17 @@ def test_a_stdout_that_cannot_be_written_is_one_line(option: str) -> None:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 3
     assert done.stderr == "train: error: standard output: No space left on device\n"
+
+
+def test_make_rec_prints_paths_in_any_encoding(tmp_path: Path) -> None:
+    write_digits(tmp_path / "images", train=20, val=0)
+    for name, printed in (("réc", rb"r\xe9c: 20 rec"), ("r\udcffc", b"r\xffc: 20 rec")):
+        command = ["tools/make_rec.py", "pack", "--src", tmp_path / "images" / "train"]
+        done = subprocess.run(
+            [sys.executable, *command, "--labeled", "10", "--out", tmp_path / name, "-j", "1"],
+            capture_output=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            check=False,
+        )
+        assert done.returncode == 0 and printed in done.stdout, done.stderr
