@@ -110,9 +110,9 @@ def test_a_stdout_that_cannot_be_written_is_one_line(option: str) -> None:
 def test_make_rec_prints_paths_in_any_encoding(tmp_path: Path) -> None:
     write_digits(tmp_path / "images", train=20, val=0)
     for name, printed in (("réc", rb"r\xe9c: 20 rec"), ("r\udcffc", b"r\xffc: 20 rec")):
-        command = ["tools/make_rec.py", "pack", "--src", tmp_path / "images" / "train"]
+        command = ["tools/make_rec.py", "pack", "--src", str(tmp_path / "images" / "train")]
         done = subprocess.run(
-            [sys.executable, *command, "--labeled", "10", "--out", tmp_path / name, "-j", "1"],
+            [sys.executable, *command, "--labeled", "10", "--out", str(tmp_path / name), "-j", "1"],
             capture_output=True,
             cwd=ROOT,
             env={**os.environ, "PYTHONIOENCODING": "ascii"},
