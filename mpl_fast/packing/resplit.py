@@ -9,8 +9,9 @@ from pathlib import Path
 from mpl_fast.atomic import atomic_path, sha256_of, write_json
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.data.records import NO_LABEL
-from mpl_fast.errors import ConfigError, OutputError, output_errors
+from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.packing.check.load_pack import load_pack, require_table
+from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.choose_labeled import check_labeled, choose_labeled
 from mpl_fast.packing.plan.sharding import plan_digest
@@ -43,6 +44,7 @@ def resplit(root: Path, drawn: Json) -> Json:
                 "--layout shared can be split again"
             )
         require_table(root, manifest)
+        _require_same_shards(root, manifest)
         with atomic_path(folder.work / TABLE) as new:
             _draw(root / TABLE, new, drawn)
             with open_table(new) as table:
@@ -56,6 +58,18 @@ def resplit(root: Path, drawn: Json) -> Json:
         write_json(folder.work / MANIFEST, manifest)
         folder.publish()
     return manifest
+
+
+def _require_same_shards(root: Path, manifest: Json) -> None:
+    """DataError when the manifest lacks a .rec file of the table, which would be deleted."""
+    with open_table(root / TABLE) as table:
+        planned = {shard.file for shard in table.shards()}
+    differ = planned ^ {entry["file"] for entry in manifest["shards"]}
+    if differ:
+        raise DataError(
+            f"{root / MANIFEST}: damaged, its .rec files are not those of {TABLE} "
+            f"({first_few(sorted(differ))}); pack again"
+        )
 
 
 def _draw(old: Path, new: Path, drawn: Json) -> None:

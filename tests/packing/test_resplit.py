@@ -226,6 +226,36 @@ def test_folders_in_use_or_unfinished_are_refused(packed: Path, tmp_path: Path) 
     assert not (tmp_path / "absent").exists()
 
 
+@pytest.mark.parametrize("name", ["../train.rec", "..", "", "/train.rec", ".lock", "x.txt"])
+@pytest.mark.parametrize("kind", ["file", "idx", "lst"])
+def test_manifest_that_names_other_files_is_refused(packed: Path, name: str, kind: str) -> None:
+    stored = json.loads((packed / MANIFEST).read_text())
+    entry = stored["shards"][1] if kind == "file" else stored["splits"]["labeled"]
+    before = entry[kind]
+    stored = json.loads(json.dumps(stored).replace(json.dumps(before), json.dumps(name)))
+    (packed / MANIFEST).write_text(json.dumps(stored))
+    outside = packed.parent / "train.rec"
+    outside.write_bytes(b"another's")
+    found = hashes(packed)
+    with pytest.raises(DataError, match=r"manifest\.json: damaged \(.*; pack again"):
+        again(packed, labeled="6")
+    assert outside.read_bytes() == b"another's"
+    assert hashes(packed) == found
+
+
+def test_records_that_the_manifest_lacks_are_kept(packed: Path) -> None:
+    stored = json.loads((packed / MANIFEST).read_text())
+    last = stored["shards"].pop()["file"]
+    for split in stored["splits"].values():
+        split["shards"] = [file for file in split["shards"] if file != last]
+    (packed / MANIFEST).write_text(json.dumps(stored))
+    found = hashes(packed)
+    assert last in found
+    with pytest.raises(DataError, match=rf"are not those of records\.sqlite \({last}\)"):
+        again(packed, labeled="6")
+    assert hashes(packed) == found
+
+
 # Splits copies of a pack again, each in a process that is killed at another rename.
 _KILLED = """
 import os, shutil, signal, sys

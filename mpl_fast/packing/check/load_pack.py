@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.manifest import MANIFEST, load_manifest
+from mpl_fast.data.manifest import MANIFEST, file_names, load_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.check.shard_check import file_fault
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE
-from mpl_fast.packing.publish.out_folder import WORK
+from mpl_fast.packing.publish.out_folder import WORK, is_pack_file
 
 _SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "sha256": str, "first_id": int}
 _INDEX = {"idx": str, "idx_sha256": str}
@@ -55,6 +55,7 @@ def load_pack(root: Path) -> Json:
         ]
         known = {entry["file"] for entry in manifest["shards"]}
         wrong += [name for s in manifest["splits"].values() for name in {*s["shards"]} - known]
+        wrong += [name for name in file_names(manifest) if not is_pack_file(name)]
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:

@@ -30,6 +30,11 @@ _OURS = re.compile(
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
+def is_pack_file(name: str) -> bool:
+    """Return whether a pack may have a file of this name; never one in another folder."""
+    return _OURS.fullmatch(name) is not None
+
+
 @contextmanager
 def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"]:
     """Lock a folder, made if missing, for this process or (shared) for all that pack its parts.
@@ -78,7 +83,7 @@ class OutFolder:
 
     def pack_files(self) -> list[str]:
         """Return the names of all files of a pack in the folder, sorted."""
-        return sorted(p.name for p in self.path.iterdir() if _OURS.fullmatch(p.name))
+        return sorted(p.name for p in self.path.iterdir() if is_pack_file(p.name))
 
     def finished(self) -> list[str]:
         """Return the names of the finished shards in the work folder, sorted."""
