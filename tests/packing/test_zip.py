@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -170,6 +171,56 @@ def test_damage(tmp_path: Path) -> None:
         path.write_bytes(data_)
         line = refuse("--src", path, "--out", tmp_path / "out", "--labeled", 2, status=4)
         assert "ant/a.jpg: " in line and "damaged zip archive" in line
+
+
+def with_values(whole: bytes, size: int, start: int) -> bytes:
+    """Return an archive of one member with other values of 64 bits in its directory."""
+    directory, end = whole.index(b"PK\1\2"), whole.index(b"PK\5\6")
+    head = bytearray(whole[directory:end])
+    extra = struct.pack("<HHQQ", 1, 16, size, start)
+    head[20:24] = head[42:46] = b"\xff" * 4  # compressed size; start
+    head[30:32] = struct.pack("<H", len(extra))
+    tail = bytearray(whole[end:])
+    tail[12:16] = struct.pack("<I", len(head) + len(extra))
+    return whole[:directory] + head + extra + tail
+
+
+@pytest.mark.parametrize("name", ["ant/a.jpg", "val_annotations.txt", "readme"])
+@pytest.mark.parametrize(
+    ("size", "start"),
+    [(3_500_000_000, 0), ((1 << 64) - 1, 0), (3, 1 << 63), (3, (1 << 64) - 1), (100, 0)],
+)
+def test_members_that_end_after_the_file(tmp_path: Path, name: str, size: int, start: int) -> None:
+    whole = make_zip(tmp_path / "data.zip", [(name, b"one")], zipfile.ZIP_STORED).read_bytes()
+    (tmp_path / "data.zip").write_bytes(with_values(whole, max(size, len(whole) - 10), start))
+    with pytest.raises(DataError, match=f"damaged zip archive: {name} ends after the file"):
+        listed(tmp_path / "data.zip", tmp_path)
+
+
+def test_directory_that_is_after_the_file(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "data.zip", [("ant/a.jpg", b"one")])
+    whole = path.read_bytes()
+    end = whole.index(b"PK\5\6")
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, 1 << 63, 1)
+    path.write_bytes(whole[:end] + locator + whole[end:])
+    with pytest.raises(DataError, match="its directory is cut short"):
+        listed(path, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ant/a.jpg", "val_annotations.txt"])
+def test_members_too_large_to_be_read(tmp_path: Path, name: str) -> None:
+    path = make_zip(tmp_path / "data.zip", [(name, b"one")], zipfile.ZIP_STORED)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\1\2")
+    size = (1 << 29) + 1
+    with path.open("r+b") as file:  # a hole between the member and the directory
+        file.seek(directory + size)
+        file.write(with_values(whole, size, 0)[directory:])
+        offset = file.tell() - 6
+        file.seek(offset)
+        file.write(struct.pack("<I", directory + size))
+    with pytest.raises(DataError, match=f"{name} has {size} bytes, more than {1 << 29}"):
+        listed(path, tmp_path)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ _WORD, _LONG = 0xFFFF, 0xFFFFFFFF  # the value is in the 64-bit form
 _ENCRYPTED, _CRC_FOLLOWS, _UTF8 = 1, 8, 1 << 11  # flags
 _STORED, _DEFLATED = 0, 8  # methods
 _UNIX, _LINK = 3, 0o120000
-_IMAGE_LIMIT = 1 << 29  # bytes; more than a record holds
+_SIZE_LIMIT = 1 << 29  # bytes of a member that is read; more than a record holds
 
 
 class _Member(NamedTuple):
@@ -57,7 +57,7 @@ class ZipSource(ClassFolders):
         if method == _DEFLATED:
             try:
                 inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-                data = inflater.decompress(data, _IMAGE_LIMIT)
+                data = inflater.decompress(data, _SIZE_LIMIT)
                 if not inflater.eof:
                     raise DataError("damaged zip archive: a member is cut short or too large")
             except zlib.error as error:
@@ -68,7 +68,8 @@ class ZipSource(ClassFolders):
 
     def _entries(self) -> Iterator[Entry]:
         with _errors(self.file), self.file.open("rb") as raw:
-            entries = (_entry(raw, member, self.file) for member in _members(raw, self.file))
+            stop = raw.seek(0, os.SEEK_END)
+            entries = (_entry(raw, member, self.file, stop) for member in _members(raw, self.file))
             yield from in_folder(entries, self.request.folder, self.file)
 
     def _annotations(self) -> bytes | None:
@@ -89,13 +90,19 @@ def _errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
-def _entry(raw: IO[bytes], member: _Member, archive: Path) -> Entry:
+def _entry(raw: IO[bytes], member: _Member, archive: Path, stop: int) -> Entry:
     name = clean_name(member.name)
     if member.name.endswith("/"):
         return Entry(name, 0, -1)
     if member.is_link:
         raise DataError(f"{archive}: {name} is a link; pack from the unpacked tree")
-    if name.lower().endswith(IMAGE_SUFFIXES):
+    if not 0 <= member.start <= member.start + _LOCAL.size + member.size <= stop:
+        raise DataError(f"{archive}: damaged zip archive: {name} ends after the file")
+    is_image = name.lower().endswith(IMAGE_SUFFIXES)
+    is_read = is_image or name.rpartition("/")[2] == ANNOTATIONS
+    if is_read and member.size > _SIZE_LIMIT:
+        raise DataError(f"{archive}: {name} has {member.size} bytes, more than {_SIZE_LIMIT}")
+    if is_image:
         if member.flags & _ENCRYPTED:
             raise DataError(f"{archive}: {name} is encrypted; pack from the unpacked tree")
         if member.method not in (_STORED, _DEFLATED):
@@ -104,7 +111,10 @@ def _entry(raw: IO[bytes], member: _Member, archive: Path) -> Entry:
     mark, *_, name_length, extra = _LOCAL.unpack(os.pread(raw.fileno(), _LOCAL.size, member.start))
     if mark != b"PK\3\4":
         raise DataError(f"{archive}: damaged zip archive: {name} is not where it should be")
-    return Entry(name, member.start, _LOCAL.size + name_length + extra + member.size)
+    size = _LOCAL.size + name_length + extra + member.size
+    if member.start + size > stop:
+        raise DataError(f"{archive}: damaged zip archive: {name} ends after the file")
+    return Entry(name, member.start, size)
 
 
 def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
@@ -139,6 +149,7 @@ def _directory(raw: IO[bytes], archive: Path) -> tuple[int, int, int]:
     locator = os.pread(raw.fileno(), _LOCATOR.size, max(0, end - _LOCATOR.size))
     if locator.startswith(b"PK\6\7"):
         _, at = _LOCATOR.unpack(locator)
+        at = min(at, stop)  # a damaged one may be too large to be an offset
         mark, long_size, long_offset = _END64.unpack(os.pread(raw.fileno(), _END64.size, at))
         if mark == b"PK\6\6":
             end, size, offset = at, long_size, long_offset
