@@ -14,8 +14,10 @@ from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.choose_labeled import check_labeled, choose_labeled
+from mpl_fast.packing.plan.prepare import warn
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, edit_table, open_table, table_errors
+from mpl_fast.packing.publish.finish import describe_left_out
 from mpl_fast.packing.publish.out_folder import open_out_folder
 from mpl_fast.packing.publish.split_files import write_splits
 
@@ -53,6 +55,7 @@ def resplit(root: Path, drawn: Json) -> Json:
                 manifest["splits"] |= write_splits(
                     folder.work, table, manifest["shards"], ("labeled", "unlabeled")
                 )
+                warn([describe_left_out(table, manifest)])
             manifest["table_sha256"] = sha256_of(new)
         manifest["resplit"] = datetime.now(timezone.utc).isoformat()
         write_json(folder.work / MANIFEST, manifest)

@@ -122,14 +122,19 @@ def test_it_is_what_packing_makes(
     assert contents(packed) == before
 
 
-def test_images_that_were_left_out_took_part_in_the_draw(tmp_path: Path) -> None:
+def test_images_that_were_left_out_took_part_in_the_draw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Otherwise another image would be labeled in place of each."""
     tree = image_tree(tmp_path)
     for name in ("ant/1.jpg", "bee/5.jpg", "cat/0.jpg"):
         (tree / "train" / name).write_bytes(b"no image")
     half = FIRST | {"labeled": "50%"}
     packed = pack_tree(tree, tmp_path / "rec", FIRST, "--on-bad", "skip")
+    capsys.readouterr()
     again(packed, labeled="50%")
+    warned = capsys.readouterr().err
+    assert warned == "make_rec: warning: labeled images left out as bad: 2 of 12\n"
     other = pack_tree(tree, tmp_path / "other", half, "--on-bad", "skip")
     assert contents(packed) == contents(other)
     assert len(read_split(packed, "train")) == 21

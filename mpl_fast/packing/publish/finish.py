@@ -73,7 +73,7 @@ def finish(work: Path) -> Json:
         _complete_table(work, completed)
         with open_table(completed) as table:
             manifest = _manifest(work, table)
-            warn([_left_out(table, manifest), describe_duplicates(manifest["duplicates"])])
+            warn([describe_left_out(table, manifest), describe_duplicates(manifest["duplicates"])])
         return manifest | {"table_sha256": sha256_of(completed)}
 
 
@@ -205,7 +205,7 @@ def _write_index(path: Path, receipt: ShardReceipt) -> str:
     return file.sha256
 
 
-def _left_out(table: Table, manifest: Mapping[str, Any]) -> str:
+def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
     """Return a warning when labeled images were left out as bad; "" when none was."""
     labeled = manifest["splits"]["labeled"]
     if manifest["layout"] == "separate":
