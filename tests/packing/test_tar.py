@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import DataError, OutputError
+from mpl_fast.packing.sources.source import Request
+from mpl_fast.packing.sources.spool import spooled
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import make_tar
 
@@ -63,6 +65,25 @@ def test_compressed_archive_is_unpacked_once(tmp_path: Path) -> None:
     assert opened(plain, tmp_path).file == plain
     with pytest.raises(OutputError, match=r"none.*: No such file"):
         opened(archive, tmp_path / "none")
+
+
+def test_time_of_a_spool_tells_of_any_changed_file(tmp_path: Path) -> None:
+    """An older file that changes does not pass for unchanged because a newer one is the same."""
+    files = (tmp_path / "old", tmp_path / "new")
+    for file in files:
+        file.write_bytes(b"same size")
+    where = Request(
+        "spec", files[0], "", None, None, tmp_path, lambda line: None, unlabeled=False, files=files
+    )
+    stamps = []
+    for at in (1000, 2000, 1000):
+        for file, stamp in zip(files, (at, 3_000_000), strict=True):
+            os.utime(file, ns=(0, stamp))
+        spool = spooled(where, [b"x"], files, "part")
+        stamps.append(spool.stat().st_mtime_ns)
+        spool.unlink()
+    assert stamps[0] == stamps[2] != stamps[1]
+    assert spooled(where, [b"x"], files[1:], "part").stat().st_mtime_ns == 3_000_000
 
 
 @pytest.mark.parametrize("mode", ["w:xz", "w:gz"])

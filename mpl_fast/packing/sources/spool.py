@@ -40,8 +40,9 @@ def spooled(
     """Return a file of these blocks in the work folder, made once and kept.
 
     blocks are the content of the request's path, or of that part of these files, in a form of which
-    images are byte ranges. The file gets their latest time, so that it is the same when made again.
-    Raises OutputError when the work folder is full.
+    images are byte ranges. The time of the file tells whether one of these changed: it is
+    the time of the only one, or a number from the sizes and times of several; the same when made
+    again. Raises OutputError when the work folder is full.
     """
     work = request.work
     states = [(path, path.stat()) for path in files or (request.path,)]
@@ -56,9 +57,16 @@ def spooled(
             with temporary.open("wb") as file:
                 for block in blocks:
                     file.write(block)
-            latest = max(state.st_mtime_ns for _, state in states)
-            os.utime(temporary, ns=(latest, latest))
+            stamp = _stamp([state for _, state in states])
+            os.utime(temporary, ns=(stamp, stamp))
     return spool
+
+
+def _stamp(states: Sequence[os.stat_result]) -> int:
+    if len(states) == 1:
+        return states[0].st_mtime_ns
+    values = repr([(state.st_size, state.st_mtime_ns) for state in states])
+    return int.from_bytes(hashlib.sha256(values.encode()).digest()[:7], "big")
 
 
 def decompressed(path: Path) -> Iterator[bytes] | None:
