@@ -203,6 +203,15 @@ def test_malicious_pickle(tmp_path: Path, file: str) -> None:
         (b"cnumpy\ndtype\n}S'x'\nI1\nsb.", r"damaged pickle \(TypeError"),
         (b"c_codecs\nencode\n(N}V__code__\nI1\nstb.", r"damaged pickle \(AttributeError"),
         (b"cnumpy\nndarray\n(I9\ntR.", r"damaged pickle \(TypeError"),
+        (  # an array that is never filled
+            b"}(S'labels'\n(lI0\naS'data'\ncnumpy.core.multiarray\n_reconstruct\n(tRu.",
+            "its data are no array, or its labels no list",
+        ),
+        (
+            b"}(S'labels'\n(lI0\naS'data'\ncnumpy.core.numeric\n_frombuffer\n"
+            b"(I3072\ncnumpy\ndtype\n(S'u1'\ntR(I1\nI3072\ntS'C'\ntRu.",
+            r"damaged pickle \(ValueError: the content of an array is no bytes",
+        ),
         (pickle.dumps([1]), "has no labels, data: no batch as published"),
         (
             pickle.dumps({"labels": [0], "data": [1]}),
@@ -300,6 +309,43 @@ def test_no_svhn(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DataError, match=message):
             listed(path, tmp_path)
+
+
+def element(kind: int, data: bytes) -> bytes:
+    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+
+def matrix(name: bytes, sides: bytes, numbers: bytes) -> bytes:
+    head = element(6, bytes(8)) + element(5, sides) + element(1, name)
+    return element(14, head + numbers)
+
+
+@pytest.mark.parametrize(
+    ("sides", "numbers", "message"),
+    [
+        (bytes(5), b"", "x.mat: damaged: 5 bytes for the sides of a matrix"),
+        (struct.pack("<4i", 0, 2, 3, 1), element(2, b""), r"X is u1 \(0, 2, 3, 1\), not uint8"),
+        (struct.pack("<4i", -1, -2, 3, 1), element(2, bytes(6)), r"X is u1 \(-1, -2, 3, 1\), not"),
+        (
+            struct.pack("<4i", 2, 2, 3, 1),
+            struct.pack("<HH4x", 2, 12),
+            "x.mat: damaged: 12 bytes in a place of 4",
+        ),
+    ],
+)
+def test_svhn_with_other_sides(tmp_path: Path, sides: bytes, numbers: bytes, message: str) -> None:
+    head = b"MATLAB 5.0".ljust(126) + b"IM"
+    digits = matrix(b"y", struct.pack("<2i", 1, 1), element(2, b"\1"))
+    (tmp_path / "x.mat").write_bytes(head + digits + matrix(b"X", sides, numbers))
+    with pytest.raises(DataError, match=message):
+        listed(tmp_path / "x.mat", tmp_path)
+
+
+def test_svhn_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is the source's fault, not the output folder's."""
+    (tmp_path / "x.mat").symlink_to("/proc/self/mem")
+    line = refuse("--src", tmp_path / "x.mat", "--out", tmp_path / "out", status=4)
+    assert "x.mat: Input/output error" in line
 
 
 # MNIST.

@@ -66,6 +66,7 @@ def test_classes_beside_the_records(tmp_path: Path) -> None:
     [
         ("classes.txt", "ant\nbee\n", "a.rec: .* at byte 0: label 2, but only 2 classes are named"),
         ("classes.txt", "ant\n\nbee\n", "classes.txt: has an empty line, or a class twice"),
+        ("classes.txt", "ant\nb/e\ncat\n", "classes.txt: a class name has no /: b/e"),
         ("classes.txt", "ant\nbee\nant\n", "classes.txt: has an empty line, or a class twice"),
         ("a.lst", "7\t1\tb.jpg\n", "label 2, but 1 in .*a.lst, line 1"),
         ("a.lst", "3\t0\ta.jpg\n", "a.lst has no line for this record, or not in the order of"),
@@ -76,6 +77,13 @@ def test_files_beside_that_do_not_fit(tmp_path: Path, beside: str, text: str, me
     path = make_records(tmp_path / "a.rec", ROWS)
     (tmp_path / beside).write_text(text)
     with pytest.raises(DataError, match=message):
+        listed(path, tmp_path)
+
+
+def test_classes_that_cannot_be_read(tmp_path: Path) -> None:
+    path = make_records(tmp_path / "a.rec", ROWS)
+    (tmp_path / "classes.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match=r"classes.txt: Input/output error"):
         listed(path, tmp_path)
 
 

@@ -302,6 +302,15 @@ def test_faulty_annotations(tmp_path: Path, lines: str, message: str) -> None:
         listed(tmp_path / "in/val", tmp_path)
 
 
+def test_damaged_annotations(tmp_path: Path) -> None:
+    line = b"val_0.JPEG\tn01\t0\n"
+    files = [("images/val_0.JPEG", jpeg(0)), ("val_annotations.txt", line)]
+    path = make_zip(tmp_path / "val.zip", files, zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes().replace(line, line.upper()))
+    with pytest.raises(DataError, match=r"val.zip: val_annotations.txt: damaged zip archive"):
+        listed(path, tmp_path)
+
+
 @pytest.mark.parametrize("other", ["a/text/2.jpg", "a/3.jpg"])
 def test_images_beside_other_folders(tmp_path: Path, other: str) -> None:
     """It is uncertain whether `images` is a class; below the top it always is one."""

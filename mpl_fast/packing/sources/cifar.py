@@ -141,9 +141,9 @@ def _batch(stream: IO[bytes], form: _Form, where: str) -> "tuple[NDArray[np.uint
     if form.labels:
         fields = _fields(stream, (form.labels, "data"), where)
         data, labels = fields["data"], fields[form.labels]
-        if not isinstance(labels, list) or not isinstance(data, PlainArray):
+        pixels = data.values if isinstance(data, PlainArray) else None
+        if not isinstance(labels, list) or pixels is None:
             raise DataError(f"{where}: its data are no array, or its labels no list")
-        pixels = data.values
         if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
             shape = f"{pixels.dtype} {pixels.shape}"
             raise DataError(f"{where}: pixels {shape}, not uint8 ({len(labels)}, {_PIXELS})")

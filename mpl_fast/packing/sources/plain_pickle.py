@@ -30,7 +30,7 @@ def load_plain(stream: IO[bytes], where: str) -> Any:
 class PlainArray:
     """An array of numbers."""
 
-    values: "NDArray[Any]"
+    values: "NDArray[Any] | None" = None  # if the pickle made the array and never filled it
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
@@ -41,6 +41,8 @@ class PlainArray:
 
         if not isinstance(kind, _Kind):
             raise ValueError("no kind of numbers")
+        if not isinstance(content, (bytes, bytearray)):  # bytes(number) would be that many
+            raise ValueError("the content of an array is no bytes")
         self.values = np.frombuffer(bytes(content), kind.dtype()).reshape(shape, order=order)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError
+from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
 from mpl_fast.packing.sources.source import Image, Source
 
@@ -125,10 +126,15 @@ def _list_beside(path: Path) -> Path | None:
 def classes_beside(path: Path) -> tuple[str, ...] | None:
     """Return the lines of the classes.txt beside a file; None if there is none."""
     file = path.with_name("classes.txt")
-    if not file.is_file():
-        return None
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    try:
+        if not file.is_file():
+            return None
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from error
     names = tuple(text.removesuffix("\n").split("\n"))
     if not all(names) or len(set(names)) < len(names):
         raise DataError(f"{file}: has an empty line, or a class twice: no name for each label")
+    if wrong := [name for name in names if "/" in name]:
+        raise DataError(f"{file}: a class name has no /: {first_few(wrong)}")
     return names

@@ -39,6 +39,13 @@ class _Variable(NamedTuple):
 
 
 def _images(path: Path) -> Iterator[tuple[int, str, bytes]]:
+    try:
+        yield from _read_images(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _read_images(path: Path) -> Iterator[tuple[int, str, bytes]]:
     import numpy as np
 
     with path.open("rb") as file:
@@ -48,7 +55,7 @@ def _images(path: Path) -> Iterator[tuple[int, str, bytes]]:
         _, dtype, blocks = _variable(file, *starts["y"], path)
         labels = np.frombuffer(b"".join(blocks), dtype)
         shape, dtype, blocks = _variable(file, *starts["X"], path)
-        if dtype != "u1" or len(shape) != 4 or shape[2] != 3:
+        if dtype != "u1" or len(shape) != 4 or shape[2] != 3 or min(shape) < 1:
             raise DataError(f"{path}: X is {dtype} {shape}, not uint8 (height, width, 3, images)")
         if len(labels) != shape[3] or not np.isin(labels, range(11)).all():
             raise DataError(f"{path}: y is not a digit, 1 to 10, for each of {shape[3]} images")
@@ -94,9 +101,8 @@ def _variable(file: IO[bytes], kind: int, start: int, size: int, path: Path) -> 
 def _head_of(stream: "_Stream") -> tuple[str, tuple[int, ...]]:
     """Return name and shape of a matrix, whose numbers follow in the stream."""
     stream.element()  # flags
-    sides = stream.element()
-    name = stream.element().decode("latin1")
-    return name, struct.unpack(f"<{len(sides) // 4}i", sides)
+    shape = stream.sides()
+    return stream.element().decode("latin1"), shape
 
 
 def _tag(tag: bytes, path: Path) -> tuple[int, int]:
@@ -129,6 +135,8 @@ class _Stream:
     def tag(self) -> tuple[int, int, bytes]:
         """Return type, size, and content (if it is in the tag) of the next element."""
         kind, size = struct.unpack("<II", self.read(8))
+        if kind >> 16 > 4:
+            raise DataError(f"{self._path}: damaged: {kind >> 16} bytes in a place of 4")
         if kind >> 16:
             return kind & 0xFFFF, kind >> 16, struct.pack("<I", size)[: kind >> 16]
         return kind, size, b""
@@ -141,6 +149,15 @@ class _Stream:
         if size > _READ:
             raise DataError(f"{self._path}: damaged: a head of {size} bytes")
         return self.read(size + -size % 8)[:size]
+
+    def sides(self) -> tuple[int, ...]:
+        """Return the next element as whole numbers."""
+        content = self.element()
+        if len(content) % 4:
+            raise DataError(
+                f"{self._path}: damaged: {len(content)} bytes for the sides of a matrix"
+            )
+        return struct.unpack(f"<{len(content) // 4}i", content)
 
     def blocks(self, size: int) -> Iterator[bytes]:
         """Yield the next bytes in blocks."""

@@ -76,7 +76,11 @@ class ZipSource(ClassFolders):
         for entry in self._entries():
             if entry.path == ANNOTATIONS:
                 with _errors(self.file), self.file.open("rb") as raw:
-                    return self.decode(os.pread(raw.fileno(), entry.size, entry.start))
+                    stored = os.pread(raw.fileno(), entry.size, entry.start)
+                try:
+                    return self.decode(stored)
+                except DataError as error:
+                    raise DataError(f"{self.file}: {entry.path}: {error}") from error
         return None
 
 
