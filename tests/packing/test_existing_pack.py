@@ -131,6 +131,8 @@ def test_damaged_file(packed: PackOptions, name: str) -> None:
         lambda stored: stored.update(splits=[]),
         lambda stored: stored["shards"][0].pop("bytes"),
         lambda stored: stored.update(format="other"),
+        lambda stored: stored["shards"][0].update(file="../train.rec"),
+        lambda stored: stored["shards"].pop(),
     ],
 )
 def test_damaged_manifest(packed: PackOptions, edit: Callable[[dict[str, Any]], object]) -> None:

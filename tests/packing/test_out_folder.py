@@ -56,6 +56,21 @@ def require_whole(root: Path, shards: list[str], text: str) -> None:
     assert {(root / name).read_text() for name in names(root) if name != "manifest.json"} == {text}
 
 
+def test_manifest_that_names_files_outside_is_not_published(tmp_path: Path) -> None:
+    root = tmp_path / "rec"
+    publish(root, OLD, "old")
+    outside = tmp_path / "train.rec"
+    outside.write_text("another's")
+    message = r"manifest\.json: damaged, names \.\./\.\./train\.rec"
+    with pytest.raises(OutputError, match=message), open_out_folder(root) as folder:
+        put(folder, NEW, "new")
+        manifest = folder.work / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(NEW[0], "../../train.rec"))
+        folder.publish()
+    assert outside.read_text() == "another's"
+    assert (root / "manifest.json").exists()
+
+
 def test_publish_replaces_the_old_pack_and_nothing_else(tmp_path: Path) -> None:
     publish(tmp_path, OLD, "old")
     require_whole(tmp_path, OLD, "old")

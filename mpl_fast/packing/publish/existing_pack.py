@@ -1,12 +1,12 @@
 """Comparison of the finished pack in the output folder with the pack that is to be made."""
 
-from mpl_fast.data.manifest import MANIFEST, check_texts, load_manifest
+from mpl_fast.data.manifest import MANIFEST, check_texts, file_names, load_manifest
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.options import DRAWN, Json
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, Table, open_table
-from mpl_fast.packing.publish.out_folder import OutFolder
+from mpl_fast.packing.publish.out_folder import OutFolder, is_pack_file
 from mpl_fast.packing.write.shard_receipt import ShardReceipt, receipt_path
 
 _REMEDY = "choose another --out, or --force to replace it"
@@ -24,9 +24,13 @@ def check_existing(folder: OutFolder, plan: Table, options: Json) -> tuple[Json,
         )
     try:
         old = load_manifest(folder.path)
+        if wrong := [name for name in file_names(old) if not is_pack_file(name)]:
+            raise DataError(f"{MANIFEST} names {first_few(wrong)}")
         check_texts(folder.path, old)
         with open_table(folder.path / TABLE) as table:
             stamps = {shard.file: shard.stamps for shard in table.shards()}
+        if lacking := stamps.keys() - {shard["file"] for shard in old["shards"]}:
+            raise DataError(f"{MANIFEST} lacks {first_few(sorted(lacking))}")
         before = dict(old["options"])
         skipped = [remark["image"] for remark in old["bad"] if remark["action"] == "skipped"]
         broken = [shard["file"] for shard in old["shards"] if not _has_size(folder, shard)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from mpl_fast.atomic import sync_folder
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
+from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.write.shard_receipt import receipt_path
 
@@ -138,6 +139,10 @@ class OutFolder:
 
     def _publish(self) -> None:
         names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
+        if wrong := [name for name in names if not is_pack_file(name)]:
+            raise OutputError(
+                f"{self.work / MANIFEST}: damaged, names {first_few(wrong)}; remove {self.work}"
+            )
         old = self.pack_files()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()
