@@ -167,6 +167,13 @@ def test_unusable_samples(tmp_path: Path, contents: Contents, message: str) -> N
         listed(path, tmp_path)
 
 
+def test_names_twice(tmp_path: Path) -> None:
+    """Samples that follow each other under one name are refused: only one would be packed."""
+    path = make_tar(tmp_path / "t.tar", [("same.png", png(0)), ("same.cls", b"1")] * 4)
+    with pytest.raises(DataError, match=r"t.tar: same.png is there twice$"):
+        listed(path, tmp_path)
+
+
 def test_captions_are_no_classes(tmp_path: Path) -> None:
     contents: Contents = {}
     for number in range(12):

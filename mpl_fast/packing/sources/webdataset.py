@@ -110,7 +110,11 @@ class _Labels:
         visible = (entry for entry in entries if entry.size >= 0 and "/." not in f"/{entry.path}")
         with file.open("rb") as raw:
             for _, group in groupby(visible, lambda entry: _key(entry.path)):
-                sample = {entry.path: entry for entry in group}
+                sample: dict[str, Entry] = {}
+                for entry in group:
+                    if entry.path in sample:
+                        raise DataError(f"{self._spec}: {file}: {entry.path} is there twice")
+                    sample[entry.path] = entry
                 images = [path for path in sample if path.lower().endswith(_IMAGES)]
                 if not images:
                     self._others.add(next(iter(sample)))
