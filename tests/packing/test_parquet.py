@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.sources.unpacked import Unpacked, _entries
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import jpeg, make_tar, make_tree, pack, png, refuse
 
@@ -150,6 +151,7 @@ ONE = {"image": images((b"1", "1.png"))}
             r"1 row has no usable label: t.parquet row 0 \(none\)",
         ),
         ({**ONE, "label": [-2]}, {}, r"row 0 \(-2\)"),
+        ({**ONE, "label": [1 << 24]}, {}, r"row 0 \(16777216\)"),
         ({**ONE, "label": [3]}, {"label": NAMES}, r"row 0 \(3, but 3 classes are named\)"),
         ({**ONE, "label": [""]}, {}, r"row 0 \(none\)"),
         ({**ONE, "label": [[1, 2]]}, {}, "label has several labels an image, but only one can"),
@@ -174,6 +176,13 @@ def test_unusable_tables(
     with pytest.raises(DataError, match=message):
         listed(file, tmp_path)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_label_too_large() -> None:
+    """Whatever source it is of."""
+    entries_ = _entries(Unpacked([Path("a.mat")], None, [(1 << 24, "0.png", b"")]))
+    with pytest.raises(DataError, match=r"a.mat: 0.png: label 16777216 is more than 16777215$"):
+        list(entries_)
 
 
 def test_several_splits_or_schemas(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_most_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for braces in ("{0..9}{0..9}", "{x,{1..9}{1..11}}"):
         assert matching_files(f"{tmp_path}/{braces}") == ()
     for braces in ("{0..9}{0..10}", "{x,{0..9}{0..9}}", "{0..100}"):
-        with pytest.raises(DataError, match="stands for more than 100 files$"):
+        with pytest.raises(DataError, match=r"stands for more than 100 files$"):
             matching_files(f"{tmp_path}/{braces}")
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpl_fast.data.records import NO_LABEL
+from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
 from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
@@ -254,7 +254,7 @@ def _label_fault(label: object, names: Sequence[str] | None) -> str:
     if label is None or label == "":
         return "none"
     if isinstance(label, int):
-        if label < NO_LABEL:
+        if not NO_LABEL <= label < LABEL_LIMIT:
             return str(label)
         if names is not None and label >= len(names):
             return f"{label}, but {len(names)} classes are named"
