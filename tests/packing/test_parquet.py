@@ -111,6 +111,11 @@ def test_names_by_row(tmp_path: Path, paths: list[str | None]) -> None:
     ]
 
 
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.parquet", {"image": [{"bytes": b"1", "path": 5}], "label": [0]})
+    assert keys(listed(file, tmp_path)[1]) == ["0/t-000000"]
+
+
 @pytest.mark.parametrize(
     ("labels", "keys_", "order"),
     [
@@ -139,6 +144,7 @@ def test_choice_of_the_label(tmp_path: Path) -> None:
         listed(f"{file}:x", tmp_path)
 
 
+LATIN_1 = pa.array([b"\xe9"]).view(pa.string())
 ONE = {"image": images((b"1", "1.png"))}
 
 
@@ -154,6 +160,23 @@ ONE = {"image": images((b"1", "1.png"))}
         ({**ONE, "label": [1 << 24]}, {}, r"row 0 \(16777216\)"),
         ({**ONE, "label": [3]}, {"label": NAMES}, r"row 0 \(3, but 3 classes are named\)"),
         ({**ONE, "label": [""]}, {}, r"row 0 \(none\)"),
+        (
+            {**ONE, "label": LATIN_1},
+            {},
+            r"t.parquet: a label or path is no text in UTF-8 \(.* 0xe9",
+        ),
+        (
+            {
+                "image": pa.StructArray.from_arrays([[b"1"], LATIN_1], ["bytes", "path"]),
+                "label": [0],
+            },
+            {},
+            r"t.parquet: a label or path is no text in UTF-8 \(.* 0xe9",
+        ),
+        ({"image": [{"bytes": [1, 2]}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
+        ({"image": [{"bytes": "1"}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
+        ({**ONE, "label": [0]}, {"label": [1, 2]}, "classes of column label are no list of texts"),
+        ({**ONE, "label": [0]}, {"label": "xy"}, "classes of column label are no list of texts"),
         ({**ONE, "label": [[1, 2]]}, {}, "label has several labels an image, but only one can"),
         ({**ONE, "label": [0.5]}, {}, "column label is double; labels are whole numbers or text"),
         ({**ONE, "a": [0], "b": [0]}, {}, r"no label among its columns .*; name one as .*:COLUMN"),

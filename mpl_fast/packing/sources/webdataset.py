@@ -169,7 +169,8 @@ class _Labels:
                 fields = json.loads(text)
                 key = next(key for key in _KEYS if key in fields)
                 label, place = fields[key], f".json, as {key}"
-        except (ValueError, TypeError, StopIteration) as error:
+            str(label).encode()  # ValueError: half of a surrogate pair, which JSON can name
+        except (ValueError, TypeError, RecursionError, StopIteration) as error:
             reason = f"none of {', '.join(_KEYS)}" if isinstance(error, StopIteration) else error
             raise DataError(f"{where}: no label ({reason})") from error
         if isinstance(label, list | dict):
