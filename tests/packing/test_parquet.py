@@ -81,6 +81,14 @@ def test_files_of_a_split(tmp_path: Path, spec: str) -> None:
     assert len(lines) == 3  # unpacked once
 
 
+def test_hidden_files(tmp_path: Path) -> None:
+    """As macOS writes them beside others on disks of other systems."""
+    where = two_files(tmp_path / "data")
+    (where / "._train-00000-of-00002.parquet").write_bytes(b"\0")
+    (where / ".parquet").touch()
+    assert entries(where, tmp_path) == EXPECTED
+
+
 def test_packed_like_a_tar(tmp_path: Path) -> None:
     """The images are those of a tar of class folders, byte for byte, with the schema's labels."""
     contents = {

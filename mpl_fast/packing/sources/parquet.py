@@ -83,7 +83,7 @@ class ParquetSource(UnpackedSource):
 def _one_split(folder: Path) -> tuple[Path, ...]:
     """Return the parquet files of a folder, which must be those of one split by their names."""
     splits: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.parquet")):
+    for file in sorted(folder.glob("[!.]*.parquet")):
         splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if len(splits) > 1:
         held = first_few([f"{name} ({counted(len(of), 'file')})" for name, of in splits.items()])
