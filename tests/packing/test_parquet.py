@@ -184,6 +184,7 @@ ONE = {"image": images((b"1", "1.png"))}
         ({"image": [{"bytes": [1, 2]}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
         ({"image": [{"bytes": "1"}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
         ({**ONE, "label": [0]}, {"label": [1, 2]}, "classes of column label are no list of texts"),
+        ({**ONE, "label": [0]}, {"label": ["\ud83d"]}, "is no text .surrogates not allowed"),
         ({**ONE, "label": [0]}, {"label": "xy"}, "classes of column label are no list of texts"),
         ({**ONE, "label": [[1, 2]]}, {}, "label has several labels an image, but only one can"),
         ({**ONE, "label": [0.5]}, {}, "column label is double; labels are whole numbers or text"),

@@ -213,6 +213,10 @@ def _class_names(file: Path, label: str, features: dict[str, Any]) -> tuple[str,
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{file}: the classes of column {label} are no list of texts in the schema")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can name
+        raise DataError(f"{file}: a class of column {label} is no text ({error.reason})") from error
     if not all(names) or len(set(names)) < len(names):
         raise DataError(f"{file}: a class of column {label} has no name, or that of another")
     return tuple(names)
