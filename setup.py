@@ -32,7 +32,7 @@ REQUIRES = [
 ]
 DEMO = ["scikit-learn", "matplotlib"]
 RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
-PARQUET = ["pyarrow"]  # packing from parquet files
+PARQUET = ["pyarrow>=14.0.1"]  # packing from parquet files; older ones may run code in them
 TESTS = ["pytest", "pytest-xdist", "hypothesis"]
 DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY, *PARQUET]
 

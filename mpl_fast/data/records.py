@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MAGIC = 0xCED7230A
 NO_LABEL = -1  # stored as the one label (flag 0) of an image without a label
+LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
 LENGTH_LIMIT = 1 << 29  # bytes; the frame keeps a length in 29 bits
 ID_LIMIT = MAGIC  # a larger id could hold the magic word, at which the header would be cut
 

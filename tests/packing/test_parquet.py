@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.sources.unpacked import Unpacked, _entries
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import jpeg, make_tar, make_tree, pack, png, refuse
 
@@ -80,6 +81,14 @@ def test_files_of_a_split(tmp_path: Path, spec: str) -> None:
     assert len(lines) == 3  # unpacked once
 
 
+def test_hidden_files(tmp_path: Path) -> None:
+    """As macOS writes them beside others on disks of other systems."""
+    where = two_files(tmp_path / "data")
+    (where / "._train-00000-of-00002.parquet").write_bytes(b"\0")
+    (where / ".parquet").touch()
+    assert entries(where, tmp_path) == EXPECTED
+
+
 def test_packed_like_a_tar(tmp_path: Path) -> None:
     """The images are those of a tar of class folders, byte for byte, with the schema's labels."""
     contents = {
@@ -110,6 +119,11 @@ def test_names_by_row(tmp_path: Path, paths: list[str | None]) -> None:
     ]
 
 
+def test_paths_that_are_no_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.parquet", {"image": [{"bytes": b"1", "path": 5}], "label": [0]})
+    assert keys(listed(file, tmp_path)[1]) == ["0/t-000000"]
+
+
 @pytest.mark.parametrize(
     ("labels", "keys_", "order"),
     [
@@ -138,6 +152,7 @@ def test_choice_of_the_label(tmp_path: Path) -> None:
         listed(f"{file}:x", tmp_path)
 
 
+LATIN_1 = pa.array([b"\xe9"]).view(pa.string())
 ONE = {"image": images((b"1", "1.png"))}
 
 
@@ -150,8 +165,27 @@ ONE = {"image": images((b"1", "1.png"))}
             r"1 row has no usable label: t.parquet row 0 \(none\)",
         ),
         ({**ONE, "label": [-2]}, {}, r"row 0 \(-2\)"),
+        ({**ONE, "label": [1 << 24]}, {}, r"row 0 \(16777216\)"),
         ({**ONE, "label": [3]}, {"label": NAMES}, r"row 0 \(3, but 3 classes are named\)"),
         ({**ONE, "label": [""]}, {}, r"row 0 \(none\)"),
+        (
+            {**ONE, "label": LATIN_1},
+            {},
+            r"t.parquet: a label or path is no text in UTF-8 \(.* 0xe9",
+        ),
+        (
+            {
+                "image": pa.StructArray.from_arrays([[b"1"], LATIN_1], ["bytes", "path"]),
+                "label": [0],
+            },
+            {},
+            r"t.parquet: a label or path is no text in UTF-8 \(.* 0xe9",
+        ),
+        ({"image": [{"bytes": [1, 2]}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
+        ({"image": [{"bytes": "1"}], "label": [0]}, {}, r"no images; .*image \(struct\)"),
+        ({**ONE, "label": [0]}, {"label": [1, 2]}, "classes of column label are no list of texts"),
+        ({**ONE, "label": [0]}, {"label": ["\ud83d"]}, "is no text .surrogates not allowed"),
+        ({**ONE, "label": [0]}, {"label": "xy"}, "classes of column label are no list of texts"),
         ({**ONE, "label": [[1, 2]]}, {}, "label has several labels an image, but only one can"),
         ({**ONE, "label": [0.5]}, {}, "column label is double; labels are whole numbers or text"),
         ({**ONE, "a": [0], "b": [0]}, {}, r"no label among its columns .*; name one as .*:COLUMN"),
@@ -174,6 +208,13 @@ def test_unusable_tables(
     with pytest.raises(DataError, match=message):
         listed(file, tmp_path)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_label_too_large() -> None:
+    """Whatever source it is of."""
+    entries_ = _entries(Unpacked([Path("a.mat")], None, [(1 << 24, "0.png", b"")]))
+    with pytest.raises(DataError, match=r"a.mat: 0.png: label 16777216 is more than 16777215$"):
+        list(entries_)
 
 
 def test_several_splits_or_schemas(tmp_path: Path) -> None:

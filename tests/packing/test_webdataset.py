@@ -152,18 +152,33 @@ GOOD: Contents = {"0.jpg": b"1", "0.cls": "3"}
         ({**GOOD, "1.jpg": b"1", "1.cls": " "}, "1.cls: no label, but nothing"),
         ({**GOOD, "1.jpg": b"1", "1.cls": "1\n2"}, "1.cls: no label, but several lines"),
         ({**GOOD, "1.jpg": b"1", "1.cls": b"\xff"}, r"1.cls: no label \('utf-8' codec"),
-        ({**GOOD, "1.jpg": b"1", "1.cls": "-2"}, "1.cls: label -2 is not 0 or more"),
+        ({**GOOD, "1.jpg": b"1", "1.cls": "-2"}, "1.cls: label -2 is not 0 to 16777215$"),
+        ({**GOOD, "1.jpg": b"1", "1.cls": f"{1 << 24}"}, "label 16777216 is not 0 to 16777215$"),
+        ({**GOOD, "1.jpg": b"1", "1.cls": "7" * 5000}, r"label 7{20}\.\.\. is not 0 to 16777215$"),
+        (
+            {"0.jpg": b"1", "0.json": '{"label": 1e300}'},
+            r"label 10{10}\d+\.\.\. is not 0 to 16777215$",
+        ),
         ({"0.jpg": b"1", "0.cls": "a/b"}, "0.cls: a class with a slash in it: 'a/b'"),
         ({"0.jpg": b"1", "0.json": '{"label": [1, 2]}'}, r"\[1, 2\] for one label: only one an im"),
         ({"0.jpg": b"1", "0.json": '{"id": 1}'}, r"0.json: no label \(none of label, cls, "),
         ({"0.jpg": b"1", "0.json": "[]"}, r"0.json: no label \(none of label, cls, "),
         ({"0.jpg": b"1", "0.json": "{"}, r"0.json: no label \(Expecting"),
+        ({"0.jpg": b"1", "0.json": "[" * 300_000}, r"0.json: no label \(maximum recursion depth"),
+        ({"0.jpg": b"1", "0.json": r'{"label": "\ud83d"}'}, r"0.json: no label \('utf-8' codec"),
         ({"0.jpg": b"1", "0.txt": "x" * (1 << 20) + "x"}, "0.txt has 1048577 bytes: no label"),
     ],
 )
 def test_unusable_samples(tmp_path: Path, contents: Contents, message: str) -> None:
     path = shard(tmp_path / "t.tar", contents)
     with pytest.raises(DataError, match=message):
+        listed(path, tmp_path)
+
+
+def test_names_twice(tmp_path: Path) -> None:
+    """Samples that follow each other under one name are refused: only one would be packed."""
+    path = make_tar(tmp_path / "t.tar", [("same.png", png(0)), ("same.cls", b"1")] * 4)
+    with pytest.raises(DataError, match=r"t.tar: same.png is there twice$"):
         listed(path, tmp_path)
 
 

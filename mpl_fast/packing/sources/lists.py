@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.data.records import NO_LABEL
+from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
 from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
-
-_LABEL_LIMIT = 1 << 24  # a label is a float32, which holds every whole number below this
 
 
 class Line(NamedTuple):
@@ -72,8 +70,8 @@ def whole_label(label: str | float) -> int:
         number = float(label)
     except ValueError as error:
         raise ValueError(f"label {label!r} is no number") from error
-    if not number.is_integer() or not NO_LABEL <= number < _LABEL_LIMIT:
-        limits = f"0..{_LABEL_LIMIT - 1} (or -1: no label)"
+    if not number.is_integer() or not NO_LABEL <= number < LABEL_LIMIT:
+        limits = f"0..{LABEL_LIMIT - 1} (or -1: no label)"
         raise ValueError(f"label {label} is no whole number in {limits}")
     return int(number)
 

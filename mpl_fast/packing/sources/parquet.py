@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpl_fast.data.records import NO_LABEL
+from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
 from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
@@ -83,7 +83,7 @@ class ParquetSource(UnpackedSource):
 def _one_split(folder: Path) -> tuple[Path, ...]:
     """Return the parquet files of a folder, which must be those of one split by their names."""
     splits: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.parquet")):
+    for file in sorted(folder.glob("[!.]*.parquet")):
         splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
     if len(splits) > 1:
         held = first_few([f"{name} ({counted(len(of), 'file')})" for name, of in splits.items()])
@@ -118,9 +118,8 @@ def _columns(file: Path, request: Request) -> _Columns:
     images = [
         name
         for name, kind in types.items()
-        if (kinds.is_struct(kind) and "bytes" in [child.name for child in kind])
-        or kinds.is_binary(kind)
-        or kinds.is_large_binary(kind)
+        if _is_bytes(kind)
+        or (kinds.is_struct(kind) and any(c.name == "bytes" and _is_bytes(c.type) for c in kind))
     ]
     image = _best(images, _IMAGES)
     if image is None:
@@ -132,8 +131,24 @@ def _columns(file: Path, request: Request) -> _Columns:
         if not request.unlabeled:
             raise
         label, names = "", None
-    children = [child.name for child in types[image]] if kinds.is_struct(types[image]) else []
-    return _Columns(image, bool(children), "path" in children, label, names)
+    is_struct = kinds.is_struct(types[image])
+    children = types[image] if is_struct else ()
+    has_path = any(child.name == "path" and _is_text(child.type) for child in children)
+    return _Columns(image, is_struct, has_path, label, names)
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return bool(kinds.is_binary(kind) or kinds.is_large_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(kinds.is_string(kind) or kinds.is_large_string(kind))
 
 
 def _label(
@@ -148,7 +163,7 @@ def _label(
         raise DataError(f"{file}: {label} has several labels an image, but only one can be packed")
     if kinds.is_dictionary(kind):
         kind = kind.value_type
-    is_text = kinds.is_string(kind) or kinds.is_large_string(kind)
+    is_text = _is_text(kind)
     if not (is_text or kinds.is_integer(kind) or kinds.is_boolean(kind)):
         raise DataError(f"{file}: column {label} is {kind}; labels are whole numbers or text")
     return label, None if is_text else _class_names(file, label, features)
@@ -159,7 +174,7 @@ def _features(schema: Any) -> dict[str, Any]:
     try:
         text = (schema.metadata or {}).get(b"huggingface", b"{}")
         features = json.loads(text)["info"]["features"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}
 
@@ -196,9 +211,15 @@ def _is_class(feature: object) -> bool:
 def _class_names(file: Path, label: str, features: dict[str, Any]) -> tuple[str, ...] | None:
     if not _is_class(features.get(label)) or not (names := features[label].get("names")):
         return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file}: the classes of column {label} are no list of texts in the schema")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can name
+        raise DataError(f"{file}: a class of column {label} is no text ({error.reason})") from error
     if not all(names) or len(set(names)) < len(names):
         raise DataError(f"{file}: a class of column {label} has no name, or that of another")
-    return tuple(map(str, names))
+    return tuple(names)
 
 
 def _without_slash(names: Iterable[str], where: str, request: Request) -> dict[str, str]:
@@ -232,13 +253,13 @@ def _check_rows(files: Sequence[Path], columns: _Columns) -> _Rows:
     own_names, hashes, faults = columns.has_path, array("q"), Tally(3)
     texts: set[str] = set()
     for file, first, batch in _batches(files, read, _SMALL_ROWS) if read else ():
-        labels = _labels_of(batch, columns)
+        labels = _labels_of(file, batch, columns)
         for row, label in enumerate(labels if columns.label else (), first):
             if fault := _label_fault(label, columns.names):
                 faults.add(f"{file.name} row {row} ({fault})")
         texts.update(label for label in labels if isinstance(label, str))
         if own_names:
-            paths = batch.column(columns.image).field("path").to_pylist()
+            paths = _values(file, batch.column(columns.image).field("path"))
             own_names = all(path and _base(path) for path in paths)
         if own_names:
             hashes.extend(hash(pair) for pair in zip(labels, map(_base, paths), strict=True))
@@ -254,19 +275,26 @@ def _label_fault(label: object, names: Sequence[str] | None) -> str:
     if label is None or label == "":
         return "none"
     if isinstance(label, int):
-        if label < NO_LABEL:
+        if not NO_LABEL <= label < LABEL_LIMIT:
             return str(label)
         if names is not None and label >= len(names):
             return f"{label}, but {len(names)} classes are named"
     return ""
 
 
-def _labels_of(batch: Any, columns: _Columns) -> list[Any]:
+def _labels_of(file: Path, batch: Any, columns: _Columns) -> list[Any]:
     """Return the labels of some rows, None for each if they have none."""
     if not columns.label:
         return [None] * int(batch.num_rows)
-    labels: list[Any] = batch.column(columns.label).to_pylist()
-    return labels
+    return _values(file, batch.column(columns.label))
+
+
+def _values(file: Path, column: Any) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: a label or path is no text in UTF-8 ({error})") from error
+    return values
 
 
 def _base(path: str) -> str:
@@ -284,7 +312,7 @@ def _images(
         images = batch.column(columns.image)
         contents = images.field("bytes") if columns.is_struct else images
         paths = images.field("path") if rows.own_names else None
-        for at, label in enumerate(_labels_of(batch, columns)):
+        for at, label in enumerate(_labels_of(file, batch, columns)):
             content = contents[at].as_py()
             if content is None:
                 fault = "has no image bytes; files that it names by path are not read"

@@ -22,7 +22,7 @@ def matching_files(pattern: str) -> tuple[Path, ...]:
         return ()
     files: dict[Path, None] = {}
     missing = []
-    for name in _expanded(pattern):
+    for name in dict.fromkeys(_expanded(pattern)):
         # Not Path.glob: it has no absolute patterns.
         found = sorted(glob(name, recursive=True)) if _WILD.search(name) else [name]  # noqa: PTH207
         paths = [path for path in map(Path, found) if path.is_file()]
@@ -37,19 +37,42 @@ def matching_files(pattern: str) -> tuple[Path, ...]:
 
 def _expanded(pattern: str) -> list[str]:
     """Return what braces stand for, as in a shell."""
-    names = [pattern]
-    while braces := _BRACES.search(names[0]):
-        choices = _choices(braces[1])
-        if len(choices) * len(names) > _LIMIT:
-            raise DataError(f"{pattern}: stands for more than {_LIMIT} files")
-        split = [_BRACES.split(name, maxsplit=1) for name in names]
-        names = [start + choice + rest for start, _, rest in split for choice in choices]
-    return names
+    names, rest = [""], pattern
+    while braces := _braces(rest):
+        start, end = braces
+        choices: list[str] = []
+        for choice in _choices(rest[start + 1 : end]):
+            choices += _expanded(choice)
+            if len(choices) * len(names) > _LIMIT:
+                raise DataError(f"{pattern}: stands for more than {_LIMIT} files")
+        names = [name + rest[:start] + choice for name in names for choice in choices]
+        rest = rest[end + 1 :]
+    return [name + rest for name in names]
+
+
+def _braces(text: str) -> tuple[int, int] | None:
+    """Return where the first braces that are closed begin and end; others may be inside."""
+    opened: list[int] = []
+    found: list[tuple[int, int]] = []
+    for at, character in enumerate(text):
+        if character == "{":
+            opened.append(at)
+        elif character == "}" and opened:
+            found.append((opened.pop(), at))
+    return min(found, default=None)
 
 
 def _choices(inside: str) -> list[str]:
+    """Return what is between the commas that are in no braces, or the numbers of a range."""
     if not (ends := _RANGE.fullmatch(inside)):
-        return inside.split(",")
+        choices, depth = [""], 0
+        for character in inside:
+            depth += (character == "{") - (character == "}")
+            if character == "," and not depth:
+                choices.append("")
+            else:
+                choices[-1] += character
+        return choices
     first, last = int(ends[1]), int(ends[2])
     if abs(last - first) >= _LIMIT:
         raise DataError(f"{{{inside}}}: stands for more than {_LIMIT} files")

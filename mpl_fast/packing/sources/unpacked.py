@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpl_fast.data.records import LABEL_LIMIT
+from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.source import Image, Request, Source
 from mpl_fast.packing.sources.spool import spooled
 
@@ -64,6 +66,9 @@ class UnpackedSource(Source):
 def _entries(content: Unpacked) -> Iterator[bytes]:
     yield _entry(None if content.names is None else [*content.names])
     for label, name, image in content.images:
+        if isinstance(label, int) and label >= LABEL_LIMIT:
+            fault = f"label {label} is more than {LABEL_LIMIT - 1}"
+            raise DataError(f"{content.files[0]}: {name}: {fault}")
         yield _entry([label, name], image)
 
 

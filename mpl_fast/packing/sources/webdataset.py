@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from mpl_fast.data.records import NO_LABEL
+from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.class_folders import Entry
@@ -24,6 +24,7 @@ _IMAGES = (*IMAGE_SUFFIXES, ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELS = (".cls", ".json", ".txt")  # the first that a sample has is taken
 _KEYS = ("label", "cls", "class", "class_id", "class_name", "target", "fine_label")  # of a .json
 _NUMBER = re.compile(r"-?[0-9]+")
+_DIGITS = 20  # more than any label has
 _LONGEST = 1 << 20  # bytes of a file with a label
 _FEW = 10  # images, of which each may have a class of its own
 
@@ -110,7 +111,11 @@ class _Labels:
         visible = (entry for entry in entries if entry.size >= 0 and "/." not in f"/{entry.path}")
         with file.open("rb") as raw:
             for _, group in groupby(visible, lambda entry: _key(entry.path)):
-                sample = {entry.path: entry for entry in group}
+                sample: dict[str, Entry] = {}
+                for entry in group:
+                    if entry.path in sample:
+                        raise DataError(f"{self._spec}: {file}: {entry.path} is there twice")
+                    sample[entry.path] = entry
                 images = [path for path in sample if path.lower().endswith(_IMAGES)]
                 if not images:
                     self._others.add(next(iter(sample)))
@@ -164,7 +169,8 @@ class _Labels:
                 fields = json.loads(text)
                 key = next(key for key in _KEYS if key in fields)
                 label, place = fields[key], f".json, as {key}"
-        except (ValueError, TypeError, StopIteration) as error:
+            str(label).encode()  # ValueError: half of a surrogate pair, which JSON can name
+        except (ValueError, TypeError, RecursionError, StopIteration) as error:
             reason = f"none of {', '.join(_KEYS)}" if isinstance(error, StopIteration) else error
             raise DataError(f"{where}: no label ({reason})") from error
         if isinstance(label, list | dict):
@@ -200,12 +206,15 @@ class _Labels:
                 self._refuse_captions()
 
     def _by_number(self, where: str, name: str) -> str:
-        label = int(name)
+        # Python refuses to convert thousands of digits.
+        label = int(name) if len(name) < _DIGITS else LABEL_LIMIT
         if label == NO_LABEL:
             return ""
-        if label < 0 or (self._names and label >= len(self._names)):
-            limit = f"0 to {len(self._names) - 1} (classes.txt)" if self._names else "0 or more"
-            raise DataError(f"{where}: label {label} is not {limit}")
+        limit = len(self._names) if self._names else LABEL_LIMIT
+        if not 0 <= label < limit:
+            shown = name if len(name) < _DIGITS else f"{name[:_DIGITS]}..."
+            source = " (classes.txt)" if self._names else ""
+            raise DataError(f"{where}: label {shown} is not 0 to {limit - 1}{source}")
         self._highest = max(self._highest, label)
         return self._names[label] if self._names else str(label)
 
