@@ -72,7 +72,7 @@ def ended(
 
     killed, long = (options(name, "mpl", "--steps", str(ENDLESS)) for name in ("killed", "long"))
     kill(killed, ranks, folder / "killed/run")
-    stopped = stop(killed, ranks)
+    stopped = stop(killed, ranks, folder / "killed/run")
     end = stopped + 3
     resumed = {"killed": (stopped, checkpoint("long", end))}
     damaged, straight = options("damaged"), options("straight")
@@ -131,11 +131,13 @@ def kill(options: list[str], ranks: int, folder: Path) -> None:
     assert not (folder / "summary.json").exists()
 
 
-def stop(options: list[str], ranks: int) -> int:
+def stop(options: list[str], ranks: int, folder: Path) -> int:
     """SIGTERM to the resumed run, or to torchrun, which passes it on and itself always ends with 1.
 
-    Returns the steps done.
+    It is sent after a checkpoint, which all ranks reach with their signal handlers. Returns the
+    steps done.
     """
+    before = set(folder.glob("checkpoints/step_*"))
     process = subprocess.Popen(
         command(options, ranks),
         env=environment(),
@@ -145,6 +147,10 @@ def stop(options: list[str], ranks: int) -> int:
     )
     assert process.stdout is not None and "resuming after step" in process.stdout.readline()
     assert "unlabeled images a step" in process.stdout.readline()
+    deadline = time.monotonic() + 600
+    while not set(folder.glob("checkpoints/step_*")) - before:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=600)
     assert process.returncode == (75 if ranks == 1 else 1), err
@@ -210,7 +216,7 @@ def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(ended: Sessions)
 
 
 def test_all_ranks_have_the_error_of_the_first(ended: Sessions) -> None:
-    occupied = f"run_dir {ended.folder}/occupied cannot be written: is a file\n"
+    occupied = f"run_dir {ended.folder}/occupied cannot be written: is a file"  # lines may mix
     assert all(ended.err.count(f"rank {rank}: {occupied}") == 1 for rank in range(ended.ranks))
 
 
