@@ -330,7 +330,7 @@ def test_equal_images_are_counted(tree: Path, tmp_path: Path) -> None:
 
 
 def test_label_minus_one_in_a_source(tree: Path, tmp_path: Path) -> None:
-    """Those images are unlabeled, which is told; a pack is packed again from its own files."""
+    """Those images are unlabeled, with a message; a pack is packed again from its own files."""
     lines = [f"{n}\t{n % 2 if n < 3 else -1}\tpool/{n}.jpg" for n in range(4)]
     make_tree(tree, {"some.lst": "\n".join(lines).encode()})
     done = run("pack", "--src", tree / "some.lst", "--labeled", "all", "--out", tmp_path / "one")

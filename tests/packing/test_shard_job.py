@@ -209,8 +209,8 @@ def test_pool() -> None:
 
 
 def test_worker_that_is_started_while_another_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pool of Python 3.11 joins a worker that it neither ended nor told to end."""
-    told, known = threading.Event(), threading.Event()
+    """The pool of Python 3.11 joins a worker that it neither ended nor asked to end."""
+    ended, known = threading.Event(), threading.Event()
     start, join = SpawnProcess.start, Queue.join_thread
     spawn = ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
 
@@ -218,7 +218,7 @@ def test_worker_that_is_started_while_another_dies(monkeypatch: pytest.MonkeyPat
         start(worker)
         for other in set(multiprocessing.active_children()) - {worker}:
             other.kill()
-            told.wait(5)  # a later Python waits until this one is known
+            ended.wait(5)  # a later Python waits until this one is known
 
     def spawn_and_note(pool: ProcessPoolExecutor) -> None:
         spawn(pool)
@@ -226,7 +226,7 @@ def test_worker_that_is_started_while_another_dies(monkeypatch: pytest.MonkeyPat
             known.set()
 
     def join_later(queue: "Queue[Any]") -> None:
-        told.set()
+        ended.set()
         known.wait(5)
         join(queue)
 

@@ -40,9 +40,9 @@ def spooled(
     """Return a file of these blocks in the work folder, made once and kept.
 
     blocks are the content of the request's path, or of that part of these files, in a form of which
-    images are byte ranges. The time of the file tells whether one of these changed: it is
-    the time of the only one, or a number from the sizes and times of several; the same when made
-    again. Raises OutputError when the work folder is full.
+    images are byte ranges. The time of the file changes with any of these: it is the time of the
+    only one, or a number from the sizes and times of several; the same when made again. Raises
+    OutputError when the work folder is full.
     """
     work = request.work
     states = [(path, path.stat()) for path in files or (request.path,)]
