@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import open_source
-from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Source
+from mpl_fast.packing.sources.labels_file import read_labels
+from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Request, Source
 from tests.packing.packs import KEEP, Planned
 
 
@@ -21,8 +23,9 @@ def opened(
     unlabeled: bool = False,
 ) -> Source:
     """Open what spec names; compressed archives are unpacked into work."""
-    how = {"root": root, "labels": labels}
-    return open_source(str(spec), **how, work=work, report=report, unlabeled=unlabeled)
+    given = read_labels(labels, report) if labels else None
+    how: dict[str, Any] = {"root": root, "work": work, "labels": given}
+    return open_source(str(spec), **how, report=report, unlabeled=unlabeled)
 
 
 def listed(
@@ -30,7 +33,10 @@ def listed(
 ) -> tuple[Source, list[Image]]:
     """Return what spec names and all of its images, sorted."""
     source = opened(spec, work, root=root, labels=labels)
-    return source, sorted(source.images())
+    images = sorted(source.images())
+    if source.request.labels:
+        source.request.labels.require_fit()
+    return source, images
 
 
 def keys(images: Sequence[Image]) -> list[str]:
@@ -87,7 +93,8 @@ class MadeSource(Source):
         stamp: int = 0,
         warnings: Sequence[str] = (),
     ) -> None:
-        self.spec, self.file, self.size, self.stamp = spec, Path("/", spec), 0, stamp
+        self.request = Request(spec, Path("/", spec), "", None, None, Path(), print)
+        self.spec, self.file, self.size, self.stamp = spec, self.request.path, 0, stamp
         self.class_order = None if order is None else tuple(order)
         self.warnings = ["of an earlier listing"]
         self._listed, self._new_warnings = images, warnings

@@ -1,4 +1,4 @@
-"""Lists of images and files of labels: what is read, and every fault with its line."""
+"""Lists of images: what is read, and every fault with its line."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
 from tests.packing.made_sources import content, entries, keys, listed
-from tests.packing.packs import make_tar, make_tree
+from tests.packing.packs import make_tree
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -121,76 +121,3 @@ def test_counts_in_messages() -> None:
     assert [counted(number, "shard") for number in range(3)] == ["0 shards", "1 shard", "2 shards"]
     assert counted(1, "class is", "classes are") == "1 class is"
     assert counted(2, "class is", "classes are") == "2 classes are"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "b.jpg\tbee\na b.jpg\tant one\n",
-        "b.jpg,bee\r\n\r\nval/a b.jpg,ant one\r\n",
-        "\ufeffant\nbee\n",
-        "b.jpg bee\na b.jpg ant",
-    ],
-)
-def test_labels_of_a_flat_folder_and_archive(tmp_path: Path, text: str) -> None:
-    contents = {"a b.jpg": b"1", "b.jpg": b"22"}
-    labels = write(tmp_path / "labels.txt", text)
-    tree = make_tree(tmp_path / "tree", contents)
-    archive = make_tar(tmp_path / "v.tar", [(f"val/{name}", one) for name, one in contents.items()])
-    ant = "ant one" if "one" in text else "ant"
-    for spec in (tree, archive, f"{archive}:val"):
-        expected = [(f"{ant}/a b.jpg", b"1"), ("bee/b.jpg", b"22")]
-        assert entries(spec, tmp_path, labels=labels) == expected
-        source, _ = listed(spec, tmp_path, labels=labels)
-        assert (source.warnings, source.class_order) == ([], None)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("ant\nbee\nant\n", ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]),
-        ("0\n1\n0\n", ["0/01.jpg", "0/03.jpg", "1/02.jpg"]),  # not the devkit's numbers
-        ("1\n1001\n2\n", ["1/01.jpg", "1001/02.jpg", "2/03.jpg"]),
-        ("1\nn01440764\n2\n", ["1/01.jpg", "2/03.jpg", "n01440764/02.jpg"]),
-    ],
-)
-def test_one_class_a_line_in_the_order_of_names(
-    tmp_path: Path, text: str, expected: list[str]
-) -> None:
-    names = ("z/03.jpg", "02.jpg", "y/01.jpg")
-    archive = make_tar(tmp_path / "val.tar", ((name, b"-") for name in names))
-    labels = write(tmp_path / "labels.txt", text)
-    assert keys(listed(archive, tmp_path, labels=labels)[1]) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.jpg ant\nant\n", "line 2: 'ant': each line must be `name class`, or each a class"),
-        ("ant\na.jpg ant\n", "line 2: 'a.jpg ant': each line must be"),
-        ("a.jpg\t\n", r"line 1: 'a.jpg\\t': each line must be"),
-        ("a.jpg ant\nx/a.jpg bee\n", "line 2: a.jpg is on line 1 already"),
-        ("a.jpg x/ant\n", "line 1: a class with a slash in it: 'x/ant'"),
-        ("\n", "gives no class"),
-        ("490\n1\n1000\n", "these look like the ILSVRC devkit's numbers"),
-        (
-            "a.jpg ant\n\nb.jpg bee\n",
-            r"3 names do not fit the images of .*/tree: B.jpg \(no line\), a.jpg \(3 images\), "
-            r"b.jpg \(line 3, no image\)$",
-        ),
-        ("ant\n", r"1 name .*: a.jpg \(no line\)$"),
-        (
-            "ant\nbee\ncat\n",
-            r"2 names .*: a.jpg \(3 images\), class 3 \(no image\)$",
-        ),
-    ],
-)
-def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
-    labels = write(tmp_path / "labels.txt", text)
-    names = ("a.jpg", "B.jpg", "x/a.jpg", "y/a.jpg")
-    tree = make_tree(tmp_path / "tree", dict.fromkeys(names, b"1"))
-    with pytest.raises(DataError, match=rf"labels.txt: {message}"):
-        listed(tree, tmp_path, labels=labels)
-    labels.unlink()
-    with pytest.raises(DataError, match=r"labels.txt: No such file"):
-        listed(tree, tmp_path, labels=labels)

@@ -49,7 +49,7 @@ def test_refusals(tree: Path, tmp_path: Path) -> None:
         (("--src", train, "--out", out, "--val", val), 4, "1 class is not in the training"),
         (("--src", train, "--out", train / "rec"), 2, "is inside the source"),
         (("--src", train, "--val", val, "--out", val), 2, "is inside the source"),
-        (("--src", train, train, "--out", out), 4, "names occur more than once"),
+        (("--src", train, train, "--out", out), 4, f"24 of its images are in {train}, too: give"),
         (("--src", tmp_path / "none", "--out", out), 4, "none: no such folder or file"),
         (("--src", tmp_path / "file", "--out", out), 4, "damaged or not a tar archive"),
         (("--src", train, "--out", tmp_path / "file"), 3, "is a file, not a folder"),

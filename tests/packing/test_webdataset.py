@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.errors import DataError
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import hashes, jpeg, make_tar, make_tree, pack, png, refuse
 
@@ -199,8 +199,6 @@ def test_compressed_or_damaged_shards(tmp_path: Path) -> None:
         listed(f"{tmp_path}/?.tar", tmp_path)
     whole = shard(tmp_path / "1.tar", {**GOOD, "1.jpg": b"1", "1.cls": "1"}).read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:1600])
-    with pytest.raises(ConfigError, match="a labels file is for one source, not for a pattern"):
-        listed(f"{tmp_path}/1.ta[r]", tmp_path, labels=tmp_path / "labels")
     with pytest.raises(DataError, match=r"1.tar: damaged or cut short after 0.jpg"):
         listed(f"{tmp_path}/1.ta[r]", tmp_path)
 

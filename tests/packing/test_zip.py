@@ -290,9 +290,10 @@ def test_tiny_imagenet(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("val_0.JPEG\tn01\t0\n", r"1 name does not fit the images of .*: val_1.JPEG \(no line\)"),
+        ("val_0.JPEG\tn01\t0\n", r"1 name does not fit .*: images/val_1.JPEG \(no line\)"),
         ("val_0.JPEG n01\n", r"val_annotations.txt: line 1: 'val_0.JPEG n01' is not `name TAB"),
-        ("val_0.JPEG\tn01\nval_0.JPEG\tn02\n", "line 2: .* or names an image again"),
+        ("val_0.JPEG\tn01\nval_0.JPEG\tn02\n", "line 2: val_0.JPEG is on line 1 already"),
+        ("", "val_annotations.txt: has no line for any of the 2 images"),
     ],
 )
 def test_faulty_annotations(tmp_path: Path, lines: str, message: str) -> None:

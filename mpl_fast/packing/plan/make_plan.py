@@ -7,7 +7,7 @@ it, so that the number of images is limited by the disk, not by memory.
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,12 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
+from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_once
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
 from mpl_fast.packing.plan.twins import leave_out_twins
-from mpl_fast.packing.sources.source import Image, Source
+from mpl_fast.packing.sources.source import Image, Source, require_one_line
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
@@ -84,19 +85,17 @@ class _Planner:
 
     def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
-        specs = " + ".join(source.spec for source in train)
-        warnings = [line for source in train for line in self._list(source, TRAIN)]
-        self._require_unique(TRAIN, specs)
+        warnings = self._list_labeled(dict(enumerate(train)), TRAIN)
         if val is not None:
-            warnings += self._list(val, VAL)
-            self._require_unique(VAL, val.spec)
+            warnings += self._list_labeled({len(train): val}, VAL)
         sources = [*train, *([val] if val else [])]
         for source in pool:
             warnings += self._list(source, POOL)
             warnings += leave_out_twins(self.table, len(sources), source, sources)
             sources.append(source)
         if self.unlabeled:
-            self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
+            specs = " + ".join(source.spec for source in [*train, *pool])
+            require_files_once(self.table, POOL, specs)
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         how = self.options.split
@@ -105,6 +104,20 @@ class _Planner:
             self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
         return warnings
+
+    def _list_labeled(self, sources: Mapping[int, Source], part: int) -> list[str]:
+        """Add all sources of a part; return their warnings."""
+        warnings = [line for source in sources.values() for line in self._list(source, part)]
+        if labels := sources[min(sources)].request.labels:  # of all sources
+            labels.require_fit()
+        classes = list(self.class_numbers)
+        return warnings + make_names_unique(self.table, part, sources, classes, self._rank)
+
+    def _rank(self, class_name: str, name: str) -> bytes:
+        """Return what images are sorted by; with --order list only by class and name."""
+        if self.options.split.order == "list":
+            return b""
+        return hash_rank(f"order:{self.options.split.shuffle_seed}", f"{class_name}/{name}")[:16]
 
     def _list(self, source: Source, part: int) -> list[str]:
         """Add a source and its images; return its warnings."""
@@ -127,8 +140,6 @@ class _Planner:
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
         numbers = self.class_numbers
-        shuffle = self.options.split.order == "shuffle"
-        seed = f"order:{self.options.split.shuffle_seed}"
         for image in source.images():
             if abs(image.stamp) >= 1 << 63:
                 raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
@@ -149,25 +160,7 @@ class _Planner:
                 image.start,
                 image.size,
                 image.stamp,
-                hash_rank(seed, f"{image.class_name}/{image.name}")[:16] if shuffle else b"",
-            )
-
-    def _require_unique(self, part: int, spec: str) -> None:
-        """DataError when a name occurs twice in a class, or an unlabeled one twice in a source."""
-        names, within = list(self.class_numbers), "source" if part == POOL else "class"
-        query = f"FROM found.images WHERE part = ? GROUP BY {within}, name HAVING count(*) > 1"
-        twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
-        if twice:
-            few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
-            listed = sorted(
-                name if part == POOL else f"{names[number]}/{name}" for number, name in few
-            )
-            more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
-            kind = "in one source" if part == POOL else "as class/name"
-            raise DataError(
-                f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once {kind}: "
-                f"{', '.join(listed)}{more}; does it hold several splits? Then name one folder of "
-                "it"
+                self._rank(image.class_name, image.name),
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
@@ -279,8 +272,7 @@ def _without_label(image: Image, part: int, spec: str) -> Image:
     """Return an unlabeled image under its path; DataError where it cannot be one."""
     if part == VAL:
         raise DataError(f"{spec}: {image.path}: has no label (-1), which validation images need")
-    if {"\t", "\n", "\r"} & set(image.path):
-        raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
+    require_one_line(image.path, image.path, spec)
     return image._replace(class_name="", name=image.path)
 
 

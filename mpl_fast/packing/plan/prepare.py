@@ -1,7 +1,9 @@
 """First phase of packing: checks the options against the file system, opens sources, plans."""
 
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError, DataError, OutputError
@@ -9,7 +11,8 @@ from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import check_labeled
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
-from mpl_fast.packing.sources.source import Source
+from mpl_fast.packing.sources.labels_file import read_labels
+from mpl_fast.packing.sources.tar import clean_name
 
 
 def warn(lines: Sequence[str]) -> None:
@@ -63,23 +66,26 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, in a work folder into which compressed archives are unpacked."""
-    train = [_open(spec, options, options.labels, path.parent) for spec in options.src]
-    val = None
-    if options.val is not None:
-        val = _open(options.val, options, options.val_labels, path.parent)
-    pool = [
-        _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
-    ]
-    warn(make_plan(path, train, val, options, pool))
 
-
-def _open(
-    spec: str, options: PackOptions, labels: Path | None, work: Path, *, unlabeled: bool = False
-) -> Source:
     def report(line: str) -> None:
         if not options.quiet:
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
-    return open_source(
-        spec, root=options.root, labels=labels, work=work, report=report, unlabeled=unlabeled
-    )
+    opened = partial(open_source, root=options.root, work=path.parent, report=report)
+    labels = read_labels(options.labels, report) if options.labels else None
+    if labels and not labels.has_names and len(options.src) > 1:
+        fault = "one class a line, in the order of the names, is for one source"
+        raise DataError(f"{labels.path}: {fault}, not {len(options.src)}; write `name class`")
+    pools = {_identity(spec) for spec in options.unlabeled_src}
+    train = [opened(spec, labels=labels, partial=_identity(spec) in pools) for spec in options.src]
+    val = None
+    if options.val is not None:
+        held = read_labels(options.val_labels, report) if options.val_labels else None
+        val = opened(options.val, labels=held)
+    pool = [opened(spec, labels=None, unlabeled=True) for spec in options.unlabeled_src]
+    warn(make_plan(path, train, val, options, pool))
+
+
+def _identity(spec: str) -> tuple[object, ...]:
+    path, folder, files = find_path(spec)
+    return os.path.realpath(path), clean_name(folder), files

@@ -21,17 +21,11 @@ def leave_out_twins(
     """
     warnings = []
     for other, spec in enumerate(one.spec for one in earlier):
-        before = _before_paths(source, earlier[other])
-        if before is None:
+        same = same_files(number, source, other, earlier[other])
+        if same is None:
             continue
-        # Images below a folder differ in path, those of one file in position.
-        column = "path" if source.file.is_dir() else "start"
-        same = f"SELECT CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
-        removed = table.execute(
-            f"DELETE FROM found.images WHERE CAST(? AS TEXT) || {column} IN ({same}) "
-            "AND source = ?",
-            (*map(to_utf8, before), other, number),
-        ).rowcount
+        where, values = same
+        removed = table.execute(f"DELETE FROM found.images WHERE {where}", values).rowcount
         if removed:
             what = counted(removed, "of its images is", "of its images are")
             warnings.append(f"{source.spec}: {what} in {spec}, too: packed once, as that one's")
@@ -39,6 +33,23 @@ def leave_out_twins(
     if warnings and not table.execute(left, (number,)).fetchone():
         raise DataError(f"{source.spec}: all its images are other sources': leave it out")
     return warnings
+
+
+def same_files(
+    number: int, source: Source, other: int, earlier: Source
+) -> tuple[str, tuple[object, ...]] | None:
+    """Return the condition of those images of a source that another has, too, and its values.
+
+    None: they have no file in common.
+    """
+    before = _before_paths(source, earlier)
+    if before is None:
+        return None
+    # Images below a folder differ in path, those of one file in position.
+    column = "path" if source.file.is_dir() else "start"
+    same = f"SELECT CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
+    where = f"CAST(? AS TEXT) || {column} IN ({same}) AND source = ?"
+    return where, (*map(to_utf8, before), other, number)
 
 
 def _before_paths(source: Source, other: Source) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
-from mpl_fast.packing.sources.labels_file import labeled_images, matched_images
+from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Image, Source
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: the classes of the images below its folder
@@ -43,13 +43,12 @@ class ClassFolders(Source):
         # Folders give no classes.
         self._flat = bool(labels or self.request.unlabeled or annotated is not None)
         images = self._images()
-        if labels:
-            images = labeled_images(images, labels, self.spec)
-        elif annotated is not None:
-            where = f"{self.spec}/{ANNOTATIONS}"
+        if annotated is not None:
+            labels = _annotated(annotated, f"{self.spec}/{ANNOTATIONS}")
             self.request.report(f"{self.spec}: classes are those in {ANNOTATIONS}")
-            images = matched_images(images, _annotated(annotated, where), where, self.spec)
-        yield from images
+        yield from labels.labeled(images, self.request) if labels else images
+        if labels and annotated is not None:
+            labels.require_fit()
         self._warn_of_leftovers()
 
     def _images(self) -> Iterator[Image]:
@@ -143,15 +142,14 @@ def _leaf(folder: str) -> str:
     return folder.rpartition("/")[2]
 
 
-def _annotated(content: bytes, where: str) -> dict[str, tuple[str, int]]:
-    """Return class and line number by the name of an image: `name TAB class TAB box` a line."""
-    found: dict[str, tuple[str, int]] = {}
+def _annotated(content: bytes, where: str) -> Labels:
+    """Return the classes of images: `name TAB class TAB box` a line."""
+    found = []
     lines = content.decode("utf-8", "surrogateescape").splitlines()
     for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         label = rest.partition("\t")[0].strip()
-        if not label or "/" in label or name in found:
-            fault = "is not `name TAB class TAB box`, or names an image again"
-            raise DataError(f"{where}: line {number}: {line!r} {fault}")
-        found[name] = label, number
-    return found
+        if not name or not label or "/" in label:
+            raise DataError(f"{where}: line {number}: {line!r} is not `name TAB class TAB box`")
+        found.append(LabelLine(number, name, label))
+    return Labels(where, found)

@@ -6,6 +6,7 @@ from pathlib import Path
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.sources.cifar import CifarSource
 from mpl_fast.packing.sources.folder import FolderSource
+from mpl_fast.packing.sources.labels import Labels
 from mpl_fast.packing.sources.lists import ListSource
 from mpl_fast.packing.sources.mnist import MnistSource
 from mpl_fast.packing.sources.parquet import ParquetSource
@@ -43,10 +44,11 @@ def open_source(
     spec: str,
     *,
     root: Path | None,
-    labels: Path | None,
+    labels: Labels | None,
     work: Path,
     report: Callable[[str], None],
     unlabeled: bool = False,
+    partial: bool = False,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -55,19 +57,16 @@ def open_source(
     path, folder, files = find_path(spec)
     kind = _kind_of(path)
     if labels is not None and kind.has_labels:
-        raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels}")
+        raise ConfigError(f"{spec} has its own labels: leave out the labels file {labels.path}")
     if files:
-        if labels is not None:
-            raise ConfigError(
-                f"{spec}: a labels file is for one source, not for a pattern of files"
-            )
-        several = SEVERAL | ({TarSource: ShardsSource} if unlabeled else {})
+        several = SEVERAL | ({TarSource: ShardsSource} if unlabeled or labels else {})
         for file in files:
             if several.get(_kind_of(file)) is not several.get(kind, Source):
                 kinds = "parquet files or webdataset shards"
                 raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
         kind = several[kind]
-    return kind(Request(spec, path, folder, root, labels, work, report, unlabeled, files))
+    request = Request(spec, path, folder, root, labels, work, report, unlabeled, files, partial)
+    return kind(request)
 
 
 def _kind_of(path: Path) -> type[Source]:

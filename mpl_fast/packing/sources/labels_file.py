@@ -1,99 +1,119 @@
-"""Labels files: the classes of images outside class folders."""
+"""Reads labels files: the classes of images outside class folders."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import csv
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.lists import text_lines
-from mpl_fast.packing.sources.source import Image
 
 _DEVKIT_CLASSES = 1000
+# Titles of columns, in lower case and without spaces, _ and -.
+_NAMES = re.compile(
+    r"(images?|img|photo|picture|files?)(id|name|path|file|filename)?|id|f?name|path|uuid"
+)
+_CLASSES = re.compile(
+    r"(label|class|category)(e?s|id|name)?|cls|target|breed|species|wnid|synset|predictionstring"
+)
+_NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_BOX = 4  # numbers behind the class
 
 
-def labeled_images(images: Iterable[Image], path: Path, spec: str) -> Iterator[Image]:
-    """Yield images with their classes from a labels file, which is held in memory.
+def read_labels(path: Path, report: Callable[[str], None]) -> Labels:
+    """Return the content of a labels file.
 
-    Its lines are `name class` (separated by tab, comma or space), or a class each, for the images
-    in the order of their names. Raises DataError when an image has no line, several images one
-    line, or a line no image; spec names the images in it.
+    Its lines are `name class`, or a class each, for the images in the order of their names. Columns
+    are separated by tabs, by commas, where quotes are those of CSV, or by the last space. A first
+    line may be a header, and must be where there are more than two columns. Boxes of four numbers
+    behind the class, as Kaggle's ImageNet has, are left out.
     """
-    by_name, in_order = _read(path)
-    spare = []
-    if in_order:
-        images = sorted(images, key=lambda image: image.name)
-        names = dict.fromkeys(image.name for image in images)
-        by_name = {name: (label, 0) for name, label in zip(names, in_order, strict=False)}
-        spare = [f"class {number + 1} (no image)" for number in range(len(names), len(in_order))]
-    yield from matched_images(images, by_name, str(path), spec, spare)
-
-
-def matched_images(
-    images: Iterable[Image],
-    by_name: Mapping[str, tuple[str, int]],
-    path: str,
-    spec: str,
-    spare: Iterable[str] = (),
-) -> Iterator[Image]:
-    """Yield images with the class that by_name, with the number of its line in path, gives each.
-
-    Raises DataError for spare lines and for those that do not fit the images one to one.
-    """
-    faults = Tally()
-    for line in spare:
-        faults.add(line)
-    seen: Counter[str] = Counter()
-    for image in images:
-        seen[image.name] += 1
-        if image.name in by_name:
-            yield image._replace(class_name=by_name[image.name][0])
-    for name, count in seen.items():
-        if name not in by_name:
-            faults.add(f"{name} (no line)")
-        elif count > 1:
-            faults.add(f"{name} ({count} images)")
-    for name, (_, number) in by_name.items():
-        if name not in seen:
-            faults.add(f"{name} (line {number}, no image)")
-    if faults.count:
-        what = counted(faults.count, "name does not fit", "names do not fit")
-        raise DataError(f"{path}: {what} the images of {spec}: {faults}")
-
-
-def _read(path: Path) -> tuple[dict[str, tuple[str, int]], list[str]]:
-    """Return class and line number by name, and the classes of lines without a name."""
-    by_name: dict[str, tuple[str, int]] = {}
-    in_order: list[str] = []
+    lines: list[LabelLine] = []
+    columns, column, boxes = 0, 1, 0
     for number, text in text_lines(path):
         where = f"{path}: line {number}"
-        name, label = _name_and_class(text)
-        if not label or (in_order if name else by_name):
+        fields = _fields(text, where)
+        if not columns:
+            columns, is_header = len(fields), bool(_NAMES.fullmatch(_plain(fields[0])))
+            column = _class_column(fields, is_header, where)
+            if is_header:
+                titles = f"names in {fields[0]}, classes in {fields[column]}"
+                report(f"{where} is its header: {titles}")
+                continue
+        if len(fields) != columns:
+            raise DataError(f"{where}: {text!r}: {len(fields)} columns, but {columns} before")
+        name, label = fields[0], _without_boxes(fields[column], f"{where}: {fields[0]}")
+        boxes += label != fields[column]
+        if not label or (lines and bool(name) != bool(lines[0].path)):
             raise DataError(f"{where}: {text!r}: each line must be `name class`, or each a class")
         if "/" in label:
             raise DataError(f"{where}: a class with a slash in it: {label!r}")
-        if name in by_name:
-            raise DataError(f"{where}: {name} is on line {by_name[name][1]} already")
-        if name:
-            by_name[name] = label, number
-        else:
-            in_order.append(label)
-    if not by_name and not in_order:
+        lines.append(LabelLine(number, name, label))
+    if not lines:
         raise DataError(f"{path}: gives no class")
-    if in_order and all(_is_devkit_id(label) for label in in_order):
+    _refuse_devkit_ids(path, lines)
+    if boxes:
+        report(f"{path}: {counted(boxes, 'line has', 'lines have')} boxes, which are not used")
+    return Labels(str(path), lines)
+
+
+def _fields(text: str, where: str) -> list[str]:
+    """Return the columns of a line; the first is empty if the line is a class only."""
+    if "\t" in text:
+        fields = text.split("\t")
+    elif "," in text:
+        try:
+            (fields,) = csv.reader([text], strict=True, skipinitialspace=True)
+        except csv.Error as error:
+            raise DataError(f"{where}: {text!r}: {error}") from error
+    else:
+        name, _, label = text.strip().rpartition(" ")
+        fields = [name, label]
+    return [field.strip() for field in fields]
+
+
+def _class_column(fields: Sequence[str], header: bool, where: str) -> int:
+    """Return which column has the classes, by the fields of the first line."""
+    if len(fields) == 2:
+        return 1
+    found = [at for at, title in enumerate(fields) if at and _CLASSES.fullmatch(_plain(title))]
+    if header and len(found) == 1:
+        return found[0]
+    what = f"{len(fields)} columns ({first_few(fields)})"
+    if not header:
+        hint = "name them in a first line, as id,label,..., or keep `name class`"
+        raise DataError(f"{where}: {what} without a header: {hint}")
+    several = "several columns may be" if found else "no column is named as"
+    raise DataError(f"{where}: {several} the class among {what}: name one of them label")
+
+
+def _without_boxes(label: str, where: str) -> str:
+    """Return the class in `class x y x y [class x y x y ...]`, or the label as it is."""
+    words = label.split()
+    names = words[:: _BOX + 1]
+    numbers = [word for at, word in enumerate(words) if at % (_BOX + 1)]
+    if len(numbers) != _BOX * len(names) or not numbers:
+        return label
+    # A number before numbers is not the class of a box, but one of several labels.
+    if any(map(_NUMBER.fullmatch, names)) or not all(map(_NUMBER.fullmatch, numbers)):
+        return label
+    if len(set(names)) > 1:
+        raise DataError(f"{where} has boxes of several classes: {first_few(sorted(set(names)))}")
+    return names[0]
+
+
+def _refuse_devkit_ids(path: Path, lines: Sequence[LabelLine]) -> None:
+    def is_id(label: str) -> bool:
+        return label.isdecimal() and 0 < int(label) <= _DEVKIT_CLASSES
+
+    if all(not line.path and is_id(line.label) for line in lines):
         raise DataError(
             f"{path}: these look like the ILSVRC devkit's numbers, which do not follow the "
             "order of the class names: give a WordNet id, as n01440764, on each line"
         )
-    return by_name, in_order
 
 
-def _name_and_class(text: str) -> tuple[str, str]:
-    """Return the name without folders ("" if the line has a class only) and the class."""
-    between = next((character for character in "\t," if character in text), None)
-    name, _, label = text.rpartition(between) if between else text.strip().rpartition(" ")
-    return name.strip().rpartition("/")[2], label.strip()
-
-
-def _is_devkit_id(label: str) -> bool:
-    return label.isdecimal() and 0 < int(label) <= _DEVKIT_CLASSES
+def _plain(title: str) -> str:
+    return re.sub(r"[ _-]", "", title.lower())

@@ -3,9 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from mpl_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from mpl_fast.packing.sources.labels import Labels
 
 FOLDER = "folder"  # the kind of all sources whose images are files of their own
 SHARDS = "shards"  # of sources whose images are byte ranges of several files in one folder
@@ -31,11 +34,12 @@ class Request(NamedTuple):
     path: Path  # the file or folder in it
     folder: str  # of `ARCHIVE:FOLDER`, else ""
     root: Path | None  # of the paths in a list; None: the list's folder
-    labels: Path | None  # a file with the classes of images outside class folders
+    labels: "Labels | None"  # the classes of images outside class folders
     work: Path  # the folder into which files may be unpacked
     report: Callable[[str], None]  # prints a line
     unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
     files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
+    partial: bool = False  # images without a line in labels are those of an --unlabeled-src
 
 
 class Source(ABC):
@@ -97,11 +101,7 @@ class Source(ABC):
         empty = True
         for image in self._list():
             empty = False
-            # These would break the lines of a .lst.
-            key = f"{image.class_name}/{image.name}"
-            if "\t" in key or "\n" in key or "\r" in key:
-                fault = "has a tab or line break in its name"
-                raise DataError(f"{self.spec}: {image.path!r} {fault}")
+            require_one_line(f"{image.class_name}/{image.name}", image.path, self.spec)
             yield image
         if empty:
             raise DataError("; ".join((self._nothing(), *self.warnings)))
@@ -113,3 +113,9 @@ class Source(ABC):
         if (self.file / "manifest.json").is_file():
             return f"{self.spec}: no image found; of packed records, name the .rec files"
         return f"{self.spec}: no image found (looked for {', '.join(IMAGE_SUFFIXES)})"
+
+
+def require_one_line(key: str, path: str, spec: str) -> None:
+    """DataError when the name of an image would break the lines of a .lst."""
+    if "\t" in key or "\n" in key or "\r" in key:
+        raise DataError(f"{spec}: {path!r} has a tab or line break in its name")

@@ -82,14 +82,19 @@ class ShardsSource(Source):
 
     def _list(self) -> Iterator[Image]:
         labels = _Labels(self.request)
+        given = self.request.labels
+        images = self._images(labels)
+        yield from given.labeled(images, self.request) if given else images
+        self.warnings += labels.warnings()
+        self.class_order = labels.class_order()
+
+    def _images(self, labels: "_Labels") -> Iterator[Image]:
         for file in self.request.files:
             stamp = file.stat().st_mtime_ns
             shard = file.absolute().relative_to(self.file)
             entries = tar_entries(file, file, self.request.folder)
             for image in labels.images(file, entries):
                 yield image._replace(path=f"{shard}{IN_SHARD}{image.path}", stamp=stamp)
-        self.warnings += labels.warnings()
-        self.class_order = labels.class_order()
 
 
 class _Labels:
@@ -122,7 +127,7 @@ class _Labels:
                 for path in images:
                     _, start, size, _ = sample[path]
                     name = path.rpartition("/")[2]
-                    if self._request.unlabeled:
+                    if self._request.unlabeled or self._request.labels:
                         yield Image("", name, path, start, size, 0)
                         continue
                     label = self._label_file(sample, path, len(images))
