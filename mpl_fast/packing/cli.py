@@ -42,7 +42,8 @@ sources (--src, --val, --unlabeled-src):
   --unlabeled-src takes the same, without classes and labels: folders may be flat, or of any depth,
   and a list may have paths alone
   with --labels / --val-labels FILE the images of a folder or tar need no class folders: a line is
-  `name class`, or a class, in the order of the names
+  `name class`, or a class, in the order of the names; or a CSV with a header (id, ..., label), as
+  Kaggle's LOC_val_solution.csv
 
 examples:
   make_rec.py pack --src train --val val --out rec --labeled 10%
@@ -138,7 +139,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     more = "training images without labels, for the unlabeled split"
     add("--unlabeled-src", nargs="+", default=[], metavar="SRC", help=more)
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
-    add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
+    add("--labels", type=_path, metavar="FILE", help="classes of --src outside class folders")
     add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
     _add_split(command.add_argument_group("splits"))
     _add_files(command.add_argument_group("files"))
