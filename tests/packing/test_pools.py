@@ -350,7 +350,7 @@ def test_label_minus_one_in_a_source(tree: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    make_tree(tmp_path / "tab", {"a\tb/0.jpg": jpeg(0)})
+    make_tree(tmp_path / "tab", {"a\tb/c/0.jpg": jpeg(0)})
     make_tree(tmp_path / "text", {"a/b.txt": b"x"})
     twice = make_tar(tmp_path / "twice.tar", [("a/0.jpg", jpeg(0)), ("a/0.jpg", jpeg(1))])
     none = make_tree(tree, {"none.lst": b"0\t-1\tpool/0.jpg\n"}) / "none.lst"
