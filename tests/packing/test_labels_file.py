@@ -263,3 +263,15 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     labels.write_text("0,ant\n1,bee\n7,bee\n")
     line = refuse(*args[:4], "--unlabeled-src", source, "--out", tmp_path / "two", status=4)
     assert "1 name does not fit" in line and line.endswith("7 (line 3, no image)")
+
+
+def test_one_folder_for_all(tmp_path: Path) -> None:
+    """Training and validation images by two files, and the rest."""
+    images = make_tree(tmp_path / "images", {name: jpeg(int(name[0])) for name in CLASS_OF})
+    labels = write(tmp_path / "train.csv", "0,ant\n1,bee\n")
+    held = write(tmp_path / "val.csv", "2,ant\n3,bee\n")
+    args = ("--src", images, "--labels", labels, "--val", images, "--val-labels", held)
+    run("pack", *args, "--unlabeled-src", images, "--out", tmp_path / "out")
+    train, val = (read_split(tmp_path / "out", split) for split in ("train", "val"))
+    assert {key for *_, key, _ in val} == {"ant/2.jpg", "bee/3.jpg"}
+    assert {key for *_, key, _ in train} == {"ant/0.jpg", "bee/1.jpg", "4.jpg", "5.jpg"}

@@ -195,7 +195,7 @@ TWICE = "more than once in one source"
         (
             [TRAIN_A, MadeSource(TRAIN * 2, "b")],
             None,
-            f"a + b: 20 names occur {TWICE}: {', '.join(f'ant/{at}.jpg' for at in range(10))} "
+            f"b: 20 names occur {TWICE}: {', '.join(f'ant/{at}.jpg' for at in range(10))} "
             "and 10 more",
         ),
         ([TRAIN_A], MadeSource([*VAL, VAL[0]], "held"), f"held: 1 name occurs {TWICE}: bee/0.jpg"),

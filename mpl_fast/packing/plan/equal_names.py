@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.table import to_utf8
 from mpl_fast.packing.plan.twins import same_files
@@ -30,8 +30,7 @@ def make_names_unique(
     """
     if not _any_equal(table, part):
         return []
-    specs = " + ".join(source.spec for source in sources.values())
-    require_files_once(table, part, specs)
+    require_files_once(table, part, sources)
     _require_own_files(table, sources)
     table.execute("DROP TABLE IF EXISTS found.renamed")
     table.execute("CREATE TABLE found.renamed(id INTEGER PRIMARY KEY, name TEXT, rank BLOB)")
@@ -52,6 +51,7 @@ def make_names_unique(
         "SELECT source, path, class, images.name FROM found.images JOIN found.renamed "
         "ON images.rowid = id ORDER BY source, path LIMIT 1"
     ).fetchone()
+    specs = " + ".join(source.spec for source in sources.values())
     return [
         f"{specs}: {count} images have the class and name of others: named by their paths, as "
         f"{classes[named]}/{name} ({path} in {sources[number].spec}); if these are several splits, "
@@ -59,18 +59,19 @@ def make_names_unique(
     ]
 
 
-def require_files_once(table: sqlite3.Connection, part: int, spec: str) -> None:
+def require_files_once(table: sqlite3.Connection, part: int, sources: Mapping[int, Source]) -> None:
     """DataError when a source has one path twice in a class."""
     query = (
-        "FROM found.images WHERE part = ? GROUP BY source, class, name, path HAVING count(*) > 1"
+        "SELECT source, path FROM found.images WHERE part = ? "
+        "GROUP BY source, class, name, path HAVING count(*) > 1"
     )
-    (twice,) = table.execute(f"SELECT count(*) FROM (SELECT 1 {query})", (part,)).fetchone()
-    if twice:
-        few = table.execute(f"SELECT path {query} LIMIT 10", (part,))
-        more = f" and {twice - 10} more" if twice > 10 else ""
-        what = counted(twice, "name occurs", "names occur")
-        listed = ", ".join(sorted(path for (path,) in few))
-        raise DataError(f"{spec}: {what} more than once in one source: {listed}{more}")
+    twice, specs = Tally(), {}
+    for number, path in table.execute(query, (part,)):
+        twice.add(path)
+        specs[sources[number].spec] = number
+    if specs:
+        what = counted(twice.count, "name occurs", "names occur")
+        raise DataError(f"{' + '.join(specs)}: {what} more than once in one source: {twice}")
 
 
 def _require_own_files(table: sqlite3.Connection, sources: Mapping[int, Source]) -> None:

@@ -94,8 +94,7 @@ class _Planner:
             warnings += leave_out_twins(self.table, len(sources), source, sources)
             sources.append(source)
         if self.unlabeled:
-            specs = " + ".join(source.spec for source in [*train, *pool])
-            require_files_once(self.table, POOL, specs)
+            require_files_once(self.table, POOL, dict(enumerate(sources)))
         warnings += self._label_classes(train, val)
         self._choose_labeled()
         how = self.options.split

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError, DataError, OutputError
@@ -11,7 +10,9 @@ from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import check_labeled
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
+from mpl_fast.packing.sources.labels import Labels
 from mpl_fast.packing.sources.labels_file import read_labels
+from mpl_fast.packing.sources.source import Source
 from mpl_fast.packing.sources.tar import clean_name
 
 
@@ -66,26 +67,60 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, in a work folder into which compressed archives are unpacked."""
+    labels = _read_labels(options.labels, options)
+    if labels and not labels.has_names and len(options.src) > 1:
+        fault = "one class a line, in the order of the names, is for one source"
+        raise DataError(f"{labels.path}: {fault}, not {len(options.src)}; write `name class`")
+    # Of their images, labels files may name some only.
+    pools = {_identity(spec) for spec in options.unlabeled_src}
+    train = [
+        _open(spec, options, labels, path.parent, partial=_identity(spec) in pools)
+        for spec in options.src
+    ]
+    val = None
+    if options.val is not None:
+        held = _read_labels(options.val_labels, options)
+        in_pool = _identity(options.val) in pools
+        val = _open(options.val, options, held, path.parent, partial=in_pool)
+    pool = [
+        _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
+    ]
+    warn(make_plan(path, train, val, options, pool))
 
+
+def _read_labels(path: Path | None, options: PackOptions) -> Labels | None:
+    return None if path is None else read_labels(path, _reporter(options))
+
+
+def _open(
+    spec: str,
+    options: PackOptions,
+    labels: Labels | None,
+    work: Path,
+    *,
+    unlabeled: bool = False,
+    partial: bool = False,
+) -> Source:
+    return open_source(
+        spec,
+        root=options.root,
+        labels=labels,
+        work=work,
+        report=_reporter(options),
+        unlabeled=unlabeled,
+        partial=partial,
+    )
+
+
+def _reporter(options: PackOptions) -> Callable[[str], None]:
     def report(line: str) -> None:
         if not options.quiet:
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
-    opened = partial(open_source, root=options.root, work=path.parent, report=report)
-    labels = read_labels(options.labels, report) if options.labels else None
-    if labels and not labels.has_names and len(options.src) > 1:
-        fault = "one class a line, in the order of the names, is for one source"
-        raise DataError(f"{labels.path}: {fault}, not {len(options.src)}; write `name class`")
-    pools = {_identity(spec) for spec in options.unlabeled_src}
-    train = [opened(spec, labels=labels, partial=_identity(spec) in pools) for spec in options.src]
-    val = None
-    if options.val is not None:
-        held = read_labels(options.val_labels, report) if options.val_labels else None
-        val = opened(options.val, labels=held)
-    pool = [opened(spec, labels=None, unlabeled=True) for spec in options.unlabeled_src]
-    warn(make_plan(path, train, val, options, pool))
+    return report
 
 
 def _identity(spec: str) -> tuple[object, ...]:
+    """Return what is equal for two ways to write one source."""
     path, folder, files = find_path(spec)
     return os.path.realpath(path), clean_name(folder), files
