@@ -52,7 +52,7 @@ class PackOptions:
     root: Path | None = None  # of the paths in a list
     labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
-    class_order: str = "name"  # one of CLASS_ORDERS, if neither sources nor a file number classes
+    class_order: str = "name"  # one of CLASS_ORDERS: of classes that nothing else numbers
     classes: Path | None = None  # a line for each label: name, title
     split: SplitOptions = field(default_factory=SplitOptions)
     image: ImageOptions = field(default_factory=ImageOptions)

@@ -80,6 +80,12 @@ def test_natural_ties_are_sorted_by_name() -> None:
     assert [*labeled(source("b1 B1 b01 a"), order="natural").names] == ["a", "B1", "b01", "b1"]
 
 
+def test_a_list_without_labels_numbers_nothing() -> None:
+    none = source("", "pool", order="")
+    options = PackOptions(src=("src",), out=Path("OUT"))
+    assert label_classes([source("bee"), none], None, {"bee"}, set(), options).labels == {"bee": 0}
+
+
 @pytest.mark.parametrize(
     ("classes", "order", "warned"),
     [("1 2 10", "name", True), ("1 2 10", "natural", False), ("0 1 2", "name", False),

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.data.records import NO_LABEL
-from mpl_fast.packing.check.listing_check import planned_shards
+from mpl_fast.packing.check.listing_check import splits_with_shards
 from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
@@ -64,7 +64,7 @@ def _per_class(path: Path, join: str) -> list[Json]:
     """Return each class of a table by label, with its records, by splits with any labels."""
     with open_table(path) as table:
         names, titles, counts = table.classes(), table.titles(), {}
-        for split, shards in planned_shards(table):
+        for split, shards in splits_with_shards(table):
             found: Counter[int] = Counter()
             which = "" if split.labeled is None else f"AND labeled = {split.labeled}"
             for shard in shards:

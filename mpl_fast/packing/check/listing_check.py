@@ -34,7 +34,7 @@ def check_table(
         right = (
             (len(table.classes()), table.titles()),
             {file: sizes for file, *sizes in table.query(_SIZES)},
-            {split.name: [shard.file for shard in own] for split, own in planned_shards(table)},
+            {split.name: [shard.file for shard in own] for split, own in splits_with_shards(table)},
         )
     stored = (
         (manifest["classes"]["n"], manifest["classes"].get("titles", [])),
@@ -66,7 +66,7 @@ def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> lis
     return problems
 
 
-def planned_shards(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
+def splits_with_shards(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
     """Return the splits of the pack in a table, with their shards."""
     options, rows = table.options(), table.shards()
     planned = planned_splits(options["layout"], options["unlabeled"], val=True)
@@ -76,7 +76,7 @@ def planned_shards(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
 
 def _right_lines(table: Table, manifest: Mapping[str, Any], name: str, kind: str) -> Iterator[str]:
     classes = table.classes()
-    ((planned, shards),) = [found for found in planned_shards(table) if found[0].name == name]
+    ((planned, shards),) = [found for found in splits_with_shards(table) if found[0].name == name]
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
     rows = listed_records(table, shards, sizes, planned.labeled)
     if kind == "idx":

@@ -174,7 +174,7 @@ def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
     for spec, order in orders:
         if longest is not None and order is not None and order != longest[: len(order)]:
             raise DataError(f"{spec}: its labels mean other classes than another source's")
-    return longest
+    return longest or None
 
 
 def _numbers(
