@@ -219,15 +219,15 @@ def test_natural_order_of_numbered_labels_is_refused() -> None:
 
 def test_classes_without_images_are_named(tmp_path: Path) -> None:
     """The first ten, and where the others are listed; their labels stay."""
-    (tmp_path / "f").write_text("".join(f"c{at:02}\n" for at in range(20)))
-    held = source(" ".join(f"c{at:02}" for at in range(0, 20, 2)), "v")
+    (tmp_path / "f").write_text("".join(f"c{at:02}\n" for at in range(21)))
+    held = source(" ".join(f"c{at:02}" for at in range(0, 21, 2)), "v")
     found = labeled(source("c03 c19"), held, file=tmp_path / "f")
-    few = "c00, c01, c02, c04, c05, c06, c07, c08, c09, c10 and 8 more"
-    odd = ", ".join(f"c{at:02}" for at in range(1, 20, 2))
+    few = "c00, c01, c02, c04, c05, c06, c07, c08, c09, c10 and 9 more"
+    odd = ", ".join(f"c{at:02}" for at in range(1, 21, 2))
     assert found.warnings == [
-        f"{tmp_path}/f: no training image of 18 of the 20 classes: {few}; all: make_rec.py info "
+        f"{tmp_path}/f: no training image of 19 of the 21 classes: {few}; all: make_rec.py info "
         "--classes OUT",
-        f"v: has no image of 10 of the 20 classes: {odd}",
+        f"v: has no image of 10 of the 21 classes: {odd}",
     ]
     assert found.labels["c19"] == 19
 
@@ -364,6 +364,7 @@ def test_both_options_are_one_error(tree: Path) -> None:
     how = ("--src", tree / "train", "--out", tree / "out")
     both = ("--class-order", "name", "--classes", tree / "words.txt")
     assert "--classes: not allowed with argument --class-order" in refuse(*how, *both, status=2)
-    missing = refuse(*how, "--classes", tree / "none", status=4)
+    (tree / "empty").mkdir()  # not yet searched
+    missing = refuse(*how, "--src", tree / "empty", "--classes", tree / "none", status=4)
     assert missing.endswith(f"{tree / 'none'}: No such file or directory")
     assert "out" not in names(tree)
