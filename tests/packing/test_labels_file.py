@@ -263,6 +263,9 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     labels.write_text("0,ant\n1,bee\n7,bee\n")
     line = refuse(*args[:4], "--unlabeled-src", source, "--out", tmp_path / "two", status=4)
     assert "1 name does not fit" in line and line.endswith("7 (line 3, no image)")
+    labels.write_text("ant\nbee\n")  # which images these are is known only if all have a class
+    line = refuse(*args[:4], "--unlabeled-src", source, "--out", tmp_path / "two", status=4)
+    assert "4 names do not fit" in line
 
 
 def test_one_folder_for_all(tmp_path: Path) -> None:

@@ -64,10 +64,11 @@ class Labels:
     def labeled(self, images: "Iterable[Image]", request: "Request") -> "Iterator[Image]":
         """Yield the images of a source that have a line, with its class.
 
-        DataError if there is none; the others are what `require_fit` refuses, unless an unlabeled
-        source has them, too.
+        DataError if there is none; the others are faults for `require_fit`, unless lines have names
+        and the request is a partial one.
         """
         self._specs.append(request.spec)
+        partial = request.partial and self.has_names
         if not self.has_names:
             images = self._in_order(images)
         folder = f"{request.path.absolute()}/{request.folder}/"
@@ -80,14 +81,14 @@ class Labels:
                 yield image._replace(class_name=line.label)
                 continue
             left += 1
-            if not request.partial:
+            if not partial:
                 self._faults.add(f"{image.path} (no line)")
         if left and not found:
             what = f"any of the {left} images" if left > 1 else "the image"
             raise DataError(
                 f"{self.path}: has no line for {what} of {request.spec}, as {image.path}"
             )
-        if left and request.partial:
+        if left and partial:
             what = counted(found, "image has", "images have")
             rest = f"{left} {'has' if left == 1 else 'have'} none: left to --unlabeled-src"
             request.report(f"{request.spec}: {what} a line in {self.path}, {rest}")
