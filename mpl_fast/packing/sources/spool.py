@@ -35,7 +35,10 @@ def archive_errors(path: Path) -> Iterator[None]:
 
 
 def spooled(
-    request: Request, blocks: Iterable[bytes], files: Sequence[Path] = (), part: str = ""
+    request: Request,
+    blocks: Iterable[bytes | memoryview],
+    files: Sequence[Path] = (),
+    part: str = "",
 ) -> Path:
     """Return a file of these blocks in the work folder, made once and kept.
 
