@@ -6,18 +6,18 @@ is that of PNG's chunks too, so that of a whole PNG depends on few bits of its c
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.records import HEAD_SIZE, NO_LABEL
+from mpl_fast.data.records import HEAD_SIZE, ID_LIMIT, NO_LABEL
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
 
 _EXAMPLES = 10  # groups that the manifest names, and names of each
+_SHARD = "JOIN shards ON id BETWEEN first_id AND first_id + shards.records - 1"
 
 
 def find_duplicates(table: Table) -> Json:
@@ -30,19 +30,18 @@ def find_duplicates(table: Table) -> Json:
     has_unlabeled = bool(
         list(table.query(f"SELECT 1 FROM records WHERE label = {NO_LABEL} LIMIT 1"))
     )
-    examples: list[list[str]] = []
-    for group in _equal_images(table):
-        origins = {_origin(record) for record, _ in group}
-        if len(origins) > 1:
+    examples: list[tuple[int, int, int, list[str]]] = []  # ordered by size, checksum, first id
+    for (size, crc32, _), records in _equal_images(table):
+        group = _Group(classes, records)
+        if group.images > 1:
             groups += 1
-            images += len(origins)
-            parts = {prefix.partition("_")[0] for _, prefix in group}
-            across += len(parts) > 1
-            unlabeled += len({record.label == NO_LABEL for record, _ in group}) > 1
-            if len(examples) < _EXAMPLES:
-                named = {f"{image_key(classes, record)} ({prefix})" for record, prefix in group}
-                examples.append(sorted(named)[:_EXAMPLES])
-    found = {"groups": groups, "images": images, "across_splits": across, "examples": examples}
+            images += group.images
+            across += len(group.parts) > 1
+            unlabeled += len(group.has_label) > 1
+            examples.append((size, crc32, group.first_id, group.names))
+            examples = sorted(examples)[:_EXAMPLES]
+    found: Json = {"groups": groups, "images": images, "across_splits": across}
+    found |= {"examples": [names for *_, names in examples]}
     return found | ({"with_and_without_label": unlabeled} if has_unlabeled else {})
 
 
@@ -59,27 +58,49 @@ def describe_duplicates(found: Mapping[str, Any]) -> str:
     )
 
 
-def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
-    """Yield groups of records, with their prefix, whose images are equal."""
-    query = (
-        "SELECT written.size, crc32, shards.prefix, shards.file, offset, length, records.* "
-        "FROM written JOIN (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1) "
-        "USING (size, crc32) JOIN records USING (id) JOIN shards ON records.id "
-        "BETWEEN first_id AND first_id + shards.records - 1 ORDER BY 1, 2, records.id"
+class _Group:
+    """What is counted of equal images; its memory does not grow with their number."""
+
+    def __init__(self, classes: list[str], records: Iterable[tuple[RecordRow, str]]) -> None:
+        self.images = 0  # without those that the layout writes twice
+        self.parts: set[str] = set()  # training, validation
+        self.has_label: set[bool] = set()
+        self.names: list[str] = []  # some of them, sorted
+        self.first_id = ID_LIMIT
+        previous = None
+        for record, prefix in records:
+            origin = record.source, record.path, record.start
+            self.images += origin != previous
+            previous = origin
+            self.parts.add(prefix.partition("_")[0])
+            self.has_label.add(record.label != NO_LABEL)
+            self.first_id = min(self.first_id, record.id)
+            name = f"{image_key(classes, record)} ({prefix})"
+            self.names = sorted({*self.names, name})[:_EXAMPLES]
+
+
+def _equal_images(table: Table) -> Iterator[tuple[Any, Iterator[tuple[RecordRow, str]]]]:
+    """Yield size, CRC-32 and digest of images, and their records with prefix, by origin."""
+    # On disk: there may be as many of them as images.
+    list(table.query("CREATE TEMP TABLE digests(id INTEGER PRIMARY KEY, digest BLOB NOT NULL)"))
+    alike = (
+        "WITH alike AS (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1), "
+        # Not those of which one image is in two files.
+        "several AS (SELECT written.size, crc32 FROM written JOIN alike USING (size, crc32) "
+        "JOIN records USING (id) GROUP BY 1, 2 HAVING min(source) < max(source) "
+        "OR min(path) < max(path) OR min(start) < max(start)) "
+        f"SELECT id, file, offset, length FROM written JOIN several USING (size, crc32) {_SHARD}"
     )
-    for _, group in groupby(table.query(query), lambda row: row[:2]):
-        found = [(row[2:6], RecordRow(*row[6:])) for row in group]
-        if len({_origin(record) for _, record in found}) == 1:
-            continue  # one image in two files
-        equal: dict[bytes, list[tuple[RecordRow, str]]] = defaultdict(list)
-        for (prefix, file, offset, length), record in found:
-            digest = _image_digest(table.folder / file, offset, length)
-            equal[digest].append((record, prefix))
-        yield from (records for records in equal.values() if len(records) > 1)
-
-
-def _origin(record: RecordRow) -> tuple[int, str, int]:
-    return record.source, record.path, record.start
+    for number, file, offset, length in table.query(alike):
+        digest = _image_digest(table.folder / file, offset, length)
+        list(table.query("INSERT INTO digests VALUES (?, ?)", (number, digest)))
+    query = (
+        "SELECT written.size, crc32, digest, prefix, records.* FROM digests "
+        f"JOIN written USING (id) JOIN records USING (id) {_SHARD} "
+        "ORDER BY 1, 2, 3, source, path, start"
+    )
+    for key, group in groupby(table.query(query), lambda row: row[:3]):
+        yield key, ((RecordRow(*row[4:]), row[3]) for row in group)
 
 
 def _image_digest(file: Path, offset: int, length: int) -> bytes:
