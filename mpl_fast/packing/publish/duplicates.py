@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.data.records import HEAD_SIZE, ID_LIMIT, NO_LABEL
+from mpl_fast.data.records import HEAD_SIZE, NO_LABEL
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
@@ -30,18 +30,16 @@ def find_duplicates(table: Table) -> Json:
     has_unlabeled = bool(
         list(table.query(f"SELECT 1 FROM records WHERE label = {NO_LABEL} LIMIT 1"))
     )
-    examples: list[tuple[int, int, int, list[str]]] = []  # ordered by size, checksum, first id
-    for (size, crc32, _), records in _equal_images(table):
-        group = _Group(classes, records)
+    examples: list[list[str]] = []
+    for group in (_Group(classes, records) for records in _equal_images(table)):
         if group.images > 1:
             groups += 1
             images += group.images
             across += len(group.parts) > 1
             unlabeled += len(group.has_label) > 1
-            examples.append((size, crc32, group.first_id, group.names))
-            examples = sorted(examples)[:_EXAMPLES]
-    found: Json = {"groups": groups, "images": images, "across_splits": across}
-    found |= {"examples": [names for *_, names in examples]}
+            if len(examples) < _EXAMPLES:
+                examples.append(group.names)
+    found = {"groups": groups, "images": images, "across_splits": across, "examples": examples}
     return found | ({"with_and_without_label": unlabeled} if has_unlabeled else {})
 
 
@@ -66,7 +64,6 @@ class _Group:
         self.parts: set[str] = set()  # training, validation
         self.has_label: set[bool] = set()
         self.names: list[str] = []  # some of them, sorted
-        self.first_id = ID_LIMIT
         previous = None
         for record, prefix in records:
             origin = record.source, record.path, record.start
@@ -74,13 +71,12 @@ class _Group:
             previous = origin
             self.parts.add(prefix.partition("_")[0])
             self.has_label.add(record.label != NO_LABEL)
-            self.first_id = min(self.first_id, record.id)
             name = f"{image_key(classes, record)} ({prefix})"
             self.names = sorted({*self.names, name})[:_EXAMPLES]
 
 
-def _equal_images(table: Table) -> Iterator[tuple[Any, Iterator[tuple[RecordRow, str]]]]:
-    """Yield size, CRC-32 and digest of images, and their records with prefix, by origin."""
+def _equal_images(table: Table) -> Iterator[Iterator[tuple[RecordRow, str]]]:
+    """Yield groups of records, with their prefix, whose images are equal, ordered by origin."""
     # On disk: there may be as many of them as images.
     list(table.query("CREATE TEMP TABLE digests(id INTEGER PRIMARY KEY, digest BLOB NOT NULL)"))
     alike = (
@@ -99,8 +95,8 @@ def _equal_images(table: Table) -> Iterator[tuple[Any, Iterator[tuple[RecordRow,
         f"JOIN written USING (id) JOIN records USING (id) {_SHARD} "
         "ORDER BY 1, 2, 3, source, path, start"
     )
-    for key, group in groupby(table.query(query), lambda row: row[:3]):
-        yield key, ((RecordRow(*row[4:]), row[3]) for row in group)
+    for _, group in groupby(table.query(query), lambda row: row[:3]):
+        yield ((RecordRow(*row[4:]), row[3]) for row in group)
 
 
 def _image_digest(file: Path, offset: int, length: int) -> bytes:
