@@ -37,6 +37,7 @@ def parquet_errors(file: Path) -> Iterator[None]:
 
 
 def find_columns(file: Path, request: Request) -> Columns:
+    """Return the columns of a file; DataError where it is not certain which they are."""
     try:
         import pyarrow.parquet
         import pyarrow.types as kinds

@@ -104,7 +104,7 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         if size > self._most:
-            raise tarfile.ReadError(f"{size} bytes where {self._most} are the most")
+            raise tarfile.ReadError(f"{size} bytes to be read at once, more than {self._most}")
         return self._file.read(size)
 
 
