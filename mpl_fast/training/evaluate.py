@@ -91,10 +91,11 @@ def _labels(
             f"{len(trained)} that {checkpoint} was trained on ({some(unknown)}): evaluate on data "
             "whose classes have the names of the run's"
         )
-    what = "the run's classes in another order"
+    what = "the network's classes in another order: labels are mapped by name"
     if len(names) < len(trained):
-        what = f"{len(names)} of the {len(trained)} classes that are guessed among"
-    console.print(f"{manifest.root} has {what}: its labels are mapped by name")
+        what = f"{len(names)} of the network's {len(trained)} classes: labels are mapped by name, "
+        what += f"guesses are among all {len(trained)}"
+    console.print(f"{manifest.root} has {what}")
     return torch.tensor(positions(names, trained))
 
 

@@ -95,8 +95,11 @@ def evaluated(run: Path, data: Path) -> tuple[float, str]:
     ("data", "line"),
     [
         ("same", ""),
-        ("turned", "the run's classes in another order: its labels are mapped by name"),
-        ("part", "2 of the 4 classes that are guessed among: its labels are mapped by name"),
+        ("turned", "the network's classes in another order: labels are mapped by name"),
+        (
+            "part",
+            "2 of the network's 4 classes: labels are mapped by name, guesses are among all 4",
+        ),
     ],
 )
 def test_evaluation_maps_labels_by_name(data: str, line: str, trained: Trained) -> None:
