@@ -44,19 +44,21 @@ def build(
     norms. `pretrained` is empty for random weights, ``timm`` for those that timm publishes, or a
     file (`pretrained.load`), whose head is put into the order of `class_names`; a sentence about
     what was loaded is appended to `notes`. With `frozen` only the classifier head is trained
-    (`frozen.freeze`).
-    Raises `ConfigError` for an unknown name, and for weights that cannot be loaded or do not fit.
+    (`frozen.freeze`). Raises `ConfigError` for an unknown name, and for weights that cannot be
+    loaded or do not fit.
     """
     if name in OWN:
-        network, note = _own(name, classes, dropout, pretrained), ""
+        network = _own(name, classes, dropout, pretrained)
     else:
-        network, note = _timm(name, classes, dropout, pretrained)
-    if pretrained not in ("", "timm"):
+        network = _timm(name, classes, dropout, pretrained)
+    notes = [] if notes is None else notes
+    if pretrained == "timm":
+        notes.append(weights.about_timm(name, classes))
+    elif pretrained:
         note, order = weights.load(network, pretrained, class_names)
+        notes.append(note)
         if order:
             network.load_state_dict(with_class_order(network.state_dict(), name, order))
-    if note and notes is not None:
-        notes.append(note)
     if norm_momentum:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -76,7 +78,7 @@ def _own(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
     return ConvLarge(classes, dropout)
 
 
-def _timm(name: str, classes: int, dropout: float, pretrained: str) -> tuple[nn.Module, str]:
+def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
     import timm  # late: takes a second
 
     architecture, dot, _ = name.partition(".")  # resnet50.a1_in1k: the weights' tag after the dot
@@ -90,7 +92,7 @@ def _timm(name: str, classes: int, dropout: float, pretrained: str) -> tuple[nn.
     if pretrained == "timm":
         return weights.from_timm(name, classes, dropout)
     network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
-    return network, ""
+    return network
 
 
 def with_class_order(

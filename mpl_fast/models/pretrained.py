@@ -1,6 +1,7 @@
 """Pretrained weights: from a local file, or those that timm publishes."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,9 +56,8 @@ def _head(
     )
 
 
-def from_timm(name: str, classes: int, dropout: float) -> tuple[nn.Module, str]:
-    """A timm network with its published weights, from timm's cache or the internet, and a sentence
-    about them.
+def from_timm(name: str, classes: int, dropout: float) -> nn.Module:
+    """A timm network with its published weights, from timm's cache or the internet.
 
     The head is loaded if it has as many classes. Raises `ConfigError` if there are no weights.
     """
@@ -75,7 +75,14 @@ def from_timm(name: str, classes: int, dropout: float) -> tuple[nn.Module, str]:
             f"model.pretrained: timm's weights for {name!r} could not be had "
             f"({reason(error)}); without internet, download them elsewhere and give the file"
         ) from error
-    about = "is taken, in timm's order"
-    if published.num_classes != classes:
-        about = f"is new: theirs has {published.num_classes} classes"
-    return network, f"begins with the weights that timm publishes; the last layer {about}"
+    return network
+
+
+def about_timm(name: str, classes: int) -> str:
+    """A sentence about what `from_timm` loads."""
+    import timm  # late: takes a second
+
+    published: Any = timm.get_pretrained_cfg(name)
+    there = published.num_classes
+    about = "taken, in timm's order" if there == classes else f"new: theirs has {there} classes"
+    return f"begins with the weights that timm publishes; the last layer is {about}"
