@@ -136,7 +136,7 @@ def _load(file: Path) -> Any:
         if called := re.search(r"\bGLOBAL (\S+)", str(error)):
             raise ConfigError(
                 f"model.pretrained: {file} needs {called[1]}, and nothing but tensors is taken "
-                "from a pickle: save network.state_dict() alone, where you trust the file"
+                "from a pickle: if you trust it, load it yourself and save network.state_dict()"
             ) from error
         raise ConfigError(
             f"model.pretrained: {file} cannot be read ({reason(error)}); give a "

@@ -28,14 +28,14 @@ class Trained(NamedTuple):
     run: Path
 
 
+def png(color: np.typing.NDArray[np.int64]) -> bytes:
+    return bytes(cv2.imencode(".png", np.full((16, 16, 3), color, np.uint8))[1])
+
+
 def colored(folder: Path, names: dict[str, str]) -> Path:
     """Images of the classes `names`, each of the color of a class, in train and val."""
     images = {
-        f"{split}/{name}/{number}.png": bytes(
-            cv2.imencode(".png", np.full((16, 16, 3), COLORS[color], np.uint8) // (1 + number / 9))[
-                1
-            ]
-        )
+        f"{split}/{name}/{number}.png": png(np.array(COLORS[color]) * (9 - number) // 9)
         for split, count in (("train", 6), ("val", 4))
         for name, color in names.items()
         for number in range(count)
