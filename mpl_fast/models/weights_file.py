@@ -147,19 +147,27 @@ def _load(file: Path) -> Any:
 def _state_dicts(loaded: Any, file: Path) -> list[Entry]:
     if _is_state_dict(loaded):
         return [("", loaded, None)]
-    if isinstance(loaded, dict) and isinstance(learners := loaded.get("learners"), dict):
-        classes = loaded.get("classes")
-        return [(k, v["average"] or v["network"], classes) for k, v in learners.items()]
-    entries = loaded.items() if isinstance(loaded, dict) else ()
-    found: list[Entry] = [
-        (str(key), value, None) for key, value in entries if _is_state_dict(value)
-    ]
+    entries: dict[Any, Any] = loaded if isinstance(loaded, dict) else {}
+    classes = None
+    if _are_learners(learners := entries.get("learners", {})):
+        classes = entries.get("classes")
+        entries = {k: v["average"] or v["network"] for k, v in learners.items()}
+    found: list[Entry] = [(str(k), v, classes) for k, v in entries.items() if _is_state_dict(v)]
     if not found:
         names = some([*map(str, loaded)]) if isinstance(loaded, dict) else type(loaded).__name__
         raise ConfigError(
             f"model.pretrained: {file} has no state dict ({names}); save network.state_dict() alone"
         )
     return found
+
+
+def _are_learners(entry: Any) -> bool:
+    """Whether these are the networks in a checkpoint of this package."""
+    return (
+        isinstance(entry, dict)
+        and len(entry) > 0
+        and all(isinstance(one, dict) and "average" in one for one in entry.values())
+    )
 
 
 def _is_state_dict(loaded: Any) -> bool:
