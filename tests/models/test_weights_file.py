@@ -80,6 +80,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "swa": (below("module.", ONE) | {"n_averaged": torch.ones(())}, "module., not n_averaged)"),
     "ema": ({"model": TWO, "model_ema": ONE, "epoch": 3}, "(its model_ema, which is averaged)"),
     "other": ({"model": ONE, "scaler": {"scale": torch.ones(())}}, "(its model)"),
+    "learners of others": ({"model": ONE, "learners": {"count": 3}}, "(its model)"),
     "headless": (
         {k: v for k, v in below("backbone.", ONE).items() if "head" not in k},
         "(keys below backbone.); the last layer is new: the file has none",
