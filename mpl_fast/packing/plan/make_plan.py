@@ -25,6 +25,7 @@ from mpl_fast.packing.sources.source import Image, Source
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
+_GAPS = 1000, 10  # labels without an image: so many, and so many an image, are refused
 _FOUND = """
 CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class INTEGER NOT NULL,
                           name TEXT NOT NULL, path TEXT NOT NULL, start INTEGER NOT NULL,
@@ -81,6 +82,7 @@ class _Planner:
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
+    same_names: list[str] = field(default_factory=list)  # of the sources, by number
 
     def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
@@ -120,6 +122,7 @@ class _Planner:
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
         )
+        self.same_names.append(source.same_names)
         if part == POOL or not self.unlabeled[number]:
             return source.warnings
         what = counted(self.unlabeled[number], "image has no label", "images have no label")
@@ -158,16 +161,16 @@ class _Planner:
         query = f"FROM found.images WHERE part = ? GROUP BY {within}, name HAVING count(*) > 1"
         twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
         if twice:
-            few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
+            few = self.table.execute(f"SELECT class, name, source {query} LIMIT 10", (part,))
+            rows = few.fetchall()
             listed = sorted(
-                name if part == POOL else f"{names[number]}/{name}" for number, name in few
+                name if part == POOL else f"{names[number]}/{name}" for number, name, _ in rows
             )
             more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
             kind = "in one source" if part == POOL else "as class/name"
             raise DataError(
                 f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once {kind}: "
-                f"{', '.join(listed)}{more}; does it hold several splits? Then name one folder of "
-                "it"
+                f"{', '.join(listed)}{more}; {self.same_names[rows[0][2]]}"
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
@@ -188,6 +191,8 @@ class _Planner:
                 labels |= {str(label): label for label in range(len(names))}
         spec = " + ".join(source.spec for source in train)
         _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
+        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+        warnings = _without_image(spec, names, trained, images)
         if val is not None:
             _require_known(val.spec, held - labels.keys(), "the training source")
         rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
@@ -199,8 +204,8 @@ class _Planner:
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         absent = len(names) - len({labels[name] for name in held})
         if val is not None and absent:
-            return [f"{val.spec}: has no image of {absent} of the classes"]
-        return []
+            warnings.append(f"{val.spec}: has no image of {absent} of the classes")
+        return warnings
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
@@ -288,6 +293,26 @@ def _require_known(spec: str, unknown: set[str], where: str) -> None:
     if unknown:
         what = counted(len(unknown), "class is", "classes are")
         raise DataError(f"{spec}: {what} not in {where}: {first_few(sorted(unknown))}")
+
+
+def _without_image(spec: str, names: Sequence[str], trained: set[str], images: int) -> list[str]:
+    """Return a warning of labels that no training image has; DataError if they are too many.
+
+    Only those without a name are refused: a list of names may be longer than a sample of images.
+    """
+    unused = [(label, name) for label, name in enumerate(names) if name not in trained]
+    most, per_image = _GAPS
+    if sum(name == str(label) for label, name in unused) > max(most, per_image * images):
+        what = counted(len(trained), "label", "different labels")
+        raise DataError(
+            f"{spec}: its labels go up to {len(names) - 1}, but its {counted(images, 'image')} "
+            f"have only {what}: each number is a class, so renumber them 0 to {len(trained) - 1}"
+        )
+    if not unused:
+        return []
+    shown = [name if name == str(label) else f"{label} ({name})" for label, name in unused]
+    what = f"of the labels 0 to {len(names) - 1} {'has' if len(unused) == 1 else 'have'}"
+    return [f"{spec}: {len(unused)} {what} no image: {first_few(shown)}"]
 
 
 def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:

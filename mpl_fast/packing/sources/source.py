@@ -54,6 +54,8 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    # Why several images may have the same name, and the remedy.
+    same_names = "does it hold several splits? Then name one folder of it"
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
         """Open the source; file is what images are read from, by default the path of the request.
