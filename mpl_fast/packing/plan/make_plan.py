@@ -15,8 +15,10 @@ from pathlib import Path
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
-from mpl_fast.packing.options import PackOptions
-from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
+from mpl_fast.packing.options import PackOptions, is_drawn
+from mpl_fast.packing.plan.choose_labeled import hash_rank
+from mpl_fast.packing.plan.draw_splits import draw_splits
+from mpl_fast.packing.plan.label_gaps import describe_gaps
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
@@ -25,7 +27,6 @@ from mpl_fast.packing.sources.source import Image, Source
 
 RECORD_BYTES = 96  # of a record besides its image, in all files of a pack but the table; about
 TABLE_BYTES = 130  # of a record in the finished table; about
-_GAPS = 1000, 10  # labels without an image: so many, and so many an image, are refused
 _FOUND = """
 CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class INTEGER NOT NULL,
                           name TEXT NOT NULL, path TEXT NOT NULL, start INTEGER NOT NULL,
@@ -44,7 +45,8 @@ def make_plan(
 ) -> list[str]:
     """Write the plan as a new table at path; return warnings about the sources.
 
-    Images of the sources in pool, and those of train that have no label, are unlabeled ones.
+    Images of the sources in pool, and those of train that have no label, are unlabeled ones. With
+    a --val such as 5% there is no source val: its images are drawn from those of train.
 
     Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
     sample. Raises DataError for images that cannot be packed together, ConfigError when the labeled
@@ -100,9 +102,10 @@ class _Planner:
         if self.unlabeled:
             self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
         warnings += self._label_classes(train, val)
-        self._choose_labeled()
+        warnings += draw_splits(self.table, list(self.class_numbers), self.options)
         how = self.options.split
-        groups = shard_groups(how.layout, how.unlabeled, val=val is not None)
+        has_val = val is not None or is_drawn(self.options.val)
+        groups = shard_groups(how.layout, how.unlabeled, val=has_val)
         for prefix, where in groups.items():
             self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
@@ -177,6 +180,9 @@ class _Planner:
         """Assign a label to every class; warn about classes without validation images."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
         names = _class_order(train) or sorted(trained)
+        spec = " + ".join(source.spec for source in train)
+        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+        warnings = describe_gaps(spec, names, trained, images)
         labels = {name: label for label, name in enumerate(names)}
         if val is not None and _is_numbered(val, len(names)):
             known = held & labels.keys()
@@ -189,10 +195,7 @@ class _Planner:
                 )
             if not known:
                 labels |= {str(label): label for label in range(len(names))}
-        spec = " + ".join(source.spec for source in train)
         _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
-        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-        warnings = _without_image(spec, names, trained, images)
         if val is not None:
             _require_known(val.spec, held - labels.keys(), "the training source")
         rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
@@ -211,23 +214,6 @@ class _Planner:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
-
-    def _choose_labeled(self) -> None:
-        names = list(self.class_numbers)
-        query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
-        images = ((row, names[number], name) for row, number, name in self.table.execute(query))
-        how = self.options.split
-        if not self._value(f"SELECT EXISTS (SELECT 1 FROM found.images WHERE part = {TRAIN})"):
-            raise DataError("--src: none of its images has a label")
-        chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
-        self.table.executemany(
-            "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
-        )
-        left = f"SELECT count(*) FROM found.images WHERE part != {VAL} AND NOT labeled"
-        if how.unlabeled == "rest" and not self._value(left):
-            raise DataError(
-                "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
-            )
 
     def _place(self, prefix: str, where: str) -> None:
         """Add the records and shards of a group."""
@@ -293,26 +279,6 @@ def _require_known(spec: str, unknown: set[str], where: str) -> None:
     if unknown:
         what = counted(len(unknown), "class is", "classes are")
         raise DataError(f"{spec}: {what} not in {where}: {first_few(sorted(unknown))}")
-
-
-def _without_image(spec: str, names: Sequence[str], trained: set[str], images: int) -> list[str]:
-    """Return a warning of labels that no training image has; DataError if they are too many.
-
-    Only those without a name are refused: a list of names may be longer than a sample of images.
-    """
-    unused = [(label, name) for label, name in enumerate(names) if name not in trained]
-    most, per_image = _GAPS
-    if sum(name == str(label) for label, name in unused) > max(most, per_image * images):
-        what = counted(len(trained), "label", "different labels")
-        raise DataError(
-            f"{spec}: its labels go up to {len(names) - 1}, but its {counted(images, 'image')} "
-            f"have only {what}: each number is a class, so renumber them 0 to {len(trained) - 1}"
-        )
-    if not unused:
-        return []
-    shown = [name if name == str(label) else f"{label} ({name})" for label, name in unused]
-    what = f"of the labels 0 to {len(names) - 1} {'has' if len(unused) == 1 else 'have'}"
-    return [f"{spec}: {len(unused)} {what} no image: {first_few(shown)}"]
 
 
 def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:

@@ -75,9 +75,9 @@ def _read_frame(descriptor: int, start: int, stop: int, path: Path) -> FramedRec
             count, label, record_id = _HEADER.unpack_from(head, _FRAME.size)
             head = head.ljust(_FRAME.size + _HEADER.size + _ARRAY.size, b"\0")
             first, second = _ARRAY.unpack_from(head, _FRAME.size + _HEADER.size)
-            labels = (count, first, second) if count else (1, label, 0.0)
             image = payload - _HEADER.size - 4 * count
-            return FramedRecord(*labels, record_id, start, end - start, image)
+            place = (record_id, start, end - start, image)
+            return FramedRecord(max(count, 1), first if count else label, second, *place)
         frame, expected = os.pread(descriptor, _FRAME.size, end), (_MIDDLE, _LAST)
         payload += 4  # the magic word that was left out between the parts
 
