@@ -162,6 +162,7 @@ def test_classes_without_a_drawn_image_are_named(tree: Path, tmp_path: Path) -> 
         ("22", (), "--val 22: that is 22 images, but at most 21 can be drawn"),
         ("25", (), "--val 25: that is 25 images, the source has 24"),
         ("5.5.5%", (), "--val 5.5.5%: not a share such as 10%"),
+        ("9" * 5000, (), "9: not a share such as 10%"),
         ("5%x", (), "5%x: no such folder or file"),
         ("5%", ("--val-labels", "labels.txt"), "labels.txt: there is no --val that needs them"),
         ("val", ("--val-seed", 1), "--val-seed 1: is that of a drawn --val, such as 5%"),

@@ -9,6 +9,7 @@ import pytest
 
 from mpl_fast.data.records import MAGIC, frame, image_record
 from mpl_fast.errors import DataError
+from mpl_fast.packing.sources.record_files import read_frames
 from tests.packing.made_sources import content, keys, listed, opened
 from tests.packing.packs import jpeg, make_records, pack, read_split, refuse, run, with_magic
 
@@ -35,6 +36,7 @@ FIRST, PARTS = image_record(*ROWS[0]), image_record(*ROWS[1])
 def test_frames_are_listed_whole(tmp_path: Path) -> None:
     path = make_records(tmp_path / "a.rec", ROWS)
     source, images = listed(path, tmp_path)
+    assert [frame.image for frame in read_frames(path)] == [len(row[2]) for row in ROWS]
     state = path.stat()
     assert (source.kind, source.file) == ("records", path)
     assert (source.size, source.stamp) == (state.st_size, state.st_mtime_ns)
