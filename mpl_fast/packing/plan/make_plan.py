@@ -14,14 +14,15 @@ from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.draw_splits import draw_splits
+from mpl_fast.packing.plan.label_classes import class_order, label_classes
 from mpl_fast.packing.plan.label_gaps import describe_gaps
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
-from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
+from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source
 
@@ -83,6 +84,7 @@ class _Planner:
     work: Path
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # in the pack, of those classes
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
     same_names: list[str] = field(default_factory=list)  # of the sources, by number
 
@@ -102,7 +104,7 @@ class _Planner:
         if self.unlabeled:
             self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
         warnings += self._label_classes(train, val)
-        warnings += draw_splits(self.table, list(self.class_numbers), self.options)
+        warnings += draw_splits(self.table, self.names, self.options)
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
         groups = shard_groups(how.layout, how.unlabeled, val=has_val)
@@ -177,38 +179,23 @@ class _Planner:
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
-        """Assign a label to every class; warn about classes without validation images."""
+        """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
-        names = _class_order(train) or sorted(trained)
-        spec = " + ".join(source.spec for source in train)
-        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-        warnings = describe_gaps(spec, names, trained, images)
-        labels = {name: label for label, name in enumerate(names)}
-        if val is not None and _is_numbered(val, len(names)):
-            known = held & labels.keys()
-            other = [name for name in sorted(known) if labels[name] != int(name)]
-            if other:
-                raise DataError(
-                    f"{val.spec}: its labels are numbers, and so are the names of the training "
-                    f"classes, in another order (class {other[0]} has label {labels[other[0]]}); "
-                    "give it class folders or --val-labels"
-                )
-            if not known:
-                labels |= {str(label): label for label in range(len(names))}
-        _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
-        if val is not None:
-            _require_known(val.spec, held - labels.keys(), "the training source")
-        rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
+        warnings = []
+        if self.options.classes is None and (order := class_order(train)):
+            spec = " + ".join(source.spec for source in train)
+            images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+            warnings = describe_gaps(spec, order, trained, images)
+        classes = label_classes(train, val, trained, held, self.options)
+        rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
-        self.table.executemany(
-            "INSERT INTO found.classes VALUES (?, ?)",
-            ((number, labels[name]) for name, number in self.class_numbers.items()),
-        )
+        if classes.titles:
+            add_titles(self.table, classes.titles)
+        labels = [classes.labels[name] for name in self.class_numbers]
+        self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
-        absent = len(names) - len({labels[name] for name in held})
-        if val is not None and absent:
-            warnings.append(f"{val.spec}: has no image of {absent} of the classes")
-        return warnings
+        self.names = [classes.names[label] for label in labels]
+        return [*warnings, *classes.warnings]
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
@@ -273,25 +260,3 @@ def _without_label(image: Image, part: int, spec: str) -> Image:
     if {"\t", "\n", "\r"} & set(image.path):
         raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
     return image._replace(class_name="", name=image.path)
-
-
-def _require_known(spec: str, unknown: set[str], where: str) -> None:
-    if unknown:
-        what = counted(len(unknown), "class is", "classes are")
-        raise DataError(f"{spec}: {what} not in {where}: {first_few(sorted(unknown))}")
-
-
-def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
-    """Return the class names by label if sources number their labels; None: sort by name."""
-    orders = [(source.spec, source.class_order) for source in sources]
-    longest = max((order for _, order in orders if order is not None), key=len, default=None)
-    for spec, order in orders:
-        if longest is not None and order is not None and order != longest[: len(order)]:
-            raise DataError(f"{spec}: its labels mean other classes than another source's")
-    return longest
-
-
-def _is_numbered(source: Source, classes: int) -> bool:
-    """Return whether classes have only numbers in a source: a list of a flat folder."""
-    order = source.class_order or ()
-    return 0 < len(order) <= classes and order == tuple(map(str, range(len(order))))
