@@ -103,7 +103,7 @@ class _Planner:
             sources.append(source)
         if self.unlabeled:
             self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
-        warnings += self._label_classes(train, val)
+        warnings += [*self._label_classes(train, val), *self._single_class(specs)]
         warnings += draw_splits(self.table, self.names, self.options)
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
@@ -201,6 +201,12 @@ class _Planner:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
+
+    def _single_class(self, spec: str) -> Iterator[str]:
+        if len(self.class_numbers) == 1:
+            count = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+            what = counted(count, "image with a label is", "images with a label are")
+            yield f"{spec}: all {what} in one class, {min(self.class_numbers)}"
 
     def _place(self, prefix: str, where: str) -> None:
         """Add the records and shards of a group."""

@@ -36,6 +36,7 @@ class Request(NamedTuple):
     report: Callable[[str], None]  # prints a line
     unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
     files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
+    class_from: str | None = None  # which folder is the class; None: the one that certainly is
 
 
 class Source(ABC):
@@ -77,6 +78,11 @@ class Source(ABC):
     def recognizes(cls, path: Path) -> bool:
         """Return whether a path is of this kind."""
         return path.suffix in cls.suffixes
+
+    @property
+    def by_folder(self) -> bool:
+        """Whether the folders of its images give their classes."""
+        return False
 
     @abstractmethod
     def _list(self) -> Iterator[Image]:
