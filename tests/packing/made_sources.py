@@ -21,18 +21,24 @@ def opened(
     labels: Path | None = None,
     report: Callable[[str], None] = print,
     unlabeled: bool = False,
+    class_from: str | None = None,
 ) -> Source:
     """Open what spec names; compressed archives are unpacked into work."""
     given = read_labels(labels, report) if labels else None
-    how: dict[str, Any] = {"root": root, "work": work, "labels": given}
-    return open_source(str(spec), **how, report=report, unlabeled=unlabeled)
+    how: dict[str, Any] = {"root": root, "work": work, "labels": given, "report": report}
+    return open_source(str(spec), **how, unlabeled=unlabeled, class_from=class_from)
 
 
 def listed(
-    spec: Path | str, work: Path, *, root: Path | None = None, labels: Path | None = None
+    spec: Path | str,
+    work: Path,
+    *,
+    root: Path | None = None,
+    labels: Path | None = None,
+    class_from: str | None = None,
 ) -> tuple[Source, list[Image]]:
     """Return what spec names and all of its images, sorted."""
-    source = opened(spec, work, root=root, labels=labels)
+    source = opened(spec, work, root=root, labels=labels, class_from=class_from)
     images = sorted(source.images())
     if source.request.labels:
         source.request.labels.require_fit()

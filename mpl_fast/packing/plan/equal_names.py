@@ -65,13 +65,16 @@ def require_files_once(table: sqlite3.Connection, part: int, sources: Mapping[in
         "SELECT source, path FROM found.images WHERE part = ? "
         "GROUP BY source, class, name, path HAVING count(*) > 1"
     )
-    twice, specs = Tally(), {}
+    twice, hints = Tally(), {}
     for number, path in table.execute(query, (part,)):
         twice.add(path)
-        specs[sources[number].spec] = number
-    if specs:
+        hints[sources[number].spec] = sources[number].same_names
+    if hints:
         what = counted(twice.count, "name occurs", "names occur")
-        raise DataError(f"{' + '.join(specs)}: {what} more than once in one source: {twice}")
+        raise DataError(
+            f"{' + '.join(hints)}: {what} more than once in one source: {twice}; "
+            f"{next(iter(hints.values()))}"
+        )
 
 
 def _require_own_files(table: sqlite3.Connection, sources: Mapping[int, Source]) -> None:

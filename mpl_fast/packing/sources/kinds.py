@@ -51,6 +51,7 @@ def open_source(
     report: Callable[[str], None],
     unlabeled: bool = False,
     partial: bool = False,
+    class_from: str | None = None,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -67,7 +68,8 @@ def open_source(
                 kinds = "parquet files or webdataset shards"
                 raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
         kind = several[kind]
-    request = Request(spec, path, folder, root, labels, work, report, unlabeled, files, partial)
+    how = (root, labels, work, report, unlabeled, files, partial, class_from)
+    request = Request(spec, path, folder, *how)
     return kind(request)
 
 
