@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
+from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
 
 _IMAGES = ("image", "img", "jpg", "png", "jpeg", "picture", "photo")  # column names, best first
 _LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]?\d+$")
-_MARKS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
+_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "GIF": ".gif", "WebP": ".webp"}
 _PEEKED = 1000  # names in a folder that tell what it is
 _ROWS = 64  # whose images are in memory together
 _SMALL_ROWS = 1 << 14  # the same of labels and paths
@@ -317,7 +318,8 @@ def _images(
             if content is None:
                 fault = "has no image bytes; files that it names by path are not read"
                 raise DataError(f"{file}: row {first + at} {fault}")
-            name = f"{file.stem}-{first + at:06d}{_suffix(content)}"
+            suffix = _SUFFIXES.get(kind_of(content), "")
+            name = f"{file.stem}-{first + at:06d}{suffix}"
             if paths is not None:
                 name = _base(paths[at].as_py())
             if isinstance(label, str):
@@ -325,10 +327,6 @@ def _images(
             elif label is not None:
                 label = None if label == NO_LABEL else int(label)
             yield label, name, content
-
-
-def _suffix(image: bytes) -> str:
-    return next((suffix for mark, suffix in _MARKS.items() if image.startswith(mark)), "")
 
 
 def _batches(
