@@ -10,7 +10,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.packing.write.image_check import find_fault
-from mpl_fast.packing.write.pixels import decode
+from mpl_fast.packing.write.pixels import decode, read_shape
 from tests.packing.hazard_images import UNUSABLE, USABLE, chunks_of, png_of
 
 
@@ -40,6 +40,7 @@ def test_usable_images_pass(name: str, by_dali: dict[str, NDArray[np.uint8]]) ->
     assert find_fault(image, "decode") is None
     assert find_fault(memoryview(image), "header") is None
     pixels = decode(memoryview(image))[..., ::-1]
+    assert read_shape(memoryview(image))[:2] == pixels.shape[:2]
     assert np.array_equal(np.broadcast_to(pixels, by_dali[name].shape), by_dali[name])
 
 

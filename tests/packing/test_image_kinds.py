@@ -7,11 +7,13 @@ import pytest
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED, kind_of
+from mpl_fast.errors import DataError
+from mpl_fast.packing.image_kinds import PEEKED, kind_of
+from mpl_fast.packing.sources.class_folders import Entry
 from mpl_fast.packing.sources.folder import FolderSource
 from tests.data.numbered_images import eval_loader, train_loader
 from tests.packing.hazard_images import UNUSABLE, USABLE
-from tests.packing.made_sources import keys, listed
+from tests.packing.made_sources import keys, listed, opened
 from tests.packing.packs import jpeg, make_tar, make_tree, manifest_of, pack, read_split, run
 from tests.packing.test_containers import write_zip
 
@@ -49,13 +51,20 @@ def test_images_in_any_disguise(tmp_path: Path, form: str) -> None:
     assert f"{source}: 4 files are not images, left out: " in done.stderr
 
 
-@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
-def test_a_file_with_a_known_suffix_is_not_opened(tmp_path: Path, suffix: str) -> None:
-    names = [f"ant/1{suffix}", f"ant/2{suffix.upper()}"]
+def test_a_file_with_a_known_suffix_is_not_opened(tmp_path: Path) -> None:
+    suffixes = "bmp dib gif jfif jpe jpeg jpg png tif tiff webp".split()
+    names = [f"ant/1.{suffix}" for suffix in suffixes] + ["ant/2.WebP", "ant/3.JPG"]
     tree = make_tree(tmp_path / "in", dict.fromkeys(["a.gz", *names], b""))
     with mock.patch.object(FolderSource, "_head", return_value=b"") as head:
         assert keys(listed(tree, tmp_path)[1]) == names
     assert [call.args[0].path for call in head.call_args_list] == ["a.gz"]
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    source = opened(make_tree(tmp_path / "in", {"ant/1.jpg": jpeg(1)}), tmp_path)
+    assert isinstance(source, FolderSource)
+    with pytest.raises(DataError, match=r"in/ant/gone: No such file"):
+        source._head(Entry("ant/gone", -1, 9))
 
 
 @pytest.mark.parametrize("name", [*USABLE, *UNUSABLE])

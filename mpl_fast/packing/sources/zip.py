@@ -88,7 +88,7 @@ class ZipSource(ClassFolders):
         try:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, PEEKED)
         except zlib.error as error:
-            raise DataError(f"{self.file}: {entry.path}: damaged zip archive ({error})") from error
+            raise DataError(f"{self.file}: damaged zip archive: {entry.path} ({error})") from error
 
     def _annotations(self) -> bytes | None:
         for entry in self._entries():
