@@ -52,7 +52,7 @@ def test_images_in_any_disguise(tmp_path: Path, form: str) -> None:
 
 
 def test_a_file_with_a_known_suffix_is_not_opened(tmp_path: Path) -> None:
-    suffixes = "bmp dib gif jfif jpe jpeg jpg png tif tiff webp".split()
+    suffixes = ["bmp", "dib", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "tif", "tiff", "webp"]
     names = [f"ant/1.{suffix}" for suffix in suffixes] + ["ant/2.WebP", "ant/3.JPG"]
     tree = make_tree(tmp_path / "in", dict.fromkeys(["a.gz", *names], b""))
     with mock.patch.object(FolderSource, "_head", return_value=b"") as head:
