@@ -126,7 +126,7 @@ def test_the_first_of_several_images_is_taken(kind: str) -> None:
     frames = [photo(), photo().rotate(180)]
     image = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=9)
     done = processed(image, on_bad="convert", short_side=64)
-    assert done.reason.endswith("decode; the first of its frames is taken")
+    assert done.reason.endswith("decode; the first of its images is taken")
     assert pixels_of(done).shape == (64, 85, 3)
     assert difference(done, shrunk(frames[0])) < 4
     cut = processed(image[: len(image) // 4], on_bad="convert")

@@ -1,7 +1,8 @@
 """Decodes image files, strictly or as far as possible, and encodes JPEG.
 
 Pixels are (height, width, 3) uint8 in OpenCV's order, blue first, or (height, width, 1) for gray.
-Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied.
+Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied; but the colors
+of a TIFF are multiplied by its alpha, and its orientation is applied.
 """
 
 import os

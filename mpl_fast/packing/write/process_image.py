@@ -126,7 +126,7 @@ def _recovered(image: bytes | memoryview, reason: str, how: ImageOptions) -> Pro
     if kind_of(image) == "JPEG":
         reason = _with_lost_share(reason, pixels)
     elif has_frames(image):
-        reason = f"{reason}; the first of its frames is taken"
+        reason = f"{reason}; the first of its images is taken"
     size = _shrunk(len(pixels), len(pixels[0]), how)
     if size is None:
         return _reencoded(image, pixels, CONVERTED_QUALITY, reason)
