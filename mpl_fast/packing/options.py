@@ -52,6 +52,7 @@ class PackOptions:
     root: Path | None = None  # of the paths in a list
     labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
+    class_from: str | None = None  # which folder is the class: top, leaf or a number
     class_order: str = "name"  # one of CLASS_ORDERS: of classes that nothing else numbers
     classes: Path | None = None  # a line for each label: name, title
     split: SplitOptions = field(default_factory=SplitOptions)
@@ -71,6 +72,7 @@ class PackOptions:
             "val": self.val,
             # Not in packs without: their tables are as they were before these options.
             **({"unlabeled_src": list(self.unlabeled_src)} if self.unlabeled_src else {}),
+            **({"class_from": self.class_from} if self.class_from else {}),
             **({"class_order": self.class_order} if self.class_order != CLASS_ORDERS[0] else {}),
             **({"classes": str(self.classes)} if self.classes else {}),
             **{name: None if path is None else str(path) for name, path in paths.items()},

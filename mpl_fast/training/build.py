@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.learner import Learner
 
 
-def count_classes(config: RunConfig, manifest: Manifest) -> int:
-    """Number of classes. Raises `ConfigError` if config and data differ."""
+def count_classes(
+    config: RunConfig, manifest: Manifest, trained: Sequence[str] | None = None
+) -> int:
+    """Number of classes of the data, or of those that a checkpoint was `trained` on. Raises
+    `ConfigError` if the config has another."""
     if "val" not in manifest.splits:
         raise DataError(f"{manifest.root} has no validation split: pack it with --val")
-    have, wanted = len(manifest.classes), config.model.classes
+    have, wanted = len(manifest.classes if trained is None else trained), config.model.classes
     if wanted and wanted != have:
+        where = manifest.root if trained is None else f"the checkpoint in {config.run_dir}"
         raise ConfigError(
-            f"model.classes is {wanted} but {manifest.root} has {have} classes: set {have}, or 0"
+            f"model.classes is {wanted} but {where} has {have} classes: set {have}, or 0"
         )
     return have
 
@@ -98,10 +103,12 @@ def build_algorithm(
     device: torch.device,
     *,
     fresh: bool = True,
+    notes: list[str] | None = None,
 ) -> Algorithm:
     """The configured algorithm with initialized networks, equal on every rank.
 
-    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
+    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them;
+    a sentence about them is appended to `notes` for each network.
     """
     context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
@@ -113,6 +120,8 @@ def build_algorithm(
             learner.dropout,
             model.norm_momentum,
             pretrained=model.pretrained if fresh else "",
+            class_names=manifest.classes,
+            notes=notes,
             frozen=model.frozen,
         )
         if model.norm == "sync" and world_size() > 1:

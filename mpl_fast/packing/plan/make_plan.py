@@ -99,7 +99,7 @@ class _Planner:
             sources.append(source)
         if self.unlabeled:
             self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
-        warnings += self._label_classes(train, val)
+        warnings += [*self._label_classes(train, val), *self._single_class(specs)]
         self._choose_labeled()
         how = self.options.split
         groups = shard_groups(how.layout, how.unlabeled, val=val is not None)
@@ -190,6 +190,12 @@ class _Planner:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
+
+    def _single_class(self, spec: str) -> Iterator[str]:
+        if len(self.class_numbers) == 1:
+            count = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+            what = counted(count, "image with a label is", "images with a label are")
+            yield f"{spec}: all {what} in one class, {min(self.class_numbers)}"
 
     def _choose_labeled(self) -> None:
         names = self.names  # as in the pack, which may be split again

@@ -67,6 +67,9 @@ def plan_to(path: Path, options: PackOptions) -> None:
     val = None
     if options.val is not None:
         val = _open(options.val, options, options.val_labels, path.parent)
+    if options.class_from and not any(source.by_folder for source in filter(None, [*train, val])):
+        fault = "no source has class folders to name the classes"
+        raise ConfigError(f"--class-from {options.class_from}: {fault}")
     pool = [
         _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
     ]
@@ -81,5 +84,11 @@ def _open(
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
     return open_source(
-        spec, root=options.root, labels=labels, work=work, report=report, unlabeled=unlabeled
+        spec,
+        root=options.root,
+        labels=labels,
+        work=work,
+        report=report,
+        unlabeled=unlabeled,
+        class_from=options.class_from,
     )

@@ -35,8 +35,10 @@ SEVERAL: dict[type[Source], type[Source]] = {
     ParquetSource: ParquetSource,
     WebDatasetSource: ShardsSource,
 }
-# Of kinds whose byte ranges are not the images themselves.
-DECODERS = {kind.kind: kind.decode for kind in KINDS if kind.decode is not Source.decode}
+# Of kinds whose byte ranges are not the images themselves: `decode`, and what it is given besides.
+DECODERS = {
+    kind.kind: (kind.decode, kind.behind) for kind in KINDS if kind.decode is not Source.decode
+}
 
 
 def open_source(
@@ -47,6 +49,7 @@ def open_source(
     work: Path,
     report: Callable[[str], None],
     unlabeled: bool = False,
+    class_from: str | None = None,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -67,7 +70,8 @@ def open_source(
                 kinds = "parquet files or webdataset shards"
                 raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
         kind = several[kind]
-    return kind(Request(spec, path, folder, root, labels, work, report, unlabeled, files))
+    request = Request(spec, path, folder, root, labels, work, report, unlabeled, files, class_from)
+    return kind(request)
 
 
 def _kind_of(path: Path) -> type[Source]:

@@ -35,6 +35,7 @@ class Request(NamedTuple):
     report: Callable[[str], None]  # prints a line
     unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
     files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
+    class_from: str | None = None  # which folder is the class; None: the one that certainly is
 
 
 class Source(ABC):
@@ -53,6 +54,7 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    behind: ClassVar[int] = 0  # bytes after the range of an image that `decode` is given as well
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
         """Open the source; file is what images are read from, by default the path of the request.
@@ -74,6 +76,11 @@ class Source(ABC):
         """Return whether a path is of this kind."""
         return path.suffix in cls.suffixes
 
+    @property
+    def by_folder(self) -> bool:
+        """Whether the folders of its images give their classes."""
+        return False
+
     @abstractmethod
     def _list(self) -> Iterator[Image]:
         """Yield all images in any order, without holding them in memory.
@@ -83,7 +90,7 @@ class Source(ABC):
 
     @staticmethod
     def decode(stored: bytes) -> bytes:
-        """Return the image that the bytes of its range are, or raise DataError."""
+        """Return the image that the bytes of its range, and those behind, are; or DataError."""
         return stored
 
     def images(self) -> Iterator[Image]:
