@@ -137,7 +137,10 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add = command.add_argument
     add("--src", required=True, nargs="+", help="training images; several sources are joined")
     add("--out", required=True, type=_path, help="folder to write, made if missing")
-    add("--val", metavar="SRC", help="validation images, which training needs")
+    more = "validation images, which training needs; or how many to draw from --src (5%%, 5000)"
+    add("--val", metavar="SRC|N", help=more)
+    more = "draws the images of --val 5%% (0); --split-seed does not change them"
+    add("--val-seed", type=int, metavar="N", help=more)
     more = "training images without labels, for the unlabeled split"
     add("--unlabeled-src", nargs="+", default=[], metavar="SRC", help=more)
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")

@@ -54,6 +54,8 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    # Why several images may have the same name, and the remedy.
+    same_names = "does it hold several splits? Then name one folder of it"
     behind: ClassVar[int] = 0  # bytes after the range of an image that `decode` is given as well
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
