@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
@@ -106,16 +107,10 @@ def build_algorithm(
     context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
-        model = config.model
-        network = models.build(
-            model.name,
-            classes,
-            learner.dropout,
-            model.norm_momentum,
-            pretrained=model.pretrained if fresh else "",
-            frozen=model.frozen,
+        network = build_network(
+            config, classes, learner.dropout, pretrained=config.model.pretrained if fresh else ""
         )
-        if model.norm == "sync" and world_size() > 1:
+        if config.model.norm == "sync" and world_size() > 1:
             network = models.synchronized(network)
         return Learner(
             network,
@@ -130,6 +125,21 @@ def build_algorithm(
 
     torch.manual_seed(config.seed)
     return algorithms.build(config.algorithm, new_learner, context)
+
+
+def build_network(
+    config: RunConfig, classes: int, dropout: float = 0.0, pretrained: str = ""
+) -> nn.Module:
+    """The configured network; by default with random weights."""
+    return models.build(
+        config.model.name,
+        classes,
+        dropout,
+        config.model.norm_momentum,
+        image_size=config.data.image_size,
+        pretrained=pretrained,
+        frozen=config.model.frozen,
+    )
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:

@@ -16,6 +16,7 @@ from mpl_fast.training.build import build_algorithm, count_classes, eval_loader,
 from mpl_fast.training.checkpoint import newest, read_shared, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.run_dir import keep_compile_cache
+from mpl_fast.training.trial import check_evaluation
 
 Accuracy = dict[str, float]
 
@@ -48,6 +49,7 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
     classes = count_classes(config, manifest)
+    check_evaluation(config, classes)
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
     folder = Path(config.run_dir) / "checkpoints"
