@@ -8,8 +8,6 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
-from mpl_fast.training.rows import count
-from mpl_fast.training.trial import check_training
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.training.build import (
     build_network,
@@ -18,6 +16,8 @@ from mpl_fast.training.build import (
     resolve_epochs,
     uses_bf16,
 )
+from mpl_fast.training.rows import count
+from mpl_fast.training.trial import check_training
 
 TIMED = {"cuda": 64, "cpu": 8}  # maximum of images in the pass that is timed
 

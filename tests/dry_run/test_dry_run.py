@@ -21,8 +21,8 @@ from mpl_fast.config import LearnerConfig, MetaSemiConfig, MPLConfig, RunConfig,
 from mpl_fast.config.command_line import parse
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import NetworkCost, measure
-from mpl_fast.training.rows import StepRows, count
 from mpl_fast.learner import Learner
+from mpl_fast.training.rows import StepRows, count
 from tests.tiny_run import ALGORITHMS, arguments
 
 SIDE, CLASSES, L, U = 16, 10, 4, 12

@@ -13,9 +13,9 @@ from mpl_fast.config import ModelConfig, MPLConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse, wants_dry_run
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
-from mpl_fast.training.rows import StepRows
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.errors import ConfigError
+from mpl_fast.training.rows import StepRows
 from tests.tiny_run import arguments, command, environment
 
 HERE = ["--run-dir", "r", "--data.root", "d"]
