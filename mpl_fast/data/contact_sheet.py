@@ -36,7 +36,7 @@ def contact_sheet(
     rows = _draw_rows(config, split, images, draws, seed)
     titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
     zoom = -(-MIN_TILE // config.image_size)
-    names = ["no label" if label == NO_LABEL else manifest.classes[label] for label, _ in rows]
+    names = ["no label" if label == NO_LABEL else manifest.class_text(label) for label, _ in rows]
     tiles = [[tile.repeat(zoom, axis=0).repeat(zoom, axis=1) for tile in row] for _, row in rows]
     sheet = _arrange(tiles, titles, names, zoom * config.image_size)
     with output_errors(out):
@@ -92,12 +92,15 @@ def _arrange(
     """A white image with the tiles, titles above the columns, class names below the rows."""
     across, down = side + GAP, side + GAP + CLASS_NAME
     sheet = Image.new("RGB", (GAP + across * len(titles), TITLE + down * len(tiles)), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for column, title in enumerate(titles):
         draw.text((GAP + across * column, 4), title, "black", ImageFont.load_default(15))
     for row, (line, name) in enumerate(zip(tiles, names, strict=True)):
         top = TITLE + down * row
-        draw.text((GAP, top + side), name, "gray", ImageFont.load_default(11))
+        shown = name
+        while font.getlength(shown) > sheet.width - 2 * GAP:
+            shown = f"{shown.removesuffix('...')[:-1]}..."
+        draw.text((GAP, top + side), shown, "gray", font)
         for column, tile in enumerate(line):
             below, beside = ((side - length) // 2 for length in tile.shape[:2])
             corner = (GAP + across * column + beside, top + below)

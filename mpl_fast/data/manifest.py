@@ -31,6 +31,9 @@ class Split:
 class Manifest:
     """A complete folder of records: class names (position = label) and splits by name.
 
+    titles are names for readers, beside those of folders such as n01440764: "" for none, and empty
+    if no class has one.
+
     The splits are "labeled", "unlabeled" and, if it was packed, "val"; "train" is the union of the
     first two if they share their records.
     """
@@ -39,6 +42,12 @@ class Manifest:
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     content: str  # sha256 that identifies the records, independent of the folder's path
+    titles: tuple[str, ...] = ()
+
+    def class_text(self, label: int) -> str:
+        """Return the name of a class, and in parentheses its title if it has one."""
+        title = self.titles[label] if self.titles else ""
+        return f"{self.classes[label]} ({title})" if title else self.classes[label]
 
 
 def read_manifest(root: str | Path) -> Manifest:
@@ -50,7 +59,7 @@ def read_manifest(root: str | Path) -> Manifest:
     root = Path(root)
     stored = load_manifest(root)
     try:
-        classes = _read_classes(root, stored["classes"])
+        classes, titles = _read_classes(root, stored["classes"])
         shards = {shard["file"]: shard for shard in stored["shards"]}
         for name, shard in shards.items():
             _require_size(root / name, shard["bytes"])
@@ -63,7 +72,7 @@ def read_manifest(root: str | Path) -> Manifest:
         raise DataError(
             f"{root / MANIFEST}: damaged ({type(error).__name__}: {error}); pack again"
         ) from error
-    return Manifest(root, classes, splits, hashlib.sha256(content.encode()).hexdigest())
+    return Manifest(root, classes, splits, hashlib.sha256(content.encode()).hexdigest(), titles)
 
 
 def text_hashes(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -114,13 +123,17 @@ def _require_pack(root: Path, manifest: Path) -> None:
         )
 
 
-def _read_classes(root: Path, stored: Mapping[str, Any]) -> tuple[str, ...]:
+def _read_classes(root: Path, stored: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names and the titles of the classes."""
     _require_sha256(root / CLASSES, stored["sha256"])
     content = _read_file(root / CLASSES, Path.read_bytes)
     classes = tuple(content.decode("utf-8", "surrogateescape").split("\n")[:-1])
     if len(classes) != stored["n"]:
         raise DataError(f"{root / CLASSES}: {len(classes)} classes, the manifest has {stored['n']}")
-    return classes
+    titles = tuple(stored.get("titles", ()))
+    if titles and len(titles) != len(classes):
+        raise TypeError(f"{len(titles)} titles for {len(classes)} classes")
+    return classes, titles
 
 
 def _require_size(path: Path, expected: int) -> None:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from mpl_fast.errors import ANY_TEXT, ConfigError, UserError
 from mpl_fast.packing import commands
 from mpl_fast.packing.first_few import counted
-from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, DRAWN, LAYOUTS
+from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, CLASS_ORDERS, DRAWN, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -89,7 +89,9 @@ def build_parser() -> Parser:
     summary = "finish a pack whose parts were packed with --part"
     _command(found, commands.run_finish, summary, out="the folder of the parts")
     summary = "print what a folder contains: splits, shards, sources, options"
-    _command(found, commands.run_info, summary, out="a pack, also an unfinished one")
+    command = _command(found, commands.run_info, summary, out="a pack, also an unfinished one")
+    listed = "also every class: label, name, title, and its records in each split"
+    command.add_argument("--classes", action="store_true", help=listed)
     summary = "find the image at a position that DALI printed as `PATH at index OFFSET`"
     command = _command(found, commands.run_locate, summary, out="a finished pack")
     where = "what DALI printed, or FILE.rec and an offset in it"
@@ -140,6 +142,11 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
     add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
     add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
+    add = command.add_mutually_exclusive_group().add_argument
+    order = "labels by sorted class names, as torchvision, or naturally (2 before 10), as timm"
+    add("--class-order", choices=CLASS_ORDERS, help=f"{order} (default: name)")
+    listed = "or a line for each label: name, or name and title (tab or space), as in ImageNet's "
+    add("--classes", type=_path, metavar="FILE", help=f"{listed}LOC_synset_mapping.txt")
     _add_split(command.add_argument_group("splits"))
     _add_files(command.add_argument_group("files"))
     _add_images(command.add_argument_group("images"))

@@ -13,6 +13,7 @@ from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run
 from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import (
+    CLASS_ORDERS,
     DEFAULT_LABELED,
     DRAWN,
     ImageOptions,
@@ -76,7 +77,7 @@ def run_verify(known: argparse.Namespace) -> Result:
 
 def run_info(known: argparse.Namespace) -> Result:
     """Return what a folder contains."""
-    found = info(known.out)
+    found = info(known.out, classes=known.classes)
     return found, info_lines(found)
 
 
@@ -105,6 +106,7 @@ def _pack_options(known: argparse.Namespace) -> PackOptions:
     given["unlabeled_src"] = tuple(known.unlabeled_src)
     if known.labeled is None:
         given["labeled"] = DEFAULT_LABELED[bool(known.unlabeled_src)]
+    given["class_order"] = known.class_order or CLASS_ORDERS[0]
     given["quiet"] = known.quiet or known.json
     given["image"] = options_from(ImageOptions, given)
     given["split"] = options_from(SplitOptions, given)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 LAYOUTS = ("shared", "separate")
 BALANCES = ("count", "proportional")
+CLASS_ORDERS = ("name", "natural")
 CHECKS = ("decode", "header", "none")
 ACTIONS = {"fail": "failed", "skip": "skipped", "convert": "converted"}
 DRAWN = ("labeled", "balance", "unlabeled", "split_seed")  # options that resplit has, too
@@ -51,6 +52,8 @@ class PackOptions:
     root: Path | None = None  # of the paths in a list
     labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
+    class_order: str = "name"  # one of CLASS_ORDERS: of classes that nothing else numbers
+    classes: Path | None = None  # a line for each label: name, title
     split: SplitOptions = field(default_factory=SplitOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     part: tuple[int, int] | None = None  # (i, n): every n-th shard, from number i - 1 on
@@ -66,8 +69,10 @@ class PackOptions:
         return {
             "src": list(self.src),
             "val": self.val,
-            # Not in packs without: their tables are as they were before this option.
+            # Not in packs without: their tables are as they were before these options.
             **({"unlabeled_src": list(self.unlabeled_src)} if self.unlabeled_src else {}),
+            **({"class_order": self.class_order} if self.class_order != CLASS_ORDERS[0] else {}),
+            **({"classes": str(self.classes)} if self.classes else {}),
             **{name: None if path is None else str(path) for name, path in paths.items()},
             **asdict(self.split),
             **asdict(self.image),

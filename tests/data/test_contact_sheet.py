@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from mpl_fast.config import DataConfig
+from mpl_fast.data.contact_sheet import contact_sheet as write_sheet
+from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import run_command
 from tests.data.numbered_images import pack_folder
 from tools import contact_sheet
@@ -59,6 +63,25 @@ def test_sheet_shows_original_and_views(records: Path, tmp_path: Path) -> None:
         assert np.abs(original[26:74] - GREEN).max() <= 1  # 100 x 50, in the middle
         assert (original[:24] == 255).all()
         assert np.abs(weak - GREEN).max() <= 1
+
+
+def test_titles_stand_below_the_rows(records: Path, tmp_path: Path) -> None:
+    """Beside the class, and cut where the sheet ends."""
+    manifest, drawn = read_manifest(records), []
+
+    def noted(self: ImageDraw.ImageDraw, at: tuple[int, int], text: str, *rest: object) -> None:
+        drawn.append((at[0] + ImageFont.load_default(11).getlength(text), text))
+
+    with mock.patch.object(ImageDraw.ImageDraw, "text", noted):
+        for title in ("", "Rasen", "grass of any kind, " * 9):
+            given = replace(manifest, titles=(title,))
+            out, config = tmp_path / "sheet.png", DataConfig(image_size=96)
+            write_sheet(config, given, out, images=1, draws=1, seed=0)
+    width = Image.open(out).width
+    texts = [text for _, text in drawn if text.startswith("lawn")]
+    assert texts[:2] == ["lawn", "lawn (Rasen)"]
+    assert texts[2].startswith("lawn (grass of any kind, grass of") and texts[2].endswith("...")
+    assert all(end < width for end, _ in drawn) and len(texts[2]) > 40
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,10 @@ def test_damaged_manifest(root: Path, text: str, message: str) -> None:
             lambda stored: stored["classes"].update(n=4),
             "classes.txt: 3 classes, the manifest has 4",
         ),
+        (
+            lambda stored: stored["classes"].update(titles=["Ameise"]),
+            "damaged (TypeError: 1 titles for 3 classes); pack again",
+        ),
     ],
 )
 def test_manifest_with_a_wrong_entry(

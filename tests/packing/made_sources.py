@@ -51,7 +51,7 @@ def content(source: Source, image: Image) -> bytes:
         stamp = path.stat().st_mtime_ns
     assert image.stamp == stamp
     with path.open("rb") as file:
-        return os.pread(file.fileno(), image.size, image.start)
+        return os.pread(file.fileno(), image.size + source.behind, image.start)
 
 
 def entries(spec: Path | str, work: Path, *, labels: Path | None = None) -> list[tuple[str, bytes]]:

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import os
+import tracemalloc
 import zlib
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +18,19 @@ import pytest
 from mpl_fast.data.manifest import file_names, text_hashes
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions, Json, PackOptions, SplitOptions
-from mpl_fast.packing.plan.table import TABLE, open_table
-from mpl_fast.packing.publish.duplicates import describe_duplicates
+from mpl_fast.packing.plan.table import TABLE, RecordRow, create_written, edit_table, open_table
+from mpl_fast.packing.publish.duplicates import describe_duplicates, find_duplicates
 from mpl_fast.packing.publish.finish import finish, unfinished_shards
 from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.packs import (
+    FIRST_ID,
     KEEP,
+    SHARD,
     Planned,
     finished,
+    folder,
     jpeg,
+    make_table,
     make_tar,
     make_tree,
     options_of,
@@ -275,6 +281,24 @@ def test_png_of_one_size_and_checksum(tree: Path) -> None:
         (tree / f"train/ant/{name}.png").write_bytes(content)
     found = finished(options(tree))[1]["duplicates"]
     assert found["examples"] == [["ant/three.png (train)", "ant/two.png (train)"]]
+
+
+def test_memory_of_equal_images(tmp_path: Path) -> None:
+    rows = [
+        RecordRow(FIRST_ID + at, 0, 0, f"{at}.jpg", 0, f"{at}.jpg", -1, 9, 7) for at in range(5000)
+    ]
+    make_table(tmp_path, [folder(tmp_path)], rows)
+    (tmp_path / SHARD).write_bytes(bytes(32))
+    with closing(edit_table(tmp_path / TABLE)) as edited:
+        create_written(edited)
+        edited.execute("INSERT INTO written SELECT id, 0, 32, 9, 5 FROM records")
+    with open_table(tmp_path / TABLE) as table:
+        tracemalloc.start()
+        found = find_duplicates(table)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (found["groups"], found["images"]) == (1, 5000)
+    assert peak < 1 << 20
 
 
 def test_unpacked_archive_is_forgotten(

@@ -1,6 +1,7 @@
 """What a folder holds, and one record of it found by what DALI prints, by id or by name."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,10 @@ def test_info_of_a_finished_folder(small: SmallPack) -> None:
     assert f"src {small.source}," in rows["options"]
     assert "split_seed 0" in rows["options"]
     assert rows["bad images"] == "skipped 1"
+    total: Counter[str] = Counter()
+    for entry in info(small.root, classes=True)["per_class"]:
+        total.update(entry["records"])
+    assert total == counts
 
 
 def test_info_of_an_unfinished_folder(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_warnings(tmp_path: Path) -> None:
     )
     assert warnings == ["a: odd", "v: odd"]
     warnings = make_plan(tmp_path / "plan", [TRAIN_A], source("bee"), options)
-    assert warnings == ["held: has no image of 1 of the classes"]
+    assert warnings == ["held: has no image of 1 of the 2 classes: ant"]
     # One name in training and in validation is no fault, nor is one in two classes.
     assert make_plan(tmp_path / "plan", [TRAIN_A], MadeSource(TRAIN), options) == []
 

@@ -356,7 +356,8 @@ def test_skipped_labeled_images_are_a_warning(tree: Path, tmp_path: Path, layout
     drawn = read_split(pack(*common, out=tmp_path / "sound"), "train_label")[0][2]
     (tree / "train" / drawn).write_bytes(b"words")
     done = run("pack", *common, "--on-bad", "skip", "--out", tmp_path / "out")
-    assert "warning: labeled images left out as bad: 1 of 3; a class has none" in done.stderr
+    what = f"labeled images left out as bad: 1 of 3; 1 class has none now ({drawn.split('/')[0]}): "
+    assert f"warning: {what}draw more, or repair them" in done.stderr
     assert "1 image was skipped; the manifest names it" in done.stdout
 
 

@@ -234,7 +234,7 @@ def test_other_batches(tmp_path: Path, value: bytes, message: str) -> None:
     assert list(tmp_path.iterdir()) == [archive]
 
 
-def test_incomplete_cifar(tmp_path: Path) -> None:
+def test_incomplete_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = cifar(
         tmp_path / "x.tar.gz", "cifar-10-batches-bin", replaced={"data_batch_2.bin": bytes(3074)}
     )
@@ -244,6 +244,10 @@ def test_incomplete_cifar(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no data_batch_1, .*: not the archive as published"):
         listed(f"{archive}:train", tmp_path)
     whole = cifar(archive, "cifar-10-batches-py").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("mpl_fast.packing.sources.cifar._LARGEST", 6000)
+        with pytest.raises(DataError, match=r"data_batch_1 has \d+ bytes: no batch as published"):
+            listed(f"{archive}:train", tmp_path)
     for damaged in (whole[:-2000], with_other_byte(whole, -6)):
         archive.write_bytes(damaged)
         with pytest.raises(DataError, match=r"x.tar.gz: (damaged or not a tar archive|CRC check)"):

@@ -11,6 +11,7 @@ import pytest
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.spool import spooled
+from mpl_fast.packing.sources.tar import first_members
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import make_tar
 
@@ -192,6 +193,30 @@ def test_header_that_leads_back_to_itself(tmp_path: Path) -> None:
     endless = opened(tmp_path / "data.tar", tmp_path).images()
     with pytest.raises(DataError, match=r"data.tar: damaged or cut short after ant/0.jpg"):
         list(islice(endless, 100))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:xz", "w:gz", "w:bz2"])
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_header_of_any_size(tmp_path: Path, mode: str, form: int) -> None:
+    """It is read as a whole, and a few compressed MB may be one of many GB."""
+    rows = [("ant/1.jpg", b"1"), (f"ant/{'x' * (1 << 20)}.jpg", b"2")]
+    archive = make_tar(tmp_path / "data", rows, mode, form)
+    with pytest.raises(
+        DataError, match=r"data: damaged .* bytes to be read at once, more than 1048576"
+    ):
+        listed(archive, tmp_path)
+    assert first_members(make_tar(archive, rows[::-1], mode, form)) == []
+
+
+def test_a_thousand_tars_in_each_other(tmp_path: Path) -> None:
+    archive, item = make_tar(tmp_path / "data.tar", IMAGES), tarfile.TarInfo("in.tar")
+    data, heads = archive.read_bytes(), []
+    for depth in range(1100):
+        item.size = len(data) + depth * (512 + 1024)  # header and end mark of each
+        heads.append(item.tobuf())
+    archive.write_bytes(b"".join(heads[::-1]) + data + bytes(1024 * len(heads)))
+    with pytest.raises(DataError, match=r"data.tar: damaged .* recursion"):
+        listed(archive, tmp_path)
 
 
 @pytest.mark.slow

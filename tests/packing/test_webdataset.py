@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.plan.table import TABLE, open_table
 from tests.packing.made_sources import content, entries, keys, listed, opened
 from tests.packing.packs import hashes, jpeg, make_tar, make_tree, pack, png, refuse
 
@@ -24,9 +26,9 @@ def shard(path: Path, contents: Contents, mode: str = "w") -> Path:
     return make_tar(path, rows, mode)
 
 
-def shards(folder: Path, suffix: str = ".cls") -> Path:
-    """Write IMAGES in shards of five."""
-    folder.mkdir()
+def shards(folder: Path, suffix: str = ".cls", modes: Sequence[str] = ("w",)) -> Path:
+    """Write IMAGES in shards of five, whose modes take turns."""
+    folder.mkdir(parents=True)
     names = list(IMAGES)
     for number, first in enumerate(range(0, len(names), 5)):
         contents: Contents = {}
@@ -36,7 +38,7 @@ def shards(folder: Path, suffix: str = ".cls") -> Path:
                 json.dumps({"width": 3, "label": class_name}) if suffix == ".json" else class_name
             )
             contents |= {f"{name}{suffix}": label, f"{name}.jpg": image}
-        shard(folder / f"data-{number:04}.tar", contents)
+        shard(folder / f"data-{number:04}.tar", contents, modes[number % len(modes)])
     return folder
 
 
@@ -60,8 +62,9 @@ def test_shards(tmp_path: Path, suffix: str, pattern: str) -> None:
     ]
 
 
-def test_packed_like_a_folder(tmp_path: Path) -> None:
-    where = shards(tmp_path / "in")
+@pytest.mark.parametrize("modes", [("w",), ("w:gz",), ("w:xz", "w")])
+def test_packed_like_a_folder(tmp_path: Path, modes: Sequence[str]) -> None:
+    where = shards(tmp_path / "in", modes=modes)
     tree = make_tree(
         tmp_path / "tree", {f"{name}/{key}.jpg": image for key, (name, image) in IMAGES.items()}
     )
@@ -77,6 +80,9 @@ def test_packed_like_a_folder(tmp_path: Path) -> None:
     differ = {name for name in one if one[name] != other[name]}
     assert differ == {"manifest.json", "records.sqlite"}  # the sources
     assert third == other
+    assert not (packs[1] / ".pack").exists()  # into which they are unpacked
+    with open_table(packs[1] / TABLE) as table:
+        assert table.sources()[0].file == (f"{where}/*.tar" if modes != ("w",) else str(where))
 
 
 def test_one_shard(tmp_path: Path) -> None:
@@ -192,11 +198,24 @@ def test_captions_are_no_classes(tmp_path: Path) -> None:
         listed(shard(tmp_path / "t.tar", contents), tmp_path)
 
 
-def test_compressed_or_damaged_shards(tmp_path: Path) -> None:
-    for number, mode in enumerate(("w", "w:gz")):
-        shard(tmp_path / f"{number}.tar", {f"{number}.jpg": b"1", f"{number}.cls": "a"}, mode)
-    with pytest.raises(DataError, match=r"1.tar: one of several shards is compressed; unpack it"):
-        listed(f"{tmp_path}/?.tar", tmp_path)
+def test_compressed_shards(tmp_path: Path) -> None:
+    """They are unpacked once; another state of any of them is another source."""
+    shards(tmp_path / "in/2", modes=("w:bz2",))
+    other = shard(tmp_path / "in/1.tar.gz", {"0.jpg": b"1", "0.cls": "ant"}, "w:gz")
+    spec, lines = f"{tmp_path}/in/{{1.tar.gz,2/*.tar}}", list[str]()
+    for _ in range(2):
+        source = opened(spec, tmp_path, report=lines.append)
+        assert {image.path.partition("//")[0] for image in source.images()} == {
+            "1.tar.gz",
+            *(f"2/data-{number:04}.tar" for number in range(3)),
+        }
+    unpacked = [line.split()[1] for line in lines if line.startswith("unpacking ")]
+    assert unpacked == [str(other), *map(str, sorted((tmp_path / "in/2").iterdir()))]
+    os.utime(other, ns=(5, 5))
+    assert opened(spec, tmp_path).file != source.file
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
     whole = shard(tmp_path / "1.tar", {**GOOD, "1.jpg": b"1", "1.cls": "1"}).read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[:1600])
     with pytest.raises(ConfigError, match="a labels file is for one source, not for a pattern"):

@@ -4,6 +4,7 @@ import io
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -93,10 +94,21 @@ def test_written_to_a_pipe(tmp_path: Path, method: int) -> None:
     with zipfile.ZipFile(stream, "w", method) as archive:
         for name, data in CONTENTS.items():
             archive.writestr(name, data)
-    (tmp_path / "data.zip").write_bytes(stream.getvalue())
-    assert [data for _, data in decoded(f"{tmp_path}/data.zip:train", tmp_path)] == (
-        [*CONTENTS.values()][:3]
-    )
+    path, whole = tmp_path / "data.zip", stream.getvalue()
+    path.write_bytes(whole)
+    expected = [*CONTENTS.values()][:3]
+    assert [data for _, data in decoded(f"{path}:train", tmp_path)] == expected
+    checksum = struct.pack("<4sI", b"PK\7\x08", zlib.crc32(b"one"))
+    damages = [(whole.replace(checksum, checksum[:-1] + b"?"), "wrong checksum of a member")]
+    if method == zipfile.ZIP_STORED:
+        damages += [(whole.replace(b"one", b"onE"), "wrong checksum of a member")]
+    for damaged, message in damages:
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            decoded(f"{path}:train", tmp_path)
+    # The mark before the checksum may be left out.
+    path.write_bytes(whole.replace(checksum, checksum[4:] + checksum[:4]))
+    assert [data for _, data in decoded(f"{path}:train", tmp_path)] == expected
 
 
 def test_after_more_than_4_gb(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST
-from mpl_fast.packing.check.load_pack import load_pack
+from mpl_fast.data.records import NO_LABEL
+from mpl_fast.packing.check.listing_check import splits_with_shards
+from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE, open_table, source_entry
@@ -20,11 +22,20 @@ _KEPT = (
 )
 
 
-def info(root: Path) -> Json:
-    """Return what a folder contains; if it is not finished, how many of its shards are."""
+def info(root: Path, *, classes: bool = False) -> Json:
+    """Return what a folder contains; if it is not finished, how many of its shards are.
+
+    With classes, also the records of each class in each split, if it is not finished the planned
+    ones.
+    """
     if (root / WORK / TABLE).is_file() and not (root / MANIFEST).exists():
-        return _unfinished(root)
+        listed = {"per_class": _per_class(root / WORK / TABLE, "")} if classes else {}
+        return _unfinished(root) | listed
     manifest = load_pack(root)
+    listed = {}
+    if classes:
+        require_table(root, manifest)
+        listed["per_class"] = _per_class(root / TABLE, "JOIN written USING (id)")
     shards = {shard["file"]: shard for shard in manifest["shards"]}
     splits = {
         name: {
@@ -45,7 +56,34 @@ def info(root: Path) -> Json:
         "splits": splits,
         "shards": dict(Counter(shard["prefix"] for shard in manifest["shards"])),
         **{name: manifest.get(name) for name in _KEPT},
+        **listed,
     }
+
+
+def _per_class(path: Path, join: str) -> list[Json]:
+    """Return each class of a table by label, with its records, by splits with any labels."""
+    with open_table(path) as table:
+        names, titles, counts = table.classes(), table.titles(), {}
+        for split, shards in splits_with_shards(table):
+            found: Counter[int] = Counter()
+            which = "" if split.labeled is None else f"AND labeled = {split.labeled}"
+            for shard in shards:
+                query = (
+                    f"SELECT label, count(*) FROM records {join} WHERE id BETWEEN ? AND ? "
+                    f"AND label != {NO_LABEL} {which} GROUP BY label"
+                )
+                found.update(dict(table.query(query, shard.ids)))
+            if found:
+                counts[split.name] = found
+    return [
+        {
+            "label": label,
+            "name": name,
+            "title": titles[label] if titles else "",
+            "records": {split: found[label] for split, found in counts.items()},
+        }
+        for label, name in enumerate(names)
+    ]
 
 
 def _unfinished(root: Path) -> Json:
@@ -70,6 +108,7 @@ def _unfinished(root: Path) -> Json:
 def info_lines(found: Mapping[str, Any]) -> list[str]:
     """Return the result of info as aligned lines of text."""
     rows = list(_unfinished_rows(found) if not found["finished"] else _finished_rows(found))
+    rows += _class_rows(found.get("per_class", []))
     width = max(len(name) for name, _ in rows) + 2
     return [f"{name:<{width}}{text}" for name, text in rows]
 
@@ -106,6 +145,16 @@ def _finished_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "bad images", _pairs(Counter(entry["action"] for entry in found["bad"])) or "none"
     counts = {name: count for name, count in found["duplicates"].items() if name != "examples"}
     yield "duplicates", _pairs(counts)
+
+
+def _class_rows(classes: Sequence[Json]) -> Iterator[tuple[str, str]]:
+    for entry in classes:
+        title = f" ({entry['title']})" if entry["title"] else ""
+        counts = entry["records"].items()
+        listed = (
+            f"{split} {count}" if count else f"no image in {split}" for split, count in counts
+        )
+        yield f"class {entry['label']}", f"{entry['name']}{title}: {', '.join(listed)}"
 
 
 def per_class(split: Mapping[str, Any]) -> str:

@@ -32,12 +32,12 @@ def check_table(
     with open_table(root / TABLE) as table:
         shards = {shard.file: shard for shard in table.shards()}
         right = (
-            len(table.classes()),
+            (len(table.classes()), table.titles()),
             {file: sizes for file, *sizes in table.query(_SIZES)},
-            {split.name: [shard.file for shard in own] for split, own in _splits(table)},
+            {split.name: [shard.file for shard in own] for split, own in splits_with_shards(table)},
         )
     stored = (
-        manifest["classes"]["n"],
+        (manifest["classes"]["n"], manifest["classes"].get("titles", [])),
         {entry["file"]: [entry["records"], entry["bytes"]] for entry in manifest["shards"]},
         {name: split["shards"] for name, split in manifest["splits"].items()},
     )
@@ -66,8 +66,8 @@ def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> lis
     return problems
 
 
-def _splits(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
-    """Return the splits with their shards."""
+def splits_with_shards(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
+    """Return the splits of the pack in a table, with their shards."""
     options, rows = table.options(), table.shards()
     planned = planned_splits(options["layout"], options["unlabeled"], val=True)
     found = [(split, [row for row in rows if row.prefix == split.prefix]) for split in planned]
@@ -76,7 +76,7 @@ def _splits(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]]:
 
 def _right_lines(table: Table, manifest: Mapping[str, Any], name: str, kind: str) -> Iterator[str]:
     classes = table.classes()
-    ((planned, shards),) = [found for found in _splits(table) if found[0].name == name]
+    ((planned, shards),) = [found for found in splits_with_shards(table) if found[0].name == name]
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
     rows = listed_records(table, shards, sizes, planned.labeled)
     if kind == "idx":

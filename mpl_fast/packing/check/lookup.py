@@ -41,6 +41,7 @@ class Found:
     length: int  # bytes of the record
     size: int  # bytes of its image
     crc32: int  # of its image
+    title: str  # of its class; "": it has none
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields."""
@@ -49,8 +50,11 @@ class Found:
     def lines(self) -> list[str]:
         """Return the fields as text, one a line."""
         fields = asdict(self) | {"splits": ", ".join(self.splits), "crc32": f"{self.crc32:08x}"}
+        title = fields.pop("title")
         if self.label is None:
             fields["label"] = "none"
+        elif title:
+            fields["label"] = f"{self.label} ({title})"
         return [f"{name:<7} {value}" for name, value in fields.items()]
 
 
@@ -158,7 +162,7 @@ def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
 
 
 def _found(table: Table, record: RecordRow, written: WrittenRow) -> Found:
-    options = table.options()
+    options, titles = table.options(), table.titles()
     splits = planned_splits(options["layout"], options["unlabeled"], val=True)
     (shard,) = [s for s in table.shards() if s.first_id <= record.id < s.first_id + s.records]
     return Found(
@@ -174,4 +178,5 @@ def _found(table: Table, record: RecordRow, written: WrittenRow) -> Found:
         length=written.length,
         size=written.size,
         crc32=written.crc32,
+        title=titles[record.label] if titles and record.label != NO_LABEL else "",
     )

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
+from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
-from mpl_fast.packing.plan.table import RecordRow, create_table, table_errors, to_utf8
+from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source
 
@@ -80,6 +81,7 @@ class _Planner:
     work: Path
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)  # in the pack, of those classes
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
     def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
@@ -171,36 +173,18 @@ class _Planner:
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
-        """Assign a label to every class; warn about classes without validation images."""
+        """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
-        names = _class_order(train) or sorted(trained)
-        labels = {name: label for label, name in enumerate(names)}
-        if val is not None and _is_numbered(val, len(names)):
-            known = held & labels.keys()
-            other = [name for name in sorted(known) if labels[name] != int(name)]
-            if other:
-                raise DataError(
-                    f"{val.spec}: its labels are numbers, and so are the names of the training "
-                    f"classes, in another order (class {other[0]} has label {labels[other[0]]}); "
-                    "give it class folders or --val-labels"
-                )
-            if not known:
-                labels |= {str(label): label for label in range(len(names))}
-        spec = " + ".join(source.spec for source in train)
-        _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
-        if val is not None:
-            _require_known(val.spec, held - labels.keys(), "the training source")
-        rows = [(label, to_utf8(name)) for label, name in enumerate(names)]
+        classes = label_classes(train, val, trained, held, self.options)
+        rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
-        self.table.executemany(
-            "INSERT INTO found.classes VALUES (?, ?)",
-            ((number, labels[name]) for name, number in self.class_numbers.items()),
-        )
+        if classes.titles:
+            add_titles(self.table, classes.titles)
+        labels = [classes.labels[name] for name in self.class_numbers]
+        self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
-        absent = len(names) - len({labels[name] for name in held})
-        if val is not None and absent:
-            return [f"{val.spec}: has no image of {absent} of the classes"]
-        return []
+        self.names = [classes.names[label] for label in labels]
+        return classes.warnings
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
@@ -208,7 +192,7 @@ class _Planner:
         return {names[number] for (number,) in self.table.execute(query, (part,))}
 
     def _choose_labeled(self) -> None:
-        names = list(self.class_numbers)
+        names = self.names  # as in the pack, which may be split again
         query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
         images = ((row, names[number], name) for row, number, name in self.table.execute(query))
         how = self.options.split
@@ -282,25 +266,3 @@ def _without_label(image: Image, part: int, spec: str) -> Image:
     if {"\t", "\n", "\r"} & set(image.path):
         raise DataError(f"{spec}: {image.path!r} has a tab or line break in its name")
     return image._replace(class_name="", name=image.path)
-
-
-def _require_known(spec: str, unknown: set[str], where: str) -> None:
-    if unknown:
-        what = counted(len(unknown), "class is", "classes are")
-        raise DataError(f"{spec}: {what} not in {where}: {first_few(sorted(unknown))}")
-
-
-def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
-    """Return the class names by label if sources number their labels; None: sort by name."""
-    orders = [(source.spec, source.class_order) for source in sources]
-    longest = max((order for _, order in orders if order is not None), key=len, default=None)
-    for spec, order in orders:
-        if longest is not None and order is not None and order != longest[: len(order)]:
-            raise DataError(f"{spec}: its labels mean other classes than another source's")
-    return longest
-
-
-def _is_numbered(source: Source, classes: int) -> bool:
-    """Return whether classes have only numbers in a source: a list of a flat folder."""
-    order = source.class_order or ()
-    return 0 < len(order) <= classes and order == tuple(map(str, range(len(order))))

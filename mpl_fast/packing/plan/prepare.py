@@ -41,11 +41,11 @@ def check_options(options: PackOptions) -> None:
                 raise ConfigError(f"--out {options.out}: is inside the source {spec}")
             if spec:  # before the first compressed archive is unpacked
                 find_path(spec)
-    for labels in filter(None, (options.labels, options.val_labels)):
+    for file in filter(None, (options.labels, options.val_labels, options.classes)):
         try:
-            labels.stat()  # not opened: a pipe can be read only once
+            file.stat()  # not opened: a pipe can be read only once
         except OSError as error:
-            raise DataError(f"{labels}: {error.strerror}") from error
+            raise DataError(f"{file}: {error.strerror}") from error
     check_labeled(options.split.labeled)
 
 

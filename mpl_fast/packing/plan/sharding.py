@@ -64,7 +64,7 @@ class ShardDigest:
 
 def plan_digest(table: Table) -> str:
     """Return the sha256 of all that determines the bytes of a pack, not of its images' location."""
-    digest = hashlib.sha256(to_utf8("\n".join(table.classes())))
+    digest = hashlib.sha256(to_utf8("\n".join([*table.classes(), *table.titles()])))
     for shard in table.shards():
         digest.update(f"\n{shard.file} {shard.content}".encode())
     for (labeled,) in table.query("SELECT id FROM records WHERE labeled ORDER BY id"):

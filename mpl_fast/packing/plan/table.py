@@ -7,7 +7,7 @@ position, and the checksum of its image.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ CREATE TABLE records(id INTEGER PRIMARY KEY, label INTEGER NOT NULL, labeled INT
                      name TEXT NOT NULL, source INTEGER NOT NULL, path TEXT NOT NULL,
                      start INTEGER NOT NULL, size INTEGER NOT NULL, stamp INTEGER NOT NULL);
 """
+_TITLES = "CREATE TABLE titles(label INTEGER PRIMARY KEY, title TEXT NOT NULL)"
 _SPOOL = "spool-"
 _WRITTEN = """
 DROP TABLE IF EXISTS written;
@@ -161,6 +162,12 @@ class Table:
         """Return the class names; the position is the label."""
         return [name for (name,) in self._connection.execute("SELECT name FROM classes")]
 
+    def titles(self) -> list[str]:
+        """Return the titles of the classes by label, "" for none; empty if no class has one."""
+        if not list(self.query("SELECT 1 FROM sqlite_master WHERE name = 'titles'")):
+            return []
+        return [title for (title,) in self.query("SELECT title FROM titles")]
+
     def sources(self) -> list[SourceRow]:
         """Return the sources, by number."""
         rows = map(SourceRow._make, self._connection.execute("SELECT * FROM sources"))
@@ -206,6 +213,13 @@ class Table:
 def create_written(connection: sqlite3.Connection) -> None:
     """Add the empty table of written records."""
     connection.executescript(_WRITTEN)
+
+
+def add_titles(connection: sqlite3.Connection, titles: Iterable[str]) -> None:
+    """Add the table of the titles of the classes, which packs without titles do not have."""
+    connection.execute(_TITLES)
+    rows = ((label, to_utf8(title)) for label, title in enumerate(titles))
+    connection.executemany("INSERT INTO titles VALUES (?, CAST(? AS TEXT))", rows)
 
 
 def image_key(classes: Mapping[int, str] | list[str], record: RecordRow) -> str:

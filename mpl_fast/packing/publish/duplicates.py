@@ -6,8 +6,7 @@ is that of PNG's chunks too, so that of a whole PNG depends on few bits of its c
 
 import hashlib
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
 
 _EXAMPLES = 10  # groups that the manifest names, and names of each
+_SHARD = "JOIN shards ON id BETWEEN first_id AND first_id + shards.records - 1"
 
 
 def find_duplicates(table: Table) -> Json:
@@ -31,17 +31,14 @@ def find_duplicates(table: Table) -> Json:
         list(table.query(f"SELECT 1 FROM records WHERE label = {NO_LABEL} LIMIT 1"))
     )
     examples: list[list[str]] = []
-    for group in _equal_images(table):
-        origins = {_origin(record) for record, _ in group}
-        if len(origins) > 1:
+    for group in (_Group(classes, records) for records in _equal_images(table)):
+        if group.images > 1:
             groups += 1
-            images += len(origins)
-            parts = {prefix.partition("_")[0] for _, prefix in group}
-            across += len(parts) > 1
-            unlabeled += len({record.label == NO_LABEL for record, _ in group}) > 1
+            images += group.images
+            across += len(group.parts) > 1
+            unlabeled += len(group.has_label) > 1
             if len(examples) < _EXAMPLES:
-                named = {f"{image_key(classes, record)} ({prefix})" for record, prefix in group}
-                examples.append(sorted(named)[:_EXAMPLES])
+                examples.append(group.names)
     found = {"groups": groups, "images": images, "across_splits": across, "examples": examples}
     return found | ({"with_and_without_label": unlabeled} if has_unlabeled else {})
 
@@ -59,27 +56,47 @@ def describe_duplicates(found: Mapping[str, Any]) -> str:
     )
 
 
-def _equal_images(table: Table) -> Iterator[list[tuple[RecordRow, str]]]:
-    """Yield groups of records, with their prefix, whose images are equal."""
-    query = (
-        "SELECT written.size, crc32, shards.prefix, shards.file, offset, length, records.* "
-        "FROM written JOIN (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1) "
-        "USING (size, crc32) JOIN records USING (id) JOIN shards ON records.id "
-        "BETWEEN first_id AND first_id + shards.records - 1 ORDER BY 1, 2, records.id"
+class _Group:
+    """What is counted of equal images; its memory does not grow with their number."""
+
+    def __init__(self, classes: list[str], records: Iterable[tuple[RecordRow, str]]) -> None:
+        self.images = 0  # without those that the layout writes twice
+        self.parts: set[str] = set()  # training, validation
+        self.has_label: set[bool] = set()
+        self.names: list[str] = []  # some of them, sorted
+        previous = None
+        for record, prefix in records:
+            origin = record.source, record.path, record.start
+            self.images += origin != previous
+            previous = origin
+            self.parts.add(prefix.partition("_")[0])
+            self.has_label.add(record.label != NO_LABEL)
+            name = f"{image_key(classes, record)} ({prefix})"
+            self.names = sorted({*self.names, name})[:_EXAMPLES]
+
+
+def _equal_images(table: Table) -> Iterator[Iterator[tuple[RecordRow, str]]]:
+    """Yield groups of records, with their prefix, whose images are equal, ordered by origin."""
+    # On disk: there may be as many of them as images.
+    list(table.query("CREATE TEMP TABLE digests(id INTEGER PRIMARY KEY, digest BLOB NOT NULL)"))
+    alike = (
+        "WITH alike AS (SELECT size, crc32 FROM written GROUP BY 1, 2 HAVING count(*) > 1), "
+        # Not those of which one image is in two files.
+        "several AS (SELECT written.size, crc32 FROM written JOIN alike USING (size, crc32) "
+        "JOIN records USING (id) GROUP BY 1, 2 HAVING min(source) < max(source) "
+        "OR min(path) < max(path) OR min(start) < max(start)) "
+        f"SELECT id, file, offset, length FROM written JOIN several USING (size, crc32) {_SHARD}"
     )
-    for _, group in groupby(table.query(query), lambda row: row[:2]):
-        found = [(row[2:6], RecordRow(*row[6:])) for row in group]
-        if len({_origin(record) for _, record in found}) == 1:
-            continue  # one image in two files
-        equal: dict[bytes, list[tuple[RecordRow, str]]] = defaultdict(list)
-        for (prefix, file, offset, length), record in found:
-            digest = _image_digest(table.folder / file, offset, length)
-            equal[digest].append((record, prefix))
-        yield from (records for records in equal.values() if len(records) > 1)
-
-
-def _origin(record: RecordRow) -> tuple[int, str, int]:
-    return record.source, record.path, record.start
+    for number, file, offset, length in table.query(alike):
+        digest = _image_digest(table.folder / file, offset, length)
+        list(table.query("INSERT INTO digests VALUES (?, ?)", (number, digest)))
+    query = (
+        "SELECT written.size, crc32, digest, prefix, records.* FROM digests "
+        f"JOIN written USING (id) JOIN records USING (id) {_SHARD} "
+        "ORDER BY 1, 2, 3, source, path, start"
+    )
+    for _, group in groupby(table.query(query), lambda row: row[:3]):
+        yield ((RecordRow(*row[4:]), row[3]) for row in group)
 
 
 def _image_digest(file: Path, offset: int, length: int) -> bytes:

@@ -133,6 +133,7 @@ def _manifest(work: Path, table: Table) -> Json:
             "n": len(classes),
             "file": CLASSES,
             "sha256": write_text(work / CLASSES, "".join(f"{name}\n" for name in classes)),
+            **({"titles": titles} if (titles := table.titles()) else {}),
         },
         "transform": describe_processing(options_from(ImageOptions, options)),
         "shards": shards,
@@ -214,5 +215,12 @@ def describe_left_out(table: Table, manifest: Mapping[str, Any]) -> str:
         ((drawn,),) = table.query("SELECT count(*) FROM records WHERE labeled")
     if labeled["records"] == drawn:
         return ""
-    none = "" if labeled["per_class_min"] else "; a class has none now: draw more, or repair them"
+    query = (
+        "SELECT label FROM records LEFT JOIN written ON written.id = records.id WHERE labeled "
+        "GROUP BY label HAVING count(written.id) = 0"
+    )
+    classes = table.classes()
+    empty = [classes[label] for (label,) in table.query(query)]
+    what = counted(len(empty), "class has", "classes have")
+    none = f"; {what} none now ({first_few(empty)}): draw more, or repair them" if empty else ""
     return f"labeled images left out as bad: {drawn - labeled['records']} of {drawn}{none}"

@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 as their archives are published, in Python's form and the binary one."""
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
@@ -10,8 +9,7 @@ from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.sources.plain_pickle import PlainArray, load_plain
 from mpl_fast.packing.sources.raw_pixels import png
 from mpl_fast.packing.sources.source import Request
-from mpl_fast.packing.sources.spool import archive_errors
-from mpl_fast.packing.sources.tar import clean_name, first_members
+from mpl_fast.packing.sources.tar import clean_name, first_members, open_tar
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
 
 if TYPE_CHECKING:
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE  # bytes of an image: all red, all green, all blue
+_LARGEST = 1 << 28  # bytes; more than any batch
 _BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 
 
@@ -78,9 +77,11 @@ def _members(path: Path, files: Sequence[str], *, to_end: bool) -> Iterator[tupl
     Only at the end of the archive is its checksum compared.
     """
     missing = [*files]
-    with archive_errors(path), tarfile.open(path) as tar:
+    with open_tar(path, _LARGEST) as tar:
         for item in tar:
             name = item.name.rpartition("/")[2]
+            if name in missing and item.size > _LARGEST:
+                raise DataError(f"{path}: {name} has {item.size} bytes: no batch as published")
             if name in missing and item.isreg() and (stream := tar.extractfile(item)) is not None:
                 missing.remove(name)
                 yield name, stream

@@ -35,8 +35,10 @@ SEVERAL: dict[type[Source], type[Source]] = {
     ParquetSource: ParquetSource,
     WebDatasetSource: ShardsSource,
 }
-# Of kinds whose byte ranges are not the images themselves.
-DECODERS = {kind.kind: kind.decode for kind in KINDS if kind.decode is not Source.decode}
+# Of kinds whose byte ranges are not the images themselves: `decode`, and what it is given besides.
+DECODERS = {
+    kind.kind: (kind.decode, kind.behind) for kind in KINDS if kind.decode is not Source.decode
+}
 
 
 def open_source(

@@ -54,6 +54,7 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    behind: ClassVar[int] = 0  # bytes after the range of an image that `decode` is given as well
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
         """Open the source; file is what images are read from, by default the path of the request.
@@ -84,7 +85,7 @@ class Source(ABC):
 
     @staticmethod
     def decode(stored: bytes) -> bytes:
-        """Return the image that the bytes of its range are, or raise DataError."""
+        """Return the image that the bytes of its range, and those behind, are; or DataError."""
         return stored
 
     def images(self) -> Iterator[Image]:

@@ -11,16 +11,21 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal, TypeAlias
 
 from mpl_fast.atomic import atomic_path
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.sources.source import Request
 
+Stream: TypeAlias = IO[bytes] | gzip.GzipFile
+_Opener: TypeAlias = Callable[[Path, Literal["rb"]], AbstractContextManager[Stream]]
 # A block or end mark follows the level: an uncompressed tar may begin with a file name "BZh...".
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
-# The last two: tarfile uses any number in a damaged header as an offset.
-_DAMAGE = (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError, OverflowError)
+_DAMAGE = (
+    *(tarfile.TarError, lzma.LZMAError, zlib.error, EOFError),
+    RecursionError,  # a thousand tars, each in another
+    *(ValueError, OverflowError),  # tarfile uses any number in a damaged header as an offset
+)
 
 
 @contextmanager
@@ -35,7 +40,10 @@ def archive_errors(path: Path) -> Iterator[None]:
 
 
 def spooled(
-    request: Request, blocks: Iterable[bytes], files: Sequence[Path] = (), part: str = ""
+    request: Request,
+    blocks: Iterable[bytes | memoryview],
+    files: Sequence[Path] = (),
+    part: str = "",
 ) -> Path:
     """Return a file of these blocks in the work folder, made once and kept.
 
@@ -71,18 +79,28 @@ def _stamp(states: Sequence[os.stat_result]) -> int:
 
 def decompressed(path: Path) -> Iterator[bytes] | None:
     """Return blocks of the uncompressed content; None if the file is not compressed."""
+    return _blocks(path) if _opener(path) else None
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open_plain(path) as stream:
+        while block := stream.read(1 << 20):
+            yield block
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[Stream]:
+    """Open the uncompressed content of a file, which may be compressed."""
+    with archive_errors(path), (_opener(path) or Path.open)(path, "rb") as stream:
+        yield stream
+
+
+def _opener(path: Path) -> _Opener | None:
+    """Return what opens a compressed file; None if it is not compressed."""
     with archive_errors(path), path.open("rb") as raw:
         start = raw.read(10)
     if start.startswith(b"\xfd7zXZ\0"):
-        return _blocks(lzma.open, path)
+        return lzma.open
     if start.startswith(b"\x1f\x8b"):
-        return _blocks(gzip.open, path)
-    return _blocks(bz2.open, path) if _BZIP2.match(start) else None
-
-
-def _blocks(
-    opened: Callable[[Path], AbstractContextManager[IO[bytes] | gzip.GzipFile]], path: Path
-) -> Iterator[bytes]:
-    with archive_errors(path), opened(path) as stream:
-        while block := stream.read(1 << 20):
-            yield block
+        return gzip.open
+    return bz2.open if _BZIP2.match(start) else None

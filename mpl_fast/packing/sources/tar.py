@@ -3,20 +3,21 @@
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.class_folders import ClassFolders, Entry
 from mpl_fast.packing.sources.source import Request
-from mpl_fast.packing.sources.spool import archive_errors, decompressed, spooled
+from mpl_fast.packing.sources.spool import Stream, archive_errors, decompressed, open_plain, spooled
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
 _PEEKED = 16  # members that tell what an archive is, which end before
 _PEEKED_BYTES = 1 << 24
+_HEADER = 1 << 20  # bytes of a header, such as a long name
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
 
 
@@ -73,12 +74,38 @@ def first_members(path: Path) -> list[str]:
     The last one may be a tar, or large, so that what follows would have to be decompressed.
     """
     names: list[str] = []
-    with suppress(DataError), archive_errors(path), tarfile.open(path) as tar:
+    with suppress(DataError), open_tar(path) as tar:
         for item in islice(tar, _PEEKED):
             names.append(clean_name(item.name))
             if item.name.endswith(".tar") or item.offset_data + item.size > _PEEKED_BYTES:
                 break
     return names
+
+
+@contextmanager
+def open_tar(path: Path, most: int = _HEADER) -> Iterator[tarfile.TarFile]:
+    """Open a tar, compressed or not, of which at most that many bytes are read together."""
+    with open_plain(path) as stream, _open(stream, most) as tar:
+        yield tar
+
+
+def _open(stream: Stream, most: int) -> tarfile.TarFile:
+    file: Any = _Bounded(stream, most)
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
+
+
+class _Bounded:
+    """A file for tarfile, which reads a header of any size as a whole."""
+
+    def __init__(self, file: Stream, most: int) -> None:
+        self._file = file
+        self._most = most
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > self._most:
+            raise tarfile.ReadError(f"{size} bytes to be read at once, more than {self._most}")
+        return self._file.read(size)
 
 
 def clean_name(name: str) -> str:
@@ -93,7 +120,7 @@ def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) ->
     """
     raw.seek(start)
     name = prefix
-    with tarfile.open(fileobj=raw, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+    with _open(raw, _HEADER) as tar:
         while (item := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # 1 KB an image, never used
             if tar.offset > stop or item.size < 0:

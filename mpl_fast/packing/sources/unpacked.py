@@ -27,7 +27,7 @@ class Unpacked(NamedTuple):
     files: Sequence[Path]  # that it is read from
     names: Sequence[str] | None  # of the classes by label, if the source has them
     # Label or class (None: it has none), name, image file.
-    images: Iterable[tuple[int | str | None, str, bytes]]
+    images: Iterable[tuple[int | str | None, str, bytes | memoryview]]
     variant: str = ""  # if the same part of the same files can be read in several ways
 
 
@@ -63,18 +63,19 @@ class UnpackedSource(Source):
             self.class_order = tuple(names or map(str, range(highest + 1)))
 
 
-def _entries(content: Unpacked) -> Iterator[bytes]:
-    yield _entry(None if content.names is None else [*content.names])
+def _entries(content: Unpacked) -> Iterator[bytes | memoryview]:
+    yield _head(None if content.names is None else [*content.names], 0)
     for label, name, image in content.images:
         if isinstance(label, int) and label >= LABEL_LIMIT:
             fault = f"label {label} is more than {LABEL_LIMIT - 1}"
             raise DataError(f"{content.files[0]}: {name}: {fault}")
-        yield _entry([label, name], image)
+        yield _head([label, name], len(image))
+        yield image  # apart from its head, since joining would copy it
 
 
-def _entry(key: object, image: bytes = b"") -> bytes:
+def _head(key: object, size: int) -> bytes:
     text = json.dumps(key).encode()
-    return b"".join((_HEAD.pack(len(text), len(image)), text, image))
+    return _HEAD.pack(len(text), size) + text
 
 
 def _places(path: Path) -> Iterator[tuple[Any, int, int]]:

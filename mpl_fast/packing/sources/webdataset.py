@@ -17,7 +17,7 @@ from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.class_folders import Entry
 from mpl_fast.packing.sources.record_files import classes_beside
 from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, IN_SHARD, SHARDS, Image, Request, Source
-from mpl_fast.packing.sources.spool import decompressed
+from mpl_fast.packing.sources.spool import decompressed, spooled
 from mpl_fast.packing.sources.tar import TarSource, first_members, tar_entries
 
 _IMAGES = (*IMAGE_SUFFIXES, ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -58,22 +58,30 @@ class WebDatasetSource(TarSource):
 
 
 class ShardsSource(Source):
-    """Several shards; each image is in a byte range of one of them."""
+    """Several shards; each image is in a byte range of one of them.
+
+    If any is compressed, the source is a folder of links to the shards and to what they contain.
+    """
 
     kind = SHARDS
 
     def __init__(self, request: Request) -> None:
         files = [file.absolute() for file in request.files]
-        super().__init__(request, Path(os.path.commonpath([file.parent for file in files])))
-        lines = []
-        for file in files:
-            if decompressed(file) is not None:
-                fault = "one of several shards is compressed; unpack it, or give them one by one"
-                raise DataError(f"{file}: {fault}")
-            state = file.stat()
-            lines.append(f"{file}\n{state.st_size}\n{state.st_mtime_ns}")
-        # In place of the time of one file, to detect any change.
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        self._shards = [str(file.relative_to(folder)) for file in files]
+        states = [file.stat() for file in files]
+        lines = [
+            f"{file}\n{state.st_size}\n{state.st_mtime_ns}"
+            for file, state in zip(files, states, strict=True)
+        ]
         digest = hashlib.sha256(os.fsencode("\n".join(lines))).digest()
+        plain = [_plain(file, request) for file in files]
+        if plain != files:
+            folder = request.work / f"spool-{digest.hex()[:16]}"
+            for shard, file in zip(self._shards, plain, strict=True):
+                _link(folder / shard, file)
+        super().__init__(request, folder)
+        # In place of the time of one file, to detect any change.
         self.stamp = int.from_bytes(digest[:7], "big")
 
     @classmethod
@@ -82,14 +90,27 @@ class ShardsSource(Source):
 
     def _list(self) -> Iterator[Image]:
         labels = _Labels(self.request)
-        for file in self.request.files:
-            stamp = file.stat().st_mtime_ns
-            shard = file.absolute().relative_to(self.file)
-            entries = tar_entries(file, file, self.request.folder)
-            for image in labels.images(file, entries):
+        for shard, file in zip(self._shards, self.request.files, strict=True):
+            plain = self.file / shard
+            stamp = plain.stat().st_mtime_ns
+            entries = tar_entries(plain, file, self.request.folder)
+            for image in labels.images(plain, entries):
                 yield image._replace(path=f"{shard}{IN_SHARD}{image.path}", stamp=stamp)
         self.warnings += labels.warnings()
         self.class_order = labels.class_order()
+
+
+def _plain(file: Path, request: Request) -> Path:
+    """Return a shard, or the file into which it is unpacked."""
+    blocks = decompressed(file)
+    return file if blocks is None else spooled(request._replace(path=file), blocks)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Make a link, in place of that of an earlier run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target.absolute())
 
 
 class _Labels:

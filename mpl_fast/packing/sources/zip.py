@@ -41,6 +41,7 @@ class ZipSource(ClassFolders):
 
     kind = "zip"
     has_folders = True
+    behind = 8  # the checksum, where it follows the data; after the mark b"PK\7\x08" or without it
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
@@ -49,11 +50,14 @@ class ZipSource(ClassFolders):
 
     @staticmethod
     def decode(stored: bytes) -> bytes:
-        """Return the content of a member from its local header and its data."""
+        """Return the content of a member from its local header, its data and what is behind."""
         mark, flags, method, crc, name, extra = _LOCAL.unpack_from(stored)
         if mark != b"PK\3\4":
             raise DataError("damaged zip archive: no member begins here")
-        data = stored[_LOCAL.size + name + extra :]
+        data = stored[_LOCAL.size + name + extra : -ZipSource.behind]
+        checksums = [crc]
+        if flags & _CRC_FOLLOWS:
+            checksums += struct.unpack("<II", stored[-ZipSource.behind :])
         if method == _DEFLATED:
             try:
                 inflater = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -62,7 +66,7 @@ class ZipSource(ClassFolders):
                     raise DataError("damaged zip archive: a member is cut short or too large")
             except zlib.error as error:
                 raise DataError(f"damaged zip archive ({error})") from error
-        if not flags & _CRC_FOLLOWS and zlib.crc32(data) != crc:
+        if zlib.crc32(data) not in checksums:
             raise DataError("damaged zip archive: wrong checksum of a member")
         return data
 
@@ -76,7 +80,7 @@ class ZipSource(ClassFolders):
         for entry in self._entries():
             if entry.path == ANNOTATIONS:
                 with _errors(self.file), self.file.open("rb") as raw:
-                    stored = os.pread(raw.fileno(), entry.size, entry.start)
+                    stored = os.pread(raw.fileno(), entry.size + self.behind, entry.start)
                 try:
                     return self.decode(stored)
                 except DataError as error:

@@ -76,14 +76,11 @@ class Reader:
 
     def image(self, opened: OpenedRecord) -> bytes:
         """Return the image of a record, as the kind of its source decodes it."""
-        buffer = bytearray(opened.record.size)
+        decode, behind = DECODERS.get(opened.source.kind, (bytes, 0))
+        buffer = bytearray(opened.record.size + behind)
         self.fill(opened, [memoryview(buffer)])
-        content = bytes(buffer)
-        decode = DECODERS.get(opened.source.kind)
-        if decode is None:
-            return content
         try:
-            return decode(content)
+            return decode(bytes(buffer))
         except DataError as error:
             raise DataError(f"{self._name(opened)}: {error}") from error
 
