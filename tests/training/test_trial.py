@@ -40,7 +40,7 @@ def test_what_works_is_not_refused(name: str, side: int, labeled: int) -> None:
         ("convlarge", 8, "does not take images of 8 pixels: set data.image_size 32, for which"),
         ("inception_v3", 32, "does not take images of 32 pixels: set data.image_size 299"),
         ("levit_128", 200, "does not take images of 200 pixels: set data.image_size 224"),
-        ("gemma4_vit_167m_enc", 768, r"take another \(TypeError: .* argument 'drop_rate'"),
+        ("gemma4_vit_167m_enc", 224, r"take another \(TypeError: .* argument 'drop_rate'"),
     ],
 )
 def test_what_does_not_fit_names_what_does(name: str, side: int, words: str) -> None:
