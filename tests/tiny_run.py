@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import io
 import json
 import os
@@ -176,6 +177,18 @@ def final_state(folder: Path, step: int = 6) -> dict[str, Any]:
     file = folder / "checkpoints" / f"step_{step:08d}" / "state.pt"
     state: dict[str, Any] = torch.load(file, weights_only=True)
     return state
+
+
+def replace_state(file: Path, state: dict[str, Any]) -> None:
+    """Replaces a file of a checkpoint, and its checksum."""
+    torch.save(state, file)
+    about = file.with_name("checkpoint.json")
+    content, text = file.read_bytes(), json.loads(about.read_text())
+    text["files"][file.name] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    about.write_text(json.dumps(text))
 
 
 def flip(file: Path) -> None:

@@ -12,8 +12,8 @@ from mpl_fast.training.process import die_with_launcher
 USAGE = """usage: evaluate.py RUN [--data.root REC] [--eval-batch N] [--device auto|cpu|cuda] ...
 
 Prints top-1, top-5 and the image count of the averaged weights in RUN's newest checkpoint.
-The options are those of RUN/config.yaml; options of train.py override them. Under torchrun the
-images are divided among the ranks."""
+The options are those of RUN/config.yaml; options of train.py override them. The classes of REC are
+matched by name with those of the run. Under torchrun the images are divided among the ranks."""
 
 
 def main() -> int:

@@ -103,7 +103,8 @@ class ModelConfig:
     """Share of a new batch in batch norm's running statistics; 0: as the network defines it (wrn
     0.001, timm 0.1)."""
     pretrained: str = ""
-    """Initial weights: a .safetensors or .pth file, or timm for timm's own; empty: random."""
+    """Initial weights: a file (.safetensors, .pth, .pth.tar, .ckpt, state.pt), FILE:ENTRY for one
+    of several in it, or timm for timm's own; empty: random."""
     frozen: bool = False
     """Train the last layer only; all other weights and statistics stay as pretrained."""
 

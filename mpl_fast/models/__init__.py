@@ -3,9 +3,11 @@
 import difflib
 import importlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mpl_fast.errors import ConfigError
 from mpl_fast.models import pretrained as weights
@@ -14,7 +16,7 @@ from mpl_fast.models.frozen import freeze
 from mpl_fast.models.shake_shake import ShakeShake
 from mpl_fast.models.wide_resnet import WideResNet
 
-__all__ = ["build", "count_parameters", "image_size", "synchronized"]
+__all__ = ["build", "count_parameters", "image_size", "synchronized", "with_class_order"]
 
 WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
 SHAKE = {  # depth, channels of each branch in the first stage
@@ -33,6 +35,8 @@ def build(
     *,
     image_size: int | None = None,
     pretrained: str = "",
+    class_names: Sequence[str] = (),
+    notes: list[str] | None = None,
     frozen: bool = False,
 ) -> nn.Module:
     """A network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
@@ -40,15 +44,23 @@ def build(
     `dropout` applies to the pooled features; `norm_momentum` above 0 replaces the momentum of batch
     norms. `image_size`, in pixels, counts for timm's networks of a fixed size; None: timm's own.
     `pretrained` is empty for random weights, ``timm`` for those that timm publishes, or a file
-    (`pretrained.load`). With `frozen` only the classifier head is trained (`frozen.freeze`).
-    Raises `ConfigError` for an unknown name, and for weights that cannot be loaded or do not fit.
+    (`pretrained.load`), whose head is put into the order of `class_names`; a sentence about what
+    was loaded is appended to `notes`. With `frozen` only the classifier head is trained
+    (`frozen.freeze`). Raises `ConfigError` for an unknown name, and for weights that cannot be
+    loaded or do not fit.
     """
     if name in OWN:
         network = _own(name, classes, dropout, pretrained)
     else:
         network = _timm(name, classes, dropout, image_size, pretrained)
-    if pretrained not in ("", "timm"):
-        weights.load(network, pretrained)
+    notes = [] if notes is None else notes
+    if pretrained == "timm":
+        notes.append(weights.about_timm(name, classes))
+    elif pretrained:
+        note, order = weights.load(network, pretrained, class_names)
+        notes.append(note)
+        if order:
+            network.load_state_dict(with_class_order(network.state_dict(), name, order))
     if norm_momentum:
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -99,6 +111,20 @@ def image_size(name: str) -> int:
 
     published = timm.get_pretrained_cfg(name)
     return int(published.input_size[-1]) if published else 224
+
+
+def with_class_order(
+    weights: Mapping[str, Tensor], name: str, order: Sequence[int]
+) -> dict[str, Tensor]:
+    """The weights of network `name` with class i of the result being class ``order[i]`` of these.
+
+    Tensors with a row for each class are those that would be larger with more classes; which
+    layers a head has besides differs between networks.
+    """
+    with torch.device("meta"):
+        here, wider = (build(name, len(order) + more).state_dict() for more in (0, 1))
+    rows = {key for key, value in here.items() if value.shape != wider[key].shape}
+    return {key: value[[*order]] if key in rows else value for key, value in weights.items()}
 
 
 def synchronized(network: nn.Module) -> nn.Module:

@@ -28,7 +28,8 @@ _PACK = """\
 Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI and MXNet read.
 
 sources (--src, --val, --unlabeled-src):
-  DIR              class folders: an image's class is the name of its folder
+  DIR              class folders: an image's class is the name of its folder (--class-from
+                   states which one in deeper trees)
   ARCHIVE          a .tar, also .tar.xz, .tar.gz, .tar.bz2, with class folders or one tar a class
                    inside, as ILSVRC2012_img_train.tar; nothing is extracted;
                    or a .zip with class folders
@@ -136,12 +137,18 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     add = command.add_argument
     add("--src", required=True, nargs="+", help="training images; several sources are joined")
     add("--out", required=True, type=_path, help="folder to write, made if missing")
-    add("--val", metavar="SRC", help="validation images, which training needs")
+    more = "validation images, which training needs; or how many to draw from --src (5%%, 5000)"
+    add("--val", metavar="SRC|N", help=more)
+    more = "draws the images of --val 5%% (0); --split-seed does not change them"
+    add("--val-seed", type=int, metavar="N", help=more)
     more = "training images without labels, for the unlabeled split"
     add("--unlabeled-src", nargs="+", default=[], metavar="SRC", help=more)
     add("--root", type=_path, metavar="DIR", help="where the paths of a .lst start (its folder)")
     add("--labels", type=_path, metavar="FILE", help="classes of images outside class folders")
     add("--val-labels", type=_path, metavar="FILE", help="the same for --val")
+    more = "the folder that is the class: the first below the source, the last one, or the N-th"
+    add("--class-from", type=_class_from, metavar="top|leaf|N",
+        help=f"{more} (default: the one that certainly is)")  # fmt: skip
     add = command.add_mutually_exclusive_group().add_argument
     order = "labels by sorted class names, as torchvision, or naturally (2 before 10), as timm"
     add("--class-order", choices=CLASS_ORDERS, help=f"{order} (default: name)")
@@ -236,6 +243,12 @@ def _size(text: str) -> int:
     if not 1 <= size < 1 << 63:
         raise argparse.ArgumentTypeError(f"{text} is no size; write 512M or 1G")
     return int(size)
+
+
+def _class_from(text: str) -> str:
+    if not re.fullmatch("top|leaf|[1-9][0-9]{0,2}", text):
+        raise argparse.ArgumentTypeError(f"{text} is not top, leaf or the number of a folder")
+    return text
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Options of `make_rec.py pack`: sources, splits and shards, checks and changes of images."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,12 @@ ACTIONS = {"fail": "failed", "skip": "skipped", "convert": "converted"}
 DRAWN = ("labeled", "balance", "unlabeled", "split_seed")  # options that resplit has, too
 DEFAULT_LABELED = {False: "10%", True: "all"}  # of a pack without and with unlabeled sources
 Json = dict[str, Any]
+_DRAWN_VAL = re.compile(r"[0-9][0-9.]*%|[0-9]+")
+
+
+def is_drawn(val: str | None) -> bool:
+    """Return whether a --val is a share (5%) or a number of training images, and no source."""
+    return val is not None and bool(_DRAWN_VAL.fullmatch(val))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +54,13 @@ class PackOptions:
 
     src: tuple[str, ...]
     out: Path
-    val: str | None = None
+    val: str | None = None  # a source, or how many images of src: see is_drawn
+    val_seed: int | None = None  # draws those; None: 0
     unlabeled_src: tuple[str, ...] = ()  # training images without labels
     root: Path | None = None  # of the paths in a list
     labels: Path | None = None  # of the images in src outside class folders
     val_labels: Path | None = None
+    class_from: str | None = None  # which folder is the class: top, leaf or a number
     class_order: str = "name"  # one of CLASS_ORDERS: of classes that nothing else numbers
     classes: Path | None = None  # a line for each label: name, title
     split: SplitOptions = field(default_factory=SplitOptions)
@@ -70,7 +79,9 @@ class PackOptions:
             "src": list(self.src),
             "val": self.val,
             # Not in packs without: their tables are as they were before these options.
+            **({"val_seed": self.val_seed or 0} if is_drawn(self.val) else {}),
             **({"unlabeled_src": list(self.unlabeled_src)} if self.unlabeled_src else {}),
+            **({"class_from": self.class_from} if self.class_from else {}),
             **({"class_order": self.class_order} if self.class_order != CLASS_ORDERS[0] else {}),
             **({"classes": str(self.classes)} if self.classes else {}),
             **{name: None if path is None else str(path) for name, path in paths.items()},

@@ -90,7 +90,13 @@ def _draw(old: Path, new: Path, drawn: Json) -> None:
         # All planned training images, bad ones too, as pack draws.
         images = ((number, classes[label], name) for number, label, name in table.query(query))
         seed, balance = options["split_seed"], options["balance"]
-        chosen = choose_labeled(images, options["labeled"], seed=seed, balance=balance)
+        try:
+            chosen = choose_labeled(images, options["labeled"], seed=seed, balance=balance)
+        except DataError as error:
+            if "val_seed" not in options:
+                raise
+            kept = f"--val {options['val']} has taken images, which stay validation images"
+            raise DataError(f"{error} ({kept})") from error
     shutil.copyfile(old, new)
     with table_errors(new), closing(edit_table(new)) as connection:
         connection.execute("BEGIN")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +20,18 @@ from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.learner import Learner
 
 
-def count_classes(config: RunConfig, manifest: Manifest) -> int:
-    """Number of classes. Raises `ConfigError` if config and data differ."""
+def count_classes(
+    config: RunConfig, manifest: Manifest, trained: Sequence[str] | None = None
+) -> int:
+    """Number of classes of the data, or of those that a checkpoint was `trained` on. Raises
+    `ConfigError` if the config has another."""
     if "val" not in manifest.splits:
         raise DataError(f"{manifest.root} has no validation split: pack it with --val")
-    have, wanted = len(manifest.classes), config.model.classes
+    have, wanted = len(manifest.classes if trained is None else trained), config.model.classes
     if wanted and wanted != have:
+        where = manifest.root if trained is None else f"the checkpoint in {config.run_dir}"
         raise ConfigError(
-            f"model.classes is {wanted} but {manifest.root} has {have} classes: set {have}, or 0"
+            f"model.classes is {wanted} but {where} has {have} classes: set {have}, or 0"
         )
     return have
 
@@ -99,16 +104,23 @@ def build_algorithm(
     device: torch.device,
     *,
     fresh: bool = True,
+    notes: list[str] | None = None,
 ) -> Algorithm:
     """The configured algorithm with initialized networks, equal on every rank.
 
-    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them.
+    `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them;
+    a sentence about them is appended to `notes` for each network.
     """
     context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         network = build_network(
-            config, classes, learner.dropout, pretrained=config.model.pretrained if fresh else ""
+            config,
+            classes,
+            learner.dropout,
+            pretrained=config.model.pretrained if fresh else "",
+            class_names=manifest.classes,
+            notes=notes,
         )
         if config.model.norm == "sync" and world_size() > 1:
             network = models.synchronized(network)
@@ -128,9 +140,15 @@ def build_algorithm(
 
 
 def build_network(
-    config: RunConfig, classes: int, dropout: float = 0.0, pretrained: str = ""
+    config: RunConfig,
+    classes: int,
+    dropout: float = 0.0,
+    *,
+    pretrained: str = "",
+    class_names: Sequence[str] = (),
+    notes: list[str] | None = None,
 ) -> nn.Module:
-    """The configured network; by default with random weights."""
+    """The configured network (`models.build`); by default with random weights."""
     return models.build(
         config.model.name,
         classes,
@@ -138,6 +156,8 @@ def build_network(
         config.model.norm_momentum,
         image_size=config.data.image_size,
         pretrained=pretrained,
+        class_names=class_names,
+        notes=notes,
         frozen=config.model.frozen,
     )
 

@@ -7,15 +7,18 @@ and SHA-256 of each file. torch.load does not notice a flipped bit; the checksum
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpl_fast import atomic
+from mpl_fast import atomic, models
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
+from mpl_fast.data.class_names import first_difference, positions, unshared
+from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
@@ -144,13 +147,67 @@ def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
 
 
-def load_start(config: FinetuneConfig, learner: Learner, model: str) -> tuple[str, list[str]]:
+def no_class_names(checkpoint: Path) -> str:
+    """A warning about a checkpoint of an older version."""
+    return f"{checkpoint} was written before class names were stored: labels are taken as they are"
+
+
+def check_same_classes(shared: State, manifest: Manifest, checkpoint: Path) -> None:
+    """Raises `CheckpointError` if data to resume with have other classes, or another order."""
+    trained = shared.get("classes")
+    if trained is not None and trained != [*manifest.classes]:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other classes than {manifest.root} has: "
+            f"{first_difference(trained, manifest.classes)}; resume with the data of before, or "
+            "use another --run-dir"
+        )
+
+
+def load_start(
+    config: FinetuneConfig, learner: Learner, model: str, classes: Sequence[str]
+) -> tuple[str, list[str]]:
     """Loads the weights and statistics that fine-tuning starts from into a learner.
 
-    They are those of the network that the run `config.start` evaluates, the last if there are two.
-    `model` is this run's model.name. Returns a message, and a warning for each damaged checkpoint
-    passed over. Raises `CheckpointError` if there is no checkpoint or it does not fit.
+    They are those of the network that the run `config.start` evaluates, the last if there are two,
+    its head in the order of `classes`. `model` is this run's model.name. Returns a message, and
+    warnings: of damaged checkpoints passed over, and if one has no class names. Raises
+    `CheckpointError` if there is no checkpoint or it does not fit.
     """
+    checkpoint, warnings = _start(config)
+    try:
+        shared = read_shared(checkpoint)
+    except OSError as error:
+        raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
+    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
+    state = shared["learners"][name]
+    kind = "network" if state["average"] is None else config.weights
+    weights, trained, about = state[kind], shared.get("classes"), ""
+    if trained is None:
+        warnings.append(no_class_names(checkpoint))
+    elif {*trained} != {*classes}:
+        raise CheckpointError(
+            f"algorithm.start: {checkpoint} is of other classes than this data "
+            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
+            f"--model.pretrained {checkpoint}/state.pt:{name}"
+        )
+    elif trained != [*classes]:
+        weights = models.with_class_order(weights, model, positions(classes, trained))
+        about = "; its classes are in another order and were mapped by name"
+    try:
+        for network in filter(None, (learner.network, learner.average)):
+            network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:120]
+        raise CheckpointError(
+            f"algorithm.start: {checkpoint} is of another network or number of classes than "
+            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
+        ) from None
+    step = step_of(checkpoint)
+    return f"begins with the {kind} of {name} after step {step}, {checkpoint}{about}", warnings
+
+
+def _start(config: FinetuneConfig) -> tuple[Path, list[str]]:
+    """The newest checkpoint of the run to start from, and warnings about damaged ones."""
     folder = Path(config.start) / "checkpoints"
     if not Path(config.start).is_dir():
         raise ConfigError(f"algorithm.start: there is no folder {config.start}")
@@ -161,24 +218,7 @@ def load_start(config: FinetuneConfig, learner: Learner, model: str) -> tuple[st
             f"algorithm.start: {folder} holds no usable checkpoint ({why}): "
             "give the run directory of a run that has trained"
         )
-    try:
-        shared = read_shared(checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
-    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
-    state = shared["learners"][name]
-    kind = "network" if state["average"] is None else config.weights
-    try:
-        for network in filter(None, (learner.network, learner.average)):
-            network.load_state_dict(state[kind])
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition(":")[2].split())[:120]
-        raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of another network or number of classes than "
-            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
-        ) from None
-    message = f"begins with the {kind} of {name} after step {step_of(checkpoint)}, {checkpoint}"
-    return message, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
+    return checkpoint, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

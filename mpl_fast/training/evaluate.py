@@ -9,11 +9,12 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
 from mpl_fast.batch import EvalBatches
 from mpl_fast.config import RunConfig
-from mpl_fast.data.manifest import read_manifest
+from mpl_fast.data.class_names import lacking, positions, some
+from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
-from mpl_fast.training.checkpoint import newest, read_shared, restore
+from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.run_dir import keep_compile_cache
 from mpl_fast.training.trial import check_evaluation
@@ -44,12 +45,12 @@ def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accur
 def evaluate_run(config: RunConfig) -> Accuracy:
     """Evaluates the newest checkpoint of `config.run_dir` and prints one line.
 
-    Raises `UserError` as training does, and `CheckpointError` if no checkpoint is usable.
+    Labels are those of the run's classes, by name. Raises `UserError` as training does, and
+    `CheckpointError` if no checkpoint is usable.
     """
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
-    classes = count_classes(config, manifest)
-    check_evaluation(config, classes)
+    check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
     folder = Path(config.run_dir) / "checkpoints"
@@ -58,15 +59,51 @@ def evaluate_run(config: RunConfig) -> Accuracy:
         raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
     for warning in damage:
         console.warn(f"{warning}; evaluating {checkpoint.name}")
+    shared = read_shared(checkpoint)
+    classes = count_classes(config, manifest, shared.get("classes"))
+    labels = _labels(shared.get("classes"), manifest, checkpoint, console)
     algorithm = build_algorithm(config, manifest, classes, dist_env.device, fresh=False)
     keep_compile_cache(config)
     rng.seed_run(config, dist_env)
-    restore(algorithm, read_shared(checkpoint), checkpoint)
-    expected = manifest.splits["val"].records
-    accuracy = evaluate(algorithm, eval_loader(config, manifest, dist_env), expected)
+    restore(algorithm, shared, checkpoint)
+    batches = eval_loader(config, manifest, dist_env)
+    if labels is not None:
+        batches = _relabeled(batches, labels.to(dist_env.device))
+    accuracy = evaluate(algorithm, batches, manifest.splits["val"].records)
     console.print(f"{checkpoint}: {accuracy_line(accuracy)}")
     distributed.shutdown()
     return accuracy
+
+
+def _labels(
+    trained: list[str] | None, manifest: Manifest, checkpoint: Path, console: Console
+) -> Tensor | None:
+    """The network's label for each of the data's, (C,) int64 on the CPU; None if they are equal.
+
+    Prints how they were mapped. Raises `DataError` for classes that the network does not have.
+    """
+    names = [*manifest.classes]
+    if trained is None:
+        console.warn(no_class_names(checkpoint))
+    if trained is None or trained == names:
+        return None
+    if unknown := lacking(names, trained):
+        raise DataError(
+            f"{manifest.root}: {len(unknown)} of its {len(names)} classes are not among the "
+            f"{len(trained)} that {checkpoint} was trained on ({some(unknown)}): evaluate on data "
+            "whose classes have the names of the run's"
+        )
+    what = "the network's classes in another order: labels are mapped by name"
+    if len(names) < len(trained):
+        what = f"{len(names)} of the network's {len(trained)} classes: labels are mapped by name, "
+        what += f"guesses are among all {len(trained)}"
+    console.print(f"{manifest.root} has {what}")
+    return torch.tensor(positions(names, trained))
+
+
+def _relabeled(batches: EvalBatches, labels: Tensor) -> EvalBatches:
+    for images, given, count in batches:
+        yield images, labels[given], count
 
 
 def accuracy_line(accuracy: Accuracy) -> str:

@@ -24,6 +24,7 @@ from mpl_fast.training.build import (
 from mpl_fast.training.checkpoint import (
     Checkpoints,
     State,
+    check_same_classes,
     load_start,
     read_shared,
     restore,
@@ -87,8 +88,10 @@ class Run:
         )
         keep_compile_cache(config)
         self.checkpoint = self._newest_checkpoint()
-        fresh = self.checkpoint is None
-        self.algorithm = build_algorithm(config, manifest, classes, dist_env.device, fresh=fresh)
+        fresh, self.notes = self.checkpoint is None, list[str]()
+        self.algorithm = build_algorithm(
+            config, manifest, classes, dist_env.device, fresh=fresh, notes=self.notes
+        )
         rng.seed_run(config, dist_env)
         graphs = config.cuda_graphs
         self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
@@ -265,6 +268,7 @@ class Run:
             "learners": {name: learner.state_dict() for name, learner in learners.items()},
             "eval_ensemble": [name for name, learner in learners.items() if learner in ensemble],
             "algorithm": dict(self.algorithm.state),
+            "classes": [*self.manifest.classes],
         }
 
     def _next(self, loader: Loader) -> Batch:
@@ -285,6 +289,7 @@ class Run:
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restores everything from a checkpoint; returns the data loader's state."""
         shared, rank_state = self.checkpoints.load(checkpoint)
+        check_same_classes(shared, self.manifest, checkpoint)
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
         self.steps_saved = self.steps_done
@@ -298,7 +303,8 @@ class Run:
         algorithm = self.config.algorithm
         if isinstance(algorithm, FinetuneConfig):
             learner = self.algorithm.learners["learner"]
-            message, warnings = load_start(algorithm, learner, self.config.model.name)
+            model, classes = self.config.model.name, self.manifest.classes
+            message, warnings = load_start(algorithm, learner, model, classes)
             for warning in warnings:
                 self.console.warn(warning)
             self.console.print(message)
@@ -319,11 +325,8 @@ class Run:
             f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
             f"run directory {config.run_dir}"
         )
-        if config.model.pretrained and self.checkpoint is None:
-            self.console.print(
-                f"begins with the weights of {config.model.pretrained}; those of the last layer "
-                f"are taken if they are for {len(self.manifest.classes)} classes"
-            )
+        for note in dict.fromkeys(self.notes):  # of several networks they are equal
+            self.console.print(note)
         delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
         if isinstance(self.algorithm, RolePlay):
             delays["a network as student"] = self.algorithm.config.student_delay_steps

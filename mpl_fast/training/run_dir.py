@@ -37,9 +37,11 @@ class RunDir:
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
         self._lock = _locked(self.path)
-        check_same_config(self.path / "config.yaml", config)
+        self._config_file, self._config = self.path / "config.yaml", as_yaml(config)
+        check_same_config(self._config_file, config)
         with output_errors(self.path):
-            atomic.write_text(self.path / "config.yaml", as_yaml(config))
+            if not self._config_file.exists():
+                atomic.write_text(self._config_file, self._config)
             self._write_environment()
             self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
@@ -54,14 +56,15 @@ class RunDir:
         self._lock.close()
 
     def resume_at(self, step: int) -> None:
-        """Drops rows that an interrupted run wrote after the checkpoint, so that no step is
-        there twice."""
+        """Writes the config, now that it is known to fit the checkpoint, and drops rows that an
+        interrupted run wrote after it, so that no step is there twice."""
         file = self.path / "metrics.jsonl"
         self._rows.close()
         kept = [r for r in read_rows(file) if r["step"] <= step]
         from mpl_fast.training.tensorboard import Board  # takes seconds to import
 
         with output_errors(self.path):
+            atomic.write_text(self._config_file, self._config)
             atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
             self._rows = file.open("a", encoding="utf-8")
             self._board = Board(self.path / "tensorboard", step + 1)

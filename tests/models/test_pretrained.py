@@ -61,38 +61,65 @@ def test_a_head_that_does_not_fit_stays_fresh(name: str, present: bool, tmp_path
         assert torch.equal(value, fresh[key] if key in head else source[key]), key
 
 
-def test_counters_may_be_absent_and_keys_may_be_those_of_ddp(tmp_path: Path) -> None:
+def test_counters_may_be_absent(tmp_path: Path) -> None:
     source = trained("wrn_10_1", 10).state_dict()
     kept = {k: v for k, v in source.items() if not k.endswith("num_batches_tracked")}
-    wrapped = {f"module.{key}": value for key, value in kept.items()}
-    for number, content in enumerate((kept, wrapped)):
-        file = write(tmp_path / f"{number}.pth", content)
-        loaded = models.build("wrn_10_1", 10, pretrained=file).state_dict()
-        assert all(torch.equal(loaded[key], value) for key, value in kept.items())
+    loaded = models.build("wrn_10_1", 10, pretrained=write(tmp_path / "w.pth", kept)).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in kept.items())
 
 
-def test_one_entry_of_a_larger_file(tmp_path: Path) -> None:
-    network, average = trained("wrn_10_1", 10).state_dict(), models.build("wrn_10_1", 10)
-    learners = {
-        "teacher": {"network": network, "average": None, "optimizer": {}},
-        "student": {"network": network, "average": average.state_dict(), "optimizer": {}},
-    }
-    checkpoint = write(tmp_path / "state.pt", {"step": 3, "learners": learners})
-    other = write(tmp_path / "a:b.pth", {"epoch": 5, "state_dict": network})
+HEADS = ["wrn_10_1", "test_vit", "repvit_m0_9"]  # of the last one: two below another module
 
-    def stem(source: str) -> Tensor:
-        return models.build("wrn_10_1", 10, pretrained=source).get_parameter("stem.weight")
 
-    assert torch.equal(stem(f"{checkpoint}:teacher"), network["stem.weight"])
-    assert torch.equal(stem(f"{checkpoint}:student"), average.get_parameter("stem.weight"))
-    assert torch.equal(stem(f"{other}:state_dict"), network["stem.weight"])
-    with pytest.raises(ConfigError, match=r"state.pt:pupil has no entry 'pupil', but teacher, st"):
-        stem(f"{checkpoint}:pupil")
-    message = r"state.pt is a checkpoint of teacher and student: name one as .*state\.pt:ENTRY"
-    with pytest.raises(ConfigError, match=message):
-        stem(checkpoint)
-    with pytest.raises(ConfigError, match=r"b.pth is no state dict \(epoch, state_dict\); name on"):
-        stem(other)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_is_put_into_the_order_of_the_classes(name: str, tmp_path: Path) -> None:
+    """With as many classes as channels: only rows of classes move."""
+    source, classes = trained(name, 64), [*map(str, range(64))]
+    with torch.no_grad():  # sane magnitudes
+        for value in source.parameters():
+            value.sub_(1.0)
+    learner = {"network": source.state_dict(), "average": None}
+    content = {"learners": {"one": learner}, "classes": classes}
+    file, notes = write(tmp_path / "state.pt", content), list[str]()
+    turned = [*classes[1:], classes[0]]
+    network = models.build(name, 64, pretrained=file, class_names=turned, notes=notes)
+    assert notes == [
+        f"begins with the weights of {file} (its one); the last layer is taken, its classes by "
+        "name: the file has another order"
+    ]
+    side = 160 if name == "test_vit" else 32
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = source.eval()(images)
+        assert expected.std(dim=1).min() > 0
+        assert torch.equal(network.eval()(images), expected.roll(-1, dims=1))
+
+
+@pytest.mark.parametrize(
+    ("classes", "about"),
+    [
+        ([*"abc"], "is taken"),
+        ([*"abd"], "is new: the file's has other classes (only trained: c; only here: d)"),
+        ([*"ab"], "is new: the file's has another shape"),
+    ],
+)
+def test_a_head_of_other_classes_stays_fresh(
+    classes: list[str], about: str, tmp_path: Path
+) -> None:
+    source = trained("wrn_10_1", 3).state_dict()
+    learners = {"one": {"network": source, "average": None}}
+    file = write(tmp_path / "w.pt", {"learners": learners, "classes": [*"abc"]})
+    notes: list[str] = []
+    network = models.build(
+        "wrn_10_1", len(classes), pretrained=file, class_names=classes, notes=notes
+    )
+    assert notes[0].endswith(f"; the last layer {about}")
+    head = network.get_parameter("head.weight")
+    loaded = head.shape[0] == 3 and torch.equal(head, source["head.weight"])
+    assert loaded == (about == "is taken")
+    write(tmp_path / "w.pt", source)
+    models.build("wrn_10_1", 3, pretrained=file, class_names=classes, notes=notes)
+    assert notes[1].endswith("is taken, classes in its order: the file has no class names")
 
 
 def test_files_that_do_not_fit_or_are_damaged_are_one_clear_line(tmp_path: Path) -> None:
@@ -109,8 +136,8 @@ def test_files_that_do_not_fit_or_are_damaged_are_one_clear_line(tmp_path: Path)
             trained("convlarge", 10).state_dict(),
             r"lacks stem\.weight, blocks\.0\.norm1\.weight, .* and \d+ more; has besides features",
         ),
-        "list.pth": ([torch.zeros(1)], r"is no state dict \(list\)"),
-        "module.pth": (models.build("wrn_10_1", 10), "cannot be read .*UnpicklingError"),
+        "list.pth": ([torch.zeros(1)], r"has no state dict \(list\)"),
+        "module.pth": (models.build("wrn_10_1", 10), r"needs mpl_fast\.models\.wide_resnet\.Wide"),
     }
     files = {write(tmp_path / name, content): message for name, (content, message) in cases.items()}
     for name in ("cut.pth", "cut.safetensors"):
@@ -131,7 +158,11 @@ def test_timms_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     source = trained("test_resnet", 1000).state_dict()
     hub = "timm.models._builder.load_state_dict_from_hf"
     monkeypatch.setattr(hub, lambda *_, **__: copy.copy(source))
-    loaded = models.build("test_resnet", 7, pretrained="timm").state_dict()
+    notes: list[str] = []
+    loaded = models.build("test_resnet", 7, pretrained="timm", notes=notes).state_dict()
+    models.build("test_resnet", 1000, pretrained="timm", notes=notes)
+    begin = "begins with the weights that timm publishes; the last layer is"
+    assert notes == [f"{begin} new: theirs has 1000 classes", f"{begin} taken, in timm's order"]
     assert torch.equal(loaded["conv1.0.weight"], source["conv1.0.weight"])
     assert loaded["fc.weight"].shape[0] == 7
 

@@ -19,17 +19,30 @@ def opened(
     labels: Path | None = None,
     report: Callable[[str], None] = print,
     unlabeled: bool = False,
+    class_from: str | None = None,
 ) -> Source:
     """Open what spec names; compressed archives are unpacked into work."""
-    how = {"root": root, "labels": labels}
-    return open_source(str(spec), **how, work=work, report=report, unlabeled=unlabeled)
+    return open_source(
+        str(spec),
+        root=root,
+        labels=labels,
+        work=work,
+        report=report,
+        unlabeled=unlabeled,
+        class_from=class_from,
+    )
 
 
 def listed(
-    spec: Path | str, work: Path, *, root: Path | None = None, labels: Path | None = None
+    spec: Path | str,
+    work: Path,
+    *,
+    root: Path | None = None,
+    labels: Path | None = None,
+    class_from: str | None = None,
 ) -> tuple[Source, list[Image]]:
     """Return what spec names and all of its images, sorted."""
-    source = opened(spec, work, root=root, labels=labels)
+    source = opened(spec, work, root=root, labels=labels, class_from=class_from)
     return source, sorted(source.images())
 
 

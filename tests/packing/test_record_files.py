@@ -1,6 +1,7 @@
 """Existing .rec files as sources: framed records, with classes and names from files beside them."""
 
 import struct
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 
 from mpl_fast.data.records import MAGIC, frame, image_record
 from mpl_fast.errors import DataError
-from tests.packing.made_sources import content, keys, listed
-from tests.packing.packs import make_records
+from mpl_fast.packing.sources.record_files import read_frames
+from tests.packing.made_sources import content, keys, listed, opened
+from tests.packing.packs import jpeg, make_records, pack, read_split, refuse, run, with_magic
 
 MAGIC_WORD = struct.pack("<I", MAGIC)
 ROWS = [
@@ -18,12 +20,23 @@ ROWS = [
     (2.0, 5, b""),
     (1.0, 4, b"four" * 50),
 ]
+
+
+def labeled(labels: Sequence[float], number: int, image: bytes = b"image") -> bytes:
+    """Return the record that MXNet's recordio.pack makes of an array of labels."""
+    header = struct.pack(f"<IfQQ{len(labels)}f", len(labels), 0, number, 0, *labels)
+    return frame(header + image)
+
+
+# InsightFace's: of images 1 and 2 of one person and 3 of another.
+HEADERS = b"".join(labeled(*row, b"") for row in (([4, 6], 0), ([1, 3], 4), ([3, 4], 5)))
 FIRST, PARTS = image_record(*ROWS[0]), image_record(*ROWS[1])
 
 
 def test_frames_are_listed_whole(tmp_path: Path) -> None:
     path = make_records(tmp_path / "a.rec", ROWS)
     source, images = listed(path, tmp_path)
+    assert [frame.image for frame in read_frames(path)] == [len(row[2]) for row in ROWS]
     state = path.stat()
     assert (source.kind, source.file) == ("records", path)
     assert (source.size, source.stamp) == (state.st_size, state.st_mtime_ns)
@@ -126,9 +139,67 @@ def test_every_cut_is_noticed(tmp_path: Path) -> None:
             frame(struct.pack("<IfQQ2f", 2, 0, 6, 0, 1, 2) + b"image"),
             "record 6 at byte 0: 2 labels, but only one can be packed",
         ),
+        (labeled([1, 1], 6), "record 6 at byte 0: 2 labels, but only one can be packed"),
+        (HEADERS + labeled([1, 2], 6), "record 6 at byte .*: 2 labels, but only one can be"),
+        (HEADERS + labeled([1, 0, 1], 6), "record 6 at byte .*: 3 labels, but only one can be"),
+        (
+            frame(struct.pack("<IfQQ", 1, 0, 6, 0)),
+            "record 6 at byte 0: too short for the 1 labels that its header counts",
+        ),
     ],
 )
 def test_damage_is_named_with_its_place(tmp_path: Path, damaged: bytes, message: str) -> None:
     (tmp_path / "a.rec").write_bytes(damaged)
     with pytest.raises(DataError, match=f"a.rec: {message}"):
         listed(tmp_path / "a.rec", tmp_path)
+
+
+def test_an_array_of_one_label_is_a_label(tmp_path: Path) -> None:
+    images = {"0/1.jpg": with_magic(jpeg(1)), "1/2.jpg": jpeg(2)}
+    rows = [labeled([at], at + 1, image) for at, image in enumerate(images.values())]
+    (tmp_path / "a.rec").write_bytes(b"".join(rows))
+    out = pack("--src", tmp_path / "a.rec", "--labeled", 2, out=tmp_path / "out")
+    assert {key: image for _, _, key, image in read_split(out, "train")} == images
+
+
+@pytest.mark.parametrize("second", [None, 0.0, 1.0])
+@pytest.mark.parametrize("first", [False, True])
+def test_insightface(tmp_path: Path, second: float | None, first: bool) -> None:
+    """Its headers are left out, wherever they are, and its list is not MXNet's."""
+    labels = [[0.0], [0.0], [1.0]] if second is None else [[0, second], [0, second], [1, second]]
+    rows = [labeled(some, at, jpeg(at)) for at, some in enumerate(labels, 1)]
+    records = [HEADERS, *rows] if first else [*rows, HEADERS]
+    path, lines = tmp_path / "train.rec", list[str]()
+    path.write_bytes(b"".join(records))
+    (tmp_path / "train.lst").write_text("".join(f"1\t/faces/{at}.jpg\t0\n" for at in range(3)))
+    source = opened(path, tmp_path, report=lines.append)
+    found = sorted(source.images())
+    assert keys(found) == ["0/1.jpg", "0/2.jpg", "1/3.jpg"]
+    assert [source.decode(content(source, one)) for one in found] == [jpeg(at) for at in (1, 2, 3)]
+    fault = "3 records have several labels and no image, as InsightFace's headers: left out"
+    assert source.warnings == [f"{path}: {fault}"]
+    printed = [f"{path}: {tmp_path}/train.lst is a list of InsightFace, not of MXNet: not read"]
+    if second is not None:
+        of = "images have two labels, as InsightFace's; the first is taken for the class"
+        printed.append(f"{path}: {of}")
+    assert lines == printed
+    pool = opened(path, tmp_path, unlabeled=True)
+    assert len(list(pool.images())) == 3
+    assert pool.warnings == source.warnings
+
+
+def test_empty_image_with_one_label_is_a_bad_image(tmp_path: Path) -> None:
+    rows = [image_record(0, 0, jpeg(0)), image_record(1, 1, jpeg(1)), labeled([1], 2, b"")]
+    (tmp_path / "a.rec").write_bytes(b"".join(rows))
+    arguments = ("--src", tmp_path / "a.rec", "--labeled", 2, "--out", tmp_path / "out")
+    assert "2.jpg: empty file" in refuse(*arguments, status=4)
+
+
+def test_equal_ids_are_named_as_the_reason(tmp_path: Path) -> None:
+    path = make_records(tmp_path / "a.rec", [(at % 2, 0, jpeg(at)) for at in range(4)])
+    arguments = ("--src", path, "--labeled", 2, "--out", tmp_path / "out")
+    remedy = f"number the records, or name them in {tmp_path}/a.lst (`id TAB label TAB name`)"
+    reason = f"0.jpg; these are the ids of records, and equal: {remedy}"
+    assert refuse(*arguments, status=4).endswith(reason)
+    path.with_suffix(".lst").write_text("".join(f"0\t{at % 2}\tx/{at}.jpg\n" for at in range(4)))
+    assert "train: 4 records" in run("pack", *arguments).stdout

@@ -99,7 +99,8 @@ def test_damaged_compressed_tar(tmp_path: Path, mode: str) -> None:
 
 
 def test_tar_inside_a_tar_is_a_class_folder(tmp_path: Path) -> None:
-    inner = make_tar(tmp_path / "n01.tar", [("n01_1.JPEG", b"fish"), ("n01_2.JPEG", b"bird")])
+    files = [("./", b""), ("./n01_1.JPEG", b"fish"), ("n01_2.JPEG", b"bird")]
+    inner = make_tar(tmp_path / "n01.tar", files)
     other = make_tar(tmp_path / "n02.tar", [("n02_1.JPEG", b"cat")])
     rows = [(path.name, path.read_bytes()) for path in (inner, other)]
     archive = make_tar(tmp_path / "all.tar", rows)
@@ -110,6 +111,7 @@ def test_tar_inside_a_tar_is_a_class_folder(tmp_path: Path) -> None:
             ("n01/n01_2.JPEG", b"bird"),
             ("n02/n02_1.JPEG", b"cat"),
         ]
+        assert listed(spec, tmp_path)[0].warnings == []
 
 
 def test_cut_or_empty_tar_inside_a_tar(tmp_path: Path) -> None:

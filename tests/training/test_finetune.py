@@ -20,6 +20,8 @@ from mpl_fast.training.checkpoint import load_start
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here
 
+DIGITS = [*"0123456789"]
+
 
 @pytest.fixture(scope="module")
 def starts(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,7 +59,7 @@ def test_tuning_begins_with_the_network_that_was_evaluated(
     """All of its tensors, batch-norm statistics too; the optimizer is a fresh one."""
     config = FinetuneConfig(start=str(starts / run), weights=weights)
     learner = fresh(ema=0.5)
-    message, warnings = load_start(config, learner, "wrn_10_1")
+    message, warnings = load_start(config, learner, "wrn_10_1", DIGITS)
     state = final_state(starts / run)["learners"][name]
     assert_is(learner.network, state[taken])
     assert_is(learner.average, state[taken])
@@ -130,7 +132,7 @@ def test_best_and_last_are_both_reported(name: str, tuned: Path) -> None:
 def test_a_start_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError) as error:
-        load_start(FinetuneConfig(start=str(tmp_path)), fresh(), "wrn_10_1")
+        load_start(FinetuneConfig(start=str(tmp_path)), fresh(), "wrn_10_1", DIGITS)
     assert str(error.value) == (
         f"algorithm.start: {tmp_path}/checkpoints holds no usable checkpoint (nothing has been "
         "saved there): give the run directory of a run that has trained"
@@ -143,7 +145,7 @@ def test_a_start_of_another_network_is_one_line(starts: Path) -> None:
     for name, classes in others.items():
         other = Learner(models.build(name, classes), LearnerConfig(), steps=6)
         with pytest.raises(CheckpointError) as error:
-            load_start(config, other, name)
+            load_start(config, other, name, DIGITS)
         text = str(error.value)
         assert "step_00000006 is of another network" in text and f"model.name {name}" in text
         assert f"{starts}/mpl/config.yaml" in text and "\n" not in text
@@ -154,7 +156,7 @@ def test_a_damaged_start_falls_back_with_a_warning(starts: Path, tmp_path: Path)
     file = start / "checkpoints" / "step_00000006" / "state.pt"
     file.write_bytes(file.read_bytes()[:-1])
     learner = fresh()
-    message, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1")
+    message, warnings = load_start(FinetuneConfig(start=str(start)), learner, "wrn_10_1", DIGITS)
     assert "after step 4" in message
     assert len(warnings) == 1 and "step_00000006 is damaged" in warnings[0]
     assert_is(learner.network, final_state(start, 4)["learners"]["student"]["average"])

@@ -1,6 +1,5 @@
 """An old config, run directory and checkpoint resume as if they had been written today."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from mpl_fast.config.aliases import (
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.training.checkpoint import read_shared
 from tests.algorithms.problems import assert_same
-from tests.tiny_run import ROOT, final_state, rows, run_in_turn
+from tests.tiny_run import ROOT, final_state, replace_state, rows, run_in_turn
 
 OLD = ROOT / "tests" / "golden" / "old_run"
 CHECKPOINT = Path("checkpoints") / "step_00000004"
@@ -60,16 +59,8 @@ def with_todays_names(run_dir: Path, config: Path) -> None:
     assert {"voters", "seconds"} <= shared.keys()
     position = current_options(json.loads(mine["data"]["made_with"]))
     mine["data"]["made_with"] = json.dumps(position, sort_keys=True)
-    torch.save(renamed(shared, CHECKPOINT_KEYS), folder / "state.pt")
-    torch.save(mine, folder / "rank_0.pt")
-    about = json.loads((folder / "checkpoint.json").read_text())
-    for name in about["files"]:
-        content = (folder / name).read_bytes()
-        about["files"][name] = {
-            "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-    (folder / "checkpoint.json").write_text(json.dumps(about))
+    replace_state(folder / "state.pt", renamed(shared, CHECKPOINT_KEYS))
+    replace_state(folder / "rank_0.pt", mine)
 
 
 def load(file: Path) -> dict[str, Any]:

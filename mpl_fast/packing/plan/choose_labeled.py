@@ -1,13 +1,14 @@
-"""Chooses the labeled images, by a seed or a list of names, equally on every platform.
+"""Chooses labeled and validation images, by a seed or a list of names, equally on every platform.
 
 Within a class, images are ordered by sha256("seed:class/name") and the first ones are taken: adding
-or removing images changes little, and a smaller choice is a subset of a larger one.
+or removing images changes little, and a smaller choice is a subset of a larger one. The seed of
+validation images is "val:seed", so that the two choices are independent.
 """
 
 import hashlib
 import re
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
 def check_labeled(how: str) -> None:
     """ConfigError unless how is "all", written as a share or a number, or an existing file."""
     if _is_amount(how):
-        _amount(how)
+        read_amount("--labeled", how)
     elif how != ALL:
         _list_path(how)
 
@@ -47,19 +48,55 @@ def choose_labeled(
     if how == ALL:
         return {record_id for record_id, _, _ in images}
     if not _is_amount(how):
-        return choose_named(images, _list_path(how))
+        return listed_images(images, how)
     import numpy as np  # late: the command line's --help must not wait for it
 
     ids, sizes = _ranked(images, seed)
-    total = _total(how, len(ids))
-    counts = np.array(list(sizes.values()))
-    # Of each image within its class, from 0.
-    place = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    total = _total("--labeled", how, len(ids))
+    place, counts = _places(sizes), list(sizes.values())
     if balance == "proportional":
-        chosen = _proportional(sizes, place, how, total, seed)
+        chosen = _proportional(sizes, place, total, seed)
+        _require_every_class(sizes, chosen, how)
     else:
         chosen = np.flatnonzero(place < np.repeat(_even_counts(sizes, how, total, seed), counts))
     return set(ids[chosen].tolist())
+
+
+def listed_images(images: Iterable[tuple[int, str, str]], how: str) -> set[int]:
+    """Return the ids of the images that how names if it is a file of names."""
+    if how == ALL or _is_amount(how):
+        return set()
+    return choose_named(images, _list_path(how))
+
+
+def choose_val(
+    images: Iterable[tuple[int, str, str]], how: str, *, seed: int, kept: Collection[int] = ()
+) -> set[int]:
+    """Return the ids of the images to validate with; images are (id, class, name).
+
+    how is a share ("5%") or a number of all images. Each class has its share of them, rounded up or
+    down, but keeps one image, and all whose id is in kept. ConfigError if that leaves too few.
+    """
+    own = f"val:{seed}"
+    ids, sizes = _ranked((image for image in images if image[0] not in kept), own)
+    total, most = _total("--val", how, len(ids) + len(kept)), len(ids) - len(sizes)
+    if total > most:
+        listed = f" besides the {len(kept)} of --labeled" if kept else ""
+        raise ConfigError(
+            f"--val {how}: that is {counted(total, 'image')}, but at most {most} can be drawn: "
+            f"every class keeps one for training{listed}"
+        )
+    return set(ids[_proportional(sizes, _places(sizes), total, own, keep=1)].tolist())
+
+
+def read_amount(option: str, how: str) -> Fraction:
+    """Return the number in "10%" or "4000"; ConfigError if there is none."""
+    try:
+        if not _AMOUNT.fullmatch(how):
+            raise ValueError(how)
+        return Fraction(how.removesuffix("%"))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{option} {how}: not a share such as 10%") from error
 
 
 def hash_rank(seed: int | str, key: str) -> bytes:
@@ -67,12 +104,14 @@ def hash_rank(seed: int | str, key: str) -> bytes:
     return hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest()
 
 
-def _rank(seed: int, key: str) -> int:
+def _rank(seed: int | str, key: str) -> int:
     """Return the first 64 bits of the hash."""
     return int.from_bytes(hash_rank(seed, key)[:8], "big")
 
 
-def _ranked(images: Iterable[tuple[int, str, str]], seed: int) -> "tuple[Ints, dict[str, int]]":
+def _ranked(
+    images: Iterable[tuple[int, str, str]], seed: int | str
+) -> "tuple[Ints, dict[str, int]]":
     """Return ids ordered by class and, within it, by rank; and the size of each class in order.
 
     Uses 20 bytes an image, and as much again for sorting.
@@ -94,29 +133,50 @@ def _ranked(images: Iterable[tuple[int, str, str]], seed: int) -> "tuple[Ints, d
     return np.frombuffer(ids, np.int64)[order], dict(zip(names, counts, strict=True))
 
 
+def _places(sizes: Mapping[str, int]) -> "Ints":
+    """Return the place of each image within its class, from 0."""
+    import numpy as np
+
+    counts = np.array(list(sizes.values()))
+    places: Ints = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
+
+
 def _proportional(
-    sizes: Mapping[str, int], place: "Ints", how: str, total: int, seed: int
+    sizes: Mapping[str, int], place: "Ints", total: int, seed: int | str, keep: int = 0
 ) -> "Ints":
     """Choose total images so that each class gets its share of them, rounded up or down.
 
     Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name; the
-    first positions are taken, so that a smaller total is a subset of a larger one.
+    first positions are taken, so that a smaller total is a subset of a larger one. The last `keep`
+    of each class are left.
     """
     import numpy as np
 
-    label = np.repeat(np.arange(len(sizes)), list(sizes.values()))
+    counts, label = np.array(list(sizes.values())), _label(sizes)
     start = np.array([_rank(seed, name) / (1 << 64) for name in sizes])
-    position = (place + start[label]) / np.array(list(sizes.values()))[label]
-    chosen = np.argsort(position, kind="stable")[:total]
-    names = list(sizes)
-    without = [names[at] for at in np.setdiff1d(np.arange(len(sizes)), label[chosen])]
+    position = (place + start[label]) / counts[label]
+    position[place + keep >= counts[label]] = np.inf
+    return np.argsort(position, kind="stable")[:total]
+
+
+def _label(sizes: Mapping[str, int]) -> "Ints":
+    """Return the class of each image, by number."""
+    import numpy as np
+
+    return np.repeat(np.arange(len(sizes)), list(sizes.values()))
+
+
+def _require_every_class(sizes: Mapping[str, int], chosen: "Ints", how: str) -> None:
+    """ConfigError when a class has no chosen image."""
+    names, with_one = list(sizes), set(_label(sizes)[chosen].tolist())
+    without = [names[at] for at in range(len(names)) if at not in with_one]
     if without:
         what = counted(len(without), "small class gets", "small classes get")
         raise ConfigError(
             f"--labeled {how} --balance proportional: {what} no labeled image: "
             f"{first_few(without)}; choose more, or use --balance count"
         )
-    return chosen
 
 
 def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> list[int]:
@@ -159,20 +219,11 @@ def _list_path(how: str) -> Path:
     )
 
 
-def _amount(how: str) -> Fraction:
-    try:
-        if not _AMOUNT.fullmatch(how):
-            raise ValueError(how)
-        return Fraction(how.removesuffix("%"))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"--labeled {how}: not a share such as 10%") from error
-
-
-def _total(how: str, images: int) -> int:
+def _total(option: str, how: str, images: int) -> int:
     """Return the number of images that a share or number means."""
-    amount = _amount(how)
+    amount = read_amount(option, how)
     total = round(amount / 100 * images) if how.endswith("%") else int(amount)
     if not 0 < total <= images:
-        what = counted(total, "labeled image")
-        raise ConfigError(f"--labeled {how}: that is {what}, the source has {images}")
+        what = counted(total, "labeled image" if option == "--labeled" else "image")
+        raise ConfigError(f"{option} {how}: that is {what}, the source has {images}")
     return total

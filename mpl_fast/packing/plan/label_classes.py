@@ -38,7 +38,7 @@ def label_classes(
     trained and held are the names of the classes with training and with validation images. Warns
     of classes that lack either. Raises DataError for classes that get no label or two.
     """
-    spec, order = " + ".join(source.spec for source in train), _class_order(train)
+    spec, order = " + ".join(source.spec for source in train), class_order(train)
     if options.class_order == "natural" and order is not None:
         raise ConfigError(f"--class-order natural: {spec} numbers its classes itself; leave it out")
     names: Sequence[str] = order if order is not None else _sorted(trained, options.class_order)
@@ -167,7 +167,7 @@ def _absent(what: str, names: Sequence[str], used: set[int], out: Path) -> list[
     return [f"{what} of {len(absent)} of the {len(names)} classes: {few}{more}"]
 
 
-def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
+def class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
     """Return the class names by label if sources number their labels; None: sort by name."""
     orders = [(source.spec, source.class_order) for source in sources]
     longest = max((order for _, order in orders if order is not None), key=len, default=None)

@@ -15,9 +15,11 @@ from pathlib import Path
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted
-from mpl_fast.packing.options import PackOptions
-from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
-from mpl_fast.packing.plan.label_classes import label_classes
+from mpl_fast.packing.options import PackOptions, is_drawn
+from mpl_fast.packing.plan.choose_labeled import hash_rank
+from mpl_fast.packing.plan.draw_splits import draw_splits
+from mpl_fast.packing.plan.label_classes import class_order, label_classes
+from mpl_fast.packing.plan.label_gaps import describe_gaps
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
@@ -44,7 +46,8 @@ def make_plan(
 ) -> list[str]:
     """Write the plan as a new table at path; return warnings about the sources.
 
-    Images of the sources in pool, and those of train that have no label, are unlabeled ones.
+    Images of the sources in pool, and those of train that have no label, are unlabeled ones. With
+    a --val such as 5% there is no source val: its images are drawn from those of train.
 
     Every split is in seeded shuffled order, validation too, so that any first part of it is a fair
     sample. Raises DataError for images that cannot be packed together, ConfigError when the labeled
@@ -83,6 +86,7 @@ class _Planner:
     class_numbers: dict[str, int] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)  # in the pack, of those classes
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
+    same_names: list[str] = field(default_factory=list)  # of the sources, by number
 
     def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
         """Fill the table; return warnings."""
@@ -99,10 +103,11 @@ class _Planner:
             sources.append(source)
         if self.unlabeled:
             self._require_unique(POOL, " + ".join(source.spec for source in [*train, *pool]))
-        warnings += self._label_classes(train, val)
-        self._choose_labeled()
+        warnings += [*self._label_classes(train, val), *self._single_class(specs)]
+        warnings += draw_splits(self.table, self.names, self.options)
         how = self.options.split
-        groups = shard_groups(how.layout, how.unlabeled, val=val is not None)
+        has_val = val is not None or is_drawn(self.options.val)
+        groups = shard_groups(how.layout, how.unlabeled, val=has_val)
         for prefix, where in groups.items():
             self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
@@ -122,6 +127,7 @@ class _Planner:
             "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
             self._found(source, part, number),
         )
+        self.same_names.append(source.same_names)
         if part == POOL or not self.unlabeled[number]:
             return source.warnings
         what = counted(self.unlabeled[number], "image has no label", "images have no label")
@@ -160,21 +166,26 @@ class _Planner:
         query = f"FROM found.images WHERE part = ? GROUP BY {within}, name HAVING count(*) > 1"
         twice = self._value(f"SELECT count(*) FROM (SELECT 1 {query})", part)
         if twice:
-            few = self.table.execute(f"SELECT class, name {query} LIMIT 10", (part,))
+            few = self.table.execute(f"SELECT class, name, source {query} LIMIT 10", (part,))
+            rows = few.fetchall()
             listed = sorted(
-                name if part == POOL else f"{names[number]}/{name}" for number, name in few
+                name if part == POOL else f"{names[number]}/{name}" for number, name, _ in rows
             )
             more = f" and {twice - len(listed)} more" if twice > len(listed) else ""
             kind = "in one source" if part == POOL else "as class/name"
             raise DataError(
                 f"{spec}: {counted(twice, 'name occurs', 'names occur')} more than once {kind}: "
-                f"{', '.join(listed)}{more}; does it hold several splits? Then name one folder of "
-                "it"
+                f"{', '.join(listed)}{more}; {self.same_names[rows[0][2]]}"
             )
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
+        warnings = []
+        if self.options.classes is None and (order := class_order(train)):
+            spec = " + ".join(source.spec for source in train)
+            images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+            warnings = describe_gaps(spec, order, trained, images)
         classes = label_classes(train, val, trained, held, self.options)
         rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
@@ -184,29 +195,18 @@ class _Planner:
         self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         self.names = [classes.names[label] for label in labels]
-        return classes.warnings
+        return [*warnings, *classes.warnings]
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
 
-    def _choose_labeled(self) -> None:
-        names = self.names  # as in the pack, which may be split again
-        query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
-        images = ((row, names[number], name) for row, number, name in self.table.execute(query))
-        how = self.options.split
-        if not self._value(f"SELECT EXISTS (SELECT 1 FROM found.images WHERE part = {TRAIN})"):
-            raise DataError("--src: none of its images has a label")
-        chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
-        self.table.executemany(
-            "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
-        )
-        left = f"SELECT count(*) FROM found.images WHERE part != {VAL} AND NOT labeled"
-        if how.unlabeled == "rest" and not self._value(left):
-            raise DataError(
-                "--unlabeled rest: no image is left, all are labeled; use --unlabeled all"
-            )
+    def _single_class(self, spec: str) -> Iterator[str]:
+        if len(self.class_numbers) == 1:
+            count = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+            what = counted(count, "image with a label is", "images with a label are")
+            yield f"{spec}: all {what} in one class, {min(self.class_numbers)}"
 
     def _place(self, prefix: str, where: str) -> None:
         """Add the records and shards of a group."""

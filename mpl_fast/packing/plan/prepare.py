@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError, DataError, OutputError
-from mpl_fast.packing.options import PackOptions
-from mpl_fast.packing.plan.choose_labeled import check_labeled
+from mpl_fast.packing.options import PackOptions, is_drawn
+from mpl_fast.packing.plan.choose_labeled import check_labeled, read_amount
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
 from mpl_fast.packing.sources.source import Source
@@ -26,11 +26,16 @@ def check_options(options: PackOptions) -> None:
             raise OutputError(f"--out {options.out}: is a file, not a folder")
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise OutputError(f"--out {options.out}: {_reason(error)}") from error
-    if options.val_labels and options.val is None:
+    drawn = is_drawn(options.val)
+    if options.val_labels and (options.val is None or drawn):
         raise ConfigError(f"--val-labels {options.val_labels}: there is no --val that needs them")
+    if options.val_seed is not None and not drawn:
+        raise ConfigError(f"--val-seed {options.val_seed}: is that of a drawn --val, such as 5%")
+    if options.val is not None and drawn:
+        _check_drawn(options.val)
     given = {
         "--src": options.src,
-        "--val": (options.val,),
+        "--val": () if drawn else (options.val,),
         "--unlabeled-src": options.unlabeled_src,
     }
     for name, specs in given.items():
@@ -49,6 +54,16 @@ def check_options(options: PackOptions) -> None:
     check_labeled(options.split.labeled)
 
 
+def _check_drawn(val: str) -> None:
+    """ConfigError unless val is a share or a number, and no folder or file has that name."""
+    read_amount("--val", val)
+    if Path(val).exists():
+        raise ConfigError(
+            f"--val {val}: a number of images, or what is called {val} here? Write ./{val} for "
+            "that, or rename it"
+        )
+
+
 def _is_inside(out: Path, name: str, spec: str) -> bool:
     try:
         path = Path(spec).resolve()
@@ -65,8 +80,11 @@ def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, in a work folder into which compressed archives are unpacked."""
     train = [_open(spec, options, options.labels, path.parent) for spec in options.src]
     val = None
-    if options.val is not None:
+    if options.val is not None and not is_drawn(options.val):
         val = _open(options.val, options, options.val_labels, path.parent)
+    if options.class_from and not any(source.by_folder for source in filter(None, [*train, val])):
+        fault = "no source has class folders to name the classes"
+        raise ConfigError(f"--class-from {options.class_from}: {fault}")
     pool = [
         _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
     ]
@@ -81,5 +99,11 @@ def _open(
             print(f"make_rec: {line}", file=sys.stderr, flush=True)
 
     return open_source(
-        spec, root=options.root, labels=labels, work=work, report=report, unlabeled=unlabeled
+        spec,
+        root=options.root,
+        labels=labels,
+        work=work,
+        report=report,
+        unlabeled=unlabeled,
+        class_from=options.class_from,
     )

@@ -243,5 +243,6 @@ def source_entry(source: SourceRow, options: Mapping[str, Any]) -> dict[str, Any
     """Return what the manifest says of a source; `unlabeled` marks those of --unlabeled-src."""
     entry: dict[str, Any] = {"spec": source.spec, "kind": source.kind}
     # They are planned last.
-    labeled = len(options["src"]) + (options["val"] is not None)
+    has_val = options["val"] is not None and "val_seed" not in options  # else it is of src
+    labeled = len(options["src"]) + has_val
     return entry | ({"unlabeled": True} if source.number >= labeled else {})

@@ -1,17 +1,22 @@
 """Sources in which the folder of an image file names its class, or a labels file does."""
 
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.packing.sources.class_level import (
+    class_of,
+    class_warnings,
+    level,
+    require_certain,
+)
 from mpl_fast.packing.sources.labels_file import labeled_images, matched_images
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Image, Source
+from mpl_fast.packing.sources.source import FOLDER, IMAGE_SUFFIXES, Image, Source
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: the classes of the images below its folder
-_INNER = "images"  # a folder of this name inside a class folder is no class
 
 
 class Entry(NamedTuple):
@@ -34,10 +39,17 @@ class ClassFolders(Source):
         """Return the content of the ANNOTATIONS at the top; None if there are none."""
         return None
 
+    @property
+    def by_folder(self) -> bool:
+        """Whether folders give the classes."""
+        given = self.request.labels or self.request.unlabeled
+        return not given and self._annotations() is None
+
     def _list(self) -> Iterator[Image]:
         self._others = Tally(3)
         self._folders: set[str] = set()
-        self._classes: dict[str, set[str]] = defaultdict(set)  # the folders of each
+        self._counts: Counter[str] = Counter()  # images by folder
+        self._outside = Tally(3)  # images without a class
         labels = self.request.labels
         annotated = None if labels or self.request.unlabeled else self._annotations()
         # Folders give no classes.
@@ -51,6 +63,8 @@ class ClassFolders(Source):
             images = matched_images(images, _annotated(annotated, where), where, self.spec)
         yield from images
         self._warn_of_leftovers()
+        if self._counts and not self._flat:
+            self._conclude()
 
     def _images(self) -> Iterator[Image]:
         previous = class_name = ""
@@ -65,11 +79,11 @@ class ClassFolders(Source):
                 continue
             folder, _, name = path.rpartition("/")
             if folder != previous:
-                previous, class_name = folder, class_of(folder)
-                self._classes[class_name].add(folder)
-            if not self._flat and not folder:
-                hint = "give the classes with --labels or --val-labels, or name the folder above"
-                raise DataError(f"{self.spec}: {path} is outside any class folder; {hint}")
+                previous, class_name = folder, class_of(folder, self.request.class_from)
+            self._counts[folder] += 1
+            if not self._flat and not class_name:
+                self._outside.add(path)
+                continue
             yield Image(class_name, name, path, start, size, stamp)
 
     def _add_other(self, path: str) -> None:
@@ -92,55 +106,34 @@ class ClassFolders(Source):
             self._warn(f"{what} by name, left out: {self._others}")
         if self.request.unlabeled:
             return  # what follows is about classes
-        filled = set().union(*self._classes.values())
-        filled.update(folder.rpartition("/")[0] for folder in self._folders)
+        filled: set[str] = set()
+        for folder in (*self._counts, *(folder.rpartition("/")[0] for folder in self._folders)):
+            while folder not in filled:
+                filled.add(folder)
+                folder = folder.rpartition("/")[0]
         if empty := sorted(self._folders - filled):
             what = counted(
                 len(empty), "folder holds no image and gives", "folders hold no image and give"
             )
             self._warn(f"{what} no class: {first_few(empty)}")
-        if self._flat:
-            return
-        self._judge_inner()
-        # With --src the parent of train/ and val/, training would use both.
-        several = sorted(name for name, where in self._classes.items() if len(where) > 1)
-        if several:
-            merged = [" + ".join(sorted(self._classes[name])) for name in several]
-            what = counted(len(merged), "class is", "classes are")
-            self._warn(
-                f"{what} merged from several folders: {first_few(merged, 3)}; if these are "
-                "splits, name one of them"
-            )
 
-    def _judge_inner(self) -> None:
-        """Warn of classes that are named by the folder above images/; DataError if unsure."""
-        folders = set().union(*self._classes.values())
-        inner = {
-            folder.rpartition("/")[0] for folder in folders if class_of(folder) != _leaf(folder)
-        }
-        beside = {
-            folder for folder in folders if folder.rpartition("/")[0] in inner or folder in inner
-        }
-        for folder in sorted(beside):
-            if folder in inner or _leaf(folder) != _INNER:
-                above = folder if folder in inner else folder.rpartition("/")[0]
-                fault = f"{above}/{_INNER} and {folder} hold images: is a class {_leaf(above)} or"
-                hint = f"name {above} as the source for the latter, else move the images together"
-                raise DataError(f"{self.spec}: {fault} {_INNER}? {hint}")
-        if inner:
-            what = counted(len(inner), "class is", "classes are")
-            named = f"named by the folder above {_INNER}/: {first_few(sorted(inner), 3)}"
-            self._warn(f"{what} {named}")
-
-
-def class_of(folder: str) -> str:
-    """Return the class of a folder: its last part, or the one above `images` (Tiny-ImageNet's)."""
-    above, _, leaf = folder.rpartition("/")
-    return _leaf(above) if above and leaf == _INNER else leaf
-
-
-def _leaf(folder: str) -> str:
-    return folder.rpartition("/")[2]
+    def _conclude(self) -> None:
+        """Print what was found out about the classes; DataError unless every image has one."""
+        class_from = self.request.class_from
+        if count := self._outside.count:
+            depth, what = level(class_from), counted(count, "image is", "images are")
+            fault = "outside any class folder"
+            hint = "give the classes with --labels or --val-labels, or name the folder above"
+            if depth > 1:
+                fault, hint = f"below fewer than {depth} folders", "give another --class-from"
+            raise DataError(f"{self.spec}: {what} {fault}: {self._outside}; {hint}")
+        if not class_from:
+            between = "/" if self.kind == FOLDER or self.request.folder else ":"
+            inside = f"{self.spec.rstrip('/:')}{between}"
+            if line := require_certain(self._counts, self.spec, inside):
+                self.request.report(f"{self.spec}: {line}")
+        for line in class_warnings(self._counts, class_from):
+            self._warn(line)
 
 
 def _annotated(content: bytes, where: str) -> dict[str, tuple[str, int]]:

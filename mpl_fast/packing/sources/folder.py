@@ -17,7 +17,7 @@ class _Folder(NamedTuple):
 
 
 class FolderSource(ClassFolders):
-    """Image files in class folders at any depth."""
+    """Image files in class folders."""
 
     kind = FOLDER
 

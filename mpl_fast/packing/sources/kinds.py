@@ -49,6 +49,7 @@ def open_source(
     work: Path,
     report: Callable[[str], None],
     unlabeled: bool = False,
+    class_from: str | None = None,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -69,7 +70,8 @@ def open_source(
                 kinds = "parquet files or webdataset shards"
                 raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
         kind = several[kind]
-    return kind(Request(spec, path, folder, root, labels, work, report, unlabeled, files))
+    request = Request(spec, path, folder, root, labels, work, report, unlabeled, files, class_from)
+    return kind(request)
 
 
 def _kind_of(path: Path) -> type[Source]:

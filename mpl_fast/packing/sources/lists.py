@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.packing.first_few import Tally, counted
 from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
 
 
@@ -42,23 +42,19 @@ class ListSource(Source):
         names = class_names(list_path) if labels else ()
         self.class_order = names or None
         _require_unique(list_path, self.file, labels=labels)
-        missing, used = Tally(), set()
+        missing = Tally()
         for line in read_list(list_path, labels=labels):
             path = _below(self.file, line, list_path)
             state = _state(f"{self.file}/{path}")
             if state is None:
                 missing.add(f"{path} (line {line.number})")
                 continue
-            used.add(line.label)
             name = path.rpartition("/")[2]
             class_name = "" if line.label == NO_LABEL else names[line.label]
             yield Image(class_name, name, path, -1, state.st_size, state.st_mtime_ns)
         if missing.count:
             what = counted(missing.count, "file is", "files are")
             raise DataError(f"{list_path}: {what} not in {self.file}: {missing}")
-        if unused := [str(label) for label in range(len(names)) if label not in used]:
-            what = f"of the labels 0 to {len(names) - 1} {'has' if len(unused) == 1 else 'have'}"
-            self._warn(f"{len(unused)} {what} no image: {first_few(unused)}")
 
 
 def whole_label(label: str | float) -> int:

@@ -36,6 +36,7 @@ class Request(NamedTuple):
     report: Callable[[str], None]  # prints a line
     unlabeled: bool = False  # --unlabeled-src: classes are not used, and none is demanded
     files: tuple[Path, ...] = ()  # that the pattern in it names; then path is the first
+    class_from: str | None = None  # which folder is the class; None: the one that certainly is
 
 
 class Source(ABC):
@@ -54,6 +55,8 @@ class Source(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ()  # of files of this kind
     has_labels: ClassVar[bool] = False  # labels of its own: a labels file is an error
     has_folders: ClassVar[bool] = False  # `FILE:FOLDER` names a part of it
+    # Why several images may have the same name, and the remedy.
+    same_names = "does it hold several splits? Then name one folder of it"
     behind: ClassVar[int] = 0  # bytes after the range of an image that `decode` is given as well
 
     def __init__(self, request: Request, file: Path | None = None) -> None:
@@ -75,6 +78,11 @@ class Source(ABC):
     def recognizes(cls, path: Path) -> bool:
         """Return whether a path is of this kind."""
         return path.suffix in cls.suffixes
+
+    @property
+    def by_folder(self) -> bool:
+        """Whether the folders of its images give their classes."""
+        return False
 
     @abstractmethod
     def _list(self) -> Iterator[Image]:

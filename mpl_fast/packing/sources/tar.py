@@ -125,7 +125,7 @@ def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) ->
             tar.members.clear()  # type: ignore[attr-defined]  # 1 KB an image, never used
             if tar.offset > stop or item.size < 0:
                 break
-            name = prefix + clean_name(item.name)
+            name = (prefix + clean_name(item.name)).rstrip("/")  # "./" is the tar's own folder
             if item.issym() or item.islnk() or item.issparse():
                 raise DataError(f"{shown}: {name} is a link or sparse; pack from the unpacked tree")
             if item.isreg() and name.endswith(".tar"):

@@ -47,6 +47,11 @@ class WebDatasetSource(TarSource):
                 return True
         return False
 
+    @property
+    def by_folder(self) -> bool:
+        """Never: samples or a labels file give them."""
+        return False
+
     def _list(self) -> Iterator[Image]:
         if self.request.labels:
             yield from super()._list()
