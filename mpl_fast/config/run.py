@@ -90,7 +90,8 @@ class ModelConfig:
     """Network architecture, the same for teacher and student."""
 
     name: str = "resnet50"
-    """Any timm name, or wrn_28_2, wrn_28_8, convlarge, shake_shake_26 (for 32-pixel images)."""
+    """Any timm name, or wrn_28_2, wrn_28_8, convlarge, shake_shake_26 (for 32-pixel images).
+    Networks for images of one size, such as ViT, are built for data.image_size."""
     classes: NonNegativeInt = 0
     """Outputs of the last layer, which must equal the number of classes in the data; 0: that
     number."""

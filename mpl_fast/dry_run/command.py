@@ -3,15 +3,21 @@
 import torch
 from torch import nn
 
-from mpl_fast import models
 from mpl_fast.config import RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
-from mpl_fast.dry_run.rows import count
 from mpl_fast.dry_run.table import Plan, table
-from mpl_fast.training.build import check_batches, count_classes, resolve_epochs, uses_bf16
+from mpl_fast.training.build import (
+    build_network,
+    check_batches,
+    count_classes,
+    resolve_epochs,
+    uses_bf16,
+)
+from mpl_fast.training.rows import count
+from mpl_fast.training.trial import check_training
 
 TIMED = {"cuda": 64, "cpu": 8}  # maximum of images in the pass that is timed
 
@@ -26,6 +32,7 @@ def dry_run(config: RunConfig) -> int:
     classes = count_classes(config, manifest)
     dist_env = _dist_env(config)
     check_batches(config, manifest, dist_env)
+    check_training(config, classes, dist_env.world)
     if dist_env.is_rank0:
         torch.manual_seed(config.seed)
         print(table(_plan(config, manifest, classes, dist_env)), flush=True)
@@ -85,11 +92,7 @@ def _dist_env(config: RunConfig) -> DistEnv:
 
 def _network(config: RunConfig, classes: int) -> nn.Module:
     """The network of the run with random weights, which cost what pretrained ones do."""
-    learner = estimate.learners(config.algorithm)[0]
-    model = config.model
-    return models.build(
-        model.name, classes, learner.dropout, model.norm_momentum, frozen=model.frozen
-    )
+    return build_network(config, classes, estimate.learners(config.algorithm)[0].dropout)
 
 
 def _name_and_bytes(device: torch.device) -> tuple[str, int]:

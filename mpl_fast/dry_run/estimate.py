@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mpl_fast.config import AlgorithmConfig, LearnerConfig, MetaSemiConfig, MPLConfig, SMPLConfig
 from mpl_fast.dry_run.network import NetworkCost
-from mpl_fast.dry_run.rows import StepRows
+from mpl_fast.training.rows import StepRows
 
 PRODUCTS_OF_A_TANGENT = 3  # forward-mode differentiation of w x computes w x, dw x and w dx
 IN_FLIGHT = 2  # activations that a layer reads and writes, besides the saved ones

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from mpl_fast.config import RunConfig
 from mpl_fast.dry_run.estimate import Memory, step_flops
 from mpl_fast.dry_run.network import NetworkCost
-from mpl_fast.dry_run.rows import StepRows
 from mpl_fast.training.console import duration, quantity
+from mpl_fast.training.rows import StepRows
 
 WIDTH, INDENT = 100, 14  # columns of a line, and of the name before each paragraph
 

@@ -16,7 +16,7 @@ from mpl_fast.models.frozen import freeze
 from mpl_fast.models.shake_shake import ShakeShake
 from mpl_fast.models.wide_resnet import WideResNet
 
-__all__ = ["build", "count_parameters", "synchronized", "with_class_order"]
+__all__ = ["build", "count_parameters", "image_size", "synchronized", "with_class_order"]
 
 WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
 SHAKE = {  # depth, channels of each branch in the first stage
@@ -33,6 +33,7 @@ def build(
     dropout: float = 0.0,
     norm_momentum: float = 0.0,
     *,
+    image_size: int | None = None,
     pretrained: str = "",
     class_names: Sequence[str] = (),
     notes: list[str] | None = None,
@@ -41,16 +42,17 @@ def build(
     """A network from ``(N, 3, H, W)`` images to ``(N, classes)`` logits.
 
     `dropout` applies to the pooled features; `norm_momentum` above 0 replaces the momentum of batch
-    norms. `pretrained` is empty for random weights, ``timm`` for those that timm publishes, or a
-    file (`pretrained.load`), whose head is put into the order of `class_names`; a sentence about
-    what was loaded is appended to `notes`. With `frozen` only the classifier head is trained
+    norms. `image_size`, in pixels, counts for timm's networks of a fixed size; None: timm's own.
+    `pretrained` is empty for random weights, ``timm`` for those that timm publishes, or a file
+    (`pretrained.load`), whose head is put into the order of `class_names`; a sentence about what
+    was loaded is appended to `notes`. With `frozen` only the classifier head is trained
     (`frozen.freeze`). Raises `ConfigError` for an unknown name, and for weights that cannot be
     loaded or do not fit.
     """
     if name in OWN:
         network = _own(name, classes, dropout, pretrained)
     else:
-        network = _timm(name, classes, dropout, pretrained)
+        network = _timm(name, classes, dropout, image_size, pretrained)
     notes = [] if notes is None else notes
     if pretrained == "timm":
         notes.append(weights.about_timm(name, classes))
@@ -78,7 +80,9 @@ def _own(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
     return ConvLarge(classes, dropout)
 
 
-def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module:
+def _timm(
+    name: str, classes: int, dropout: float, image_size: int | None, pretrained: str
+) -> nn.Module:
     import timm  # late: takes a second
 
     architecture, dot, _ = name.partition(".")  # resnet50.a1_in1k: the weights' tag after the dot
@@ -89,10 +93,24 @@ def _timm(name: str, classes: int, dropout: float, pretrained: str) -> nn.Module
         raise ConfigError(
             f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
         )
+    options: dict[str, Any] = {"num_classes": classes, "drop_rate": dropout}
+    published = timm.get_pretrained_cfg(name)
+    if image_size and published and published.fixed_input_size:  # others refuse the argument
+        options["img_size"] = image_size
     if pretrained == "timm":
-        return weights.from_timm(name, classes, dropout)
-    network: nn.Module = timm.create_model(name, num_classes=classes, drop_rate=dropout)
+        return weights.from_timm(name, options)
+    network: nn.Module = timm.create_model(name, **options)
     return network
+
+
+def image_size(name: str) -> int:
+    """Pixels of a side of the images that a network was made for."""
+    if name in OWN:
+        return 32
+    import timm  # late: takes a second
+
+    published = timm.get_pretrained_cfg(name)
+    return int(published.input_size[-1]) if published else 224
 
 
 def with_class_order(

@@ -56,10 +56,12 @@ def _head(
     )
 
 
-def from_timm(name: str, classes: int, dropout: float) -> nn.Module:
+def from_timm(name: str, options: dict[str, Any]) -> nn.Module:
     """A timm network with its published weights, from timm's cache or the internet.
 
-    The head is loaded if it has as many classes. Raises `ConfigError` if there are no weights.
+    `options` are those of ``timm.create_model``. The head is loaded if it has as many classes;
+    position embeddings are resampled for another image size. Raises `ConfigError` if there are no
+    weights.
     """
     import timm  # late: takes a second
 
@@ -67,9 +69,7 @@ def from_timm(name: str, classes: int, dropout: float) -> nn.Module:
     if published is None or not published.has_weights:
         raise ConfigError(f"model.pretrained: timm has no weights for {name!r}; give a local file")
     try:
-        network: nn.Module = timm.create_model(
-            name, pretrained=True, num_classes=classes, drop_rate=dropout
-        )
+        network: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # of the hub, the cache or the file, from many libraries
         raise ConfigError(
             f"model.pretrained: timm's weights for {name!r} could not be had "

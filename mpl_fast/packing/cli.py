@@ -214,8 +214,9 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
         "which misses damage and most images cut after a thumbnail; or only refuse empty files "
         "(default: decode)")  # fmt: skip
     add("--on-bad", choices=tuple(ACTIONS), default="fail",
-        help="images that cannot be decoded: list all and stop; leave them out; or convert what "
-        "can be, also PNG named .JPEG and CMYK, to RGB JPEG (default: fail)")  # fmt: skip
+        help="images that are damaged or of a kind that DALI may not decode (GIF, TIFF): list all "
+        "and stop; leave them out; or convert what can be, also PNG named .JPEG and CMYK, to RGB "
+        "JPEG (default: fail)")  # fmt: skip
 
 
 def _add_verify(parent: "argparse._SubParsersAction[Parser]") -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpl_fast import algorithms, models
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
@@ -113,18 +114,15 @@ def build_algorithm(
     context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
-        model = config.model
-        network = models.build(
-            model.name,
+        network = build_network(
+            config,
             classes,
             learner.dropout,
-            model.norm_momentum,
-            pretrained=model.pretrained if fresh else "",
+            pretrained=config.model.pretrained if fresh else "",
             class_names=manifest.classes,
             notes=notes,
-            frozen=model.frozen,
         )
-        if model.norm == "sync" and world_size() > 1:
+        if config.model.norm == "sync" and world_size() > 1:
             network = models.synchronized(network)
         return Learner(
             network,
@@ -139,6 +137,29 @@ def build_algorithm(
 
     torch.manual_seed(config.seed)
     return algorithms.build(config.algorithm, new_learner, context)
+
+
+def build_network(
+    config: RunConfig,
+    classes: int,
+    dropout: float = 0.0,
+    *,
+    pretrained: str = "",
+    class_names: Sequence[str] = (),
+    notes: list[str] | None = None,
+) -> nn.Module:
+    """The configured network (`models.build`); by default with random weights."""
+    return models.build(
+        config.model.name,
+        classes,
+        dropout,
+        config.model.norm_momentum,
+        image_size=config.data.image_size,
+        pretrained=pretrained,
+        class_names=class_names,
+        notes=notes,
+        frozen=config.model.frozen,
+    )
 
 
 def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:

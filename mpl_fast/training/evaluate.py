@@ -17,6 +17,7 @@ from mpl_fast.training.build import build_algorithm, count_classes, eval_loader,
 from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.run_dir import keep_compile_cache
+from mpl_fast.training.trial import check_evaluation
 
 Accuracy = dict[str, float]
 
@@ -49,6 +50,7 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     """
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
+    check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
     folder = Path(config.run_dir) / "checkpoints"

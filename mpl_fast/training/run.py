@@ -36,6 +36,7 @@ from mpl_fast.training.metrics import Meter, QueueLimiter, Row, non_finite
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for
 from mpl_fast.training.step_graph import StepGraph
+from mpl_fast.training.trial import check_training
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW = "skipped_in_a_row/"
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> int:
     classes = count_classes(config, manifest)
     dist_env = distributed.init(config.device)
     check_batches(config, manifest, dist_env)
+    check_training(config, classes, dist_env.world)
     run_dir = open_for(config, dist_env)
     try:
         code = Run(config, dist_env, manifest, classes, run_dir).go()

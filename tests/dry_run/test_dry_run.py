@@ -21,8 +21,8 @@ from mpl_fast.config import LearnerConfig, MetaSemiConfig, MPLConfig, RunConfig,
 from mpl_fast.config.command_line import parse
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import NetworkCost, measure
-from mpl_fast.dry_run.rows import StepRows, count
 from mpl_fast.learner import Learner
+from mpl_fast.training.rows import StepRows, count
 from tests.tiny_run import ALGORITHMS, arguments
 
 SIDE, CLASSES, L, U = 16, 10, 4, 12
@@ -72,9 +72,15 @@ def watch(algorithm: Algorithm) -> Counter[str]:
         if made.requires_grad:
             made.register_hook(lambda gradient: seen.update(backward=len(gradient)))
 
+    def see_norm(norm: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        if norm.training or norm.running_mean is None:
+            seen["smallest"] = min(seen["smallest"] or len(made), len(made))
+
     for learner in algorithm.learners.values():
         first = next(m for m in learner.network.modules() if isinstance(m, nn.Conv2d))
         first.register_forward_hook(see)
+        norm = next(m for m in learner.network.modules() if isinstance(m, nn.BatchNorm2d))
+        norm.register_forward_hook(see_norm)
     return seen
 
 
@@ -86,8 +92,8 @@ def test_rows_and_operations_are_those_of_a_real_step(recipe: str, tmp_path: Pat
     with flops:
         train_step(algorithm, batch, config.steps - 1)
     rows = rows_of(config)
-    assert [seen[key] for key in ("forward", "backward", "tangent")] == [
-        rows.forward, rows.backward, rows.tangent
+    assert [seen[key] for key in ("forward", "backward", "tangent", "smallest")] == [
+        rows.forward, rows.backward, rows.tangent, rows.smallest
     ]  # fmt: skip
     expected, found = estimate.step_flops(rows, cost()), flops.get_total_flops()
     # A pass in forward mode has no tangent of the images, so that the first layer costs less; and
@@ -102,6 +108,7 @@ def test_rows_of_meta_pseudo_labels_by_hand() -> None:
     assert joint.backward == (128 + 2 * 896) + 896
     assert (joint.held, joint.held_passes) == (128 + 3 * 896, 2)
     assert joint.largest == 128 + 2 * 896
+    assert joint.smallest == 128
     split = count(MPLConfig(bn_batches="split"), 128, 896, steps=100_000)
     assert (split.forward, split.backward) == (joint.forward, joint.backward - 896)
     again = count(MPLConfig(teacher_graph="recompute"), 128, 896, steps=100_000)

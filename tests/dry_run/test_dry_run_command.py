@@ -13,9 +13,9 @@ from mpl_fast.config import ModelConfig, MPLConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse, wants_dry_run
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
-from mpl_fast.dry_run.rows import StepRows
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.errors import ConfigError
+from mpl_fast.training.rows import StepRows
 from tests.tiny_run import arguments, command, environment
 
 HERE = ["--run-dir", "r", "--data.root", "d"]
@@ -77,6 +77,8 @@ def test_it_refuses_what_training_would(
     assert code == 2
     assert "labeled_batch 4000 is larger than the 20 labeled images" in err
     assert "Traceback" not in err
+    code, _, err = dry_run([*given, "--model.name=convlarge", "--data.image_size=8"], capfd)
+    assert code == 2 and "set data.image_size 32" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -60,6 +60,13 @@ def test_timm_names_work() -> None:
     assert norms and all(m.momentum == 0.05 for m in norms)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+def test_a_network_of_fixed_size_is_made_for_the_images(name: str) -> None:
+    network = models.build(name, 7, image_size=32).eval()
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    assert models.image_size(name) == 224
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_noise_is_there_in_training_only(name: str) -> None:
     """Dropout of the pooled features, and a network's own noise."""

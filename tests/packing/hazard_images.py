@@ -99,6 +99,36 @@ def as_ycck(cmyk: bytes) -> bytes:
     return cmyk[:transform] + b"\x02" + cmyk[transform + 1 :]
 
 
+def _webps(picture: Image.Image) -> dict[str, bytes]:
+    return {
+        "webp": encoded(picture, "WEBP"),
+        "webp lossless": encoded(picture, "WEBP", lossless=True),
+        "webp alpha": encoded(with_alpha(picture), "WEBP"),
+        "webp lossless alpha": encoded(with_alpha(picture), "WEBP", lossless=True),
+        "webp profile": encoded(picture, "WEBP", icc_profile=b"colors"),
+        "webp 1x1": encoded(photo(1, 1), "WEBP"),
+    }
+
+
+def _bmps(picture: Image.Image) -> dict[str, bytes]:
+    plain = encoded(picture, "BMP")
+    flipped = encoded(picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM), "BMP")
+    return {
+        "bmp": plain,
+        "bmp gray": encoded(picture.convert("L"), "BMP"),
+        "bmp palette": encoded(picture.convert("P"), "BMP"),
+        "bmp 1 bit": encoded(picture.convert("1"), "BMP"),
+        "bmp alpha": encoded(with_alpha(picture), "BMP"),
+        "bmp from top to bottom": flipped[:22] + struct.pack("<i", -HEIGHT) + flipped[26:],
+        "bmp of OS/2": os2_bmp(picture),
+    }
+
+
+def os2_bmp(picture: Image.Image) -> bytes:
+    head = struct.pack("<IHHHH", 12, *picture.size, 1, 24)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 26) + head + encoded(picture, "BMP")[54:]
+
+
 def _usable() -> dict[str, bytes]:
     picture = photo()
     jpeg, png = encoded(picture, "JPEG"), encoded(picture, "PNG")
@@ -140,6 +170,7 @@ def _usable() -> dict[str, bytes]:
         "png trailing junk": png + b"junk",
         "png with exif": png_of([chunks[0], (b"eXIf", tiff), *chunks[1:]]),
     }
+    odd |= _webps(picture) | _bmps(picture)
     for value in range(2, 9):
         odd[f"exif {value}"] = oriented(jpeg, value, "<>"[value % 2])
     return odd
@@ -147,6 +178,7 @@ def _usable() -> dict[str, bytes]:
 
 def _unusable() -> dict[str, tuple[bytes, str]]:
     jpeg, png = encoded(photo(), "JPEG"), encoded(photo(), "PNG")
+    webp, bmp = encoded(photo(), "WEBP"), encoded(photo(), "BMP")
     half = len(jpeg) // 2
     scan = jpeg.index(b"\xff\xda")
     chunks = chunks_of(png)
@@ -156,11 +188,11 @@ def _unusable() -> dict[str, tuple[bytes, str]]:
     short = [chunks[0], (b"IDAT", zlib.compress(data[: len(data) // 2])), chunks[-1]]
     huge = struct.pack(">II", 60_000, 60_000) + chunks[0][1][8:]
     no_end, no_chunk = "cut short (no end-of-image mark)", "cut short (no IEND chunk)"
-    no_jpeg = "neither JPEG nor PNG"
-    return {
+    no_image = "no image by its first bytes"
+    return _unfit() | {
         "empty": (b"", "empty file"),
-        "text": (b"this is no image\n" * 20, no_jpeg),
-        "zero-filled": (bytes(50_000), no_jpeg),
+        "text": (b"this is no image\n" * 20, no_image),
+        "zero-filled": (bytes(50_000), no_image),
         "half": (jpeg[:half], no_end),
         "no end mark": (jpeg[:-2], no_end),
         "last byte missing": (jpeg[:-1], no_end),
@@ -168,8 +200,8 @@ def _unusable() -> dict[str, tuple[bytes, str]]:
         "no data": (jpeg[: scan + 14] + b"\xff\xd9", "premature end of data segment"),
         "half with an end mark": (jpeg[:half] + b"\xff\xd9", "premature end of data segment"),
         "half zeros": (jpeg[:half] + bytes(len(jpeg) - half), no_end),
-        "leading junk": (b"junk" + jpeg, no_jpeg),
-        "leading newline": (b"\n" + jpeg, no_jpeg),
+        "leading junk": (b"junk" + jpeg, no_image),
+        "leading newline": (b"\n" + jpeg, no_image),
         "odd sampling": (ODD_SAMPLING, "unusual subsampling of colors"),
         "exif past the end": (
             jpeg[:2] + b"\xff\xe1\xff\xffExif\0\0" + jpeg[2:],
@@ -187,10 +219,37 @@ def _unusable() -> dict[str, tuple[bytes, str]]:
         "png without data": (png_of([chunks[0], chunks[-1]]), "OpenCV cannot decode this PNG"),
         "png header only": (png[:20], no_chunk),
         "png huge": (png_of([(b"IHDR", huge), *chunks[1:]]), "60000 x 60000 pixels are more"),
-        "gif": (encoded(photo(), "GIF"), "but GIF"),
-        "webp": (encoded(photo(), "WEBP"), "but WebP"),
-        "bmp": (encoded(photo(), "BMP"), "but BMP"),
-        "tiff": (encoded(photo(), "TIFF"), no_jpeg),
+        "webp half": (webp[: len(webp) // 2], f" of {len(webp)} bytes)"),
+        "webp last byte missing": (webp[:-1], f"cut short ({len(webp) - 1} of "),
+        "webp mark only": (b"RIFF\4\0\0\0WEBP", "OpenCV cannot decode this WebP"),
+        "bmp half": (bmp[: len(bmp) // 2], "OpenCV cannot decode this BMP"),
+        "bmp last byte missing": (bmp[:-1], "OpenCV cannot decode this BMP"),
+        "bmp mark only": (b"BM is the beginning of a text", no_image),
+    }
+
+
+def _unfit() -> dict[str, tuple[bytes, str]]:
+    """Return kinds of images of which DALI decodes none, or not all."""
+    picture, other = photo(), photo().rotate(180)
+    frames: dict[str, Any] = {"save_all": True, "append_images": [other]}
+    bmp, gif = encoded(picture, "BMP"), encoded(picture, "GIF")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    never, not_always = "which DALI cannot decode", "which DALI cannot always decode"
+    return {
+        "gif": (gif, f"GIF, {never}"),
+        "gif animated": (encoded(picture, "GIF", **frames), f"GIF, {never}"),
+        "gif half": (gif[: len(gif) // 2], f"GIF, {never}"),
+        "webp animated": (encoded(picture, "WEBP", **frames), f"animated WebP, {not_always}"),
+        "webp exif": (encoded(picture, "WEBP", exif=exif), f"WebP with EXIF data, {never}"),
+        "bmp 16 bits": (bmp[:28] + b"\x10" + bmp[29:], f"BMP of 16 bits a pixel, {not_always}"),
+        "tiff": (encoded(picture, "TIFF"), f"TIFF, {not_always}"),
+        "tiff pages": (encoded(picture, "TIFF", **frames), f"TIFF, {not_always}"),
+        "tiff float": (encoded(picture.convert("F"), "TIFF"), f"TIFF, {not_always}"),
+        "pnm": (encoded(picture, "PPM"), f"PNM, {not_always}"),
+        "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", f"JPEG 2000, {not_always}"),
+        "avif": (b"\0\0\0\x1cftypavif", f"AVIF, {never}"),
+        "heic": (b"\0\0\0\x1cftypheic", f"HEIC, {never}"),
     }
 
 

@@ -1,6 +1,8 @@
 """Images are kept byte for byte, made smaller, converted, skipped or refused."""
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,8 @@ def test_unusable_images(on_bad: str, action: str, short_side: int | None) -> No
     expected = {
         *("half", "no end mark", "last byte missing", "half with an end mark", "half zeros"),
         *("larger than its data", "smaller than its data", "odd sampling"),
-        *("gif", "webp", "bmp"),
+        *("gif", "gif animated", "webp animated", "webp exif", "bmp 16 bits"),
+        *("tiff", "tiff pages", "pnm"),
     }
     assert converted == (expected if on_bad == "convert" else set())
 
@@ -102,9 +105,11 @@ def test_a_cut_image_keeps_what_is_there() -> None:
     ("kind", "reason"),
     [
         ("PNG", "a PNG named .JPEG"),
-        ("GIF", "neither JPEG nor PNG but GIF"),
-        ("WEBP", "neither JPEG nor PNG but WebP"),
-        ("BMP", "neither JPEG nor PNG but BMP"),
+        ("WEBP", "a WebP named .JPEG"),
+        ("BMP", "a BMP named .JPEG"),
+        ("GIF", "GIF, which DALI cannot decode"),
+        ("TIFF", "TIFF, which DALI cannot always decode"),
+        ("PPM", "PNM, which DALI cannot always decode"),
     ],
 )
 def test_other_formats_become_jpeg(kind: str, reason: str) -> None:
@@ -114,6 +119,28 @@ def test_other_formats_become_jpeg(kind: str, reason: str) -> None:
     assert done == ProcessedImage(done.image, reason, "converted")
     shown = Image.open(io.BytesIO(image)).convert("RGB")
     assert difference(done, shown) < 4  # the dots of a GIF's colors do not compress well
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
+def test_the_first_of_several_images_is_taken(kind: str) -> None:
+    frames = [photo(), photo().rotate(180)]
+    image = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=9)
+    done = processed(image, on_bad="convert", short_side=64)
+    assert done.reason.endswith("decode; the first of its images is taken")
+    assert pixels_of(done).shape == (64, 85, 3)
+    assert difference(done, shrunk(frames[0])) < 4
+    cut = processed(image[: len(image) // 4], on_bad="convert")
+    assert (cut.image, cut.action) == (None, "failed")
+    assert "; OpenCV cannot decode this" in cut.reason
+
+
+def test_too_many_pixels_are_not_decoded() -> None:
+    gif = b"GIF89a" + (20_000).to_bytes(2, "little") * 2 + encoded(photo(), "GIF")[10:]
+    code = (
+        "from mpl_fast.packing.write.pixels import *; import sys; decode(sys.stdin.buffer.read())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=gif, capture_output=True, check=False)
+    assert b"OpenCV cannot decode this GIF" in done.stderr
 
 
 def test_a_png_by_its_own_name_is_kept() -> None:
@@ -181,10 +208,12 @@ def test_minimum_shrink(short: int, side: int, min_shrink: float, smaller: bool)
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "convert"])
-def test_pngs_are_made_smaller_without_alpha(on_bad: str) -> None:
+def test_other_kinds_are_made_smaller_without_alpha(on_bad: str) -> None:
     gray = photo().convert("L")
     cases = {
         **dict.fromkeys(("png", "png rgba", "png 16 bit"), photo()),
+        **dict.fromkeys(("bmp", "bmp from top to bottom", "bmp of OS/2"), photo()),
+        **dict.fromkeys(("webp", "webp lossless", "webp alpha"), photo()),
         **dict.fromkeys(("png gray", "png gray alpha"), gray),
     }
     for name, picture in cases.items():

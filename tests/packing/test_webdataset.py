@@ -127,6 +127,16 @@ def test_names_with_dots(tmp_path: Path) -> None:
     ]
 
 
+def test_images_of_any_suffix(tmp_path: Path) -> None:
+    contents: Contents = {"a.JFIF": jpeg(1), "a.cls": "x", "b.img": png(2), "b.cls": "y"}
+    contents |= {"c": jpeg(3), "c.cls": "y", "d.npy": b"no image", "d.cls": "y"}
+    path = shard(tmp_path / "t.tar", contents)
+    found = [("x/a.JFIF", jpeg(1)), ("y/b.img", png(2)), ("y/c", jpeg(3))]
+    assert entries(path, tmp_path) == found
+    left_out = "1 sample has no image and is left out: d.npy"
+    assert listed(path, tmp_path)[0].warnings == [f"{path}: {left_out}"]
+
+
 def test_what_is_no_shard(tmp_path: Path) -> None:
     """Class folders with texts are class folders; a labels file goes before what is in the tar."""
     folders = shard(tmp_path / "1.tar", {"ant/a.jpg": b"1", "ant/a.txt": "x", "ant/a.json": "{}"})

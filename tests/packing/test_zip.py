@@ -162,6 +162,16 @@ def test_links_and_other_methods(tmp_path: Path) -> None:
         listed(tmp_path / "third.zip", tmp_path)
 
 
+def test_damage_where_content_decides(tmp_path: Path) -> None:
+    path = make_zip(tmp_path / "data.zip", [("ant/a.dat", jpeg(0))])
+    assert decoded(path, tmp_path) == [("ant/a.dat", jpeg(0))]
+    data = bytearray(path.read_bytes())
+    data[30 + len("ant/a.dat")] = 0xFF  # no kind of block
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged zip archive: ant/a.dat "):
+        listed(path, tmp_path)
+
+
 def test_damage(tmp_path: Path) -> None:
     image = jpeg(0)
     path = make_zip(tmp_path / "data.zip", [("ant/a.jpg", image), ("bee/b.jpg", jpeg(1))])

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from mpl_fast.algorithms.base import EvalEnsemble
 from mpl_fast.config import DataConfig, RunConfig
+from mpl_fast.config.command_line import parse
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import DistEnv
-from mpl_fast.errors import DataError
+from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.training.build import eval_loader
-from mpl_fast.training.evaluate import evaluate
+from mpl_fast.training.evaluate import evaluate, evaluate_run
+from tests.tiny_run import arguments
 
 
 class Fixed:
@@ -61,3 +63,9 @@ def test_a_batch_of_evaluation_is_at_most_the_split(tiny_rec: Path, world: int, 
     env = DistEnv(0, world, torch.device("cpu"))
     ((found, _, _),) = eval_loader(config, read_manifest(tiny_rec), env)
     assert len(found) == rows
+
+
+def test_a_network_that_does_not_take_the_images(tiny_rec: Path, tmp_path: Path) -> None:
+    options = ["--model.name", "convlarge", "--data.image_size", "8"]
+    with pytest.raises(ConfigError, match=r"convlarge .* 8 pixels: set data\.image_size 32"):
+        evaluate_run(parse([*arguments(tmp_path / "run", tiny_rec), *options]))

@@ -19,8 +19,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from mpl_fast.dry_run import rows as step_rows
 from mpl_fast.errors import ConfigError
+from mpl_fast.training import rows as step_rows
 from tools.bench import step_checks
 from tools.bench.clock import interleaved, repeated, seconds_of
 from tools.bench.harness import Report, run

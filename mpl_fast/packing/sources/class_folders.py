@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.class_level import (
     class_of,
     class_warnings,
@@ -14,7 +15,7 @@ from mpl_fast.packing.sources.class_level import (
     require_certain,
 )
 from mpl_fast.packing.sources.labels import LabelLine, Labels
-from mpl_fast.packing.sources.source import FOLDER, IMAGE_SUFFIXES, Image, Source
+from mpl_fast.packing.sources.source import FOLDER, Image, Source
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: the classes of the images below its folder
 
@@ -29,11 +30,15 @@ class Entry(NamedTuple):
 
 
 class ClassFolders(Source):
-    """Files and folders, of which those named as images are packed and hidden ones ignored."""
+    """Files and folders, of which images are packed and hidden ones ignored."""
 
     @abstractmethod
     def _entries(self) -> Iterator[Entry]:
         """Yield all files and folders."""
+
+    @abstractmethod
+    def _head(self, entry: Entry) -> bytes:
+        """Return the first PEEKED bytes of a file, or all."""
 
     def _annotations(self) -> bytes | None:
         """Return the content of the ANNOTATIONS at the top; None if there are none."""
@@ -67,13 +72,15 @@ class ClassFolders(Source):
 
     def _images(self) -> Iterator[Image]:
         previous = class_name = ""
-        for path, start, size, stamp in self._entries():
+        for entry in self._entries():
+            path, start, size, stamp = entry
             if "/." in f"/{path}":
                 continue
             if size < 0:
                 self._folders.add(path)
                 continue
-            if not path.lower().endswith(IMAGE_SUFFIXES):
+            # Few files are opened: a folder of a million images is listed by their suffixes.
+            if not path.lower().endswith(IMAGE_SUFFIXES) and not kind_of(self._head(entry)):
                 self._add_other(path)
                 continue
             folder, _, name = path.rpartition("/")
@@ -102,7 +109,7 @@ class ClassFolders(Source):
     def _warn_of_leftovers(self) -> None:
         if count := self._others.count:
             what = counted(count, "file is not an image", "files are not images")
-            self._warn(f"{what} by name, left out: {self._others}")
+            self._warn(f"{what}, left out: {self._others}")
         if self.request.unlabeled:
             return  # what follows is about classes
         filled: set[str] = set()

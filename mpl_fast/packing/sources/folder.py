@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
+from mpl_fast.packing.image_kinds import PEEKED
 from mpl_fast.packing.sources.class_folders import ANNOTATIONS, ClassFolders, Entry
 from mpl_fast.packing.sources.source import FOLDER
 
@@ -28,6 +29,14 @@ class FolderSource(ClassFolders):
     def _annotations(self) -> bytes | None:
         file = self.file / ANNOTATIONS
         return file.read_bytes() if file.is_file() else None
+
+    def _head(self, entry: Entry) -> bytes:
+        path = self.file / entry.path
+        try:
+            with path.open("rb") as file:
+                return file.read(PEEKED)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
 
     def _entries(self) -> Iterator[Entry]:
         """Yield all files and folders; links are followed, a loop of links is an error."""

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.parquet_columns import Columns, find_columns, parquet_errors
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Request
+from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
 
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]?\d+$")
-_MARKS = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp"}
-_HEAD = 16  # bytes of an image that begin with a mark
+_SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "GIF": ".gif", "WebP": ".webp"}
 _PEEKED = 1000  # names in a folder that tell what it is
 _ROWS = 64  # whose images are in memory together
 _SMALL_ROWS = 1 << 14  # the same of labels and paths
@@ -179,16 +179,13 @@ def _images(
             if paths is not None:
                 name = _base(paths[at].as_py())
             else:
-                name = f"{file.stem}-{first + at:06d}{_suffix(bytes(content[:_HEAD]))}"
+                suffix = _SUFFIXES.get(kind_of(content), "")
+                name = f"{file.stem}-{first + at:06d}{suffix}"
             if isinstance(label, str):
                 label = classes[label]
             elif label is not None:
                 label = None if label == NO_LABEL else int(label)
             yield label, name, content
-
-
-def _suffix(head: bytes) -> str:
-    return next((suffix for mark, suffix in _MARKS.items() if head.startswith(mark)), "")
 
 
 def _batches(

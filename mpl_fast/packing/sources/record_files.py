@@ -15,8 +15,9 @@ from typing import NamedTuple
 from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, text_lines, whole_label
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, Image, Source
+from mpl_fast.packing.sources.source import Image, Source
 
 _FRAME = struct.Struct("<II")  # magic word; part << 29 | length
 _HEADER = struct.Struct("<IfQ8x")  # of an image: number of labels, label, id, second id

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 FOLDER = "folder"  # the kind of all sources whose images are files of their own
 SHARDS = "shards"  # of sources whose images are byte ranges of several files in one folder
 IN_SHARD = "//"  # between a file and what is in it, in the path of an image of such a source
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Image(NamedTuple):
@@ -121,7 +120,7 @@ class Source(ABC):
     def _nothing(self) -> str:
         if (self.file / "manifest.json").is_file():
             return f"{self.spec}: no image found; of packed records, name the .rec files"
-        return f"{self.spec}: no image found (looked for {', '.join(IMAGE_SUFFIXES)})"
+        return f"{self.spec}: no image found (by suffix or first bytes)"
 
 
 def require_one_line(key: str, path: str, spec: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mpl_fast.errors import DataError
+from mpl_fast.packing.image_kinds import PEEKED
 from mpl_fast.packing.sources.class_folders import ClassFolders, Entry
 from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.spool import Stream, archive_errors, decompressed, open_plain, spooled
@@ -38,6 +39,10 @@ class TarSource(ClassFolders):
     def _entries(self) -> Iterator[Entry]:
         """Yield the members of the folder, named relative to it."""
         yield from tar_entries(self.file, self.request.path, self.request.folder)
+
+    def _head(self, entry: Entry) -> bytes:
+        with self.file.open("rb") as raw:
+            return os.pread(raw.fileno(), min(PEEKED, entry.size), entry.start)
 
 
 def tar_entries(file: Path, archive: Path, folder: str) -> Iterator[Entry]:

@@ -10,17 +10,18 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import IO
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED, kind_of
 from mpl_fast.packing.sources.class_folders import Entry
 from mpl_fast.packing.sources.record_files import classes_beside
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES, IN_SHARD, SHARDS, Image, Request, Source
+from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Request, Source
 from mpl_fast.packing.sources.spool import decompressed, spooled
 from mpl_fast.packing.sources.tar import TarSource, first_members, tar_entries
 
-_IMAGES = (*IMAGE_SUFFIXES, ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _LABELS = (".cls", ".json", ".txt")  # the first that a sample has is taken
 _KEYS = ("label", "cls", "class", "class_id", "class_name", "target", "fine_label")  # of a .json
 _NUMBER = re.compile(r"-?[0-9]+")
@@ -43,7 +44,7 @@ class WebDatasetSource(TarSource):
             found = [*group]
             suffixes = {Path(name).suffix.lower() for name in found}
             labels = _LABELS if "/" not in found[0] else _LABELS[:1]
-            if suffixes & {*_IMAGES} and suffixes & {*labels}:
+            if suffixes & {*IMAGE_SUFFIXES} and suffixes & {*labels}:
                 return True
         return False
 
@@ -147,7 +148,8 @@ class _Labels:
                     if entry.path in sample:
                         raise DataError(f"{self._spec}: {file}: {entry.path} is there twice")
                     sample[entry.path] = entry
-                images = [path for path in sample if path.lower().endswith(_IMAGES)]
+                images = [path for path in sample if path.lower().endswith(IMAGE_SUFFIXES)]
+                images = images or [path for path in sample if _is_image(sample[path], raw)]
                 if not images:
                     self._others.add(next(iter(sample)))
                 for path in images:
@@ -253,6 +255,10 @@ class _Labels:
         if self._place == ".txt" and self._images >= _FEW and 2 * len(self._classes) > self._images:
             what = f"{len(self._classes)} different texts in .txt beside {self._images} images"
             raise DataError(f"{self._spec}: {what}: captions, not classes; see --labels")
+
+
+def _is_image(entry: Entry, raw: IO[bytes]) -> bool:
+    return bool(kind_of(os.pread(raw.fileno(), min(PEEKED, entry.size), entry.start)))
 
 
 def _key(path: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from mpl_fast.errors import DataError
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED
 from mpl_fast.packing.sources.class_folders import ANNOTATIONS, ClassFolders, Entry
-from mpl_fast.packing.sources.source import IMAGE_SUFFIXES
 from mpl_fast.packing.sources.tar import clean_name, in_folder
 
 # Layouts: APPNOTE.TXT of PKWARE, 4.3.
@@ -23,6 +23,7 @@ _COMMENT = 1 << 16  # bytes; the longest after the end record
 _WORD, _LONG = 0xFFFF, 0xFFFFFFFF  # the value is in the 64-bit form
 _ENCRYPTED, _CRC_FOLLOWS, _UTF8 = 1, 8, 1 << 11  # flags
 _STORED, _DEFLATED = 0, 8  # methods
+_BLOCK_HEAD = 1024  # bytes; more than the codes that precede the first byte of a deflated file
 _UNIX, _LINK = 3, 0o120000
 _SIZE_LIMIT = 1 << 29  # bytes of a member that is read; more than a record holds
 
@@ -75,6 +76,23 @@ class ZipSource(ClassFolders):
             stop = raw.seek(0, os.SEEK_END)
             entries = (_entry(raw, member, self.file, stop) for member in _members(raw, self.file))
             yield from in_folder(entries, self.request.folder, self.file)
+
+    def _head(self, entry: Entry) -> bytes:
+        """Return the first bytes of a member, b"" if it is encrypted or not deflated."""
+        with _errors(self.file), self.file.open("rb") as raw:
+            local = os.pread(raw.fileno(), _LOCAL.size, entry.start)
+            _, flags, method, _, name, extra = _LOCAL.unpack(local)
+            skipped = _LOCAL.size + name + extra
+            size = min(_BLOCK_HEAD, entry.size - skipped)
+            data = os.pread(raw.fileno(), size, entry.start + skipped)
+        if flags & _ENCRYPTED or method not in (_STORED, _DEFLATED):
+            return b""
+        if method == _STORED:
+            return data[:PEEKED]
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, PEEKED)
+        except zlib.error as error:
+            raise DataError(f"{self.file}: damaged zip archive: {entry.path} ({error})") from error
 
     def _annotations(self) -> bytes | None:
         for entry in self._entries():

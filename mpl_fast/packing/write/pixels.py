@@ -1,16 +1,18 @@
 """Decodes image files, strictly or as far as possible, and encodes JPEG.
 
 Pixels are (height, width, 3) uint8 in OpenCV's order, blue first, or (height, width, 1) for gray.
-Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied.
+Alpha is dropped, 16 bits become 8, and an EXIF orientation is not applied; but the colors
+of a TIFF are multiplied by its alpha, and its orientation is applied.
 """
 
-import re
+import os
 import struct
 import zlib
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from mpl_fast.packing.image_kinds import kind_of
 from mpl_fast.packing.write.jpeg_segments import has_adobe_mark
 
 if TYPE_CHECKING:
@@ -20,13 +22,6 @@ if TYPE_CHECKING:
 PIXEL_LIMIT = 1 << 28  # of one image; as RGB that is 805 MB
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # mark, chunk type, width, height, bits, color type
 _GRAY_PNG = (0, 4)  # color types: gray, gray with alpha
-_MARKS = {
-    "JPEG": re.compile(rb"\xff\xd8\xff"),
-    "PNG": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "GIF": re.compile(rb"GIF8[79]a"),
-    "WebP": re.compile(rb"RIFF....WEBP", re.DOTALL),
-    "BMP": re.compile(rb"BM"),
-}
 
 
 class PixelsError(Exception):
@@ -45,15 +40,14 @@ class Shape(NamedTuple):
     color: str  # "Gray", "CMYK", "YCCK" or another
 
 
-def kind_of(image: bytes | memoryview) -> str:
-    """Return "JPEG", "PNG", "GIF", "WebP", "BMP" or "" according to the first bytes."""
-    return next((kind for kind, mark in _MARKS.items() if mark.match(image)), "")
-
-
 def read_shape(image: bytes | memoryview) -> Shape:
-    """Return the stored size and color of a JPEG or PNG; PixelsError when its header is damaged."""
-    if kind_of(image) == "PNG":
-        shape = _png_shape(image)
+    """Return the stored size and color of a JPEG, PNG, WebP or BMP.
+
+    Raises PixelsError when its header is damaged.
+    """
+    shape_of = {"PNG": _png_shape, "WebP": _webp_shape, "BMP": _bmp_shape}.get(kind_of(image))
+    if shape_of:
+        shape = shape_of(image)
     else:
         import simplejpeg  # late, as all imports here: --help must not wait for it
 
@@ -102,6 +96,19 @@ def decode(
         _check_chunks(image)
     pixels = _decode_with_opencv(image, gray=kind == "PNG" and read_shape(image).color == "Gray")
     return pixels if size is None else shrink(pixels, size)
+
+
+def has_frames(image: bytes | memoryview) -> bool:
+    """Return whether a file has a second image: another frame or page."""
+    import numpy as np
+
+    cv2 = _opencv()
+    try:
+        content = np.frombuffer(image, np.uint8)
+        _, frames = cv2.imdecodemulti(content, cv2.IMREAD_COLOR, range=(0, 2))
+    except cv2.error:
+        return False
+    return len(frames) > 1
 
 
 def shrink(
@@ -200,7 +207,8 @@ def _decode_with_opencv(image: bytes | memoryview, *, gray: bool) -> "NDArray[np
         content = np.frombuffer(image, np.uint8)
         pixels = cv2.imdecode(content, flags | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        raise PixelsError(_one_line(error)) from error
+        fault = f"OpenCV cannot decode this {kind_of(image)} ({error.err})"
+        raise PixelsError(fault) from error
     if pixels is None:
         raise PixelsError(f"OpenCV cannot decode this {kind_of(image)}")
     decoded: NDArray[np.uint8] = pixels.reshape(*pixels.shape[:2], -1)
@@ -214,6 +222,29 @@ def _png_shape(image: bytes | memoryview) -> Shape:
     if kind != b"IHDR":
         raise PixelsError("damaged PNG (no IHDR chunk)")
     return Shape(height, width, "Gray" if color in _GRAY_PNG else "RGB")
+
+
+def _webp_shape(image: bytes | memoryview) -> Shape:
+    size, kind = image[20:30], bytes(image[12:16])
+    if kind == b"VP8X":
+        width, height = _number(size[4:7]) + 1, _number(size[7:10]) + 1
+    elif kind == b"VP8L":
+        bits = _number(size[1:5])
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = _number(size[6:8]) & 0x3FFF, _number(size[8:10]) & 0x3FFF
+    return Shape(height, width, "RGB")
+
+
+def _bmp_shape(image: bytes | memoryview) -> Shape:
+    if image[14] == 12:  # OS/2's header
+        return Shape(_number(image[20:22]), _number(image[18:20]), "RGB")
+    height = int.from_bytes(image[22:26], "little", signed=True)  # negative: from top to bottom
+    return Shape(abs(height), _number(image[18:22]), "RGB")
+
+
+def _number(content: bytes | memoryview) -> int:
+    return int.from_bytes(content, "little")
 
 
 def _check_chunks(image: bytes | memoryview) -> None:
@@ -233,6 +264,7 @@ def _check_chunks(image: bytes | memoryview) -> None:
 @cache
 def _opencv() -> ModuleType:
     """Return OpenCV limited to one thread, since every core has a worker already."""
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXEL_LIMIT))  # read at import
     import cv2
 
     cv2.setNumThreads(1)

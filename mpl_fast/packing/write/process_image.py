@@ -4,10 +4,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mpl_fast.packing.image_kinds import kind_of
 from mpl_fast.packing.options import ACTIONS, ImageOptions
-from mpl_fast.packing.write.image_check import explain, find_fault
+from mpl_fast.packing.write.image_check import explain, find_fault, find_unfit
 from mpl_fast.packing.write.jpeg_segments import orientation
-from mpl_fast.packing.write.pixels import PixelsError, decode, encode, kind_of, read_shape, shrink
+from mpl_fast.packing.write.pixels import (
+    PixelsError,
+    decode,
+    encode,
+    has_frames,
+    read_shape,
+    shrink,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
 
 CONVERTED_QUALITY = 95  # of an image that is re-encoded for another reason than its size
 _LOST_LIMIT = 0.9  # share of a damaged image that may be blank for the rest to be worth keeping
-_JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe")
+_JPEG_SUFFIXES = (".jpeg", ".jpg", ".jpe", ".jfif")
 
 
 class ProcessedImage(NamedTuple):
@@ -31,8 +39,9 @@ def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> Pr
     """Check and, depending on the options, resize or convert an image file called name.
 
     An undamaged image is decoded at most once: decoding it strictly for resizing is also its check,
-    whatever how.check is. PNG and CMYK JPEG are accepted as they are, but "convert" makes RGB JPEGs
-    of CMYK JPEG, PNG named as JPEG, GIF, BMP, WebP, and of the decodable rest of damaged images.
+    whatever how.check is. PNG, WebP, BMP and CMYK JPEG are accepted as they are, but "convert"
+    makes RGB JPEGs of CMYK JPEG, of another kind named as JPEG, of one that DALI cannot always
+    decode, and of the decodable rest of damaged images.
     """
     try:
         oddity = _oddity(image, name) if how.on_bad == "convert" else ""
@@ -72,8 +81,10 @@ def describe_processing(how: ImageOptions) -> dict[str, object]:
 def _oddity(image: bytes | memoryview, name: str) -> str:
     """Return why some readers may fail on an image that can be decoded, or ""."""
     kind = kind_of(image)
-    if kind == "PNG" and name.lower().endswith(_JPEG_SUFFIXES):
-        return f"a PNG named {Path(name).suffix}"
+    if find_unfit(image):
+        return ""  # a fault
+    if kind != "JPEG" and name.lower().endswith(_JPEG_SUFFIXES):
+        return f"a {kind} named {Path(name).suffix}"
     if kind == "JPEG":
         color = read_shape(image).color
         if color in ("CMYK", "YCCK"):
@@ -83,7 +94,7 @@ def _oddity(image: bytes | memoryview, name: str) -> str:
 
 def _smaller_size(image: bytes | memoryview, how: ImageOptions) -> tuple[int, int] | None:
     """Return the (height, width) to reduce the stored pixels to, or None to keep them."""
-    if how.short_side is None or kind_of(image) not in ("JPEG", "PNG"):
+    if how.short_side is None or find_unfit(image):
         return None
     shape = read_shape(image)
     return _shrunk(shape.height, shape.width, how)
@@ -102,8 +113,10 @@ def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Proce
     if action == "converted":
         try:
             return _recovered(image, reason, how)
-        except PixelsError:
+        except PixelsError as error:
             action = "failed"
+            if kind_of(image) and str(error) != reason:
+                reason = f"{reason}; {error}"
     return ProcessedImage(None, reason, action)
 
 
@@ -112,6 +125,8 @@ def _recovered(image: bytes | memoryview, reason: str, how: ImageOptions) -> Pro
     pixels = decode(image, strict=False)
     if kind_of(image) == "JPEG":
         reason = _with_lost_share(reason, pixels)
+    elif has_frames(image):
+        reason = f"{reason}; the first of its images is taken"
     size = _shrunk(len(pixels), len(pixels[0]), how)
     if size is None:
         return _reencoded(image, pixels, CONVERTED_QUALITY, reason)

@@ -33,6 +33,8 @@ class StepRows:
     """In passes of forward-mode differentiation, not counted as forward."""
     largest: int = 0
     """In the largest pass."""
+    smallest: int = 0
+    """In the smallest pass in which batch norm normalizes by the images that it is given."""
     held: int = 0
     """Maximum of images whose activations are saved at the same time."""
     held_passes: int = 0
@@ -47,9 +49,13 @@ def count(
     steps: int,
     step: int | None = None,
     microbatches: int = 1,
+    norm_ranks: int = 1,
 ) -> StepRows:
-    """Rows of step number `step` (default: the last) with a rank's labeled and unlabeled images."""
-    counter = _Counter()
+    """Rows of step number `step` (default: the last) with a rank's labeled and unlabeled images.
+
+    `norm_ranks`: over whose images batch norm normalizes in training mode, for `smallest`.
+    """
+    counter = _Counter(norm_ranks)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         # The optimizer's backend changes no row, and some backends need a GPU.
@@ -68,8 +74,8 @@ class _Saved:
 class _Counter:
     """Counts the rows of passes and those whose activations are saved."""
 
-    def __init__(self) -> None:
-        self.found = StepRows()
+    def __init__(self, norm_ranks: int) -> None:
+        self.found, self._norm_ranks = StepRows(), norm_ranks
         self._held: WeakKeyDictionary[_Saved, int] = WeakKeyDictionary()
 
     def save(self, tensor: Tensor) -> tuple[_Saved, Tensor]:
@@ -79,6 +85,10 @@ class _Counter:
         if rows > found.held:
             found.held, found.held_passes = rows, len(self._held)
         return saved, tensor
+
+    def normalized(self, rows: int, *, training: bool) -> None:
+        rows *= self._norm_ranks if training else 1
+        self.found.smallest = min(self.found.smallest or rows, rows)
 
     def backward(self, gradient: Tensor) -> None:
         self.found.backward += len(gradient)
@@ -94,12 +104,15 @@ class _StandIn(nn.Module):
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
         self.counter = counter
+        self.norm = nn.BatchNorm2d(3, affine=False)  # is not applied: its state is read
         self.weight = nn.Parameter(torch.randn(3 * SIDE * SIDE, CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, 2)`` of ``(N, 3, 2, 2)`` images."""
         found, rows = self.counter.found, len(images)
         found.largest = max(found.largest, rows)
+        if self.training or self.norm.running_mean is None:
+            self.counter.normalized(rows, training=self.training)
         if forward_ad.unpack_dual(self.weight).tangent is not None:
             found.tangent += rows
         else:

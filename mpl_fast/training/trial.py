@@ -1,0 +1,73 @@
+"""A forward pass without values, which finds a network that does not fit before a run begins."""
+
+import traceback
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpl_fast import models
+from mpl_fast.config import RunConfig
+from mpl_fast.errors import ConfigError
+from mpl_fast.training.build import build_network
+from mpl_fast.training.rows import count
+
+
+def check_training(config: RunConfig, classes: int, world: int) -> None:
+    """Raises `ConfigError` if the network cannot train on images of this size, or not on batches as
+    small as a rank has in a step."""
+    rows = count(
+        config.algorithm,
+        config.labeled_batch // world,
+        config.unlabeled_images // world,
+        steps=config.steps,
+        microbatches=config.microbatches,
+        norm_ranks=world if config.model.norm == "sync" else 1,
+    ).smallest
+    failure = _failure(config, classes, rows, training=True)
+    if failure and rows == 1 and not _failure(config, classes, 2, training=True):
+        batches = "labeled_batch or unlabeled_batch" if config.unlabeled_images else "labeled_batch"
+        raise ConfigError(
+            f"model.name {config.model.name} cannot train on one image of "
+            f"{config.data.image_size} pixels alone, as a step does: raise {batches} to two or "
+            f"more for each rank and microbatch ({failure})"
+        )
+    _check(config, classes, failure)
+
+
+def check_evaluation(config: RunConfig, classes: int) -> None:
+    """Raises `ConfigError` if the network cannot classify images of this size."""
+    _check(config, classes, _failure(config, classes, 1, training=False))
+
+
+def _check(config: RunConfig, classes: int, failure: str) -> None:
+    """Raises `ConfigError` for the failure, naming another size of images if that one works."""
+    if not failure:
+        return
+    name, side = config.model.name, config.data.image_size
+    usual = models.image_size(name)
+    other = replace(config, data=replace(config.data, image_size=usual))
+    if usual == side or _failure(other, classes, 2, training=True):
+        raise ConfigError(f"model.name {name} cannot be trained here: take another ({failure})")
+    raise ConfigError(
+        f"model.name {name} does not take images of {side} pixels: set data.image_size {usual}, "
+        f"for which it was made, or take another network ({failure})"
+    )
+
+
+def _failure(config: RunConfig, classes: int, rows: int, *, training: bool) -> str:
+    """Why a network of its own cannot classify `rows` images; empty if it can.
+
+    On the meta device tensors have shapes and no values, so that any network costs little.
+    """
+    side = config.data.image_size
+    try:
+        with torch.device("meta"), torch.no_grad():
+            network = build_network(config, classes).train(training)
+            logits: Tensor = network(torch.empty(rows, 3, side, side))
+    except ConfigError:  # of an unknown name
+        raise
+    except Exception as error:  # of any layer of any network
+        return "".join(traceback.format_exception_only(error)).splitlines()[0]
+    shape = tuple(getattr(logits, "shape", ()))
+    return "" if shape == (rows, classes) else f"its output is {shape}, not {(rows, classes)}"
