@@ -1,0 +1,83 @@
+"""Algorithms and batches on the null GPU, and what is wrong with the work of a step on it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from mpl_fast import algorithms
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
+from mpl_fast.batch import Batch, image_buffer
+from mpl_fast.config import AlgorithmConfig, LearnerConfig
+from mpl_fast.config.run import Graphs
+from mpl_fast.learner import Learner
+from mpl_fast.learner.compilation import Mode
+from mpl_fast.models import build
+from tests.algorithms.problems import LEARNER, MPL, SMPL, UDA, VARIANTS
+from tests.null_gpu import device
+from tests.null_gpu.device import Seen
+
+DEVICE = torch.device("cuda", 0)
+ADAMW = replace(LEARNER, optimizer="adamw", nesterov=False)
+ALL: dict[str, AlgorithmConfig] = {
+    **VARIANTS,
+    "uda adamw": replace(UDA, learner=ADAMW),
+    "mpl split": replace(MPL, bn_batches="split"),
+    "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
+    "smpl exact central": replace(SMPL, feedback="exact", derivative="central"),
+}
+# What makes the host wait, what is done outside of a graph, and what would fail on a GPU.
+FAULTS = ("SYNC", "REFUSED", "ESCAPED", "HOSTALLOC")
+
+
+def new(
+    config: AlgorithmConfig,
+    *,
+    model: str = "wrn_10_1",
+    classes: int = 10,
+    bf16: bool = True,
+    compiled: Mode = "off",
+    graphs: Graphs = "off",
+    context: AlgorithmContext | None = None,
+) -> Algorithm:
+    """An algorithm whose networks have dropout."""
+
+    def learner(chosen: LearnerConfig) -> Learner:
+        return Learner(
+            build(model, classes, dropout=0.1),
+            chosen,
+            steps=100,
+            device=DEVICE,
+            bf16=bf16,
+            compiled=compiled,
+            graphs=graphs,
+        )
+
+    return algorithms.build(config, learner, context)
+
+
+def batch(labeled: int = 8, unlabeled: int = 32, size: int = 32, *, bf16: bool = True) -> Batch:
+    """Images in the memory layout of the loader's."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    images, weak, strong = image_buffer(labeled, unlabeled, size, dtype, DEVICE)
+    labels, truth = (
+        torch.zeros(rows, dtype=torch.int64, device=DEVICE) for rows in (labeled, unlabeled)
+    )
+    return Batch(images, labels, weak, strong, truth)
+
+
+def watched(work: Callable[[], object]) -> tuple[list[str], Seen]:
+    """Runs some work that must not make the host wait. Returns what was wrong, and all it did."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    device.watch()
+    faults = []
+    try:
+        work()
+    except Exception as error:  # of any layer: it is part of what is found
+        faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    seen = device.seen()
+    copies = [line for line in seen.log if "MEMCPY" in line and "pageable" in line]
+    return [*faults, *seen.lines(*FAULTS), *copies], seen
