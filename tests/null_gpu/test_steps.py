@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mpl_fast.algorithms.base import train_step
+from mpl_fast.config import AlgorithmConfig
 from tests.null_gpu import machine
 
 pytestmark = pytest.mark.slow
@@ -24,20 +25,27 @@ Found = dict[str, Any]
 
 def measure() -> Found:
     """Faults and launches of a step of each variant; in a process on the null GPU."""
-    from tests.null_gpu.training import ALL, batch, new, watched
+    from tests.null_gpu.training import ALL
 
-    found: Found = {precision: {} for precision in PRECISIONS}
-    for precision, of_variant in found.items():
-        bf16 = precision == "bf16"
-        for name, config in ALL.items():
-            algorithm, images = new(config, bf16=bf16), batch(bf16=bf16)
-            for t in range(WARMUP):  # kernels are compiled, memory is allocated
-                train_step(algorithm, images, t)
-            faults, seen = watched(
-                lambda: [train_step(algorithm, images, t) for t in range(WARMUP, WARMUP + STEPS)]
-            )
-            of_variant[name] = {"faults": faults, "launches": seen.launches / STEPS}
-    return found
+    return {
+        precision: {name: _step(config, precision == "bf16") for name, config in ALL.items()}
+        for precision in PRECISIONS
+    }
+
+
+def _step(config: AlgorithmConfig, bf16: bool) -> Found:
+    from tests.null_gpu.training import batch, mixed, new, watched
+
+    algorithm, images = new(config, bf16=bf16), batch(bf16=bf16)
+
+    def steps(first: int, last: int) -> None:
+        for t in range(first, last):
+            train_step(algorithm, images, t)
+
+    steps(0, WARMUP)  # kernels are compiled, memory is allocated
+    faults, seen = watched(lambda: steps(WARMUP, WARMUP + STEPS))
+    faults += mixed(lambda: steps(WARMUP + STEPS, WARMUP + STEPS + 1))
+    return {"faults": faults, "launches": seen.launches / STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +60,7 @@ def _measured() -> Found:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_step_waits_for_the_device_or_copies_pageable_memory(
+def test_no_step_waits_copies_pageable_memory_or_mixes_devices(
     precision: str, found: Found
 ) -> None:
     assert {name: step["faults"] for name, step in found[precision].items() if step["faults"]} == {}

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpl_fast import algorithms
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
@@ -81,3 +85,27 @@ def watched(work: Callable[[], object]) -> tuple[list[str], Seen]:
     seen = device.seen()
     copies = [line for line in seen.log if "MEMCPY" in line and "pageable" in line]
     return [*faults, *seen.lines(*FAULTS), *copies], seen
+
+
+class _Mixed(TorchDispatchMode):
+    """Names the operators that are given tensors of both CPU and GPU. PyTorch lets 0-dim ones of
+    the CPU pass, but a graph repeats the value that they had."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if len({tensor.is_cuda for tensor in tensors}) > 1:
+            self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def mixed(work: Callable[[], object]) -> list[str]:
+    """Operators of some work that mix devices."""
+    with _Mixed() as found:
+        work()
+    return [f"mixes devices: {name}" for name in sorted(found.names)]

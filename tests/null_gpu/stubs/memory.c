@@ -121,9 +121,10 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
 
 static void note_copy(const void *to, const void *from, size_t size, cudaStream_t stream) {
     static const char *names[] = {"pageable", "pinned", "device"};
-    char line[96];
+    char line[128];
     if (!null_logging) return;
-    snprintf(line, sizeof line, "%s->%s %zu bytes", names[kind_of(from)], names[kind_of(to)], size);
+    snprintf(line, sizeof line, "%s->%s %zu bytes from %p", names[kind_of(from)],
+             names[kind_of(to)], size, from);
     null_enqueue("MEMCPY", line, stream);
 }
 // Device memory holds no values, so copies within it are only counted.

@@ -1,0 +1,95 @@
+"""Steps as CUDA graphs: a capture is legal and complete, and a replay is one launch."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from mpl_fast.algorithms.base import Metrics, train_step
+from mpl_fast.training.step_graph import Replay, StepGraph
+from tests.null_gpu import machine
+
+pytestmark = pytest.mark.slow
+STEPS = 16
+Found = dict[str, Any]
+BESIDE = 20  # launches of a step beside its graph
+
+
+def measure() -> Found:
+    """What the steps of each variant did; in a process on the null GPU."""
+    from tests.null_gpu.training import ALL
+
+    return {name: steps(name) for name in ALL}
+
+
+def steps(name: str) -> Found:
+    """Trains a variant with graphs of its steps."""
+    from tests.null_gpu.training import ALL, batch, new, watched
+
+    def capture(work: Replay) -> Replay:
+        torch.cuda.set_sync_debug_mode("default")  # a capture begins with the end of all work
+        replay = graph._captured(work)
+        torch.cuda.set_sync_debug_mode("error")
+        return replay
+
+    algorithm, images = new(ALL[name], graphs="step"), batch()
+    graph, sources = StepGraph(algorithm, capture), set[str]()
+    found: Found = {"faults": [], "captures": 0, "replays": 0}
+    settled = 1  # the first step without anything that only a beginning needs
+    for t in range(STEPS):
+
+        def step(t: int = t) -> Metrics:
+            return train_step(algorithm, images, t, graph.step)
+
+        faults, seen = watched(step)
+        captured = seen.lines("CAPTURED")
+        if captured:
+            settled = t + 2  # what it holds is no longer there for the next step's copies
+        usual = ("SYNC", "HOSTALLOC") if captured else "HOSTALLOC" if t < settled else ()
+        found["faults"] += [f"step {t}: {line}" for line in faults if not line.startswith(usual)]
+        found["faults"] += reused(seen.lines("MEMCPY pinned"), sources)
+        sources |= {line.split()[-1] for line in captured if "MEMCPY pinned" in line}
+        found["captures"] += bool(captured)
+        found["replays"] += seen.graph_launches
+    return found | {"launches": seen.launches}
+
+
+def reused(copies: list[str], sources: set[str]) -> list[str]:
+    """Copies that change the host memory which a graph copies from."""
+    return [f"of a graph: {line}" for line in copies if line.split()[-1] in sources]
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    """What `measure` found."""
+    measured: Found = json.loads(machine.run("tests.null_gpu.test_step_graphs"))
+    return measured
+
+
+GRAPHED = {
+    "supervised", "supervised mixup", "finetune", "uda", "uda cosine", "uda split", "uda adamw",
+    "fixmatch", "mpl off", "mpl difference", "mpl sampled", "mpl split",
+    "mpl held_out baseline masked", "mpl_roleplay", "smpl off", "smpl difference",
+}  # fmt: skip
+
+
+def test_a_capture_is_legal_and_a_replay_does_not_wait(found: Found) -> None:
+    """Nothing refused, nothing escaped to another stream, no host memory of the graph reused."""
+    assert {name: of["faults"] for name, of in found.items() if of["faults"]} == {}
+
+
+def test_the_steps_that_a_graph_can_repeat_are_one_launch(found: Found) -> None:
+    """Of role playing there are two graphs; other launches are copies of the batch and averages."""
+    graphed = {name: of for name, of in found.items() if of["captures"]}
+    assert graphed.keys() == GRAPHED
+    assert {n: of["captures"] for n, of in graphed.items() if of["captures"] > 1} == {
+        "mpl_roleplay": 2
+    }
+    for name, of in graphed.items():
+        assert of["replays"] >= 7, name
+        assert of["launches"] <= BESIDE, name
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
