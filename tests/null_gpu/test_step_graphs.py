@@ -91,5 +91,10 @@ def test_the_steps_that_a_graph_can_repeat_are_one_launch(found: Found) -> None:
         assert of["launches"] <= BESIDE, name
 
 
+def test_a_changed_source_of_a_graph_is_found() -> None:
+    copies = ["MEMCPY pinned->device 8 bytes from 0x10", "MEMCPY pinned->device 8 bytes from 0x20"]
+    assert reused(copies, {"0x20"}) == [f"of a graph: {copies[1]}"]
+
+
 if __name__ == "__main__":
     print(json.dumps(measure()))

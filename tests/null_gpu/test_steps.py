@@ -28,12 +28,13 @@ def measure() -> Found:
     from tests.null_gpu.training import ALL
 
     return {
-        precision: {name: _step(config, precision == "bf16") for name, config in ALL.items()}
+        precision: {name: step(config, precision == "bf16") for name, config in ALL.items()}
         for precision in PRECISIONS
     }
 
 
-def _step(config: AlgorithmConfig, bf16: bool) -> Found:
+def step(config: AlgorithmConfig, bf16: bool) -> Found:
+    """Faults and launches of a step."""
     from tests.null_gpu.training import batch, mixed, new, watched
 
     algorithm, images = new(config, bf16=bf16), batch(bf16=bf16)

@@ -1,0 +1,81 @@
+"""The memory that `--dry-run` computes is what PyTorch's allocator takes on the device."""
+
+import json
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
+from mpl_fast.config import AlgorithmConfig
+from mpl_fast.dry_run import estimate
+from mpl_fast.dry_run.network import measure
+from mpl_fast.models import build
+from mpl_fast.training.rows import count
+from tests.algorithms.problems import MPL, UDA
+from tests.null_gpu import machine
+
+pytestmark = pytest.mark.slow
+STEP, STEPS = 50, 100
+
+
+class Case(NamedTuple):
+    """A network, a recipe, and one rank's batch."""
+
+    model: str
+    classes: int
+    size: int  # pixels
+    labeled: int
+    unlabeled: int
+    config: AlgorithmConfig
+    microbatches: int = 1
+
+
+RECOMPUTE = replace(MPL, teacher_graph="recompute")
+CASES = {
+    "resnet50 mpl": Case("resnet50", 1000, 224, 32, 224, MPL),
+    "resnet50 uda": Case("resnet50", 1000, 224, 32, 224, UDA),
+    "wrn mpl": Case("wrn_28_2", 10, 32, 64, 448, MPL),
+    "resnet50 recompute": Case("resnet50", 1000, 224, 32, 224, RECOMPUTE, 4),
+}
+
+
+def peak(case: Case) -> dict[str, int | float]:
+    """Bytes that the dry run computes and the allocator's peak; in a process on the null GPU."""
+    from tests.null_gpu.training import DEVICE, batch, new
+
+    config, rows = case.config, (case.labeled, case.unlabeled)
+    counted = count(config, *rows, steps=STEPS, step=STEP, microbatches=case.microbatches)
+    network = build(case.model, case.classes, 0.1)
+    cost = measure(network, case.size, device=DEVICE, bf16=True)
+    setting = estimate.Setting(config, *rows, case.size, True)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    context = AlgorithmContext(microbatches=case.microbatches)
+    algorithm = new(config, model=case.model, classes=case.classes, context=context)
+    images = batch(*rows, case.size)
+    for t in range(STEP, STEP + 2):
+        train_step(algorithm, images, t)
+    torch.cuda.reset_peak_memory_stats()
+    train_step(algorithm, images, STEP + 2)
+    found = torch.cuda.max_memory_allocated() - before
+    return {"computed": sum(estimate.memory(setting, counted, cost)), "allocated": found}
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[str, dict[str, float]]:
+    """What `peak` found."""
+    found: dict[str, dict[str, float]] = json.loads(machine.run("tests.null_gpu.test_memory"))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_peak_of_a_step_is_what_the_dry_run_computes(
+    case: str, peaks: dict[str, dict[str, float]]
+) -> None:
+    assert peaks[case]["computed"] == pytest.approx(peaks[case]["allocated"], rel=0.1)
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: peak(case) for name, case in CASES.items()}))
