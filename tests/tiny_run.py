@@ -149,7 +149,7 @@ def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedPro
     A session is a run's options, or one of SESSIONS with its arguments.
     """
     if ranks == 1:
-        return run_here(lambda: _in_turn([*sessions]), [])
+        return run_here(lambda: in_turn([*sessions]), [])
     return launch("tests.tiny_run", json.dumps(sessions), ranks=ranks)
 
 
@@ -213,7 +213,7 @@ SESSIONS: dict[str, Callable[..., object]] = {
 }
 
 
-def _in_turn(sessions: list[list[str]]) -> None:
+def in_turn(sessions: list[list[str]]) -> None:
     """All sessions use one process group: it cannot be joined again after leaving it."""
     from mpl_fast import distributed
     from mpl_fast.config import command_line
@@ -244,4 +244,4 @@ def _in_turn(sessions: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    _in_turn(json.loads(sys.argv[1]))
+    in_turn(json.loads(sys.argv[1]))

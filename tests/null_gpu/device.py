@@ -37,6 +37,11 @@ def watch() -> None:
     _stubs.null_start(1)
 
 
+def note(line: str) -> None:
+    """Adds a line to the log."""
+    _stubs.null_note(b"%s", line.encode())
+
+
 def seen() -> Seen:
     """What happened since `watch`, where counting ends."""
     counts = _Counts.in_dll(_stubs, "null_counts")

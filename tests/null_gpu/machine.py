@@ -34,7 +34,7 @@ def run(module: str, *arguments: str, ranks: int = 0, **variables: str) -> str:
         [*command, module, *arguments],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         cwd=ROOT,
         env=environment(max(ranks, 1)) | variables,
         check=False,

@@ -1,0 +1,76 @@
+"""Runs on the null GPU, one after the other, as `tests.tiny_run` runs them on a CPU.
+
+No kernel computes anything, so what the host reads from the device is replaced: metrics, hits, and
+whether weights are finite.
+"""
+
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import distributed as ddp
+
+from mpl_fast import distributed
+from mpl_fast.algorithms.base import Metrics, train_step
+from mpl_fast.learner import Learner
+from mpl_fast.training import evaluate, metrics, run
+from tests.null_gpu import device
+from tests.tiny_run import in_turn
+
+STEP = "a step begins"
+_row = metrics._row
+
+
+def _row_of_zeros(pending: metrics.PendingRow) -> tuple[int, metrics.Row]:
+    return _row(pending._replace(values=torch.zeros_like(pending.values, device="cpu")))
+
+
+def _no_hits(probabilities: Tensor, labels: Tensor) -> Tensor:
+    return torch.tensor([0.0, 0.0, len(labels)])
+
+
+def _finite(learner: Learner) -> Tensor:
+    return torch.tensor(True)
+
+
+def _nothing(*arguments: Any, **named: Any) -> None:
+    """In place of a check by DDP that reads what ranks have gathered."""
+
+
+def _step(*arguments: Any) -> Metrics:
+    device.note(STEP)
+    return train_step(*arguments)
+
+
+def main(out: str, sessions: list[list[str]]) -> None:
+    """Runs sessions, and writes what the device has seen to OUT.RANK."""
+    device.watch()
+    with (
+        mock.patch.object(metrics, "_row", _row_of_zeros),
+        mock.patch.object(evaluate, "_hits", _no_hits),
+        mock.patch.object(Learner, "finite", _finite),
+        mock.patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
+        mock.patch.object(run, "train_step", _step),
+    ):
+        in_turn(sessions)
+    seen = device.seen()
+    steps = [[*lines] for is_step, lines in groupby(seen.log, STEP.__eq__) if not is_step][1:]
+    found = {
+        "refused": seen.lines("REFUSED"),
+        "waits": [[x for x in lines if "SYNC" in x or "pageable" in x] for lines in steps],
+        "collectives": [sum("KERNEL nccl" in x for x in lines) for lines in steps],
+    }
+    rank, _ = distributed.ranks_of_launcher()
+    Path(f"{out}.{rank}").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # at the end of Python, libraries would read values, too
