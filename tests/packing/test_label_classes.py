@@ -49,7 +49,7 @@ def labeled(
         {image.class_name for image in one.images()} if one else set() for one in (train, val)
     )
     options = PackOptions(src=("src",), out=Path("OUT"), classes=file, class_order=order)
-    return label_classes([train], val, trained, held, options)
+    return label_classes([train], val, trained, held, 2 * len(trained), options)
 
 
 # Sorted names.
@@ -83,7 +83,8 @@ def test_natural_ties_are_sorted_by_name() -> None:
 def test_a_list_without_labels_numbers_nothing() -> None:
     none = source("", "pool", order="")
     options = PackOptions(src=("src",), out=Path("OUT"))
-    assert label_classes([source("bee"), none], None, {"bee"}, set(), options).labels == {"bee": 0}
+    found = label_classes([source("bee"), none], None, {"bee"}, set(), 2, options)
+    assert found.labels == {"bee": 0}
 
 
 @pytest.mark.parametrize(
