@@ -14,8 +14,8 @@ from types import FrameType
 from typing import NoReturn
 
 from mpl_fast.errors import ANY_TEXT, INTERRUPTED, ConfigError, UserError
+from mpl_fast.first_few import counted
 from mpl_fast.packing import commands
-from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, CLASS_ORDERS, DRAWN, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.sources.lists import text_lines
 from mpl_fast.packing.sources.source import Source

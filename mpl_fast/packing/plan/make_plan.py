@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.draw_splits import draw_splits

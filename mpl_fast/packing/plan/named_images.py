@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 
 
 def choose_named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.first_few import Tally, counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.class_level import (
     class_of,

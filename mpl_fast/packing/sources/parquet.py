@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.first_few import Tally, counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.parquet_columns import Columns, find_columns, parquet_errors
 from mpl_fast.packing.sources.source import Request

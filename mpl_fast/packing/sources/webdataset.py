@@ -14,7 +14,7 @@ from typing import IO
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED, kind_of
 from mpl_fast.packing.sources.class_folders import Entry
 from mpl_fast.packing.sources.record_files import classes_beside
