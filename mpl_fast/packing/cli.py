@@ -87,7 +87,7 @@ def build_parser() -> Parser:
     )
     _add_split(command.add_argument_group("splits"), default="that of OUT")
     command.set_defaults(**dict.fromkeys(DRAWN))
-    summary = "compare every file with its checksum; name shard, record and image of any damage"
+    summary = "check every byte; name the shard, record and image of any damage"
     add = _command(found, commands.run_verify, summary, out="a finished pack").add_argument
     add("--deep", action="store_true", help="also decode every image, strictly")
     add("-j", type=int, default=_CORES, metavar="N", help=f"processes ({_CORES})")
