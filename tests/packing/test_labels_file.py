@@ -268,6 +268,20 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     assert "4 names do not fit" in line
 
 
+def test_images_without_a_label(tmp_path: Path) -> None:
+    """A class -1 is none, as in a .lst, and no class that gets label 0."""
+    tree = make_tree(tmp_path / "in", {f"{at}.jpg": jpeg(at) for at in range(3)})
+    labels = write(tmp_path / "labels.csv", "0,0\n1,-1\n2,1\n")
+    how = ("--labeled", "all", "--out", tmp_path / "out")
+    done = run("pack", "--src", tree, "--labels", labels, *how)
+    assert "1 image has no label (-1): unlabeled images only" in done.stderr
+    rows = {key: label for _, label, key, _ in read_split(tmp_path / "out", "train")}
+    assert rows == {"0/0.jpg": 0, "1.jpg": -1, "1/2.jpg": 1}
+    held = ("--val", tree, "--val-labels", labels)
+    line = refuse("--src", tree, "--labels", labels, *held, *how, status=4)
+    assert "1.jpg: has no label (-1), which validation images need" in line
+
+
 def test_one_folder_for_all(tmp_path: Path) -> None:
     """Training and validation images by two files, and the rest."""
     images = make_tree(tmp_path / "images", {name: jpeg(int(name[0])) for name in CLASS_OF})
