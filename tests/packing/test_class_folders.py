@@ -267,7 +267,8 @@ CAFE = os.fsdecode(b"caf\xe9")
 FOLDERS = ("ant", "bee", "c d", "\u00e9", CAFE, "n.1", "x.jpg", "-rf", "images", "Images")
 SPLIT_FOLDERS = ("train", "Val", "test", "unlabeled", "train_set", "valid-2")
 OTHERS = (".DS_Store", "Thumbs.db", "notes.txt", "readme", ".hidden.jpg", "jpg")
-SUFFIXES = (".jpg", ".JPG", ".jpeg", ".Png", ".JPEG")
+SUFFIXES = (".jpg", ".JPG", ".jpeg", ".Png", ".JPEG", "", ".dat")
+JPEG = b"\xff\xd8"
 HOWS = (None, "top", "leaf", "1", "2", "3")
 TREES = int(os.environ.get("FUZZ_TREES", "500"))
 FIRST_TREE = int(os.environ.get("FUZZ_FIRST", "0"))
@@ -289,7 +290,8 @@ def grow(root: Path, seeded: random.Random, image: bytes) -> None:
         name = f"{seeded.choice(['', 'a b', CAFE, '-', 'x.y'])}{number}{seeded.choice(SUFFIXES)}"
         kind = seeded.random()
         if kind < 0.06:
-            (place / seeded.choice(OTHERS)).write_bytes(b"text")
+            content = b"text" if seeded.random() < 0.7 else image
+            (place / seeded.choice(OTHERS)).write_bytes(content)
         elif kind < 0.1:
             (place / f"empty{number}" / seeded.choice(["", "deeper"])).mkdir(parents=True)
         elif kind < 0.11:
@@ -319,7 +321,7 @@ def walk(folder: Path, parts: tuple[str, ...], above: list[Path]) -> Iterator[tu
             raise RefusedError("a link to nothing, or to a folder above it")
         if path.is_dir():
             yield from walk(path, (*parts, path.name), above)
-        elif path.suffix.lower() in (".jpg", ".jpeg", ".png"):
+        elif path.suffix.lower() in (".jpg", ".jpeg", ".png") or path.read_bytes()[:2] == JPEG:
             yield (*parts, path.name)
 
 
