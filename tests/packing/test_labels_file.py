@@ -46,6 +46,7 @@ def test_labels_of_a_flat_folder_and_archive(tmp_path: Path, text: str) -> None:
     [
         ("ant\nbee\nant\n", ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]),
         ("0\n1\n0\n", ["0/01.jpg", "0/03.jpg", "1/02.jpg"]),  # not the devkit's numbers
+        (f"1\n{5000 * '9'}\n2\n", ["1/01.jpg", "2/03.jpg", f"{5000 * '9'}/02.jpg"]),
         ("1\n1001\n2\n", ["1/01.jpg", "1001/02.jpg", "2/03.jpg"]),
         ("1\nn01440764\n2\n", ["1/01.jpg", "2/03.jpg", "n01440764/02.jpg"]),
     ],

@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal  # int refuses thousands of digits
 from pathlib import Path
 
 from mpl_fast.data.records import NO_LABEL
@@ -107,7 +108,7 @@ def _without_boxes(label: str, where: str) -> str:
 
 def _refuse_devkit_ids(path: Path, lines: Sequence[LabelLine]) -> None:
     def is_id(label: str) -> bool:
-        return label.isdecimal() and 0 < int(label) <= _DEVKIT_CLASSES
+        return label.isdecimal() and 0 < Decimal(label) <= _DEVKIT_CLASSES
 
     if all(not line.path and is_id(line.label) for line in lines):
         raise DataError(
