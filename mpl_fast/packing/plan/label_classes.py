@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from decimal import Decimal  # int refuses thousands of digits
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -76,13 +77,13 @@ def label_classes(
     return LabeledClasses(names, titles if any(titles) else [], labels, warnings)
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> list[str | Decimal]:
     """Return the key by which timm sorts classes: no case, runs of digits are numbers.
 
     That of timm 1.0.31 (`timm.utils.misc.natural_key`, used by `timm.data.readers`).
     """
     parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if at % 2 else part for at, part in enumerate(parts)]
+    return [Decimal(part) if at % 2 else part for at, part in enumerate(parts)]
 
 
 def read_classes(path: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
@@ -132,7 +133,7 @@ def _sorted(names: Iterable[str], how: str) -> list[str]:
 def _numbers_as_texts(spec: str, names: Sequence[str]) -> list[str]:
     """Return a warning if all classes are numbers, but not in their order."""
     pairs = enumerate(pairwise(names)) if all(map(str.isdecimal, names)) else ()
-    at = next((at for at, (one, two) in pairs if int(one) > int(two)), None)
+    at = next((at for at, (one, two) in pairs if Decimal(one) > Decimal(two)), None)
     if at is None:
         return []
     return [

@@ -101,7 +101,7 @@ def plan_to(path: Path, options: PackOptions) -> None:
         fault = "no source has class folders to name the classes"
         raise ConfigError(f"--class-from {options.class_from}: {fault}")
     pool = [open_source(spec, *how, unlabeled=True) for spec in options.unlabeled_src]
-    warn(make_plan(path, train, val, options, pool))
+    make_plan(path, train, val, options, pool, warn=warn)
 
 
 def _reporter(options: PackOptions) -> Callable[[str], None]:
