@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpl_fast.data.class_names import some
 from mpl_fast.errors import ConfigError
+from mpl_fast.first_few import first_few
 
 COUNTER = "num_batches_tracked"  # of batch norms; optional, since nothing reads it
 AVERAGED = ("state_dict_ema", "model_ema")  # entries that are taken first, as timm does
@@ -52,6 +52,11 @@ class Found(NamedTuple):
     left_out: list[str]  # keys without the prefix
     classes: Sequence[str] | None  # by label, in a checkpoint of this package
 
+    @property
+    def path(self) -> str:
+        """Entry and prefix as ``FILE:ENTRY`` names them."""
+        return ".".join(filter(None, (self.entry, self.prefix[:-1])))
+
 
 class Misfit(NamedTuple):
     """How a state dict differs from that of a network, whose last layer does not count."""
@@ -59,11 +64,12 @@ class Misfit(NamedTuple):
     lacks: list[str]
     others: list[str]
     shapes: list[str]
+    kinds: list[str]
 
     def __str__(self) -> str:
-        texts = ("lacks", "has besides", "has in another shape")
-        kinds = zip(texts, self, strict=True)
-        return "; ".join(f"{what} {some(keys)}" for what, keys in kinds if keys)
+        texts = "lacks", "has besides", "has in another shape", "has not as dense real numbers"
+        found = zip(texts, self, strict=True)
+        return "; ".join(f"{what} {first_few(keys, 3)}" for what, keys in found if keys)
 
 
 def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found:
@@ -84,7 +90,7 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
     whole = [i for i, misfit in enumerate(misfits) if not misfit.lacks and not misfit.shapes]
     whole = [i for i in whole if found[i].entry in AVERAGED] or whole
     if len(whole) > 1:
-        names = " and ".join(_differ([found[i] for i in whole]))
+        names = " and ".join(found[i].path or "no prefix" for i in whole)
         raise ConfigError(
             f"model.pretrained: {source} has the weights of {names}: name one as {file}:ENTRY"
         )
@@ -98,33 +104,27 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
 
 
 def _named(found: Sequence[Found], entry: str, source: str) -> list[Found]:
-    """Those of an entry, or else of a prefix."""
+    """Those of an entry, or else of a prefix in one, or else of a prefix."""
     named = [one for one in found if one.entry == entry]
+    named = named or [one for one in found if one.path == entry]
     named = named or [one for one in found if one.prefix == f"{entry}."]
     if not named:
-        names = some([*dict.fromkeys(filter(None, (one.entry for one in found)))])
+        names = first_few(dict.fromkeys(one.entry for one in found if one.entry), 3)
         but = f", but {names}" if names else ": it is one state dict"
         raise ConfigError(f"model.pretrained: {source} has no entry {entry!r}{but}")
     return named
 
 
-def _differ(found: Sequence[Found]) -> list[str]:
-    """What distinguishes state dicts: their entries, or else their prefixes."""
-    entries = dict.fromkeys(one.entry for one in found)
-    return [*entries] if len(entries) > 1 else [one.prefix[:-1] or "no prefix" for one in found]
-
-
 def _split(source: str) -> tuple[Path, str]:
-    """File and entry; an existing file whose name has a colon has no entry."""
-    file, colon, entry = source.rpartition(":")
-    if not colon or Path(source).is_file():
-        return Path(source), ""
-    return Path(file), entry
+    """File and entry; both may have colons."""
+    parts = source.split(":")
+    for length in range(len(parts), 0, -1):
+        if (file := Path(":".join(parts[:length]))).is_file():
+            return file, ":".join(parts[length:])
+    raise ConfigError(f"model.pretrained: there is no file {source}; give a file, 'timm' or ''")
 
 
 def _load(file: Path) -> Any:
-    if not file.is_file():
-        raise ConfigError(f"model.pretrained: there is no file {file}; give a file, 'timm' or ''")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file  # comes with timm
@@ -154,7 +154,9 @@ def _state_dicts(loaded: Any, file: Path) -> list[Entry]:
         entries = {k: v["average"] or v["network"] for k, v in learners.items()}
     found: list[Entry] = [(str(k), v, classes) for k, v in entries.items() if _is_state_dict(v)]
     if not found:
-        names = some([*map(str, loaded)]) if isinstance(loaded, dict) else type(loaded).__name__
+        names = (
+            first_few(map(str, loaded), 3) if isinstance(loaded, dict) else type(loaded).__name__
+        )
         raise ConfigError(
             f"model.pretrained: {file} has no state dict ({names}); save network.state_dict() alone"
         )
@@ -207,6 +209,17 @@ def _misfit(
             for key, value in trunk.items()
             if key in given and given[key].shape != value.shape
         ],
+        [key for key, value in own.items() if value.is_floating_point() and not _real(given, key)],
+    )
+
+
+def _real(given: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a tensor, if it is there, can be copied into a weight: none that is quantized,
+    sparse, complex, of integers, or without values (of the meta device)."""
+    return key not in given or (
+        given[key].is_floating_point()
+        and given[key].layout is torch.strided
+        and not given[key].is_meta
     )
 
 
