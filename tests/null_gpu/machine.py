@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(__file__).with_name("stubs")
 RUNTIME = ("log.c", "kernels.c", "streams.c", "memory.c", "device.c", "cublas.c", "nccl.c")
 DRIVER = ("driver.c", "driver_absent.c")
+OF_OTHER_DEVICES = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")
 
 
-def run(module: str, *arguments: str, ranks: int = 0, **variables: str) -> str:
+def run(module: str, *arguments: str, ranks: int = 0) -> str:
     """Runs a module of the repository and returns what it printed; fails if the module does.
 
-    `ranks`: under torchrun, with as many GPUs. `variables`: more of the environment.
+    `ranks`: under torchrun, with as many GPUs.
     """
     command = [sys.executable, "-W", "ignore", "-m"]
     if ranks:
@@ -36,17 +37,18 @@ def run(module: str, *arguments: str, ranks: int = 0, **variables: str) -> str:
         text=True,
         timeout=1800,
         cwd=ROOT,
-        env=environment(max(ranks, 1)) | variables,
+        env=environment(max(ranks, 1)),
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     return done.stdout
 
 
-def environment(gpus: int = 1) -> dict[str, str]:
+def environment(gpus: int) -> dict[str, str]:
     """The environment of a process on a machine with `gpus` null GPUs."""
     libraries = _built()
-    return os.environ | {
+    inherited = {k: v for k, v in os.environ.items() if k not in OF_OTHER_DEVICES}
+    return inherited | {
         "LD_PRELOAD": str(libraries / "libnull_runtime.so"),
         "LD_LIBRARY_PATH": str(libraries),
         "TRITON_LIBCUDA_PATH": str(libraries),
@@ -83,5 +85,7 @@ def _built() -> Path:
         command = [*compiler, *files, "-o", str(folder / name), *options, "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # as Triton links to it
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # the name that Triton links to
+    # Without its functions, PyTorch asks the runtime how many GPUs there are.
+    (folder / "libnvidia-ml.so.1").symlink_to("libcuda.so.1")
     return folder
