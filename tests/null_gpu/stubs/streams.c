@@ -16,7 +16,8 @@ typedef struct {
 
 static Stream legacy_stream;
 static unsigned long long last_capture_id;
-static __thread int own_captures;  // running, begun by this thread
+static int captures;               // running; backward passes have a thread of their own
+static __thread int own_captures;  // begun by this thread
 static __thread enum cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 static Stream *stream_of(cudaStream_t handle) {
@@ -31,7 +32,7 @@ int null_capturing(cudaStream_t stream) { return is_open(stream_of(stream)->grap
 void null_enqueue(const char *kind, const char *what, cudaStream_t handle) {
     Stream *stream = stream_of(handle);
     if (is_open(stream->graph)) stream->graph->nodes++;
-    const char *where = is_open(stream->graph) ? "CAPTURED " : own_captures ? "ESCAPED " : "";
+    const char *where = is_open(stream->graph) ? "CAPTURED " : captures ? "ESCAPED " : "";
     null_note("%s%s %s", where, kind, what);
 }
 
@@ -90,7 +91,7 @@ cudaError_t cudaDeviceSynchronize(void) {
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
     *status = null_capturing(stream) ? cudaStreamCaptureStatusActive
-                                           : cudaStreamCaptureStatusNone;
+                                      : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, enum cudaStreamCaptureStatus *status,
@@ -119,6 +120,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, enum cudaStreamCaptureMo
     if (stream == &legacy_stream)
         return null_refuse(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture");
     *stream = (Stream){++last_capture_id, calloc(1, sizeof(Graph))};
+    captures++;
     own_captures++;
     null_note("CAPTURE begins");
     return cudaSuccess;
@@ -132,6 +134,7 @@ cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t *graph) {
     Stream *stream = stream_of(handle);
     stream->graph->ended = 1;
+    captures--;
     own_captures--;
     *graph = (cudaGraph_t)stream->graph;
     null_note("CAPTURE ends, %ld nodes", stream->graph->nodes);
