@@ -32,7 +32,7 @@ from mpl_fast.training.checkpoint import (
 )
 from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
-from mpl_fast.training.metrics import Meter, QueueLimiter, Row, non_finite
+from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for
 from mpl_fast.training.step_graph import StepGraph
@@ -151,16 +151,16 @@ class Run:
 
     def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
-        config = self.config
+        config, device = self.config, self.dist_env.device
         self.meter = Meter()  # a new one, to exclude the time of starting up
-        queue = QueueLimiter(self.dist_env.device)
+        queue = QueueLimiter(device)
         while self.steps_done < config.steps:
-            wait_began = time.perf_counter()
+            wait_began = moment(device)
             batch = self._next(loader)
-            waited = time.perf_counter() - wait_began
+            wait_ended = moment(device)
             compilation.mark_step()
             metrics = train_step(self.algorithm, batch, self.steps_done, self.step)
-            self.meter.add(metrics, waited)
+            self.meter.add(metrics, (wait_began, wait_ended))
             queue.step()
             self.steps_done += 1
             last = self.steps_done == config.steps
