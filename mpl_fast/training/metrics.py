@@ -148,8 +148,8 @@ def _seconds(began: Moment, ended: Moment) -> float:
     """Does not wait: events of a row have passed when its values are copied."""
     if isinstance(began, float) and isinstance(ended, float):
         return ended - began
-    milliseconds: float = cast(torch.cuda.Event, began).elapsed_time(ended)
-    return milliseconds / 1000.0
+    first, last = cast(tuple[torch.cuda.Event, torch.cuda.Event], (began, ended))
+    return first.elapsed_time(last) / 1000.0
 
 
 def non_finite(row: Row) -> str | None:
