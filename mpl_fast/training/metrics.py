@@ -149,7 +149,8 @@ def _seconds(began: Moment, ended: Moment) -> float:
     if isinstance(began, float) and isinstance(ended, float):
         return ended - began
     first, last = cast(tuple[torch.cuda.Event, torch.cuda.Event], (began, ended))
-    return first.elapsed_time(last) / 1000.0
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1000.0
 
 
 def non_finite(row: Row) -> str | None:
