@@ -3,7 +3,7 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
-          -> kernels | distributed | data -> batch | config -> errors | atomic
+          -> kernels | data -> batch | config | distributed -> errors | atomic
 """
 
 import ast
@@ -22,8 +22,8 @@ LAYERS = [
     {"algorithms"},
     {"learner"},
     {"losses", "models", "packing"},
-    {"kernels", "distributed", "data"},
-    {"batch", "config"},
+    {"kernels", "data"},
+    {"batch", "config", "distributed"},
     {"errors", "atomic"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -1,6 +1,5 @@
 """One DALI pipeline as a source of torch tensors, with one-line errors for damaged records."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.pipelines import READER
+from mpl_fast.distributed import cores_per_rank
 from mpl_fast.errors import ConfigError, DataError
 
 Output = TensorListCPU | TensorListGPU
@@ -123,5 +123,4 @@ def dali_gpu(config: DataConfig, device: torch.device) -> int | None:
 
 def cpu_threads(config: DataConfig) -> int:
     """DALI's threads for this rank: as configured, or its share of the available cores."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return config.threads or cores_per_rank()
