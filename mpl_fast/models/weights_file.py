@@ -52,6 +52,11 @@ class Found(NamedTuple):
     left_out: list[str]  # keys without the prefix
     classes: Sequence[str] | None  # by label, in a checkpoint of this package
 
+    @property
+    def path(self) -> str:
+        """Entry and prefix as ``FILE:ENTRY`` names them."""
+        return ".".join(filter(None, (self.entry, self.prefix[:-1])))
+
 
 class Misfit(NamedTuple):
     """How a state dict differs from that of a network, whose last layer does not count."""
@@ -59,11 +64,12 @@ class Misfit(NamedTuple):
     lacks: list[str]
     others: list[str]
     shapes: list[str]
+    kinds: list[str]
 
     def __str__(self) -> str:
-        texts = ("lacks", "has besides", "has in another shape")
-        kinds = zip(texts, self, strict=True)
-        return "; ".join(f"{what} {some(keys)}" for what, keys in kinds if keys)
+        texts = "lacks", "has besides", "has in another shape", "has not as dense real numbers"
+        found = zip(texts, self, strict=True)
+        return "; ".join(f"{what} {some(keys)}" for what, keys in found if keys)
 
 
 def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found:
@@ -84,7 +90,7 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
     whole = [i for i, misfit in enumerate(misfits) if not misfit.lacks and not misfit.shapes]
     whole = [i for i in whole if found[i].entry in AVERAGED] or whole
     if len(whole) > 1:
-        names = " and ".join(_differ([found[i] for i in whole]))
+        names = " and ".join(found[i].path or "no prefix" for i in whole)
         raise ConfigError(
             f"model.pretrained: {source} has the weights of {names}: name one as {file}:ENTRY"
         )
@@ -98,8 +104,9 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
 
 
 def _named(found: Sequence[Found], entry: str, source: str) -> list[Found]:
-    """Those of an entry, or else of a prefix."""
+    """Those of an entry, or else of a prefix in one, or else of a prefix."""
     named = [one for one in found if one.entry == entry]
+    named = named or [one for one in found if one.path == entry]
     named = named or [one for one in found if one.prefix == f"{entry}."]
     if not named:
         names = some([*dict.fromkeys(filter(None, (one.entry for one in found)))])
@@ -108,23 +115,16 @@ def _named(found: Sequence[Found], entry: str, source: str) -> list[Found]:
     return named
 
 
-def _differ(found: Sequence[Found]) -> list[str]:
-    """What distinguishes state dicts: their entries, or else their prefixes."""
-    entries = dict.fromkeys(one.entry for one in found)
-    return [*entries] if len(entries) > 1 else [one.prefix[:-1] or "no prefix" for one in found]
-
-
 def _split(source: str) -> tuple[Path, str]:
-    """File and entry; an existing file whose name has a colon has no entry."""
-    file, colon, entry = source.rpartition(":")
-    if not colon or Path(source).is_file():
-        return Path(source), ""
-    return Path(file), entry
+    """File and entry; both may have colons."""
+    parts = source.split(":")
+    for length in range(len(parts), 0, -1):
+        if (file := Path(":".join(parts[:length]))).is_file():
+            return file, ":".join(parts[length:])
+    raise ConfigError(f"model.pretrained: there is no file {source}; give a file, 'timm' or ''")
 
 
 def _load(file: Path) -> Any:
-    if not file.is_file():
-        raise ConfigError(f"model.pretrained: there is no file {file}; give a file, 'timm' or ''")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file  # comes with timm
@@ -207,6 +207,17 @@ def _misfit(
             for key, value in trunk.items()
             if key in given and given[key].shape != value.shape
         ],
+        [key for key, value in own.items() if value.is_floating_point() and not _real(given, key)],
+    )
+
+
+def _real(given: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a tensor, if it is there, can be copied into a weight: none that is quantized,
+    sparse, complex, of integers, or without values (of the meta device)."""
+    return key not in given or (
+        given[key].is_floating_point()
+        and given[key].layout is torch.strided
+        and not given[key].is_meta
     )
 
 

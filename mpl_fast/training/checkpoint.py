@@ -124,8 +124,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_shared(checkpoint: Path) -> State:
-    """The state of a checkpoint that all ranks share."""
-    return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+    """The state of a checkpoint that all ranks share. Raises `CheckpointError` if it is gone: a
+    run that still trains removes its old ones."""
+    try:
+        return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint}: {error.strerror}; run the command again") from None
 
 
 def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
@@ -174,10 +178,7 @@ def load_start(
     `CheckpointError` if there is no checkpoint or it does not fit.
     """
     checkpoint, warnings = _start(config)
-    try:
-        shared = read_shared(checkpoint)
-    except OSError as error:
-        raise CheckpointError(f"algorithm.start: {checkpoint}: {error.strerror}") from None
+    shared = read_shared(checkpoint)
     name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
     state = shared["learners"][name]
     kind = "network" if state["average"] is None else config.weights

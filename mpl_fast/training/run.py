@@ -26,6 +26,7 @@ from mpl_fast.training.checkpoint import (
     State,
     check_same_classes,
     load_start,
+    no_class_names,
     read_shared,
     restore,
     step_of,
@@ -290,6 +291,8 @@ class Run:
         """Restores everything from a checkpoint; returns the data loader's state."""
         shared, rank_state = self.checkpoints.load(checkpoint)
         check_same_classes(shared, self.manifest, checkpoint)
+        if "classes" not in shared:
+            self.console.warn(no_class_names(checkpoint))
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
         self.steps_saved = self.steps_done

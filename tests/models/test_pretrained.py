@@ -1,6 +1,7 @@
 """Weights to begin with are those of the file, and a frozen trunk stays what it was."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,11 @@ def test_files_that_do_not_fit_or_are_damaged_are_one_clear_line(tmp_path: Path)
         "list.pth": ([torch.zeros(1)], r"has no state dict \(list\)"),
         "module.pth": (models.build("wrn_10_1", 10), r"needs mpl_fast\.models\.wide_resnet\.Wide"),
     }
+    weight = source["stem.weight"]
+    kinds = {"sparse": weight.to_sparse(), "meta": weight.to("meta"), "int8": weight.to(torch.int8)}
+    kinds |= {"complex": weight.to(torch.complex64)}
+    message = r"it has not as dense real numbers stem\.weight; give a file"
+    cases |= {f"{kind}.pth": (source | {"stem.weight": w}, message) for kind, w in kinds.items()}
     files = {write(tmp_path / name, content): message for name, (content, message) in cases.items()}
     for name in ("cut.pth", "cut.safetensors"):
         file = write(tmp_path / name, source)
@@ -149,8 +155,10 @@ def test_files_that_do_not_fit_or_are_damaged_are_one_clear_line(tmp_path: Path)
         with pytest.raises(ConfigError, match=rf"^model\.pretrained: .*{name}.*{message}") as error:
             models.build("wrn_10_1", 10, pretrained=file)
         assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"there is no file .*absent\.pth; give a file, 'timm'"):
-        models.build("wrn_10_1", 10, pretrained=str(tmp_path / "absent.pth"))
+    for absent in (str(tmp_path / "absent.pth"), "https://host/w.pth", "C:\\w.pth:ema"):
+        words = f"there is no file {re.escape(absent)}; give a file, 'timm'"
+        with pytest.raises(ConfigError, match=words):
+            models.build("wrn_10_1", 10, pretrained=absent)
 
 
 def test_timms_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

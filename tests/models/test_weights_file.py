@@ -103,8 +103,13 @@ AMBIGUOUS: dict[str, tuple[Any, str, str]] = {
     "entries": ({"student": ONE, "teacher": TWO, "step": 3}, "student", "teacher"),
     "prefixes": (
         {"state_dict": below("model.", ONE) | below("ema_model.", TWO)},
-        "model",
-        "ema_model",
+        "state_dict.model",
+        "state_dict.ema_model",
+    ),
+    "prefixes of entries": (
+        {"ema": below("student.", ONE), "state:dict": below("student.", TWO)},
+        "ema.student",
+        "state:dict.student",
     ),
     "checkpoint": (
         {
@@ -129,7 +134,9 @@ def test_one_of_several_has_to_be_named(case: str, tmp_path: Path) -> None:
         taken(file)
     for name, weights in ((one, ONE), (two, TWO)):
         assert is_same(taken(f"{file}:{name}")[0], weights)
-    names = "state_dict" if case == "prefixes" else f"{one}, {two}"
+        if case == "prefixes":
+            assert is_same(taken(f"{file}:{name.removeprefix('state_dict.')}")[0], weights)
+    names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in (one, two)))
     with pytest.raises(ConfigError, match=f":pupil has no entry 'pupil', but {names}$"):
         taken(f"{file}:pupil")
     torch.save(ONE, file)

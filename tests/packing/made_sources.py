@@ -121,5 +121,5 @@ def plan_of(
     sources = [train] if isinstance(train, Source) else train
     src = tuple(source.spec for source in sources)
     options = PackOptions(src=src, out=path.parent, split=how, image=image_options)
-    make_plan(path, sources, val, options)
+    make_plan(path, sources, val, options, warn=lambda lines: None)
     return Planned(path)

@@ -180,6 +180,13 @@ def test_folders_that_give_no_classes(tmp_path: Path, names: list[str]) -> None:
     )
 
 
+def test_annotations_that_cannot_be_read(tmp_path: Path) -> None:
+    spec = made(tmp_path, ["ant/1.jpg"])
+    (spec / "val_annotations.txt").symlink_to("/proc/self/mem")
+    line = refuse("--src", spec, "--out", tmp_path / "out", status=4)
+    assert line == f"make_rec: error: {spec}/val_annotations.txt: Input/output error"
+
+
 def test_images_that_are_not_deep_enough(tmp_path: Path) -> None:
     message = r"2 images are below fewer than 2 folders: 1.jpg, dog/1.jpg; give another --class-fr"
     with pytest.raises(DataError, match=message):

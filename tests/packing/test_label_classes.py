@@ -89,7 +89,8 @@ def test_a_list_without_labels_numbers_nothing() -> None:
 @pytest.mark.parametrize(
     ("classes", "order", "warned"),
     [("1 2 10", "name", True), ("1 2 10", "natural", False), ("0 1 2", "name", False),
-     ("1 2 10 ant", "name", False)],
+     ("1 2 10 ant", "name", False), (f"1 2{5000 * '0'}", "name", False),
+     (f"1 2{5000 * '0'} 3", "natural", False)],
 )  # fmt: skip
 def test_numbered_folders_out_of_order_are_a_warning(
     classes: str, order: str, warned: bool

@@ -242,14 +242,17 @@ def test_refused_draws(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPa
 def test_warnings(tmp_path: Path) -> None:
     options = PackOptions(src=("a",), out=tmp_path, split=HOW)
     train = [MadeSource(TRAIN, "a", warnings=["a: odd"])]
-    warnings = make_plan(
-        tmp_path / "plan", train, MadeSource(VAL, "v", warnings=["v: odd"]), options
-    )
-    assert warnings == ["a: odd", "v: odd"]
-    warnings = make_plan(tmp_path / "plan", [TRAIN_A], source("bee"), options)
-    assert warnings == ["held: has no image of 1 of the 2 classes: ant"]
-    # One name in training and in validation is no fault, nor is one in two classes.
-    assert make_plan(tmp_path / "plan", [TRAIN_A], MadeSource(TRAIN), options) == []
+    val = MadeSource(VAL, "v", warnings=["v: odd"])
+    absent = ["held: has no image of 1 of the 2 classes: ant"]
+    for sources, held, expected in (
+        (train, val, ["a: odd", "v: odd"]),
+        ([TRAIN_A], source("bee"), absent),
+        # One name in training and in validation is no fault, nor is one in two classes.
+        ([TRAIN_A], MadeSource(TRAIN), []),
+    ):
+        warnings: list[str] = []
+        make_plan(tmp_path / "plan", sources, held, options, warn=warnings.extend)
+        assert warnings == expected
 
 
 def labels_file(folder: Path, kind: str, labels: tuple[int, ...]) -> str:
@@ -294,13 +297,15 @@ def test_gaps_that_are_not_refused(tmp_path: Path) -> None:
     for order, count in ((many[:1002], 1), (many, 100), (named, 1)):
         train = [MadeSource(images_of({order[at]: count}), spec, order=order)
                  for at, spec in enumerate("ab")]  # fmt: skip
-        (warning,) = make_plan(tmp_path / "plan", train, None, options)
+        warnings: list[str] = []
+        make_plan(tmp_path / "plan", train, None, options, warn=warnings.extend)
+        (warning,) = warnings
         assert f"a + b: {len(order) - 2} of the labels 0 to {len(order) - 1} have" in warning
     assert "have no image: 2 (class 2), 3 (class 3)," in warning
     with pytest.raises(DataError, match="its labels go up to 1999, but its 198 images have"):
         train = [MadeSource(images_of({many[at]: 99}), spec, order=many)
                  for at, spec in enumerate("ab")]  # fmt: skip
-        make_plan(tmp_path / "plan", train, None, options)
+        make_plan(tmp_path / "plan", train, None, options, warn=lambda lines: None)
 
 
 @pytest.mark.parametrize("how", ["4", "30%", "list"])
@@ -391,7 +396,7 @@ class Many(MadeSource):
 path = Path(sys.argv[1])
 options = PackOptions(src=("x",), out=path, split=SplitOptions(labeled="1000", shards=8))
 for count in (2_000, 100_000):
-    make_plan(path, [Many([])], None, options)
+    make_plan(path, [Many([])], None, options, warn=lambda lines: None)
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 

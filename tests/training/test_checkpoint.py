@@ -29,6 +29,11 @@ def test_goes_round(store: Checkpoints) -> None:
     assert torch.equal(read_shared(store.folder / "step_00000005")["w"], shared["w"])
 
 
+def test_one_that_its_run_has_removed_meanwhile_is_one_line(store: Checkpoints) -> None:
+    with pytest.raises(CheckpointError, match=r"step_00000005: No such file .*; run the command"):
+        read_shared(store.folder / "step_00000005")
+
+
 def test_keeps_the_newest(store: Checkpoints) -> None:
     for step in (1, 2, 3):
         save(store, step)

@@ -82,6 +82,7 @@ def test_an_old_run_ends_bit_for_bit_as_one_with_todays_names(
     old, new, printed = resumed
     assert_same(final_state(old), final_state(new), ignore=("seconds",))
     assert printed.count("uses old option names") == 1
+    assert printed.count("was written before class names were stored") == 2
 
 
 def test_an_old_run_ends_as_the_program_of_then_ended_it(resumed: tuple[Path, Path, str]) -> None:

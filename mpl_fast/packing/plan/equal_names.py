@@ -28,10 +28,10 @@ def make_names_unique(
     sources are those of the part by number, classes are by number, and rank gives found.images.rank
     of a class and name. Returns a warning; DataError when one file is there twice.
     """
+    _require_own_files(table, sources)
     if not _any_equal(table, part):
         return []
     require_files_once(table, part, sources)
-    _require_own_files(table, sources)
     table.execute("DROP TABLE IF EXISTS found.renamed")
     table.execute("CREATE TABLE found.renamed(id INTEGER PRIMARY KEY, name TEXT, rank BLOB)")
     for attempt in range(_ATTEMPTS):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from decimal import Decimal  # int refuses thousands of digits
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -68,13 +69,13 @@ def label_classes(
     return LabeledClasses(names, titles if any(titles) else [], labels, warnings)
 
 
-def natural_key(name: str) -> list[str | int]:
+def natural_key(name: str) -> list[str | Decimal]:
     """Return the key by which timm sorts classes: no case, runs of digits are numbers.
 
     That of timm 1.0.31 (`timm.utils.misc.natural_key`, used by `timm.data.readers`).
     """
     parts = re.split(r"(\d+)", name.lower())
-    return [int(part) if at % 2 else part for at, part in enumerate(parts)]
+    return [Decimal(part) if at % 2 else part for at, part in enumerate(parts)]
 
 
 def read_classes(path: Path, known: Collection[str]) -> tuple[list[str], list[str]]:
@@ -123,7 +124,9 @@ def _sorted(names: Iterable[str], how: str) -> list[str]:
 
 def _numbers_as_texts(spec: str, names: Sequence[str]) -> list[str]:
     """Return a warning if classes that are numbers are not in their order."""
-    at = next((at for at, two in enumerate(pairwise(names)) if int(two[0]) > int(two[1])), None)
+    at = next(
+        (at for at, two in enumerate(pairwise(names)) if Decimal(two[0]) > Decimal(two[1])), None
+    )
     if at is None:
         return []
     return [

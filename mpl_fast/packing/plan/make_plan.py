@@ -7,7 +7,7 @@ it, so that the number of images is limited by the disk, not by memory.
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +44,10 @@ def make_plan(
     val: Source | None,
     options: PackOptions,
     pool: Sequence[Source] = (),
-) -> list[str]:
-    """Write the plan as a new table at path; return warnings about the sources.
+    *,
+    warn: Callable[[list[str]], None],
+) -> None:
+    """Write the plan as a new table at path; `warn` of its sources, also before an error.
 
     Images of the sources in pool, and those of train that have no label, are unlabeled ones. With
     a --val such as 5% there is no source val: its images are drawn from those of train.
@@ -67,14 +69,14 @@ def make_plan(
             with suppress(sqlite3.Error, ValueError):
                 table.execute(f"PRAGMA temp_store_directory = '{folder}'")
             table.execute("BEGIN")
-            warnings = _Planner(table, path.parent, options).run(train, val, pool)
+            for line in _Planner(table, path.parent, options).run(train, val, pool):
+                warn([line])
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
         scratch.unlink(missing_ok=True)
-    return warnings
 
 
 @dataclass
@@ -88,36 +90,39 @@ class _Planner:
     names: list[str] = field(default_factory=list)  # in the pack, of those classes
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
-    def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
-        """Fill the table; return warnings."""
-        warnings = self._list_labeled(dict(enumerate(train)), TRAIN)
+    def run(
+        self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]
+    ) -> Iterator[str]:
+        """Fill the table; yield warnings."""
+        yield from self._list_labeled(dict(enumerate(train)), TRAIN)
         if val is not None:
-            warnings += self._list_labeled({len(train): val}, VAL)
+            yield from self._list_labeled({len(train): val}, VAL)
         sources = [*train, *([val] if val else [])]
         for source in pool:
-            warnings += self._list(source, POOL)
-            warnings += leave_out_twins(self.table, len(sources), source, sources)
+            yield from self._list(source, POOL)
+            yield from leave_out_twins(self.table, len(sources), source, sources)
             sources.append(source)
         if self.unlabeled:
             require_files_once(self.table, POOL, dict(enumerate(sources)))
         specs = " + ".join(source.spec for source in train)
-        warnings += [*self._label_classes(train, val), *self._single_class(specs)]
-        warnings += draw_splits(self.table, self.names, self.options)
+        yield from self._label_classes(train, val)
+        yield from self._single_class(specs)
+        yield from draw_splits(self.table, self.names, self.options)
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
         groups = shard_groups(how.layout, how.unlabeled, val=has_val)
         for prefix, where in groups.items():
             self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
-        return warnings
 
-    def _list_labeled(self, sources: Mapping[int, Source], part: int) -> list[str]:
-        """Add all sources of a part; return their warnings."""
-        warnings = [line for source in sources.values() for line in self._list(source, part)]
+    def _list_labeled(self, sources: Mapping[int, Source], part: int) -> Iterator[str]:
+        """Add all sources of a part; yield their warnings."""
+        for source in sources.values():
+            yield from self._list(source, part)
         if labels := sources[min(sources)].request.labels:  # of all sources
             labels.require_fit()
         classes = list(self.class_numbers)
-        return warnings + make_names_unique(self.table, part, sources, classes, self._rank)
+        yield from make_names_unique(self.table, part, sources, classes, self._rank)
 
     def _rank(self, class_name: str, name: str) -> bytes:
         """Return what images are sorted by; with --order list only by class and name."""

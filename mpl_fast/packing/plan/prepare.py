@@ -103,7 +103,7 @@ def plan_to(path: Path, options: PackOptions) -> None:
     pool = [
         _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
     ]
-    warn(make_plan(path, train, val, options, pool))
+    make_plan(path, train, val, options, pool, warn=warn)
 
 
 def _read_labels(path: Path | None, options: PackOptions) -> Labels | None:

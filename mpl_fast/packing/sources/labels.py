@@ -16,7 +16,7 @@ class LabelLine(NamedTuple):
 
     number: int  # from 1
     path: str  # of the image, as written; "": the line has a class only
-    label: str
+    label: str  # "": the image has none
 
 
 _SEVERAL = LabelLine(0, "", "")  # in place of lines whose paths differ in their folders only

@@ -1,7 +1,9 @@
 """The interface of a source of images: a subclass of `Source`, listed in `kinds.py`."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -81,6 +83,11 @@ class Source(ABC):
     def recognizes(cls, path: Path) -> bool:
         """Return whether a path is of this kind."""
         return path.suffix in cls.suffixes
+
+    @cached_property
+    def place(self) -> str:
+        """The path of its file or folder without links, and a "/"."""
+        return os.path.join(os.path.realpath(self.file), "")  # noqa: PTH118 (keeps the "/")
 
     @property
     def by_folder(self) -> bool:
