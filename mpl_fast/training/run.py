@@ -10,6 +10,7 @@ from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader
 from mpl_fast.config import FinetuneConfig, RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
@@ -330,6 +331,8 @@ class Run:
         )
         for note in dict.fromkeys(self.notes):  # of several networks they are equal
             self.console.print(note)
+        if config.unlabeled_images and (warning := gray_views(config.data)):
+            self.console.warn(warning)
         delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
         if isinstance(self.algorithm, RolePlay):
             delays["a network as student"] = self.algorithm.config.student_delay_steps
