@@ -36,7 +36,7 @@ from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
 from mpl_fast.training.metrics import Meter, QueueLimiter, Row, non_finite
 from mpl_fast.training.process import stop_on_signal
-from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for
+from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.trial import check_training
 
@@ -310,6 +310,8 @@ class Run:
             model, classes = self.config.model.name, self.manifest.classes
             message, warnings = load_start(algorithm, learner, model, classes)
             for warning in warnings:
+                self.console.warn(warning)
+            if warning := other_images(algorithm.start, self.config):
                 self.console.warn(warning)
             self.console.print(message)
 
