@@ -195,7 +195,7 @@ CUTOUT = "a cutout is 136 pixels wide (data.cutout 40)"
         (DataConfig(image_size=64, num_ops=0), ""),
         (DataConfig(image_size=100, policy="dali"), TRANSLATION.replace("170", "100")),
         (DataConfig(image_size=101, policy="dali"), ""),
-        (DataConfig(image_size=64, policy="dali", magnitude=6), ""),
+        (DataConfig(image_size=64, policy="dali", magnitude=6, cutout=200), ""),
     ],
 )
 def test_operations_that_leave_nothing_are_a_warning(config: DataConfig, found: str) -> None:
