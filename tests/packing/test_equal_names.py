@@ -134,11 +134,23 @@ def test_one_file_given_twice(tmp_path: Path) -> None:
         assert line.endswith(f"{other}: {count} in {one}, too: give each image once")
     args = ("--src", tree, tmp_path / "some.lst", "--root", tree, "--out", tmp_path / "out")
     assert f"some.lst: 1 of its images is in {tree}, too" in refuse(*args, status=4)
+    # Also if its classes there are others: x and dog.
+    how = ("--class-from", "top", "--out", tmp_path / "out")
+    assert "/x: 2 of its images are in " in refuse("--src", tree, tree / "x", *how, status=4)
     twice = make_tar(tmp_path / "twice.tar", [("dog/1.jpg", jpeg(1))] * 2)
     line = refuse("--src", twice, "--out", tmp_path / "out", status=4)
     assert line.endswith(
         "1 name occurs more than once in one source: dog/1.jpg; keep one image of each"
     )
+
+
+def test_new_names_are_printed_before_an_error(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "in", {f"dog/{name}/1.jpg": jpeg(1) for name in ("rex", "fido")})
+    (tmp_path / "names.txt").write_text("dog/1.jpg\n")
+    how = ("--class-from", "top", "--labeled", tmp_path / "names.txt", "--out", tmp_path / "out")
+    lines = run("pack", "--src", tree, *how, status=4).stderr.splitlines()
+    assert "named by their paths, as dog/dog_fido_1.jpg" in lines[0]
+    assert lines[-1].endswith("1 name fits no image: dog/1.jpg")
 
 
 def test_equal_images_in_other_files_are_counted(tmp_path: Path) -> None:
@@ -154,22 +166,3 @@ def test_equal_images_in_other_files_are_counted(tmp_path: Path) -> None:
     out = pack("--src", *files, "--labeled", "all", out=tmp_path / "records")
     found = {key: image for *_, key, image in read_split(out, "train")}
     assert found == {"0/0.rec_7.jpg": jpeg(0), "0/1.rec_7.jpg": jpeg(1)}
-
-
-def test_breeds_of_one_class(tmp_path: Path) -> None:
-    """Also with a validation split that is drawn from them."""
-    images = {
-        f"dog/{breed}/{n}.jpg": jpeg(len(breed) + n) for breed in ("rex", "fido") for n in (1, 9)
-    }
-    tree = make_tree(
-        tmp_path / "tree", images | {"cat/tom/1.jpg": jpeg(3), "cat/tom/2.jpg": jpeg(30)}
-    )
-    args = ("--src", tree, "--class-from", "top", "--val", 2, "--labeled", "all")
-    out = pack(*args, out=tmp_path / "out")
-    rows = [row for split in ("train", "val") for row in read_split(out, split)]
-    found = {key: image for *_, key, image in rows}
-    assert len(rows) == 6 and len(read_split(out, "val")) == 2
-    assert {
-        f"dog/{path.replace('/', '_')}": image for path, image in images.items()
-    }.items() <= found.items()
-    assert found.keys() >= {"cat/1.jpg", "cat/2.jpg"}

@@ -46,6 +46,7 @@ def test_labels_of_a_flat_folder_and_archive(tmp_path: Path, text: str) -> None:
     [
         ("ant\nbee\nant\n", ["ant/01.jpg", "ant/03.jpg", "bee/02.jpg"]),
         ("0\n1\n0\n", ["0/01.jpg", "0/03.jpg", "1/02.jpg"]),  # not the devkit's numbers
+        (f"1\n{5000 * '9'}\n2\n", ["1/01.jpg", "2/03.jpg", f"{5000 * '9'}/02.jpg"]),
         ("1\n1001\n2\n", ["1/01.jpg", "1001/02.jpg", "2/03.jpg"]),
         ("1\nn01440764\n2\n", ["1/01.jpg", "2/03.jpg", "n01440764/02.jpg"]),
     ],
@@ -266,6 +267,20 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     labels.write_text("ant\nbee\n")  # which images these are is known only if all have a class
     line = refuse(*args[:4], "--unlabeled-src", source, "--out", tmp_path / "two", status=4)
     assert "4 names do not fit" in line
+
+
+def test_images_without_a_label(tmp_path: Path) -> None:
+    """A class -1 is none, as in a .lst, and no class that gets label 0."""
+    tree = make_tree(tmp_path / "in", {f"{at}.jpg": jpeg(at) for at in range(3)})
+    labels = write(tmp_path / "labels.csv", "0,0\n1,-1\n2,1\n")
+    how = ("--labeled", "all", "--out", tmp_path / "out")
+    done = run("pack", "--src", tree, "--labels", labels, *how)
+    assert "1 image has no label (-1): unlabeled images only" in done.stderr
+    rows = {key: label for _, label, key, _ in read_split(tmp_path / "out", "train")}
+    assert rows == {"0/0.jpg": 0, "1.jpg": -1, "1/2.jpg": 1}
+    held = ("--val", tree, "--val-labels", labels)
+    line = refuse("--src", tree, "--labels", labels, *held, *how, status=4)
+    assert "1.jpg: has no label (-1), which validation images need" in line
 
 
 def test_one_folder_for_all(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from mpl_fast.packing.plan.layout import planned_splits, shard_groups
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
-from tests.packing.made_sources import MadeSource, image, images_of, plan_of
-from tests.packing.packs import ROOT, Planned, jpeg, make_records, make_tar, make_tree, refuse, run
+from tests.packing.made_sources import MadeSource, image, images_of, numbered_source, plan_of
+from tests.packing.packs import ROOT, Planned, refuse, run
 
 TRAIN = images_of({"ant": 10, "bee": 10})
 VAL = images_of({"bee": 2, "ant": 1})
@@ -242,43 +242,26 @@ def test_refused_draws(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPa
 def test_warnings(tmp_path: Path) -> None:
     options = PackOptions(src=("a",), out=tmp_path, split=HOW)
     train = [MadeSource(TRAIN, "a", warnings=["a: odd"])]
-    warnings = make_plan(
-        tmp_path / "plan", train, MadeSource(VAL, "v", warnings=["v: odd"]), options
-    )
-    assert warnings == ["a: odd", "v: odd"]
-    warnings = make_plan(tmp_path / "plan", [TRAIN_A], source("bee"), options)
-    assert warnings == ["held: has no image of 1 of the 2 classes: ant"]
-    # One name in training and in validation is no fault, nor is one in two classes.
-    assert make_plan(tmp_path / "plan", [TRAIN_A], MadeSource(TRAIN), options) == []
-
-
-def labels_file(folder: Path, kind: str, labels: tuple[int, ...]) -> str:
-    """Write two images of each label as a source that numbers its classes; return its spec."""
-    rows = [(label, at, jpeg(at)) for at, label in enumerate([*labels, *labels])]
-    path = folder / f"a.{kind}"
-    if kind == "rec":
-        make_records(path, rows)
-    elif kind == "lst":
-        make_tree(folder, {f"{at}.jpg": image for _, at, image in rows})
-        path.write_text("".join(f"{at}\t{label}\t{at}.jpg\n" for label, at, _ in rows))
-    elif kind == "tar":
-        files = ((f"{at}.{end}", one) for label, at, image in rows
-                 for end, one in (("cls", b"%d" % label), ("jpg", image)))  # fmt: skip
-        make_tar(path, files)
-    else:
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        columns = {"image": [image for *_, image in rows], "label": [row[0] for row in rows]}
-        pq.write_table(pa.table(columns), path)
-    return str(path)
+    val = MadeSource(VAL, "v", warnings=["v: odd"])
+    absent = ["held: has no image of 1 of the 2 classes: ant"]
+    for sources, held, expected in (
+        (train, val, ["a: odd", "v: odd"]),
+        ([TRAIN_A], source("bee"), absent),
+        # One name in training and in validation is no fault, nor is one in two classes.
+        ([TRAIN_A], MadeSource(TRAIN), []),
+    ):
+        warnings: list[str] = []
+        make_plan(tmp_path / "plan", sources, held, options, warn=warnings.extend)
+        assert warnings == expected
 
 
 @pytest.mark.parametrize("kind", ["rec", "lst", "tar", "parquet"])
 def test_labels_with_gaps(tmp_path: Path, kind: str) -> None:
-    spec = labels_file(tmp_path, kind, (1, 4))
+    spec = numbered_source(tmp_path, kind, (1, 4))
     printed = run("pack", "--src", spec, "--labeled", 2, "--out", tmp_path / "out", "--dry-run")
     warning = f"{spec}: 3 of the labels 0 to 4 have no image: 0, 2, 3"
     assert f"make_rec: warning: {warning}\n" in printed.stderr
-    arguments = ("--src", labels_file(tmp_path, kind, (1, 1002)), "--out", tmp_path / "out")
+    arguments = ("--src", numbered_source(tmp_path, kind, (1, 1002)), "--out", tmp_path / "out")
     fault = refuse(*arguments, "--labeled", 2, status=4)
     assert fault == (
         f"make_rec: error: {spec}: its labels go up to 1002, but its 4 images have only 2 "
@@ -294,13 +277,15 @@ def test_gaps_that_are_not_refused(tmp_path: Path) -> None:
     for order, count in ((many[:1002], 1), (many, 100), (named, 1)):
         train = [MadeSource(images_of({order[at]: count}), spec, order=order)
                  for at, spec in enumerate("ab")]  # fmt: skip
-        (warning,) = make_plan(tmp_path / "plan", train, None, options)
+        warnings: list[str] = []
+        make_plan(tmp_path / "plan", train, None, options, warn=warnings.extend)
+        (warning,) = warnings
         assert f"a + b: {len(order) - 2} of the labels 0 to {len(order) - 1} have" in warning
     assert "have no image: 2 (class 2), 3 (class 3)," in warning
     with pytest.raises(DataError, match="its labels go up to 1999, but its 198 images have"):
         train = [MadeSource(images_of({many[at]: 99}), spec, order=many)
                  for at, spec in enumerate("ab")]  # fmt: skip
-        make_plan(tmp_path / "plan", train, None, options)
+        make_plan(tmp_path / "plan", train, None, options, warn=lambda lines: None)
 
 
 @pytest.mark.parametrize("how", ["4", "30%", "list"])
@@ -391,7 +376,7 @@ class Many(MadeSource):
 path = Path(sys.argv[1])
 options = PackOptions(src=("x",), out=path, split=SplitOptions(labeled="1000", shards=8))
 for count in (2_000, 100_000):
-    make_plan(path, [Many([])], None, options)
+    make_plan(path, [Many([])], None, options, warn=lambda lines: None)
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.table import to_utf8
 from mpl_fast.packing.plan.twins import same_files
@@ -28,10 +28,10 @@ def make_names_unique(
     sources are those of the part by number, classes are by number, and rank gives found.images.rank
     of a class and name. Returns a warning; DataError when one file is there twice.
     """
+    _require_own_files(table, sources)
     if not _any_equal(table, part):
         return []
     require_files_once(table, part, sources)
-    _require_own_files(table, sources)
     table.execute("DROP TABLE IF EXISTS found.renamed")
     table.execute("CREATE TABLE found.renamed(id INTEGER PRIMARY KEY, name TEXT, rank BLOB)")
     for attempt in range(_ATTEMPTS):

@@ -7,20 +7,19 @@ it, so that the number of images is limited by the disk, not by memory.
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.draw_splits import draw_splits
 from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_once
-from mpl_fast.packing.plan.label_classes import class_order, label_classes
-from mpl_fast.packing.plan.label_gaps import describe_gaps
+from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
@@ -44,8 +43,10 @@ def make_plan(
     val: Source | None,
     options: PackOptions,
     pool: Sequence[Source] = (),
-) -> list[str]:
-    """Write the plan as a new table at path; return warnings about the sources.
+    *,
+    warn: Callable[[list[str]], None],
+) -> None:
+    """Write the plan as a new table at path; `warn` of its sources, also before an error.
 
     Images of the sources in pool, and those of train that have no label, are unlabeled ones. With
     a --val such as 5% there is no source val: its images are drawn from those of train.
@@ -67,14 +68,14 @@ def make_plan(
             with suppress(sqlite3.Error, ValueError):
                 table.execute(f"PRAGMA temp_store_directory = '{folder}'")
             table.execute("BEGIN")
-            warnings = _Planner(table, path.parent, options).run(train, val, pool)
+            for line in _Planner(table, path.parent, options).run(train, val, pool):
+                warn([line])
             table.execute("COMMIT")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
         scratch.unlink(missing_ok=True)
-    return warnings
 
 
 @dataclass
@@ -88,36 +89,37 @@ class _Planner:
     names: list[str] = field(default_factory=list)  # in the pack, of those classes
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
-    def run(self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]) -> list[str]:
-        """Fill the table; return warnings."""
-        warnings = self._list_labeled(dict(enumerate(train)), TRAIN)
+    def run(
+        self, train: Sequence[Source], val: Source | None, pool: Sequence[Source]
+    ) -> Iterator[str]:
+        """Fill the table; yield warnings."""
+        yield from self._list_labeled(dict(enumerate(train)), TRAIN)
         if val is not None:
-            warnings += self._list_labeled({len(train): val}, VAL)
+            yield from self._list_labeled({len(train): val}, VAL)
         sources = [*train, *([val] if val else [])]
         for source in pool:
-            warnings += self._list(source, POOL)
-            warnings += leave_out_twins(self.table, len(sources), source, sources)
+            yield from self._list(source, POOL)
+            yield from leave_out_twins(self.table, len(sources), source, sources)
             sources.append(source)
         if self.unlabeled:
             require_files_once(self.table, POOL, dict(enumerate(sources)))
-        specs = " + ".join(source.spec for source in train)
-        warnings += [*self._label_classes(train, val), *self._single_class(specs)]
-        warnings += draw_splits(self.table, self.names, self.options)
+        yield from self._label_classes(train, val)
+        yield from draw_splits(self.table, self.names, self.options)
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
         groups = shard_groups(how.layout, how.unlabeled, val=has_val)
         for prefix, where in groups.items():
             self._place(prefix, where)
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
-        return warnings
 
-    def _list_labeled(self, sources: Mapping[int, Source], part: int) -> list[str]:
-        """Add all sources of a part; return their warnings."""
-        warnings = [line for source in sources.values() for line in self._list(source, part)]
+    def _list_labeled(self, sources: Mapping[int, Source], part: int) -> Iterator[str]:
+        """Add all sources of a part; yield their warnings."""
+        for source in sources.values():
+            yield from self._list(source, part)
         if labels := sources[min(sources)].request.labels:  # of all sources
             labels.require_fit()
         classes = list(self.class_numbers)
-        return warnings + make_names_unique(self.table, part, sources, classes, self._rank)
+        yield from make_names_unique(self.table, part, sources, classes, self._rank)
 
     def _rank(self, class_name: str, name: str) -> bytes:
         """Return what images are sorted by; with --order list only by class and name."""
@@ -172,12 +174,8 @@ class _Planner:
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
-        warnings = []
-        if self.options.classes is None and (order := class_order(train)):
-            spec = " + ".join(source.spec for source in train)
-            images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-            warnings = describe_gaps(spec, order, trained, images)
-        classes = label_classes(train, val, trained, held, self.options)
+        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+        classes = label_classes(train, val, trained, held, images, self.options)
         rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
         if classes.titles:
@@ -186,18 +184,12 @@ class _Planner:
         self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         self.names = [classes.names[label] for label in labels]
-        return [*warnings, *classes.warnings]
+        return classes.warnings
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
-
-    def _single_class(self, spec: str) -> Iterator[str]:
-        if len(self.class_numbers) == 1:
-            count = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-            what = counted(count, "image with a label is", "images with a label are")
-            yield f"{spec}: all {what} in one class, {min(self.class_numbers)}"
 
     def _place(self, prefix: str, where: str) -> None:
         """Add the records and shards of a group."""

@@ -1,12 +1,10 @@
 """Unlabeled images that other sources have as well: the same files, found before any is read."""
 
-import os
 import sqlite3
 from collections.abc import Sequence
-from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.plan.table import to_utf8
 from mpl_fast.packing.sources.source import Source
 
@@ -59,11 +57,7 @@ def _before_paths(source: Source, other: Source) -> tuple[str, str] | None:
     """
     if source.kind != other.kind:
         return None
-    one, two = (Path(os.path.realpath(file)) for file in (source.file, other.file))
-    if one == two:
-        return "", ""
-    if one.is_relative_to(two):
-        return f"{one.relative_to(two)}/", ""
-    if two.is_relative_to(one):
-        return "", f"{two.relative_to(one)}/"
-    return None
+    one, two = source.place, other.place
+    if one.startswith(two):
+        return one[len(two) :], ""
+    return ("", two[len(one) :]) if two.startswith(one) else None

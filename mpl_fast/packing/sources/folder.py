@@ -28,7 +28,10 @@ class FolderSource(ClassFolders):
 
     def _annotations(self) -> bytes | None:
         file = self.file / ANNOTATIONS
-        return file.read_bytes() if file.is_file() else None
+        try:
+            return file.read_bytes() if file.is_file() else None
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror}") from error
 
     def _head(self, entry: Entry) -> bytes:
         path = self.file / entry.path

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 
 if TYPE_CHECKING:
     from mpl_fast.packing.sources.source import Image, Request
@@ -16,7 +16,7 @@ class LabelLine(NamedTuple):
 
     number: int  # from 1
     path: str  # of the image, as written; "": the line has a class only
-    label: str
+    label: str  # "": the image has none
 
 
 _SEVERAL = LabelLine(0, "", "")  # in place of lines whose paths differ in their folders only

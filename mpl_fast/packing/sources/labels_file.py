@@ -3,10 +3,12 @@
 import csv
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal  # int refuses thousands of digits
 from pathlib import Path
 
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.lists import text_lines
 
@@ -28,7 +30,7 @@ def read_labels(path: Path, report: Callable[[str], None]) -> Labels:
     Its lines are `name class`, or a class each, for the images in the order of their names. Columns
     are separated by tabs, by commas, where quotes are those of CSV, or by the last space. A first
     line may be a header, and must be where there are more than two columns. Boxes of four numbers
-    behind the class, as Kaggle's ImageNet has, are left out.
+    behind the class, as Kaggle's ImageNet has, are left out. The class -1 is no label.
     """
     lines: list[LabelLine] = []
     columns, column, boxes = 0, 1, 0
@@ -50,7 +52,7 @@ def read_labels(path: Path, report: Callable[[str], None]) -> Labels:
             raise DataError(f"{where}: {text!r}: each line must be `name class`, or each a class")
         if "/" in label:
             raise DataError(f"{where}: a class with a slash in it: {label!r}")
-        lines.append(LabelLine(number, name, label))
+        lines.append(LabelLine(number, name, "" if label == str(NO_LABEL) else label))
     if not lines:
         raise DataError(f"{path}: gives no class")
     _refuse_devkit_ids(path, lines)
@@ -106,7 +108,7 @@ def _without_boxes(label: str, where: str) -> str:
 
 def _refuse_devkit_ids(path: Path, lines: Sequence[LabelLine]) -> None:
     def is_id(label: str) -> bool:
-        return label.isdecimal() and 0 < int(label) <= _DEVKIT_CLASSES
+        return label.isdecimal() and 0 < Decimal(label) <= _DEVKIT_CLASSES
 
     if all(not line.path and is_id(line.label) for line in lines):
         raise DataError(

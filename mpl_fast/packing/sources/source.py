@@ -1,7 +1,9 @@
 """The interface of a source of images: a subclass of `Source`, listed in `kinds.py`."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -48,7 +50,7 @@ class Source(ABC):
     A new kind sets `kind`, lists its images in `_list`, and stands in `kinds.KINDS`. If its images
     are no byte ranges of what the user gave, its constructor writes a file of them (spool.py,
     `UnpackedSource`); if they are encoded there, it has a `decode`, which is static because it is
-    called by worker processes, which know only kind, file and byte ranges.
+    called by worker processes, which have only kind, file and byte ranges.
 
     An image without a label has class "". With `request.unlabeled` classes are not used: a source
     yields its images whether it finds a class or not, and does not warn of classes.
@@ -81,6 +83,11 @@ class Source(ABC):
     def recognizes(cls, path: Path) -> bool:
         """Return whether a path is of this kind."""
         return path.suffix in cls.suffixes
+
+    @cached_property
+    def place(self) -> str:
+        """The path of its file or folder without links, and a "/"."""
+        return os.path.join(os.path.realpath(self.file), "")  # noqa: PTH118 (keeps the "/")
 
     @property
     def by_folder(self) -> bool:
