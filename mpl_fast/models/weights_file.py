@@ -106,7 +106,7 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
     if wrong := str(misfits[nearest]):
         option, advice = "model.name", "give a file of the same network"
         if misfits[nearest].only_positions:
-            option, advice = "data.image_size", "the file is for images of another size: set its"
+            option, advice = "data.image_size", "the file is for images of another size: set that"
         raise ConfigError(
             f"model.pretrained: {source} does not fit {option}: {found[nearest].entry or 'it'} "
             f"{wrong}; {advice}"

@@ -176,7 +176,9 @@ def test_position_embeddings_of_another_image_size_are_called_so(
     source = models.build(name, 3, image_size=there).state_dict()
     head = r"^model\.pretrained: .* does not fit "
     file = write(tmp_path / "w.pth", source)
-    with pytest.raises(ConfigError, match=f"{head}data.image_size: it .*{shapes}; the file is for"):
+    with pytest.raises(
+        ConfigError, match=f"{head}data.image_size: it .*{shapes}; the file is for images"
+    ):
         models.build(name, 3, image_size=here, pretrained=file)
     weight = next(key for key, value in source.items() if value.ndim == 4)
     write(tmp_path / "w.pth", source | {weight: torch.zeros(1, 1, 1, 1)})
