@@ -1,5 +1,6 @@
 """Labels files: which image gets which class, in which sources, and every fault with its line."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_one_class_a_line_in_the_order_of_names(
         ("ant\na.jpg ant\n", "line 2: 'a.jpg ant': each line must be"),
         ("a.jpg\t\n", r"line 1: 'a.jpg\\t': each line must be"),
         ("a.jpg ant\n./a.jpg bee\n", "line 2: ./a.jpg is on line 1 already"),
-        ("a.jpg ant\nx/a.jpg bee\n", r"2 names .*: B.jpg \(no line\), a.jpg \(2 images\)$"),
+        ("a.jpg ant\nx/a.jpg bee\n", r"2 names .*: B.jpg \(no line\), a.jpg \(2 images\); to"),
         ("a.jpg x/ant\n", "line 1: a class with a slash in it: 'x/ant'"),
         ("\n", "gives no class"),
         ('"a.jpg,ant\n', "line 1: '\"a.jpg,ant': unexpected end of data"),
@@ -82,7 +83,7 @@ def test_one_class_a_line_in_the_order_of_names(
         (
             "a.jpg ant\n\nb.jpg bee\n",
             r"3 names do not fit the images of .*/tree: B.jpg \(no line\), a.jpg \(3 images\), "
-            r"b.jpg \(line 3, no image\)$",
+            r"b.jpg \(line 3, no image\); to take the others as unlabeled images, add",
         ),
         ("ant\n", r"3 names .*: a.jpg \(no line\), x/a.jpg \(no line\), y/a.jpg \(no line\)$"),
         (
@@ -249,13 +250,15 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     labels = write(tmp_path / "some.csv", "0,ant\n1,bee\n3,bee\n")
     source = tmp_path / form
     args = ("--src", source, "--labels", labels, "--out", tmp_path / "out")
-    assert "3 names do not fit" in refuse(*args, status=4)
+    line = refuse(*args, status=4)
+    hint = f"to take the others as unlabeled images, add --unlabeled-src {shlex.quote(str(source))}"
+    assert "3 names do not fit" in line and line.endswith(f"; {hint}")
     other = make_tree(tmp_path / "other", {"2.jpg": jpeg(2)})
     assert "3 names do not fit" in refuse(*args, "--unlabeled-src", other, status=4)
     done = run("pack", *args, "--unlabeled-src", source)
     said = f"make_rec: {source}: 3 images have a line in {labels}, 3 have none: left to --unlabeled"
     assert done.stderr.count(said) == 1
-    assert f"{source}: 3 of its images are in {source}, too: packed once" in done.stderr
+    assert "packed once" not in done.stderr
     rows = read_split(tmp_path / "out", "train")
     assert {key.rpartition("/")[2]: label for _, label, key, _ in rows} == {
         "0.jpg": 0, "1.jpg": 1, "2.jpg": -1, "3.jpg": 1, "4.jpg": -1, "5.jpg": -1

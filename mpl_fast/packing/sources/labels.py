@@ -1,5 +1,6 @@
 """Classes of images by their names, from a labels file or another list."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,6 +37,7 @@ class Labels:
         self._by_name: dict[str, LabelLine] = {}
         self._by_path: dict[str, LabelLine] = {}  # of those that are _SEVERAL by name
         self._specs: list[str] = []
+        self._lacking: list[str] = []  # of those with images without a line
         self._images: Counter[int] = Counter()  # by number of their line
         self._faults = Tally()
         for line in lines if self.has_names else ():
@@ -68,8 +70,9 @@ class Labels:
         and the request is a partial one.
         """
         self._specs.append(request.spec)
-        partial = request.partial and self.has_names
-        if not self.has_names:
+        named = self.has_names
+        partial = request.partial and named
+        if not named:
             images = self._in_order(images)
         folder = f"{request.path.absolute()}/{request.folder}/"
         found = left = 0
@@ -83,6 +86,8 @@ class Labels:
             left += 1
             if not partial:
                 self._faults.add(f"{image.path} (no line)")
+        if left and named and not partial:
+            self._lacking.append(shlex.quote(request.spec))
         if left and not found:
             what = f"any of the {left} images" if left > 1 else "the image"
             raise DataError(
@@ -127,8 +132,12 @@ class Labels:
                 self._faults.add(f"{line.path} ({count} images)")
         if self._faults.count:
             what = counted(self._faults.count, "name does not fit", "names do not fit")
-            sources = " + ".join(self._specs)
-            raise DataError(f"{self.path}: {what} the images of {sources}: {self._faults}")
+            sources, lacking = " + ".join(self._specs), " ".join(self._lacking)
+            hint = f"; to take the others as unlabeled images, add --unlabeled-src {lacking}"
+            raise DataError(
+                f"{self.path}: {what} the images of {sources}: {self._faults}"
+                f"{hint if lacking else ''}"
+            )
 
 
 def _clean(path: str) -> str:
