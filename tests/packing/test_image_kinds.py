@@ -14,7 +14,16 @@ from mpl_fast.packing.sources.folder import FolderSource
 from tests.data.numbered_images import eval_loader, train_loader
 from tests.packing.hazard_images import UNUSABLE, USABLE
 from tests.packing.made_sources import keys, listed, opened
-from tests.packing.packs import jpeg, make_tar, make_tree, manifest_of, pack, read_split, refuse, run
+from tests.packing.packs import (
+    jpeg,
+    make_tar,
+    make_tree,
+    manifest_of,
+    pack,
+    read_split,
+    refuse,
+    run,
+)
 from tests.packing.test_containers import write_zip
 
 DISGUISED = {

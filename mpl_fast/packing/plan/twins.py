@@ -36,9 +36,7 @@ def leave_out_twins(
 
 def _left_by_labels(source: Source, earlier: Source) -> bool:
     """Return whether a source is what a labels file left of itself, which was reported."""
-    one, two = (
-        (each.place, each.request.folder, each.request.files) for each in (source, earlier)
-    )
+    one, two = ((each.place, each.request.folder, each.request.files) for each in (source, earlier))
     return earlier.request.partial and one == two
 
 
