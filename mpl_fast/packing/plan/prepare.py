@@ -94,7 +94,7 @@ def plan_to(path: Path, options: PackOptions) -> None:
     ]
     val = None
     if options.val is not None and not is_drawn(options.val):
-        held = _read_labels(options.val_labels, options)
+        held = _val_labels(options, labels)
         in_pool = _identity(options.val) in pools
         val = _open(options.val, options, held, path.parent, partial=in_pool)
     if options.class_from and not any(source.by_folder for source in filter(None, [*train, val])):
@@ -108,6 +108,13 @@ def plan_to(path: Path, options: PackOptions) -> None:
 
 def _read_labels(path: Path | None, options: PackOptions) -> Labels | None:
     return None if path is None else read_labels(path, _reporter(options))
+
+
+def _val_labels(options: PackOptions, labels: Labels | None) -> Labels | None:
+    path = options.val_labels
+    if path and options.labels and labels and labels.has_names and path.samefile(options.labels):
+        return labels.for_validation()
+    return _read_labels(path, options)
 
 
 def _open(

@@ -39,9 +39,18 @@ class Labels:
         self._specs: list[str] = []
         self._lacking: list[str] = []  # of those with images without a line
         self._images: Counter[int] = Counter()  # by number of their line
+        # Of the training images if the file is for both; None: those come first.
+        self._earlier: Counter[int] | None = Counter()
         self._faults = Tally()
         for line in lines if self.has_names else ():
             self._add(line)
+
+    def for_validation(self) -> "Labels":
+        """Return the same for validation images, after which lines of neither are faults."""
+        held = Labels(self.path, self._lines)
+        held._specs = self._specs
+        held._earlier, self._earlier = self._images, None
+        return held
 
     @property
     def has_names(self) -> bool:
@@ -49,14 +58,17 @@ class Labels:
         return all(line.path for line in self._lines[:1])
 
     def _add(self, line: LabelLine) -> None:
-        path = _clean(line.path)
+        for path in _forms(line.path):
+            self._add_path(line, path)
+
+    def _add_path(self, line: LabelLine, path: str) -> None:
         name = path.rpartition("/")[2]
         other = self._by_name.get(name)
         if other is None:
             self._by_name[name] = line
             return
         if other is not _SEVERAL:
-            self._by_path[_clean(other.path)] = other
+            self._by_path |= dict.fromkeys(_forms(other.path), other)
             self._by_name[name] = _SEVERAL
         if first := self._by_path.get(path):
             fault = f"{line.path} is on line {first.number} already"
@@ -91,7 +103,8 @@ class Labels:
         if left and not found:
             what = f"any of the {left} images" if left > 1 else "the image"
             raise DataError(
-                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}"
+                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}; its "
+                f"names are as {self._lines[0].path}"
             )
         if left and partial:
             what = counted(found, "image has", "images have")
@@ -123,10 +136,13 @@ class Labels:
         return None
 
     def require_fit(self) -> None:
-        """DataError unless the lines fit the images of all sources one to one."""
+        """DataError unless the lines fit the images of all sources one to one.
+
+        If the file is for validation images, too, each fits an image of either or of both.
+        """
         for line in self._lines:
             count = self._images[line.number]
-            if not count:
+            if not (count or self._earlier is None or self._earlier[line.number]):
                 self._faults.add(f"{line.path or line.label} (line {line.number}, no image)")
             elif count > 1:
                 self._faults.add(f"{line.path} ({count} images)")
@@ -142,6 +158,11 @@ class Labels:
 
 def _clean(path: str) -> str:
     return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _forms(path: str) -> Iterable[str]:
+    """Return a path as it is, and as one of Windows."""
+    return dict.fromkeys((_clean(path), _clean(path.replace("\\", "/"))))
 
 
 def _stem(path: str) -> str:
