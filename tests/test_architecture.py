@@ -3,7 +3,7 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
-          -> kernels | distributed | data -> batch | config -> errors | atomic
+          -> kernels | distributed | data -> batch | config -> errors | atomic | first_few
 """
 
 import ast
@@ -24,7 +24,7 @@ LAYERS = [
     {"losses", "models", "packing"},
     {"kernels", "distributed", "data"},
     {"batch", "config"},
-    {"errors", "atomic"},
+    {"errors", "atomic", "first_few"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

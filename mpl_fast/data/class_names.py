@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import zip_longest
 
-SHOWN = 3  # names in a message
+from mpl_fast.first_few import first_few
 
 
 def positions(names: Sequence[str], among: Sequence[str]) -> list[int]:
@@ -29,10 +29,6 @@ def first_difference(trained: Sequence[str], packed: Sequence[str]) -> str:
 def unshared(trained: Sequence[str], packed: Sequence[str]) -> str:
     """Return a phrase for the names that one of two lists lacks."""
     sides = {"trained": lacking(trained, packed), "here": lacking(packed, trained)}
-    return "; ".join(f"only {side}: {some(names)}" for side, names in sides.items() if names)
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names, and how many others there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return "; ".join(
+        f"only {side}: {first_few(names, 3)}" for side, names in sides.items() if names
+    )

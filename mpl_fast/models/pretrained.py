@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpl_fast.data.class_names import positions, some, unshared
+from mpl_fast.data.class_names import positions, unshared
 from mpl_fast.errors import ConfigError
+from mpl_fast.first_few import first_few
 from mpl_fast.models.head import head_prefixes
 from mpl_fast.models.weights_file import AVERAGED, Found, find, reason
 
@@ -30,7 +31,7 @@ def load(network: nn.Module, source: str, classes: Sequence[str]) -> tuple[str, 
     how = [f"its {found.entry}"] if found.entry and not source.endswith(f":{found.entry}") else []
     how += ["which is averaged"] if found.entry in AVERAGED else []
     how += [f"keys below {found.prefix}"] if found.prefix else []
-    how += [f"not {some(found.left_out)}"] if found.left_out else []
+    how += [f"not {first_few(found.left_out, 3)}"] if found.left_out else []
     details = f" ({', '.join(how)})" if how else ""
     return f"begins with the weights of {source}{details}; the last layer {about}", order or []
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpl_fast.data.class_names import some
 from mpl_fast.errors import ConfigError
+from mpl_fast.first_few import first_few
 
 COUNTER = "num_batches_tracked"  # of batch norms; optional, since nothing reads it
 AVERAGED = ("state_dict_ema", "model_ema")  # entries that are taken first, as timm does
@@ -69,7 +69,7 @@ class Misfit(NamedTuple):
     def __str__(self) -> str:
         texts = "lacks", "has besides", "has in another shape", "has not as dense real numbers"
         found = zip(texts, self, strict=True)
-        return "; ".join(f"{what} {some(keys)}" for what, keys in found if keys)
+        return "; ".join(f"{what} {first_few(keys, 3)}" for what, keys in found if keys)
 
 
 def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found:
@@ -109,7 +109,7 @@ def _named(found: Sequence[Found], entry: str, source: str) -> list[Found]:
     named = named or [one for one in found if one.path == entry]
     named = named or [one for one in found if one.prefix == f"{entry}."]
     if not named:
-        names = some([*dict.fromkeys(filter(None, (one.entry for one in found)))])
+        names = first_few(dict.fromkeys(one.entry for one in found if one.entry), 3)
         but = f", but {names}" if names else ": it is one state dict"
         raise ConfigError(f"model.pretrained: {source} has no entry {entry!r}{but}")
     return named
@@ -154,7 +154,9 @@ def _state_dicts(loaded: Any, file: Path) -> list[Entry]:
         entries = {k: v["average"] or v["network"] for k, v in learners.items()}
     found: list[Entry] = [(str(k), v, classes) for k, v in entries.items() if _is_state_dict(v)]
     if not found:
-        names = some([*map(str, loaded)]) if isinstance(loaded, dict) else type(loaded).__name__
+        names = (
+            first_few(map(str, loaded), 3) if isinstance(loaded, dict) else type(loaded).__name__
+        )
         raise ConfigError(
             f"model.pretrained: {file} has no state dict ({names}); save network.state_dict() alone"
         )

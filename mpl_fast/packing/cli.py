@@ -13,17 +13,17 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mpl_fast.errors import ANY_TEXT, ConfigError, UserError
+from mpl_fast.errors import ANY_TEXT, INTERRUPTED, ConfigError, UserError
+from mpl_fast.first_few import counted
 from mpl_fast.packing import commands
-from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, CLASS_ORDERS, DRAWN, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # exit code after Ctrl-C, as in shells
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}  # powers of 2
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _PART = re.compile(r"(\d+)/(\d+)")
+_CORES = len(os.sched_getaffinity(0))
 _PACK = """\
 Write MXNet RecordIO files with a labeled split, checked and shuffled, that DALI and MXNet read.
 
@@ -87,7 +87,10 @@ def build_parser() -> Parser:
     )
     _add_split(command.add_argument_group("splits"), default="that of OUT")
     command.set_defaults(**dict.fromkeys(DRAWN))
-    _add_verify(found)
+    summary = "check every byte; name the shard, record and image of any damage"
+    add = _command(found, commands.run_verify, summary, out="a finished pack").add_argument
+    add("--deep", action="store_true", help="also decode every image, strictly")
+    add("-j", type=int, default=_CORES, metavar="N", help=f"processes ({_CORES})")
     summary = "finish a pack whose parts were packed with --part"
     _command(found, commands.run_finish, summary, out="the folder of the parts")
     summary = "print what a folder contains: splits, shards, sources, options"
@@ -159,8 +162,7 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     _add_files(command.add_argument_group("files"))
     _add_images(command.add_argument_group("images"))
     add = command.add_argument_group("work").add_argument
-    cores = len(os.sched_getaffinity(0))
-    add("-j", type=int, default=cores, metavar="N", help=f"processes, each at a shard ({cores})")
+    add("-j", type=int, default=_CORES, metavar="N", help=f"processes, each at a shard ({_CORES})")
     ahead = "threads of a process that open files ahead, more for disks that answer slowly (4)"
     add("--read-threads", type=int, default=4, metavar="N", help=ahead)
     add("--part", type=_part, metavar="I/N", help="pack only the I-th of N parts; `finish` ends it")
@@ -217,20 +219,6 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
         help="images that are damaged or of a kind that DALI may not decode (GIF, TIFF): list all "
         "and stop; leave them out; or convert what can be, also PNG named .JPEG and CMYK, to RGB "
         "JPEG (default: fail)")  # fmt: skip
-
-
-def _add_verify(parent: "argparse._SubParsersAction[Parser]") -> None:
-    summary = "compare every file with its checksum, and name what is damaged"
-    more = (
-        "Compare every file of a pack with its checksum and every index with its records; name\n"
-        "the shard, the record and the source image of any damage."
-    )
-    add = _command(
-        parent, commands.run_verify, summary, out="a finished pack", more=more
-    ).add_argument
-    add("--deep", action="store_true", help="also decode every image, strictly")
-    cores = len(os.sched_getaffinity(0))
-    add("-j", type=int, default=cores, metavar="N", help=f"processes ({cores})")
 
 
 def _path(text: str) -> Path:

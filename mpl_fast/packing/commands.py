@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 from mpl_fast.errors import ConfigError, output_errors
+from mpl_fast.first_few import counted
 from mpl_fast.packing.check.info import info, info_lines, per_class
 from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.lookup import extract, locate, save
 from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.dry_run import dry_run
-from mpl_fast.packing.first_few import counted
 from mpl_fast.packing.options import (
     CLASS_ORDERS,
     DEFAULT_LABELED,

@@ -9,7 +9,7 @@ from pathlib import Path
 from mpl_fast.atomic import write_json, write_text
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.errors import DataError, OutputError, output_errors
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import ImageOptions, Json, PackOptions
 from mpl_fast.packing.plan.make_plan import RECORD_BYTES, TABLE_BYTES
 from mpl_fast.packing.plan.prepare import check_options, plan_to, warn

@@ -10,8 +10,8 @@ from mpl_fast.atomic import atomic_path, sha256_of, write_json
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.choose_labeled import check_labeled, choose_labeled
 from mpl_fast.packing.plan.prepare import warn

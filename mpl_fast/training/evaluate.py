@@ -9,9 +9,10 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
 from mpl_fast.batch import EvalBatches
 from mpl_fast.config import RunConfig
-from mpl_fast.data.class_names import lacking, positions, some
+from mpl_fast.data.class_names import lacking, positions
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import CheckpointError, DataError
+from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
 from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
@@ -90,8 +91,8 @@ def _labels(
     if unknown := lacking(names, trained):
         raise DataError(
             f"{manifest.root}: {len(unknown)} of its {len(names)} classes are not among the "
-            f"{len(trained)} that {checkpoint} was trained on ({some(unknown)}): evaluate on data "
-            "whose classes have the names of the run's"
+            f"{len(trained)} that {checkpoint} was trained on ({first_few(unknown, 3)}): "
+            "evaluate on data whose classes have the names of the run's"
         )
     what = "the network's classes in another order: labels are mapped by name"
     if len(names) < len(trained):

@@ -18,6 +18,7 @@ from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError, UserError, output_errors
+from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.curves import read_rows
 from mpl_fast.training.metrics import Row
@@ -208,9 +209,9 @@ def check_same_config(file: Path, config: RunConfig) -> None:
     old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
     keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
     if keys:
-        shown = ", ".join(f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys[:5])
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        raise ConfigError(f"{file.parent} holds another run: {shown}{more}; use another --run-dir")
+        changes = (f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys)
+        shown = first_few(changes, 5)
+        raise ConfigError(f"{file.parent} holds another run: {shown}; use another --run-dir")
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mpl_fast.packing.options import ImageOptions, PackOptions, SplitOptions
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import open_source
 from mpl_fast.packing.sources.labels_file import read_labels
 from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Request, Source
-from tests.packing.packs import KEEP, Planned
+from tests.packing.packs import KEEP, Planned, jpeg, make_records, make_tar, make_tree
 
 
 def opened(
@@ -83,6 +85,26 @@ def images_of(counts: Mapping[str, int], size: int = 10) -> list[Image]:
         for name, count in counts.items()
         for number in range(count)
     ]
+
+
+def numbered_source(folder: Path, kind: str, labels: tuple[int, ...]) -> str:
+    """Write two images of each label as a source that numbers its classes; return its spec."""
+    rows = [(label, at, jpeg(at)) for at, label in enumerate([*labels, *labels])]
+    path = folder / f"a.{kind}"
+    if kind == "rec":
+        make_records(path, rows)
+    elif kind == "lst":
+        make_tree(folder, {f"{at}.jpg": image for _, at, image in rows})
+        path.write_text("".join(f"{at}\t{label}\t{at}.jpg\n" for label, at, _ in rows))
+    elif kind == "tar":
+        files = ((f"{at}.{end}", one) for label, at, image in rows
+                 for end, one in (("cls", b"%d" % label), ("jpg", image)))  # fmt: skip
+        make_tar(path, files)
+    else:
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"image": [image for *_, image in rows], "label": [row[0] for row in rows]}
+        pq.write_table(pa.table(columns), path)
+    return str(path)
 
 
 class MadeSource(Source):

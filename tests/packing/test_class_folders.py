@@ -32,66 +32,63 @@ def made(tmp_path: Path, names: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("names", "class_from", "expected"),
+    ("names", "class_from", "expected", "reported"),
     [
-        (["ant/1.jpg", "bee/2.jpg"], None, ["ant/1.jpg", "bee/2.jpg"]),
-        (["w/x/ant/1.jpg", "w/x/bee/2.jpg"], None, ["ant/1.jpg", "bee/2.jpg"]),
-        (["dog/rex/1.jpg"], None, ["rex/1.jpg"]),
-        (["images/1.jpg", "text/2.jpg"], None, ["images/1.jpg", "text/2.jpg"]),
-        (TINY, None, ["n1/1.jpg", "n2/2.jpg"]),
-        ([f"w/{name}" for name in TINY], None, ["n1/1.jpg", "n2/2.jpg"]),
-        (TINY, "top", ["n1/1.jpg", "n2/2.jpg"]),
-        (TINY, "leaf", ["images/1.jpg", "images/2.jpg"]),
-        (BREEDS, "top", ["cat/3.jpg", "cat/4.jpg", "dog/1.jpg", "dog/2.jpg"]),
-        (BREEDS, "1", ["cat/3.jpg", "cat/4.jpg", "dog/1.jpg", "dog/2.jpg"]),
-        (BREEDS, "leaf", ["fido/2.jpg", "rex/1.jpg", "tom/3.jpg", "tom/4.jpg"]),
-        (BREEDS, "2", ["fido/2.jpg", "rex/1.jpg", "tom/3.jpg", "tom/4.jpg"]),
-        (DEPTHS, "top", ["dog/1.jpg", "dog/2.jpg"]),
-        (DEPTHS, "leaf", ["dog/1.jpg", "rex/2.jpg"]),
-        (SPLITS, "leaf", ["n1/1.jpg", "n2/2.jpg", "test/4.jpg", "val/3.jpg"]),
+        (["ant/1.jpg", "bee/2.jpg"], None, ["ant/1.jpg", "bee/2.jpg"], ""),
+        (["w/x/ant/1.jpg", "w/x/bee/2.jpg"], None, ["ant/1.jpg", "bee/2.jpg"], "below w/x/"),
+        (["dog/rex/1.jpg"], None, ["rex/1.jpg"], "below dog/"),
+        (["images/1.jpg", "text/2.jpg"], None, ["images/1.jpg", "text/2.jpg"], ""),
+        (TINY, None, ["n1/1.jpg", "n2/2.jpg"], "above images/"),
+        ([f"w/{name}" for name in TINY], None, ["n1/1.jpg", "n2/2.jpg"],
+         "below w/ and above images/"),
+        (TINY, "top", ["n1/1.jpg", "n2/2.jpg"], ""),
+        (TINY, "leaf", ["images/1.jpg", "images/2.jpg"], ""),
+        (BREEDS, "top", ["cat/3.jpg", "cat/4.jpg", "dog/1.jpg", "dog/2.jpg"], ""),
+        (BREEDS, "1", ["cat/3.jpg", "cat/4.jpg", "dog/1.jpg", "dog/2.jpg"], ""),
+        (BREEDS, "leaf", ["fido/2.jpg", "rex/1.jpg", "tom/3.jpg", "tom/4.jpg"], ""),
+        (BREEDS, "2", ["fido/2.jpg", "rex/1.jpg", "tom/3.jpg", "tom/4.jpg"], ""),
+        (DEPTHS, "top", ["dog/1.jpg", "dog/2.jpg"], ""),
+        (DEPTHS, "leaf", ["dog/1.jpg", "rex/2.jpg"], ""),
+        (SPLITS, "leaf", ["n1/1.jpg", "n2/2.jpg", "test/4.jpg", "val/3.jpg"], ""),
     ],
-)
+)  # fmt: skip
 def test_class_of_each_image(
-    tmp_path: Path, names: list[str], class_from: str | None, expected: list[str]
+    tmp_path: Path,
+    names: list[str],
+    class_from: str | None,
+    expected: list[str],
+    reported: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert keys(listed(made(tmp_path, names), tmp_path, class_from=class_from)[1]) == expected
+    spec = made(tmp_path, names)
+    assert keys(listed(spec, tmp_path, class_from=class_from)[1]) == expected
+    printed = f"{spec}: classes are the folders {reported}\n" if reported else ""
+    assert capsys.readouterr().out == printed
+
+
+def which(first: str, last: str, below: str = "", top: str = "top") -> str:
+    """Return the message that shows the two readings."""
+    return (
+        f"which folders are the classes, the first ones{below} ({first}) or the last ones ({last})?"
+        f" give --class-from {top}, leaf or the number of a folder"
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            BREEDS,
-            "which folders are the classes, the first ones (2: cat 2, dog 2) or the last ones "
-            "(3: fido 1, rex 1, tom 2)? give --class-from top, leaf or the number of a folder",
-        ),
+        (BREEDS, which("2: cat 2, dog 2", "3: fido 1, rex 1, tom 2")),
         (
             [f"all/of/{name}" for name in BREEDS],
-            "which folders are the classes, the first ones below all/of/ (2: cat 2, dog 2) or the "
-            "last ones (3: fido 1, rex 1, tom 2)? give --class-from 3, leaf or the number of a "
-            "folder",
+            which("2: cat 2, dog 2", "3: fido 1, rex 1, tom 2", " below all/of/", "3"),
         ),
         (
             [f"{number % 6}/{number}/x.jpg" for number in range(9)],
-            "which folders are the classes, the first ones (6: 0 2, 1 2, 2 2, 3 1 and 2 more) or "
-            "the last ones (9: 0 1, 1 1, 2 1, 3 1 and 5 more)? give --class-from top, leaf or the "
-            "number of a folder",
+            which("6: 0 2, 1 2, 2 2, 3 1 and 2 more", "9: 0 1, 1 1, 2 1, 3 1 and 5 more"),
         ),
-        (
-            DEPTHS,
-            "which folders are the classes, the first ones (1: dog 2) or the last ones (2: dog 1, "
-            "rex 1)? give --class-from top, leaf or the number of a folder",
-        ),
-        (
-            ["ant/1.jpg", "x/ant/2.jpg"],  # merged today without the option
-            "which folders are the classes, the first ones (2: ant 1, x 1) or the last ones "
-            "(1: ant 2)? give --class-from top, leaf or the number of a folder",
-        ),
-        (
-            ["ant/images/1.jpg", "bee/2.jpg"],
-            "which folders are the classes, the first ones (2: ant 1, bee 1) or the last ones "
-            "(2: bee 1, images 1)? give --class-from top, leaf or the number of a folder",
-        ),
+        (DEPTHS, which("1: dog 2", "2: dog 1, rex 1")),
+        (["ant/1.jpg", "x/ant/2.jpg"], which("2: ant 1, x 1", "1: ant 2")),
+        (["ant/images/1.jpg", "bee/2.jpg"], which("2: ant 1, bee 1", "2: bee 1, images 1")),
         (
             SPLITS,
             "test and train and val are splits, not classes: give IN/train as --src and IN/val as "
@@ -129,43 +126,31 @@ def test_uncertain_classes(tmp_path: Path, form: str, names: list[str], message:
 
 
 @pytest.mark.parametrize(
-    ("names", "class_from", "reported", "warnings"),
+    ("names", "class_from", "warning"),
     [
-        (["ant/1.jpg", "bee/2.jpg"], None, "", []),
-        (["w/x/ant/1.jpg", "w/x/bee/2.jpg"], None, "below w/x/", []),
-        (TINY, None, "above images/", []),
-        ([f"w/{name}" for name in TINY], None, "below w/ and above images/", []),
-        (BREEDS, "top", "", []),
-        (DEPTHS, "leaf", "", []),
         (
             ["a/x/1.jpg", "b/x/2.jpg", "b/y/3.jpg"],
             "leaf",
-            "",
-            [
-                "1 class is merged from several folders: a/x + b/x; if these are splits, name one "
-                "of them"
-            ],
+            "1 class is merged from several folders: a/x + b/x; if these are splits, name one of "
+            "them",
         ),
         (
             ["train/1.jpg", "plane/2.jpg", "test/3.jpg", "images/4.jpg"],
             None,
-            "",
-            ["3 classes are named as splits or folders of images are: images, test, train"],
+            "3 classes are named as splits or folders of images are: images, test, train",
         ),
-        (SPLITS, "top", "", ["3 classes are named as splits or folders of images are: test, "]),
+        (
+            SPLITS,
+            "top",
+            "3 classes are named as splits or folders of images are: test, train, val",
+        ),
+        (BREEDS, "top", ""),
     ],
 )
-def test_what_is_printed(
-    tmp_path: Path, names: list[str], class_from: str | None, reported: str, warnings: list[str]
-) -> None:
-    lines: list[str] = []
+def test_warnings(tmp_path: Path, names: list[str], class_from: str | None, warning: str) -> None:
     spec = made(tmp_path, names)
-    source = opened(spec, tmp_path, class_from=class_from, report=lines.append)
-    assert len(list(source.images())) == len(names)
-    assert lines == [f"{spec}: classes are the folders {reported}"] * bool(reported)
-    assert len(source.warnings) == len(warnings)
-    for line, warning in zip(source.warnings, warnings, strict=True):
-        assert line.startswith(f"{spec}: {warning}")
+    source, _ = listed(spec, tmp_path, class_from=class_from)
+    assert source.warnings == ([f"{spec}: {warning}"] if warning else [])
 
 
 @pytest.mark.parametrize("names", [BREEDS, SPLITS, ["1.jpg"]])

@@ -166,22 +166,3 @@ def test_equal_images_in_other_files_are_counted(tmp_path: Path) -> None:
     out = pack("--src", *files, "--labeled", "all", out=tmp_path / "records")
     found = {key: image for *_, key, image in read_split(out, "train")}
     assert found == {"0/0.rec_7.jpg": jpeg(0), "0/1.rec_7.jpg": jpeg(1)}
-
-
-def test_breeds_of_one_class(tmp_path: Path) -> None:
-    """Also with a validation split that is drawn from them."""
-    images = {
-        f"dog/{breed}/{n}.jpg": jpeg(len(breed) + n) for breed in ("rex", "fido") for n in (1, 9)
-    }
-    tree = make_tree(
-        tmp_path / "tree", images | {"cat/tom/1.jpg": jpeg(3), "cat/tom/2.jpg": jpeg(30)}
-    )
-    args = ("--src", tree, "--class-from", "top", "--val", 2, "--labeled", "all")
-    out = pack(*args, out=tmp_path / "out")
-    rows = [row for split in ("train", "val") for row in read_split(out, split)]
-    found = {key: image for *_, key, image in rows}
-    assert len(rows) == 6 and len(read_split(out, "val")) == 2
-    assert {
-        f"dog/{path.replace('/', '_')}": image for path, image in images.items()
-    }.items() <= found.items()
-    assert found.keys() >= {"cat/1.jpg", "cat/2.jpg"}

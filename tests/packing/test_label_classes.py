@@ -16,13 +16,11 @@ from mpl_fast.packing.plan.label_classes import (
     read_classes,
 )
 from mpl_fast.packing.sources.source import Source
-from tests.packing.made_sources import MadeSource, images_of
+from tests.packing.made_sources import MadeSource, images_of, numbered_source
 from tests.packing.packs import (
     Done,
     error_of,
     jpeg,
-    make_records,
-    make_tar,
     make_tree,
     manifest_of,
     names,
@@ -49,7 +47,7 @@ def labeled(
         {image.class_name for image in one.images()} if one else set() for one in (train, val)
     )
     options = PackOptions(src=("src",), out=Path("OUT"), classes=file, class_order=order)
-    return label_classes([train], val, trained, held, options)
+    return label_classes([train], val, trained, held, 2 * len(trained), options)
 
 
 # Sorted names.
@@ -83,7 +81,8 @@ def test_natural_ties_are_sorted_by_name() -> None:
 def test_a_list_without_labels_numbers_nothing() -> None:
     none = source("", "pool", order="")
     options = PackOptions(src=("src",), out=Path("OUT"))
-    assert label_classes([source("bee"), none], None, {"bee"}, set(), options).labels == {"bee": 0}
+    found = label_classes([source("bee"), none], None, {"bee"}, set(), 2, options)
+    assert found.labels == {"bee": 0}
 
 
 @pytest.mark.parametrize(
@@ -326,31 +325,12 @@ def test_labels_of_images_that_have_none_are_in_no_class(tree: Path) -> None:
     assert last.endswith("cat: train 6, labeled 6")  # unlabeled has labels of no image
 
 
-def numbered(kind: str, folder: Path) -> tuple[object, ...]:
-    """Make a source of that kind with labels 1 and 2, four images each; return the options."""
-    rows = [(at % 2 + 1, at, jpeg(at)) for at in range(8)]
-    if kind == "records":
-        return ("--src", make_records(folder / "a.rec", rows))
-    if kind == "shard":
-        files = [(f"{at}.{end}", content) for label, at, image in rows
-                 for end, content in (("jpg", image), ("cls", b"%d" % label))]  # fmt: skip
-        return ("--src", make_tar(folder / "a.tar", files))
-    make_tree(folder / "flat", {f"{at}.jpg": image for _, at, image in rows})
-    if kind == "list":
-        lines = [f"{at}\t{label}\tflat/{at}.jpg\n" for label, at, _ in rows]
-        (folder / "a.lst").write_text("".join(lines))
-        return ("--src", folder / "a.lst")
-    lines = [f"{at}.jpg {('bee', 'cat')[label - 1]}\n" for label, at, _ in rows]
-    (folder / "labels.txt").write_text("".join(lines))
-    return ("--src", folder / "flat", "--labels", folder / "labels.txt")
-
-
-@pytest.mark.parametrize("kind", ["records", "list", "shard", "labels"])
+@pytest.mark.parametrize("kind", ["rec", "lst", "tar", "parquet"])
 def test_a_file_names_labels(tree: Path, kind: str) -> None:
     """Of sources that number them; a drawn image is then drawn again, as names are hashed."""
     out = tree / "out"
-    given = (*numbered(kind, tree), "--classes", tree / "words.txt", "--labeled", 4)
-    run("pack", *given, "--out", out)
+    spec = numbered_source(tree, kind, (1, 2, 1, 2))
+    run("pack", "--src", spec, "--classes", tree / "words.txt", "--labeled", 4, "--out", out)
     assert manifest_of(out)["classes"]["titles"] == ["Ameise, Emse", "", "Katze"]
     found = {
         (label, key.partition("/")[0], image) for _, label, key, image in read_split(out, "train")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, whole_label
 from tests.packing.made_sources import content, entries, keys, listed
 from tests.packing.packs import make_tree

@@ -18,8 +18,8 @@ from mpl_fast.packing.plan.layout import planned_splits, shard_groups
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
-from tests.packing.made_sources import MadeSource, image, images_of, plan_of
-from tests.packing.packs import ROOT, Planned, jpeg, make_records, make_tar, make_tree, refuse, run
+from tests.packing.made_sources import MadeSource, image, images_of, numbered_source, plan_of
+from tests.packing.packs import ROOT, Planned, refuse, run
 
 TRAIN = images_of({"ant": 10, "bee": 10})
 VAL = images_of({"bee": 2, "ant": 1})
@@ -255,33 +255,13 @@ def test_warnings(tmp_path: Path) -> None:
         assert warnings == expected
 
 
-def labels_file(folder: Path, kind: str, labels: tuple[int, ...]) -> str:
-    """Write two images of each label as a source that numbers its classes; return its spec."""
-    rows = [(label, at, jpeg(at)) for at, label in enumerate([*labels, *labels])]
-    path = folder / f"a.{kind}"
-    if kind == "rec":
-        make_records(path, rows)
-    elif kind == "lst":
-        make_tree(folder, {f"{at}.jpg": image for _, at, image in rows})
-        path.write_text("".join(f"{at}\t{label}\t{at}.jpg\n" for label, at, _ in rows))
-    elif kind == "tar":
-        files = ((f"{at}.{end}", one) for label, at, image in rows
-                 for end, one in (("cls", b"%d" % label), ("jpg", image)))  # fmt: skip
-        make_tar(path, files)
-    else:
-        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        columns = {"image": [image for *_, image in rows], "label": [row[0] for row in rows]}
-        pq.write_table(pa.table(columns), path)
-    return str(path)
-
-
 @pytest.mark.parametrize("kind", ["rec", "lst", "tar", "parquet"])
 def test_labels_with_gaps(tmp_path: Path, kind: str) -> None:
-    spec = labels_file(tmp_path, kind, (1, 4))
+    spec = numbered_source(tmp_path, kind, (1, 4))
     printed = run("pack", "--src", spec, "--labeled", 2, "--out", tmp_path / "out", "--dry-run")
     warning = f"{spec}: 3 of the labels 0 to 4 have no image: 0, 2, 3"
     assert f"make_rec: warning: {warning}\n" in printed.stderr
-    arguments = ("--src", labels_file(tmp_path, kind, (1, 1002)), "--out", tmp_path / "out")
+    arguments = ("--src", numbered_source(tmp_path, kind, (1, 1002)), "--out", tmp_path / "out")
     fault = refuse(*arguments, "--labeled", 2, status=4)
     assert fault == (
         f"make_rec: error: {spec}: its labels go up to 1002, but its 4 images have only 2 "

@@ -23,7 +23,7 @@ import pytest
 import simplejpeg
 
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from tests.packing.packs import (
     LIMIT,
     TOOL,

@@ -199,7 +199,7 @@ def test_fine_tuning_needs_the_same_classes(
     assert f"begins with the weights of {file}; the last layer is new: " in done.stdout
 
 
-def test_fine_tuning_from_an_old_run_is_said(trained: Trained, tmp_path: Path) -> None:
+def test_fine_tuning_from_an_old_run_is_a_warning(trained: Trained, tmp_path: Path) -> None:
     start = without_names(trained.run, tmp_path / "old")
     done = train_here(*tuning(tmp_path / "run", trained.packs / "turned", start))
     assert "was written before class names were stored: labels are taken as" in done.stderr

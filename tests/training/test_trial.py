@@ -26,7 +26,7 @@ def config(name: str, side: int, labeled: int = 2) -> RunConfig:
         ("vit_tiny_patch16_224", 32, 1),
         ("swin_tiny_patch4_window7_224", 96, 1),
         ("levit_128", 32, 2),
-        ("resnet18", 64, 1),  # a batch norm sees 2 x 2 values of the one image
+        ("resnet18", 64, 1),  # the last batch norm has 2 x 2 values of the one image
         ("convlarge", 12, 2),
     ],
 )

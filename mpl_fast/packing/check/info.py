@@ -8,9 +8,9 @@ from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST
 from mpl_fast.data.records import NO_LABEL
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.listing_check import splits_with_shards
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE, open_table, source_entry
 from mpl_fast.packing.publish.out_folder import WORK

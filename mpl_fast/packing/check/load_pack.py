@@ -6,8 +6,8 @@ from typing import Any
 
 from mpl_fast.data.manifest import MANIFEST, file_names, load_manifest
 from mpl_fast.errors import DataError
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.shard_check import file_fault
-from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.publish.out_folder import WORK, is_pack_file

@@ -10,8 +10,8 @@ from typing import Any
 from mpl_fast.atomic import atomic_path
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.table import (
     TABLE,

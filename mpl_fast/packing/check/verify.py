@@ -9,10 +9,10 @@ from typing import Any
 
 from mpl_fast.data.manifest import CLASSES
 from mpl_fast.errors import DataError
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.listing_check import check_split, check_table
 from mpl_fast.packing.check.load_pack import load_pack
 from mpl_fast.packing.check.shard_check import Problem, check_shard, file_fault
-from mpl_fast.packing.first_few import first_few
 from mpl_fast.packing.write.pool import Job, run_jobs
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.plan.named_images import choose_named
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.table import to_utf8
 from mpl_fast.packing.plan.twins import same_files

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions
 from mpl_fast.packing.sources.lists import text_lines
 from mpl_fast.packing.sources.source import Source
 
 _LISTED = 10  # classes in a warning
-_MANY, _TIMES = 1000, 10  # a file of more classes, and times those with images, is for other images
+# More classes without an image are refused, if they are also more than so many times the images (or
+# the classes with images, of a file): the labels are for other images.
+_MANY, _TIMES = 1000, 10
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -32,25 +34,28 @@ def label_classes(
     val: Source | None,
     trained: set[str],
     held: set[str],
+    images: int,
     options: PackOptions,
 ) -> LabeledClasses:
     """Return the labels of the classes of listed sources.
 
-    trained and held are the names of the classes with training and with validation images. Warns
-    of classes that lack either. Raises DataError for classes that get no label or two.
+    trained and held are the names of the classes with training and with validation images; images
+    is the number of training images with a label. Warns of classes that lack either, and of a
+    single one. Raises DataError for classes that get no label or two.
     """
-    spec, order = " + ".join(source.spec for source in train), class_order(train)
+    spec, order = " + ".join(source.spec for source in train), _class_order(train)
     if options.class_order == "natural" and order is not None:
         raise ConfigError(f"--class-order natural: {spec} numbers its classes itself; leave it out")
     names: Sequence[str] = order if order is not None else _sorted(trained, options.class_order)
     labels = {name: label for label, name in enumerate(names)}
     _require_known(spec, trained - labels.keys(), "the list that numbers the classes")
     titles: list[str] = []
-    warnings: list[str] = []
     where = "the training source"
-    if order is None and options.classes is None and all(map(str.isdecimal, names)):
-        warnings += _numbers_as_texts(spec, names)
-    if options.classes is not None:
+    if options.classes is None and order is None:
+        warnings = _numbers_as_texts(spec, names)
+    elif options.classes is None:
+        warnings = _gaps(spec, names, trained, images)
+    else:
         where = str(options.classes)
         names, titles = read_classes(options.classes, labels)
         labels = _labels_by_file(where, names, spec, trained, order)
@@ -60,12 +65,15 @@ def label_classes(
                 f"{where}: {len(names)} classes, but {spec} has images of {len(used)}: keep only "
                 "the lines of classes that are to have a label"
             )
-        warnings += _absent(f"{where}: no training image", names, used, options.out)
+        warnings = _absent(f"{where}: no training image", names, used, options.out)
     if val is not None:
         labels |= _numbers(val, held, labels, len(names))
         _require_known(val.spec, held - labels.keys(), where)
         used = {labels[name] for name in held}
         warnings += _absent(f"{val.spec}: has no image", names, used, options.out)
+    if len(trained | held) == 1:
+        what = counted(images, "image with a label is", "images with a label are")
+        warnings.append(f"{spec}: all {what} in one class, {min(trained | held)}")
     return LabeledClasses(names, titles if any(titles) else [], labels, warnings)
 
 
@@ -123,16 +131,38 @@ def _sorted(names: Iterable[str], how: str) -> list[str]:
 
 
 def _numbers_as_texts(spec: str, names: Sequence[str]) -> list[str]:
-    """Return a warning if classes that are numbers are not in their order."""
-    at = next(
-        (at for at, two in enumerate(pairwise(names)) if Decimal(two[0]) > Decimal(two[1])), None
-    )
+    """Return a warning if all classes are numbers, but not in their order."""
+    pairs = enumerate(pairwise(names)) if all(map(str.isdecimal, names)) else ()
+    at = next((at for at, (one, two) in pairs if Decimal(one) > Decimal(two)), None)
     if at is None:
         return []
     return [
         f"{spec}: its numbered classes are sorted as texts, {names[at]} before {names[at + 1]}, as "
         "by torchvision; --class-order natural sorts them as numbers, as timm does"
     ]
+
+
+def _gaps(spec: str, names: Sequence[str], trained: set[str], images: int) -> list[str]:
+    """Return a warning of labels that no training image has; DataError if they are too many.
+
+    Only labels without a name are refused: a list of names may be much longer than a sample of
+    images.
+    """
+    unused = ((label, name) for label, name in enumerate(names) if name not in trained)
+    # No list yet: a label may be in the millions.
+    if sum(name == str(label) for label, name in unused) > max(_MANY, _TIMES * images):
+        what = counted(len(trained), "label", "different labels")
+        raise DataError(
+            f"{spec}: its labels go up to {len(names) - 1}, but its {counted(images, 'image')} "
+            f"have only {what}: each number is a class, so renumber them 0 to {len(trained) - 1}"
+        )
+    shown = [
+        name if name == str(label) else f"{label} ({name})"
+        for label, name in enumerate(names)
+        if name not in trained
+    ]
+    what = f"of the labels 0 to {len(names) - 1} {'has' if len(shown) == 1 else 'have'}"
+    return [f"{spec}: {len(shown)} {what} no image: {first_few(shown)}"] if shown else []
 
 
 def _labels_by_file(
@@ -170,7 +200,7 @@ def _absent(what: str, names: Sequence[str], used: set[int], out: Path) -> list[
     return [f"{what} of {len(absent)} of the {len(names)} classes: {few}{more}"]
 
 
-def class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
+def _class_order(sources: Sequence[Source]) -> tuple[str, ...] | None:
     """Return the class names by label if sources number their labels; None: sort by name."""
     orders = [(source.spec, source.class_order) for source in sources]
     longest = max((order for _, order in orders if order is not None), key=len, default=None)

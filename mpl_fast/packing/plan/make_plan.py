@@ -14,13 +14,12 @@ from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import hash_rank
 from mpl_fast.packing.plan.draw_splits import draw_splits
 from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_once
-from mpl_fast.packing.plan.label_classes import class_order, label_classes
-from mpl_fast.packing.plan.label_gaps import describe_gaps
+from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
 from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
@@ -104,9 +103,7 @@ class _Planner:
             sources.append(source)
         if self.unlabeled:
             require_files_once(self.table, POOL, dict(enumerate(sources)))
-        specs = " + ".join(source.spec for source in train)
         yield from self._label_classes(train, val)
-        yield from self._single_class(specs)
         yield from draw_splits(self.table, self.names, self.options)
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
@@ -177,12 +174,8 @@ class _Planner:
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
-        warnings = []
-        if self.options.classes is None and (order := class_order(train)):
-            spec = " + ".join(source.spec for source in train)
-            images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-            warnings = describe_gaps(spec, order, trained, images)
-        classes = label_classes(train, val, trained, held, self.options)
+        images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
+        classes = label_classes(train, val, trained, held, images, self.options)
         rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
         if classes.titles:
@@ -191,18 +184,12 @@ class _Planner:
         self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
         self.names = [classes.names[label] for label in labels]
-        return [*warnings, *classes.warnings]
+        return classes.warnings
 
     def _classes_in(self, part: int) -> set[str]:
         names = list(self.class_numbers)
         query = "SELECT DISTINCT class FROM found.images WHERE part = ?"
         return {names[number] for (number,) in self.table.execute(query, (part,))}
-
-    def _single_class(self, spec: str) -> Iterator[str]:
-        if len(self.class_numbers) == 1:
-            count = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
-            what = counted(count, "image with a label is", "images with a label are")
-            yield f"{spec}: all {what} in one class, {min(self.class_numbers)}"
 
     def _place(self, prefix: str, where: str) -> None:
         """Add the records and shards of a group."""

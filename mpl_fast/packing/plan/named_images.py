@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
+from mpl_fast.packing.sources.lists import text_lines
 
 
 def choose_named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]:
@@ -51,12 +52,8 @@ def choose_named(images: Iterable[tuple[int, str, str]], path: Path) -> set[int]
 
 def _listed_names(path: Path) -> list[str]:
     """Return the names in a list: `class/name`, a base name, or an .lst row `id, label, path`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    names = [line.rpartition("\t")[2].strip() for line in text.split("\n")]
-    names = [name for name in names if name]
+    listed = (text.rpartition("\t")[2].strip() for _, text in text_lines(path))
+    names = [name for name in listed if name]
     if not names:
         raise DataError(f"{path}: no name in this list")
     return names

@@ -12,7 +12,6 @@ from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
 from mpl_fast.packing.sources.labels import Labels
 from mpl_fast.packing.sources.labels_file import read_labels
-from mpl_fast.packing.sources.source import Source
 from mpl_fast.packing.sources.tar import clean_name
 
 
@@ -82,60 +81,36 @@ def _reason(error: OSError | RuntimeError) -> str:
 
 def plan_to(path: Path, options: PackOptions) -> None:
     """Write the plan to path, in a work folder into which compressed archives are unpacked."""
-    labels = _read_labels(options.labels, options)
+    report = _reporter(options)
+    labels = read_labels(options.labels, report) if options.labels else None
     if labels and not labels.has_names and len(options.src) > 1:
         fault = "one class a line, in the order of the names, is for one source"
         raise DataError(f"{labels.path}: {fault}, not {len(options.src)}; write `name class`")
+    how = (options.root, path.parent, report, options.class_from)
     # Of their images, labels files may name some only.
     pools = {_identity(spec) for spec in options.unlabeled_src}
     train = [
-        _open(spec, options, labels, path.parent, partial=_identity(spec) in pools)
+        open_source(spec, *how, labels=labels, partial=_identity(spec) in pools)
         for spec in options.src
     ]
     val = None
     if options.val is not None and not is_drawn(options.val):
-        held = _val_labels(options, labels)
+        held = _val_labels(options.val_labels, labels, report)
         in_pool = _identity(options.val) in pools
-        val = _open(options.val, options, held, path.parent, partial=in_pool)
+        val = open_source(options.val, *how, labels=held, partial=in_pool)
     if options.class_from and not any(source.by_folder for source in filter(None, [*train, val])):
         fault = "no source has class folders to name the classes"
         raise ConfigError(f"--class-from {options.class_from}: {fault}")
-    pool = [
-        _open(spec, options, None, path.parent, unlabeled=True) for spec in options.unlabeled_src
-    ]
+    pool = [open_source(spec, *how, unlabeled=True) for spec in options.unlabeled_src]
     make_plan(path, train, val, options, pool, warn=warn)
 
 
-def _read_labels(path: Path | None, options: PackOptions) -> Labels | None:
-    return None if path is None else read_labels(path, _reporter(options))
-
-
-def _val_labels(options: PackOptions, labels: Labels | None) -> Labels | None:
-    path = options.val_labels
-    if path and options.labels and labels and labels.has_names and path.samefile(options.labels):
+def _val_labels(
+    path: Path | None, labels: Labels | None, report: Callable[[str], None]
+) -> Labels | None:
+    if path and labels and labels.has_names and path.samefile(labels.path):
         return labels.for_validation()
-    return _read_labels(path, options)
-
-
-def _open(
-    spec: str,
-    options: PackOptions,
-    labels: Labels | None,
-    work: Path,
-    *,
-    unlabeled: bool = False,
-    partial: bool = False,
-) -> Source:
-    return open_source(
-        spec,
-        root=options.root,
-        labels=labels,
-        work=work,
-        report=_reporter(options),
-        unlabeled=unlabeled,
-        partial=partial,
-        class_from=options.class_from,
-    )
+    return read_labels(path, report) if path else None
 
 
 def _reporter(options: PackOptions) -> Callable[[str], None]:

@@ -240,7 +240,7 @@ def origin_of(source: SourceRow, record: RecordRow) -> str:
 
 
 def source_entry(source: SourceRow, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the manifest says of a source; `unlabeled` marks those of --unlabeled-src."""
+    """Return the manifest's entry of a source; `unlabeled` marks those of --unlabeled-src."""
     entry: dict[str, Any] = {"spec": source.spec, "kind": source.kind}
     # They are planned last.
     has_val = options["val"] is not None and "val_seed" not in options  # else it is of src

@@ -4,7 +4,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.plan.table import to_utf8
 from mpl_fast.packing.sources.source import Source
 

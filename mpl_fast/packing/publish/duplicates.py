@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.data.records import HEAD_SIZE, NO_LABEL
-from mpl_fast.packing.first_few import counted
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import RecordRow, Table, image_key
 

@@ -2,7 +2,7 @@
 
 from mpl_fast.data.manifest import MANIFEST, check_texts, file_names, load_manifest
 from mpl_fast.errors import DataError, OutputError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import DRAWN, Json
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, Table, open_table

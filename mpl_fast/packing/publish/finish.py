@@ -13,7 +13,7 @@ from mpl_fast import __version__
 from mpl_fast.atomic import atomic_file, atomic_path, sha256_of, write_text
 from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import ImageOptions, Json, options_from
 from mpl_fast.packing.plan.prepare import warn
 from mpl_fast.packing.plan.sharding import plan_digest

@@ -18,7 +18,7 @@ from pathlib import Path
 from mpl_fast.atomic import sync_folder
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.write.shard_receipt import receipt_path
 

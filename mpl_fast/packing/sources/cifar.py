@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.sources.plain_pickle import PlainArray, load_plain
 from mpl_fast.packing.sources.raw_pixels import png
 from mpl_fast.packing.sources.source import Request

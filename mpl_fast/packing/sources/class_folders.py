@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.first_few import Tally, counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.class_level import (
     class_of,
@@ -68,12 +68,11 @@ class ClassFolders(Source):
         self._outside = Tally(3)  # images without a class
         labels = self.request.labels
         annotated = None if labels or self.request.unlabeled else self._annotations()
-        # Folders give no classes.
-        self._flat = bool(labels or self.request.unlabeled or annotated is not None)
-        images = self._images()
         if annotated is not None:
             labels = _annotated(annotated, f"{self.spec}/{ANNOTATIONS}")
             self.request.report(f"{self.spec}: classes are those in {ANNOTATIONS}")
+        self._flat = bool(labels or self.request.unlabeled)  # folders give no classes
+        images = self._images()
         yield from labels.labeled(images, self.request) if labels else images
         if labels and annotated is not None:
             labels.require_fit()

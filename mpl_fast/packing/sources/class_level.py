@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from os.path import commonpath
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 
 _INNER = "images"  # a folder of this name inside a class folder is no class
 _ROLES = {  # by how the name of a split begins

@@ -44,14 +44,14 @@ DECODERS = {
 
 def open_source(
     spec: str,
-    *,
     root: Path | None,
-    labels: Labels | None,
     work: Path,
     report: Callable[[str], None],
+    class_from: str | None = None,
+    *,
+    labels: Labels | None = None,
     unlabeled: bool = False,
     partial: bool = False,
-    class_from: str | None = None,
 ) -> Source:
     """Open DIR, FILE or FILE:FOLDER; the options are those of `Request`.
 
@@ -69,8 +69,7 @@ def open_source(
                 raise DataError(f"{spec}: names {file}, but a pattern must name {kinds} only")
         kind = several[kind]
     how = (root, labels, work, report, unlabeled, files, partial, class_from)
-    request = Request(spec, path, folder, *how)
-    return kind(request)
+    return kind(Request(spec, path, folder, *how))
 
 
 def _kind_of(path: Path) -> type[Source]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 
 if TYPE_CHECKING:
     from mpl_fast.packing.sources.source import Image, Request

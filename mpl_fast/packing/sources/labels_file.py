@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES
 from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.lists import text_lines

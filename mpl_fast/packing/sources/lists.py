@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted, first_few
+from mpl_fast.first_few import Tally, counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, kind_of
 from mpl_fast.packing.sources.parquet_columns import Columns, find_columns, parquet_errors
 from mpl_fast.packing.sources.source import Request
@@ -18,7 +18,7 @@ from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
 
 _SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|[-_.]?\d+$")
 _SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "GIF": ".gif", "WebP": ".webp"}
-_PEEKED = 1000  # names in a folder that tell what it is
+_PEEKED = 1000  # names in a folder that determine what it is
 _ROWS = 64  # whose images are in memory together
 _SMALL_ROWS = 1 << 14  # the same of labels and paths
 _BUFFER = 1 << 20  # bytes that are read at once; without it, a whole column of a row group
@@ -93,7 +93,7 @@ def _without_slash(names: Iterable[str], where: str, request: Request) -> dict[s
 
 
 class _Rows(NamedTuple):
-    """What labels and paths of all rows say."""
+    """What the labels and paths of all rows give."""
 
     own_names: bool  # each image has a path whose last part is unique in its class
     texts: tuple[str, ...]  # the classes, if labels are text

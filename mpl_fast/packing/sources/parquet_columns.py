@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.first_few import first_few
 from mpl_fast.packing.sources.source import Request
 
 _IMAGES = ("image", "img", "jpg", "png", "jpeg", "picture", "photo")  # column names, best first

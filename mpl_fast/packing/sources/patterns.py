@@ -5,7 +5,7 @@ from glob import glob
 from pathlib import Path
 
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 
 _WILD = re.compile(r"[*?[]")
 _BRACES = re.compile(r"\{([^{}]*)\}")

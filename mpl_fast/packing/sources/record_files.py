@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import counted, first_few
+from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES
 from mpl_fast.packing.sources.lists import Line, class_names, read_list, text_lines, whole_label
 from mpl_fast.packing.sources.source import Image, Source

@@ -50,7 +50,7 @@ class Source(ABC):
     A new kind sets `kind`, lists its images in `_list`, and stands in `kinds.KINDS`. If its images
     are no byte ranges of what the user gave, its constructor writes a file of them (spool.py,
     `UnpackedSource`); if they are encoded there, it has a `decode`, which is static because it is
-    called by worker processes, which know only kind, file and byte ranges.
+    called by worker processes, which have only kind, file and byte ranges.
 
     An image without a label has class "". With `request.unlabeled` classes are not used: a source
     yields its images whether it finds a class or not, and does not warn of classes.

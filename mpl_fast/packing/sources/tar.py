@@ -16,8 +16,8 @@ from mpl_fast.packing.sources.spool import Stream, archive_errors, decompressed,
 
 _BLOCK = 512  # bytes; the unit of a tar file
 _SHOWN = 10  # names that an error lists
-_PEEKED = 16  # members that tell what an archive is, which end before
-_PEEKED_BYTES = 1 << 24
+_PEEKED = 16  # members by which the kind of an archive is recognized
+_PEEKED_BYTES = 1 << 24  # in which they end
 _HEADER = 1 << 20  # bytes of a header, such as a long name
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
 

@@ -14,7 +14,7 @@ from typing import IO
 
 from mpl_fast.data.records import LABEL_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
-from mpl_fast.packing.first_few import Tally, counted
+from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED, kind_of
 from mpl_fast.packing.sources.class_folders import Entry
 from mpl_fast.packing.sources.record_files import classes_beside
@@ -57,10 +57,10 @@ class WebDatasetSource(TarSource):
         if self.request.labels:
             yield from super()._list()
             return
-        labels = _Labels(self.request)
-        yield from labels.images(self.file, self._entries())
-        self.warnings += labels.warnings()
-        self.class_order = labels.class_order()
+        samples = _Samples(self.request)
+        yield from samples.images(self.file, self._entries())
+        self.warnings += samples.warnings()
+        self.class_order = samples.class_order()
 
 
 class ShardsSource(Source):
@@ -95,19 +95,18 @@ class ShardsSource(Source):
         return False
 
     def _list(self) -> Iterator[Image]:
-        labels = _Labels(self.request)
-        given = self.request.labels
-        images = self._images(labels)
-        yield from given.labeled(images, self.request) if given else images
-        self.warnings += labels.warnings()
-        self.class_order = labels.class_order()
+        samples, labels = _Samples(self.request), self.request.labels
+        images = self._images(samples)
+        yield from labels.labeled(images, self.request) if labels else images
+        self.warnings += samples.warnings()
+        self.class_order = samples.class_order()
 
-    def _images(self, labels: "_Labels") -> Iterator[Image]:
+    def _images(self, samples: "_Samples") -> Iterator[Image]:
         for shard, file in zip(self._shards, self.request.files, strict=True):
             plain = self.file / shard
             stamp = plain.stat().st_mtime_ns
             entries = tar_entries(plain, file, self.request.folder)
-            for image in labels.images(plain, entries):
+            for image in samples.images(plain, entries):
                 yield image._replace(path=f"{shard}{IN_SHARD}{image.path}", stamp=stamp)
 
 
@@ -124,8 +123,8 @@ def _link(path: Path, target: Path) -> None:
     path.symlink_to(target.absolute())
 
 
-class _Labels:
-    """Finds the labels of the samples of one source, which must all be of one form."""
+class _Samples:
+    """Images of one source with the labels beside them, which must all be of one form."""
 
     def __init__(self, request: Request) -> None:
         self._request = request

@@ -200,7 +200,7 @@ def _long_values(extra: bytes, whole: int, size: int, start: int) -> tuple[int, 
 
 
 def _text(name: bytes, flags: int) -> str:
-    """Return a name: UTF-8 if it says so or can be, else the code page of DOS."""
+    """Return a name: UTF-8 if its flag is set or it can be, else the code page of DOS."""
     try:
         return name.decode("utf-8")
     except UnicodeDecodeError:

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpl_fast.errors import UserError
-from mpl_fast.packing.first_few import first_few
+from mpl_fast.first_few import first_few
 
 T = TypeVar("T")
 Advance = Callable[[int, int], None]  # called with records and bytes done; may raise StoppedError
