@@ -217,7 +217,7 @@ def _require_usable(folder: OutFolder, remarks: Iterable[Remark], how: ImageOpti
             warn(every)
             listed = "those in the lines above"
         convert = "--on-bad convert" + ("" if how.check == "decode" else " --check decode")
-        if folder.finished():  # by other options
+        if folder.finished():  # their options would be others
             convert += " --force, which packs finished shards again"
         or_convert = f", or make JPEGs of what can be decoded of them with {convert}"
         raise DataError(

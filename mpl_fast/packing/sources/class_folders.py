@@ -19,7 +19,6 @@ from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.source import FOLDER, Image, Source
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: the classes of the images below its folder
-
 _PACKED = {  # suffixes of files that hold images
     ".parquet": "parquet files",
     ".rec": "records",
