@@ -168,7 +168,7 @@ def test_names_that_differ_in_their_folders(tmp_path: Path, form: str, suffix: s
         "1.jpg": "dog",
         "2.jpg": "eel",
     }
-    written = ("in/x/1", "./in/y/1", r"in\x\y\1", "1", r"elsewhere\2")
+    written = (r"in\x\1", "./in/y/1", "in//x/y/1", "1", r"elsewhere\2")
     rows = [f"{name}{suffix},{c}\n" for name, c in zip(written, classes.values(), strict=True)]
     labels = write(tmp_path / "labels.csv", "".join(rows))
     contents = {f"in/{path}": b"" for path in classes}
@@ -249,6 +249,8 @@ def test_refused_labels_of_several_sources(tmp_path: Path) -> None:
     fault = "one class a line, in the order of the names, is for one source, not 2"
     assert line.endswith(f"{labels}: {fault}; write `name class`")
     labels.write_text("".join(f"{n},{c}\n" for n, c in CLASS_OF.items()))
+    line = refuse("--src", *tars, "--labels", write(tmp_path / "x.json", "{}"), *out, status=4)
+    assert "x.json: a text file is needed, with `name class` on each line, or a CSV" in line
     records = make_records(tmp_path / "x.rec", [(0, 0, jpeg(0))])
     line = refuse("--src", *tars, records, "--labels", labels, *out, status=2)
     assert f"x.rec has its own labels: leave out the labels file {labels}" in line
