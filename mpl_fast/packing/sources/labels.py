@@ -102,9 +102,9 @@ class Labels:
             self._lacking.append(shlex.quote(request.spec))
         if left and not found:
             what = f"any of the {left} images" if left > 1 else "the image"
+            its = "".join(f"; its names are as {line.path}" for line in self._lines[:1])
             raise DataError(
-                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}; its "
-                f"names are as {self._lines[0].path}"
+                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}{its}"
             )
         if left and partial:
             what = counted(found, "image has", "images have")
