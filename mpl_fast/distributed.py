@@ -41,6 +41,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def cores_per_rank() -> int:
+    """This rank's share of the cores that its machine's ranks may use."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
 def init(device: str) -> DistEnv:
     """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
 

@@ -3,7 +3,7 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
-          -> kernels | distributed | data -> batch | config -> errors | atomic | first_few
+          -> kernels | data -> batch | config | distributed -> errors | atomic | first_few
 """
 
 import ast
@@ -22,8 +22,8 @@ LAYERS = [
     {"algorithms"},
     {"learner"},
     {"losses", "models", "packing"},
-    {"kernels", "distributed", "data"},
-    {"batch", "config"},
+    {"kernels", "data"},
+    {"batch", "config", "distributed"},
     {"errors", "atomic", "first_few"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

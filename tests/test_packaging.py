@@ -148,3 +148,19 @@ def test_tools_are_found_in_the_environment_of_an_image(root: Path, file: str, m
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lacks", ["", "equalize", "decoders.image_random_crop"])
+def test_an_image_is_not_built_with_a_dali_that_lacks_an_operator(root: Path, lacks: str) -> None:
+    deleted = f"from nvidia.dali import fn; del fn.{lacks}" if lacks else ""
+    check = "import runpy; runpy.run_path('docker/dali_operators.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{deleted}\n{check}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == bool(lacks) and (f"lacks {lacks}: install" in done.stderr) == bool(
+        lacks
+    )

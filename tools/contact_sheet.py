@@ -31,7 +31,10 @@ def main() -> None:
     # DALI takes seconds to load: only once there is something to do.
     from mpl_fast.data.contact_sheet import contact_sheet
     from mpl_fast.data.manifest import read_manifest
+    from mpl_fast.data.randaugment import gray_views
 
+    if warning := gray_views(config.data):
+        print(f"warning: {warning}", file=sys.stderr)
     contact_sheet(
         config.data,
         read_manifest(own.rec),

@@ -62,7 +62,7 @@ class TrainLoader:
                 shard=rank,
                 shards=world,
                 seed=_seed(seed, rank, name),
-                half=_half(dtype, device),
+                half=returns_half(dtype, device),
                 checkpoint=states.get(name),
             )
             split = _split(manifest, name)
@@ -119,7 +119,7 @@ class EvalLoader:
             threads=cpu_threads(config),
             shard=min(rank, shards - 1),
             shards=shards,
-            half=_half(dtype, device),
+            half=returns_half(dtype, device),
         )
         self._stream = Stream(lambda: eval_pipeline(config, split, engine), split, device, dtype)
         first, end = (
@@ -146,7 +146,7 @@ class EvalLoader:
         return next(self._stream)
 
 
-def _half(dtype: torch.dtype, device: torch.device) -> bool:
+def returns_half(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether DALI returns 16-bit floats: on a CPU that is slower than a cast of 32-bit ones."""
     return dtype in HALF and device.type == "cuda"
 

@@ -32,7 +32,7 @@ from nvidia.dali.data_node import DataNode
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.grouped import CODES, apply_code
-from mpl_fast.data.operations import FILL, OPERATIONS, Draws, Operation, cut
+from mpl_fast.data.operations import FILL, OPERATIONS, Draws, Operation, cut, level
 
 Layer = Callable[[DataNode, DataNode, DataNode, DataConfig], DataNode]
 """From images, whether to apply an operation, centers and the config."""
@@ -44,6 +44,28 @@ def strengthen(image: DataNode, config: DataConfig) -> DataNode:
     if config.final_cutout > 0:
         image = cut(image, _random_center(config.image_size), config.final_cutout)
     return image
+
+
+def gray_views(config: DataConfig) -> str:
+    """A warning if one operation can leave nothing of an image, or an empty text."""
+    if not config.num_ops:
+        return ""
+    dali = config.policy == "dali"  # has no cutout, and no level above 10
+    strength = min(level(config), 1) if dali else level(config)
+    offset = abs(config.translate) * strength
+    side = 0 if dali else 2 * int(config.cutout * strength)
+    found = []
+    if offset >= config.image_size:
+        found.append(f"a translation is by {offset:g} pixels (data.translate {config.translate:g})")
+    if side >= config.image_size:
+        found.append(f"a cutout is {side} pixels wide (data.cutout {config.cutout})")
+    if not found:
+        return ""
+    return (
+        f"strong views can be all gray: at data.magnitude {config.magnitude:g} "
+        f"{' and '.join(found)}, and data.image_size is {config.image_size}; lower values are "
+        "usual (CIFAR, of 32 pixels: 4 for both)"
+    )
 
 
 def _layers(image: DataNode, config: DataConfig, layer: Layer) -> DataNode:

@@ -1,19 +1,17 @@
 """One DALI pipeline as a source of torch tensors, with one-line errors for damaged records."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray
-from nvidia.dali.plugin.pytorch.torch_utils import to_torch_type
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.pipelines import READER
+from mpl_fast.distributed import cores_per_rank
 from mpl_fast.errors import ConfigError, DataError
 
 Output = TensorListCPU | TensorListGPU
@@ -61,7 +59,7 @@ class Stream:
         return checkpoint
 
     def _run(self) -> Sequence[Output]:
-        """Outputs in DALI's memory, which later runs overwrite."""
+        """Outputs in DALI's memory, complete on a GPU before what is queued next."""
         with self._data_errors():
             if self._pipeline.device_id is None:
                 outputs: Sequence[Output] = self._pipeline.run()
@@ -70,29 +68,25 @@ class Stream:
         return outputs
 
     def _copy(self, images: Sequence[Output], labels: Output, views: Sequence[Tensor]) -> Tensor:
+        # On a GPU the copy of an output is only queued when this reference to it ends. DALI frees
+        # memory that it shared by DLPack after the device has done all that was queued up to then
+        # (`DLTensorGraveyard` in its dltensor.cc), and its executor (`exec_dynamic`, the default)
+        # makes later batches in other memory.
         for image, view in zip(images, views, strict=True):
             view.permute(0, 2, 3, 1).copy_(self._tensor(image))
-        flat = self._tensor(labels).flatten()
-        return flat.clone() if flat.device.type == "cpu" else flat
+        return self._tensor(labels).flatten().clone()
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
 
     def _tensor(self, output: Output) -> Tensor:
-        """An output on the training device; on a CPU without a copy."""
-        source = output.as_tensor()
-        if self._device.type == "cpu":
-            shared: Tensor = torch.utils.dlpack.from_dlpack(source)
+        """An output on the training device: where DALI ran there, in its memory."""
+        # As in DALI's iterators, not by its `feed_ndarray`: that makes this stream wait for all
+        # that DALI has queued, batches made ahead too, and DALI for all that is in this stream.
+        shared: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+        if shared.device.type == self._device.type:
             return shared
-        on_gpu = isinstance(output, TensorListGPU)
-        copy = torch.empty(
-            source.shape(),
-            dtype=to_torch_type[source.dtype],
-            device=self._device if on_gpu else "cpu",
-            pin_memory=not on_gpu,
-        )
-        feed_ndarray(source, copy, torch.cuda.current_stream(self._device) if on_gpu else None)
-        return copy.to(self._device, non_blocking=True)
+        return shared.pin_memory().to(self._device, non_blocking=True)
 
     @contextmanager
     def _data_errors(self) -> Iterator[None]:
@@ -129,5 +123,4 @@ def dali_gpu(config: DataConfig, device: torch.device) -> int | None:
 
 def cpu_threads(config: DataConfig) -> int:
     """DALI's threads for this rank: as configured, or its share of the available cores."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return config.threads or cores_per_rank()

@@ -7,8 +7,11 @@ from typing import Literal
 import torch
 from torch import nn
 
+from mpl_fast.distributed import cores_per_rank
+
 Mode = Literal["off", "default", "max-autotune"]
 _graphs = False  # whether any compiled network replays CUDA graphs
+WORKERS, MAX_WORKERS = "TORCHINDUCTOR_COMPILE_THREADS", 32
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
@@ -26,6 +29,8 @@ def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) ->
     torch._dynamo.config.recompile_limit = 32
     # Dropout masks as in uncompiled code, where feedback exact takes its derivatives.
     torch._inductor.config.fallback_random = True
+    if WORKERS not in os.environ:  # Inductor's own default is a process a core in every rank
+        torch._inductor.config.compile_threads = min(MAX_WORKERS, cores_per_rank())
     global _graphs
     _graphs = _graphs or graphs
     network.compile(dynamic=False, mode=_inductor_mode(mode, graphs))

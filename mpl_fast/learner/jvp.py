@@ -7,7 +7,8 @@ it again would not restore float32 weights, and replicas would drift apart.
 import functools
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,6 +19,19 @@ from mpl_fast.errors import ConfigError
 from mpl_fast.learner.rng import replay_rng, rng_state
 
 EPSILON = 0.01  # length of the central difference's step in weight space, as in MetaSemi
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Matrix products and convolutions in float32 proper: the 10 bits of TF32's mantissa leave a
+    small difference few digits. A CUDA graph records the kernels chosen inside."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class FunctionalNetwork(nn.Module):
@@ -107,6 +121,7 @@ class WeightDerivative:
         return _at_least_float32(change)
 
     @torch.no_grad()
+    @_without_tf32()
     def _central(
         self, weights: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor, epsilon: float
     ) -> Tensor:

@@ -16,6 +16,8 @@ from mpl_fast.errors import ConfigError
 from mpl_fast.first_few import first_few
 
 COUNTER = "num_batches_tracked"  # of batch norms; optional, since nothing reads it
+# In keys whose shape depends on the size of the images; of timm's networks.
+POSITIONS = re.compile("pos_emb|rel_pos|relative_pos|attention_biases|patch_pos")
 AVERAGED = ("state_dict_ema", "model_ema")  # entries that are taken first, as timm does
 
 
@@ -66,6 +68,12 @@ class Misfit(NamedTuple):
     shapes: list[str]
     kinds: list[str]
 
+    @property
+    def only_positions(self) -> bool:
+        """Whether it is of the same network for images of another size."""
+        others = self.lacks or self.others or self.kinds
+        return not others and all(POSITIONS.search(text) for text in self.shapes)
+
     def __str__(self) -> str:
         texts = "lacks", "has besides", "has in another shape", "has not as dense real numbers"
         found = zip(texts, self, strict=True)
@@ -96,9 +104,12 @@ def find(source: str, own: Mapping[str, Tensor], head: tuple[str, ...]) -> Found
         )
     nearest = whole[0] if whole else min(range(len(found)), key=lambda i: len(misfits[i].lacks))
     if wrong := str(misfits[nearest]):
+        option, advice = "model.name", "give a file of the same network"
+        if misfits[nearest].only_positions:
+            option, advice = "data.image_size", "the file is for images of another size: set that"
         raise ConfigError(
-            f"model.pretrained: {source} does not fit model.name: {found[nearest].entry or 'it'} "
-            f"{wrong}; give a file of the same network"
+            f"model.pretrained: {source} does not fit {option}: {found[nearest].entry or 'it'} "
+            f"{wrong}; {advice}"
         )
     return found[nearest]
 

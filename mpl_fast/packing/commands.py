@@ -161,7 +161,7 @@ def _pack_lines(out: Path, manifest: Json, *, speed: bool = True) -> list[str]:
         f"{line}, {counted(len(split['shards']), 'shard')}"
         for line, split in zip(_split_lines(splits), splits.values(), strict=True)
     ]
-    return [*lines, *changed, whole]
+    return [*lines, *changed, whole, *_no_val_lines(splits)]
 
 
 def _dry_run_lines(planned: Json) -> list[str]:
@@ -177,8 +177,13 @@ def _dry_run_lines(planned: Json) -> list[str]:
         f"{counted(planned['classes'], 'class', 'classes')}, {read:.3f} GB read, at most "
         f"{written:.3f} GB written, {planned['seconds_at_least']} s and more (from a sample; "
         f"{without} in it)",
+        *_no_val_lines(planned["splits"]),
         f"dry run: nothing was written to {planned['out']}",
     ]
+
+
+def _no_val_lines(splits: Json) -> list[str]:
+    return [] if "val" in splits else ["no validation images: training needs --val"]
 
 
 def _split_lines(splits: Json, before: Json | None = None) -> list[str]:

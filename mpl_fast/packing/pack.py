@@ -212,13 +212,17 @@ def _require_usable(folder: OutFolder, remarks: Iterable[Remark], how: ImageOpti
                 convertible |= how.on_bad == "fail" and remark.reason not in NO_IMAGE
     if faults:
         every = sorted(set(faults))
+        listed = first_few(every, _LISTED, "; ")
         if len(every) > _LISTED:
             warn(every)
+            listed = "those in the lines above"
         convert = "--on-bad convert" + ("" if how.check == "decode" else " --check decode")
+        if folder.finished():  # their options would be others
+            convert += " --force, which packs finished shards again"
         or_convert = f", or make JPEGs of what can be decoded of them with {convert}"
         raise DataError(
             f"{counted(len(every), 'image')} cannot be used, nothing was published: "
-            f"{first_few(every, _LISTED, '; ')}; repair or remove them, or leave them out with "
+            f"{listed}; repair or remove them, or leave them out with "
             "--on-bad skip, which keeps every finished shard"
             f"{or_convert if convertible else ''}"
         )

@@ -17,6 +17,7 @@ from mpl_fast.learner import compilation, rng
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
 from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
 from mpl_fast.training.console import Console
+from mpl_fast.training.metrics import QueueLimiter
 from mpl_fast.training.run_dir import keep_compile_cache
 from mpl_fast.training.trial import check_evaluation
 
@@ -31,10 +32,13 @@ def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accur
     Raises `DataError` if the ranks together did not see `expected` images.
     """
     hits: Tensor | None = None
+    queue: QueueLimiter | None = None
     for images, labels, count in batches:
         compilation.mark_step()
         batch_hits = _hits(predict(algorithm, images)[:count], labels[:count])
         hits = batch_hits if hits is None else hits + batch_hits
+        queue = queue or QueueLimiter(images.device)
+        queue.step()
     if hits is None:
         raise DataError("the validation split gave no image")
     top1, top5, count = (int(x) for x in distributed.sum_over_ranks(hits).tolist())

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from mpl_fast.distributed import sum_over_ranks
 
 Row = dict[str, float]
 MAX_QUEUED_STEPS = 2
+Moment = float | torch.cuda.Event
+Wait = tuple[Moment, Moment]  # its begin and its end
 
 
 class PendingRow(NamedTuple):
@@ -21,11 +23,21 @@ class PendingRow(NamedTuple):
     values: Tensor  # on the host, valid once `copied` has completed
     copied: torch.cuda.Event | None  # None on a CPU
     host_values: Row
+    waits: list[Wait]  # for images; valid once `copied` has completed
     counted: frozenset[str]  # means of sums and counts, of which the counts may be 0
 
 
+def moment(device: torch.device) -> Moment:
+    """Now, in seconds; on a GPU an event that has the time when the work queued so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Meter:
-    """Sums each metric by its name on the device, and the time spent waiting for data on the host.
+    """Sums each metric by its name on the device, and the time spent waiting for data.
 
     Only finite values are summed, so that one bad batch does not hide the others of its interval.
     Steps may return different metrics, in any order: the mean of a metric is over the steps that
@@ -36,13 +48,13 @@ class Meter:
     def __init__(self) -> None:
         # For each tuple of names that a step returned: (2, names) sums and counts of finite values.
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._steps, self._waited = 0, 0.0
+        self._steps, self._waits = 0, list[Wait]()
         self._counted: frozenset[str] = frozenset()
         self._pending: list[PendingRow] = []
         self._began = time.perf_counter()
 
-    def add(self, metrics: dict[str, Tensor], waited: float) -> None:
-        """Adds one step's `algorithms.base.Metrics` and its seconds of waiting for data.
+    def add(self, metrics: dict[str, Tensor], wait: Wait) -> None:
+        """Adds one step's `algorithms.base.Metrics`, and its wait for images.
 
         Launches a few small kernels and does not wait for the device.
         """
@@ -57,7 +69,7 @@ class Meter:
         names = (*means, *counted)
         self._sums[names] = self._sums[names] + step if names in self._sums else step
         self._steps += 1
-        self._waited += waited
+        self._waits.append(wait)
 
     def close(self, step: int, host_values: Row, latest: dict[str, Tensor]) -> None:
         """Ends the interval after step number `step` and starts its copy to the host.
@@ -80,17 +92,18 @@ class Meter:
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
         host_values = {**host_values, "steps": self._steps, "train_seconds": seconds}
-        host_values["data_wait"] = self._waited / max(seconds, 1e-9)
-        row = PendingRow(step, [*names, *latest], values, copied, host_values, self._counted)
+        names += latest
+        row = PendingRow(step, names, values, copied, host_values, self._waits, self._counted)
         self._pending.append(row)
-        self._sums, self._steps, self._waited = {}, 0, 0.0
+        self._sums, self._steps, self._waits = {}, 0, []
 
     def rows(self, *, late: int = 0) -> list[tuple[int, Row]]:
         """Returns number of steps done and row of every closed interval but the `late` newest.
 
         Waits for the device until their values are copied. In a row `train_seconds` is the wall
         time between two calls of `close`, `steps` the number of steps, and `data_wait` the share of
-        the time that this rank waited for images.
+        the time that this rank waited for images. On a GPU that is the device's time between a step
+        and the next one's images: with DALI on the GPU the host never waits for them.
         """
         due = max(0, len(self._pending) - late)
         rows = [_row(pending) for pending in self._pending[:due]]
@@ -126,7 +139,18 @@ def _row(pending: PendingRow) -> tuple[int, Row]:
     empty = [name for name in pending.counted & values.keys() if math.isnan(values[name])]
     for name in empty:
         del values[name]
+    waited = sum(_seconds(began, ended) for began, ended in pending.waits)
+    values["data_wait"] = waited / max(pending.host_values["train_seconds"], 1e-9)
     return pending.step, values | pending.host_values
+
+
+def _seconds(began: Moment, ended: Moment) -> float:
+    """Does not wait: events of a row have passed when its values are copied."""
+    if isinstance(began, float) and isinstance(ended, float):
+        return ended - began
+    first, last = cast(tuple[torch.cuda.Event, torch.cuda.Event], (began, ended))
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1000.0
 
 
 def non_finite(row: Row) -> str | None:
@@ -135,7 +159,7 @@ def non_finite(row: Row) -> str | None:
 
 
 class QueueLimiter:
-    """Keeps the host at most two steps ahead of a GPU.
+    """Keeps the host at most two steps, or batches of an evaluation, ahead of a GPU.
 
     Work in the queue holds memory, and a signal is only handled after the steps already queued.
     """

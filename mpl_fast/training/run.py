@@ -10,6 +10,7 @@ from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader
 from mpl_fast.config import FinetuneConfig, RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
@@ -33,9 +34,9 @@ from mpl_fast.training.checkpoint import (
 )
 from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
-from mpl_fast.training.metrics import Meter, QueueLimiter, Row, non_finite
+from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite
 from mpl_fast.training.process import stop_on_signal
-from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for
+from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.trial import check_training
 
@@ -152,16 +153,16 @@ class Run:
 
     def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
-        config = self.config
+        config, device = self.config, self.dist_env.device
         self.meter = Meter()  # a new one, to exclude the time of starting up
-        queue = QueueLimiter(self.dist_env.device)
+        queue = QueueLimiter(device)
         while self.steps_done < config.steps:
-            wait_began = time.perf_counter()
+            wait_began = moment(device)
             batch = self._next(loader)
-            waited = time.perf_counter() - wait_began
+            wait_ended = moment(device)
             compilation.mark_step()
             metrics = train_step(self.algorithm, batch, self.steps_done, self.step)
-            self.meter.add(metrics, waited)
+            self.meter.add(metrics, (wait_began, wait_ended))
             queue.step()
             self.steps_done += 1
             last = self.steps_done == config.steps
@@ -310,6 +311,8 @@ class Run:
             message, warnings = load_start(algorithm, learner, model, classes)
             for warning in warnings:
                 self.console.warn(warning)
+            if warning := other_images(algorithm.start, self.config):
+                self.console.warn(warning)
             self.console.print(message)
 
     def _restore_progress(self, shared: State) -> None:
@@ -330,6 +333,8 @@ class Run:
         )
         for note in dict.fromkeys(self.notes):  # of several networks they are equal
             self.console.print(note)
+        if config.unlabeled_images and (warning := gray_views(config.data)):
+            self.console.warn(warning)
         delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
         if isinstance(self.algorithm, RolePlay):
             delays["a network as student"] = self.algorithm.config.student_delay_steps

@@ -30,6 +30,7 @@ FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", 
 FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "algorithm.teacher_graph"}
 FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
 FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
+IMAGE_OPTIONS = ("data.image_size", "data.mean", "data.std")
 
 
 class RunDir:
@@ -197,21 +198,45 @@ def _locked(path: Path) -> Any:
 def check_same_config(file: Path, config: RunConfig) -> None:
     """Raises `ConfigError` if a run directory with checkpoints has another config.
 
-    `FREE_OPTIONS` may differ. An option that did not exist when the run began had the value that is
-    its default now.
+    `FREE_OPTIONS` may differ.
     """
     if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
-    defaults, new = (
-        _flat(yaml.safe_load(as_yaml(c)))
-        for c in (RunConfig(algorithm=type(config.algorithm)()), config)
-    )
-    old = defaults | current_options(_flat(yaml.safe_load(file.read_text()) or {}))
+    old, new = _old_and_new(file, config)
     keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
     if keys:
         changes = (f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys)
         shown = first_few(changes, 5)
         raise ConfigError(f"{file.parent} holds another run: {shown}; use another --run-dir")
+
+
+def other_images(start: str, config: RunConfig) -> str:
+    """A warning if the run in folder `start` was trained on images of another size or
+    normalization than the config has, or an empty text."""
+    file = Path(start) / "config.yaml"
+    if not file.exists():
+        return ""
+    old, new = _old_and_new(file, config)
+    shown = ", ".join(
+        f"{key} was {old[key]} and is {new[key]}" for key in IMAGE_OPTIONS if old[key] != new[key]
+    )
+    return shown and f"{start} was trained on other images: {shown}; give its values if not meant"
+
+
+def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in the config.yaml of a run and those of `config`, by dotted key.
+
+    An option that did not exist when the run began had the value that is its default now.
+    """
+    defaults, new = (
+        _flat(yaml.safe_load(as_yaml(c)))
+        for c in (RunConfig(algorithm=type(config.algorithm)()), config)
+    )
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    return defaults | current_options(_flat(tree or {})), new
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

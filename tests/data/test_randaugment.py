@@ -14,10 +14,12 @@ from nvidia.dali.data_node import DataNode
 from scipy.stats import chisquare
 
 from mpl_fast.config import DataConfig
+from mpl_fast.config.command_line import parse
 from mpl_fast.data import pipelines, randaugment
 from mpl_fast.data.grouped import BY_CODE, CODES, MATRICES
 from mpl_fast.data.operations import Apply, Draws, Operation
 from tests.data.operations_by_pillow import CIFAR, Pixels, by_code, photographs, strong_views
+from tests.tiny_run import ROOT
 
 # A strength of 0.8 times the nominal one, at which no two operations have the same result.
 DISTINCT = replace(CIFAR, magnitude=8.0, num_ops=1)
@@ -170,3 +172,40 @@ def test_only_deprecations_within_dalis_policy_are_hidden(monkeypatch: pytest.Mo
         strong_views(photographs(32)[0], replace(CIFAR, policy="dali"), 1)
         warnings.warn("mine", DeprecationWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["kept", "mine"]
+
+
+TRANSLATION = "a translation is by 170 pixels (data.translate 100)"
+CUTOUT = "a cutout is 136 pixels wide (data.cutout 40)"
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (DataConfig(image_size=171), ""),
+        (DataConfig(image_size=170), TRANSLATION),
+        (
+            DataConfig(image_size=170, translate=-100),
+            "a translation is by 170 pixels (data.translate -100)",
+        ),
+        (DataConfig(image_size=137), TRANSLATION),
+        (DataConfig(image_size=136, translate=4), CUTOUT),
+        (DataConfig(image_size=64), f"{TRANSLATION} and {CUTOUT}"),
+        (DataConfig(image_size=64, policy="mpl_branched"), f"{TRANSLATION} and {CUTOUT}"),
+        (DataConfig(image_size=64, magnitude=3), ""),
+        (DataConfig(image_size=64, num_ops=0), ""),
+        (DataConfig(image_size=100, policy="dali"), TRANSLATION.replace("170", "100")),
+        (DataConfig(image_size=101, policy="dali"), ""),
+        (DataConfig(image_size=64, policy="dali", magnitude=6, cutout=200), ""),
+    ],
+)
+def test_operations_that_leave_nothing_are_a_warning(config: DataConfig, found: str) -> None:
+    begin = f"strong views can be all gray: at data.magnitude 17 {found}, and data.image_size is "
+    warning = randaugment.gray_views(config)
+    assert warning.startswith(f"{begin}{config.image_size}; lower") if found else warning == ""
+
+
+def test_no_shipped_config_leaves_nothing() -> None:
+    for file in (ROOT / "configs").glob("*.yaml"):
+        given = ["--config", str(file), "--data.root", "REC", "--run-dir", "RUN"]
+        config = parse(given, for_training=False)
+        assert config.algorithm.labeled_only or not randaugment.gray_views(config.data), file

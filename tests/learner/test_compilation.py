@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mpl_fast.learner import compilation
-from mpl_fast.learner.compilation import CACHES, compile_in_place, set_cache_dirs
+from mpl_fast.learner.compilation import CACHES, WORKERS, compile_in_place, set_cache_dirs
 from tests.tiny_run import ROOT
 
 PROGRAM = """
@@ -94,6 +94,27 @@ def test_pytorch_knows_the_modes_and_graphs_are_on_only_if_asked_for(
     assert compilation._inductor_mode(mode, graphs) == name
     options = {} if name == "default" else torch._inductor.list_mode_options(name)
     assert options.get("triton.cudagraphs", False) is graphs
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "chosen", "workers"),
+    [(12, None, None, 12), (12, "8", None, 1), (192, "8", None, 24), (96, "2", None, 32),
+     (12, "2", "5", 5)],
+)  # fmt: skip
+def test_ranks_share_the_cores_for_compiling(
+    cores: int,
+    ranks: str | None,
+    chosen: str | None,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unless the user chose the number of processes, which PyTorch reads when it is imported."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    for name, value in {"LOCAL_WORLD_SIZE": ranks, WORKERS: chosen}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with torch._inductor.config.patch(compile_threads=int(chosen or 32)):
+        compile_in_place(nn.Linear(2, 2), "default")
+        assert torch._inductor.config.compile_threads == workers
 
 
 def test_off_leaves_a_network_alone() -> None:

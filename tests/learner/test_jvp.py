@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import pytest
@@ -186,6 +187,33 @@ def test_derivatives_of_bfloat16_learners_are_float32(method: Method) -> None:
     assert found.dtype == torch.float32 and torch.equal(found, expected)
     sixteen = half.jvp(full.weights(), v, images.bfloat16(), method)
     assert sixteen.dtype == torch.float32 and relative_error(sixteen, expected) < 0.1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("allowed", [(True, True), (False, True), (False, False)])
+def test_central_differences_are_taken_without_tf32(
+    allowed: tuple[bool, bool], fails: bool
+) -> None:
+    """In both passes; the settings of products and convolutions are then as before."""
+    matmul, cudnn, seen = torch.backends.cuda.matmul, torch.backends.cudnn, list[list[bool]]()
+    present = matmul.allow_tf32, cudnn.allow_tf32
+
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append([matmul.allow_tf32, cudnn.allow_tf32])
+            if fails:
+                raise KeyError
+            return x
+
+    made = learner(network().insert(0, Noted()))
+    matmul.allow_tf32, cudnn.allow_tf32 = allowed
+    try:
+        with pytest.raises(KeyError) if fails else nullcontext():
+            made.jvp(made.weights(), direction(made), IMAGES, "central")
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == allowed
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = present
+    assert seen == [[False, False]] * (1 if fails else 2)
 
 
 def test_a_layer_without_forward_mode() -> None:

@@ -161,6 +161,31 @@ def test_files_that_do_not_fit_or_are_damaged_are_one_clear_line(tmp_path: Path)
             models.build("wrn_10_1", 10, pretrained=absent)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "shapes"),
+    [
+        ("test_vit", (160, 32), r"pos_embed \(1, 101, 64\) for \(1, 5, 64\)"),
+        ("levit_128", (224, 64), r"stages\.0\.blocks\.0\.attn\.attention_biases .* and \d+ more"),
+    ],
+)
+def test_position_embeddings_of_another_image_size_are_called_so(
+    name: str, sizes: tuple[int, int], shapes: str, tmp_path: Path
+) -> None:
+    """And those of another network beside are not."""
+    there, here = sizes
+    source = models.build(name, 3, image_size=there).state_dict()
+    head = r"^model\.pretrained: .* does not fit "
+    file = write(tmp_path / "w.pth", source)
+    with pytest.raises(
+        ConfigError, match=f"{head}data.image_size: it .*{shapes}; the file is for images"
+    ):
+        models.build(name, 3, image_size=here, pretrained=file)
+    weight = next(key for key, value in source.items() if value.ndim == 4)
+    write(tmp_path / "w.pth", source | {weight: torch.zeros(1, 1, 1, 1)})
+    with pytest.raises(ConfigError, match=f"{head}model.name: .*give a file of the same network$"):
+        models.build(name, 3, image_size=here, pretrained=file)
+
+
 def test_timms_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The download itself is replaced: the tests are run without internet."""
     source = trained("test_resnet", 1000).state_dict()

@@ -107,8 +107,8 @@ def which(first: str, last: str, below: str = "", top: str = "top") -> str:
         ),
         (
             ["1.jpg", "ant/2.jpg"],
-            "1 image is outside any class folder: 1.jpg; give the classes with --labels or "
-            "--val-labels, or name the folder above",
+            "1 image is outside any class folder: 1.jpg; move them into one, or away, or give all "
+            "classes with --labels (of --val: --val-labels)",
         ),
     ],
 )

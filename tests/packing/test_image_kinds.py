@@ -14,7 +14,16 @@ from mpl_fast.packing.sources.folder import FolderSource
 from tests.data.numbered_images import eval_loader, train_loader
 from tests.packing.hazard_images import UNUSABLE, USABLE
 from tests.packing.made_sources import keys, listed, opened
-from tests.packing.packs import jpeg, make_tar, make_tree, manifest_of, pack, read_split, run
+from tests.packing.packs import (
+    jpeg,
+    make_tar,
+    make_tree,
+    manifest_of,
+    pack,
+    read_split,
+    refuse,
+    run,
+)
 from tests.packing.test_containers import write_zip
 
 DISGUISED = {
@@ -96,6 +105,17 @@ def test_what_dali_cannot_decode(tmp_path: Path, on_bad: str, action: str) -> No
     kept = {key: image for *_, key, image in read_split(tmp_path / "out", "train")}
     assert len(kept) == (8 if on_bad == "convert" else 2)
     assert {kind_of(image) for image in kept.values()} == {"JPEG"}
+
+
+def test_the_advice_to_convert_can_be_followed(tmp_path: Path) -> None:
+    """Beside a finished shard, which other options would lose."""
+    gif = UNUSABLE["gif"][0]
+    tree = make_tree(tmp_path / "in", {"ant/1.jpg": jpeg(1), "bee/2.jpg": jpeg(2), "bee/3": gif})
+    how = ("--src", tree, "--labeled", "all", "--shards", 3, "--out", tmp_path / "out")
+    line = refuse(*how, status=4)
+    assert line.endswith("with --on-bad convert --force, which packs finished shards again")
+    run("pack", *how, "--on-bad", "convert", "--force")
+    assert len(read_split(tmp_path / "out", "train")) == 3
 
 
 def test_training_reads_every_kind(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Labels files: which image gets which class, in which sources, and every fault with its line."""
 
+import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -65,9 +67,14 @@ def test_one_class_a_line_in_the_order_of_names(
     [
         ("a.jpg ant\nant\n", "line 2: 'ant': each line must be `name class`, or each a class"),
         ("ant\na.jpg ant\n", "line 2: 'a.jpg ant': each line must be"),
-        ("a.jpg\t\n", r"line 1: 'a.jpg\\t': each line must be"),
+        ("a.jpg\t\n", "line 1: a.jpg has no class: leave the line out, or write -1 for an unlab"),
+        ("a.jpg,ant\n020, \n", "line 2: 020 has no class: leave the line out"),
+        ("Id;label\na.jpg;ant\n", "lines are separated by ';': use a comma or a tab$"),
+        ("a.jpg;ant\n", "lines are separated by ';'"),
+        ("a.jpg,ant\nB.jpg,p\udce2re\n", "not UTF-8: line 2; convert the file$"),
+        ("a.jpg\0ant\n", "a text file is needed, with `name class` on each line"),
         ("a.jpg ant\n./a.jpg bee\n", "line 2: ./a.jpg is on line 1 already"),
-        ("a.jpg ant\nx/a.jpg bee\n", r"2 names .*: B.jpg \(no line\), a.jpg \(2 images\)$"),
+        ("a.jpg ant\nx/a.jpg bee\n", r"2 names .*: B.jpg \(no line\), a.jpg \(2 images\); to"),
         ("a.jpg x/ant\n", "line 1: a class with a slash in it: 'x/ant'"),
         ("\n", "gives no class"),
         ('"a.jpg,ant\n', "line 1: '\"a.jpg,ant': unexpected end of data"),
@@ -77,12 +84,15 @@ def test_one_class_a_line_in_the_order_of_names(
         ("id,breed,class\n", r"line 1: several columns may be the class among 3 columns \(id, br"),
         ("id,breed\n", "gives no class"),
         ("a,ant 1 2 3 4 bee 1 2 3 4 \n", "line 1: a has boxes of several classes: ant, bee"),
-        ("q ant\n", r"has no line for any of the 4 images of .*/tree, as .*.jpg$"),
+        (
+            "q ant\n",
+            r"has no line for any of the 4 images of .*/tree, as .*.jpg; its names are as q$",
+        ),
         ("490\n1\n1000\n", "these look like the ILSVRC devkit's numbers"),
         (
             "a.jpg ant\n\nb.jpg bee\n",
             r"3 names do not fit the images of .*/tree: B.jpg \(no line\), a.jpg \(3 images\), "
-            r"b.jpg \(line 3, no image\)$",
+            r"b.jpg \(line 3, no image\); to take the others as unlabeled images, add",
         ),
         ("ant\n", r"3 names .*: a.jpg \(no line\), x/a.jpg \(no line\), y/a.jpg \(no line\)$"),
         (
@@ -92,7 +102,7 @@ def test_one_class_a_line_in_the_order_of_names(
     ],
 )
 def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
-    labels = write(tmp_path / "labels.txt", text)
+    labels = write(tmp_path / "labels.txt", os.fsencode(text))
     names = ("a.jpg", "B.jpg", "x/a.jpg", "y/a.jpg")
     tree = make_tree(tmp_path / "tree", dict.fromkeys(names, b"1"))
     with pytest.raises(DataError, match=rf"labels.txt: {message}"):
@@ -106,13 +116,17 @@ def test_bad_labels(tmp_path: Path, text: str, message: str) -> None:
     ("text", "said"),
     [
         ("id,breed\n1,ant\n2,bee\n", "line 1 is its header: names in id, classes in breed"),
-        ("filename,label\r\n1.jpg,ant\r\n2.jpg,bee\r\n", "names in filename, classes in label"),
+        ("filename,label\r\n1.jpg,ant\r\n2.jpg,bee\r\n", "names in filename, classes in label\n"),
         ('\ufeffImage_ID,x\n"1","ant"\n"2", "bee"\n', "names in Image_ID, classes in x"),
-        ("id,age,Class Name,box\n1,7,ant,\n2,,bee,1 2\n", "names in id, classes in Class Name"),
+        (
+            "id,age,Class Name,box\n1,7,ant,\n2,,bee,1 2\n",
+            "names in id, classes in Class Name; columns not used: age, box\n",
+        ),
         ("image\tfold\tlabel\n1.jpg\t0\tant\n2.jpg\t1\tbee\n", "names in image, classes in label"),
         ("id label\n1 ant\n2.jpg bee\n", "names in id, classes in label"),
         ("1.jpg,ant 1 2 3 4.5 ant -5 6 7 8\n2.jpg,bee 1 2 3 4 \n", "2 lines have boxes, which"),
         ("1,ant\n2,bee\n", ""),
+        ("train\\1.jpg,ant\nC:\\x\\2.jpg,bee\n", ""),
     ],
 )
 def test_tables(tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +168,7 @@ def test_names_that_differ_in_their_folders(tmp_path: Path, form: str, suffix: s
         "1.jpg": "dog",
         "2.jpg": "eel",
     }
-    written = ("in/x/1", "./in/y/1", "in//x/y/1", "1", "elsewhere/2")
+    written = (r"in\x\1", "./in/y/1", "in//x/y/1", "1", r"elsewhere\2")
     rows = [f"{name}{suffix},{c}\n" for name, c in zip(written, classes.values(), strict=True)]
     labels = write(tmp_path / "labels.csv", "".join(rows))
     contents = {f"in/{path}": b"" for path in classes}
@@ -235,6 +249,8 @@ def test_refused_labels_of_several_sources(tmp_path: Path) -> None:
     fault = "one class a line, in the order of the names, is for one source, not 2"
     assert line.endswith(f"{labels}: {fault}; write `name class`")
     labels.write_text("".join(f"{n},{c}\n" for n, c in CLASS_OF.items()))
+    line = refuse("--src", *tars, "--labels", write(tmp_path / "x.json", "{}"), *out, status=4)
+    assert "x.json: a text file is needed, with `name class` on each line, or a CSV" in line
     records = make_records(tmp_path / "x.rec", [(0, 0, jpeg(0))])
     line = refuse("--src", *tars, records, "--labels", labels, *out, status=2)
     assert f"x.rec has its own labels: leave out the labels file {labels}" in line
@@ -249,13 +265,15 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     labels = write(tmp_path / "some.csv", "0,ant\n1,bee\n3,bee\n")
     source = tmp_path / form
     args = ("--src", source, "--labels", labels, "--out", tmp_path / "out")
-    assert "3 names do not fit" in refuse(*args, status=4)
+    line = refuse(*args, status=4)
+    hint = f"to take the others as unlabeled images, add --unlabeled-src {shlex.quote(str(source))}"
+    assert "3 names do not fit" in line and line.endswith(f"; {hint}")
     other = make_tree(tmp_path / "other", {"2.jpg": jpeg(2)})
     assert "3 names do not fit" in refuse(*args, "--unlabeled-src", other, status=4)
     done = run("pack", *args, "--unlabeled-src", source)
     said = f"make_rec: {source}: 3 images have a line in {labels}, 3 have none: left to --unlabeled"
     assert done.stderr.count(said) == 1
-    assert f"{source}: 3 of its images are in {source}, too: packed once" in done.stderr
+    assert "packed once" not in done.stderr
     rows = read_split(tmp_path / "out", "train")
     assert {key.rpartition("/")[2]: label for _, label, key, _ in rows} == {
         "0.jpg": 0, "1.jpg": 1, "2.jpg": -1, "3.jpg": 1, "4.jpg": -1, "5.jpg": -1
@@ -281,6 +299,25 @@ def test_images_without_a_label(tmp_path: Path) -> None:
     held = ("--val", tree, "--val-labels", labels)
     line = refuse("--src", tree, "--labels", labels, *held, *how, status=4)
     assert "1.jpg: has no label (-1), which validation images need" in line
+
+
+def test_one_file_for_training_and_validation(tmp_path: Path) -> None:
+    """An image of either uses a line; a line of none is a fault of both."""
+    args = ["--labeled", 2, "--out", tmp_path / "out"]
+    labels = write(tmp_path / "all.csv", "".join(f"{n},{c}\n" for n, c in CLASS_OF.items()))
+    for option, numbers in (("src", range(4)), ("val", range(4, 6))):
+        images = {f"{number}.jpg": jpeg(number) for number in numbers}
+        args += [f"--{option}", make_tree(tmp_path / option, images)]
+    args += ["--labels", labels, "--val-labels", f"{tmp_path}/./all.csv"]
+    run("pack", *args)
+    assert len(read_split(tmp_path / "out", "train")) == 4
+    assert {key for *_, key, _ in read_split(tmp_path / "out", "val")} == {"ant/4.jpg", "bee/5.jpg"}
+    labels.write_text(f"{labels.read_text()}7.jpg,ant\n")
+    line = refuse(*args, status=4)
+    fault = f"1 name does not fit the images of {tmp_path}/src + {tmp_path}/val: 7.jpg (line 7, no"
+    assert f"{labels}: {fault}" in line
+    (tmp_path / "src/8.jpg").write_bytes(jpeg(8))
+    assert "8.jpg (no line); " in refuse(*args, status=4)
 
 
 def test_one_folder_for_all(tmp_path: Path) -> None:

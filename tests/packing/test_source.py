@@ -5,6 +5,7 @@ import shutil
 import tracemalloc
 import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,8 @@ def test_warnings(
         ("ant/notes.txt", r"no image found \(by suffix or first bytes\); .*ant/notes.txt"),
         (
             "a.jpg",
-            "1 image is outside any class folder: a.jpg; give the classes with --labels or --val-l",
+            r"1 image is outside any class folder: a.jpg; give their classes with --labels .* or "
+            "all as --unlabeled-src",
         ),
         ("ant/a\tb.jpg", r"'ant/a\\tb.jpg' has a tab or line break"),
         ("ant/a\nb.jpg", r"'ant/a\\nb.jpg' has a tab or line break"),
@@ -113,6 +115,27 @@ def test_warnings(
 def test_bad_names(tmp_path: Path, form: str, name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         listed(made(tmp_path, form, [name]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["d/test-0-of-1.parquet", "d/train-0-of-1.parquet"], "/d holds parquet files: give '"
+         "IN/d/train-*.parquet'"),
+        (["b.tar.gz", "a.tar.gz"], " holds tars: give 'IN/*.tar.gz'"),
+        (["x.txt", "a.tar"], " holds tars: give 'IN/a.tar'"),
+        (["x/1.zip", "x/2.zip"], "/x holds zip archives: give 'IN/x/1.zip'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("more", [[], ["ant/1.jpg"]])
+def test_files_that_hold_images(
+    tmp_path: Path, names: list[str], hint: str, more: list[str]
+) -> None:
+    tree = made(tmp_path, "in", [*names, *more])
+    source = opened(tree, tmp_path)
+    with nullcontext() if more else pytest.raises(DataError, match="no image found"):
+        list(source.images())
+    assert f"{tree}{hint}".replace("IN", str(tree)) in source.warnings
 
 
 @pytest.mark.parametrize(

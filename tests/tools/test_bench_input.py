@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest
+from mpl_fast.data.pipelines import Engine
 from tests.data.numbered_images import CLASSES, EACH, PLAIN, level, pack_numbered
 from tests.tiny_run import ROOT
 from tools.bench import input as bench_input
@@ -58,6 +61,23 @@ def test_the_sweep_is_of_our_settings(manifest: Manifest) -> None:
     on_gpu = bench_input.swept(setting._replace(device=torch.device("cuda")))
     assert len(on_gpu) == 3 * (3 + 7)
     assert "both: threads 2 prefetch 2 engine 0.12" in [one.name for one in on_gpu]
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "dtype"), [("cpu", False, torch.float32), ("cuda", True, torch.bfloat16)]
+)
+def test_dali_makes_what_training_takes(
+    device: str, half: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(build: Callable[[], Engine], _: object, __: object, dtype: torch.dtype) -> Any:
+        return build().half, dtype
+
+    monkeypatch.setattr(bench_input, "train_pipeline", lambda _, __, engine, strong: engine)
+    monkeypatch.setattr(bench_input, "Stream", stream)
+    split: Any = None
+    setting = Setting(DataConfig(image_size=16), split, 8, 2, torch.device(device))
+    opened: object = bench_input.streamed("dali", "both", setting).open()
+    assert opened == (half, dtype)
 
 
 @pytest.mark.skipif(not input_peers.has_spdl(), reason="SPDL is an optional peer")

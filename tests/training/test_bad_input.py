@@ -146,6 +146,17 @@ def test_a_network_that_never_moves_is_a_warning(
     assert (roles in done.stdout) == (recipe == "mpl_roleplay")
 
 
+@pytest.mark.parametrize("recipe", ["uda", "supervised"])
+def test_strong_views_that_may_be_gray_are_a_warning(
+    recipe: str, tiny_rec: Path, tmp_path: Path
+) -> None:
+    options = arguments(tmp_path / "run", tiny_rec, recipe=recipe)
+    done = train_here(*options, "--stop-at", "1", "--data.translate", "30")
+    assert done.returncode == 0
+    warning = "at data.magnitude 8 a translation is by 24 pixels (data.translate 30), and data."
+    assert (warning in done.stderr) == (recipe == "uda")
+
+
 def test_two_runs_in_one_directory(
     tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.training.build import eval_loader
 from mpl_fast.training.evaluate import evaluate, evaluate_run
+from mpl_fast.training.metrics import QueueLimiter
 from tests.tiny_run import arguments
 
 
@@ -50,6 +51,14 @@ BATCHES = [
 def test_counts_what_counts() -> None:
     found = evaluate(One(), BATCHES, 4)  # type: ignore[arg-type]
     assert found == {"top1": 50.0, "top5": 75.0, "count": 4}
+
+
+def test_the_queue_is_limited_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(QueueLimiter, "step", lambda limiter: steps.append("step"))
+    batches = (steps.append("batch") or batch for batch in BATCHES)  # type: ignore[func-returns-value]
+    evaluate(One(), batches, 4)  # type: ignore[arg-type]
+    assert steps == ["batch", "step", "batch", "step"]
 
 
 def test_a_missing_image_is_an_error() -> None:

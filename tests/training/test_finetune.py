@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpl_fast import models
-from mpl_fast.config import FinetuneConfig, LearnerConfig
+from mpl_fast.config import FinetuneConfig, LearnerConfig, RunConfig
 from mpl_fast.errors import CheckpointError
 from mpl_fast.learner import Learner
 from mpl_fast.training.checkpoint import load_start
+from mpl_fast.training.run_dir import other_images
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here
 
@@ -127,6 +128,24 @@ def test_best_and_last_are_both_reported(name: str, tuned: Path) -> None:
     assert line in (tuned / "output.txt").read_text()
     if name == "still":  # the first of equals, which is before the stop
         assert at == 0 and summary["top1"] == best
+
+
+def test_a_start_of_other_images_is_a_warning(starts: Path, tiny_rec: Path, tmp_path: Path) -> None:
+    start, default = shutil.copytree(starts / "mpl", tmp_path / "start"), [0.485, 0.456, 0.406]
+    config = start / "config.yaml"
+    config.write_text(config.read_text().replace("image_size: 16", "image_size: 32"))
+    options = arguments(tmp_path / "run", tiny_rec, recipe="supervised")
+    options += ["--recipe", "finetune", "--algorithm.start", str(start)]
+    done = train_here(*options, "--stop-at", "1", "--data.mean", "[0.5,0.5,0.5]")
+    assert done.returncode == 0 and done.stderr == (
+        f"warning: {start} was trained on other images: data.image_size was 32 and is 16, "
+        f"data.mean was {default} and is [0.5, 0.5, 0.5]; give its values if not meant\n"
+    )
+    config.write_text("data: [")
+    done = train_here(*options, "--run-dir", str(tmp_path / "other"))
+    assert done.returncode == 2 and f"{config} is not YAML: while parsing" in done.stderr
+    config.unlink()
+    assert other_images(str(start), RunConfig()) == ""
 
 
 def test_a_start_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
-from mpl_fast.training.metrics import Meter, Row, non_finite
+from mpl_fast.training.metrics import Meter, Row, moment, non_finite
+
+NONE = (0.0, 0.0)  # no wait
 
 
 def add(meter: Meter, waited: float = 0.0, **values: float) -> None:
-    meter.add({name: torch.tensor(value) for name, value in values.items()}, waited)
+    meter.add({name: torch.tensor(value) for name, value in values.items()}, (50.0, 50.0 + waited))
 
 
 def closed(meter: Meter, step: int = 3) -> Row:
@@ -57,13 +59,13 @@ def test_metrics_that_are_a_sum_and_a_count() -> None:
     """Their mean is over what was counted; they are not in a row in which that was nothing."""
     meter = Meter()
     for right, known in ((1.0, 2.0), (0.0, 0.0), (3.0, 4.0)):
-        meter.add({"share": torch.tensor([right, known]), "a": torch.tensor(right)}, 0.0)
+        meter.add({"share": torch.tensor([right, known]), "a": torch.tensor(right)}, NONE)
     row = closed(meter)
     assert (row["share"], row["a"]) == pytest.approx((4 / 6, 4 / 3))
-    meter.add({"a": torch.tensor(1.0), "share": torch.zeros(2)}, 0.0)
+    meter.add({"a": torch.tensor(1.0), "share": torch.zeros(2)}, NONE)
     row = closed(meter)
     assert "share" not in row and row["a"] == 1.0 and non_finite(row) is None
-    meter.add({"a": torch.tensor(math.nan), "share": torch.zeros(2)}, 0.0)
+    meter.add({"a": torch.tensor(math.nan), "share": torch.zeros(2)}, NONE)
     assert non_finite(closed(meter)) == "a"
 
 
@@ -85,6 +87,39 @@ def test_a_late_row_has_the_time_of_its_own_interval(monkeypatch: pytest.MonkeyP
     (_, first), (_, second) = meter.rows()
     assert (first["train_seconds"], second["train_seconds"]) == (2.0, 0.5)
     assert (first["data_wait"], second["data_wait"]) == (0.5, 0.25)
+
+
+class Event:
+    """In place of a CUDA event, whose time must not be read before the row is due."""
+
+    due = False
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.due and end is not self
+        return 250.0  # ms
+
+
+def test_waits_of_a_gpu_are_read_late_from_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("mpl_fast.training.metrics.time.perf_counter", lambda: next(clock))
+    meter = Meter()
+    for _ in range(4):
+        meter.add({"a": torch.tensor(1.0)}, (Event(), Event()))  # type: ignore[arg-type]
+    meter.close(4, {}, {})
+    monkeypatch.setattr(Event, "due", True)
+    ((_, row),) = meter.rows()
+    assert row["data_wait"] == 0.5
+
+
+@pytest.mark.gpu
+def test_a_wait_of_the_device_alone_counts() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    meter = Meter()
+    began = moment(device)
+    torch.cuda._sleep(1_000_000_000)  # cycles, of which the host waits for none
+    meter.add({"a": torch.ones((), device=device)}, (began, moment(device)))
+    torch.cuda.synchronize()
+    assert closed(meter)["data_wait"] > 0.1
 
 
 def test_a_pause_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from mpl_fast.algorithms.base import Metrics
 from mpl_fast.config import RECIPES, DataConfig
 from mpl_fast.data import contact_sheet
 from mpl_fast.data.manifest import read_manifest
-from mpl_fast.training.metrics import Meter
+from mpl_fast.training.metrics import Meter, Wait
 from tests.packing.packs import pack
 from tests.tiny_run import ALGORITHMS, arguments, rows, train_here, write_digits
 
@@ -62,9 +62,9 @@ def test_the_accuracy_is_that_of_images_with_a_label(
     """6 steps of 8 images, of 70, of which 30 have a label: one mean over all of those."""
     added, add = [], Meter.add
 
-    def noted(self: Meter, metrics: Metrics, waited: float) -> None:
+    def noted(self: Meter, metrics: Metrics, wait: Wait) -> None:
         added.append(metrics["accuracy/pseudo"].tolist())
-        add(self, metrics, waited)
+        add(self, metrics, wait)
 
     monkeypatch.setattr(Meter, "add", noted)
     run = arguments(tmp_path / "run", digits / "some", recipe="fixmatch")

@@ -1,7 +1,8 @@
 """Measures DALI's training input against torchvision v2 in a DataLoader, on the same records.
 
-All variants are open at once and take turns in short rounds. Each delivers normalized float32
-batches with equal threads, or worker processes. Ratios are those within a round.
+All variants are open at once and take turns in short rounds. Each delivers normalized batches with
+equal threads, or worker processes: float32, DALI on a GPU bfloat16, as training takes them. Ratios
+are those within a round.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from mpl_fast.config import DataConfig
+from mpl_fast.data.loader import returns_half
 from mpl_fast.data.manifest import Split, read_manifest
 from mpl_fast.data.pipelines import Engine, decode, read_shuffled, train_pipeline
 from mpl_fast.data.stream import Stream
@@ -232,14 +234,16 @@ def streamed(name: str, task: Task, setting: Setting) -> Variant:
     """The tensors as training gets them."""
     config, split, batch, threads, device = setting
     gpu = 0 if device.type == "cuda" else None
-    engine = Engine(batch=batch, gpu=gpu, threads=threads, shard=0, shards=1)
+    dtype = torch.float32 if gpu is None else torch.bfloat16  # of `precision: auto`
+    half = returns_half(dtype, device)
+    engine = Engine(batch=batch, gpu=gpu, threads=threads, shard=0, shards=1, half=half)
 
     def build() -> Pipeline:
         if task == "decode":
             return decoding_pipeline(config, split, engine)
         return train_pipeline(config, split, engine, strong=task == "both")
 
-    batches = partial(Stream, build, split, device, torch.float32)
+    batches = partial(Stream, build, split, device, dtype)
     return Variant(name, task, batches, config.prefetch, False)
 
 

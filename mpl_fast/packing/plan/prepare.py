@@ -10,6 +10,7 @@ from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import check_labeled, read_amount
 from mpl_fast.packing.plan.make_plan import make_plan
 from mpl_fast.packing.sources.kinds import find_path, open_source
+from mpl_fast.packing.sources.labels import Labels
 from mpl_fast.packing.sources.labels_file import read_labels
 from mpl_fast.packing.sources.tar import clean_name
 
@@ -94,7 +95,7 @@ def plan_to(path: Path, options: PackOptions) -> None:
     ]
     val = None
     if options.val is not None and not is_drawn(options.val):
-        held = read_labels(options.val_labels, report) if options.val_labels else None
+        held = _val_labels(options.val_labels, labels, report)
         in_pool = _identity(options.val) in pools
         val = open_source(options.val, *how, labels=held, partial=in_pool)
     if options.class_from and not any(source.by_folder for source in filter(None, [*train, val])):
@@ -102,6 +103,14 @@ def plan_to(path: Path, options: PackOptions) -> None:
         raise ConfigError(f"--class-from {options.class_from}: {fault}")
     pool = [open_source(spec, *how, unlabeled=True) for spec in options.unlabeled_src]
     make_plan(path, train, val, options, pool, warn=warn)
+
+
+def _val_labels(
+    path: Path | None, labels: Labels | None, report: Callable[[str], None]
+) -> Labels | None:
+    if path and labels and labels.has_names and path.samefile(labels.path):
+        return labels.for_validation()
+    return read_labels(path, report) if path else None
 
 
 def _reporter(options: PackOptions) -> Callable[[str], None]:

@@ -17,20 +17,27 @@ def leave_out_twins(
     A folder of everything is then the rest beside its labeled part. Equal images in other files
     are packed, and counted at the end. Returns warnings; DataError when no image is left.
     """
-    warnings = []
+    warnings, found = [], 0
     for other, spec in enumerate(one.spec for one in earlier):
         same = same_files(number, source, other, earlier[other])
         if same is None:
             continue
         where, values = same
         removed = table.execute(f"DELETE FROM found.images WHERE {where}", values).rowcount
-        if removed:
+        found += removed
+        if removed and not _left_by_labels(source, earlier[other]):
             what = counted(removed, "of its images is", "of its images are")
             warnings.append(f"{source.spec}: {what} in {spec}, too: packed once, as that one's")
     left = "SELECT 1 FROM found.images WHERE source = ? LIMIT 1"
-    if warnings and not table.execute(left, (number,)).fetchone():
+    if found and not table.execute(left, (number,)).fetchone():
         raise DataError(f"{source.spec}: all its images are other sources': leave it out")
     return warnings
+
+
+def _left_by_labels(source: Source, earlier: Source) -> bool:
+    """Return whether a source is what a labels file left of itself, which was reported."""
+    one, two = ((each.place, each.request.folder, each.request.files) for each in (source, earlier))
+    return earlier.request.partial and one == two
 
 
 def same_files(

@@ -1,5 +1,6 @@
 """Sources in which the folder of an image file names its class, or a labels file does."""
 
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,13 @@ from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.source import FOLDER, Image, Source
 
 ANNOTATIONS = "val_annotations.txt"  # Tiny-ImageNet's: the classes of the images below its folder
+_PACKED = {  # suffixes of files that hold images
+    ".parquet": "parquet files",
+    ".rec": "records",
+    ".zip": "zip archives",
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), "tars"),
+}
+_START = re.compile(r"[^\d]+(?=\d)")  # of the names of shards
 
 
 class Entry(NamedTuple):
@@ -52,6 +60,8 @@ class ClassFolders(Source):
 
     def _list(self) -> Iterator[Image]:
         self._others = Tally(3)
+        # Those that hold images, by suffix: how many, and the first, where train is before others.
+        self._packed: dict[str, tuple[int, tuple[bool, str]]] = {}
         self._folders: set[str] = set()
         self._counts: Counter[str] = Counter()  # images by folder
         self._outside = Tally(3)  # images without a class
@@ -96,6 +106,10 @@ class ClassFolders(Source):
         folder, _, name = path.rpartition("/")
         if name != ANNOTATIONS or self.request.labels or self.request.unlabeled:
             self._others.add(path)
+            for suffix in filter(name.endswith, _PACKED):
+                this = (not name.startswith("train"), path)
+                count, first = self._packed.get(suffix, (0, this))
+                self._packed[suffix] = count + 1, min(first, this)
         elif folder:
             fault = f"{path} gives the classes of images beside it"
             raise DataError(f"{self.spec}: {fault}; name {folder} as a source of its own")
@@ -109,6 +123,8 @@ class ClassFolders(Source):
         if count := self._others.count:
             what = counted(count, "file is not an image", "files are not images")
             self._warn(f"{what}, left out: {self._others}")
+        if self.kind == FOLDER:
+            self._warn_of_packed()
         if self.request.unlabeled:
             return  # what follows is about classes
         filled: set[str] = set()
@@ -122,13 +138,21 @@ class ClassFolders(Source):
             )
             self._warn(f"{what} no class: {first_few(empty)}")
 
+    def _warn_of_packed(self) -> None:
+        """Print how files that hold images are given."""
+        for suffix, (count, (_, path)) in self._packed.items():
+            folder, _, name = f"{self.spec.rstrip('/')}/{path}".rpartition("/")
+            if count > 1 and suffix not in (".rec", ".zip"):  # a pattern may name them
+                start = _START.match(name)
+                name = f"{start[0] if start else ''}*{suffix}"
+            self.warnings.append(f"{folder} holds {_PACKED[suffix]}: give '{folder}/{name}'")
+
     def _conclude(self) -> None:
         """Print what was found out about the classes; DataError unless every image has one."""
         class_from = self.request.class_from
         if count := self._outside.count:
             depth, what = level(class_from), counted(count, "image is", "images are")
-            fault = "outside any class folder"
-            hint = "give the classes with --labels or --val-labels, or name the folder above"
+            fault, hint = "outside any class folder", self._outside_hint()
             if depth > 1:
                 fault, hint = f"below fewer than {depth} folders", "give another --class-from"
             raise DataError(f"{self.spec}: {what} {fault}: {self._outside}; {hint}")
@@ -139,6 +163,15 @@ class ClassFolders(Source):
                 self.request.report(f"{self.spec}: {line}")
         for line in class_warnings(self._counts, class_from):
             self._warn(line)
+
+    def _outside_hint(self) -> str:
+        """Return what to do with images outside class folders."""
+        given = "with --labels (of --val: --val-labels)"
+        if self._counts.keys() != {""}:
+            return f"move them into one, or away, or give all classes {given}"
+        hint = f"give their classes {given}, or all as --unlabeled-src if nobody has labeled them"
+        above = self.kind == FOLDER or self.request.folder
+        return f"{hint}, or the folder above if this one is a class" if above else hint
 
 
 def _annotated(content: bytes, where: str) -> Labels:

@@ -1,5 +1,6 @@
 """Classes of images by their names, from a labels file or another list."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,10 +37,20 @@ class Labels:
         self._by_name: dict[str, LabelLine] = {}
         self._by_path: dict[str, LabelLine] = {}  # of those that are _SEVERAL by name
         self._specs: list[str] = []
+        self._lacking: list[str] = []  # of those with images without a line
         self._images: Counter[int] = Counter()  # by number of their line
+        # Of the training images if the file is for both; None: those come first.
+        self._earlier: Counter[int] | None = Counter()
         self._faults = Tally()
         for line in lines if self.has_names else ():
             self._add(line)
+
+    def for_validation(self) -> "Labels":
+        """Return the same for validation images, after which lines of neither are faults."""
+        held = Labels(self.path, self._lines)
+        held._specs = self._specs
+        held._earlier, self._earlier = self._images, None
+        return held
 
     @property
     def has_names(self) -> bool:
@@ -47,14 +58,17 @@ class Labels:
         return all(line.path for line in self._lines[:1])
 
     def _add(self, line: LabelLine) -> None:
-        path = _clean(line.path)
+        for path in _forms(line.path):
+            self._add_path(line, path)
+
+    def _add_path(self, line: LabelLine, path: str) -> None:
         name = path.rpartition("/")[2]
         other = self._by_name.get(name)
         if other is None:
             self._by_name[name] = line
             return
         if other is not _SEVERAL:
-            self._by_path[_clean(other.path)] = other
+            self._by_path |= dict.fromkeys(_forms(other.path), other)
             self._by_name[name] = _SEVERAL
         if first := self._by_path.get(path):
             fault = f"{line.path} is on line {first.number} already"
@@ -68,8 +82,9 @@ class Labels:
         and the request is a partial one.
         """
         self._specs.append(request.spec)
-        partial = request.partial and self.has_names
-        if not self.has_names:
+        named = self.has_names
+        partial = request.partial and named
+        if not named:
             images = self._in_order(images)
         folder = f"{request.path.absolute()}/{request.folder}/"
         found = left = 0
@@ -83,10 +98,13 @@ class Labels:
             left += 1
             if not partial:
                 self._faults.add(f"{image.path} (no line)")
+        if left and named and not partial:
+            self._lacking.append(shlex.quote(request.spec))
         if left and not found:
             what = f"any of the {left} images" if left > 1 else "the image"
+            its = "".join(f"; its names are as {line.path}" for line in self._lines[:1])
             raise DataError(
-                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}"
+                f"{self.path}: has no line for {what} of {request.spec}, as {image.path}{its}"
             )
         if left and partial:
             what = counted(found, "image has", "images have")
@@ -118,21 +136,33 @@ class Labels:
         return None
 
     def require_fit(self) -> None:
-        """DataError unless the lines fit the images of all sources one to one."""
+        """DataError unless the lines fit the images of all sources one to one.
+
+        If the file is for validation images, too, each fits an image of either or of both.
+        """
         for line in self._lines:
             count = self._images[line.number]
-            if not count:
+            if not (count or self._earlier is None or self._earlier[line.number]):
                 self._faults.add(f"{line.path or line.label} (line {line.number}, no image)")
             elif count > 1:
                 self._faults.add(f"{line.path} ({count} images)")
         if self._faults.count:
             what = counted(self._faults.count, "name does not fit", "names do not fit")
-            sources = " + ".join(self._specs)
-            raise DataError(f"{self.path}: {what} the images of {sources}: {self._faults}")
+            sources, lacking = " + ".join(self._specs), " ".join(self._lacking)
+            hint = f"; to take the others as unlabeled images, add --unlabeled-src {lacking}"
+            raise DataError(
+                f"{self.path}: {what} the images of {sources}: {self._faults}"
+                f"{hint if lacking else ''}"
+            )
 
 
 def _clean(path: str) -> str:
     return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _forms(path: str) -> Iterable[str]:
+    """Return a path as it is, and as one of Windows."""
+    return dict.fromkeys((_clean(path), _clean(path.replace("\\", "/"))))
 
 
 def _stem(path: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted, first_few
+from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES
 from mpl_fast.packing.sources.labels import LabelLine, Labels
 from mpl_fast.packing.sources.lists import text_lines
 
@@ -21,6 +22,7 @@ _CLASSES = re.compile(
     r"(label|class|category)(e?s|id|name)?|cls|target|breed|species|wnid|synset|predictionstring"
 )
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
+_UNDECODED = re.compile(r"[\ud800-\udfff]")  # bytes that are not UTF-8
 _BOX = 4  # numbers behind the class
 
 
@@ -36,20 +38,26 @@ def read_labels(path: Path, report: Callable[[str], None]) -> Labels:
     columns, column, boxes = 0, 1, 0
     for number, text in text_lines(path):
         where = f"{path}: line {number}"
+        if not columns:
+            _refuse_other_forms(path, text)
         fields = _fields(text, where)
         if not columns:
             columns, is_header = len(fields), bool(_NAMES.fullmatch(_plain(fields[0])))
             column = _class_column(fields, is_header, where)
             if is_header:
-                titles = f"names in {fields[0]}, classes in {fields[column]}"
-                report(f"{where} is its header: {titles}")
+                report(f"{where} is its header: {_titles(fields, column)}")
                 continue
         if len(fields) != columns:
             raise DataError(f"{where}: {text!r}: {len(fields)} columns, but {columns} before")
         name, label = fields[0], _without_boxes(fields[column], f"{where}: {fields[0]}")
         boxes += label != fields[column]
+        if name and not label:
+            fault = "has no class: leave the line out, or write -1 for an unlabeled image"
+            raise DataError(f"{where}: {name} {fault}")
         if not label or (lines and bool(name) != bool(lines[0].path)):
             raise DataError(f"{where}: {text!r}: each line must be `name class`, or each a class")
+        if not label.isascii() and _UNDECODED.search(label):
+            raise DataError(f"{path}: not UTF-8: line {number}; convert the file")
         if "/" in label:
             raise DataError(f"{where}: a class with a slash in it: {label!r}")
         lines.append(LabelLine(number, name, "" if label == str(NO_LABEL) else label))
@@ -59,6 +67,17 @@ def read_labels(path: Path, report: Callable[[str], None]) -> Labels:
     if boxes:
         report(f"{path}: {counted(boxes, 'line has', 'lines have')} boxes, which are not used")
     return Labels(str(path), lines)
+
+
+def _refuse_other_forms(path: Path, text: str) -> None:
+    """DataError when the first line is not that of a labels file."""
+    if "\0" in text or path.suffix.lower() in (".json", ".jsonl"):
+        fault = "a text file is needed, with `name class` on each line, or a CSV with a header"
+        raise DataError(f"{path}: {fault}")
+    first, semicolon, _ = text.partition(";")
+    is_name = _NAMES.fullmatch(_plain(first)) or first.lower().endswith(IMAGE_SUFFIXES)
+    if semicolon and is_name and not {"\t", ","} & {*text}:
+        raise DataError(f"{path}: lines are separated by ';': use a comma or a tab")
 
 
 def _fields(text: str, where: str) -> list[str]:
@@ -89,6 +108,12 @@ def _class_column(fields: Sequence[str], header: bool, where: str) -> int:
         raise DataError(f"{where}: {what} without a header: {hint}")
     several = "several columns may be" if found else "no column is named as"
     raise DataError(f"{where}: {several} the class among {what}: name one of them label")
+
+
+def _titles(fields: Sequence[str], column: int) -> str:
+    unused = first_few([title for at, title in enumerate(fields) if at not in (0, column)])
+    rest = f"; columns not used: {unused}" if unused else ""
+    return f"names in {fields[0]}, classes in {fields[column]}{rest}"
 
 
 def _without_boxes(label: str, where: str) -> str:
