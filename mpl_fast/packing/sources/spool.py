@@ -23,7 +23,6 @@ _Opener: TypeAlias = Callable[[Path, Literal["rb"]], AbstractContextManager[Stre
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 _DAMAGE = (
     *(tarfile.TarError, lzma.LZMAError, zlib.error, EOFError),
-    RecursionError,  # a thousand tars, each in another
     *(ValueError, OverflowError),  # tarfile uses any number in a damaged header as an offset
 )
 

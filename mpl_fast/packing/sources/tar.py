@@ -19,6 +19,7 @@ _SHOWN = 10  # names that an error lists
 _PEEKED = 16  # members by which the kind of an archive is recognized
 _PEEKED_BYTES = 1 << 24  # in which they end
 _HEADER = 1 << 20  # bytes of a header, such as a long name
+_DEEPEST = 100  # folders and tars above a tar: each tar is a level of recursion
 _PADDING = 1 << 20  # bytes after the end mark that are searched for a second archive
 
 
@@ -134,6 +135,8 @@ def _members(raw: IO[bytes], start: int, stop: int, prefix: str, shown: Path) ->
             if item.issym() or item.islnk() or item.issparse():
                 raise DataError(f"{shown}: {name} is a link or sparse; pack from the unpacked tree")
             if item.isreg() and name.endswith(".tar"):
+                if name.count("/") >= _DEEPEST:
+                    raise DataError(f"{shown}: {name} is in more than {_DEEPEST} folders or tars")
                 inner = f"{name.removesuffix('.tar')}/"
                 yield Entry(inner[:-1], 0, -1)
                 end = item.offset_data + item.size
