@@ -16,6 +16,7 @@ from torch import Tensor
 from mpl_fast.kernels.outputs import (
     CEOut,
     CosineOut,
+    Dual,
     Pseudo,
     PseudoLabels,
     Scalar,
@@ -125,6 +126,43 @@ def mpl_feedback(
     # NaN or infinity would stay in the mean for good. NaN is not less than infinity either.
     average.lerp_(torch.where(h.abs() < math.inf, h, average), 1.0 - momentum)
     return h - average
+
+
+def batch_norm_jvp(
+    x: Dual,
+    weight: Dual,
+    bias: Dual,
+    given: tuple[Tensor, Tensor] | None,
+    eps: float,
+    slope: float,
+) -> Dual:
+    """Batch norm and a leaky ReLU, with their derivative along the tangents; no gradient flows.
+
+    x: (N, C, ...) floating point. weight, bias: (C,). given: the mean and the variance of each
+    channel, (C,), taken as constants; None: those of the batch, and their derivatives. slope: of
+    the ReLU below 0; 1 is none. Returns y and dy of x's shape and type, and arithmetic is at least
+    float32. Ioffe and Szegedy, arXiv 1502.03167, differentiated by the chain rule.
+    """
+    over = [axis for axis in range(x.primal.dim()) if axis != 1]
+    shape = [1, -1] + [1] * (x.primal.dim() - 2)
+    primal, e, w, dw, b, db = map(_wide, (*x, *weight, *bias))
+    if given is None:
+        var, mean = torch.var_mean(primal, over, correction=0, keepdim=True)
+        e = e - e.mean(over, keepdim=True)
+    else:
+        mean, var = (_wide(tensor).view(shape) for tensor in given)
+    w, dw, b, db = (tensor.view(shape) for tensor in (w, dw, b, db))
+    d = primal - mean
+    scale = (var + eps).rsqrt()
+    along = dw * scale
+    if given is None:
+        along = along - w * scale**3 * (d * e).mean(over, keepdim=True)
+    y = torch.addcmul(b, d, w * scale)
+    dy = torch.addcmul(db, d, along).addcmul_(e, w * scale)
+    if slope != 1.0:
+        active = y > 0
+        y, dy = (torch.where(active, tensor, slope * tensor) for tensor in (y, dy))
+    return Dual(y.to(x.primal.dtype), dy.to(x.primal.dtype))
 
 
 def _wide(logits: Tensor) -> Tensor:

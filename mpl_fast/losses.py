@@ -39,6 +39,7 @@ from mpl_fast.kernels import checks, reference
 from mpl_fast.kernels.outputs import (
     CEOut,
     CosineOut,
+    Dual,
     Pseudo,
     PseudoLabels,
     Scalar,
@@ -90,6 +91,16 @@ class Backend(Protocol):
     ) -> CosineOut: ...
 
     def exact_feedback(self, logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor: ...
+
+    def batch_norm_jvp(
+        self,
+        x: Dual,
+        weight: Dual,
+        bias: Dual,
+        given: tuple[Tensor, Tensor] | None,
+        eps: float,
+        slope: float,
+    ) -> Dual: ...
 
 
 def _choice_of_environment() -> Choice:

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from mpl_fast import losses
 from mpl_fast.kernels import aot
+from mpl_fast.kernels.outputs import Dual
 from tests.kernels.cases import EVERY_TERMS, LOSSES, TERMS, Arguments, named
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,8 @@ Launched = tuple[str, Any, float]
 LABELS = torch.arange(9)
 SCALAR, DOUBLE = torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)
 # Of PyTorch's operations these launch nothing: they allocate, or look at memory in another way.
-SILENT = {"detach", "new_empty", "split_with_sizes", "unbind", "slice"}
+SILENT = {"detach", "empty_like", "movedim", "new_empty", "permute", "split_with_sizes", "unbind"}
+SILENT |= {"slice", "view"}
 
 
 class Launches(TorchDispatchMode):
@@ -109,6 +111,34 @@ def test_feedback(kernels: list[Launched]) -> None:
     with Launches(kernels) as counted:
         losses.mpl_feedback(SCALAR, SCALAR, SCALAR.clone())
     assert counted.all() == ["abs", "clone", "lerp_", "lt", "sub", "sub", "where"]
+
+
+def normalized(rows: int, channels: int, given: bool) -> None:
+    image = torch.zeros(rows, channels, 2, 2).to(memory_format=torch.channels_last)
+    channel = torch.zeros(channels)
+    x, weight = Dual(image, image), Dual(channel, channel)
+    rule = losses.backend(image).batch_norm_jvp
+    rule(x, weight, weight, (channel, channel) if given else None, 1e-5, 0.0)
+
+
+def test_batch_norm_with_derivative_and_relu(kernels: list[Launched]) -> None:
+    with Launches(kernels) as counted:
+        normalized(9, 16, given=False)
+    assert counted.all() == ["join_kernel", "moments_kernel", "normalize_kernel"]
+    with Launches(kernels) as counted:
+        normalized(9, 16, given=True)
+    assert counted.all() == ["normalize_kernel"]
+
+
+def test_numbers_of_images_and_most_of_channels_are_not_compiled_in(
+    kernels: list[Launched],
+) -> None:
+    found = set()
+    for rows, channels in ((7, 64), (8, 64), (9, 128), (16, 2048)):
+        before = len(kernels)
+        normalized(rows, channels, given=False)
+        found |= {kernel.hash for _, kernel, _ in kernels[before:]}
+    assert len(found) == 3 + 1  # one step of a program is compiled in as a number
 
 
 def everything(x: Tensor, label: Tensor, numbers: Tensor) -> None:
