@@ -53,11 +53,9 @@ def read(kernel: Any) -> Code:
     resources = _resources(kernel.asm["cubin"])
     blocks = _lines_of_blocks(kernel.asm["ttgir"], 32 * kernel.metadata.num_warps)
     shared = int(kernel.metadata.shared)
-    return Code(
-        *(resources[name] for name in ("REG", "STACK", "LOCAL")),
-        shared,
-        *_widths(kernel.asm["ptx"], blocks),
-    )
+    loads, stores, narrow = _widths(kernel.asm["ptx"], blocks)
+    registers, stack, local = (resources[name] for name in ("REG", "STACK", "LOCAL"))
+    return Code(registers, stack, local, shared, loads, stores, narrow)
 
 
 def _resources(binary: bytes) -> dict[str, int]:

@@ -46,9 +46,9 @@ class _Normalized(Tensor):
     @classmethod
     def like(cls, x: Tensor, compute: Callable[[float], Tensor]) -> Tensor:
         """Of the shape and type of x; `compute` takes the slope of a leaky ReLU below 0."""
-        new = cls._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)  # type: ignore[attr-defined]
+        new: _Normalized = cls._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
         new._compute, new._value = compute, None
-        return new  # type: ignore[no-any-return]
+        return new
 
     @classmethod
     def __torch_function__(
@@ -121,6 +121,7 @@ def _batch_norm(
     def compute(slope: float) -> Tensor:
         rule = losses.backend(x.primal).batch_norm_jvp
         y, dy = rule(x, scale, shift, given, eps, slope)
-        return forward_ad.make_dual(y, dy)
+        dual: Tensor = forward_ad.make_dual(y, dy)
+        return dual
 
     return _Normalized.like(x.primal, compute)

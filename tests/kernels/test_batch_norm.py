@@ -25,9 +25,9 @@ class Problem(tuple[Dual, Dual, Dual, Given]):
     """Activation, weight, bias and given statistics."""
 
     def double(self) -> "Problem":
-        *duals, given = self
-        wide = (Dual(*(x.double() for x in dual)) for dual in duals)
-        return Problem((*wide, given and tuple(x.double() for x in given)))
+        x, w, b = (Dual(*(t.double() for t in dual)) for dual in self[:3])
+        given = self[3] and (self[3][0].double(), self[3][1].double())
+        return Problem((x, w, b, given))
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +68,9 @@ def of_pytorch(p: Problem, slope: float = 1.0) -> Dual:
     _load_forward_rules()
     x, w, b, given = p
     with torch.no_grad(), forward_ad.dual_level():
-        duals = [forward_ad.make_dual(*dual) for dual in (x, w, b)]
+        image, weight, bias = (forward_ad.make_dual(*dual) for dual in (x, w, b))
         mean, var = given or (None, None)
-        y = F.batch_norm(duals[0], mean, var, *duals[1:], training=given is None, eps=EPS)
+        y = F.batch_norm(image, mean, var, weight, bias, training=given is None, eps=EPS)
         return Dual(*forward_ad.unpack_dual(F.leaky_relu(y, slope)))
 
 
