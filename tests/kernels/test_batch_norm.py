@@ -107,12 +107,16 @@ def test_value_and_derivative(
 
 
 @pytest.mark.parametrize("mean", [300.0, -3000.0])
-@pytest.mark.parametrize("shape", [(5, 16, 9, 8), (3, 5, 7, 3)])
-def test_large_means_do_not_cancel(device: str, shape: tuple[int, ...], mean: float) -> None:
-    """What is left is the rounding of the mean to float32, at most 2**-24 of it."""
-    p = problem(device, shape, FLOAT, False, mean)
+def test_of_a_large_mean_no_more_than_itself_is_rounded(
+    fused: str, mean: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To float32, by at most 2**-24 of it; neither sums nor the means of many lanes are."""
+    from mpl_fast.kernels import batch_norm
+
+    monkeypatch.setattr(batch_norm, "TILE", 1024)
+    p = problem(fused, (4, 4, 64, 64), FLOAT, False, mean)
     for found, wanted in zip(ours(p), of_pytorch(p.double()), strict=True):
-        assert error(found, wanted) < 2**-23 * abs(mean)
+        assert error(found, wanted) < 0.8 * 2**-24 * abs(mean)
 
 
 def test_an_outlier_in_the_first_row_changes_no_digit_of_the_variance(device: str) -> None:
