@@ -70,7 +70,8 @@ VARIABLE = "MPL_FAST_LOSSES"
 
 
 class Backend(Protocol):
-    """An implementation of the losses, called with checked arguments: `fused` or `reference`."""
+    """An implementation of the losses, called with checked arguments, and of batch norm's forward-mode
+    derivative, which `learner/norm_jvp.py` calls: `fused` or `reference`."""
 
     def pseudo_labels(self, weak: Tensor, uniforms: Tensor | None) -> PseudoLabels: ...
 
