@@ -70,8 +70,10 @@ VARIABLE = "MPL_FAST_LOSSES"
 
 
 class Backend(Protocol):
-    """An implementation of the losses, called with checked arguments, and of batch norm's forward-mode
-    derivative, which `learner/norm_jvp.py` calls: `fused` or `reference`."""
+    """An implementation of the losses, called with checked arguments: `fused` or `reference`.
+
+    `batch_norm_jvp` is no loss: the learner's derivatives call it.
+    """
 
     def pseudo_labels(self, weak: Tensor, uniforms: Tensor | None) -> PseudoLabels: ...
 
