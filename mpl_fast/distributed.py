@@ -132,6 +132,16 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """Every rank's tensor, detached: ``(ranks, ...)`` in the order of ranks."""
+    x = x.detach()
+    if world_size() == 1:
+        return x[None]
+    found = x.new_empty(world_size() * x.numel())
+    dist.all_gather_into_tensor(found, x.flatten())
+    return found.view(world_size(), *x.shape)
+
+
 def barrier() -> None:
     """Blocks until every rank calls it, by an all-reduce of a CPU tensor."""
     sum_over_ranks(torch.zeros(1))

@@ -181,8 +181,6 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Contradictions between sections, each a line that begins with a key."""
         found = self._batch_problems() + self._start_problems() + self._graph_problems()
-        if self.model.norm == "sync" and self.compile != "off":
-            found.append("model.norm sync cannot be compiled: set --compile off, or norm batch")
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
         return found
