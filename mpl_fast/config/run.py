@@ -96,9 +96,9 @@ class ModelConfig:
     """Outputs of the last layer, which must equal the number of classes in the data; 0: that
     number."""
     norm: Literal["batch", "sync"] = "batch"
-    """Batch norm over each rank's own images, or over those of all ranks (sync: CUDA only, not
-    compiled), for batches too small to be normalized alone. The student's labeled loss in the
-    feedback is always normalized on each rank alone."""
+    """Batch norm over each rank's own images, or over those of all ranks (sync), for batches too
+    small to be normalized alone: one small exchange a layer in each pass, forward and backward. The
+    student's labeled loss in the feedback is always normalized on each rank alone."""
     norm_momentum: Fraction = 0.0
     """Share of a new batch in batch norm's running statistics; 0: as the network defines it (wrn
     0.001, timm 0.1)."""
