@@ -15,16 +15,20 @@ WORKERS, MAX_WORKERS = "TORCHINDUCTOR_COMPILE_THREADS", 32
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) -> None:
+def compile_in_place(
+    network: nn.Module, mode: Mode, *, graphs: bool = False, ddp: bool = False
+) -> None:
     """Compiles a network's `forward` for each input shape; parameters keep their names.
 
     `graphs`: passes replay CUDA graphs (no effect on a CPU). The caller must then call `mark_step`
     before every training step and every evaluation batch, and clone outputs that it keeps longer.
+    `ddp`: DDP will average the gradients.
     """
     if mode == "off":
         return
-    # Otherwise DDP's bucket boundaries would split the network into several graphs.
-    torch._dynamo.config.optimize_ddp = False
+    # Compiled whole, a network has all of its gradients at the end of its backward pass, and DDP
+    # would exchange nothing before. PyTorch splits it where DDP's buckets end.
+    torch._dynamo.config.optimize_ddp = ddp
     # One compilation for each mode and input shape; beyond the limit the network runs uncompiled.
     torch._dynamo.config.recompile_limit = 32
     # Dropout masks as in uncompiled code, where feedback exact takes its derivatives.
