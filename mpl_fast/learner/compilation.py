@@ -33,7 +33,11 @@ def compile_in_place(
     torch._dynamo.config.recompile_limit = 32
     # Dropout masks as in uncompiled code, where feedback exact takes its derivatives.
     torch._inductor.config.fallback_random = True
-    if WORKERS not in os.environ:  # Inductor's own default is a process a core in every rank
+    # Inductor's own default is a process a core in every rank; they start with the first graph. The
+    # ranks of a machine compile side by side: the keys of compiled graphs have the device's index,
+    # so that ranks share Triton's kernels on disk, but never a graph. If one rank compiled first,
+    # the others would then still have to lower every graph, which is most of their time.
+    if WORKERS not in os.environ:
         torch._inductor.config.compile_threads = min(MAX_WORKERS, cores_per_rank())
     global _graphs
     _graphs = _graphs or graphs
