@@ -35,8 +35,8 @@ def compile_in_place(
     torch._inductor.config.fallback_random = True
     # Inductor's own default is a process a core in every rank; they start with the first graph. The
     # ranks of a machine compile side by side: the keys of compiled graphs have the device's index,
-    # so that ranks share Triton's kernels on disk, but never a graph. If one rank compiled first,
-    # the others would then still have to lower every graph, which is most of their time.
+    # so that ranks share Triton's kernels on disk, but no graph. If one rank compiled first, the
+    # others would wait for it and then lower every graph again.
     if WORKERS not in os.environ:
         torch._inductor.config.compile_threads = min(MAX_WORKERS, cores_per_rank())
     global _graphs
