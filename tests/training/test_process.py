@@ -1,4 +1,4 @@
-"""A signal that arrives twice within a moment is one request to stop; a later Ctrl-C ends at once."""
+"""A signal that arrives twice within a moment is one request to stop; a late Ctrl-C ends at once."""
 
 import contextlib
 import os
