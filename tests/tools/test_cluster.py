@@ -4,7 +4,6 @@ are this one: stopped, killed and started again, they end bit for bit like a run
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 import yaml
 
 from tests.algorithms.problems import assert_same
-from tests.tiny_run import ROOT, arguments, environment, final_state
+from tests.tiny_run import ROOT, arguments, environment, final_state, free_port
 
 SLURM = ROOT / "tools" / "cluster" / "slurm.sh"
 PYTORCHJOB = ROOT / "tools" / "cluster" / "pytorchjob.yaml"
@@ -54,13 +53,6 @@ class Ended(NamedTuple):
     folder: Path
     step: int
     out: str
-
-
-def free_port() -> str:
-    """A port of this machine that nothing listens to."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return str(one.getsockname()[1])
 
 
 STARTED: list[subprocess.Popen[str]] = []

@@ -1,4 +1,4 @@
-"""A signal that arrives twice within a moment is one request to stop; a late Ctrl-C ends at once."""
+"""A signal that arrives twice within a moment is one request to stop; a late Ctrl-C ends it."""
 
 import contextlib
 import os

@@ -43,12 +43,9 @@ srun --wait=120 bash -c 'exec "$TORCHRUN" --nnodes="$SLURM_NNODES" --node-rank="
   --nproc-per-node="$RANKS" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
   mpl_fast/train.py --config "$CONFIG" --data.root "$REC" --run-dir "$RUN" "$@"' torchrun "$@" &
 step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done # a signal interrupts `wait`
 wait "$step"
 code=$?
-while kill -0 "$step" 2>/dev/null; do # the trap has interrupted `wait`
-  wait "$step"
-  code=$?
-done
 
 # torchrun ends with 1 whatever the reason. A job that was stopped, or has come further, is queued again;
 # one that fails without progress, as with a wrong option, is not, and neither is one that was canceled.
