@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mpl_fast.training.process import die_with_launcher
-from tests.null_gpu import machine, trainer
+from tests.null_gpu import machine
 from tests.null_gpu.test_trainer import options
 from tests.tiny_run import free_port
 
@@ -64,6 +64,8 @@ def test_a_machine_that_is_lost_ends_the_run_which_then_resumes(
 
 
 if __name__ == "__main__":
+    from tests.null_gpu import trainer  # loads the stubs
+
     die_with_launcher()
     trainer.main(sys.argv[1], json.loads(sys.argv[2]))
     sys.stdout.flush()
