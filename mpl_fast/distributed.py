@@ -86,7 +86,7 @@ def _device(wanted: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no GPU here: use --device cpu or auto")
     ranks, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if ranks > have:  # raised by every rank of this machine, of which rank 0 prints it
+    if ranks > have:  # raised by every rank of this machine, of which the first prints it
         raise ConfigError(f"{ranks} ranks for {have} GPUs here: use --nproc-per-node={have}")
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
