@@ -22,7 +22,7 @@ set -uo pipefail
 : "${RANKS:=8}"                          # on a node, one a GPU
 : "${TORCHRUN:=.venv/bin/torchrun}"
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}"
-# Seconds that torchrun, from 2.12 on, waits for workers to save; less than --signal and KillWait allow.
+# Seconds that torchrun (not 2.11: 30) waits for workers to save; less than --signal and KillWait allow.
 : "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=270}"
 : "${NCCL_DEBUG:=WARN}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
