@@ -31,8 +31,7 @@ class FusedNorms(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        # Not in a function of autograd's, which has a rule of its own.
-        if func is F.batch_norm and torch._C._is_fwd_grad_enabled():
+        if func is F.batch_norm:
             return _batch_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
