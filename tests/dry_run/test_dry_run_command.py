@@ -10,7 +10,8 @@ import torch
 
 from mpl_fast import train
 from mpl_fast.config import ModelConfig, MPLConfig, RunConfig
-from mpl_fast.config.command_line import as_yaml, parse, wants_dry_run
+from mpl_fast.config.command_line import as_yaml, dry_run_of, parse
+from mpl_fast.config.dry_run import DryRunConfig
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.table import Plan, table
@@ -103,8 +104,8 @@ def test_a_gpu_that_is_not_here(
 
 
 def test_the_option_is_the_parsers_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert wants_dry_run([*HERE, "--dry-run"]) and wants_dry_run(["--dry_run"])
-    assert not wants_dry_run(HERE)
+    assert dry_run_of([*HERE, "--dry-run"]) == dry_run_of(["--dry_run"]) == DryRunConfig()
+    assert dry_run_of(HERE) is None
     assert parse([*HERE, "--dry-run"]) == parse(HERE)
     assert "dry_run" not in as_yaml(parse([*HERE, "--dry-run"]))
     with pytest.raises(SystemExit):
