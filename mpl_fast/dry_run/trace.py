@@ -86,10 +86,12 @@ def _record(
     """Kernels of the forward and of the backward pass, for all rows."""
     images = random_images(rows, side, torch.device("cpu"), bf16)
     network.zero_grad(set_to_none=True)
-    with _Recorder() as recorder:
+    recorder = _Recorder()
+    with recorder:
         logits = logits_of(network, images, bf16)
-        forward = len(recorder.calls)
-        logits.backward(torch.ones_like(logits))
+    forward, gradient = len(recorder.calls), torch.ones_like(logits)
+    with recorder:
+        logits.backward(gradient)
     passes = recorder.calls[:forward], recorder.calls[forward:]
     return kernels([_groups(calls) if compiled else [[c] for c in calls] for calls in passes])
 
@@ -149,7 +151,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self._writes: dict[int, int] = {}  # to each address
-        self._kept: list[Tensor] = []  # or the address of one could become another's
+        # Or the address of one could become another's. Not tensors: autograd copies a gradient
+        # that somebody else refers to.
+        self._kept: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -161,7 +165,9 @@ class _Recorder(TorchDispatchMode):
         twice = [self._value(args[number]) for number in TWICE.get(name, ())]
         out = func(*args, **kwargs)
         made = _tensors(out)
-        self._kept += made
+        if len(made) == 1:  # the gradient of a convolution's weights alone, without that of images
+            twice = []
+        self._kept += [tensor.untyped_storage() for tensor in made]
         if func._schema.is_mutable:
             for address in {tensor.untyped_storage().data_ptr() for tensor in made}:
                 self._writes[address] = self._writes.get(address, 0) + 1
