@@ -1,7 +1,9 @@
 """The time computed for a GPU: kernels by hand, exchanges by hand, and published throughputs."""
 
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,15 +19,17 @@ from mpl_fast.dry_run.roofline import (
     Bound,
     Job,
     Machine,
-    Step,
     all_reduce_seconds,
     forecast,
+    launches,
     pass_seconds,
     step_seconds,
 )
 from mpl_fast.dry_run.trace import Kernel, Passes, trace
 from mpl_fast.training.rows import StepRows, count
+from tests.algorithms.problems import VARIANTS
 
+LAUNCHES = Path(__file__).parents[1] / "null_gpu" / "launches.json"
 SIDE, IN, OUT, CLASSES = 8, 3, 4, 5
 PIXELS = SIDE * SIDE
 CARD = Card("round numbers", bf16=1e9, tf32=5e8, memory=1e9, bandwidth=1e6, links=1e5)
@@ -142,13 +146,15 @@ def test_a_step_by_hand() -> None:
     backward = max(4 * 2e6 / 1e9, 400 / 1e6) + 4 * 300 / 1e6
     # Norm and update read the gradient, the update reads and writes weights and momentum.
     updates = (6 * 400 + 3 * 500) / 1e6
-    assert alone == Step(pytest.approx(forward + backward), pytest.approx(updates), 0.0, 0.0)
+    assert alone.passes == pytest.approx(forward + backward)
+    assert alone.updates == pytest.approx(updates)
+    assert alone.exchange == alone.host == 0.0
     assert alone.total == pytest.approx(forward + backward + updates)
     two = step_seconds(job(), Machine(CARD, 2, 1, 1e3), FULL)
     assert two.exchange == pytest.approx(400 / 1e5)
     assert two.updates == pytest.approx(updates + 6 * 400 / 1e6)
     hidden = step_seconds(job(grad_sync="ddp"), Machine(CARD, 2, 1, 1e3), FULL)
-    assert (hidden.exchange, hidden.updates) == (0.0, pytest.approx(updates))
+    assert hidden.exchange == 0.0 and hidden.updates == alone.updates
     slow = step_seconds(job(grad_sync="ddp"), Machine(CARD, 2, 2, 1e3), FULL)
     assert slow.exchange == pytest.approx(400 / 1e3 - backward)
 
@@ -157,15 +163,25 @@ def test_the_host_counts_when_it_takes_longer() -> None:
     slow = replace(FULL, launch=1.0)
     machine = Machine(CARD, 1, 1, 1e3)
     eager = step_seconds(job(), machine, slow)
-    assert eager.host == 2 * 2 + 1 * 4 + 20
+    assert eager.host == 2 * 2 + 1 * 4 + 50
     assert eager.total == eager.host
     model = step_seconds(job(compile="default", cuda_graphs="model"), machine, slow)
-    assert model.host == 2 + 1 + 20
+    assert model.host == 2 + 1 + 50
     assert step_seconds(job(cuda_graphs="step"), machine, slow).host == 1
     tangent = replace(ROWS, tangent=3, tangent_passes=1, gradients=1)
     more = step_seconds(job(tangent), machine, slow)
     assert more.host == eager.host + 3 * 2
     assert more.passes == pytest.approx(eager.passes + 3 * 3 * 1e6 / 1e9)
+
+
+@pytest.mark.parametrize("recipe", ["supervised", "uda", "mpl off", "mpl difference"])
+def test_launches_are_those_that_the_null_gpu_counted(recipe: str) -> None:
+    config = RunConfig(algorithm=VARIANTS[recipe])
+    rows = count(config.algorithm, 8, 32, steps=100, step=50)
+    passes = trace(models.build("wrn_10_1", 10, 0.1), 32, bf16=True, compiled=False)
+    counted = json.loads(LAUNCHES.read_text())["bf16"][recipe]
+    found = launches(Job(config, rows, WEIGHTS, passes, bf16=True))
+    assert found == pytest.approx(counted, rel=0.1)
 
 
 def test_exchanges_of_a_real_step_are_counted() -> None:
