@@ -41,6 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     names = ["wrn_28_2", "resnet50", "efficientnet_b0"]
     shown = " ".join(names)
     parser.add_argument("--models", nargs="+", default=names, metavar="NAME", help=f"({shown})")
+    parser.add_argument("--eager", action="store_true", help="leave out what compiles for minutes")
     parser.add_argument("--batch", type=at_least(2), metavar="N", help="images")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(%(default)s)")
 
@@ -61,11 +62,12 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         f"training steps of the networks alone, median of at most {options.rounds} interleaved "
         "rounds, beside what is computed from rates that this machine reached in the same run"
     )
+    variants = [one for one in VARIANTS if not (options.eager and one.compiled)]
     for number, name in enumerate(options.models):
         torch._dynamo.reset()
         problem = new_problem(name, device, options.batch)
         steps = {}
-        for variant in VARIANTS:
+        for variant in variants:
             with report.attempt(f"{problem.label}: {variant.name}"):
                 network = copy.deepcopy(problem.network)
                 steps[variant.name] = prepared(variant, network, *problem.images())
@@ -75,7 +77,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             warmup=1,
             parts=len(options.models) - number,
         )
-        for variant in VARIANTS:
+        for variant in variants:
             if variant.name in seconds:
                 report.add(rows(problem, variant, seconds[variant.name], card))
 
