@@ -100,7 +100,7 @@ def dry_run_of(argv: Sequence[str]) -> DryRunConfig | None:
 def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     """Takes the options of a dry run out of those that were typed, where a GPU becomes cuda."""
     card = typed["device"].text if "device" in typed else ""
-    theirs = {key: typed.pop(key) for key in DRY_RUN.keys() & typed.keys()}
+    theirs = {key: typed.pop(key) for key in DRY_RUN if key in typed}
     if card in CARDS:
         typed["device"] = Given("cuda")
     if "dry_run" not in typed:

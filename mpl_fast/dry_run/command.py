@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mpl_fast.config import RunConfig
-from mpl_fast.config.cards import CARDS
+from mpl_fast.config.cards import CARDS, Card
 from mpl_fast.config.dry_run import DryRunConfig
 from mpl_fast.data.manifest import Manifest, Split, read_manifest
 from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
@@ -79,23 +79,35 @@ def _plan(
         rate=rate,
         timed=timed,
     )
-    if not card:
-        return plan
+    return _on_card(plan, card, manifest, classes, dist_env, dry) if card else plan
+
+
+def _on_card(
+    plan: Plan,
+    card: Card,
+    manifest: Manifest,
+    classes: int,
+    dist_env: DistEnv,
+    dry: DryRunConfig,
+) -> Plan:
+    """The plan with the time on a card that is not here, and what would fit its memory."""
+    config, world, bf16 = plan.config, plan.world, plan.bf16
+    compiled, side = config.compile != "off", config.data.image_size
     passes = trace(_network(config, classes), side, bf16=bf16, compiled=compiled)
-    job = Job(config, rows, cost, passes, bf16)
+    job = Job(config, plan.rows, plan.cost, passes, bf16)
     machine = Machine(card, world, dry.nodes, dry.network_gbps * 1e9 / 8)
-
-    def fits(changed: RunConfig, ranks: int) -> float:
-        """Bytes on a rank. Raises `ConfigError` for a config that cannot be trained."""
-        check_batches(changed, manifest, replace(dist_env, world=ranks))
-        return sum(_memory(changed, ranks, cost, bf16))
-
     have = int(card.memory - LIBRARIES)
+
+    def bytes_of(changed: RunConfig, ranks: int) -> float:
+        """On a rank. Raises `ConfigError` for a config that cannot be trained."""
+        check_batches(changed, manifest, replace(dist_env, world=ranks))
+        return sum(_memory(changed, ranks, plan.cost, bf16))
+
     return replace(
         plan,
         device=card.name,
         device_bytes=have,
-        remedies=remedies(config, world, fits, have) if sum(plan.memory) > have else (),
+        remedies=remedies(config, world, bytes_of, have) if sum(plan.memory) > have else (),
         forecast=forecast(job, machine, plan.validation),
         price=dry.price_per_gpu_hour,
     )

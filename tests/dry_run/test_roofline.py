@@ -223,7 +223,7 @@ PUBLISHED = {
     "PyTorch, 1 A100": Published("a100-80", 1, 256, True, False, 2470),
     "PyTorch, 8 A100": Published("a100-80", 8, 256, True, False, 16_621),
     "MXNet, 8 A100": Published("a100-80", 8, 512, True, True, 26_673.72),
-    "MLPerf, 8 H100": Published("h100", 8, 408, True, True, 56_050),
+    "MLPerf, 8 H100": Published("h100", 8, 400, True, True, 56_050),
 }
 
 
