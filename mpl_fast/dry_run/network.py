@@ -1,6 +1,8 @@
 """Cost of one network per image: operations, saved activations, and time."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,13 +105,34 @@ def logits_of(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
 
 def _flops(network: nn.Module, images: Tensor, bf16: bool) -> tuple[int, int]:
     """FLOPs of a forward and of a backward pass over all images."""
-    counter = FlopCounterMode(display=False)
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
         loss = logits_of(network, images, bf16).float().sum()
     forward = counter.get_total_flops()
     with counter:
         loss.backward()
     return forward, counter.get_total_flops()
+
+
+def convolution_backward_flops(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    output_mask: Sequence[bool],
+    **_others: object,
+) -> int:
+    """As many for the gradient of the images as for that of the weights. PyTorch's own formula
+    takes the latter for that of a convolution in one group: a depthwise one has far fewer."""
+    forward = 2 * math.prod(x_shape if transposed else grad_shape) * math.prod(w_shape[1:])
+    return forward * (output_mask[0] + output_mask[1])
 
 
 def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:

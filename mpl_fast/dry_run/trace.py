@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from mpl_fast.dry_run.network import ROWS, logits_of, random_images
+from mpl_fast.dry_run.network import (
+    ROWS,
+    convolution_backward_flops,
+    logits_of,
+    random_images,
+)
+
+FLOPS = {
+    **flop_registry,
+    torch.ops.aten.convolution_backward: shape_wrapper(convolution_backward_flops),
+}
 
 # Arguments that are read twice: a norm takes its statistics first, and a convolution's backward
 # pass is two kernels, of which each reads the gradient of its output.
@@ -173,7 +183,7 @@ class _Recorder(TorchDispatchMode):
                 self._writes[address] = self._writes.get(address, 0) + 1
         writes = {self._value(tensor): tensor.nbytes for tensor in made}
         if given and any(writes.keys() - reads.keys()):  # not a view
-            formula = flop_registry.get(operator)
+            formula = FLOPS.get(operator)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             self.calls.append(Call(formula is not None, flops, reads, twice, writes))
         return out

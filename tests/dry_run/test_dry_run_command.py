@@ -216,7 +216,7 @@ def test_what_would_fit_fits(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_is_suggested_that_training_would_refuse() -> None:
-    """Three parts do not divide the batch, nor do two ranks; `ddp` has no parts."""
+    """Parts of a batch are not for `ddp`, and two ranks do not divide seven images."""
     config = RunConfig(
         algorithm=UDAConfig(), run_dir="r", labeled_batch=7, unlabeled_batch=49, grad_sync="ddp"
     )
@@ -224,12 +224,13 @@ def test_nothing_is_suggested_that_training_would_refuse() -> None:
     def memory(changed: RunConfig, ranks: int) -> float:
         if changed.labeled_batch % ranks:
             raise ConfigError("not divisible")
-        return 10e9 / ranks
+        return 10e9 / ranks / changed.microbatches
 
     assert remedies(config, 1, memory, have=int(6e9)) == ()
-    config = replace(config, grad_sync="allreduce", labeled_batch=8, unlabeled_batch=56)
+    config = replace(config, labeled_batch=8, unlabeled_batch=56)
     assert remedies(config, 1, memory, have=int(6e9)) == ("2 ranks take 5 GB each",)
-    halved = remedies(config, 1, lambda c, ranks: 10e9 / c.microbatches / ranks, have=int(3e9))
+    config = replace(config, grad_sync="allreduce")
+    halved = remedies(config, 1, memory, have=int(3e9))
     assert halved == ("--microbatches 4 takes 2.5 GB", "4 ranks take 2.5 GB each")
 
 
