@@ -10,13 +10,14 @@ from mpl_fast.config import RunConfig
 from mpl_fast.config.cards import CARDS, Card
 from mpl_fast.config.dry_run import DryRunConfig
 from mpl_fast.data.manifest import Manifest, Split, read_manifest
-from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
+from mpl_fast.distributed import DistEnv, local_rank, machines, ranks_of_launcher
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import NetworkCost, measure, seconds_per_image
 from mpl_fast.dry_run.remedies import remedies
 from mpl_fast.dry_run.roofline import Job, Machine, forecast
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.dry_run.trace import trace
+from mpl_fast.training.auto import resolve
 from mpl_fast.training.build import (
     build_network,
     check_batches,
@@ -49,8 +50,9 @@ def dry_run(config: RunConfig, dry: DryRunConfig) -> int:
 
 
 def _plan(
-    config: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv, dry: DryRunConfig
+    given: RunConfig, manifest: Manifest, classes: int, dist_env: DistEnv, dry: DryRunConfig
 ) -> Plan:
+    config, _ = resolve(given, dist_env.device, _nodes(dry))
     world, card = dist_env.world, CARDS.get(dry.card)
     here = not card and (dist_env.device.type == "cpu" or torch.cuda.is_available())
     bf16, side = uses_bf16(config, dist_env.device), config.data.image_size
@@ -79,11 +81,12 @@ def _plan(
         rate=rate,
         timed=timed,
     )
-    return _on_card(plan, card, manifest, classes, dist_env, dry) if card else plan
+    return _on_card(plan, given, card, manifest, classes, dist_env, dry) if card else plan
 
 
 def _on_card(
     plan: Plan,
+    given: RunConfig,
     card: Card,
     manifest: Manifest,
     classes: int,
@@ -95,22 +98,27 @@ def _on_card(
     compiled, side = config.compile != "off", config.data.image_size
     passes = trace(_network(config, classes), side, bf16=bf16, compiled=compiled)
     job = Job(config, plan.rows, plan.cost, passes, bf16)
-    machine = Machine(card, world, dry.nodes, dry.network_gbps * 1e9 / 8)
+    machine = Machine(card, world, _nodes(dry), dry.network_gbps * 1e9 / 8)
     have = int(card.memory - LIBRARIES)
 
     def bytes_of(changed: RunConfig, ranks: int) -> float:
         """On a rank. Raises `ConfigError` for a config that cannot be trained."""
         check_batches(changed, manifest, replace(dist_env, world=ranks))
+        changed, _ = resolve(changed, dist_env.device, _nodes(dry))
         return sum(_memory(changed, ranks, plan.cost, bf16))
 
     return replace(
         plan,
         device=card.name,
         device_bytes=have,
-        remedies=remedies(config, world, bytes_of, have) if sum(plan.memory) > have else (),
+        remedies=remedies(given, world, bytes_of, have) if sum(plan.memory) > have else (),
         forecast=forecast(job, machine, plan.validation),
         price=dry.price_per_gpu_hour,
     )
+
+
+def _nodes(dry: DryRunConfig) -> int:
+    return dry.nodes if dry.ranks else machines()
 
 
 def _rows(config: RunConfig, world: int) -> StepRows:

@@ -195,8 +195,11 @@ def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
     for low_or_high in range(2):
         assert money[low_or_high] == pytest.approx(3 * hours[low_or_high], rel=0.02)
         assert days[low_or_high] == pytest.approx(hours[low_or_high] / 8 / 24, rel=0.02)
-    free = paragraphs(dry_run([*SMALL, *CARD], capfd)[1])["cost"]
-    assert free.endswith("days")
+    free = paragraphs(dry_run([*SMALL, *CARD], capfd)[1])
+    assert free["cost"].endswith("days")
+    # The options that are auto are those of GPUs: in one node a step is a graph, launched once.
+    assert free["ranks"].endswith("compile default")
+    assert free["a step takes"].endswith("meanwhile, 0.005 ms to 0.015 ms")
 
 
 def test_what_would_fit_fits(capfd: pytest.CaptureFixture[str]) -> None:
