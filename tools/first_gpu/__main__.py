@@ -42,7 +42,7 @@ OF_TRAINING = ("metrics.jsonl", "summary.json", "config.yaml")
 def main(arguments: Sequence[str]) -> int:
     """Step after step."""
     began = time.monotonic()
-    options = _options(arguments)
+    options = options_of(arguments)
     steps, left_out = plan.steps(options)
     machine = _machine(options)
     with output_errors(options.out):
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> int:
         return _run(steps, left_out, options, began + 60.0 * options.minutes - MARGIN)
 
 
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; paths are made absolute, since steps run in the repository's root."""
     description, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         "tools/first_gpu_run.sh",
@@ -69,12 +70,20 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--archive", type=path, metavar="FILE", help="OUT without images and checkpoints, a tar.gz")
     add("--only", nargs="+", default=[""], metavar="NAME", help="steps that begin with this")
     add("--skip", nargs="+", default=[], metavar="NAME", help="steps that do not")
+    add(
+        "--stretch",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="times each step's time (%(default)s)",
+    )
     add("--commit", metavar="NAME", help="the code's commit, where there is no git")
     add("--smoke", action="store_true", help="benchmarks and training tiny: no number is a claim")
     options = parser.parse_args(arguments)
-    if not 0 < options.minutes < math.inf:
-        raise ConfigError(f"--minutes {options.minutes:g}: take more than 0")
-    for name in ("out", "cifar", "rec", "photographs", "archive"):  # steps run elsewhere
+    for name in ("minutes", "stretch"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ConfigError(f"--{name} {getattr(options, name):g}: take more than 0")
+    for name in ("out", "cifar", "rec", "photographs", "archive"):
         if given := getattr(options, name):
             setattr(options, name, given.resolve())
     for name in ("rec", "photographs"):

@@ -55,21 +55,21 @@ class Step(NamedTuple):
 def steps(options: argparse.Namespace) -> tuple[list[Step], list[str]]:
     """All that these options allow, and why others are left out."""
     left_out: list[str] = []
-    made = [*_tests(), *_packing(options), *_benchmarks(options, left_out)]
+    made = [*_tests(options.stretch), *_packing(options), *_benchmarks(options, left_out)]
     made += _training(options, left_out)
     only, skip = tuple(options.only), tuple(options.skip)
     chosen = [one for one in made if one.name.startswith(only) and not one.name.startswith(skip)]
     if not chosen:
         names = ", ".join(step.name for step in made)
         raise ConfigError(f"--only and --skip leave none of the steps: there are {names}")
-    return chosen, left_out
+    return [one._replace(limit=options.stretch * one.limit) for one in chosen], left_out
 
 
-def _tests() -> Iterator[Step]:
+def _tests(stretch: float) -> Iterator[Step]:
     for file in (*TESTS, *_other_tests()):
         limit = TESTS.get(file, OTHER_TESTS)
         pytest = ["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
-        pytest += ["-o", f"faulthandler_timeout={HANGS * limit:.0f}", file]
+        pytest += ["-o", f"faulthandler_timeout={HANGS * stretch * limit:.0f}", file]
         yield Step(Path(file).stem, _fixed(*pytest), limit)
 
 

@@ -17,6 +17,7 @@ PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 NOT_REACHED, RUNNING, INTERRUPTED = "not reached", "running", "interrupted"
 BAD = (FAILED, TIMED_OUT, INTERRUPTED)
 ROWS, FAILURES = 12, 10  # lines of a benchmark, and of failed tests, on the page
+WIDTH = 200  # characters of a line out of a log
 PYTEST_END = re.compile(r"^=+ (.*\b(?:passed|failed|skipped|errors?|deselected)\b.*) =+$")
 
 
@@ -117,8 +118,9 @@ def found_by(name: str, out: Path) -> tuple[str, ...]:
     ends = [found[1] for line in lines if (found := PYTEST_END.match(line))]
     if ends:
         failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-        return (ends[-1], *failed[:FAILURES])
-    return tuple(lines[-1:])
+        return (ends[-1], *(line[:WIDTH] for line in failed[:FAILURES]))
+    crashed = [line for line in lines if "Fatal Python error" in line]
+    return tuple(line[:WIDTH] for line in (*crashed[-1:], *lines[-1:]))
 
 
 def _of_training(file: Path) -> tuple[str, ...]:
