@@ -102,7 +102,7 @@ def test_each_step_has_at_most_its_time_and_what_others_leave(
 
     def run(name: str, command: object, out: Path, limit: float, grace: float) -> Ended:
         given[name] = limit
-        now[0] += {"short": 10.0, "long": 35_800.0, "longer": 35_890.0}.get(name, 0.0)
+        now[0] += {"short": 10.0, "long": 35_800.0, "longer": 35_894.0}.get(name, 0.0)
         return Ended(name, 0, 1.0)
 
     monkeypatch.setattr(first_gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
