@@ -28,6 +28,7 @@ OTHER_TESTS = 40.0  # seconds of each further file that has GPU tests
 HANGS = 0.5  # of a file's time: a test that has taken so long prints where it is
 PACKING = 90.0
 INPUT = 40.0  # of images of 32 pixels
+LIMITS = {"syncs": 60.0, "startup": 150.0}  # of benchmarks that take no --minutes into account
 CIFAR = ("--image-size", "32", "--batch", "512")  # a step of cifar10_4k_mpl takes 1,024
 CONFIGS = ("configs/cifar10_4k_fast_mpl.yaml", "configs/cifar10_4k_mpl.yaml")
 # What earlier steps leave for these: seconds, and at most this share of all.
@@ -97,8 +98,9 @@ def _benchmarks(options: argparse.Namespace, left_out: list[str]) -> Iterator[St
         place = next(n for n, job in enumerate(found) if job.name == "syncs")
         found.insert(place, Job("input_cifar", ("tools.bench", "input", *of_rec), INPUT))
     for job in found:
-        job = job._replace(name=f"bench_{job.name}")
-        yield Step(job.name, partial(benchmarks.command, job, options=options), job.share)
+        named = job._replace(name=f"bench_{job.name}")
+        limit = LIMITS.get(job.name, job.share)
+        yield Step(named.name, partial(benchmarks.command, named, options=options), limit)
 
 
 def _training(options: argparse.Namespace, left_out: list[str]) -> Iterator[Step]:
