@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,13 @@ TESTS = {
     "tests/data/test_eval_loader.py": 40.0,
     "tests/kernels/test_cuda.py": 60.0,
     "tests/training/test_gpu_train.py": 150.0,
-    "tests/training/test_gpu_run.py": 90.0,
+    "tests/training/test_gpu_run.py": 120.0,
     "tests/kernels/test_contract.py": 120.0,
     "tests/data/test_operations.py": 90.0,
     "tests/algorithms/test_definitions.py": 60.0,
 }
+# Some hundred kernels are compiled, which takes CPU time: as many processes, given xdist.
+PARALLEL, PROCESSES = "tests/kernels/test_contract.py", 8
 OTHER_TESTS = 40.0  # seconds of each further file that has GPU tests
 HANGS = 0.5  # of a file's time: a test that has taken so long prints where it is
 PACKING = 90.0
@@ -71,6 +74,8 @@ def _tests(stretch: float) -> Iterator[Step]:
         limit = TESTS.get(file, OTHER_TESTS)
         pytest = ["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
         pytest += ["-o", f"faulthandler_timeout={HANGS * stretch * limit:.0f}", file]
+        if file == PARALLEL and find_spec("xdist"):
+            pytest += ["-n", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
         yield Step(Path(file).stem, _fixed(*pytest), limit)
 
 
