@@ -31,4 +31,4 @@ if [[ -n ${WHEELS:-} ]]; then
   PYTHONPATH=$(cd "$WHEELS/site" && pwd)${PYTHONPATH:+:$PYTHONPATH}
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-exec "$python" -m tools.first_gpu "$@"
+exec "$python" "$root/tools/first_gpu" "$@" # by its path: -m would look in the present folder first

@@ -99,12 +99,13 @@ def _machine(options: argparse.Namespace) -> str:
     """The environment as JSON; raises `ConfigError` if there is no GPU that can be used."""
     command = [sys.executable, "-m", "tools.first_gpu.environment"]
     command += [options.commit] if options.commit else []
+    limit = options.stretch * CHECKED
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, timeout=CHECKED, check=False
+            command, capture_output=True, text=True, cwd=ROOT, timeout=limit, check=False
         )
     except subprocess.TimeoutExpired:
-        raise ConfigError(f"no answer from the GPU in {CHECKED:.0f} s: see nvidia-smi") from None
+        raise ConfigError(f"no answer from the GPU in {limit:.0f} s: see nvidia-smi") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConfigError(last.removeprefix("first_gpu_run: error: "))
