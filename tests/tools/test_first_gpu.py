@@ -267,8 +267,14 @@ def test_one_line_for_a_wrong_option(
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_refused_in_one_line(tmp_path: Path) -> None:
+    """From a folder that has other code of the same name."""
+    decoy = tmp_path / "tools" / "first_gpu" / "plan.py"
+    decoy.parent.mkdir(parents=True)
+    decoy.with_name("__main__.py").write_text("raise SystemExit('another program')")
+    decoy.write_text("raise SystemExit('another program')")
     done = subprocess.run(
-        [str(ROOT / "tools" / "first_gpu_run.sh"), "--out", str(tmp_path / "out")],
+        [str(ROOT / "tools" / "first_gpu_run.sh"), "--out", "out"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHON": sys.executable},
