@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: P
         time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     pytest.fail("its child went on")
+
+
+def test_a_signal_while_a_job_is_started_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[subprocess.Popen[bytes]]()
+    popen = subprocess.Popen
+
+    def interrupted(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(popen(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr("tools.bench.jobs.subprocess.Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("x", ["sleep", "600"], tmp_path, 1000.0)
+    assert started[0].returncode == -signal.SIGTERM  # which is not blocked in it
 
 
 def runs(process: int) -> bool:

@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+STOPS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 TAIL = 12  # lines of a log that are shown if a command failed
 
@@ -43,15 +44,15 @@ def run(name: str, command: Sequence[str], out: Path, limit: float, grace: float
     """
     began, in_time = time.monotonic(), False
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            start_new_session=True,
-        )
+        # A signal that came while it is being started would leave it running.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
+            child = _started(command, log, mask)
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            raise
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(limit)
                 in_time = True
@@ -61,6 +62,20 @@ def run(name: str, command: Sequence[str], out: Path, limit: float, grace: float
                     os.killpg(child.pid, number)
                     child.wait(grace)
     return Ended(name, child.wait(), time.monotonic() - began, in_time)
+
+
+def _started(
+    command: Sequence[str], log: TextIO, mask: Iterable[signal.Signals | int]
+) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+    )
 
 
 def tail(log: Path, lines: int = TAIL) -> str:

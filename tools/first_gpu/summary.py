@@ -113,8 +113,9 @@ def found_by(name: str, out: Path) -> tuple[str, ...]:
     if name == "train":
         return _of_training(out / "train" / "metrics.jsonl")
     lines = tail(out / f"{name}.log", 10_000).splitlines()
-    if name.startswith("bench_"):
-        return tuple(line for line in lines if line.startswith("FAILED: "))[:FAILURES]
+    wrong = dict.fromkeys(line[:WIDTH] for line in lines if line.startswith("FAILED: "))
+    if wrong or bench_json(out, name):
+        return (*wrong,)[:FAILURES]
     ends = [found[1] for line in lines if (found := PYTEST_END.match(line))]
     if ends:
         failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
@@ -139,6 +140,8 @@ def _of_training(file: Path) -> tuple[str, ...]:
 
 def _cells(one: Outcome) -> list[str]:
     status = one.status if one.status == PASSED else f"**{one.status}**"
+    if one.code and one.status == FAILED:
+        status += f", code {one.code}" if one.code > 0 else f" by signal {-one.code}"
     numbers = ["" if x is None else f"{x:.0f}" for x in (one.seconds, one.limit)]
     words = "<br>".join(one.found).replace("|", "\\|")
     return [one.name, status, *numbers, words]
