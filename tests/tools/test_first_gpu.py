@@ -90,7 +90,7 @@ def test_the_next_call_runs_what_has_not_passed(
     assert ran.read_text().split() == ["a", "b", "train", "b", "train"]
     assert set(statuses(out).values()) == {"passed"}
     assert call(out, steps("true")[2:], monkeypatch) == 0
-    assert [*statuses(out)] == ["train", "a", "b"]  # what is not in a call is kept
+    assert [*statuses(out)] == ["a", "b", "train"]  # what is not in a call is kept
 
 
 def test_each_step_has_at_most_its_time_and_what_others_leave(

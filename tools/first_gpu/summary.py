@@ -38,9 +38,9 @@ class Summary:
 
     def __init__(self, out: Path, names: Sequence[str], left_out: Sequence[str]) -> None:
         self._out, self._left_out = out, left_out
-        before = read(out)
-        ahead = {name: before.pop(name, Outcome(name, NOT_REACHED)) for name in names}
-        self.outcomes = {**ahead, **before}
+        self.outcomes = read(out)
+        for name in names:
+            self.outcomes.setdefault(name, Outcome(name, NOT_REACHED))
         self.interrupt()  # by a SIGKILL of the call before
 
     def set(self, outcome: Outcome) -> None:
