@@ -6,13 +6,14 @@
 #
 # DIR gets a log and JSON of every step, summary.md and summary.json, all of them after each step. The
 # same command goes on where an earlier one ended, also on another machine with a copy of DIR (FILE
-# is one, without images and checkpoints): steps that have passed are not run again.
+# is one, without images and checkpoints): steps that have passed are not run again. --only and --skip
+# choose steps, such as --only test_ or --skip test_.
 #
 # Needs Linux, one GPU (A100, H100 or H200), a C compiler, and of Python packages, beside torch >= 2.11
 # with CUDA, triton and pytest:
 #   nvidia-dali-cuda130 (or -cuda120) >= 2.4, numpy, tensorboardX, timm, PyYAML, simplejpeg,
 #   opencv-python-headless or opencv-python, hypothesis, scipy, scikit-learn, Pillow
-# and, for single benchmarks that go on without them: torchvision, liger-kernel.
+# `bench input` needs torchvision, too; without liger-kernel and spdl their rows are left out.
 #
 # Without a package registry there, WHEELS=FOLDER names one that holds the missing packages' wheels, or
 # the parts (part00, part01, ...) of a tar of them; they are installed into FOLDER/site. PYTHON=python3.12
