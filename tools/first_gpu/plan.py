@@ -35,7 +35,7 @@ LIMITS = {"syncs": 60.0, "startup": 150.0}  # of benchmarks that take no --minut
 CIFAR = ("--image-size", "32", "--batch", "512")  # a step of cifar10_4k_mpl takes 1,024
 CONFIGS = ("configs/cifar10_4k_fast_mpl.yaml", "configs/cifar10_4k_mpl.yaml")
 # What earlier steps leave for these: seconds, and at most this share of all.
-KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION = (120.0, 0.2), (25.0, 0.05)
+KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION = (120.0, 0.2), (40.0, 0.1)
 EVALUATION = 60.0
 ENDLESS = float("inf")
 # Of a smoke test: a run that comes to its end.
