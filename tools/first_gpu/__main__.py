@@ -33,7 +33,7 @@ from tools.first_gpu.plan import ENDLESS, Step
 from tools.first_gpu.summary import Outcome, Summary
 
 MARGIN = 5.0  # seconds before the end by which everything is done
-GRACE = 8.0  # seconds between SIGTERM and SIGKILL: a checkpoint is saved in them
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL: a checkpoint is saved in them
 SHORTEST = 5.0  # seconds in which no step gets anywhere
 CHECKED = 120.0  # seconds within which the GPU is found
 OF_TRAINING = ("metrics.jsonl", "summary.json", "config.yaml")
@@ -118,6 +118,7 @@ def _run(
 ) -> int:
     out: Path = options.out
     found, names = Summary(out, [step.name for step in steps], left_out), []
+    grace = options.stretch * GRACE
     _print_machine(out)
     try:
         for number, step in enumerate(steps):
@@ -125,7 +126,7 @@ def _run(
                 print(f"{step.name}: passed before", flush=True)
                 continue
             later = sum(one.kept for one in steps[number + 1 :])
-            limit = min(step.limit, deadline - time.monotonic() - GRACE - later)
+            limit = min(step.limit, deadline - time.monotonic() - grace - later)
             if limit < SHORTEST:
                 print(f"{step.name}: not reached", flush=True)
                 continue
@@ -151,7 +152,7 @@ def _one(step: Step, limit: float, found: Summary, options: argparse.Namespace) 
     print(f"{step.name}: at most {limit:.0f} s", flush=True)
     found.set(Outcome(step.name, summary.RUNNING, limit=limit))
     (options.out / f"{step.name}.json").unlink(missing_ok=True)  # of an earlier call
-    ended = run(step.name, step.command(limit), options.out, limit, GRACE)
+    ended = run(step.name, step.command(limit), options.out, limit, options.stretch * GRACE)
     results = summary.found_by(step.name, options.out)
     status = status_of(step, ended, results)
     seconds = round(ended.seconds, 1)
