@@ -41,6 +41,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def machines() -> int:
+    """Number of machines if all have as many ranks as this one; else it is rounded up."""
+    _, world = ranks_of_launcher()
+    return -(-world // int(os.environ.get("LOCAL_WORLD_SIZE", world)))  # set by torchrun
+
+
 def cores_per_rank() -> int:
     """This rank's share of the cores that its machine's ranks may use."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun

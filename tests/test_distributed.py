@@ -44,6 +44,19 @@ def test_more_ranks_than_gpus_is_an_error_on_every_rank(monkeypatch: pytest.Monk
         distributed.init("cuda")
 
 
+@pytest.mark.parametrize(
+    ("world", "local", "machines"),
+    [(None, None, 1), ("8", None, 1), ("8", "8", 1), ("16", "8", 2), ("12", "8", 2)],
+)
+def test_machines_follow_from_the_launcher(
+    world: str | None, local: str | None, machines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a launcher, as in a dry run for WORLD_SIZE ranks, there is one."""
+    for name, value in {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert distributed.machines() == machines
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2

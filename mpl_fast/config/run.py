@@ -132,17 +132,20 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the forward pass; weights and losses are always float32. auto: bf16 on CUDA,
     fp32 on the CPU."""
-    compile: Literal["off", "default", "max-autotune"] = "off"
-    """Mode of torch.compile for the networks; off: not compiled."""
-    cuda_graphs: Graphs = "off"
-    """CUDA graphs, which save launch time of small networks on a GPU. model: one for each compiled
-    pass. step: one for the whole step but the moving average, once ramps and delays are over."""
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    """Mode of torch.compile for the networks; off: not compiled. auto: default on CUDA, off on a
+    CPU and for norm sync."""
+    cuda_graphs: Literal["auto", Graphs] = "auto"
+    """CUDA graphs, which save the time of launching kernels on a GPU. model: one for each compiled
+    pass. step: one for the whole step but the moving average, once ramps and delays are over. auto:
+    step on CUDA for recipes whose step can be captured, else off."""
     microbatches: PositiveInt = 1
     """Equal parts in which a rank computes its batch one after the other, to save memory (with mpl,
     also set --algorithm.teacher_graph recompute); batch norm normalizes each part by itself."""
-    grad_sync: GradientSync = "allreduce"
+    grad_sync: Literal["auto", GradientSync] = "auto"
     """Averaging of gradients over ranks. allreduce: all of a network's at once after the backward
-    pass. ddp: in DistributedDataParallel's buckets during it, faster between machines."""
+    pass. ddp: in DistributedDataParallel's buckets during it. auto: ddp on CUDA between machines,
+    unless microbatches or cuda_graphs step need allreduce, which is used else."""
     deterministic: bool = False
     """Bitwise repeatable results, at some cost in speed."""
     eval_every: NonNegativeInt = 5000
@@ -181,7 +184,7 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Contradictions between sections, each a line that begins with a key."""
         found = self._batch_problems() + self._start_problems() + self._graph_problems()
-        if self.model.norm == "sync" and self.compile != "off":
+        if self.model.norm == "sync" and self.compile not in ("auto", "off"):
             found.append("model.norm sync cannot be compiled: set --compile off, or norm batch")
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
@@ -211,21 +214,21 @@ class RunConfig:
             return ["model.frozen would keep random weights: give --model.pretrained FILE too"]
         return []
 
+    @property
+    def no_step_graph(self) -> str:
+        """Why a step cannot be one CUDA graph; empty if it can."""
+        if choice := self.algorithm.repeats_draws:
+            return f"{choice} draws the same dropout twice"
+        if self.grad_sync == "ddp":
+            return "the buckets of grad_sync ddp cannot be captured"
+        for prefix, section in sections(self.algorithm, "algorithm."):
+            if isinstance(section, LearnerConfig) and section.optimizer_backend == "apex":
+                return f"{prefix}optimizer_backend apex reads its learning rate on the host"
+        return ""
+
     def _graph_problems(self) -> list[str]:
         if self.cuda_graphs == "model" and self.compile == "off":
             return ["cuda_graphs model is for compiled networks: give --compile default as well"]
-        if self.cuda_graphs != "step":
-            return []
-        if choice := self.algorithm.repeats_draws:
-            return [
-                f"cuda_graphs step cannot capture {choice}, whose step draws the same dropout "
-                "twice: set cuda_graphs model or off, or another algorithm option"
-            ]
-        if self.grad_sync == "ddp":
-            return ["cuda_graphs step needs grad_sync allreduce: DDP's buckets cannot be captured"]
-        return [
-            f"{prefix}optimizer_backend apex reads its learning rate on the host: set cuda_graphs "
-            "model"
-            for prefix, section in sections(self.algorithm, "algorithm.")
-            if isinstance(section, LearnerConfig) and section.optimizer_backend == "apex"
-        ]
+        if self.cuda_graphs == "step" and (reason := self.no_step_graph):
+            return [f"cuda_graphs step is not possible, since {reason}: set cuda_graphs auto"]
+        return []

@@ -5,10 +5,11 @@ from torch import nn
 
 from mpl_fast.config import RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.distributed import DistEnv, local_rank, ranks_of_launcher
+from mpl_fast.distributed import DistEnv, local_rank, machines, ranks_of_launcher
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure, seconds_per_image
 from mpl_fast.dry_run.table import Plan, table
+from mpl_fast.training.auto import resolve
 from mpl_fast.training.build import (
     build_network,
     check_batches,
@@ -33,6 +34,7 @@ def dry_run(config: RunConfig) -> int:
     dist_env = _dist_env(config)
     check_batches(config, manifest, dist_env)
     check_training(config, classes, dist_env.world)
+    config, _ = resolve(config, dist_env.device, machines())
     if dist_env.is_rank0:
         torch.manual_seed(config.seed)
         print(table(_plan(config, manifest, classes, dist_env)), flush=True)

@@ -15,21 +15,29 @@ WORKERS, MAX_WORKERS = "TORCHINDUCTOR_COMPILE_THREADS", 32
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
-def compile_in_place(network: nn.Module, mode: Mode, *, graphs: bool = False) -> None:
+def compile_in_place(
+    network: nn.Module, mode: Mode, *, graphs: bool = False, ddp: bool = False
+) -> None:
     """Compiles a network's `forward` for each input shape; parameters keep their names.
 
     `graphs`: passes replay CUDA graphs (no effect on a CPU). The caller must then call `mark_step`
     before every training step and every evaluation batch, and clone outputs that it keeps longer.
+    `ddp`: DDP will average the gradients.
     """
     if mode == "off":
         return
-    # Otherwise DDP's bucket boundaries would split the network into several graphs.
-    torch._dynamo.config.optimize_ddp = False
+    # Compiled whole, a network has all of its gradients at the end of its backward pass, and DDP
+    # would exchange nothing before. PyTorch splits it where DDP's buckets end.
+    torch._dynamo.config.optimize_ddp = ddp
     # One compilation for each mode and input shape; beyond the limit the network runs uncompiled.
     torch._dynamo.config.recompile_limit = 32
     # Dropout masks as in uncompiled code, where feedback exact takes its derivatives.
     torch._inductor.config.fallback_random = True
-    if WORKERS not in os.environ:  # Inductor's own default is a process a core in every rank
+    # Inductor's own default is a process a core in every rank; they start with the first graph. The
+    # ranks of a machine compile side by side: the keys of compiled graphs have the device's index,
+    # so that ranks share Triton's kernels on disk, but no graph. If one rank compiled first, the
+    # others would wait for it and then lower every graph again.
+    if WORKERS not in os.environ:
         torch._inductor.config.compile_threads = min(MAX_WORKERS, cores_per_rank())
     global _graphs
     _graphs = _graphs or graphs

@@ -54,7 +54,9 @@ class Learner:
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._average = WeightAverage(self.network, config) if config.ema else None
         self.average = self._average.network if self._average else None
-        compilation.compile_in_place(self.network, compiled, graphs=graphs == "model")
+        compilation.compile_in_place(
+            self.network, compiled, graphs=graphs == "model", ddp=grad_sync == "ddp"
+        )
         self._replica = _replicate(self.network, self.device, grad_sync)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self._optimizer = ClippedOptimizer(self.network, config, lr_tensor=graphs == "step")

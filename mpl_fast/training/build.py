@@ -62,9 +62,9 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
         raise ConfigError(
             "model.norm is sync, which PyTorch has for CUDA alone: set batch, or train on GPUs"
         )
-    if config.cuda_graphs != "off" and dist_env.device.type != "cuda":
+    if config.cuda_graphs not in ("auto", "off") and dist_env.device.type != "cuda":
         raise ConfigError(
-            f"cuda_graphs is {config.cuda_graphs}, but device is {dist_env.device.type}: set off"
+            f"cuda_graphs is {config.cuda_graphs}, but device is {dist_env.device.type}: set auto"
         )
     algorithm, rows = config.algorithm, config.labeled_batch // dist_env.world
     if isinstance(algorithm, SupervisedConfig) and algorithm.mixup and rows % 2:
@@ -106,7 +106,7 @@ def build_algorithm(
     fresh: bool = True,
     notes: list[str] | None = None,
 ) -> Algorithm:
-    """The configured algorithm with initialized networks, equal on every rank.
+    """The algorithm of a resolved config with initialized networks, equal on every rank.
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them;
     a sentence about them is appended to `notes` for each network.
@@ -114,6 +114,7 @@ def build_algorithm(
     context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
 
     def new_learner(learner: LearnerConfig) -> Learner:
+        assert config.compile != "auto" != config.cuda_graphs and config.grad_sync != "auto"
         network = build_network(
             config,
             classes,

@@ -14,6 +14,7 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
+from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
 from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
 from mpl_fast.training.console import Console
@@ -54,7 +55,7 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     `CheckpointError` if no checkpoint is usable.
     """
     manifest = read_manifest(config.data.root)
-    config = resolve_epochs(config, manifest)
+    config = plain(resolve_epochs(config, manifest))
     check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)

@@ -14,6 +14,7 @@ from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
+from mpl_fast.training.auto import resolve
 from mpl_fast.training.build import (
     build_algorithm,
     check_batches,
@@ -79,6 +80,8 @@ class Run:
         run_dir: RunDir | None,
     ) -> None:
         """`run_dir` is None on all ranks but the first."""
+        # The run directory has the config as it was given.
+        config, self.chosen = resolve(config, dist_env.device, distributed.machines())
         self.config, self.dist_env, self.manifest = config, dist_env, manifest
         self.run_dir = run_dir
         self.console = Console(config.steps, silent=not dist_env.is_rank0)
@@ -348,8 +351,13 @@ class Run:
                     f"{what} never moves: its delay of {delay} steps "
                     f"is not over in a run of {config.steps}"
                 )
+        if self.chosen:
+            self.console.print(self.chosen)
         if config.compile != "off" and self.steps_done < config.steps:
-            self.console.print("compiling during the first steps, which takes minutes")
+            self.console.print(
+                "compiling during the first steps, which takes minutes, or seconds if an earlier "
+                "session has filled the cache"
+            )
 
     def _summarize(self) -> None:
         """Writes summary.json and prints the result."""

@@ -121,12 +121,12 @@ recipe=mpl_roleplay .feedback=parity_kekmodel | .feedback parity_kekmodel is for
 .feedback=parity_kekmodel .consistency.measure=cosine | .consistency.measure cannot be chosen with
 .feedback=exact .baseline=0.9 | .baseline cannot be subtracted from feedback exact
 .feedback=off .held-out=0.5 | .held_out is for the feedback, which is off
-cuda-graphs=model | cuda_graphs model is for compiled networks: give --compile
-cuda-graphs=step .feedback=exact | cuda_graphs step cannot capture feedback exact, whose step draws
-cuda-graphs=step .teacher-graph=recompute | cuda_graphs step cannot capture teacher_graph recompute
-cuda-graphs=step recipe=metasemi | cuda_graphs step cannot capture recipe metasemi
-cuda-graphs=step grad-sync=ddp | cuda_graphs step needs grad_sync allreduce
-cuda-graphs=step .student.optimizer-backend=apex | .student.optimizer_backend apex reads its
+cuda-graphs=model compile=off | cuda_graphs model is for compiled networks: give --compile
+cuda-graphs=step .feedback=exact | cuda_graphs step is not possible, since feedback exact draws
+cuda-graphs=step .teacher-graph=recompute | cuda_graphs step is not possible, since teacher_graph re
+cuda-graphs=step recipe=metasemi | cuda_graphs step is not possible, since recipe metasemi
+cuda-graphs=step grad-sync=ddp | cuda_graphs step is not possible, since the buckets
+cuda-graphs=step .student.optimizer-backend=apex | cuda_graphs step is not possible, since
 .teacher.optimizer-backend=apex .teacher.optimizer=adamw | .teacher.optimizer_backend apex is for
 microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
 recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole

@@ -15,13 +15,18 @@ from mpl_fast.learner import compilation
 from mpl_fast.learner.compilation import CACHES, WORKERS, compile_in_place, set_cache_dirs
 from tests.tiny_run import ROOT
 
+# A rank of two on a machine of six cores.
 PROGRAM = """
 import json, os, sys
+os.sched_getaffinity = lambda pid: set(range(6))
+os.environ["LOCAL_WORLD_SIZE"] = "2"
 from pathlib import Path
 import torch
+import mpl_fast.training.run  # all that a trainer has imported when it compiles
 import torch._dynamo  # writes PyTorch's own choice of a folder into the environment
 from torch import nn
 from mpl_fast.learner.compilation import compile_in_place, set_cache_dirs
+from torch._inductor.compile_worker.subproc_pool import SubprocPool
 
 class Network(nn.Module):  # PyTorch 2.11 compiles no plain nn.Sequential in place
     def __init__(self):
@@ -31,6 +36,13 @@ class Network(nn.Module):  # PyTorch 2.11 compiles no plain nn.Sequential in pla
     def forward(self, images):
         return self.head(images).relu()
 
+workers, start = [], SubprocPool.__init__
+
+def counted(pool, count, *given, **named):
+    workers.append(count)
+    start(pool, count, *given, **named)
+
+SubprocPool.__init__ = counted
 set_cache_dirs(Path(sys.argv[1]))
 torch.manual_seed(0)
 network = Network()
@@ -40,18 +52,20 @@ plain = network(images).sum().item()
 compile_in_place(network, "default")
 loss = network(images).sum()
 loss.backward()
+from torch._inductor.async_compile import AsyncCompile
+AsyncCompile.warm_pool()  # as the first Triton kernel does
 counters = torch._dynamo.utils.counters
 print(json.dumps({
     "same": names == list(network.state_dict()), "plain": plain, "compiled": loss.item(),
     "hits": counters["aot_autograd"]["autograd_cache_hit"],
     "misses": counters["aot_autograd"]["autograd_cache_miss"],
-    "folder": os.environ["TORCHINDUCTOR_CACHE_DIR"],
+    "workers": workers, "folder": os.environ["TORCHINDUCTOR_CACHE_DIR"],
 }))
 """
 
 
 def run(folder: Path) -> dict[str, Any]:
-    clean = {k: v for k, v in os.environ.items() if k not in CACHES}
+    clean = {k: v for k, v in os.environ.items() if k not in (*CACHES, WORKERS)}
     command = [sys.executable, "-c", PROGRAM, str(folder)]
     environment = clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -66,6 +80,7 @@ def test_the_second_process_finds_what_the_first_one_compiled(tmp_path: Path) ->
     assert first["folder"] == second["folder"] == str(tmp_path / "caches" / "inductor")
     assert (first["hits"], first["misses"]) == (0, 1)
     assert (second["hits"], second["misses"]) == (1, 0)
+    assert first["workers"] == second["workers"] == [3]  # in one pool, the cores of a rank
     assert first["same"]
     assert first["compiled"] == pytest.approx(first["plain"], rel=1e-5)
     assert second["compiled"] == first["compiled"]

@@ -9,10 +9,12 @@ from mpl_fast.algorithms.base import train_step
 from mpl_fast.config.run import Graphs
 from mpl_fast.learner.compilation import mark_step
 from tests.null_gpu import machine
+from tests.null_gpu.test_step_graphs import BESIDE, steps
 
 pytestmark = pytest.mark.slow
 VARIANT = "mpl difference"
 GRAPHS: list[Graphs] = ["off", "model"]
+STEP_GRAPHS = {"mpl difference": 1, "uda": 1, "smpl difference": 1, "mpl_roleplay": 2}
 WARMUP, STEPS = 5, 2
 COMPILED = 3  # teacher, student, and student without gradients
 PASSES = 6  # forward and backward of these, and the labeled images twice; each is one graph
@@ -21,7 +23,8 @@ Found = dict[str, Any]
 
 def measure() -> Found:
     """What compiled steps did, without and with graphs; in a process on the null GPU."""
-    return {graphs: _steps(graphs) for graphs in GRAPHS}
+    found: Found = {graphs: _steps(graphs) for graphs in GRAPHS}
+    return found | {"step": {name: steps(name, "default") for name in STEP_GRAPHS}}
 
 
 def _steps(graphs: Graphs) -> Found:
@@ -65,6 +68,16 @@ def test_compiled_networks_have_no_break_and_do_not_wait(graphs: Graphs, found: 
     assert (steps["compiled"], steps["compiled_again"]) == (COMPILED, 0)
     assert bool(steps["fused"]) == (graphs == "off")  # in graphs they are not launched one by one
     assert steps["graphs"] == (PASSES if graphs == "model" else 0)
+
+
+@pytest.mark.parametrize("name", STEP_GRAPHS)
+def test_steps_of_compiled_networks_are_graphs(name: str, found: Found) -> None:
+    """Captured legally, once for each form of the step, and then one launch."""
+    of = found["step"][name]
+    assert of["faults"] == []
+    assert of["captures"] == STEP_GRAPHS[name]
+    assert of["replays"] >= 7
+    assert of["launches"] <= BESIDE
 
 
 if __name__ == "__main__":

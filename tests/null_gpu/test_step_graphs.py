@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mpl_fast.algorithms.base import Metrics, train_step
+from mpl_fast.learner.compilation import Mode
 from mpl_fast.training.step_graph import Replay, StepGraph
 from tests.null_gpu import machine
 
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.slow
 STEPS = 16
 Found = dict[str, Any]
 BESIDE = 20  # launches of a step beside its graph
+COMPILING = 3  # first steps of compiled networks, which wait
 
 
 def measure() -> Found:
@@ -23,7 +25,7 @@ def measure() -> Found:
     return {name: steps(name) for name in ALL}
 
 
-def steps(name: str) -> Found:
+def steps(name: str, compiled: Mode = "off") -> Found:
     """Trains a variant with graphs of its steps."""
     from tests.null_gpu.training import ALL, batch, new, watched
 
@@ -33,7 +35,7 @@ def steps(name: str) -> Found:
         torch.cuda.set_sync_debug_mode("error")
         return replay
 
-    algorithm, images = new(ALL[name], graphs="step"), batch()
+    algorithm, images = new(ALL[name], compiled=compiled, graphs="step"), batch()
     graph, sources = StepGraph(algorithm, capture), set[str]()
     found: Found = {"faults": [], "captures": 0, "replays": 0}
     settled = 1  # the first step without anything that only a beginning needs
@@ -42,6 +44,9 @@ def steps(name: str) -> Found:
         def step(t: int = t) -> Metrics:
             return train_step(algorithm, images, t, graph.step)
 
+        if compiled != "off" and t < COMPILING:
+            step()
+            continue
         faults, seen = watched(step)
         captured = seen.lines("CAPTURED")
         if captured:

@@ -12,6 +12,7 @@ from tests.tiny_run import arguments, rows
 pytestmark = pytest.mark.slow
 DALI_ON_CPU = ["--device", "cuda", "--data.device", "cpu"]
 QUIET = ["--log-every", "100", "--eval-every", "0", "--checkpoint-every", "0"]
+ONE_BY_ONE = ["--compile", "off", "--cuda-graphs", "off"]
 
 
 def options(run: Path, rec: Path, *more: str, recipe: str = "mpl") -> list[str]:
@@ -30,22 +31,27 @@ def train(out: Path, *sessions: list[str], ranks: int = 0) -> tuple[str, list[di
 
 
 def test_a_run_stops_resumes_is_evaluated_and_tuned(tiny_rec: Path, tmp_path: Path) -> None:
+    """As a user starts it: compiled, and its last steps are one graph."""
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     tuning = ["--recipe", "finetune", "--algorithm.start", str(run)]
-    printed, _ = train(
+    printed, (seen,) = train(
         tmp_path,
-        options(run, tiny_rec, "--stop-at", "4"),
-        options(run, tiny_rec, "--cuda-graphs", "step"),
+        options(run, tiny_rec, "--steps", "10", "--stop-at", "4"),
+        options(run, tiny_rec, "--steps", "10"),
         ["evaluate", str(run), *DALI_ON_CPU],
-        options(tuned, tiny_rec, *tuning, recipe="supervised"),
+        ["evaluate", str(run), "--device", "cpu"],
+        options(tuned, tiny_rec, *tuning, *ONE_BY_ONE, recipe="supervised"),
     )
+    assert printed.count("grad_sync allreduce, compile default, cuda_graphs step") == 2
     assert "paused after step 4" in printed
     assert "resuming after step 4" in printed
-    assert "step_00000006: top-1 0.00 %, top-5 0.00 % of 50 images" in printed
-    assert "begins with the average of student after step 6" in printed
-    for folder in (run, tuned):
+    assert printed.count("step_00000010: top-1 0.00 %, top-5 0.00 % of 50 images") == 2
+    assert "begins with the average of student after step 10" in printed
+    assert seen["graph_launches"] == 3  # after WARMUP steps of the second session
+    for folder, last in ((run, 10), (tuned, 6)):
         assert json.loads((folder / "summary.json").read_text())["count"] == 50
-        assert [row["step"] for row in rows(folder) if "loss/labeled" in row] == [2, 4, 6]
+        trained = [row["step"] for row in rows(folder) if "loss/labeled" in row]
+        assert trained == [*range(2, last + 1, 2)]
 
 
 # Of an update of each network: gradients and statistics, by DDP apart; and of the feedback.
@@ -57,7 +63,7 @@ def test_two_ranks_stop_resume_and_evaluate(sync: str, tiny_rec: Path, tmp_path:
     """From one step to the next, neither the loader's copies nor the exchange makes the host wait;
     events limit how many steps it is ahead, and time the first ten steps of DDP."""
     run = tmp_path / "run"
-    exchange = ["--grad-sync", sync]
+    exchange = ["--grad-sync", sync, *ONE_BY_ONE]
     printed, seen = train(
         tmp_path,
         options(run, tiny_rec, *exchange, *QUIET, "--stop-at", "5"),

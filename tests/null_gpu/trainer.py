@@ -63,6 +63,7 @@ def main(out: str, sessions: list[list[str]]) -> None:
     steps = [[*lines] for is_step, lines in groupby(seen.log, STEP.__eq__) if not is_step][1:]
     found = {
         "refused": seen.lines("REFUSED"),
+        "graph_launches": seen.graph_launches,
         "waits": [[x for x in lines if "SYNC" in x or "pageable" in x] for lines in steps],
         "collectives": [sum("KERNEL nccl" in x for x in lines) for lines in steps],
     }

@@ -35,7 +35,7 @@ def refused(code: int, *options: str) -> str:
             ["labeled_batch 1 gives a rank one image"],
         ),
         ("--run-dir /proc/mpl_fast/run", 2, ["cannot be written"]),
-        ("--cuda-graphs step", 2, ["cuda_graphs is step, but", "cpu: set off"]),
+        ("--cuda-graphs step", 2, ["cuda_graphs is step, but", "cpu: set auto"]),
         ("--microbatches 3", 2, ["microbatches 3 does not divide the 4 labeled images"]),
         (
             "--microbatches 2 --algorithm.held_out 0.25",

@@ -80,12 +80,19 @@ def bad_batch() -> Ended:
     return {"states": states, "skipped": skipped}
 
 
+def compiled() -> Ended:
+    """Training with DDP, whose first bucket is full with the last layer, and compiled networks."""
+    with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1):
+        ended = train(COMPILED, "ddp", "default")
+    return ended | {"pieces": torch._dynamo.utils.counters["aot_autograd"]["total"]}
+
+
 def main(out: str) -> None:
     """Writes OUT.RANK."""
     rank = distributed.init("cpu").rank
     ended = {name: train(name) for name in CONFIGS}
     ended |= {f"ddp {name}": train(name, "ddp") for name in DDP}
-    ended |= {"compiled": train(COMPILED, "ddp", "default"), "bad batch": bad_batch()}
+    ended |= {"compiled": compiled(), "bad batch": bad_batch()}
     torch.save(ended, f"{out}.{rank}")
     distributed.shutdown()
     alive = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
@@ -115,7 +122,10 @@ def test_one_rank_equals_two(name: str, pair: Pair) -> None:
 
 
 def test_compiled_networks_under_ddp_equal_eager_ones(pair: Pair) -> None:
+    """Those with gradient are in two pieces, so that DDP can exchange the gradient of one during
+    the backward pass of the other."""
     assert_close(pair[0]["compiled"]["learners"], pair[0][COMPILED]["learners"])
+    assert pair[0]["compiled"]["pieces"] == 5  # of teacher, student, and student without gradient
 
 
 @pytest.mark.parametrize("name", DDP)

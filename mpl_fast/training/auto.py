@@ -1,0 +1,75 @@
+"""What `auto` means for the options of how a step is run: by recipe, device and machines.
+
+These options change how fast a step is, not what it computes. A run's config.yaml keeps `auto`, so
+a run of GPUs can be evaluated, fine-tuned or resumed on a CPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils._triton import has_triton_package
+
+from mpl_fast.config import RunConfig
+from mpl_fast.config.fields import replaced
+
+PLAIN = {"grad_sync": "allreduce", "compile": "off", "cuda_graphs": "off"}
+
+
+class Choice(NamedTuple):
+    """A value, and why it is not the one that GPUs usually have."""
+
+    value: str
+    reason: str = ""
+
+
+def resolve(config: RunConfig, device: torch.device, machines: int) -> tuple[RunConfig, str]:
+    """The config of a training run without `auto` in these options, and what was chosen as text,
+    which is empty where nothing was."""
+    if device.type != "cuda":
+        return plain(config), ""
+    chosen = []
+    for option, choose in CHOICES.items():
+        if getattr(config, option) == "auto":
+            value, reason = choose(config, machines)
+            config = replaced(config, {option: value})
+            chosen.append(f"{option} {value}" + (f" ({reason})" if reason else ""))
+    return config, ", ".join(chosen)
+
+
+def plain(config: RunConfig) -> RunConfig:
+    """The config for training on a CPU, or for evaluation alone: there compiling would take longer
+    than it saves, and nothing is captured or exchanged."""
+    found: RunConfig = replaced(
+        config, {k: v for k, v in PLAIN.items() if getattr(config, k) == "auto"}
+    )
+    return found
+
+
+def _grad_sync(config: RunConfig, machines: int) -> Choice:
+    """The exchange overlaps with the backward pass where it takes long (docs/features.md)."""
+    if machines == 1:
+        return Choice("allreduce")
+    if config.microbatches > 1:
+        return Choice("allreduce", "DDP would exchange after each of the microbatches")
+    if config.cuda_graphs == "step":
+        return Choice("allreduce", "DDP's buckets cannot be captured in cuda_graphs step")
+    return Choice("ddp")
+
+
+def _compile(config: RunConfig, machines: int) -> Choice:
+    if config.model.norm == "sync":
+        return Choice("off", "model.norm sync cannot be compiled")
+    if not has_triton_package():
+        return Choice("off", "Triton is not installed")
+    return Choice("default")
+
+
+def _cuda_graphs(config: RunConfig, machines: int) -> Choice:
+    if config.model.norm == "sync":
+        return Choice("off", "model.norm sync makes the host wait")
+    reason = config.no_step_graph
+    return Choice("off", reason) if reason else Choice("step")
+
+
+# In this order: whether a step can be captured depends on grad_sync.
+CHOICES = {"grad_sync": _grad_sync, "compile": _compile, "cuda_graphs": _cuda_graphs}

@@ -1,0 +1,109 @@
+"""What `auto` becomes, by recipe, device and number of machines; it refuses nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpl_fast.config import RECIPES, RunConfig, problems
+from mpl_fast.config.command_line import as_yaml, parse
+from mpl_fast.training import auto
+from mpl_fast.training.auto import PLAIN, plain, resolve
+from tests.tiny_run import arguments, run_in_turn, train_here
+
+HERE = ["--run-dir=r", "--data.root=d"]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+# Options; machines; grad_sync, compile and cuda_graphs on CUDA; words of the line that is printed.
+TABLE = """\
+ | 1 | allreduce default step | grad_sync allreduce, compile default, cuda_graphs step
+recipe=supervised .mixup=1 | 1 | allreduce default step |
+recipe=uda | 1 | allreduce default step |
+recipe=fixmatch | 1 | allreduce default step |
+recipe=mpl_roleplay | 1 | allreduce default step |
+recipe=smpl | 1 | allreduce default step |
+recipe=metasemi | 1 | allreduce default off | off (recipe metasemi draws the same dropout twice)
+recipe=smpl .feedback=exact | 1 | allreduce default off | off (feedback exact draws the same
+.feedback=exact | 1 | allreduce default off | off (feedback exact draws the same dropout twice)
+.teacher-graph=recompute | 1 | allreduce default off | off (teacher_graph recompute draws
+.student.optimizer-backend=apex | 1 | allreduce default off | .student.optimizer_backend apex reads
+microbatches=2 | 1 | allreduce default step |
+deterministic=true | 1 | allreduce default step |
+model.norm=sync | 1 | allreduce off off | compile off (model.norm sync cannot be compiled), cuda
+ | 2 | ddp default off | off (the buckets of grad_sync ddp cannot be captured)
+.feedback=exact | 2 | ddp default off | grad_sync ddp
+microbatches=2 | 2 | allreduce default step | allreduce (DDP would exchange after each
+cuda-graphs=step | 2 | allreduce default step | allreduce (DDP's buckets cannot be captured
+cuda-graphs=off | 1 | allreduce default off | grad_sync allreduce, compile default
+cuda-graphs=model | 1 | allreduce default model |
+compile=off | 1 | allreduce off step | grad_sync allreduce, cuda_graphs step
+compile=max-autotune | 2 | ddp max-autotune off |
+grad-sync=allreduce | 2 | allreduce default step |
+grad-sync=ddp | 1 | ddp default off |
+grad-sync=ddp compile=off cuda-graphs=off | 1 | ddp off off |
+"""
+
+
+def whole(text: str) -> str:
+    """The text with the section's name before a dot at its beginning."""
+    return f"algorithm{text}" if text.startswith(".") else text
+
+
+def config(options: str) -> RunConfig:
+    given = [f"--{whole(option)}" for option in options.split()]
+    return parse([*HERE, *given])
+
+
+def choices(chosen: RunConfig) -> str:
+    return " ".join((chosen.grad_sync, chosen.compile, chosen.cuda_graphs))
+
+
+@pytest.mark.parametrize("row", TABLE.splitlines())
+def test_on_cuda(row: str) -> None:
+    options, machines, expected, words = (part.strip() for part in row.split("|"))
+    given = config(options)
+    chosen, line = resolve(given, CUDA, int(machines))
+    assert choices(chosen) == expected
+    assert whole(words) in line
+    typed = [name for name in PLAIN if getattr(given, name) != "auto"]
+    assert not any(f"{name} " in line.split("(")[0] for name in typed)
+    assert not problems(chosen)  # as a user could have written it
+    assert resolve(chosen, CUDA, int(machines)) == (chosen, "")
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("machines", [1, 2])
+def test_on_a_cpu_all_is_off(recipe: str, machines: int) -> None:
+    given = RunConfig(algorithm=RECIPES[recipe]())
+    chosen, line = resolve(given, CPU, machines)
+    assert (choices(chosen), line) == ("allreduce off off", "")
+
+
+def test_what_is_typed_stays_on_a_cpu_and_in_evaluation() -> None:
+    given = config("compile=max-autotune cuda-graphs=step grad-sync=allreduce")
+    assert plain(given) == resolve(given, CPU, 2)[0] == given
+
+
+def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "has_triton_package", lambda: False)
+    chosen, line = resolve(config(""), CUDA, 1)
+    assert choices(chosen) == "allreduce off step"
+    assert "compile off (Triton is not installed)" in line
+
+
+def test_the_config_of_a_run_keeps_what_was_given(tiny_rec: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = train_here(*arguments(folder, tiny_rec, recipe="supervised"), "--stop-at=1")
+    assert done.returncode == 0, done.stderr
+    written = parse(["--config", str(folder / "config.yaml")])
+    assert choices(written) == "auto auto auto"
+
+
+def test_a_run_with_graphs_of_a_gpu_is_evaluated_on_a_cpu(tiny_rec: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = train_here(*arguments(folder, tiny_rec, recipe="supervised"))
+    assert first.returncode == 0, first.stderr
+    written = parse(["--config", str(folder / "config.yaml"), "--cuda-graphs=step"])
+    (folder / "config.yaml").write_text(as_yaml(written))
+    done = run_in_turn(["evaluate", str(folder)])
+    assert done.returncode == 0 and "of 50 images" in done.stdout, done.stderr
