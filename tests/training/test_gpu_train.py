@@ -14,9 +14,11 @@ from tests.tiny_run import arguments, command, environment, final_state, launch
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-GRAPH, COMPILED = ["--cuda-graphs", "step"], ["--compile", "default"]
-MODES = [("gpu", "mpl", []), ("gpu", "mpl", GRAPH), ("gpu", "mpl", [*GRAPH, *COMPILED])]
-MODES += [("gpu", "dali", []), ("cpu", "mpl", GRAPH)]
+EAGER = ["--compile", "off", "--cuda-graphs", "off"]
+GRAPH = ["--compile", "off", "--cuda-graphs", "step"]
+BOTH = ["--compile", "default", "--cuda-graphs", "step"]
+MODES = [("gpu", "mpl", EAGER), ("gpu", "mpl", GRAPH), ("gpu", "mpl", BOTH)]
+MODES += [("gpu", "dali", EAGER), ("cpu", "mpl", GRAPH)]
 
 
 def options_of(folder: Path, rec: Path, *more: str) -> list[str]:
@@ -53,14 +55,17 @@ def test_a_run_under_nccl_stops_resumes_and_is_evaluated(
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_rec: Path, tmp_path: Path) -> None:
     """With deterministic kernels."""
     straight, resumed = tmp_path / "straight" / "run", tmp_path / "resumed" / "run"
-    one, two = (options_of(f, tiny_rec, "--deterministic", "true") for f in (straight, resumed))
+    one, two = (
+        options_of(f, tiny_rec, *EAGER, "--deterministic", "true") for f in (straight, resumed)
+    )
     under_torchrun(one, [*two, "--stop-at", "3"], two)
     assert_same(final_state(resumed), final_state(straight), ignore=("seconds",))
 
 
 def test_sigterm_saves_and_ends_with_its_code(tiny_rec: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    given = command(options_of(folder, tiny_rec, "--steps", "1000000", "--eval-every", "0"))
+    options = options_of(folder, tiny_rec, *EAGER, "--steps", "1000000", "--eval-every", "0")
+    given = command(options)
     process = subprocess.Popen(given, env=environment(), stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 600
     while not list(folder.glob("checkpoints/step_*")):

@@ -40,7 +40,7 @@ EVALUATION = 60.0
 ENDLESS = float("inf")
 # Of a smoke test: a run that comes to its end.
 TINY = ["--model.name", "wrn_10_1", "--labeled-batch", "8", "--unlabeled-batch", "16"]
-TINY += ["--steps", "6", "--log-every", "2", "--eval-every", "0"]
+TINY += ["--steps", "6", "--log-every", "2", "--eval-every", "0", "--compile", "off"]
 
 
 class Step(NamedTuple):
@@ -82,7 +82,9 @@ def _tests(stretch: float) -> Iterator[Step]:
 def _other_tests() -> list[str]:
     """Files of GPU tests that are not in the table."""
     files = [str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("tests/*/test_*.py"))]
-    return [f for f in files if f not in TESTS and "mark.gpu" in (ROOT / f).read_text("utf-8")]
+    return [
+        f for f in files if f not in TESTS and "pytest.mark.gpu" in (ROOT / f).read_text("utf-8")
+    ]
 
 
 def _packing(options: argparse.Namespace) -> Iterator[Step]:
