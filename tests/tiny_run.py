@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,13 @@ def command(arguments: list[str], ranks: int = 1) -> list[str]:
 def environment() -> dict[str, str]:
     """One thread a rank: sums come in one order, and two cores are enough for two ranks."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return str(one.getsockname()[1])
 
 
 def run(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
