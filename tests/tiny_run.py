@@ -164,13 +164,14 @@ def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedPro
 def launch(module: str, argument: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs a module of the tests under torchrun."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", *launcher, argument],
         capture_output=True,
         text=True,
         timeout=1800,
         cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment() | {"PYTHONPATH": path},
         check=False,
     )
 

@@ -1,18 +1,21 @@
 """The memory that `--dry-run` computes is what PyTorch's allocator takes on the device."""
 
+import gc
 import json
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.config import AlgorithmConfig
+from mpl_fast.config.run import Graphs
 from mpl_fast.dry_run import estimate
 from mpl_fast.dry_run.network import measure
 from mpl_fast.models import build
 from mpl_fast.training.rows import count
+from mpl_fast.training.step_graph import WARMUP, StepGraph
 from tests.algorithms.problems import MPL, UDA
 from tests.null_gpu import machine
 
@@ -30,6 +33,7 @@ class Case(NamedTuple):
     unlabeled: int
     config: AlgorithmConfig
     microbatches: int = 1
+    graphs: Graphs = "off"
 
 
 RECOMPUTE = replace(MPL, teacher_graph="recompute")
@@ -38,6 +42,8 @@ CASES = {
     "resnet50 uda": Case("resnet50", 1000, 224, 32, 224, UDA),
     "wrn mpl": Case("wrn_28_2", 10, 32, 64, 448, MPL),
     "resnet50 recompute": Case("resnet50", 1000, 224, 32, 224, RECOMPUTE, 4),
+    "resnet50 mpl graph": Case("resnet50", 1000, 224, 32, 224, MPL, graphs="step"),
+    "wrn mpl graph": Case("wrn_28_2", 10, 32, 64, 448, MPL, graphs="step"),
 }
 
 
@@ -49,16 +55,19 @@ def peak(case: Case) -> dict[str, int | float]:
     counted = count(config, *rows, steps=STEPS, step=STEP, microbatches=case.microbatches)
     network = build(case.model, case.classes, 0.1)
     cost = measure(network, case.size, device=DEVICE, bf16=True)
-    setting = estimate.Setting(config, *rows, case.size, True)
-    torch.cuda.empty_cache()
+    setting = estimate.Setting(config, *rows, case.size, True, case.graphs != "off")
+    gc.collect()  # a capture would, and free what other cases have left
     before = torch.cuda.memory_allocated()
     context = AlgorithmContext(microbatches=case.microbatches)
-    algorithm = new(config, model=case.model, classes=case.classes, context=context)
+    options: dict[str, Any] = {"classes": case.classes, "graphs": case.graphs, "context": context}
+    algorithm = new(config, model=case.model, **options)
+    graph = StepGraph(algorithm) if case.graphs == "step" else None
     images = batch(*rows, case.size)
-    for t in range(STEP, STEP + 2):
-        train_step(algorithm, images, t)
+    for t in range(STEP, STEP + WARMUP):
+        train_step(algorithm, images, t, graph and graph.step)
     torch.cuda.reset_peak_memory_stats()
-    train_step(algorithm, images, STEP + 2)
+    for t in range(STEP + WARMUP, STEP + WARMUP + 2):  # the first one is captured
+        train_step(algorithm, images, t, graph and graph.step)
     found = torch.cuda.max_memory_allocated() - before
     return {"computed": sum(estimate.memory(setting, counted, cost)), "allocated": found}
 

@@ -1,10 +1,12 @@
 """Steps as CUDA graphs: a capture is legal and complete, and a replay is one launch."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mpl_fast.algorithms.base import Metrics, train_step
 from mpl_fast.learner.compilation import Mode
@@ -25,7 +27,9 @@ def measure() -> Found:
     return {name: steps(name) for name in ALL}
 
 
-def steps(name: str, compiled: Mode = "off") -> Found:
+def steps(
+    name: str, compiled: Mode = "off", network: Callable[[], nn.Module] | None = None
+) -> Found:
     """Trains a variant with graphs of its steps."""
     from tests.null_gpu.training import ALL, batch, new, watched
 
@@ -35,9 +39,9 @@ def steps(name: str, compiled: Mode = "off") -> Found:
         torch.cuda.set_sync_debug_mode("error")
         return replay
 
-    algorithm, images = new(ALL[name], compiled=compiled, graphs="step"), batch()
+    algorithm, images = new(ALL[name], network=network, compiled=compiled, graphs="step"), batch()
     graph, sources = StepGraph(algorithm, capture), set[str]()
-    found: Found = {"faults": [], "captures": 0, "replays": 0}
+    found: Found = {"faults": [], "captures": 0, "replays": 0, "collectives": []}
     settled = 1  # the first step without anything that only a beginning needs
     for t in range(STEPS):
 
@@ -55,6 +59,7 @@ def steps(name: str, compiled: Mode = "off") -> Found:
         found["faults"] += [f"step {t}: {line}" for line in faults if not line.startswith(usual)]
         found["faults"] += reused(seen.lines("MEMCPY pinned"), sources)
         sources |= {line.split()[-1] for line in captured if "MEMCPY pinned" in line}
+        found["collectives"] += [line for line in captured if "nccl" in line]
         found["captures"] += bool(captured)
         found["replays"] += seen.graph_launches
     return found | {"launches": seen.launches}

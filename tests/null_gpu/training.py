@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,15 +13,17 @@ from mpl_fast import algorithms
 from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import AlgorithmConfig, LearnerConfig
-from mpl_fast.config.run import Graphs
+from mpl_fast.config.run import GradientSync, Graphs
+from mpl_fast.distributed import local_rank
 from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode
 from mpl_fast.models import build
+from mpl_fast.models.wide_resnet import WideResNet
 from tests.algorithms.problems import LEARNER, MPL, SMPL, UDA, VARIANTS
 from tests.null_gpu import device
 from tests.null_gpu.device import Seen
 
-DEVICE = torch.device("cuda", 0)
+DEVICE = torch.device("cuda", local_rank())
 ADAMW = replace(LEARNER, optimizer="adamw", nesterov=False)
 ALL: dict[str, AlgorithmConfig] = {
     **VARIANTS,
@@ -34,27 +36,39 @@ ALL: dict[str, AlgorithmConfig] = {
 FAULTS = ("SYNC", "REFUSED", "ESCAPED", "HOSTALLOC")
 
 
+def one_block() -> nn.Module:
+    """`wrn_10_1` with one of its three blocks: there is less to compile."""
+    network = build("wrn_10_1", 10, dropout=0.1)
+    assert isinstance(network, WideResNet)
+    network.blocks = network.blocks[2:]
+    network.stem = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+    return network
+
+
 def new(
     config: AlgorithmConfig,
     *,
+    network: Callable[[], nn.Module] | None = None,
     model: str = "wrn_10_1",
     classes: int = 10,
     bf16: bool = True,
     compiled: Mode = "off",
     graphs: Graphs = "off",
+    grad_sync: GradientSync = "allreduce",
     context: AlgorithmContext | None = None,
 ) -> Algorithm:
     """An algorithm whose networks have dropout."""
 
     def learner(chosen: LearnerConfig) -> Learner:
         return Learner(
-            build(model, classes, dropout=0.1),
+            network() if network else build(model, classes, dropout=0.1),
             chosen,
             steps=100,
             device=DEVICE,
             bf16=bf16,
             compiled=compiled,
             graphs=graphs,
+            grad_sync=grad_sync,
         )
 
     return algorithms.build(config, learner, context)

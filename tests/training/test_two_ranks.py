@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from mpl_fast import algorithms, distributed, models
 from mpl_fast.algorithms.base import train_step
@@ -41,6 +41,15 @@ assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-8)
 Pair = tuple[dict[str, Ended], dict[str, Ended]]
 
 
+class Network(nn.Sequential):
+    """PyTorch 2.11 compiles no plain nn.Sequential in place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
+
+
 def train(
     name: str, sync: GradientSync = "allreduce", compiled: Mode = "off", *, norm: bool = False
 ) -> Ended:
@@ -49,7 +58,7 @@ def train(
 
     def learner(config: LearnerConfig) -> Learner:
         # No other batch norm: its batches would differ between 1 and 2 ranks.
-        network: nn.Module = confident(problems.network(norm=norm))
+        network: nn.Module = Network(*confident(problems.network(norm=norm)))
         if distributed.world_size() > 1:
             network = models.synchronized(network)
         return Learner(network, config, steps=8, compiled=compiled, grad_sync=sync)
