@@ -96,6 +96,51 @@ def test_a_signal_while_a_job_is_started_ends_it(
     assert started[0].returncode == -signal.SIGTERM  # which is not blocked in it
 
 
+def test_a_second_signal_does_not_keep_a_job_from_being_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schedulers repeat SIGTERM, and impatient people Ctrl-C, while the job has its grace."""
+    sent, kill = list[tuple[int, int]](), os.killpg
+
+    def interrupted(group: int, number: int) -> None:
+        if not sent:
+            os.kill(os.getpid(), signal.SIGINT)
+        sent.append((group, number))
+        kill(group, number)
+
+    monkeypatch.setattr("tools.bench.jobs.os.killpg", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("x", ["sh", "-c", "trap '' TERM; sleep 600 & wait"], tmp_path, 1.0, grace=0.5)
+    group = sent[0][0]
+    assert sent == [(group, signal.SIGTERM), (group, signal.SIGKILL)]
+
+
+def test_a_job_that_cannot_be_ended_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in a driver's call that never returns."""
+    sent, kill = list[int](), os.killpg
+    monkeypatch.setattr("tools.bench.jobs.os.killpg", lambda group, number: sent.append(group))
+    ended = run("x", ["sleep", "600"], tmp_path, 0.1, grace=0.1)
+    kill(sent[0], signal.SIGKILL)
+    assert (ended.code, ended.in_time) == (-signal.SIGKILL, False)
+
+
+@pytest.mark.parametrize("command", ["", "nohup "])
+def test_a_closed_terminal_interrupts_unless_nohup_ignores_it(command: str) -> None:
+    source = (
+        "import os, signal; from tools.bench.jobs import interrupt_on_signals\n"
+        "interrupt_on_signals()\n"
+        "try: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    line = f'{command}"$@" 2>/dev/null'
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", *python(source)], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout == (b"" if command else b"interrupted\n")
+
+
 def runs(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

@@ -24,7 +24,6 @@ from tools.first_gpu.plan import ENDLESS, Step
 from tools.first_gpu.summary import Outcome, Summary
 
 MACHINE = {"gpu": "a chip", "driver": "1.2", "versions": {}, "missing": ["timm"]}
-MARK = "pytest.mark.gpu"
 LONG = 1000.0  # seconds, in which true and false end on any machine
 
 
@@ -224,12 +223,11 @@ def test_all_gpu_tests_come_first_then_benchmarks_then_training(tmp_path: Path) 
     names = [step.name for step in steps]
     assert len({*names}) == len(names)
     assert all((ROOT / file).exists() for file in plan.TESTS)
-    marked = {file.stem for file in ROOT.glob("tests/*/test_*.py") if MARK in file.read_text()}
     tests = [name for name in names if name.startswith("test_")]
-    assert {*tests} == marked | {"test_contract"}  # whose marks are in conftest.py
+    assert {"test_rng", "test_metrics"} < {*tests}  # which are not in the table
     assert names[: len(tests)] == tests
     assert names[len(tests) : len(tests) + 2] == ["bench_step_wrn_28_2", "bench_step_resnet50"]
-    assert left_out[0] == "input: it reads records, which --photographs names"
+    assert left_out[0] == "bench_input: it reads records, which --photographs names"
     assert left_out[1].startswith("train: it needs CIFAR-10")
     cifar = tmp_path / "cifar.tar.xz"
     cifar.touch()
@@ -242,6 +240,54 @@ def test_all_gpu_tests_come_first_then_benchmarks_then_training(tmp_path: Path) 
     assert given[1:4] == ["-m", "tools.bench", "losses"] and given[-2:] == ["--minutes", "1.000"]
     chosen, _ = plan.steps(options("--only", "bench_", "--skip", "bench_step", "bench_losses"))
     assert all(s.name.startswith("bench_") and "step" not in s.name for s in chosen)
+
+
+@pytest.mark.slow
+def test_every_file_with_tests_for_a_gpu_is_a_step_and_no_other() -> None:
+    """As pytest finds them: a step without one would fail, and tests without a step never run."""
+    collect = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "--collect-only",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run([*collect, "tests"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    steps, _ = plan.steps(options("--only", "test_"))
+    assert {next(a for a in s.command(1.0) if a.endswith(".py")) for s in steps} == files
+
+
+def test_a_word_that_fits_nothing_is_an_error_and_steps_of_other_calls_are_none() -> None:
+    with pytest.raises(UserError, match=r"--skip bench_stp: there are test_loader, .* evaluate$"):
+        plan.steps(options("--only", "test_", "--skip", "bench_stp"))
+    assert plan.steps(options("--only", "test_", "--skip", "pack", "train"))
+    with pytest.raises(UserError, match="nothing to run is left: there are test_loader, "):
+        plan.steps(options("--only", "test_", "--skip", "test_"))
+
+
+def test_what_passed_elsewhere_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for commit, names in {"1234": "ab", "5678": "abc"}.items():
+        machine = json.dumps(MACHINE | {"commit": commit})
+        monkeypatch.setattr(first_gpu, "_machine", lambda _, found=machine: found)
+        assert call(tmp_path, [shell(name, "true") for name in names], monkeypatch) == 0
+    assert "a: passed before, on a chip, commit 1234\n" in capsys.readouterr().out
+    page = (tmp_path / "summary.md").read_text().splitlines()
+    words = {name: line for line in page for name in "abc" if line.startswith(f"| {name} |")}
+    assert words["a"].endswith("| on a chip, commit 1234 |") and "commit" not in words["c"]
+
+
+def test_no_time_for_anything_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_gpu, "SHORTEST", 1e9)
+    with pytest.raises(UserError, match="--minutes 600: too short for any of 1 steps"):
+        call(tmp_path, [shell("a", "true")], monkeypatch)
+    assert statuses(tmp_path) == {"a": "not reached"}
 
 
 @pytest.mark.parametrize(

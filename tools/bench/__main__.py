@@ -1,11 +1,11 @@
 """Benchmarks: `python -m tools.bench NAME [options]`, from the root of the repository."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from mpl_fast.errors import run_command
+from tools.bench.jobs import interrupt_on_signals
 
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
@@ -40,6 +40,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # A SIGTERM ends a benchmark as Ctrl-C does, so that its temporary data is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_signals()  # so that temporary data is removed
     run_command("tools.bench", lambda: main(sys.argv[1:]), "interrupted")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from mpl_fast import atomic
 from mpl_fast.errors import INTERRUPTED, ConfigError, DataError, UserError, output_errors
-from tools.bench.jobs import Ended, run, tail
+from tools.bench.jobs import Ended, chosen, run, tail
 from tools.bench.results import FORM, Json, table
 
 MARGIN = 5.0  # seconds before the end by which everything is done
@@ -84,11 +84,8 @@ def _plan(options: argparse.Namespace) -> tuple[list[Job], list[str]]:
     rec = str(Path(options.rec).resolve()) if options.rec else None
     options.out = options.out.resolve()  # the benchmarks run in the repository's root
     found, left_out = jobs(gpu=_gpu(options.device), smoke=options.smoke, rec=rec)
-    chosen = [job for job in found if job.name.startswith(tuple(options.only))]
-    if not chosen:
-        names = ", ".join(job.name for job in found)
-        raise ConfigError(f"--only {' '.join(options.only)}: there are {names}")
-    return chosen, left_out
+    names = chosen([job.name for job in found], options.only, others=["input"])
+    return [job for job in found if job.name in names], left_out
 
 
 def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[str]]:

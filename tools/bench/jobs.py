@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from mpl_fast.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[2]
-STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 TAIL = 12  # lines of a log that are shown if a command failed
 
@@ -43,25 +45,60 @@ def run(name: str, command: Sequence[str], out: Path, limit: float, grace: float
     and `grace` seconds later a SIGKILL; also those that the command left behind.
     """
     began, in_time = time.monotonic(), False
-    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
-        # A signal that came while it is being started would leave it running.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            child = _started(command, log, mask)
-        except OSError:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            raise
+    # A signal that came while it is being started or ended would leave it running.
+    with (out / f"{name}.log").open("w", encoding="utf-8") as log, _blocked() as mask:
+        child = _started(command, log, mask)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(limit)
                 in_time = True
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(child.pid, number)
                     child.wait(grace)
-    return Ended(name, child.wait(), time.monotonic() - began, in_time)
+    code = child.poll()  # None: a driver's call that does not return keeps even a killed process
+    code = -signal.SIGKILL if code is None else code
+    return Ended(name, code, time.monotonic() - began, in_time)
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[set[signal.Signals | int]]:
+    """Delays signals until the end; yields the signal mask from before."""
+    mask: set[signal.Signals | int] = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def interrupt_on_signals() -> None:
+    """A SIGTERM, and the SIGHUP of a closed terminal, are then a `KeyboardInterrupt` as Ctrl-C is,
+    so that what runs is ended, too. What the caller ignores, as nohup SIGHUP, stays ignored."""
+    for number in STOPS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
+def chosen(
+    names: Sequence[str], only: Sequence[str], skip: Sequence[str] = (), others: Sequence[str] = ()
+) -> list[str]:
+    """Of `names` those that begin with a word of `only` and with none of `skip`.
+
+    Raises `ConfigError` for a word with which none of them begins, nor of `others`, which exist
+    with other options.
+    """
+    known = dict.fromkeys((*names, *others))
+    for option, words in (("only", only), ("skip", skip)):
+        for word in words:
+            if not any(name.startswith(word) for name in known):
+                raise ConfigError(f"--{option} {word}: there are {', '.join(known)}")
+    found = [n for n in names if n.startswith(tuple(only)) and not n.startswith(tuple(skip))]
+    if not found:
+        raise ConfigError(f"nothing to run is left: there are {', '.join(names)}")
+    return found
 
 
 def _started(

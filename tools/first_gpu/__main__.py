@@ -10,7 +10,6 @@ option is wrong; 3, OUT cannot be written; 130, stopped by Ctrl-C or SIGTERM, th
 import argparse
 import json
 import math
-import signal
 import subprocess
 import sys
 import tarfile
@@ -27,7 +26,7 @@ from mpl_fast.errors import (
     output_errors,
     run_command,
 )
-from tools.bench.jobs import ROOT, Ended, run
+from tools.bench.jobs import ROOT, Ended, interrupt_on_signals, run
 from tools.first_gpu import plan, summary
 from tools.first_gpu.plan import ENDLESS, Step
 from tools.first_gpu.summary import Outcome, Summary
@@ -117,18 +116,20 @@ def _run(
     steps: Sequence[Step], left_out: Sequence[str], options: argparse.Namespace, deadline: float
 ) -> int:
     out: Path = options.out
-    found, names = Summary(out, [step.name for step in steps], left_out), []
+    found, names, late = Summary(out, [step.name for step in steps], left_out), [], []
     grace = options.stretch * GRACE
     _print_machine(out)
     try:
         for number, step in enumerate(steps):
-            if found.outcomes[step.name].status == summary.PASSED and not step.again:
-                print(f"{step.name}: passed before", flush=True)
+            earlier = found.outcomes[step.name]
+            if earlier.status == summary.PASSED and not step.again:
+                print(f"{step.name}: passed before, on {earlier.where}", flush=True)
                 continue
             later = sum(one.kept for one in steps[number + 1 :])
             limit = min(step.limit, deadline - time.monotonic() - grace - later)
             if limit < SHORTEST:
                 print(f"{step.name}: not reached", flush=True)
+                late.append(step.name)
                 continue
             names.append(step.name)
             _one(step, limit, found, options)
@@ -139,6 +140,9 @@ def _run(
     finally:
         found.save()
         _archive(options)
+    if late and not names:
+        given = f"--minutes {options.minutes:g}"
+        raise ConfigError(f"{given}: too short for any of {len(late)} steps; see {out}/summary.md")
     if bad := found.bad(names):
         some = f"{len(bad)} of {len(names)} steps did not pass: {', '.join(bad)}"
         print(f"first_gpu_run: {some}; see {out}/summary.md", file=sys.stderr)
@@ -200,5 +204,5 @@ def _archive(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_on_signals()
     run_command("first_gpu_run", lambda: main(sys.argv[1:]), "interrupted")

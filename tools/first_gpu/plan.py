@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,12 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from mpl_fast.errors import ConfigError
 from tools.bench import all as benchmarks
 from tools.bench.all import Job
-from tools.bench.jobs import ROOT
+from tools.bench.jobs import ROOT, chosen
 
-# GPU tests by file, the most important first: seconds after which a file is ended.
+# GPU tests by file, the most important first: seconds after which a file is ended. Those that get
+# their marks from a conftest.py have to be here; others may.
 TESTS = {
     "tests/data/test_loader.py": 60.0,
     "tests/data/test_eval_loader.py": 40.0,
@@ -22,12 +23,14 @@ TESTS = {
     "tests/training/test_gpu_train.py": 150.0,
     "tests/training/test_gpu_run.py": 120.0,
     "tests/kernels/test_contract.py": 120.0,
+    "tests/kernels/test_batch_norm.py": 60.0,
     "tests/data/test_operations.py": 90.0,
     "tests/algorithms/test_definitions.py": 60.0,
 }
 # Some hundred kernels are compiled, which takes CPU time: as many processes, given xdist.
-PARALLEL, PROCESSES = "tests/kernels/test_contract.py", 8
+PARALLEL, PROCESSES = ("tests/kernels/test_contract.py", "tests/kernels/test_batch_norm.py"), 8
 OTHER_TESTS = 40.0  # seconds of each further file that has GPU tests
+MARK = re.compile(r"[@=] ?pytest\.mark\.gpu\b")  # of a test, a parameter or a whole file
 HANGS = 0.5  # of a file's time: a test that has taken so long prints where it is
 PACKING = 90.0
 INPUT = 40.0  # of images of 32 pixels
@@ -37,6 +40,7 @@ CONFIGS = ("configs/cifar10_4k_fast_mpl.yaml", "configs/cifar10_4k_mpl.yaml")
 # What earlier steps leave for these: seconds, and at most this share of all.
 KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION = (120.0, 0.2), (40.0, 0.1)
 EVALUATION = 60.0
+SOMETIMES = ("pack", "bench_input", "bench_input_cifar", "train", "evaluate")  # given records
 ENDLESS = float("inf")
 # Of a smoke test: a run that comes to its end.
 TINY = ["--model.name", "wrn_10_1", "--labeled-batch", "8", "--unlabeled-batch", "16"]
@@ -61,12 +65,9 @@ def steps(options: argparse.Namespace) -> tuple[list[Step], list[str]]:
     left_out: list[str] = []
     made = [*_tests(options.stretch), *_packing(options), *_benchmarks(options, left_out)]
     made += _training(options, left_out)
-    only, skip = tuple(options.only), tuple(options.skip)
-    chosen = [one for one in made if one.name.startswith(only) and not one.name.startswith(skip)]
-    if not chosen:
-        names = ", ".join(step.name for step in made)
-        raise ConfigError(f"--only and --skip leave none of the steps: there are {names}")
-    return [one._replace(limit=options.stretch * one.limit) for one in chosen], left_out
+    names = chosen([step.name for step in made], options.only, options.skip, SOMETIMES)
+    found = [step for step in made if step.name in names]
+    return [one._replace(limit=options.stretch * one.limit) for one in found], left_out
 
 
 def _tests(stretch: float) -> Iterator[Step]:
@@ -74,7 +75,7 @@ def _tests(stretch: float) -> Iterator[Step]:
         limit = TESTS.get(file, OTHER_TESTS)
         pytest = ["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--durations=5"]
         pytest += ["-o", f"faulthandler_timeout={HANGS * stretch * limit:.0f}", file]
-        if file == PARALLEL and find_spec("xdist"):
+        if file in PARALLEL and find_spec("xdist"):
             pytest += ["-n", str(min(PROCESSES, len(os.sched_getaffinity(0))))]
         yield Step(Path(file).stem, _fixed(*pytest), limit)
 
@@ -82,9 +83,7 @@ def _tests(stretch: float) -> Iterator[Step]:
 def _other_tests() -> list[str]:
     """Files of GPU tests that are not in the table."""
     files = [str(file.relative_to(ROOT)) for file in sorted(ROOT.glob("tests/*/test_*.py"))]
-    return [
-        f for f in files if f not in TESTS and "pytest.mark.gpu" in (ROOT / f).read_text("utf-8")
-    ]
+    return [f for f in files if f not in TESTS and MARK.search((ROOT / f).read_text("utf-8"))]
 
 
 def _packing(options: argparse.Namespace) -> Iterator[Step]:
@@ -98,7 +97,7 @@ def _packing(options: argparse.Namespace) -> Iterator[Step]:
 def _benchmarks(options: argparse.Namespace, left_out: list[str]) -> Iterator[Step]:
     photographs = str(options.photographs) if options.photographs else None
     found, why = benchmarks.jobs(gpu=True, smoke=options.smoke, rec=photographs)
-    left_out += [line.replace("--rec", "--photographs") for line in why]
+    left_out += [f"bench_{line.replace('--rec', '--photographs')}" for line in why]
     if rec := _records(options):
         threads = ("--threads", str(len(os.sched_getaffinity(0))))
         of_rec = ("--device", "cuda", *CIFAR, *threads, "--rec", str(rec))

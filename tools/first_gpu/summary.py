@@ -31,6 +31,8 @@ class Outcome(NamedTuple):
     limit: float | None = None
     found: tuple[str, ...] = ()
     """Key results in words."""
+    where: str = ""
+    """The GPU and the commit."""
 
 
 class Summary:
@@ -38,6 +40,8 @@ class Summary:
 
     def __init__(self, out: Path, names: Sequence[str], left_out: Sequence[str]) -> None:
         self._out, self._left_out = out, left_out
+        machine = _read(out / "env.json")
+        self.where = f"{machine.get('gpu')}, commit {machine.get('commit')}"
         self.outcomes = read(out)
         for name in names:
             self.outcomes.setdefault(name, Outcome(name, NOT_REACHED))
@@ -45,7 +49,7 @@ class Summary:
 
     def set(self, outcome: Outcome) -> None:
         """Takes an outcome and writes all files."""
-        self.outcomes[outcome.name] = outcome
+        self.outcomes[outcome.name] = outcome._replace(where=self.where)
         self.save()
 
     def interrupt(self) -> None:
@@ -72,7 +76,7 @@ class Summary:
         parts = ["# First run on a GPU"]
         parts += ["\n".join(f"- {key}: {machine[key]}" for key in keys if key in machine)]
         lines = ["| step | | seconds | of at most | found |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {' | '.join(_cells(one))} |" for one in self.outcomes.values()]
+        lines += [f"| {' | '.join(self._cells(one))} |" for one in self.outcomes.values()]
         parts.append("\n".join(lines))
         if self._left_out:
             parts.append("Left out:\n\n" + "\n".join(f"- {line}" for line in self._left_out))
@@ -88,6 +92,15 @@ class Summary:
                     f"The end of {name}.log:\n\n```\n{tail(self._out / f'{name}.log')}\n```"
                 )
         return "\n\n".join(parts) + "\n"
+
+    def _cells(self, one: Outcome) -> list[str]:
+        status = one.status if one.status == PASSED else f"**{one.status}**"
+        if one.code and one.status == FAILED:
+            status += f", code {one.code}" if one.code > 0 else f" by signal {-one.code}"
+        numbers = ["" if x is None else f"{x:.0f}" for x in (one.seconds, one.limit)]
+        elsewhere = [f"on {one.where}"] if one.where not in ("", self.where) else []
+        words = "<br>".join((*elsewhere, *one.found)).replace("|", "\\|")
+        return [one.name, status, *numbers, words]
 
 
 def read(out: Path) -> dict[str, Outcome]:
@@ -136,15 +149,6 @@ def _of_training(file: Path) -> tuple[str, ...]:
     for row in [row for row in rows if "eval/top1" in row][-3:]:
         found.append(f"top-1 {row['eval/top1']:.2f} % at step {row['step']}")
     return tuple(found)
-
-
-def _cells(one: Outcome) -> list[str]:
-    status = one.status if one.status == PASSED else f"**{one.status}**"
-    if one.code and one.status == FAILED:
-        status += f", code {one.code}" if one.code > 0 else f" by signal {-one.code}"
-    numbers = ["" if x is None else f"{x:.0f}" for x in (one.seconds, one.limit)]
-    words = "<br>".join(one.found).replace("|", "\\|")
-    return [one.name, status, *numbers, words]
 
 
 def _read(file: Path) -> Mapping[str, Any]:
