@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from mpl_fast import models
+from mpl_fast.config.cards import Card
+from mpl_fast.dry_run.roofline import BOUNDS
 from tools.bench import backbone
 from tools.bench.backbone import (
     BASE,
     BEST,
     VARIANTS,
-    Limits,
-    MinimalWork,
     Problem,
     Variant,
-    minimal_work,
 )
 from tools.bench.harness import Report
 from tools.bench.results import Row, Spread
@@ -35,76 +34,36 @@ def problem(size: int = 32, batch: int = 4, network: nn.Module | None = None) ->
     return Problem("wrn_10_1", network, size, batch, CPU)
 
 
-def limits(flops: float, moved: float) -> Limits:
-    return Limits({False: flops / 2, True: flops}, moved)
+def one_convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten())
 
 
-def test_work_of_a_network_by_hand() -> None:
-    """Stem 3 -> 2 of 3 x 3, norm, convolution 2 -> 4 of 1 x 1, pooling, linear 4 -> 5; 8 pixels."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 2, 3, padding=1, bias=False),
-        nn.BatchNorm2d(2),
-        nn.ReLU(),
-        nn.Conv2d(2, 4, 1, bias=False),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 5, bias=False),
-    )
-    work = minimal_work(network, 8)
-    image, first, second = 3 * 64, 2 * 64, 4 * 64
-    stem, norm = 2 * (image + first), 8 * first
-    head = 2 * (second + 4) + 3 * (4 + 5)
-    assert work.values == stem + norm + 3 * (first + second) + head
-    products = 2 * 64 * 3 * 2 * 9, 3 * 64 * 2 * 4, 3 * 4 * 5  # the image needs no gradient
-    assert work.flops == 2 * sum(products)
-    assert work.weights == 54 + 4 + 8 + 20
-    memory = work.roof(BEST, 10, limits(1e12, 1.0))
-    assert 1 / memory == pytest.approx(2 * work.values + 12 * 86 / 10)
-    assert all(p.device.type == "cpu" and p.grad is None for p in network.parameters())
-
-
-def test_work_agrees_with_another_count() -> None:
-    """That was computed by hand, layer by layer; it counts gradients by the image, too."""
-    work = minimal_work(models.build("resnet50", 1000), 224)
-    assert work.flops / 1e9 == pytest.approx(24.5, rel=0.06)
-    memory = work.roof(BEST, 10**9, limits(1e20, 1.0))
-    assert 1 / memory / 1e6 == pytest.approx(308, rel=0.07)
-
-
-def test_a_network_of_other_modules_has_no_count_of_bytes() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.LayerNorm(4))
-    work = minimal_work(network, 8)
-    assert work.flops == 2 * 2 * 4 * 3 * 64
-    assert work.roof(BEST, 4, limits(2e9, 1.0)) == 2e9 / work.flops
-
-
-@pytest.mark.parametrize(
-    ("weights", "batch", "flops", "moved", "variant", "images"),
-    [
-        (0, 1, 1000.0, 1e9, BEST, 10.0),
-        (0, 1, 1000.0, 1e9, BASE, 5.0),
-        (0, 1, 1e9, 80.0, BEST, 4.0),
-        (40, 4, 1e9, 80.0, BEST, 80 / (20 + 120)),
-    ],
-)
-def test_the_lower_roof_is_the_limit(
-    weights: int, batch: int, flops: float, moved: float, variant: Variant, images: float
-) -> None:
-    work = MinimalWork(flops=100, values=10, weights=weights)
-    assert work.roof(variant, batch, limits(flops, moved)) == images
+FLOPS = 2 * 2 * 3 * 4 * 64  # of an image: forward, and backward for the weights alone
 
 
 def test_rows_of_known_times() -> None:
+    """On a card where arithmetic is the limit in bfloat16, and on one of slow memory."""
     times = {BASE.name: [2.0, 4.0], BEST.name: [1.0, 1.0]}
-    one = problem(batch=12)
-    work = MinimalWork(flops=10**12, values=None, weights=0)
-    found = backbone.time_rows(one, BEST, times, work, limits(48e12, 1.0))
-    name = "wrn_10_1, 12 x 32 px: compile NHWC bf16"
-    assert found == [
-        Row(name, Spread(12.0, 12.0, 12.0, 2), "img/s", "higher", limit=48.0),
-        Row(f"{name} / {BASE.name}", Spread(3.0, 2.0, 4.0, 2), "times", "higher", steady=True),
+    one = problem(8, batch=12, network=one_convolution())
+    card = Card("CPU", bf16=12 * FLOPS / 0.25, tf32=1e30, memory=0.0, bandwidth=1e30, links=1.0)
+    rate, gain, low, high = backbone.time_rows(one, BEST, times, card)
+    name = "wrn_10_1, 12 x 8 px: compile NHWC bf16"
+    assert rate._replace(limit=None) == Row(name, Spread(12.0, 12.0, 12.0, 2), "img/s", "higher")
+    assert rate.limit == pytest.approx(12 / 0.25)
+    gained = Spread(3.0, 2.0, 4.0, 2)
+    assert gain == Row(f"{name} / {BASE.name}", gained, "times", "higher", steady=True)
+    assert [row.name for row in (low, high)] == [
+        f"{name} / {word} bound" for word in ("optimistic", "pessimistic")
     ]
-    assert len(backbone.time_rows(one, BASE, times, work, limits(48e12, 1.0))) == 1
+    for row, bound in zip((low, high), BOUNDS, strict=True):
+        assert row.found.median == pytest.approx(bound.compute / 0.25)
+    # Images twice, activations also when they are flattened, weights (48 bytes) three times.
+    moved = 12 * 4 * 64 * (2 * 3 + 4 * 4) + 3 * 48
+    slow = card._replace(bandwidth=moved / 0.5)
+    found = backbone.time_rows(one, BASE, times, slow)
+    assert len(found) == 3
+    assert found[0].limit == pytest.approx(12 / 0.5)
+    assert all(p.device.type == "cpu" and p.grad is None for p in one.network.parameters())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +71,7 @@ def test_rows_of_known_times() -> None:
     [
         ("NVIDIA H100 80GB HBM3", "resnet50", BEST, 3000.0),
         ("NVIDIA A100", "resnet50", BEST, None),
-        ("", "resnet50", BEST, None),
+        ("CPU", "resnet50", BEST, None),
         ("NVIDIA H200", "resnet18", BEST, None),
         ("NVIDIA H200", "resnet50", BASE, None),
     ],
@@ -120,10 +79,9 @@ def test_rows_of_known_times() -> None:
 def test_the_target_is_for_an_h100(
     gpu: str, model: str, variant: Variant, target: float | None
 ) -> None:
-    times, work = {variant.name: [1.0]}, MinimalWork(1, None, 0)
-    one, machine = problem()._replace(model=model), limits(1.0, 1.0)._replace(gpu=gpu)
-    (row,) = backbone.time_rows(one, variant, times, work, machine)
-    assert row.target == target
+    one = problem(8, network=one_convolution())._replace(model=model)
+    found = backbone.time_rows(one, variant, {variant.name: [1.0]}, Card(gpu, 1, 1, 1, 1, 1))
+    assert found[0].target == target
 
 
 @pytest.mark.parametrize(

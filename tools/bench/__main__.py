@@ -10,8 +10,7 @@ from tools.bench.jobs import interrupt_on_signals
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
-    "roofline": "training steps beside the time that a dry run computes",
-    "backbone": "networks by themselves: layouts, precisions, torch.compile",
+    "backbone": "networks by themselves: layouts, precisions, torch.compile, a dry run's bounds",
     "optimizer": "clipping, SGD and moving average",
     "input": "DALI pipelines, beside torchvision and SPDL",
     "pack": "packing, verifying and re-splitting, beside webdataset, MDS and im2rec",

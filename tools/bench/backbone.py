@@ -1,24 +1,28 @@
 """Measures networks by themselves: forward, cross-entropy and backward of synthetic images.
 
 Variants: both memory layouts and precisions, eager and compiled. Loss and gradient norm of each are
-compared with those of the first before any is timed. The limit of a rate is the lower of two that
-are measured in the same run: arithmetic (a large matrix product) or memory (a large copy, over the
-bytes that an image has to move; small networks may keep some of them in a cache).
+compared with those of the first before any is timed. The limit of a rate is that of its kernels,
+each by arithmetic or memory, at the machine's peak rates, measured in the same run by large
+products, convolutions and copies (small networks may keep some bytes in a cache). Beside it are the
+bounds that a dry run computes from shares of such rates.
 """
 
 import argparse
 import copy
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast import models
+from mpl_fast.config.cards import Card
+from mpl_fast.dry_run.roofline import BOUNDS, Bound, pass_seconds
+from mpl_fast.dry_run.trace import trace
 from mpl_fast.models import OWN
 from tools.bench.clock import repeated, seconds_of
 from tools.bench.harness import Report, at_least, run
@@ -31,10 +35,7 @@ BATCHES = {("cpu", SMALL): 64, ("cpu", LARGE): 16, ("cuda", SMALL): 512, ("cuda"
 STEPS = {"cpu": 1, "cuda": 10}
 OFF = {"loss": 0.05, "gradient norm": 0.25}  # bfloat16 and other dropout masks stay well below
 TARGET, TARGET_MODEL, TARGET_GPUS = 3000.0, "resnet50", ("H100", "H200")
-IMAGES = 4  # of the pass that is counted
-PRODUCTS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm2d,)
-POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-COUNTED = PRODUCTS + NORMS + POOLS
+PEAK = Bound(compute=1.0, memory=1.0, links=1.0, kernel=0.0, launch=0.0)
 
 Step = Callable[[], Tensor]
 
@@ -80,34 +81,6 @@ class Problem(NamedTuple):
         return torch.randn(shape, device=self.device), labels
 
 
-class Limits(NamedTuple):
-    """The best that the machine has done."""
-
-    flops: Mapping[bool, float]  # per second, in bfloat16 or not
-    copy: float  # bytes/s
-    gpu: str = ""  # its name
-
-
-class MinimalWork(NamedTuple):
-    """Of the forward and backward pass of one image."""
-
-    flops: int
-    values: int | None
-    """Activations and their gradients that are read or written, or None: see `minimal_work`."""
-    weights: int
-
-    def roof(self, variant: Variant, batch: int, limits: Limits) -> float:
-        """Images a second if arithmetic or memory, whichever takes longer, were at its best.
-
-        Weights are float32, and a batch reads them twice and writes their gradient once.
-        """
-        compute = limits.flops[variant.bf16] / self.flops
-        if self.values is None:
-            return compute
-        moved = self.values * (2 if variant.bf16 else 4) + 3 * 4 * self.weights / batch
-        return min(compute, limits.copy / moved)
-
-
 def main(arguments: Sequence[str]) -> int:
     """See `tools.bench.harness.run`."""
     return run("backbone", __doc__, arguments, measure, options, rounds=10, tiny=TINY)
@@ -118,6 +91,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names, sizes = ["resnet50", "wrn_28_2"], "images (GPU 256, or 512 small ones; CPU 16, 64)"
     add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
+    add("--eager", action="store_true", help="leave out what compiles for minutes")
     # A batch norm cannot normalize one image.
     add("--batch", type=at_least(2), metavar="N", help=sizes)
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
@@ -136,9 +110,10 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         "copy, bytes/s": copies(device, small=options.smoke),
     }
     report.more["limits"] = {name: one._asdict() for name, one in found.items()}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     fp32, bf16, copied = (one.high for one in found.values())
-    limits = Limits({False: fp32, True: bf16}, copied, gpu)
+    card = Card(name, bf16, fp32, memory=0.0, bandwidth=copied, links=1.0)
+    variants = [one for one in VARIANTS if not (options.eager and one.compiled)]
     report.claim = (
         f"training steps of the networks alone, median of at most {options.rounds} interleaved "
         "rounds; the share of a limit is that of what this machine did in the same run"
@@ -146,8 +121,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     for number, one in enumerate(problems):
         # The compiled forms of another network would count towards the limit of recompilations.
         torch._dynamo.reset()
-        work = minimal_work(one.network, one.image_size)
-        steps = correct(one, VARIANTS, report)
+        steps = correct(one, variants, report)
         with report.attempt(f"{one.label}: all of them"):  # may need more memory than each did
             seconds = report.interleaved(
                 steps,
@@ -155,9 +129,9 @@ def measure(options: argparse.Namespace, report: Report) -> None:
                 warmup=1,
                 parts=len(problems) - number,
             )
-            for variant in VARIANTS:
+            for variant in variants:
                 if variant.name in seconds:
-                    report.add(time_rows(one, variant, seconds, work, limits))
+                    report.add(time_rows(one, variant, seconds, card))
 
 
 def new_problem(model: str, device: torch.device, batch: int | None = None) -> Problem:
@@ -217,54 +191,28 @@ def time_rows(
     problem: Problem,
     variant: Variant,
     seconds: Mapping[str, list[float]],
-    work: MinimalWork,
-    limits: Limits,
+    card: Card,
 ) -> list[Row]:
-    """Images a second beside their limit and target, and the ratio to the first variant."""
-    name, limit = f"{problem.label}: {variant.name}", work.roof(variant, problem.batch, limits)
-    rates = spread([problem.batch / s for s in seconds[variant.name]])
+    """Images a second beside their limit and target; the ratio to the first variant; and of times
+    to the bounds for this card: to the optimistic one at least 1, to the other at most 1."""
+    name, measured = f"{problem.label}: {variant.name}", seconds[variant.name]
+    network = copy.deepcopy(problem.network).to("cpu")
+    passes = trace(network, problem.image_size, bf16=variant.bf16, compiled=variant.compiled)
+    kernels = [*passes.forward, *passes.backward]
+
+    def computed(bound: Bound) -> float:
+        return pass_seconds(kernels, problem.batch, variant.bf16, card, bound)
+
     meant = variant == BEST and problem.model == TARGET_MODEL
-    aim = TARGET if meant and any(gpu in limits.gpu for gpu in TARGET_GPUS) else None
+    aim = TARGET if meant and any(gpu in card.name for gpu in TARGET_GPUS) else None
+    rates, limit = spread([problem.batch / s for s in measured]), problem.batch / computed(PEAK)
     rows = [Row(name, rates, "img/s", "higher", limit=limit, target=aim)]
     if variant.name != BASE.name and BASE.name in seconds:
         gain = ratios(seconds, BASE.name, variant.name)
         rows.append(Row(f"{name} / {BASE.name}", gain, "times", "higher", steady=True))
+    for word, bound in zip(("optimistic", "pessimistic"), BOUNDS, strict=True):
+        expected = computed(replace(bound, kernel=0.0))  # those are of GPUs
+        rows.append(
+            Row(f"{name} / {word} bound", spread([s / expected for s in measured]), "times")
+        )
     return rows
-
-
-def minimal_work(network: nn.Module, image_size: int) -> MinimalWork:
-    """Counts with tensors on the meta device, which have shapes and no memory.
-
-    FLOPs are those of products and convolutions, a multiplication and an addition each. Memory is
-    what has to be moved if activations, dropout and additions are fused with the norm before them,
-    and convolutions with nothing, as a compiler does it:
-
-    - convolution, linear: forward reads x and writes y; backward reads dy and x for the weights,
-      and reads dy and writes dx unless x is the image;
-    - batch norm: forward reads x for its statistics, reads it again and writes y; backward reads x
-      and dy for its sums, reads them again and writes dx;
-    - pooling: reads x, writes y, reads dy, writes dx.
-
-    A residual's second operand is not counted, nor is attention: the count is a lower bound. It is
-    None for a network that has weights in other modules, such as layer norms.
-    """
-    dry = copy.deepcopy(network).to("meta").train()
-    values: list[int] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> None:
-        x, both = inputs[0], inputs[0].numel() + out.numel()
-        times = 4 if isinstance(module, NORMS) else 2  # of a norm x and y have one size
-        if isinstance(module, PRODUCTS) and x.requires_grad:
-            times = 3
-        values.append(times * both)
-
-    for module in dry.modules():
-        if isinstance(module, COUNTED):
-            module.register_forward_hook(note)
-    images = torch.empty(IMAGES, 3, image_size, image_size, device="meta")
-    with FlopCounterMode(display=False) as flops:
-        dry(images).sum().backward()
-    known = all(isinstance(m, COUNTED) for m in dry.modules() if [*m.parameters(recurse=False)])
-    moved = sum(values) // IMAGES if known else None
-    weights = sum(p.numel() for p in dry.parameters())
-    return MinimalWork(int(flops.get_total_flops()) // IMAGES, moved, weights)
