@@ -45,6 +45,7 @@ FLAGS = {
     "dry_run": "Print memory, operations, time and data rate that the run would need, and exit.",
 }
 DRY_RUN = {option.key: option for option in options(DryRunConfig()) if option.key != "card"}
+OF_A_CARD = {"network_gbps", "price_per_gpu_hour"}  # of no use without one
 DEVICES = ("auto", "cuda", "cpu")
 RECIPE = Option("recipe", Annotated[str, OneOf(RECIPES)], "mpl")
 LENGTHS = (("steps", "epochs"), ("eval_every", "eval_epochs"))
@@ -115,6 +116,9 @@ def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     config: DryRunConfig = replaced(DryRunConfig(card=card if card in CARDS else ""), values)
     for problem in problems(config):
         raise ConfigError(problem)
+    for key in OF_A_CARD & theirs.keys() if not config.card else ():
+        name = key.replace("_", "-")
+        raise ConfigError(f"--{name} needs a GPU: give --device as {', '.join(CARDS)}")
     return config
 
 

@@ -33,13 +33,19 @@ class Bound:
     """Seconds that any kernel takes."""
     launch: float
     """Seconds of the host for a launch, unless it is part of a CUDA graph."""
+    exchange: float = 0.0
+    """Seconds that any exchange between ranks takes, besides its bytes."""
 
 
 # compute: products of 4 to 15 thousand rows reach 0.87 on an A100, 0.80 on an H100 and 0.78 on a
 # B200; links: NCCL's ring 0.78 on an A100, 0.82 on an H200 (stas00/ml-engineering, compute and
 # network). memory, kernel: Triton's pointwise kernels on an H100 (pytorch/ao, roofline_utils.py).
-# launch: assumed.
-BOUNDS = (Bound(0.87, 0.92, 0.82, 2e-6, 5e-6), Bound(0.40, 0.50, 0.40, 4e-6, 15e-6))
+# exchange: NCCL's smallest all-reduce between two H100s, in a CUDA graph (NVIDIA/nccl, issue 1259).
+# launch, and the pessimistic exchange: assumed.
+BOUNDS = (
+    Bound(0.87, 0.92, 0.82, 2e-6, 5e-6, 6e-6),
+    Bound(0.40, 0.50, 0.40, 4e-6, 15e-6, 40e-6),
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ class Job:
     cost: NetworkCost
     passes: Passes
     bf16: bool
+    synchronized: int = 0
+    """Norms over the images of all ranks, of which each exchanges in every pass."""
 
 
 class Forecast(NamedTuple):
@@ -115,7 +123,10 @@ def step_seconds(job: Job, machine: Machine, bound: Bound) -> Step:
     back = seconds(backward, rows.backward, rows.backward_passes)
     tangent = PRODUCTS_OF_A_TANGENT * seconds(forward, rows.tangent, rows.tangent_passes)
     exchanges = (rows.updates + rows.gradients) * (machine.ranks > 1)
-    exchange = exchanges * all_reduce_seconds(cost.trained_bytes, machine, bound)
+    each = all_reduce_seconds(cost.trained_bytes, machine, bound) + bound.exchange
+    exchange = exchanges * each
+    norms = rows.forward_passes + rows.backward_passes + 2 * rows.tangent_passes
+    norms *= job.synchronized * (machine.ranks > 1)
     moved = update_bytes(job)
     if job.config.grad_sync == "ddp":
         exchange = max(0.0, exchange - back)
@@ -124,7 +135,7 @@ def step_seconds(job: Job, machine: Machine, bound: Bound) -> Step:
     return Step(
         passes=seconds(forward, rows.forward, rows.forward_passes) + back + tangent,
         updates=moved / (machine.card.bandwidth * bound.memory),
-        exchange=exchange,
+        exchange=exchange + norms * bound.exchange,
         host=launches(job) * bound.launch,
     )
 

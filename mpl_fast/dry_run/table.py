@@ -74,7 +74,8 @@ def table(plan: Plan) -> str:
         "length": _length(plan),
         "operations": _operations(plan),
         "memory": _memory(plan),
-        "checkpoint": f"{_amount(plan.checkpoint)}B each, {plan.config.checkpoint_keep} are kept",
+        "checkpoint": f"{quantity(plan.checkpoint, 'B')} each, "
+        f"{plan.config.checkpoint_keep} are kept",
         "time": _time(plan),
         "decoding": _decoding(plan),
     }
@@ -137,28 +138,29 @@ def _operations(plan: Plan) -> str:
     a_labeled = forwards * plan.world / plan.config.labeled_batch
     total = plan.flops * plan.world
     return (
-        f"{_amount(total)}FLOP a step, {a_labeled:.1f} forward passes ({_amount(plan.cost.forward)}"
-        f"FLOP each) for a labeled image; {_amount(total * plan.config.steps)}FLOP in all"
+        f"{quantity(total, 'FLOP')} a step, {a_labeled:.1f} forward passes "
+        f"({quantity(plan.cost.forward, 'FLOP')} each) for a labeled image; "
+        f"{quantity(total * plan.config.steps, 'FLOP')} in all"
     )
 
 
 def _memory(plan: Plan) -> str:
     parts = [
-        f"{name.replace('_', ' ')} {_amount(size)}B"
+        f"{name.replace('_', ' ')} {quantity(size, 'B')}"
         for name, size in plan.memory._asdict().items()
         if size
     ]
     total = sum(plan.memory)
     have = plan.device_bytes
-    of = f" of {_amount(have)}B" if have else ""
+    of = f" of {quantity(have, 'B')}" if have else ""
     remedies = "; ".join(plan.remedies) or "lower the batches"
     over = f"; TOO MUCH: {remedies}" if have and total > have else ""
     libraries = "Python, PyTorch and DALI" if plan.device == "cpu" else "CUDA, NCCL and DALI"
     take = "take"
     if plan.forecast:
-        take += f", for which {_amount(plan.forecast.machine.card.memory - have)}B are assumed"
+        take += f", for which {quantity(plan.forecast.machine.card.memory - have, 'B')} are assumed"
     return (
-        f"{_amount(total)}B on a rank{of} at the peak ({', '.join(parts)}), besides what "
+        f"{quantity(total, 'B')} on a rank{of} at the peak ({', '.join(parts)}), besides what "
         f"{libraries} {take}{over}"
     )
 
@@ -177,8 +179,8 @@ def _time(plan: Plan) -> str:
     total = plan.config.steps * plan.seconds + plan.evaluations * validating
     return (
         f"roughly {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, if all went "
-        f"at the {_amount(plan.rate)}FLOP/s that this network just reached here in a few seconds, "
-        f"forward and backward on {plan.timed} images, not compiled"
+        f"at the {quantity(plan.rate, 'FLOP/s')} that this network just reached here in a few "
+        f"seconds, forward and backward on {plan.timed} images, not compiled"
     )
 
 
@@ -212,7 +214,7 @@ def _cost(plan: Plan, forecast: Forecast) -> str:
     money = ""
     if plan.price:
         prices = _range([plan.price * number for number in hours], _count)
-        money = f", {prices} at {plan.price:g} for each"
+        money = f", {prices} at {plan.price:g} a GPU-hour"
     days = _range([number / plan.world / 24 for number in hours], _count)
     return f"{_range(hours, _count)} GPU-hours in {days} days{money}"
 
@@ -232,18 +234,11 @@ def _range(values: list[float], shown: Callable[[float], str]) -> str:
 
 
 def _seconds(value: float) -> str:
-    if value < 0.1:
-        return f"{value * 1000:.2g} ms"
-    return f"{value:.2g} s" if value < 10 else f"{value:,.0f} s"
+    rounded = float(f"{value:.2g}")  # or 0.0996 would be 1e+02 ms
+    if rounded < 0.1:
+        return f"{rounded * 1000:.2g} ms"
+    return f"{rounded:.2g} s" if rounded < 10 else f"{value:,.0f} s"
 
 
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _amount(value: float) -> str:
-    """Three digits, a space and an SI prefix: ``4.09 G``."""
-    for letter, size in zip("EPTGMk", (1e18, 1e15, 1e12, 1e9, 1e6, 1e3), strict=True):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.3g} "

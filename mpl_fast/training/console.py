@@ -88,12 +88,13 @@ def _rates(rates: Row) -> str:
     return "lr " + ", ".join(f"{name} {value:.3g}" for name, value in rates.items())
 
 
-def quantity(count: int) -> str:
-    """``940``, ``77.9 k`` or ``1.47 M``."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
+def quantity(value: float, unit: str = "") -> str:
+    """Three digits and an SI prefix: ``940``, ``77.9 k``, or ``1.47 MB`` with the unit ``B``."""
+    value = float(f"{value:.3g}")  # or 999,900 would be 1e+03 k
+    for prefix, size in zip("EPTGMk", (1e18, 1e15, 1e12, 1e9, 1e6, 1e3), strict=True):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
 
 
 def duration(seconds: float) -> str:

@@ -136,6 +136,8 @@ RECORDS = "labeled=128116,unlabeled=1153051,val=50000,classes=10"
         (["--dry-run", "--nodes=0"], "nodes must be at least 1, not 0"),
         (["--dry-run", "--network-gbps=0"], "network_gbps must be above 0"),
         (["--dry-run", "--price-per-gpu-hour=much"], "price_per_gpu_hour must be a number"),
+        (["--dry-run", "--price-per-gpu-hour=2"], "--price-per-gpu-hour needs .* --device as a100"),
+        (["--dry-run", "--device=cpu", "--network-gbps=9"], "--network-gbps needs a GPU: give"),
         (["--dry-run", "--records=labeled=5"], "records must be labeled=N,unlabeled=N,val=N,class"),
         (["--dry-run", f"--records={RECORDS},val=5"], "records must be"),
         (["--dry-run", f"--records={RECORDS.replace('128116', '0')}"], "records must be"),
@@ -284,6 +286,15 @@ def test_memory_names_its_parts_and_what_does_not_fit() -> None:
         found = paragraphs(table(plan(1.0, device=gpu)))["memory"]
         assert found.endswith("besides what CUDA, NCCL and DALI take")
     assert small.startswith("7 GB on a rank of 6 GB") and "TOO MUCH: lower the batches" in small
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5e-6, "0.005 ms"), (0.0994, "99 ms"), (0.0996, "0.1 s"), (9.96, "10 s"), (1234, "1,234 s")],
+)
+def test_seconds_of_a_step(seconds: float, text: str) -> None:
+    found = paragraphs(table(plan(rate=8e9 / seconds)))["time"]
+    assert found.startswith(f"roughly {text} a step")
 
 
 def test_without_a_device_no_time_is_invented() -> None:

@@ -159,6 +159,18 @@ def test_a_step_by_hand() -> None:
     assert slow.exchange == pytest.approx(400 / 1e3 - backward)
 
 
+def test_norms_over_all_ranks_exchange_in_every_pass() -> None:
+    """2 passes forward, 1 backward, 1 forward-mode, which exchanges statistics and derivatives."""
+    slow, machine = replace(FULL, exchange=1.0), Machine(CARD, 2, 1, 1e3)
+    rows = replace(ROWS, tangent=3, tangent_passes=1)
+    synchronized = replace(job(rows), synchronized=7)
+    gradients = 1.0 + 400 / 1e5
+    assert step_seconds(job(rows), machine, slow).exchange == pytest.approx(gradients)
+    both = step_seconds(synchronized, machine, slow).exchange
+    assert both == pytest.approx(gradients + 7 * (2 + 1 + 2))
+    assert step_seconds(synchronized, Machine(CARD, 1, 1, 1e3), slow).exchange == 0.0
+
+
 def test_the_host_counts_when_it_takes_longer() -> None:
     slow = replace(FULL, launch=1.0)
     machine = Machine(CARD, 1, 1, 1e3)

@@ -8,10 +8,19 @@ ROW = {"images_per_second": 100.0, "data_wait": 0.25, "loss/consistency": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(940, "940"), (1290, "1.29 k"), (77_850, "77.8 k"), (1_467_610, "1.47 M")]
+    ("count", "text"),
+    [
+        (940, "940"),
+        (1290, "1.29 k"),
+        (77_850, "77.8 k"),
+        (999_499, "999 k"),
+        (999_900, "1 M"),
+        (1_467_610, "1.47 M"),
+    ],
 )
 def test_quantities_have_three_digits_and_a_unit(count: int, text: str) -> None:
     assert quantity(count) == text
+    assert quantity(count, "B") == (f"{text}B" if count > 999 else "940 B")
 
 
 @pytest.mark.parametrize(
