@@ -27,7 +27,6 @@ ARCHITECTURES = (80, 90, 100)
 # an odd pitch, and padded to a multiple of 8.
 CLASSES = (10, 1000, 8192, 21841, 21848)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDE = 16  # bytes, the most that one instruction moves on all of these architectures
 
 
 class Job(NamedTuple):
@@ -55,6 +54,7 @@ class Compiled(NamedTuple):
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    narrow: tuple[str, ...]
     seconds: float
 
 
@@ -150,12 +150,15 @@ def _results(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, list[Co
 
 def faults(kernel: Compiled) -> list[str]:
     """What is wrong with a kernel, a line each."""
+    from mpl_fast.kernels.machine_code import WIDE
+
     found = []
     if kernel.stack or kernel.local:
         found.append(f"spills {kernel.stack} bytes of stack, {kernel.local} of local memory")
     pitch = kernel.job.classes * getattr(torch, kernel.job.dtype).itemsize
-    for verb, widths in (("reads", kernel.loads), ("writes", kernel.stores)):
-        if widths and pitch % WIDE == 0 and min(widths) < WIDE:
+    for kind, verb in (("loads", "reads"), ("stores", "writes")):
+        if kind in kernel.narrow and pitch % WIDE == 0:
+            widths = getattr(kernel, kind)
             found.append(f"{verb} rows of {pitch} bytes {min(widths)} bytes at a time")
     if not kernel.loads:
         found.append("no load of a row was found in its code")

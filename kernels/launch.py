@@ -86,14 +86,20 @@ def wrap_triton(kernel: Any, programs: int, x: Tensor, *others: Tensor) -> Calla
     if is_traced:
         return partial(torch.library.wrap_triton(kernel)[(programs,)], *rows, **options)
 
-    def launch(*args: Any, **constants: Any) -> None:
+    return partial(launch(kernel, (programs,), x), *rows, **options)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor) -> Callable[..., None]:
+    """Launches `kernel` eagerly on the device of `like`."""
+
+    def call(*args: Any, **options: Any) -> None:
         # Triton launches on the current device, not on the tensors'.
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(like):
             # Fusion is explicit, since Triton 3.9 warns that its default will change. Inductor
             # decides that by itself and takes no such argument.
-            kernel[(programs,)](*rows, *args, **constants, **options, enable_fp_fusion=True)
+            kernel[grid](*args, **options, enable_fp_fusion=True)
 
-    return launch
+    return call
 
 
 def register(name: str, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

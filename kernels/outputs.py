@@ -1,4 +1,4 @@
-"""Inputs and outputs of the losses: the same tuples for every implementation.
+"""Inputs and outputs of the kernels: the same tuples for every implementation.
 
 Loss terms are float32, or float64 for float64 logits. Everything else in an output is a statistic:
 a detached 0-dim float32 tensor on the logits' device, so that no call synchronizes.
@@ -64,3 +64,10 @@ class PseudoLabels(NamedTuple):
     label: Tensor  # (U,) int64
     confidence: Tensor  # (U,) float32, the largest probability
     entropy: Tensor  # (U,) float32, in nats
+
+
+class Dual(NamedTuple):
+    """A tensor and its derivative along a direction, of the same shape."""
+
+    primal: Tensor
+    tangent: Tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpl_fast.kernels import fused
-from mpl_fast.kernels.outputs import Pseudo, TeacherInputs
+from mpl_fast.kernels.outputs import Dual, Pseudo, TeacherInputs
 
 LABELED, UNLABELED = 3, 2  # counts are not compiled in
 
@@ -57,6 +57,12 @@ def _exact(rows: Rows) -> None:
     fused.exact_feedback(rows.logits(), rows.logits().float(), 1.0).backward()
 
 
+def _batch_norm_jvp(rows: Rows, given: bool) -> None:
+    x, channel = rows.logits().detach(), torch.zeros(rows.classes)
+    weight, statistics = Dual(channel, channel), (channel, channel) if given else None
+    fused.batch_norm_jvp(Dual(x, x), weight, weight, statistics, 1e-5, 0.0)
+
+
 VARIANTS: dict[str, Callable[[Rows], None]] = {
     "teacher_loss_and_grad weak": partial(_teacher, pseudo="weak"),
     "teacher_loss_and_grad strong": partial(_teacher, pseudo="strong"),
@@ -70,4 +76,6 @@ VARIANTS: dict[str, Callable[[Rows], None]] = {
     "pseudo_labels sampled": partial(_pseudo_labels, uniforms=torch.zeros(UNLABELED)),
     "cosine_loss": _cosine,
     "exact_feedback": _exact,
+    "batch_norm_jvp batch": partial(_batch_norm_jvp, given=False),
+    "batch_norm_jvp given": partial(_batch_norm_jvp, given=True),
 }

@@ -86,7 +86,7 @@ def _device(wanted: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch finds no GPU here: use --device cpu or auto")
     ranks, have = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if ranks > have:  # raised by every rank of this machine, of which rank 0 prints it
+    if ranks > have:  # raised by every rank of this machine, of which the first prints it
         raise ConfigError(f"{ranks} ranks for {have} GPUs here: use --nproc-per-node={have}")
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
@@ -136,6 +136,16 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Every rank's tensor, detached: ``(ranks, ...)`` in the order of ranks."""
+    x = x.detach()
+    if world_size() == 1:
+        return x[None]
+    found = x.new_empty(world_size() * x.numel())
+    dist.all_gather_into_tensor(found, x.flatten())
+    return found.view(world_size(), *x.shape)
 
 
 def barrier() -> None:

@@ -22,7 +22,7 @@ class UserError(Exception):
 
     exit_code = 1
     alone = False
-    """Raised on this rank only, which then prints it; else rank 0 does."""
+    """Raised on this rank only, which then prints it; else the first rank of each machine does."""
 
 
 class ConfigError(UserError):
@@ -120,8 +120,11 @@ class _Output(io.FileIO):
 
 
 def fail(program: str, error: UserError) -> NoReturn:
-    """Prints ``PROGRAM: error: ...`` to stderr, on one rank if all raised it, and exits."""
-    if error.alone or os.environ.get("RANK", "0") == "0":
+    """Prints ``PROGRAM: error: ...`` to stderr, on one rank of each machine, and exits.
+
+    Not on one of all ranks: records or a GPU may be missing on another machine than the first.
+    """
+    if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
     else:
         # torchrun ends all ranks as soon as one has failed: let the one that prints be the first.

@@ -39,6 +39,7 @@ from mpl_fast.kernels import checks, reference
 from mpl_fast.kernels.outputs import (
     CEOut,
     CosineOut,
+    Dual,
     Pseudo,
     PseudoLabels,
     Scalar,
@@ -69,7 +70,10 @@ VARIABLE = "MPL_FAST_LOSSES"
 
 
 class Backend(Protocol):
-    """An implementation of the losses, called with checked arguments: `fused` or `reference`."""
+    """An implementation of the losses, called with checked arguments: `fused` or `reference`.
+
+    `batch_norm_jvp` is no loss: the learner's derivatives call it.
+    """
 
     def pseudo_labels(self, weak: Tensor, uniforms: Tensor | None) -> PseudoLabels: ...
 
@@ -90,6 +94,16 @@ class Backend(Protocol):
     ) -> CosineOut: ...
 
     def exact_feedback(self, logits: Tensor, direction: Tensor, weight: Scalar) -> Tensor: ...
+
+    def batch_norm_jvp(
+        self,
+        x: Dual,
+        weight: Dual,
+        bias: Dual,
+        given: tuple[Tensor, Tensor] | None,
+        eps: float,
+        slope: float,
+    ) -> Dual: ...
 
 
 def _choice_of_environment() -> Choice:

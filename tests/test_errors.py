@@ -15,9 +15,11 @@ from tests.tiny_run import ROOT, TRAIN, write_digits
 def test_the_rank_that_prints_an_error_ends_first(
     rank: str, alone: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Otherwise torchrun may end it before it has printed."""
+    """Otherwise torchrun may end it before it has printed. On another machine than rank 0's, where
+    alone a file may be missing, the first rank prints."""
     waited: list[float] = []
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("RANK", str(8 + int(rank)))
+    monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setattr("time.sleep", waited.append)
     error = ConfigError("wrong")
     error.alone = alone

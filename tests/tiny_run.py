@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +106,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def free_port() -> str:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return str(one.getsockname()[1])
+
+
 def run(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end, however it ends."""
     return subprocess.run(
@@ -156,13 +164,14 @@ def run_in_turn(*sessions: list[str], ranks: int = 1) -> subprocess.CompletedPro
 def launch(module: str, argument: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Runs a module of the tests under torchrun."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", module]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", *launcher, argument],
         capture_output=True,
         text=True,
         timeout=1800,
         cwd=ROOT,
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment() | {"PYTHONPATH": path},
         check=False,
     )
 

@@ -14,6 +14,8 @@ import yaml
 
 from mpl_fast.config.algorithms import RECIPES
 from mpl_fast.config.aliases import OPTION_NAMES, OPTION_VALUES, changes, renamed
+from mpl_fast.config.cards import CARDS
+from mpl_fast.config.dry_run import DryRunConfig
 from mpl_fast.config.fields import (
     OneOf,
     Option,
@@ -28,12 +30,13 @@ from mpl_fast.config.run import RunConfig
 from mpl_fast.config.values import convert, metavar, ranges, wanted
 from mpl_fast.errors import ConfigError
 
-USAGE = """torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
+USAGE = f"""torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
 --run-dir RUN
 
 Trains one recipe. Options override the YAML file, which overrides the defaults shown here.
 The --algorithm.* options are those of one recipe: --recipe uda --help lists those of uda.
-The same command with the same --run-dir resumes. With --dry-run it only prints what it would need.
+The same command with the same --run-dir resumes. With --dry-run it only prints what it would need,
+and --device may name a GPU that is not here: {", ".join(CARDS)}.
 Words in option names are joined by - or _."""
 
 FLAGS = {
@@ -41,6 +44,8 @@ FLAGS = {
     "print_config": "Print the config as YAML and exit.",
     "dry_run": "Print memory, operations, time and data rate that the run would need, and exit.",
 }
+DRY_RUN = {option.key: option for option in options(DryRunConfig()) if option.key != "card"}
+DEVICES = ("auto", "cuda", "cpu")
 RECIPE = Option("recipe", Annotated[str, OneOf(RECIPES)], "mpl")
 LENGTHS = (("steps", "epochs"), ("eval_every", "eval_epochs"))
 
@@ -58,6 +63,7 @@ def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
     Contradictions among algorithm options are ignored unless `for_training`.
     """
     typed = _renamed(_command_line(argv), "the command line")
+    dry_run = _without_dry_run(typed)
     file = typed.pop("config", None)
     read = _renamed(_yaml_file(str(file.text)), str(file.text)) if file else {}
     recipe = str({**read, **typed}.get("recipe", Given(RECIPE.value)).text)
@@ -77,15 +83,39 @@ def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
     if "print_config" in typed:
         print(as_yaml(config), end="")
         raise SystemExit(0)
+    unneeded = [] if for_training else ["algorithm."]
+    if dry_run:
+        unneeded += ["run_dir is missing", *(["data.root is missing"] if dry_run.records else [])]
     for problem in problems(config):
-        if for_training or not problem.startswith("algorithm."):
+        if not problem.startswith(tuple(unneeded)):
             raise ConfigError(problem)
     return config
 
 
-def wants_dry_run(argv: Sequence[str]) -> bool:
-    """Whether arguments that `parse` has accepted request a dry run."""
-    return "dry_run" in _command_line(argv)
+def dry_run_of(argv: Sequence[str]) -> DryRunConfig | None:
+    """The dry run that arguments request which `parse` has accepted; None: training."""
+    return _without_dry_run(_command_line(argv))
+
+
+def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
+    """Takes the options of a dry run out of those that were typed, where a GPU becomes cuda."""
+    card = typed["device"].text if "device" in typed else ""
+    theirs = {key: typed.pop(key) for key in DRY_RUN if key in typed}
+    if card in CARDS:
+        typed["device"] = Given("cuda")
+    if "dry_run" not in typed:
+        for option in [*theirs, *([f"device {card}"] if card in CARDS else [])]:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} is for a dry run: give --dry-run as well")
+        return None
+    if card and card not in (*DEVICES, *CARDS):
+        names = ", ".join([*DEVICES, *list(CARDS)[:-1]]) + f" or {list(CARDS)[-1]}"
+        raise ConfigError(f"device must be {names}, not {card}")
+    values = {key: _value(given, DRY_RUN[key]) for key, given in theirs.items()}
+    config: DryRunConfig = replaced(DryRunConfig(card=card if card in CARDS else ""), values)
+    for problem in problems(config):
+        raise ConfigError(problem)
+    return config
 
 
 def as_yaml(config: RunConfig) -> str:
@@ -238,11 +268,12 @@ def _help(config: RunConfig) -> str:
     for flag, text in FLAGS.items():
         names = ("-h", "--help") if flag == "help" else (f"--{flag}",)
         parser.add_argument(*names, action="store_true", help=text)
-    for prefix, section in sections(config):
+    for prefix, section in [*sections(config), ("", DryRunConfig())]:
         title = str(type(section).__doc__).partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
         explained = {"recipe": str(RunConfig.recipe.__doc__), **texts(type(section))}
-        for option in (*(() if prefix else (RECIPE,)), *options(section, prefix)):
+        known = DRY_RUN.values() if section == DryRunConfig() else options(section, prefix)
+        for option in (*((RECIPE,) if section is config else ()), *known):
             facts = [*ranges(option.kind), f"default: {_shown(option.value)}"]
             text = f"{explained[option.key.removeprefix(prefix)]} ({'; '.join(facts)})"
             text = text.replace("%", "%%")

@@ -96,9 +96,9 @@ class ModelConfig:
     """Outputs of the last layer, which must equal the number of classes in the data; 0: that
     number."""
     norm: Literal["batch", "sync"] = "batch"
-    """Batch norm over each rank's own images, or over those of all ranks (sync: CUDA only, not
-    compiled), for batches too small to be normalized alone. The student's labeled loss in the
-    feedback is always normalized on each rank alone."""
+    """Batch norm over each rank's own images, or over those of all ranks (sync), for batches too
+    small to be normalized alone: one small exchange a layer in each pass, forward and backward. The
+    student's labeled loss in the feedback is always normalized on each rank alone."""
     norm_momentum: Fraction = 0.0
     """Share of a new batch in batch norm's running statistics; 0: as the network defines it (wrn
     0.001, timm 0.1)."""
@@ -134,7 +134,7 @@ class RunConfig:
     fp32 on the CPU."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """Mode of torch.compile for the networks; off: not compiled. auto: default on CUDA, off on a
-    CPU and for norm sync."""
+    CPU."""
     cuda_graphs: Literal["auto", Graphs] = "auto"
     """CUDA graphs, which save the time of launching kernels on a GPU. model: one for each compiled
     pass. step: one for the whole step but the moving average, once ramps and delays are over. auto:
@@ -184,8 +184,15 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Contradictions between sections, each a line that begins with a key."""
         found = self._batch_problems() + self._start_problems() + self._graph_problems()
-        if self.model.norm == "sync" and self.compile not in ("auto", "off"):
-            found.append("model.norm sync cannot be compiled: set --compile off, or norm batch")
+        if (
+            self.model.norm == "sync"
+            and self.grad_sync == "ddp"
+            and self.compile not in ("auto", "off")
+        ):
+            found.append(
+                "model.norm sync cannot be compiled with grad_sync ddp: set --compile off, or "
+                "--grad-sync allreduce"
+            )
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
         return found

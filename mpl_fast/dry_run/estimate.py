@@ -63,7 +63,7 @@ def memory(setting: Setting, rows: StepRows, cost: NetworkCost) -> Memory:
     return Memory(
         weights=cost.bytes * len(trained),
         gradients=cost.trained_bytes * len(trained),
-        optimizer=cost.trained_bytes * sum(map(_moments, trained)),
+        optimizer=cost.trained_bytes * sum(map(moments, trained)),
         average=cost.bytes * sum(learner.ema > 0 for learner in trained),
         copies=cost.trained_bytes * _copies(setting.algorithm),
         images=image * (setting.labeled + 2 * setting.unlabeled) * (2 if setting.graphs else 1),
@@ -75,12 +75,13 @@ def memory(setting: Setting, rows: StepRows, cost: NetworkCost) -> Memory:
 def checkpoint_bytes(algorithm: AlgorithmConfig, cost: NetworkCost) -> int:
     """Weights, averages and the optimizers' moments; generators and data positions are small."""
     return sum(
-        cost.bytes * (2 if learner.ema else 1) + cost.trained_bytes * _moments(learner)
+        cost.bytes * (2 if learner.ema else 1) + cost.trained_bytes * moments(learner)
         for learner in learners(algorithm)
     )
 
 
-def _moments(learner: LearnerConfig) -> int:
+def moments(learner: LearnerConfig) -> int:
+    """Tensors that an optimizer keeps for each weight."""
     if learner.optimizer == "adamw":
         return 2
     return 1 if learner.momentum else 0

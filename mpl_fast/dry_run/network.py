@@ -1,6 +1,8 @@
 """Cost of one network per image: operations, saved activations, and time."""
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +46,7 @@ def measure(
     recomputes some of them; this takes seconds. The network is then compiled, and has gradients.
     """
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    few, many = (_images(rows, side, device, bf16) for rows in ROWS)
+    few, many = (random_images(rows, side, device, bf16) for rows in ROWS)
     forward, backward = _flops(network, few, bf16)
     if compiled:
         network.compile(backend="aot_eager_decomp_partition", dynamic=False)
@@ -67,12 +69,12 @@ def seconds_per_image(
 ) -> float:
     """Minimum wall time per image of forward and backward passes over `rows` images."""
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    images = _images(rows, side, device, bf16)
+    images = random_images(rows, side, device, bf16)
 
     def seconds() -> float:
         network.zero_grad(set_to_none=True)
         began = _now(device)
-        _logits(network, images, bf16).float().sum().backward()
+        logits_of(network, images, bf16).float().sum().backward()
         return _now(device) - began
 
     seconds()  # the first one is slower
@@ -89,13 +91,13 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _images(rows: int, side: int, device: torch.device, bf16: bool) -> Tensor:
+def random_images(rows: int, side: int, device: torch.device, bf16: bool) -> Tensor:
     dtype = torch.bfloat16 if bf16 else torch.float32
     images = torch.randn(rows, 3, side, side, device=device, dtype=dtype)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _logits(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
+def logits_of(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         logits: Tensor = network(images)
     return logits
@@ -103,13 +105,34 @@ def _logits(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
 
 def _flops(network: nn.Module, images: Tensor, bf16: bool) -> tuple[int, int]:
     """FLOPs of a forward and of a backward pass over all images."""
-    counter = FlopCounterMode(display=False)
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with counter:
-        loss = _logits(network, images, bf16).float().sum()
+        loss = logits_of(network, images, bf16).float().sum()
     forward = counter.get_total_flops()
     with counter:
         loss.backward()
     return forward, counter.get_total_flops()
+
+
+def convolution_backward_flops(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    output_mask: Sequence[bool],
+    **_others: object,
+) -> int:
+    """As many for the gradient of the images as for that of the weights. PyTorch's own formula
+    takes the latter for that of a convolution in one group: a depthwise one has far fewer."""
+    forward = 2 * math.prod(x_shape if transposed else grad_shape) * math.prod(w_shape[1:])
+    return forward * (output_mask[0] + output_mask[1])
 
 
 def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:
@@ -125,7 +148,7 @@ def _saved(network: nn.Module, images: Tensor, bf16: bool) -> list[int]:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = _logits(network, images, bf16).float().sum()
+        loss = logits_of(network, images, bf16).float().sum()
     pieces = list(found.values())
     del loss  # not earlier: a freed storage's address may be used again
     return pieces

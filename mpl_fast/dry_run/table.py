@@ -1,11 +1,13 @@
 """The text of a dry run: a paragraph for each property of the run."""
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
 from mpl_fast.dry_run.estimate import Memory, step_flops
 from mpl_fast.dry_run.network import NetworkCost
+from mpl_fast.dry_run.roofline import Forecast
 from mpl_fast.training.console import duration, quantity
 from mpl_fast.training.rows import StepRows
 
@@ -21,7 +23,7 @@ class Plan:
     device: str
     """Name of a rank's device; empty if this machine does not have it."""
     device_bytes: int
-    """Its memory; 0 for the CPU."""
+    """Of its memory that a run may use; 0 for the CPU."""
     bf16: bool
     cost: NetworkCost
     rows: StepRows
@@ -37,6 +39,12 @@ class Plan:
     """FLOP/s measured with this network on this device; 0 if the device is not here."""
     timed: int
     """Images in the measured pass."""
+    forecast: Forecast | None = None
+    """Of a GPU that is not here."""
+    remedies: tuple[str, ...] = ()
+    """What would fit the device's memory."""
+    price: float = 0.0
+    """Of a GPU for an hour; 0: unknown."""
 
     @property
     def flops(self) -> int:
@@ -47,6 +55,12 @@ class Plan:
     def seconds(self) -> float:
         """Of a step; 0 if unknown."""
         return self.flops / self.rate if self.rate else 0.0
+
+    @property
+    def evaluations(self) -> int:
+        """Passes over the validation images."""
+        every = self.config.eval_every
+        return 1 + (self.config.steps - 1) // every if every else 1
 
 
 def table(plan: Plan) -> str:
@@ -64,6 +78,9 @@ def table(plan: Plan) -> str:
         "time": _time(plan),
         "decoding": _decoding(plan),
     }
+    if plan.forecast:
+        paragraphs["a step takes"] = _parts(plan.forecast)
+        paragraphs["cost"] = _cost(plan, plan.forecast)
     lines = [
         textwrap.fill(f"{name:<{INDENT}}{text}", WIDTH, subsequent_indent=" " * INDENT)
         for name, text in paragraphs.items()
@@ -82,6 +99,8 @@ def _network(plan: Plan) -> str:
 
 def _ranks(plan: Plan) -> str:
     where = plan.device or "a GPU that this machine does not have"
+    nodes = plan.forecast.machine.nodes if plan.forecast else 1
+    where += f" on {nodes} nodes" if nodes > 1 else ""
     precision = "bfloat16" if plan.bf16 else "float32"
     return f"{plan.world} x {where}, {precision}, compile {plan.config.compile}"
 
@@ -132,21 +151,30 @@ def _memory(plan: Plan) -> str:
     total = sum(plan.memory)
     have = plan.device_bytes
     of = f" of {_amount(have)}B" if have else ""
-    over = "; TOO MUCH: lower the batches" if have and total > have else ""
+    remedies = "; ".join(plan.remedies) or "lower the batches"
+    over = f"; TOO MUCH: {remedies}" if have and total > have else ""
     libraries = "Python, PyTorch and DALI" if plan.device == "cpu" else "CUDA, NCCL and DALI"
+    take = "take"
+    if plan.forecast:
+        take += f", for which {_amount(plan.forecast.machine.card.memory - have)}B are assumed"
     return (
         f"{_amount(total)}B on a rank{of} at the peak ({', '.join(parts)}), besides what "
-        f"{libraries} take{over}"
+        f"{libraries} {take}{over}"
     )
 
 
 def _time(plan: Plan) -> str:
+    if plan.forecast:
+        return (
+            f"{_range([step.total for step in plan.forecast.steps], _seconds)} a step, "
+            f"{_range(_totals(plan, plan.forecast), duration)} with evaluations, computed and not "
+            "measured: between the best rates that others have reached on such GPUs and about half "
+            "of them, if the input pipeline keeps up"
+        )
     if not plan.rate:
         return "unknown: this machine does not have the device, so the network was not timed"
     validating = plan.validation * plan.cost.forward / plan.world / plan.rate
-    every = plan.config.eval_every
-    evaluations = 1 + (plan.config.steps - 1) // every if every else 1
-    total = plan.config.steps * plan.seconds + evaluations * validating
+    total = plan.config.steps * plan.seconds + plan.evaluations * validating
     return (
         f"roughly {_seconds(plan.seconds)} a step, {duration(total)} with evaluations, if all went "
         f"at the {_amount(plan.rate)}FLOP/s that this network just reached here in a few seconds, "
@@ -156,6 +184,10 @@ def _time(plan: Plan) -> str:
 
 def _decoding(plan: Plan) -> str:
     images = plan.config.images
+    if plan.forecast:
+        rates = [images / step.total for step in reversed(plan.forecast.steps)]
+        on_a_rank = _range([rate / plan.world for rate in rates], _count)
+        return f"{_range(rates, _count)} images/s ({on_a_rank} on a rank) at these speeds"
     if not plan.rate:
         return f"{images:,} images a step; the images/s needed are these divided by its seconds"
     rate = images / plan.seconds
@@ -165,7 +197,43 @@ def _decoding(plan: Plan) -> str:
     )
 
 
+def _parts(forecast: Forecast) -> str:
+    parts = {
+        "networks": [step.passes for step in forecast.steps],
+        "updates": [step.updates for step in forecast.steps],
+        "exchange": [step.exchange for step in forecast.steps],
+        "launches, by the host meanwhile,": [step.host for step in forecast.steps],
+    }
+    return ", ".join(f"{name} {_range(values, _seconds)}" for name, values in parts.items())
+
+
+def _cost(plan: Plan, forecast: Forecast) -> str:
+    hours = [seconds * plan.world / 3600 for seconds in _totals(plan, forecast)]
+    money = ""
+    if plan.price:
+        prices = _range([plan.price * number for number in hours], _count)
+        money = f", {prices} at {plan.price:g} for each"
+    days = _range([number / plan.world / 24 for number in hours], _count)
+    return f"{_range(hours, _count)} GPU-hours in {days} days{money}"
+
+
+def _totals(plan: Plan, forecast: Forecast) -> list[float]:
+    """Seconds of the run at both bounds."""
+    return [
+        plan.config.steps * step.total + plan.evaluations * evaluation
+        for step, evaluation in zip(forecast.steps, forecast.evaluations, strict=True)
+    ]
+
+
+def _range(values: list[float], shown: Callable[[float], str]) -> str:
+    """``LOW to HIGH``, or one if both are printed alike."""
+    low, high = (shown(value) for value in values)
+    return low if low == high else f"{low} to {high}"
+
+
 def _seconds(value: float) -> str:
+    if value < 0.1:
+        return f"{value * 1000:.2g} ms"
     return f"{value:.2g} s" if value < 10 else f"{value:,.0f} s"
 
 

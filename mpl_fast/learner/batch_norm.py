@@ -52,15 +52,10 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.weight is None or m.weight.requires_grad]
     saved = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
-    synchronized = [m for m in norms if isinstance(m, nn.SyncBatchNorm)]
     for norm in norms:
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    for norm in synchronized:  # fails without num_batches_tracked while this is true
-        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm in synchronized:
-            norm.track_running_stats = True
         for norm, (mean, var, count) in zip(norms, saved, strict=True):
             norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, var, count

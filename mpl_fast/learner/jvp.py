@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mpl_fast.errors import ConfigError
+from mpl_fast.learner.norm_jvp import FusedNorms
 from mpl_fast.learner.rng import replay_rng, rng_state
 
 EPSILON = 0.01  # length of the central difference's step in weight space, as in MetaSemi
@@ -80,8 +81,7 @@ class WeightDerivative:
         Raises `ConfigError` if the method is forward and a layer has no forward mode.
         """
         before = rng_state(images.device)
-        # Not in 16 bits: a small difference would have no digits left, and batch norm's forward
-        # derivative is float32, which the next convolution rejects.
+        # Not in 16 bits, in which a small difference would have no digits left.
         with torch.autocast(images.device.type, enabled=False):
             images = images.to(weights[0].dtype)
             if self.method != "central":
@@ -107,12 +107,13 @@ class WeightDerivative:
             stacklevel=3,
         )
 
+    @torch.no_grad()
     def _forward(
         self, weights: Sequence[Tensor], direction: Sequence[Tensor], images: Tensor
     ) -> Tensor:
         _load_forward_rules()
         # Not torch.func.jvp: dropout of channels_last images draws another mask in there.
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), FusedNorms():
             pairs = zip(weights, direction, strict=True)
             dual = [forward_ad.make_dual(weight, change) for weight, change in pairs]
             change = forward_ad.unpack_dual(self.function.at(dual, images)).tangent

@@ -1,7 +1,6 @@
 """Networks by name: those of timm, and those of the semi-supervised CIFAR literature."""
 
 import difflib
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from mpl_fast.models import pretrained as weights
 from mpl_fast.models.conv_large import ConvLarge
 from mpl_fast.models.frozen import freeze
 from mpl_fast.models.shake_shake import ShakeShake
+from mpl_fast.models.sync_norm import synchronized
 from mpl_fast.models.wide_resnet import WideResNet
 
 __all__ = ["build", "count_parameters", "image_size", "synchronized", "with_class_order"]
@@ -125,13 +125,6 @@ def with_class_order(
         here, wider = (build(name, len(order) + more).state_dict() for more in (0, 1))
     rows = {key for key, value in here.items() if value.shape != wider[key].shape}
     return {key: value[[*order]] if key in rows else value for key, value in weights.items()}
-
-
-def synchronized(network: nn.Module) -> nn.Module:
-    """Converts batch norms to SyncBatchNorm, including timm's with an activation."""
-    layers: Any = importlib.import_module("timm.layers")  # late: 1 s
-    converted: nn.Module = layers.convert_sync_batchnorm(network)
-    return converted
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -49,6 +49,8 @@ def _grad_sync(config: RunConfig, machines: int) -> Choice:
     """The exchange overlaps with the backward pass where it takes long (docs/features.md)."""
     if machines == 1:
         return Choice("allreduce")
+    if config.model.norm == "sync" and config.compile != "off":
+        return Choice("allreduce", "DDP's pieces of a network cannot contain model.norm sync")
     if config.microbatches > 1:
         return Choice("allreduce", "DDP would exchange after each of the microbatches")
     if config.cuda_graphs == "step":
@@ -57,16 +59,14 @@ def _grad_sync(config: RunConfig, machines: int) -> Choice:
 
 
 def _compile(config: RunConfig, machines: int) -> Choice:
-    if config.model.norm == "sync":
-        return Choice("off", "model.norm sync cannot be compiled")
+    if config.model.norm == "sync" and config.grad_sync == "ddp":
+        return Choice("off", "model.norm sync cannot be compiled with grad_sync ddp")
     if not has_triton_package():
         return Choice("off", "Triton is not installed")
     return Choice("default")
 
 
 def _cuda_graphs(config: RunConfig, machines: int) -> Choice:
-    if config.model.norm == "sync":
-        return Choice("off", "model.norm sync makes the host wait")
     reason = config.no_step_graph
     return Choice("off", reason) if reason else Choice("step")
 

@@ -58,10 +58,6 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
                 f"{manifest.root}: lower it to {records} or less"
             )
     _check_microbatches(config, dist_env)
-    if config.model.norm == "sync" and dist_env.device.type != "cuda" and dist_env.world > 1:
-        raise ConfigError(
-            "model.norm is sync, which PyTorch has for CUDA alone: set batch, or train on GPUs"
-        )
     if config.cuda_graphs not in ("auto", "off") and dist_env.device.type != "cuda":
         raise ConfigError(
             f"cuda_graphs is {config.cuda_graphs}, but device is {dist_env.device.type}: set auto"

@@ -34,15 +34,19 @@ def signal_when_parent_ends(number: int) -> None:
 def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
     """Calls `request_stop` at the first SIGTERM or SIGINT.
 
-    A second signal raises `KeyboardInterrupt`, unless it arrives within `ECHO_SECONDS`.
+    A second signal raises `KeyboardInterrupt`, unless it arrives within `ECHO_SECONDS`, or both are
+    SIGTERM: schedulers repeat it before they kill, and a checkpoint may be complete by then.
     """
-    first: list[float] = []
+    received: list[int] = []
+    first = 0.0
 
-    def handle(_: int, __: FrameType | None) -> None:
-        now = time.monotonic()
-        if first and now - first[0] > ECHO_SECONDS:
+    def handle(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        received.append(number)
+        first = first or time.monotonic()
+        # torchrun forwards a second Ctrl-C as SIGTERM: one SIGINT is enough.
+        if signal.SIGINT in received and time.monotonic() - first > ECHO_SECONDS:
             raise KeyboardInterrupt
-        first.append(now)
         request_stop()
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}

@@ -4,6 +4,7 @@ The networks are linear stand-ins with a few weights, so that a batch of any siz
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,6 +40,13 @@ class StepRows:
     """Maximum of images whose activations are saved at the same time."""
     held_passes: int = 0
     """Number of passes that saved these."""
+    forward_passes: int = 0
+    backward_passes: int = 0
+    tangent_passes: int = 0
+    updates: int = 0
+    """By the optimizers, each after an exchange of gradients between ranks."""
+    gradients: int = 0
+    """That are exchanged between ranks and update nothing: the labeled ones of a feedback."""
 
 
 def count(
@@ -60,11 +68,27 @@ def count(
     def new_learner(learner: LearnerConfig) -> Learner:
         # The optimizer's backend changes no row, and some backends need a GPU.
         learner = replace(learner, optimizer_backend="torch")
-        return Learner(_StandIn(counter), learner, steps=steps)
+        return _Counted(_StandIn(counter), learner, steps=steps)
 
     algorithm = algorithms.build(config, new_learner, AlgorithmContext(microbatches=microbatches))
     train_step(algorithm, _batch(labeled, unlabeled), steps - 1 if step is None else step)
     return counter.found
+
+
+class _Counted(Learner):
+    """Counts what ranks exchange."""
+
+    def optimizer_step(self) -> Tensor:
+        """Counts an update."""
+        self.network.counter.found.updates += 1
+        return super().optimizer_step()
+
+    def labeled_gradient(
+        self, images: Tensor, labels: Tensor, statistics: Literal["batch", "running"] = "batch"
+    ) -> tuple[list[Tensor], Tensor]:
+        """Counts a gradient."""
+        self.network.counter.found.gradients += 1
+        return super().labeled_gradient(images, labels, statistics)
 
 
 class _Saved:
@@ -92,6 +116,7 @@ class _Counter:
 
     def backward(self, gradient: Tensor) -> None:
         self.found.backward += len(gradient)
+        self.found.backward_passes += 1
 
     def __deepcopy__(self, memo: object) -> "_Counter":
         """The copy of a network for averaged weights has the same counter."""
@@ -115,8 +140,10 @@ class _StandIn(nn.Module):
             self.counter.normalized(rows, training=self.training)
         if forward_ad.unpack_dual(self.weight).tangent is not None:
             found.tangent += rows
+            found.tangent_passes += 1
         else:
             found.forward += rows
+            found.forward_passes += 1
         with saved_tensors_hooks(self.counter.save, lambda saved: saved[1]):
             logits = images.flatten(1) @ self.weight
         if logits.requires_grad:

@@ -190,8 +190,13 @@ def _locked(path: Path) -> Any:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
-        except OSError:
+        except BlockingIOError:
             time.sleep(0.1)  # a run that was just killed may still be ending
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir {path} cannot be locked: {error.strerror}: mount its file system with "
+                "flock (Lustre: -o flock), or use another --run-dir"
+            ) from None
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 
 

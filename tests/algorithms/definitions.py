@@ -31,15 +31,17 @@ Logits = tuple[Tensor, Tensor, Tensor]  # of the labeled, weak and strong images
 
 
 class PlainLearner:
-    """A learner's network with SGD and a weight average."""
+    """A learner's network with SGD and a weight average, on the CPU."""
 
     def __init__(self, learner: Learner) -> None:
         self.config, self.steps = learner.config, learner.steps
-        self.network, self.average = (copy.deepcopy(learner.network).train() for _ in range(2))
+        self.network, self.average = (
+            copy.deepcopy(learner.network).cpu().train() for _ in range(2)
+        )
         self.velocity: Values = {
             name: learner.optimizer.state[parameter]
             .get("momentum_buffer", torch.zeros_like(parameter))
-            .clone()
+            .to("cpu", copy=True)
             for name, parameter in learner.network.named_parameters()
         }
 

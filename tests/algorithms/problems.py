@@ -135,12 +135,14 @@ def new(
     compiled: Mode = "off",
     graphs: Graphs = "off",
     context: AlgorithmContext | None = None,
+    device: str = "cpu",
 ) -> Algorithm:
     """An algorithm whose networks `make` returns, with the same weights at every call of `new`."""
     torch.manual_seed(0)
 
     def learner(chosen: LearnerConfig) -> Learner:
-        return Learner(make(), chosen, steps=steps, compiled=compiled, graphs=graphs)
+        options: dict[str, Any] = {"compiled": compiled, "graphs": graphs, "device": device}
+        return Learner(make(), chosen, steps=steps, **options)
 
     return algorithms.build(config, learner, context or AlgorithmContext(seed=3))
 

@@ -128,10 +128,10 @@ cuda-graphs=step recipe=metasemi | cuda_graphs step is not possible, since recip
 cuda-graphs=step grad-sync=ddp | cuda_graphs step is not possible, since the buckets
 cuda-graphs=step .student.optimizer-backend=apex | cuda_graphs step is not possible, since
 .teacher.optimizer-backend=apex .teacher.optimizer=adamw | .teacher.optimizer_backend apex is for
+model.norm=sync grad-sync=ddp compile=default | model.norm sync cannot be compiled with grad_sync
 microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
 recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole
 .feedback=parity_google microbatches=2 | microbatches must be 1 for feedback parity_google
-model.norm=sync compile=default | model.norm sync cannot be compiled
 recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
 recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
 model.frozen=true | model.frozen would keep random weights: give --model.pretrained

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from mpl_fast.data.stream import cpu_threads
 from mpl_fast.errors import CheckpointError, ConfigError
 from tests.data.numbered_images import (
     CLASSES,
+    CPU,
     PLAIN,
     level,
     levels,
@@ -235,6 +237,52 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(monkeypatch: pytest.Mon
     assert cpu_threads(replace(PLAIN, threads=5)) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert cpu_threads(PLAIN) == 1
+
+
+ON_EITHER = pytest.mark.parametrize("where", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+
+
+def batches_of(manifest: Manifest, where: str, config: DataConfig) -> Iterator[Batch]:
+    """Six batches, on the CPU, of a loader whose DALI runs on either processor."""
+    device = torch.device("cuda", 0) if where == "gpu" else CPU
+    loader = train_loader(manifest, replace(config, device=where), device=device)  # type: ignore[arg-type]
+    for _ in range(6):
+        yield Batch(*(tensor.cpu() for tensor in next(loader)))
+
+
+def levels_off(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return 255 * (found.double() - expected.double()).abs()
+
+
+@ON_EITHER
+@pytest.mark.parametrize("policy", ["mpl", "mpl_branched"])
+def test_a_gpu_augments_as_the_cpu_does(manifest: Manifest, policy: str, where: str) -> None:
+    """The same draws, one operation an image: equal to 2 gray levels, but for pixels whose nearest
+    neighbor tips over in a rotation."""
+    config = replace(PLAIN, policy=policy, num_ops=1, magnitude=8.0, flip=True, threads=2)  # type: ignore[arg-type]
+    changed = 0.0
+    for found, expected in zip(
+        batches_of(manifest, where, config), batches_of(manifest, "cpu", config), strict=True
+    ):
+        assert torch.equal(found.labels, expected.labels)
+        assert torch.equal(found.truth, expected.truth)
+        assert levels_off(found.labeled, expected.labeled).max() < 1.1
+        assert levels_off(found.weak, expected.weak).max() < 1.1
+        assert (levels_off(found.strong, expected.strong) > 2.1).double().mean() < 0.005
+        changed += (levels_off(found.strong, found.weak).amax((1, 2, 3)) > 8).double().mean().item()
+    assert changed / 6 > 0.3  # half of the images are drawn, and each view has its own flip
+
+
+@ON_EITHER
+def test_a_gpu_decodes_jpeg_as_the_cpu_does(tiny_rec: Path, where: str) -> None:
+    """To the rounding of another decoder."""
+    manifest = read_manifest(tiny_rec)
+    for found, expected in zip(
+        batches_of(manifest, where, PLAIN), batches_of(manifest, "cpu", PLAIN), strict=True
+    ):
+        assert torch.equal(found.truth, expected.truth)
+        assert levels_off(found.weak, expected.weak).max() < 6.0
+        assert levels_off(found.weak, expected.weak).mean() < 1.0
 
 
 @pytest.mark.gpu

@@ -130,6 +130,15 @@ def test_operations_and_memory_of_a_network_by_hand() -> None:
     assert found.saved_once == 0
 
 
+def test_operations_of_a_depthwise_and_of_a_transposed_convolution() -> None:
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), depthwise, nn.ConvTranspose2d(8, 2, 2, 2))
+    found = measure(nn.Sequential(*network, nn.Flatten()), 4, device=CPU, bf16=False)
+    first, second, third = 2 * 3 * 8 * 16, 2 * 9 * 8 * 16, 2 * 8 * 2 * 4 * 16
+    assert found.forward == first + second + third
+    assert found.backward == first + 2 * second + 2 * third
+
+
 def test_frozen_weights_cost_no_backward_pass() -> None:
     network = models.build("wrn_10_1", CLASSES, frozen=True)
     found, whole = measure(network, SIDE, device=CPU, bf16=False), cost()

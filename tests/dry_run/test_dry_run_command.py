@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from mpl_fast import train
-from mpl_fast.config import ModelConfig, MPLConfig, RunConfig
-from mpl_fast.config.command_line import as_yaml, parse, wants_dry_run
+from mpl_fast.config import ModelConfig, MPLConfig, RunConfig, UDAConfig
+from mpl_fast.config.command_line import as_yaml, dry_run_of, parse
+from mpl_fast.config.dry_run import DryRunConfig
 from mpl_fast.dry_run.estimate import Memory
 from mpl_fast.dry_run.network import NetworkCost
+from mpl_fast.dry_run.remedies import remedies
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.rows import StepRows
@@ -23,12 +26,13 @@ NAMES = [
     "recipe", "network", "ranks", "a step", "its passes", "length", "operations", "memory",
     "checkpoint", "time", "decoding",
 ]  # fmt: skip
+OF_A_CARD = [*NAMES, "a step takes", "cost"]
 
 
 def paragraphs(text: str) -> dict[str, str]:
     """The text after each name, as one line."""
     joined = re.sub(r"\n {2,}", " ", text)
-    lines = [line for line in joined.splitlines() if line[:14].strip() in NAMES]
+    lines = [line for line in joined.splitlines() if line[:14].strip() in OF_A_CARD]
     return {line[:14].strip(): line[14:] for line in lines}
 
 
@@ -103,8 +107,8 @@ def test_a_gpu_that_is_not_here(
 
 
 def test_the_option_is_the_parsers_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert wants_dry_run([*HERE, "--dry-run"]) and wants_dry_run(["--dry_run"])
-    assert not wants_dry_run(HERE)
+    assert dry_run_of([*HERE, "--dry-run"]) == dry_run_of(["--dry_run"]) == DryRunConfig()
+    assert dry_run_of(HERE) is None
     assert parse([*HERE, "--dry-run"]) == parse(HERE)
     assert "dry_run" not in as_yaml(parse([*HERE, "--dry-run"]))
     with pytest.raises(SystemExit):
@@ -115,6 +119,122 @@ def test_the_option_is_the_parsers_own(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "c.yaml").write_text("dry_run: true\n")
     with pytest.raises(ConfigError, match=r"c.yaml:1: unknown key dry_run"):
         parse(["--config", str(tmp_path / "c.yaml"), *HERE])
+
+
+CARD = ["--device=h100", "--ranks=8"]
+RECORDS = "labeled=128116,unlabeled=1153051,val=50000,classes=10"
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (["--device=h100"], "--device h100 is for a dry run: give --dry-run as well"),
+        (["--price-per-gpu-hour=2"], "--price-per-gpu-hour is for a dry run"),
+        (["--dry-run", "--device=h1000"], "device must be auto, cuda, cpu, a100-40, .* not h1000"),
+        (["--dry-run", *CARD, "--nodes=3"], "nodes 3 cannot share 8 ranks .* a multiple of 3"),
+        (["--dry-run", "--device=h100", "--nodes=2"], "nodes 2 cannot share 0 ranks equally"),
+        (["--dry-run", "--nodes=0"], "nodes must be at least 1, not 0"),
+        (["--dry-run", "--network-gbps=0"], "network_gbps must be above 0"),
+        (["--dry-run", "--price-per-gpu-hour=much"], "price_per_gpu_hour must be a number"),
+        (["--dry-run", "--records=labeled=5"], "records must be labeled=N,unlabeled=N,val=N,class"),
+        (["--dry-run", f"--records={RECORDS},val=5"], "records must be"),
+        (["--dry-run", f"--records={RECORDS.replace('128116', '0')}"], "records must be"),
+    ],
+)
+def test_a_wrong_option_of_a_dry_run_is_one_line(given: list[str], error: str) -> None:
+    with pytest.raises(ConfigError, match=error) as raised:
+        parse([*HERE, *given])
+    assert str(raised.value).count("\n") == 0
+
+
+def test_options_of_a_dry_run_change_no_config() -> None:
+    typed = ["--dry-run", *CARD, "--nodes=2", "--network-gbps=100", "--price-per-gpu-hour", "2.5"]
+    assert parse([*HERE, *typed]) == parse([*HERE, "--device=cuda"])
+    found = dry_run_of([*typed, "--records", RECORDS])
+    assert found == DryRunConfig(
+        card="h100",
+        ranks=8,
+        nodes=2,
+        network_gbps=100.0,
+        price_per_gpu_hour=2.5,
+        records=RECORDS,
+    )
+    counts = {"labeled": 128_116, "unlabeled": 1_153_051, "val": 50_000, "classes": 10}
+    assert found and found.counts == counts
+    assert parse(["--dry-run", *CARD, "--records", RECORDS]).data.root == ""
+    with pytest.raises(ConfigError, match=r"data\.root is missing"):
+        parse(["--dry-run", *CARD])
+    with pytest.raises(ConfigError, match="run_dir is missing"):
+        parse(["--data.root=d"])
+
+
+def amounts(text: str) -> list[float]:
+    """The numbers in a text, without commas."""
+    return [float(number) for number in re.findall(r"\d+\.?\d*", text.replace(",", ""))]
+
+
+SMALL = [
+    "--model.name=wrn_10_1", "--data.image-size=32", "--labeled-batch=512",
+    "--unlabeled-batch=3584", "--records", RECORDS,
+]  # fmt: skip
+
+
+def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
+    given = [*SMALL, *CARD, "--nodes=2", "--steps=700000", "--price-per-gpu-hour=3"]
+    code, out, err = dry_run(given, capfd)
+    assert code == 0, err
+    found = paragraphs(out)
+    assert list(found) == OF_A_CARD
+    assert found["ranks"].startswith("8 x H100 SXM on 2 nodes, bfloat16")
+    assert found["length"] == "700,000 steps, 2,176 passes over 1,153,051 unlabeled images"
+    assert "of 75 GB at the peak" in found["memory"] and "TOO MUCH" not in found["memory"]
+    assert "for which 5 GB are assumed" in found["memory"]
+    assert "computed and not measured" in found["time"]
+    hours, days, money = (amounts(part) for part in re.split("GPU-hours|days", found["cost"]))
+    assert money[2] == 3
+    for low_or_high in range(2):
+        assert money[low_or_high] == pytest.approx(3 * hours[low_or_high], rel=0.02)
+        assert days[low_or_high] == pytest.approx(hours[low_or_high] / 8 / 24, rel=0.02)
+    free = paragraphs(dry_run([*SMALL, *CARD], capfd)[1])
+    assert free["cost"].endswith("days")
+    # The options that are auto are those of GPUs: in one node a step is a graph, launched once.
+    assert free["ranks"].endswith("compile default")
+    assert free["a step takes"].endswith("meanwhile, 0.005 ms to 0.015 ms")
+
+
+def test_what_would_fit_fits(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every remedy that is printed: the dry run with it finds no fault, and the same memory."""
+    given = [*SMALL, "--device=a100-40", "--labeled-batch=16384", "--unlabeled-batch=114688"]
+    found = paragraphs(dry_run([*given, "--ranks=1"], capfd)[1])["memory"]
+    assert "TOO MUCH: --algorithm.teacher_graph recompute" in found
+    options, ranks = found.partition("TOO MUCH: ")[2].split("; ")
+    changes, _, size = options.partition(" takes ")
+    again = paragraphs(dry_run([*given, "--ranks=1", *changes.split()], capfd)[1])["memory"]
+    assert "TOO MUCH" not in again and again.startswith(size)
+    number, size = re.findall(r"(\d+) ranks take (.*) each", ranks)[0]
+    again = paragraphs(dry_run([*given, f"--ranks={number}"], capfd)[1])["memory"]
+    assert "TOO MUCH" not in again and again.startswith(size)
+    half = paragraphs(dry_run([*given, f"--ranks={int(number) // 2}"], capfd)[1])["memory"]
+    assert "TOO MUCH" in half  # it is the smallest number
+
+
+def test_nothing_is_suggested_that_training_would_refuse() -> None:
+    """Parts of a batch are not for `ddp`, and two ranks do not divide seven images."""
+    config = RunConfig(
+        algorithm=UDAConfig(), run_dir="r", labeled_batch=7, unlabeled_batch=49, grad_sync="ddp"
+    )
+
+    def memory(changed: RunConfig, ranks: int) -> float:
+        if changed.labeled_batch % ranks:
+            raise ConfigError("not divisible")
+        return 10e9 / ranks / changed.microbatches
+
+    assert remedies(config, 1, memory, have=int(6e9)) == ()
+    config = replace(config, labeled_batch=8, unlabeled_batch=56)
+    assert remedies(config, 1, memory, have=int(6e9)) == ("2 ranks take 5 GB each",)
+    config = replace(config, grad_sync="allreduce")
+    halved = remedies(config, 1, memory, have=int(3e9))
+    assert halved == ("--microbatches 4 takes 2.5 GB", "4 ranks take 2.5 GB each")
 
 
 def plan(rate: float, device_bytes: int = 0, device: str = "cpu") -> Plan:

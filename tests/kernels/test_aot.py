@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction, driver
 
-from mpl_fast.kernels import aot, machine_code
+from mpl_fast.kernels import aot, fused, machine_code
+from mpl_fast.kernels.outputs import Dual
 from mpl_fast.kernels.variants import VARIANTS
 
 compiles = pytest.mark.skipif(
@@ -49,7 +50,8 @@ def test_every_variant_compiles_without_a_fault(arch: int) -> None:
     assert 0 < max(kernel.registers for kernel in kernels) <= 180
     # The widths that are found are those of single elements where rows have an odd pitch.
     for kernel in kernels:
-        item = getattr(torch, kernel.job.dtype).itemsize
+        # Of float32 where a kernel reads sums.
+        item = 4 if kernel.kernel == "join_kernel" else getattr(torch, kernel.job.dtype).itemsize
         narrow = kernel.job.classes == 21841
         assert min(kernel.loads) == item if narrow else max(kernel.loads) <= 32
 
@@ -91,6 +93,18 @@ def test_a_row_that_is_one_block_is_read_once(variant: str, rows: int) -> None:
     assert {width: 32 * count for width, count in kernel.loads.items()} == {16: rows * 1024 // 8}
 
 
+@compiles
+@pytest.mark.parametrize(("rows", "channels"), [(16 * 512, 64), (40_000, 4), (9_000, 256)])
+def test_moments_of_many_parts_are_joined_in_registers(rows: int, channels: int) -> None:
+    x, channel = (Dual(x, x) for x in (torch.zeros(rows, channels), torch.zeros(channels)))
+    with aot.recording(90) as launches:
+        fused.batch_norm_jvp(x, channel, channel, None, 1e-5, 0.0)
+    codes = {name: machine_code.read(kernel) for name, kernel, _ in launches}
+    assert codes.keys() == {"moments_kernel", "join_kernel", "normalize_kernel"}
+    for code in codes.values():
+        assert code.stack == code.local == 0 and not code.narrow
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def greedy(x_ptr: tl.tensor, y_ptr: tl.tensor, BLOCK: tl.constexpr) -> None:
     """Holds a row that does not fit into a warp's registers."""
@@ -110,7 +124,33 @@ def test_a_spill_is_detected() -> None:
     code = machine_code.read(kernel)
     assert name == "greedy"
     assert code.stack > 0
-    assert code.loads == code.stores == {16: 8192 * 4 // 16 // 32}
+    assert code.loads == code.stores == {16: 8192 * 4 // 16 // 32} and not code.narrow
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def copy(x_ptr: tl.tensor, y_ptr: tl.tensor, stride: int, BLOCK: tl.constexpr) -> None:
+    """Reads every `stride`-th number of a row."""
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs * stride))
+
+
+@compiles
+@pytest.mark.parametrize(("block", "stride", "narrow"), [(256, 2, ("loads",)), (32, 2, ())])
+def test_an_access_is_narrow_if_the_block_allows_a_wider_one(
+    block: int, stride: int, narrow: tuple[str, ...]
+) -> None:
+    """Of one float32 for each thread, as of a few channels, there is none."""
+    with aot.recording(90) as launches:
+        copy[(1,)](
+            torch.zeros(512),
+            torch.zeros(512),
+            stride,
+            BLOCK=block,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    code = machine_code.read(launches[0][1])
+    assert min(code.loads) == 4 and code.narrow == narrow
 
 
 @compiles
@@ -136,13 +176,20 @@ SOUND = aot.Compiled(
     shared=64,
     loads={16: 8},
     stores={16: 8},
+    narrow=(),
     seconds=0.5,
 )
 FAULTY = {
     "stack": (SOUND._replace(stack=56), "spills 56 bytes of stack"),
     "local": (SOUND._replace(local=8), "8 of local memory"),
-    "read": (SOUND._replace(loads={2: 32, 16: 8}), "reads rows of 2000 bytes 2 bytes at a time"),
-    "write": (SOUND._replace(stores={8: 16}), "writes rows of 2000 bytes 8 bytes at a time"),
+    "read": (
+        SOUND._replace(loads={2: 32, 16: 8}, narrow=("loads",)),
+        "reads rows of 2000 bytes 2 bytes at a time",
+    ),
+    "write": (
+        SOUND._replace(stores={8: 16}, narrow=("stores",)),
+        "writes rows of 2000 bytes 8 bytes at a time",
+    ),
     "blind": (SOUND._replace(loads={}), "no load of a row"),
 }
 
@@ -177,7 +224,7 @@ def test_exit_code_0_without_one(
 ) -> None:
     """Rows of an odd pitch cannot be read any wider: that is no fault."""
     odd = aot.Job(90, "teacher_loss_and_grad weak", 21841, "bfloat16")
-    made_up(monkeypatch, [SOUND, SOUND._replace(job=odd, loads={2: 32}, stores={2: 32})])
+    made_up(monkeypatch, [SOUND, SOUND._replace(job=odd, loads={2: 32}, narrow=("loads",))])
     assert aot.main(["--json", str(tmp_path / "report.json")]) == 0
     assert "2 kernels, 0 faults" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = ("test_contract.py", "test_compiled.py")
+FILES = ("test_contract.py", "test_compiled.py", "test_batch_norm.py")
 
 
 @pytest.mark.slow

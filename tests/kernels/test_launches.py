@@ -4,7 +4,7 @@ Triton compiles for a simulated one and nothing runs: values are undefined.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from mpl_fast import losses
 from mpl_fast.kernels import aot
+from mpl_fast.kernels.outputs import Dual
 from tests.kernels.cases import EVERY_TERMS, LOSSES, TERMS, Arguments, named
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,8 @@ Launched = tuple[str, Any, float]
 LABELS = torch.arange(9)
 SCALAR, DOUBLE = torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)
 # Of PyTorch's operations these launch nothing: they allocate, or look at memory in another way.
-SILENT = {"detach", "new_empty", "split_with_sizes", "unbind", "slice"}
+SILENT = {"detach", "empty_like", "movedim", "new_empty", "permute", "split_with_sizes", "unbind"}
+SILENT |= {"slice", "view"}
 
 
 class Launches(TorchDispatchMode):
@@ -109,6 +111,35 @@ def test_feedback(kernels: list[Launched]) -> None:
     with Launches(kernels) as counted:
         losses.mpl_feedback(SCALAR, SCALAR, SCALAR.clone())
     assert counted.all() == ["abs", "clone", "lerp_", "lt", "sub", "sub", "where"]
+
+
+def normalized(rows: int, channels: int, given: bool) -> Callable[[], object]:
+    """A batch norm and a ReLU with their derivative, of images of 2 x 2 pixels."""
+    image = torch.zeros(rows, channels, 2, 2).to(memory_format=torch.channels_last)
+    x, weight = (Dual(tensor, tensor) for tensor in (image, torch.zeros(channels)))
+    statistics = (weight.primal, weight.primal) if given else None
+    rule = losses.backend(image).batch_norm_jvp
+    return lambda: rule(x, weight, weight, statistics, 1e-5, 0.0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_batch_norm_with_derivative_and_relu(given: bool, kernels: list[Launched]) -> None:
+    call = normalized(9, 16, given)
+    with Launches(kernels) as counted:
+        call()
+    moments = [] if given else ["join_kernel", "moments_kernel"]
+    assert counted.all() == [*moments, "normalize_kernel"]
+
+
+def test_numbers_of_images_and_of_channels_are_not_compiled_in(kernels: list[Launched]) -> None:
+    found = set()
+    for rows, channels in ((7, 64), (8, 64), (9, 128), (16, 2048)):
+        before = len(kernels)
+        normalized(rows, channels, given=False)()
+        found |= {(name, kernel.hash) for name, kernel, _ in kernels[before:]}
+    # Of 2 and of 3 to 4 parts.
+    names = ["join_kernel", "join_kernel", "moments_kernel", "normalize_kernel"]
+    assert sorted(name for name, _ in found) == names
 
 
 def everything(x: Tensor, label: Tensor, numbers: Tensor) -> None:

@@ -152,15 +152,6 @@ def test_batch_statistics(affine: bool, training: bool) -> None:
         assert torch.equal(value, before[key]), key
 
 
-def test_batch_statistics_of_synchronized_norms() -> None:
-    """They need a counter while they track statistics; inside, they track none."""
-    norm = nn.SyncBatchNorm(3)
-    with batch_statistics(norm):
-        assert not norm.track_running_stats and norm.num_batches_tracked is None
-        assert norm.running_mean is None and norm.running_var is None
-    assert norm.track_running_stats and norm.num_batches_tracked == 0
-
-
 @pytest.mark.parametrize("how", ["requires_grad", "freeze"])
 def test_frozen_norms_keep_their_statistics(how: str) -> None:
     made: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())

@@ -41,6 +41,9 @@ def test_smoke_counts_recipes(tmp_path: Path) -> None:
     assert numbers["mpl: operator calls"] < numbers["plain mpl: operator calls"]
     # One for each update, and one for the feedback.
     assert [numbers[f"{recipe}: collectives"] for recipe in recipes] == [3, 1, 1]
+    # As many, and for the seven norms of both networks one forward and one backward.
+    assert numbers["mpl norm sync: collectives"] == 3 + 2 * 2 * 7
+    assert numbers["mpl norm sync: host synchronizations"] == 0
     assert code == 0
     assert all(row["steady"] for row in found["rows"])
 
@@ -52,12 +55,12 @@ def test_above_the_budget_is_exit_code_1_and_a_line(
     monkeypatch.setattr(
         step_variants, "ours", lambda setting, *_: step_variants.plain(setting, amp=False)
     )
-    exchanged = {"mpl": Counter({"allreduce_": 4})}
+    exchanged = {"mpl": Counter({"allreduce_": 4}), syncs.SYNC_NORM: Counter[str]()}
     monkeypatch.setattr(syncs, "on_ranks", lambda *given: exchanged)
     out = tmp_path / "out.json"
     given = ["--smoke", "--device", "cpu", "--recipe", "mpl", "--out", str(out)]
     assert syncs.main(given) == 1
-    first, second = capsys.readouterr().err.splitlines()
+    first, second, *_ = capsys.readouterr().err.splitlines()
     assert "mpl: host synchronizations: above the budget of 0" in first
     assert "step_reference.py" in first
     assert "mpl: collectives: above the budget of 3: {'allreduce_': 4}" in second

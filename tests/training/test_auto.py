@@ -29,7 +29,9 @@ recipe=smpl .feedback=exact | 1 | allreduce default off | off (feedback exact dr
 .student.optimizer-backend=apex | 1 | allreduce default off | .student.optimizer_backend apex reads
 microbatches=2 | 1 | allreduce default step |
 deterministic=true | 1 | allreduce default step |
-model.norm=sync | 1 | allreduce off off | compile off (model.norm sync cannot be compiled), cuda
+model.norm=sync | 1 | allreduce default step | grad_sync allreduce, compile default
+model.norm=sync | 2 | allreduce default step | (DDP's pieces of a network cannot contain
+model.norm=sync grad-sync=ddp | 2 | ddp off off | off (model.norm sync cannot be compiled with
  | 2 | ddp default off | off (the buckets of grad_sync ddp cannot be captured)
 .feedback=exact | 2 | ddp default off | grad_sync ddp
 microbatches=2 | 2 | allreduce default step | allreduce (DDP would exchange after each

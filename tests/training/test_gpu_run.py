@@ -1,8 +1,5 @@
-"""What only a GPU can show of training: NCCL, no host synchronization, graphs, whole runs."""
+"""What only a GPU can show of a training step: no host synchronization, graphs."""
 
-import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from mpl_fast.learner.compilation import Mode, mark_step
 from mpl_fast.models import build
 from mpl_fast.training.step_graph import StepGraph
 from tests.algorithms.problems import VARIANTS
-from tests.tiny_run import arguments, command, environment, run
 
 pytestmark = pytest.mark.gpu
 
@@ -108,33 +104,3 @@ def test_graphs_of_compiled_networks_change_nothing(
     (_, rows), (_, graphed) = (trained(recipe, graphs, "default") for graphs in ("off", "model"))
     for one, two in zip(rows, graphed, strict=True):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-3)
-
-
-@pytest.mark.parametrize("where", ["gpu", "cpu"])
-@pytest.mark.parametrize("policy", ["mpl", "dali"])
-def test_a_run_under_nccl_stops_and_resumes(
-    where: str, policy: str, tiny_rec: Path, tmp_path: Path
-) -> None:
-    """torchrun with one rank on CUDA, DALI on either device; stopped once and resumed."""
-    folder = tmp_path / "run"
-    options = [*arguments(folder, tiny_rec), "--data.policy", policy, "--data.device", where]
-    options += ["--device", "cuda", "--deterministic", "false"]
-    launched = command(options)
-    launcher = [launched[0], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    for extra in (["--stop-at", "3"], []):
-        done = subprocess.run(
-            [*launcher, *launched[1:], *extra],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "summary.json").read_text())["count"] == 50
-
-
-def test_compiled_run_on_the_gpu(tiny_rec: Path, tmp_path: Path) -> None:
-    options = arguments(tmp_path / "run", tiny_rec)
-    options += ["--device", "cuda", "--compile", "default", "--deterministic", "false"]
-    done = run(options)
-    assert done.returncode == 0, done.stderr

@@ -94,6 +94,9 @@ def ended(
         start = folder / "start"
         assert train_here(*arguments(start, tiny_rec)).returncode == 0
         recipes = {name: options(name, name) for name in ALGORITHMS}
+        recipes["norms of both ranks"] = options(
+            "norms of both ranks", "mpl", "--model.norm", "sync"
+        )
         recipes["tuned"] = options("tuned", "supervised", "--recipe", "finetune")
         recipes["tuned"] += ["--algorithm.start", str(start)]
         for name, one in recipes.items():

@@ -1,6 +1,8 @@
 """What a run leaves behind, and what the tools make of it."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from mpl_fast.config import RunConfig, UDAConfig
-from mpl_fast.errors import OutputError, run_command
+from mpl_fast.errors import ConfigError, OutputError, run_command
 from mpl_fast.training.run_dir import RunDir
 from mpl_fast.training.tensorboard import Board
 from tests.tiny_run import ROOT, arguments, final_state, rows, run_here, train_here
@@ -48,6 +50,19 @@ def test_rows_say_what_happened(finished: Path) -> None:
     evaluations = [r for r in rows(finished) if "eval/top1" in r]
     assert [r["step"] for r in evaluations] == [4, 6]
     assert evaluations[-1]["eval/count"] == 50
+
+
+def test_a_file_system_without_locks_is_not_a_run_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre is, mounted without flock."""
+
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ConfigError, match="cannot be locked: Function not implemented: mount"):
+        RunDir(RunConfig(run_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("limit", [10, 3_000])

@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from mpl_fast import algorithms, distributed
+from mpl_fast import algorithms, distributed, models
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig
@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 # parity_kekmodel is not here: as in that code, each rank has its own difference.
 CONFIGS = {name: config for name, config in VARIANTS.items() if name != "mpl parity_kekmodel"}
 DDP = ["mpl difference", "uda", "smpl difference", "mpl exact"]
+# With batch norm over both ranks. Of a feedback each normalizes the labeled loss by itself.
+NORMED = ["supervised", "uda", "uda split", "fixmatch", "mpl off", "smpl off"]
 COMPILED = "mpl difference"
 Ended = dict[str, Any]
 WITH_FEEDBACK = [name for name in CONFIGS if "mpl" in name and " off" not in name]
@@ -39,13 +41,26 @@ assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-8)
 Pair = tuple[dict[str, Ended], dict[str, Ended]]
 
 
-def train(name: str, sync: GradientSync = "allreduce", compiled: Mode = "off") -> Ended:
-    """Eight steps of this rank's share of each batch."""
+class Network(nn.Sequential):
+    """PyTorch 2.11 compiles no plain nn.Sequential in place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for module in self:
+            input = module(input)
+        return input
+
+
+def train(
+    name: str, sync: GradientSync = "allreduce", compiled: Mode = "off", *, norm: bool = False
+) -> Ended:
+    """Eight steps of this rank's share of each batch; `norm`: with batch norm over all ranks."""
     torch.manual_seed(0)
 
     def learner(config: LearnerConfig) -> Learner:
-        # No batch norm: its batches would differ between 1 and 2 ranks.
-        network = confident(problems.network())
+        # No other batch norm: its batches would differ between 1 and 2 ranks.
+        network: nn.Module = Network(*confident(problems.network(norm=norm)))
+        if distributed.world_size() > 1:
+            network = models.synchronized(network)
         return Learner(network, config, steps=8, compiled=compiled, grad_sync=sync)
 
     algorithm = algorithms.build(CONFIGS[name], learner)
@@ -92,6 +107,7 @@ def main(out: str) -> None:
     rank = distributed.init("cpu").rank
     ended = {name: train(name) for name in CONFIGS}
     ended |= {f"ddp {name}": train(name, "ddp") for name in DDP}
+    ended |= {f"norm {name}": train(name, norm=True) for name in [*NORMED, "mpl exact"]}
     ended |= {"compiled": compiled(), "bad batch": bad_batch()}
     torch.save(ended, f"{out}.{rank}")
     distributed.shutdown()
@@ -119,6 +135,18 @@ def test_one_rank_equals_two(name: str, pair: Pair) -> None:
         assert one["feedback"].abs() > 1e-6
         mean = (first["feedback"] + second["feedback"]) / 2
         torch.testing.assert_close(mean, one["feedback"])
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_batch_norm_over_two_ranks_equals_that_of_one(name: str, pair: Pair) -> None:
+    one, first, second = (train(name, norm=True), *(ended[f"norm {name}"] for ended in pair))
+    assert_close(first["learners"], one["learners"])
+    assert_close(second["learners"], first["learners"])
+
+
+def test_ranks_end_alike_where_the_feedback_is_normalized_by_each_alone(pair: Pair) -> None:
+    first, second = (ended["norm mpl exact"] for ended in pair)
+    assert_close(second["learners"], first["learners"])
 
 
 def test_compiled_networks_under_ddp_equal_eager_ones(pair: Pair) -> None:

@@ -10,6 +10,7 @@ from mpl_fast.errors import run_command
 NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
+    "roofline": "training steps beside the time that a dry run computes",
     "backbone": "networks by themselves: layouts, precisions, torch.compile",
     "optimizer": "clipping, SGD and moving average",
     "input": "DALI pipelines, beside torchvision and SPDL",

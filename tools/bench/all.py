@@ -7,11 +7,8 @@ Exit code 1: a benchmark failed or was ended.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,38 +17,20 @@ from typing import NamedTuple
 
 from mpl_fast import atomic
 from mpl_fast.errors import INTERRUPTED, ConfigError, DataError, UserError, output_errors
+from tools.bench.jobs import Ended, run, tail
 from tools.bench.results import FORM, Json, table
 
-ROOT = Path(__file__).resolve().parents[2]
 MARGIN = 5.0  # seconds before the end by which everything is done
 MEASURING = 0.75  # of a benchmark's time, as its --minutes; the remainder is for imports
 SHORTEST = 10.0  # seconds in which no benchmark gets anywhere
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL
-TAIL = 12  # lines of a log that are shown if a job failed
-TESTS = ("tests/kernels/test_cuda.py", "tests/training/test_gpu_run.py")
 
 
 class Job(NamedTuple):
-    """A module with options; `share` is of the time, in any unit."""
+    """A module with options; `share` is of the time, about its seconds on a GPU."""
 
     name: str
     module: tuple[str, ...]
     share: float
-
-
-class Ended(NamedTuple):
-    """How a job ended."""
-
-    name: str
-    code: int | None  # None: its time was over
-    seconds: float
-
-    @property
-    def how(self) -> str:
-        """In words."""
-        if self.code is None:
-            return "ended: its time was over"
-        return "done" if self.code == 0 else f"failed with code {self.code}"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         left_out.append("interrupted: what is not in the table")
         code = INTERRUPTED
     _write(options, ended, left_out)
-    return code or int(any(one.code != 0 for one in ended))
+    return code or int(not all(one.well for one in ended))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -124,7 +103,6 @@ def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[st
         # In float32 and NCHW so many images of 224 pixels just fit into 80 GB.
         large = ("--model", "resnet50", "--labeled", "32")
         made = [
-            Job("gpu_tests", ("pytest", "-q", "-m", "gpu and not slow", *TESTS), 60.0),
             _bench("step", 150.0, *device, "--model", "wrn_28_2", job="step_wrn_28_2"),
             _bench("step", 170.0, *device, *large, job="step_resnet50"),
         ]
@@ -137,6 +115,7 @@ def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[st
     else:
         left_out.append("input: it reads records, which --rec names")
     others = {"syncs": 30.0, "optimizer": 20.0, "checkpoint": 25.0, "startup": 40.0, "ranks": 20.0}
+    others["roofline"] = 30.0
     return made + [_bench(name, share, *device) for name, share in others.items()], left_out
 
 
@@ -146,13 +125,10 @@ def _bench(name: str, share: float, *options: str, job: str = "") -> Job:
 
 def command(job: Job, seconds: float, options: argparse.Namespace) -> list[str]:
     """What is run: where a benchmark writes, and how long it may measure, included."""
-    given = [sys.executable, "-m", *job.module]
-    if job.module[0] == "tools.bench":
-        given += ["--out", str(options.out / f"{job.name}.json")]
-        minutes = f"{MEASURING * seconds / 60.0:.3f}"
-        given += ["--smoke"] if options.smoke else ["--minutes", minutes]
-        given += ["--commit", options.commit] if options.commit else []
-    return given
+    given = [sys.executable, "-m", *job.module, "--out", str(options.out / f"{job.name}.json")]
+    minutes = f"{MEASURING * seconds / 60.0:.3f}"
+    given += ["--smoke"] if options.smoke else ["--minutes", minutes]
+    return given + (["--commit", options.commit] if options.commit else [])
 
 
 def _turns(
@@ -179,32 +155,6 @@ def _gpu(device: str) -> bool:
     return torch.cuda.is_available()
 
 
-def run(name: str, command: Sequence[str], out: Path, limit: float) -> Ended:
-    """Runs a command in the repository's root; its output goes to NAME.log.
-
-    After `limit` seconds it is ended, with all processes of its group.
-    """
-    began, code = time.monotonic(), None
-    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
-        child = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = child.wait(limit)
-        finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(child.pid, number)
-                    child.wait(GRACE)
-    return Ended(name, code, time.monotonic() - began)
-
-
 def _write(options: argparse.Namespace, ended: list[Ended], left_out: list[str]) -> None:
     text = page(options.out, ended, left_out, smoke=options.smoke)
     atomic.write_text(options.out / "summary.md", text)
@@ -217,14 +167,14 @@ def page(out: Path, ended: Sequence[Ended], left_out: Sequence[str], *, smoke: b
     lines += [f"| {one.name} | {one.how} | {one.seconds:.0f} |" for one in ended]
     parts += ["\n".join(lines), *_left_out(left_out)]
     for one in ended:
-        found, log = _json(out, one.name), out / f"{one.name}.log"
+        found = bench_json(out, one.name)
         parts.append(f"## {one.name}")
         if found:
             parts += [str(found["claim"]), table(found["rows"]), *_left_out(found["skipped"])]
             parts.append("\n".join(f"- {key}: {value}" for key, value in found["machine"].items()))
-        if one.code != 0 or not found:
-            printed = log.read_text(errors="replace").splitlines() if log.exists() else []
-            parts.append("The end of its log:\n\n```\n" + "\n".join(printed[-TAIL:]) + "\n```")
+        if not (one.well and found):
+            printed = tail(out / f"{one.name}.log")
+            parts.append(f"The end of its log:\n\n```\n{printed}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -232,7 +182,7 @@ def _left_out(lines: Sequence[str]) -> list[str]:
     return ["Left out:\n\n" + "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _json(out: Path, name: str) -> Json:
+def bench_json(out: Path, name: str) -> Json:
     """What a job has written; empty, if it wrote nothing whole."""
     try:
         found = json.loads((out / f"{name}.json").read_text())

@@ -32,7 +32,7 @@ STEPS = {"cpu": 1, "cuda": 10}
 OFF = {"loss": 0.05, "gradient norm": 0.25}  # bfloat16 and other dropout masks stay well below
 TARGET, TARGET_MODEL, TARGET_GPUS = 3000.0, "resnet50", ("H100", "H200")
 IMAGES = 4  # of the pass that is counted
-PRODUCTS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm2d, nn.SyncBatchNorm)
+PRODUCTS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm2d,)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 COUNTED = PRODUCTS + NORMS + POOLS
 

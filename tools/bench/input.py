@@ -37,7 +37,8 @@ from tools.bench.smooth_images import packed
 if TYPE_CHECKING:
     from _typeshed import SupportsNext
 
-TINY = {"batch": 8, "batches": 1, "rounds": 1}
+TINY = {"batch": 8, "batches": 1, "rounds": 1, "image_size": 64}
+USUAL = 224  # pixels
 TICK = os.sysconf("SC_CLK_TCK")
 LOADS = (0.65, 0.0, 0.12, 0.25, 0.4, 0.8, 1.0)
 POLICIES: tuple[Literal["mpl", "mpl_branched", "dali"], ...] = ("mpl", "mpl_branched", "dali")
@@ -94,6 +95,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     workers = "DALI threads, or worker processes (%(default)s)"
     add("--threads", type=at_least(1), default=2, metavar="N", help=workers)
     add("--batch", type=at_least(1), default=64, metavar="N", help="images (%(default)s)")
+    add("--image-size", type=at_least(16), default=USUAL, metavar="N", help="pixels (%(default)s)")
     add("--batches", type=at_least(1), default=8, metavar="N", help="timed a round (%(default)s)")
     cubic = "of all variants; bilinear is torchvision's default (%(default)s)"
     add("--interpolation", choices=("bicubic", "bilinear"), default="bicubic", help=cubic)
@@ -109,18 +111,19 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = options.rec or packed(Path(folder), 24, labeled=8)
         split = read_manifest(records).splits["unlabeled"]
-        size = 64 if options.smoke else 224
-        config = DataConfig(image_size=size, interpolation=options.interpolation)
+        config = DataConfig(image_size=options.image_size, interpolation=options.interpolation)
         setting = Setting(config, split, options.batch, options.threads, device)
         # Peers first: their processes should be forked before DALI starts threads.
         variants = swept(setting) if options.sweep else [*peers(setting), *ours(setting)]
         report.claim = (
             f"median (lowest to highest) of at most {options.rounds} interleaved rounds of "
-            f"{options.batches} batches of {options.batch}; {options.threads} threads or workers"
+            f"{options.batches} batches of {options.batch}; {options.threads} threads or workers; "
+            f"{options.image_size} pixels"
         )
         found = rounds(variants, options, report)
         report.more["records"] = split.records
-        report.add(rows(variants, found, smoke=options.smoke))
+        small = options.image_size != USUAL  # of which the targets are not
+        report.add(rows(variants, found, smoke=options.smoke, targets={} if small else TARGETS))
 
 
 def rounds(
@@ -129,11 +132,12 @@ def rounds(
     """All variants once in every round, all of them open throughout, by name."""
     running = dict[str, tuple[Variant, Batches]]()
     for variant in variants:
-        source = variant.open()
-        if wrong := difference(variant, next(source), options.batch):
-            report.fail(variant.name, wrong)
-        else:
-            running[variant.name] = variant, source
+        with report.attempt(variant.name):
+            source = variant.open()
+            if wrong := difference(variant, next(source), options.batch):
+                report.fail(variant.name, wrong)
+            else:
+                running[variant.name] = variant, source
 
     return report.interleaved(
         running,
@@ -266,7 +270,11 @@ def decoding_pipeline(config: DataConfig, split: Split, engine: Engine) -> Pipel
 
 
 def rows(
-    variants: Sequence[Variant], found: Mapping[str, Sequence[Round]], *, smoke: bool = False
+    variants: Sequence[Variant],
+    found: Mapping[str, Sequence[Round]],
+    *,
+    smoke: bool = False,
+    targets: Mapping[tuple[str, str], float] = TARGETS,
 ) -> list[Row]:
     """Of each variant its rate and CPU time, and the ratios of its rate to every peer's.
 
@@ -280,7 +288,7 @@ def rows(
         made.append(Row(f"{one.name}, CPU", spread([turn.cpu_us for turn in mine]), "us/img"))
         for peer in there:
             if peer.peer and peer.task == one.task and not one.peer:
-                target = None if smoke else TARGETS.get((one.name, peer.maker))
+                target = None if smoke else targets.get((one.name, peer.maker))
                 pairs = zip(mine, found[peer.name], strict=True)
                 speed = spread([own.images_per_s / other.images_per_s for own, other in pairs])
                 name = f"{one.name} against {peer.maker}"

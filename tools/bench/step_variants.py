@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -96,6 +96,7 @@ class Flavor(NamedTuple):
     compiled: Mode = "off"
     norm_batches: NormBatches = "joint"
     graphs: Graphs = "off"
+    norm: Literal["batch", "sync"] = "batch"
 
     @property
     def how(self) -> str:
@@ -247,8 +248,9 @@ def algorithm_of(setting: Setting, config: AlgorithmConfig, flavor: Flavor) -> a
 
 def learner_of(setting: Setting, config: LearnerConfig, flavor: Flavor, seed: int = 0) -> Learner:
     """A network with what trains it."""
+    made = network(setting, seed)
     return Learner(
-        network(setting, seed),
+        models.synchronized(made) if flavor.norm == "sync" else made,
         config,
         steps=STEPS,
         device=setting.device,

@@ -2,7 +2,8 @@
 
 Host synchronizations: on CUDA those that PyTorch reports, on a CPU the operators that would wait
 for a GPU. Launches: kernels, copies and fills; on a CPU operators other than views. Collectives: of
-a step on 2 ranks, DDP's own included. (The loop around the step adds one more on the host, the
+a step on 2 ranks, DDP's own included; with batch norm over both ranks (`norm sync`), two for each
+norm of both networks as well. (The loop around the step adds one more on the host, the
 request to stop, which it waits for a step later and the GPU never.) Nothing is timed. The plain
 step is counted as well, without a budget. Exit code 1: a step is above its budget.
 """
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpl_fast import distributed
 from mpl_fast.training.process import die_with_launcher
@@ -27,6 +29,7 @@ from tools.bench.torchrun import arguments_of, on_ranks
 TINY = {"model": "wrn_10_1", "labeled": 2, "mu": 2, "image_size": 16}
 SYNCS, COLLECTIVES = 0, 3  # budgets of a step
 RANKS, WARM = 2, 2
+SYNC_NORM = "mpl norm sync"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,10 +52,20 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     report.more["where"] = {}
     exchanged = on_ranks("tools.bench.syncs", RANKS, setting, options.recipe)
     _count("plain mpl", step_variants.plain(setting, amp=False), device, report, budget=None)
-    for recipe in options.recipe:
-        one = step_variants.ours(setting, recipe, Flavor(bf16=device.type == "cuda"))
-        _count(recipe, one, device, report, budget=SYNCS)
-        _add(f"{recipe}: collectives", Counter(exchanged[recipe]), COLLECTIVES, report)
+    norms = sum(isinstance(m, _BatchNorm) for m in step_variants.network(setting).modules())
+    for name, (recipe, flavor) in _variants(options.recipe).items():
+        one = step_variants.ours(setting, recipe, flavor._replace(bf16=device.type == "cuda"))
+        _count(name, one, device, report, budget=SYNCS)
+        budget = COLLECTIVES + (2 * 2 * norms if flavor.norm == "sync" else 0)
+        _add(f"{name}: collectives", Counter(exchanged[name]), budget, report)
+
+
+def _variants(recipes: Sequence[str]) -> dict[str, tuple[str, Flavor]]:
+    """Recipe and flavor of what is counted, by name."""
+    found = {recipe: (recipe, Flavor()) for recipe in recipes}
+    if "mpl" in recipes:
+        found[SYNC_NORM] = "mpl", Flavor(norm="sync")
+    return found
 
 
 def _count(
@@ -85,11 +98,11 @@ def rank(given: Sequence[str]) -> None:
     distributed.init("cpu")
     out, setting, recipes = arguments_of(given, torch.device("cpu"))
     found: dict[str, Counter[str]] = {}
-    for recipe in recipes:
-        one = step_variants.ours(setting, recipe, Flavor())
+    for name, (recipe, flavor) in _variants(recipes).items():
+        one = step_variants.ours(setting, recipe, flavor)
         for _ in range(WARM):  # DDP orders its buckets in its first steps
             one.step()
-        found[recipe] = collectives(one.step)
+        found[name] = collectives(one.step)
     if distributed.rank() == 0:
         out.write_text(json.dumps(found))
     distributed.shutdown()
