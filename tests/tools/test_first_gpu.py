@@ -185,7 +185,7 @@ def test_what_ran_when_a_call_was_killed_is_interrupted(tmp_path: Path) -> None:
 def test_key_numbers_of_a_benchmark_of_tests_and_of_training(tmp_path: Path) -> None:
     row = {"median": 2.0, "low": 1.0, "high": 3.0, "n": 5, "better": "lower", "target": None}
     rows = [row | {"name": f"step {n}", "unit": "ms"} for n in range(20)]
-    rows += [row | {"name": "ratio", "unit": "x"}]
+    rows += [row | {"name": "ratio", "unit": "x"}, row | {"name": "another", "unit": "times"}]
     rows += [row | {"name": "aim", "unit": "ms", "target": 1.0, "met": False}]
     found = {"form": FORM, "claim": "what it is", "rows": rows, "failed": {"one": "off by 3"}}
     (tmp_path / "bench_step.json").write_text(json.dumps(found))
@@ -207,7 +207,8 @@ def test_key_numbers_of_a_benchmark_of_tests_and_of_training(tmp_path: Path) -> 
     page = (tmp_path / "summary.md").read_text()
     names = [line.split(" | ")[0] for line in page.splitlines() if line.startswith(("| s", "| r"))]
     assert "| aim | 2 ms (1 to 3) | 5 |  | ≤ 1: **missed** |\n| ratio | 2 x" in page
-    assert "| step 9 |" in page and "| step 10 |" not in page, names
+    assert "| another | 2 times" in page
+    assert "| step 8 |" in page and "| step 9 |" not in page, names
     assert "- FAILED: one: off by 3" in page
     assert "1 failed, 3 passed in 2.00s<br>FAILED tests/x.py::test_a - assert 1 == 2" in page
     assert "2 rows up to step 100<br>images/s: 900 (900 to 900)" in page

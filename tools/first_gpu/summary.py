@@ -116,7 +116,7 @@ def key_rows(rows: Sequence[Json]) -> list[Json]:
     """Of a benchmark the rows with a target, then ratios, then others, as many as fit."""
 
     def rank(row: Json) -> tuple[bool, bool, bool]:
-        return row["target"] is None, row["unit"] != "x", ", phase: " in row["name"]
+        return row["target"] is None, row["unit"] not in ("x", "times"), ", phase: " in row["name"]
 
     return sorted(rows, key=rank)[:ROWS]
 
