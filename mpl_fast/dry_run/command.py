@@ -17,7 +17,6 @@ from mpl_fast.dry_run.remedies import remedies
 from mpl_fast.dry_run.roofline import Job, Machine, forecast
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.dry_run.trace import trace
-from mpl_fast.models.sync_norm import SyncNorm
 from mpl_fast.training.auto import resolve
 from mpl_fast.training.build import (
     build_network,
@@ -98,7 +97,10 @@ def _on_card(
     config, world, bf16 = plan.config, plan.world, plan.bf16
     compiled, side = config.compile != "off", config.data.image_size
     network = _network(config, classes)
-    norms = sum(isinstance(module, SyncNorm) for module in network.modules())
+    norms = 0
+    if config.model.norm == "sync":
+        kind = nn.modules.batchnorm._BatchNorm
+        norms = sum(isinstance(module, kind) for module in network.modules())
     passes = trace(network, side, bf16=bf16, compiled=compiled)
     job = Job(config, plan.rows, plan.cost, passes, bf16, norms)
     machine = Machine(card, world, _nodes(dry), dry.network_gbps * 1e9 / 8)
