@@ -2,7 +2,7 @@
 
 PyTorch differentiates a batch norm by some 20 operations on whole activations. Here each call of
 `F.batch_norm`, whichever module makes it, has the rule of `losses.backend`: two passes, the second
-of which includes a ReLU. PyTorch's SyncBatchNorm does not make that call on several ranks.
+of which includes a ReLU. A norm over all ranks (`models/sync_norm.py`) has a rule of its own.
 """
 
 from collections.abc import Callable
@@ -58,6 +58,8 @@ class _Normalized(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if not torch._C._is_fwd_grad_enabled():  # in there this has no derivative
+            raise NotImplementedError("a function of autograd's takes the output of a batch norm")
         kwargs = kwargs or {}
         if func is F.relu:
             return _relu(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from mpl_fast.errors import ConfigError
 from mpl_fast.kernels import reference
 from mpl_fast.learner.batch_norm import batch_statistics
 from mpl_fast.learner.jvp import FunctionalNetwork, WeightDerivative
@@ -192,14 +193,31 @@ def test_running_statistics_that_a_pass_updates(slopes: list[float]) -> None:
     torch.testing.assert_close(network.norm.running_mean, expected)
 
 
-def test_what_passes_by_the_functions_of_tensors_fails(slopes: list[float]) -> None:
-    """A function of autograd's gets the output as it is, which has no memory."""
+def test_a_function_of_autograds_that_takes_the_output_has_no_forward_mode() -> None:
+    """It gets the output as it is, without a derivative, which must not be taken for 0."""
 
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunction():
-                return x * 2
+            return x * 2
 
-    with pytest.raises(AssertionError, match=r"aten.mul.*not computed yet"), torch.no_grad():
+        @staticmethod
+        def jvp(ctx: Any, *changes: Tensor) -> Tensor:
+            return changes[0] * 2
+
+    with pytest.raises(ConfigError, match=r"no forward-mode .*output of a batch norm"):
         both(After(Doubled.apply).eval(), images())
+
+
+def test_a_norm_inside_a_function_of_autograds_is_pytorchs(slopes: list[float]) -> None:
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return F.batch_norm(x, x.new_zeros(4), x.new_ones(4), eps=0.0)
+
+        @staticmethod
+        def jvp(ctx: Any, *changes: Tensor) -> Tensor:
+            return changes[0]
+
+    found, wanted = both(After(lambda y: Norm.apply(y + 0.0)).eval(), images())
+    assert relative_error(found, wanted) < 1e-9 and slopes == [ALONE]
