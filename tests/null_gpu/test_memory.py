@@ -61,13 +61,13 @@ def peak(case: Case) -> dict[str, int | float]:
     context = AlgorithmContext(microbatches=case.microbatches)
     options: dict[str, Any] = {"classes": case.classes, "graphs": case.graphs, "context": context}
     algorithm = new(config, model=case.model, **options)
-    graph = StepGraph(algorithm) if case.graphs == "step" else None
+    step = StepGraph(algorithm).step if case.graphs == "step" else None
     images = batch(*rows, case.size)
     for t in range(STEP, STEP + WARMUP):
-        train_step(algorithm, images, t, graph and graph.step)
+        train_step(algorithm, images, t, step)
     torch.cuda.reset_peak_memory_stats()
     for t in range(STEP + WARMUP, STEP + WARMUP + 2):  # the first one is captured
-        train_step(algorithm, images, t, graph and graph.step)
+        train_step(algorithm, images, t, step)
     found = torch.cuda.max_memory_allocated() - before
     return {"computed": sum(estimate.memory(setting, counted, cost)), "allocated": found}
 

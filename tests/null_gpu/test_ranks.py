@@ -107,7 +107,6 @@ def exchange(
 
 def _injected(fault: Callable[[Tensor], None], config: AlgorithmConfig) -> Found:
     """Steps with a fault in the second rank's all-reduces."""
-    right = distributed.dist
 
     class Wrong:
         """torch.distributed with the fault."""
@@ -115,10 +114,10 @@ def _injected(fault: Callable[[Tensor], None], config: AlgorithmConfig) -> Found
         all_reduce = staticmethod(fault)
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(right, name)
+            return getattr(dist, name)
 
     _held.clear()
-    faulty = Wrong() if distributed.rank() else right
+    faulty = Wrong() if distributed.rank() else dist
     with mock.patch.object(distributed, "dist", faulty):
         return exchange(config, "allreduce")
 
