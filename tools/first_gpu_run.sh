@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The first minutes on a GPU: tests that need one, benchmarks, and a training run, in --minutes.
 #
-#   tools/first_gpu_run.sh --minutes 13 --out DIR --cifar cifar10-jpeg.tar.xz [--archive FILE.tar.gz]
+#   tools/first_gpu_run.sh --minutes 13 --out OUT --cifar cifar10-jpeg.tar.xz [--archive FILE.tar.gz]
 #   tools/first_gpu_run.sh --help
 #
-# DIR gets a log and JSON of every step, summary.md and summary.json, all of them after each step. The
-# same command goes on where an earlier one ended, also on another machine with a copy of DIR (FILE
+# OUT gets a log and JSON of every step, summary.md and summary.json, all of them after each step. The
+# same command goes on where an earlier one ended, also on another machine with a copy of OUT (FILE
 # is one, without images and checkpoints): steps that have passed are not run again. --only and --skip
 # choose steps, such as --only test_ or --skip test_.
 #
@@ -17,13 +17,17 @@
 #
 # Without a package registry there, WHEELS=FOLDER names one that holds the missing packages' wheels, or
 # the parts (part00, part01, ...) of a tar of them; they are installed into FOLDER/site. PYTHON=python3.12
-# chooses the interpreter.
+# chooses the interpreter; after `make venv` it is PYTHON=.venv/bin/python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 if [[ -n ${WHEELS:-} ]]; then
   if [[ ! -d $WHEELS/site ]]; then
     if compgen -G "$WHEELS/part*" >/dev/null; then cat "$WHEELS"/part* | tar x -C "$WHEELS"; fi
+    if ! compgen -G "$WHEELS/*.whl" >/dev/null; then
+      echo "first_gpu_run: error: WHEELS=$WHEELS has neither *.whl nor part00, part01, ..." >&2
+      exit 2
+    fi
     rm -rf "$WHEELS/site.tmp"
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
       --target "$WHEELS/site.tmp" "$WHEELS"/*.whl

@@ -35,10 +35,8 @@ class DryRunConfig:
         """What is wrong among them, a line that begins with its key."""
         found = []
         if self.nodes > 1 and (not self.ranks or self.ranks % self.nodes):
-            found.append(
-                f"nodes {self.nodes} cannot share {self.ranks} ranks equally: set ranks to a "
-                f"multiple of {self.nodes}"
-            )
+            unequal = f"cannot share {self.ranks} ranks equally" if self.ranks else "needs ranks"
+            found.append(f"nodes {self.nodes} {unequal}: set ranks to a multiple of {self.nodes}")
         names = re.sub(r"=0*[1-9]\d*(?=,|$)", "", self.records).split(",")
         if self.records and sorted(names) != sorted(SPLITS):
             form = ",".join(f"{name}=N" for name in SPLITS)

@@ -81,7 +81,10 @@ class DataConfig:
                 f"root {self.root} is not UTF-8, which DALI cannot open: rename the folder"
             )
         if not self.root:
-            found.append("root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it")
+            found.append(
+                "root is missing: give --data.root FOLDER, as tools/make_rec.py wrote it (a "
+                "dry run also takes --records)"
+            )
         return found
 
 
@@ -134,18 +137,19 @@ class RunConfig:
     fp32 on the CPU."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """Mode of torch.compile for the networks; off: not compiled. auto: default on CUDA, off on a
-    CPU."""
+    CPU and for model.norm sync with grad_sync ddp."""
     cuda_graphs: Literal["auto", Graphs] = "auto"
     """CUDA graphs, which save the time of launching kernels on a GPU. model: one for each compiled
     pass. step: one for the whole step but the moving average, once ramps and delays are over. auto:
-    step on CUDA for recipes whose step can be captured, else off."""
+    step on CUDA where a step can be captured (not with grad_sync ddp, apex, or recipes that draw
+    the same dropout twice), else off."""
     microbatches: PositiveInt = 1
     """Equal parts in which a rank computes its batch one after the other, to save memory (with mpl,
     also set --algorithm.teacher_graph recompute); batch norm normalizes each part by itself."""
     grad_sync: Literal["auto", GradientSync] = "auto"
     """Averaging of gradients over ranks. allreduce: all of a network's at once after the backward
-    pass. ddp: in DistributedDataParallel's buckets during it. auto: ddp on CUDA between machines,
-    unless microbatches or cuda_graphs step need allreduce, which is used else."""
+    pass. ddp: in DistributedDataParallel's buckets during it. auto: ddp on CUDA between machines;
+    allreduce otherwise, and with microbatches, cuda_graphs step, or a compiled model.norm sync."""
     deterministic: bool = False
     """Bitwise repeatable results, at some cost in speed."""
     eval_every: NonNegativeInt = 5000

@@ -203,8 +203,8 @@ def _parts(forecast: Forecast) -> str:
     parts = {
         "networks": [step.passes for step in forecast.steps],
         "updates": [step.updates for step in forecast.steps],
-        "exchange": [step.exchange for step in forecast.steps],
-        "launches, by the host meanwhile,": [step.host for step in forecast.steps],
+        "exchange that is not overlapped": [step.exchange for step in forecast.steps],
+        "launching by the host in parallel": [step.host for step in forecast.steps],
     }
     return ", ".join(f"{name} {_range(values, _seconds)}" for name, values in parts.items())
 
@@ -241,4 +241,6 @@ def _seconds(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.01 else f"{value:.4f}"

@@ -11,6 +11,7 @@ from torch.utils._triton import has_triton_package
 
 from mpl_fast.config import RunConfig
 from mpl_fast.config.fields import replaced
+from mpl_fast.errors import ConfigError
 
 PLAIN = {"grad_sync": "allreduce", "compile": "off", "cuda_graphs": "off"}
 
@@ -24,7 +25,10 @@ class Choice(NamedTuple):
 
 def resolve(config: RunConfig, device: torch.device, machines: int) -> tuple[RunConfig, str]:
     """The config of a training run without `auto` in these options, and what was chosen as text,
-    which is empty where nothing was."""
+    which is empty where nothing was.
+
+    Raises `ConfigError` for graphs of compiled networks that cannot be compiled.
+    """
     if device.type != "cuda":
         return plain(config), ""
     chosen = []
@@ -60,10 +64,16 @@ def _grad_sync(config: RunConfig, machines: int) -> Choice:
 
 def _compile(config: RunConfig, machines: int) -> Choice:
     if config.model.norm == "sync" and config.grad_sync == "ddp":
-        return Choice("off", "model.norm sync cannot be compiled with grad_sync ddp")
-    if not has_triton_package():
-        return Choice("off", "Triton is not installed")
-    return Choice("default")
+        reason = "model.norm sync cannot be compiled with grad_sync ddp"
+    elif not has_triton_package():
+        reason = "Triton is not installed"
+    else:
+        return Choice("default")
+    if config.cuda_graphs == "model":
+        raise ConfigError(
+            f"cuda_graphs model is for compiled networks, but {reason}: set cuda_graphs auto"
+        )
+    return Choice("off", reason)
 
 
 def _cuda_graphs(config: RunConfig, machines: int) -> Choice:

@@ -13,6 +13,7 @@ import torch
 
 from mpl_fast.algorithms.base import Algorithm, Metrics
 from mpl_fast.batch import Batch, image_buffer
+from mpl_fast.errors import ConfigError
 from mpl_fast.learner.rng import StaticDraws
 
 Replay = Callable[[], Metrics]
@@ -71,13 +72,21 @@ class StepGraph:
         return self._batch
 
     def _captured(self, work: Replay) -> Replay:
-        """Captures what `work` launches; other threads, such as DALI's, may allocate meanwhile."""
+        """Captures what `work` launches; other threads, such as DALI's, may allocate meanwhile.
+
+        Raises `ConfigError` for a network that copies from or to the host in each pass.
+        """
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            metrics = work()
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                metrics = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(_no_graph(error)) from error
 
         def replay() -> Metrics:
             graph.replay()
@@ -94,3 +103,11 @@ class StepGraph:
             metrics = work()
         torch.cuda.current_stream().wait_stream(self._stream)
         return metrics
+
+
+def _no_graph(error: BaseException) -> str:
+    """Why a step cannot be captured, by the first error, which the end of the capture follows."""
+    while error.__context__ is not None:
+        error = error.__context__
+    reason = str(error).splitlines()[0].rstrip(".")
+    return f"cuda_graphs step cannot capture a step of this network ({reason}): set cuda_graphs off"

@@ -13,8 +13,8 @@ from tests.tiny_run import ROOT
 FOR_CPUS = {"ablation_cifar_cpu", *(f"demo_{recipe}" for recipe in ("supervised", "uda", "mpl"))}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COST = re.compile(
-    r"Cost: +computed, not measured, if the input pipeline keeps up: [\d.,]+ to [\d.,]+ GPU-hours "
-    r"on \d+ [A-Z]\w+, [\d.]+ [GM]B each; by "
+    r"Cost: +[\d.,]+ to [\d.,]+ GPU-hours on \d+ [A-Z]\w+, [\d.]+ [GM]B of memory each; computed, "
+    r"not measured, if the input pipeline keeps up, by "
     r"(?P<command>python mpl_fast/train.py .*? --records \S+)"
 )
 

@@ -132,7 +132,10 @@ RECORDS = "labeled=128116,unlabeled=1153051,val=50000,classes=10"
         (["--price-per-gpu-hour=2"], "--price-per-gpu-hour is for a dry run"),
         (["--dry-run", "--device=h1000"], "device must be auto, cuda, cpu, a100-40, .* not h1000"),
         (["--dry-run", *CARD, "--nodes=3"], "nodes 3 cannot share 8 ranks .* a multiple of 3"),
-        (["--dry-run", "--device=h100", "--nodes=2"], "nodes 2 cannot share 0 ranks equally"),
+        (
+            ["--dry-run", "--device=h100", "--nodes=2"],
+            "nodes 2 needs ranks: set ranks to a multiple of 2",
+        ),
         (["--dry-run", "--nodes=0"], "nodes must be at least 1, not 0"),
         (["--dry-run", "--network-gbps=0"], "network_gbps must be above 0"),
         (["--dry-run", "--price-per-gpu-hour=much"], "price_per_gpu_hour must be a number"),
@@ -164,7 +167,7 @@ def test_options_of_a_dry_run_change_no_config() -> None:
     counts = {"labeled": 128_116, "unlabeled": 1_153_051, "val": 50_000, "classes": 10}
     assert found and found.counts == counts
     assert parse(["--dry-run", *CARD, "--records", RECORDS]).data.root == ""
-    with pytest.raises(ConfigError, match=r"data\.root is missing"):
+    with pytest.raises(ConfigError, match=r"data\.root is missing: .* also takes --records"):
         parse(["--dry-run", *CARD])
     with pytest.raises(ConfigError, match="run_dir is missing"):
         parse(["--data.root=d"])
@@ -199,9 +202,11 @@ def test_a_card_that_is_not_here(capfd: pytest.CaptureFixture[str]) -> None:
         assert days[low_or_high] == pytest.approx(hours[low_or_high] / 8 / 24, rel=0.02)
     free = paragraphs(dry_run([*SMALL, *CARD], capfd)[1])
     assert free["cost"].endswith("days")
+    short = paragraphs(dry_run([*SMALL, *CARD, "--steps=1"], capfd)[1])
+    assert re.fullmatch(r"0\.\d+ (to 0\.\d+ )?GPU-hours in 0\.\d+ (to 0\.\d+ )?days", short["cost"])
     # The options that are auto are those of GPUs: in one node a step is a graph, launched once.
     assert free["ranks"].endswith("compile default")
-    assert free["a step takes"].endswith("meanwhile, 0.005 ms to 0.015 ms")
+    assert free["a step takes"].endswith("in parallel 0.005 ms to 0.015 ms")
 
 
 def test_norms_over_all_ranks_take_time(capfd: pytest.CaptureFixture[str]) -> None:

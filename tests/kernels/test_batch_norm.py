@@ -136,6 +136,16 @@ def test_one_row(device: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.flatten().float(), expected, rtol=2**-7, atol=0.0)
 
 
+@pytest.mark.parametrize("slope", [0.1, 0.0])
+def test_at_zero_the_slope_is_the_one_below(device: str, slope: float) -> None:
+    x, w, b, _ = problem(device, (3, 5, 7, 3), FLOAT, False)
+    zero = Problem((x, *(Dual(torch.zeros_like(t), change) for t, change in (w, b)), None))
+    y, dy = ours(zero, slope)
+    assert not y.any()
+    assert error(dy, of_pytorch(zero.double(), slope).tangent) < 2e-6
+    assert dy.any() == (slope > 0.0)
+
+
 def test_any_layout(device: str) -> None:
     """Also where value and derivative differ in it; and nothing is written to the arguments."""
     p = problem(device, (4, 6, 5, 3), FLOAT, False)

@@ -170,6 +170,16 @@ def test_a_fault_is_found(fault: Callable[[Tensor], Tensor], found: Found) -> No
         assert any(expected in line for line in faults) if expected else not faults
 
 
+@pytest.mark.parametrize("fault", [_item, _size_by_content, _pageable_copy])
+def test_of_a_step_that_cannot_be_captured_one_line_names_the_option(
+    fault: Callable[[Tensor], Tensor], found: Found
+) -> None:
+    _, reason = FAULTS[fault]
+    _, faults = found[fault.__name__]
+    assert any("ConfigError: cuda_graphs step" in line and reason in line for line in faults)
+    assert any(line.endswith("): set cuda_graphs off") for line in faults)
+
+
 @pytest.mark.parametrize("fault", COMPILED_FAULTS, ids=lambda fault: fault.__name__.strip("_"))
 def test_a_fault_of_a_compiled_network_is_found(
     fault: Callable[[_Network, Tensor], Tensor], found: Found

@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import distributed as ddp
 
-from mpl_fast import distributed
+from mpl_fast import distributed, models
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.config import AlgorithmConfig
 from mpl_fast.config.run import GradientSync
@@ -25,6 +25,7 @@ STEPS = 2
 WARMUP: dict[GradientSync, int] = {"allreduce": 3, "ddp": 11}
 DDP = ("supervised", "uda", "fixmatch", "mpl difference", "mpl exact", "mpl_roleplay", "smpl exact",
        "metasemi")  # fmt: skip
+NORM_SYNC = ("mpl difference", "mpl exact")  # with batch norm over both ranks
 VARIANT = "mpl difference"  # in which faults are injected
 Found = dict[str, Any]
 
@@ -74,18 +75,26 @@ def measure() -> Found:
     distributed.init("cuda")
     found: Found = {"allreduce": {name: exchange(of, "allreduce") for name, of in ALL.items()}}
     found["ddp"] = {name: exchange(ALL[name], "ddp") for name in DDP}
+    found["norm sync"] = {name: exchange(ALL[name], "allreduce", normed) for name in NORM_SYNC}
     found["step"] = {name: steps(name) for name in GRAPHED}
     injected = (*FAULTS, _waits)
     return found | {fault.__name__: _injected(fault, ALL[VARIANT]) for fault in injected}
 
 
-def exchange(config: AlgorithmConfig, sync: GradientSync) -> Found:
+def normed() -> nn.Module:
+    """A network with batch norm over both ranks."""
+    return models.synchronized(models.build("wrn_10_1", 10, dropout=0.1))
+
+
+def exchange(
+    config: AlgorithmConfig, sync: GradientSync, network: Callable[[], nn.Module] | None = None
+) -> Found:
     """Faults and collectives of a recipe's steps."""
     from tests.null_gpu.training import batch, new, watched
 
     # DDP checks what ranks have gathered, which the null GPU does not give.
     with mock.patch.object(ddp, "_verify_param_shape_across_processes"):
-        algorithm, images = new(config, grad_sync=sync), batch()
+        algorithm, images = new(config, network=network, grad_sync=sync), batch()
 
     def steps(first: int, last: int) -> None:
         for t in range(first, last):
@@ -125,12 +134,12 @@ def ranks() -> list[Found]:
     return found
 
 
-@pytest.mark.parametrize("sync", WARMUP)
+@pytest.mark.parametrize("how", [*WARMUP, "norm sync"])
 def test_ranks_exchange_the_same_in_the_same_order_and_do_not_wait(
-    sync: GradientSync, ranks: list[Found]
+    how: str, ranks: list[Found]
 ) -> None:
-    for name in ranks[0][sync]:
-        pair = [rank[sync][name] for rank in ranks]
+    for name in ranks[0][how]:
+        pair = [rank[how][name] for rank in ranks]
         assert [of["faults"] for of in pair] == [[], []], name
         assert different([of["collectives"] for of in pair]) == [], name
         assert pair[0]["collectives"], name

@@ -24,6 +24,7 @@ from tools.first_gpu.plan import ENDLESS, Step
 from tools.first_gpu.summary import Outcome, Summary
 
 MACHINE = {"gpu": "a chip", "driver": "1.2", "versions": {}, "missing": ["timm"]}
+FIND_MACHINE = first_gpu._machine
 LONG = 1000.0  # seconds, in which true and false end on any machine
 
 
@@ -306,6 +307,33 @@ def test_one_line_for_a_wrong_option(
     with pytest.raises(UserError, match=words) as error:
         first_gpu.main(given)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_wheels_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(ROOT / "tools" / "first_gpu_run.sh"), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable, "WHEELS": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"WHEELS={tmp_path} has neither *.whl nor part00" in done.stderr
+
+
+def test_an_interpreter_without_torch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(
+        "#!/bin/sh\necho \"ModuleNotFoundError: No module named 'torch'\" >&2; exit 1\n"
+    )
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setattr(first_gpu, "_machine", FIND_MACHINE)
+    words = f"No module named 'torch' in {bare}: PYTHON=.* chooses another"
+    with pytest.raises(UserError, match=words):
+        first_gpu.main(["--out", str(tmp_path / "out")])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What `auto` becomes, by recipe, device and number of machines; it refuses nothing."""
+"""What `auto` becomes, by recipe, device and number of machines."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 
 from mpl_fast.config import RECIPES, RunConfig, problems
 from mpl_fast.config.command_line import as_yaml, parse
+from mpl_fast.errors import ConfigError
 from mpl_fast.training import auto
 from mpl_fast.training.auto import PLAIN, plain, resolve
 from tests.tiny_run import arguments, run_in_turn, train_here
@@ -91,6 +92,17 @@ def test_without_triton_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     chosen, line = resolve(config(""), CUDA, 1)
     assert choices(chosen) == "allreduce off step"
     assert "compile off (Triton is not installed)" in line
+
+
+def test_graphs_of_networks_that_cannot_be_compiled_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = config("model.norm=sync grad-sync=ddp cuda-graphs=model")
+    with pytest.raises(ConfigError, match=r"but model.norm sync cannot .*: set cuda_graphs auto"):
+        resolve(given, CUDA, 1)
+    monkeypatch.setattr(auto, "has_triton_package", lambda: False)
+    with pytest.raises(ConfigError, match="but Triton is not installed: set cuda_graphs auto"):
+        resolve(config("cuda-graphs=model"), CUDA, 1)
 
 
 def test_the_config_of_a_run_keeps_what_was_given(tiny_rec: Path, tmp_path: Path) -> None:

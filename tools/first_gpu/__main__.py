@@ -1,10 +1,11 @@
 """The first minutes on a GPU: tests that need one, benchmarks, a training run, until time is over.
 
-Every step is a process of its own with a limit of its own, so that one that hangs costs no more;
+Every step is a process with a time limit, after which it is ended, so that the next ones are run;
 after each, OUT has its log and JSON, summary.json and summary.md. The same command goes on where
 the last one ended: steps that have passed are not run again.
 Exit codes: 0, all steps that were reached have passed; 1, some have not; 2, there is no GPU, or an
-option is wrong; 3, OUT cannot be written; 130, stopped by Ctrl-C or SIGTERM, the running step too.
+option is wrong; 3, OUT cannot be written; 4, FILE or REC is missing; 130, stopped by Ctrl-C or
+SIGTERM, the running step too.
 """
 
 import argparse
@@ -61,23 +62,29 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, path = parser.add_argument, Path
-    add("--minutes", type=float, default=13.0, metavar="M", help="in all (%(default)s)")
-    add("--out", type=path, default=Path("runs/first_gpu"), metavar="DIR", help="(%(default)s)")
-    add("--cifar", type=path, metavar="FILE", help="JPEG files of CIFAR-10, to be packed")
-    add("--rec", type=path, metavar="DIR", help="records of CIFAR-10, in place of --cifar")
-    add("--photographs", type=path, metavar="DIR", help="records of large images, for bench input")
+    add("--minutes", type=float, default=13.0, metavar="M", help="of the whole call (%(default)s)")
+    add(
+        "--out",
+        type=path,
+        default=Path("runs/first_gpu"),
+        metavar="OUT",
+        help="results (%(default)s)",
+    )
+    add("--cifar", type=path, metavar="FILE", help="tar of train/ and test/: CIFAR-10, JPEG")
+    add("--rec", type=path, metavar="REC", help="records of CIFAR-10, in place of --cifar")
+    add("--photographs", type=path, metavar="REC", help="records of large images, for bench input")
     add("--archive", type=path, metavar="FILE", help="OUT without images and checkpoints, a tar.gz")
-    add("--only", nargs="+", default=[""], metavar="NAME", help="steps that begin with this")
-    add("--skip", nargs="+", default=[], metavar="NAME", help="steps that do not")
+    add("--only", nargs="+", default=[""], metavar="NAME", help="steps whose names begin so")
+    add("--skip", nargs="+", default=[], metavar="NAME", help="all steps but these")
     add(
         "--stretch",
         type=float,
         default=1.0,
         metavar="X",
-        help="times each step's time (%(default)s)",
+        help="factor of every step's time limit (%(default)s)",
     )
     add("--commit", metavar="NAME", help="the code's commit, where there is no git")
-    add("--smoke", action="store_true", help="benchmarks and training tiny: no number is a claim")
+    add("--smoke", action="store_true", help="tiny benchmarks and training, to try the script")
     options = parser.parse_args(arguments)
     for name in ("minutes", "stretch"):
         if not 0 < getattr(options, name) < math.inf:
@@ -107,7 +114,10 @@ def _machine(options: argparse.Namespace) -> str:
         raise ConfigError(f"no answer from the GPU in {limit:.0f} s: see nvidia-smi") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ConfigError(last.removeprefix("first_gpu_run: error: "))
+        reason = last.removeprefix("first_gpu_run: error: ")
+        if reason.startswith("ModuleNotFoundError"):
+            reason += f" in {sys.executable}: PYTHON=.venv/bin/python, say, chooses another"
+        raise ConfigError(reason)
     found: str = done.stdout
     return found
 
