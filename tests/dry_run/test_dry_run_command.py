@@ -215,7 +215,9 @@ def test_norms_over_all_ranks_take_time(capfd: pytest.CaptureFixture[str]) -> No
         paragraphs(dry_run([*SMALL, *CARD, f"--model.norm={norm}"], capfd)[1])["a step takes"]
         for norm in ("batch", "sync")
     )
-    before, after = (float(text.split("exchange ")[1].split()[0]) for text in (alone, over_ranks))
+    before, after = (
+        float(re.findall(r"exchange.*? ([\d.]+) ms", text)[0]) for text in (alone, over_ranks)
+    )
     assert after - before == pytest.approx(7 * 6 * 0.006, rel=0.1)
 
 
