@@ -100,7 +100,7 @@ def dry_run_of(argv: Sequence[str]) -> DryRunConfig | None:
 
 def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     """Takes the options of a dry run out of those that were typed, where a GPU becomes cuda."""
-    card = typed["device"].text if "device" in typed else ""
+    card = str(typed["device"].text).lower() if "device" in typed else ""
     theirs = {key: typed.pop(key) for key in DRY_RUN if key in typed}
     if card in CARDS:
         typed["device"] = Given("cuda")
@@ -116,6 +116,8 @@ def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     config: DryRunConfig = replaced(DryRunConfig(card=card if card in CARDS else ""), values)
     for problem in problems(config):
         raise ConfigError(problem)
+    if "records" in theirs and "data.root" in typed:
+        raise ConfigError("--records is in place of --data.root: give one of them")
     for key in OF_A_CARD & theirs.keys() if not config.card else ():
         name = key.replace("_", "-")
         raise ConfigError(f"--{name} needs a GPU: give --device as {', '.join(CARDS)}")

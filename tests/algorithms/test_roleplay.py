@@ -13,6 +13,7 @@ from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch
 from mpl_fast.config import ConsistencyConfig, ModelConfig, RolePlayConfig, RunConfig
 from mpl_fast.data.manifest import Manifest, Split
+from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm
 from tests.algorithms import problems
 
@@ -40,7 +41,7 @@ def test_a_period_of_0_is_an_epoch_of_the_unlabeled_images() -> None:
     model, by_epoch = ModelConfig(name="wrn_10_1"), replace(CONFIG, swap_every=0)
     config = RunConfig(algorithm=by_epoch, model=model, unlabeled_batch=7)
     manifest = Manifest(Path(), (), {"unlabeled": Split(60, (), Path(), Path(), 1)}, "")
-    algorithm = build_algorithm(config, manifest, 10, torch.device("cpu"))
+    algorithm = build_algorithm(plain(config), manifest, 10, torch.device("cpu"))
     assert isinstance(algorithm, RolePlay)
     assert algorithm.period == 9  # 60 / 7, rounded up
 

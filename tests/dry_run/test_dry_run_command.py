@@ -141,6 +141,7 @@ RECORDS = "labeled=128116,unlabeled=1153051,val=50000,classes=10"
         (["--dry-run", "--price-per-gpu-hour=much"], "price_per_gpu_hour must be a number"),
         (["--dry-run", "--price-per-gpu-hour=2"], "--price-per-gpu-hour needs .* --device as a100"),
         (["--dry-run", "--device=cpu", "--network-gbps=9"], "--network-gbps needs a GPU: give"),
+        (["--dry-run", f"--records={RECORDS}", "--data.root=rec"], "--records is in place of --d"),
         (["--dry-run", "--records=labeled=5"], "records must be labeled=N,unlabeled=N,val=N,class"),
         (["--dry-run", f"--records={RECORDS},val=5"], "records must be"),
         (["--dry-run", f"--records={RECORDS.replace('128116', '0')}"], "records must be"),
@@ -164,6 +165,7 @@ def test_options_of_a_dry_run_change_no_config() -> None:
         price_per_gpu_hour=2.5,
         records=RECORDS,
     )
+    assert dry_run_of(["--dry-run", "--device=H100"]) == DryRunConfig(card="h100")
     counts = {"labeled": 128_116, "unlabeled": 1_153_051, "val": 50_000, "classes": 10}
     assert found and found.counts == counts
     assert parse(["--dry-run", *CARD, "--records", RECORDS]).data.root == ""
