@@ -11,6 +11,7 @@ NAMES = {
     "step": "a whole training step, beside a plain PyTorch step of MPL",
     "losses": "the fused losses: time, launches, bytes, beside PyTorch, torch.compile and Liger",
     "backbone": "networks by themselves: layouts, precisions, torch.compile, a dry run's bounds",
+    "derivative": "the derivative that feedback exact takes: fused norms, PyTorch's, central",
     "optimizer": "clipping, SGD and moving average",
     "input": "DALI pipelines, beside torchvision and SPDL",
     "pack": "packing, verifying and re-splitting, beside webdataset, MDS and im2rec",

@@ -111,7 +111,8 @@ def jobs(*, gpu: bool, smoke: bool, rec: str | None) -> tuple[list[Job], list[st
         made.append(_bench("input", 60.0, *device, *threads, *(("--rec", rec) if rec else ())))
     else:
         left_out.append("input: it reads records, which --rec names")
-    others = {"syncs": 30.0, "optimizer": 20.0, "checkpoint": 25.0, "startup": 40.0, "ranks": 20.0}
+    others = {"syncs": 30.0, "optimizer": 20.0, "derivative": 20.0, "checkpoint": 25.0}
+    others |= {"startup": 40.0, "ranks": 20.0}
     return made + [_bench(name, share, *device) for name, share in others.items()], left_out
 
 
