@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -45,16 +45,14 @@ def run(name: str, command: Sequence[str], out: Path, limit: float, grace: float
     and `grace` seconds later a SIGKILL; also those that the command left behind.
     """
     began, in_time = time.monotonic(), False
-    # A signal that came while it is being started or ended would leave it running.
-    with (out / f"{name}.log").open("w", encoding="utf-8") as log, _blocked() as mask:
-        child = _started(command, log, mask)
+    with (out / f"{name}.log").open("w", encoding="utf-8") as log, _Signals() as signals:
+        child = _started(command, log)
         try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(limit)
-                in_time = True
+            signals.wait_for(child, limit)
+            in_time = True
+        except subprocess.TimeoutExpired:
+            pass
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(child.pid, number)
@@ -64,14 +62,43 @@ def run(name: str, command: Sequence[str], out: Path, limit: float, grace: float
     return Ended(name, code, time.monotonic() - began, in_time)
 
 
-@contextlib.contextmanager
-def _blocked() -> Iterator[set[signal.Signals | int]]:
-    """Delays signals until the end; yields the signal mask from before."""
-    mask: set[signal.Signals | int] = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield mask
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+class _Signals:
+    """Makes signals a `KeyboardInterrupt`: in `wait_for` at once, else at the end, since one that
+    comes while a command is being started or ended would leave it running.
+
+    By handlers and not by a mask of signals, which would be that of one thread: libraries start
+    others, and any of them may take the signal.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = self._came = False
+
+    def __enter__(self) -> "_Signals":
+        handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in handled}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._came and kind is None:
+            raise KeyboardInterrupt
+
+    def wait_for(self, child: "subprocess.Popen[bytes]", limit: float) -> None:
+        """Raises `TimeoutExpired` after `limit` seconds."""
+        try:
+            self._waiting = True
+            if self._came:
+                raise KeyboardInterrupt
+            child.wait(limit)
+        finally:
+            self._waiting = False
+
+    def _handle(self, *_: object) -> None:
+        self._came = True
+        if self._waiting:
+            self._waiting = False  # the next one must not interrupt the end
+            raise KeyboardInterrupt
 
 
 def interrupt_on_signals() -> None:
@@ -101,9 +128,7 @@ def chosen(
     return found
 
 
-def _started(
-    command: Sequence[str], log: TextIO, mask: Iterable[signal.Signals | int]
-) -> "subprocess.Popen[bytes]":
+def _started(command: Sequence[str], log: TextIO) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command,
         stdout=log,
@@ -111,7 +136,6 @@ def _started(
         stdin=subprocess.DEVNULL,
         cwd=ROOT,
         start_new_session=True,
-        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
     )
 
 
