@@ -107,7 +107,7 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> str:
-    """A port of this machine that nothing listens to."""
+    """A free port of this machine."""
     with socket.socket() as one:
         one.bind(("", 0))
         return str(one.getsockname()[1])

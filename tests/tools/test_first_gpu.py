@@ -237,7 +237,7 @@ def test_all_gpu_tests_come_first_then_benchmarks_then_training(tmp_path: Path) 
     added = [step for step in with_records if step.name not in names]
     assert [step.name for step in added] == ["pack", "bench_input_cifar", "train", "evaluate"]
     assert len(left_out) == 1
-    assert [step.kept for step in added] == [0.0, 0.0, 120.0, 40.0]
+    assert [step.kept for step in added] == [90.0, 0.0, 120.0, 40.0]
     given = next(step for step in steps if step.name == "bench_losses").command(80.0)
     assert given[1:4] == ["-m", "tools.bench", "losses"] and given[-2:] == ["--minutes", "1.000"]
     chosen, _ = plan.steps(options("--only", "bench_", "--skip", "bench_step", "bench_losses"))

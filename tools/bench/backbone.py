@@ -88,10 +88,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Beside those of every benchmark."""
+    problem_options(parser)
+    parser.add_argument("--eager", action="store_true", help="leave out what compiles for minutes")
+
+
+def problem_options(parser: argparse.ArgumentParser) -> None:
+    """Networks, images and device."""
     add = parser.add_argument
     names, sizes = ["resnet50", "wrn_28_2"], "images (GPU 256, or 512 small ones; CPU 16, 64)"
     add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
-    add("--eager", action="store_true", help="leave out what compiles for minutes")
     # A batch norm cannot normalize one image.
     add("--batch", type=at_least(2), metavar="N", help=sizes)
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")

@@ -19,8 +19,8 @@ from mpl_fast.learner import jvp
 from mpl_fast.learner.batch_norm import batch_statistics
 from tools.bench import backbone
 from tools.bench.clock import repeated, seconds_of
-from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import DEVICES, choose_device
+from tools.bench.harness import Report, run
+from tools.bench.machine import choose_device
 from tools.bench.results import Row, ratios, spread
 
 TINY = {"models": ["wrn_10_1"], "batch": 4, "rounds": 1}
@@ -33,16 +33,9 @@ Work = Callable[[], Tensor]
 
 def main(arguments: Sequence[str]) -> int:
     """See `tools.bench.harness.run`."""
-    return run("derivative", __doc__, arguments, measure, options, rounds=10, tiny=TINY)
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """Beside those of every benchmark."""
-    add = parser.add_argument
-    names, sizes = ["resnet50", "wrn_28_2"], "images (GPU 256, or 512 small ones; CPU 16, 64)"
-    add("--models", nargs="+", default=names, metavar="NAME", help="(resnet50 wrn_28_2)")
-    add("--batch", type=at_least(2), metavar="N", help=sizes)
-    add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
+    return run(
+        "derivative", __doc__, arguments, measure, backbone.problem_options, rounds=10, tiny=TINY
+    )
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:

@@ -38,7 +38,7 @@ LIMITS = {"syncs": 60.0, "startup": 150.0}  # of benchmarks that take no --minut
 CIFAR = ("--image-size", "32", "--batch", "512")  # a step of cifar10_4k_mpl takes 1,024
 CONFIGS = ("configs/cifar10_4k_fast_mpl.yaml", "configs/cifar10_4k_mpl.yaml")
 # What earlier steps leave for these: seconds, and at most this share of all.
-KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION = (120.0, 0.2), (40.0, 0.1)
+KEPT_FOR_PACKING, KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION = (90.0, 0.15), (120.0, 0.2), (40.0, 0.1)
 EVALUATION = 60.0
 SOMETIMES = ("pack", "bench_input", "bench_input_cifar", "train", "evaluate")  # given records
 ENDLESS = float("inf")
@@ -91,7 +91,8 @@ def _packing(options: argparse.Namespace) -> Iterator[Step]:
     if cifar and not options.rec and not (out / "manifest.json").exists():
         given = ["--src", f"{cifar}:train", "--val", f"{cifar}:test", "--labeled", "4000"]
         pack = ["tools/make_rec.py", "pack", "--quiet", *given, "--out", str(out)]
-        yield Step("pack", _fixed(*pack), PACKING, again=True)
+        # Without records there is no training, for which time is kept.
+        yield Step("pack", _fixed(*pack), PACKING, _kept(KEPT_FOR_PACKING, options), again=True)
 
 
 def _benchmarks(options: argparse.Namespace, left_out: list[str]) -> Iterator[Step]:
@@ -117,10 +118,16 @@ def _training(options: argparse.Namespace, left_out: list[str]) -> Iterator[Step
     config = next(name for name in CONFIGS if (ROOT / name).exists())
     train = ["mpl_fast/train.py", "--config", config, "--data.root", str(rec), "--run-dir", run]
     train += ["--device", "cuda", *(TINY if options.smoke else [])]
-    total = 60.0 * options.minutes
-    kept = [min(most, share * total) for most, share in (KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION)]
+    kept = [_kept(bounds, options) for bounds in (KEPT_FOR_TRAINING, KEPT_FOR_EVALUATION)]
     yield Step("train", _fixed(*train), ENDLESS, kept[0], again=True)
     yield Step("evaluate", _fixed("tools/evaluate.py", run), EVALUATION, kept[1], again=True)
+
+
+def _kept(bounds: tuple[float, float], options: argparse.Namespace) -> float:
+    """Seconds, of `KEPT_FOR_...`."""
+    most, share = bounds
+    minutes: float = options.minutes
+    return min(most, share * 60.0 * minutes)
 
 
 def _records(options: argparse.Namespace) -> Path | None:
