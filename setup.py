@@ -33,8 +33,13 @@ REQUIRES = [
 DEMO = ["scikit-learn", "matplotlib"]
 RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
 PARQUET = ["pyarrow>=14.0.1"]  # packing from parquet files; older ones may run code in them
-TESTS = ["pytest", "pytest-xdist", "hypothesis"]
+REPORT = ["scikit-learn", "matplotlib"]  # tools/report.py
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py to .onnx
+SWEEP = ["optuna", "optuna-dashboard", "matplotlib"]  # tools/sweep.py
+NOTEBOOK = ["jupyterlab"]
+TESTS = ["pytest", "pytest-xdist", "hypothesis", "playwright", "nbclient", "ipykernel"]
 DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY, *PARQUET]
+DEV += [*REPORT, *EXPORT, *SWEEP]
 
 setup(
     name="mpl_fast",
@@ -71,6 +76,10 @@ setup(
         # own the same folder.
         "cuda13": ["nvidia-dali-cuda130>=2.4"],
         "demo": DEMO,
+        "report": REPORT,
+        "export": EXPORT,
+        "sweep": SWEEP,
+        "notebook": NOTEBOOK,
         "parquet": PARQUET,
         "ray": RAY,
         "dev": DEV,
