@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mpl_fast.config import RolePlayConfig, RunConfig
+from mpl_fast.config import DataConfig, RolePlayConfig, RunConfig
 from mpl_fast.config.command_line import parse
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
@@ -173,7 +173,7 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     data = config.data
     side, filter_ = data.image_size, v2.InterpolationMode(data.interpolation)
     whole = data.crop == "pad_crop"
-    size = [side, side] if whole else [round(side / data.eval_crop)]
+    size = [side, side] if whole else [resized_side(data)]
     steps = [
         v2.RGB(),
         v2.Resize(size, filter_, antialias=True),
@@ -184,6 +184,11 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
         v2.ToPureTensor(),
     ]
     return cast(Callable[[Image.Image], Tensor], v2.Compose(steps))
+
+
+def resized_side(data: DataConfig) -> int:
+    """Pixels of an image's shorter side before evaluation's center crop."""
+    return round(data.image_size / data.eval_crop)
 
 
 def _classes(shared: State, config: RunConfig, checkpoint: Path) -> tuple[str, ...]:

@@ -16,7 +16,15 @@ from mpl_fast.models.shake_shake import ShakeShake
 from mpl_fast.models.sync_norm import synchronized
 from mpl_fast.models.wide_resnet import WideResNet
 
-__all__ = ["build", "count_parameters", "image_size", "synchronized", "with_class_order"]
+__all__ = [
+    "OWN",
+    "build",
+    "count_parameters",
+    "image_size",
+    "size_option",
+    "synchronized",
+    "with_class_order",
+]
 
 WIDE = {"wrn_28_2": (28, 2), "wrn_28_8": (28, 8), "wrn_10_1": (10, 1)}  # depth, widening factor
 SHAKE = {  # depth, channels of each branch in the first stage
@@ -94,13 +102,21 @@ def _timm(
             f"model.name {name!r} is unknown to timm; names like {', '.join(near)} exist"
         )
     options: dict[str, Any] = {"num_classes": classes, "drop_rate": dropout}
-    published = timm.get_pretrained_cfg(name)
-    if image_size and published and published.fixed_input_size:  # others refuse the argument
-        options["img_size"] = image_size
+    options |= size_option(name, image_size)
     if pretrained == "timm":
         return weights.from_timm(name, options)
     network: nn.Module = timm.create_model(name, **options)
     return network
+
+
+def size_option(name: str, image_size: int | None) -> dict[str, int]:
+    """What `timm.create_model` needs to build a network for images of this size: ``img_size`` for
+    those of a fixed size, nothing for others, which refuse the argument."""
+    import timm  # late: takes a second
+
+    published = timm.get_pretrained_cfg(name)
+    fixed = image_size and published and published.fixed_input_size
+    return {"img_size": image_size} if image_size and fixed else {}
 
 
 def image_size(name: str) -> int:
