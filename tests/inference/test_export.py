@@ -36,7 +36,7 @@ EFFICIENTNET = "test_efficientnet.r160_in1k"
 def with_network(
     trained: mpl_fast.Trained, name: str, side: int = 32, *, frozen: bool = False
 ) -> mpl_fast.Trained:
-    """The same run with another network, whose weights and statistics are random, and that crops
+    """The same run with another network, with random weights and statistics, and that crops
     images as for ImageNet."""
     torch.manual_seed(0)
     config = dataclasses.replace(
@@ -46,7 +46,7 @@ def with_network(
     )
     network = build_network(config, 10).eval().requires_grad_(False)
     for value in network.state_dict().values():
-        if value.is_floating_point():
+        if value.ndim == 1:  # of norms, and biases
             value.add_(0.1 * torch.rand_like(value))
     return dataclasses.replace(
         trained, network=network, config=config, transform=transform_of(config)
