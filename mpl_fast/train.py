@@ -9,7 +9,7 @@ from typing import NoReturn
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.config.command_line import dry_run_of, parse
+from mpl_fast.config.command_line import dry_run_of, phases
 from mpl_fast.errors import run_command
 from mpl_fast.training.process import die_with_launcher
 
@@ -22,14 +22,14 @@ def main() -> NoReturn:
 
 def _train() -> int:
     """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
-    config = parse(sys.argv[1:])
+    configs = phases(sys.argv[1:])
     if dry := dry_run_of(sys.argv[1:]):
         from mpl_fast.dry_run.command import dry_run
 
-        return dry_run(config, dry)
+        return max(dry_run(config, dry) for config in configs)
     from mpl_fast.training import run
 
-    return run.train(config)
+    return run.train(*configs)
 
 
 if __name__ == "__main__":
