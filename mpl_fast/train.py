@@ -37,13 +37,13 @@ def _train() -> int:
 
 
 def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Trained":
-    """Trains as the command does, in this process, and returns the trained network,
-    with ``then`` that of the last run.
+    """Trains as the command does, in this process, and returns the trained network.
 
-    `config` is a YAML file, `options` has keys that override it, such as ``{"data.root": "REC",
-    "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A run that was stopped resumes; one that is
-    complete is loaded. Raises `UserError` for what the command would print as an error, and
-    `KeyboardInterrupt` after a first Ctrl-C has saved a checkpoint.
+    With ``then`` it is that of the second run. `config` is a YAML file, `options` has keys that
+    override it, such as ``{"data.root": "REC", "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A
+    run that was stopped resumes; one that is complete is loaded. Raises `UserError` for what the
+    command would print as an error, and `KeyboardInterrupt` after a first Ctrl-C has saved a
+    checkpoint.
     """
     given = [part for key, value in (options or {}).items() for part in (f"--{key}", _text(value))]
     configs = phases(["--config", str(config), *given])
