@@ -216,6 +216,34 @@ def test_key_numbers_of_a_benchmark_of_tests_and_of_training(tmp_path: Path) -> 
     assert "top-1 31.25 % at step 100" in page
 
 
+TESTS = """
+import pathlib, time
+
+def test_fails():
+    assert 1 == 2
+
+def test_takes_long():
+    pathlib.Path(__file__).with_name("began").touch()
+    time.sleep(600)
+"""
+
+
+def test_of_tests_that_took_too_long_the_failures_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "test_x.py"
+    file.write_text(TESTS)
+    pytest_of_here = ["-m", "pytest", "-v", "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    with (tmp_path / "test_x.log").open("w") as log:
+        command = [sys.executable, *pytest_of_here, str(file)]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not (tmp_path / "began").exists():
+            assert child.poll() is None
+        child.terminate()
+        child.wait(timeout=600)
+    total, failed = summary.found_by("test_x", tmp_path)
+    assert total.startswith("1 failed in ")
+    assert failed.startswith("FAILED ") and "test_x.py::test_fails" in failed
+
+
 def options(*given: str) -> argparse.Namespace:
     return first_gpu.options_of(["--out", "runs/x", *given])
 
