@@ -20,6 +20,8 @@ settings.load_profile("default")
 
 # A shell starts background jobs with Ctrl-C ignored, which processes of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# `tools/first_gpu_run.sh` ends tests so that take too long: pytest then prints what has failed.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +45,17 @@ def tiny_rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_run import make_rec
 
     return make_rec(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def tiny_trained(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a complete run of recipe mpl on these digits."""
+    from tests.tiny_run import arguments, train_here
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    done = train_here(*arguments(run, tiny_rec))
+    assert done.returncode == 0, done.stderr
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
