@@ -1,8 +1,10 @@
 """Stochastic depth is its definition, ours as timm's, and derivatives repeat its draws."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from timm.layers import DropPath as TimmDropPath
+from timm.layers.drop import DropPath as TimmDropPath
 from torch import Tensor, nn
 
 from mpl_fast import algorithms, models
@@ -21,7 +23,7 @@ OURS, TIMMS = DropPath(RATE), TimmDropPath(RATE)
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def dropped(layer: nn.Module, branch: Tensor) -> Tensor:
+def dropped(layer: Callable[[Tensor], Tensor], branch: Tensor) -> Tensor:
     """Which images a layer leaves out, (N,) bool; all values of the others are divided."""
     torch.manual_seed(3)
     out = layer(branch)
@@ -120,5 +122,5 @@ def test_generated_code_leaves_out_the_same_images(layer: nn.Module) -> None:
     """With `fallback_random`, as networks are compiled."""
     branch = torch.rand(50, 2, 3, 1) + 0.5
     with torch._inductor.config.patch(fallback_random=True):
-        compiled: nn.Module = torch.compile(layer.train(), fullgraph=True)
+        compiled = torch.compile(layer.train(), fullgraph=True)
         assert torch.equal(dropped(compiled, branch), dropped(layer, branch))
