@@ -99,6 +99,10 @@ class LearnerConfig:
     place of the network itself; 0: no average."""
     dropout: FractionBelow1 = 0.1
     """Dropout rate of the pooled features."""
+    drop_path: FractionBelow1 = 0.0
+    """Stochastic depth: probability with which the last residual branch is left out for an image in
+    training; the rate rises linearly from 0 at the first. 0: none is left out. Not for networks
+    without residual branches."""
     conventions: Literal["official", "kekmodel"] = "official"
     """kekmodel reproduces kekmodel/MPL-pytorch: the warm-up counts from step 0 and takes
     `delay_steps` + `warmup` steps, the average's decay has no warm-up, batch-norm statistics are

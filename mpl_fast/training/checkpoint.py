@@ -6,6 +6,7 @@ and SHA-256 of each file. torch.load does not notice a flipped bit; the checksum
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +42,21 @@ class Checkpoints:
             for leftover in folder.glob(".writing_*"):
                 shutil.rmtree(leftover)
 
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return _checkpoints(self.folder)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step_{step:08d}"
+
     def save(self, step: int, shared: State, rank_state: State) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
         A collective: every rank must call it. The checkpoint appears complete under its final name,
         or not at all. Raises `OSError` on the rank whose file cannot be written.
         """
-        partial, final = self.folder / f".writing_{step:08d}", self.folder / f"step_{step:08d}"
+        partial, final = self.folder / f".writing_{step:08d}", self.path(step)
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -60,17 +69,40 @@ class Checkpoints:
             about = {"format": FORMAT, "step": step, "world": self.world}
             about["files"] = {name: file for files in by_rank for name, file in files.items()}
             atomic.write_json(partial / "checkpoint.json", about)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            atomic.sync_folder(self.folder)
-            self._remove_old(final)
+            self._publish(partial, final)
         barrier()
         return final
+
+    def adopt(self, checkpoint: Path) -> None:
+        """Adds a checkpoint of another folder of the run, by hard links, as the latest.
+
+        Not a collective: the first rank calls it. Raises `OSError` if it cannot be written.
+        """
+        partial, final = self.folder / f".writing_{checkpoint.name}", self.folder / checkpoint.name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file in checkpoint.iterdir():
+            _link(file, partial / file.name)
+        atomic.sync_folder(partial)
+        self._publish(partial, final)
+
+    def remove_after(self, step: int) -> None:
+        """Removes checkpoints of later steps, which the run repeats; on the first rank."""
+        for checkpoint in self.all():
+            if step_of(checkpoint) > step:
+                shutil.rmtree(checkpoint)
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Gives a complete checkpoint its name, and removes old ones."""
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        atomic.sync_folder(self.folder)
+        self._remove_old(final)
 
     def _remove_old(self, latest: Path) -> None:
         """Keeps `latest` and the newest before it; one after it is damaged, or the run would have
         resumed from there."""
-        checkpoints = _checkpoints(self.folder)
+        checkpoints = self.all()
         kept = [c for c in checkpoints if c.name <= latest.name][-self.keep :]
         for old in {*checkpoints} - {*kept}:
             shutil.rmtree(old)
@@ -269,6 +301,15 @@ def newest_of(option: str, run: str) -> tuple[Path, list[str]]:
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(folder.glob("step_*"))
+
+
+def _link(file: Path, to: Path) -> None:
+    """Links a file, or copies it where the file system has no hard links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        with atomic.atomic_file(to) as copy, file.open("rb") as original:
+            shutil.copyfileobj(original, copy)
 
 
 def _write(path: Path, state: State) -> dict[str, Any]:

@@ -28,7 +28,7 @@ RANGES = {  # options (of another recipe than mpl: its name and a colon before),
     "at least 2": ("checkpoint_keep", "1"),
     "at least 8": ("data.image_size", "7"),
     "at least 0": (
-        "epochs eval_every eval_epochs checkpoint_every stop_at seed unlabeled_batch "
+        "epochs eval_every eval_epochs patience checkpoint_every stop_at seed unlabeled_batch "
         "model.classes data.num_ops data.magnitude data.cutout data.final_cutout data.threads "
         ".feedback_ramp .consistency.weight .consistency.ramp .teacher.lr .teacher.weight_decay "
         ".teacher.max_grad_norm .teacher.warmup .teacher.delay_steps .teacher.gamma "
@@ -51,8 +51,9 @@ RANGES = {  # options (of another recipe than mpl: its name and a colon before),
     "in (0, 1]": ("data.eval_crop", "0.0 1.5"),
     "in [0, 1)": (
         ".label_smoothing .baseline .held_out .student.momentum .student.ema .student.dropout "
-        "supervised:.label_smoothing finetune:.label_smoothing uda:.label_smoothing "
-        "fixmatch:.label_smoothing smpl:.label_smoothing noisy_student:.label_smoothing",
+        ".student.drop_path supervised:.label_smoothing finetune:.label_smoothing "
+        "uda:.label_smoothing fixmatch:.label_smoothing smpl:.label_smoothing "
+        "noisy_student:.label_smoothing",
         "1.0 -0.5",
     ),
 }
@@ -135,6 +136,7 @@ model.norm=sync grad-sync=ddp compile=default | model.norm sync cannot be compil
 microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
 recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole
 .feedback=parity_google microbatches=2 | microbatches must be 1 for feedback parity_google
+patience=3 eval-every=0 | patience needs evaluations before the end: set eval_every
 recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
 recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
 model.frozen=true | model.frozen would keep random weights: give --model.pretrained

@@ -67,6 +67,8 @@ def test_a_batch_of_one_in_batch_norm() -> None:
 
 
 def test_a_network_that_is_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpl_fast.training.trial.build_network", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(
+        "mpl_fast.training.trial.build_network", lambda *_, **__: torch.nn.Identity()
+    )
     with pytest.raises(ConfigError, match=r"its output is \(2, 3, 8, 8\), not \(2, 10\)"):
         check_training(config("resnet18", 8), 10, 1)
