@@ -137,7 +137,7 @@ def _worker(
     from mpl_fast.sweep.held_out import hold_out
     from mpl_fast.sweep.loop import Worker
     from mpl_fast.sweep.ranges import own_values, ranges_as_json, read_ranges
-    from mpl_fast.sweep.study import SETTINGS, Storage, Trials
+    from mpl_fast.sweep.study import SETTINGS, Storage, Trials, pruner
 
     ranges = read_ranges(options.ranges, base)
     if both := sorted(given & ranges.keys()):
@@ -159,7 +159,10 @@ def _worker(
         "config": yaml.safe_load(as_yaml(own)),
     }
     _require_free(out, SETTINGS)
-    trials = Trials(out, storage, options.pruner, base.seed)
+    same = not ranges.keys() & {"steps", "epochs", "eval_every", "eval_epochs"}
+    known = same and not (base.epochs or base.eval_epochs)
+    steps = (base.eval_every or base.steps, base.steps) if known else (0, 0)
+    trials = Trials(out, storage, pruner(options.pruner, *steps), base.seed)
     values = own_values(base, ranges)
 
     def prepare() -> None:

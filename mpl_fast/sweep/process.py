@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from optuna.trial import TrialState
 
 from mpl_fast.errors import PREEMPTED, ConfigError, DataError, OutputError
@@ -82,7 +83,8 @@ class Training:
             if row["step"] in known:  # of a session before, or read before
                 continue
             trial.report(row["eval/top1"], row["step"])
-            if self.pruned_at < 0 and not self.stopping and trial.should_prune():
+            ending = self.pruned_at >= 0 or self.stopping or row["step"] >= self._steps()
+            if not ending and trial.should_prune():
                 self.pruned_at = row["step"]
                 self._process.terminate()
 
@@ -126,10 +128,17 @@ class Training:
         rows: list[dict[str, Any]] = read_rows(file) if file.exists() else []
         return float(sum(row.get("train_seconds", 0.0) for row in rows))
 
+    def _steps(self) -> int:
+        """Of the whole training, also where it was given in epochs."""
+        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
+        return int(config["steps"])
+
     def _exit_code(self) -> int:
-        """That of train.py: torchrun ends with 1, and prints the codes of its ranks."""
+        """That of train.py: torchrun ends with 1, and prints the code of the first rank that has
+        failed below "Root Cause"."""
         code = self._process.returncode
-        found = re.search(r"exitcode\s*:\s*(-?\d+)", self._output()) if self._ranks > 1 else None
+        cause = self._output().rpartition("Root Cause")[2] if self._ranks > 1 else ""
+        found = re.search(r"exitcode\s*:\s*(-?\d+)", cause)
         return int(found[1]) if found and code else code
 
     def _reason(self, code: int) -> str:

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import optuna
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -29,12 +30,15 @@ from mpl_fast.first_few import first_few
 
 SETTINGS = "sweep.json"
 LOCK_SECONDS = 60.0  # that SQLite waits for another process
-PRUNERS = {
-    "median": optuna.pruners.MedianPruner,
-    "hyperband": optuna.pruners.HyperbandPruner,
-    "none": optuna.pruners.NopPruner,
-}
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def pruner(name: str, first: int, last: int) -> BasePruner:
+    """Optuna's pruner; `first` and `last` are the steps of a trial's first and last evaluation, 0
+    where they differ between trials."""
+    if name == "hyperband":
+        return HyperbandPruner(min_resource=first or 1, max_resource=last or "auto")
+    return MedianPruner() if name == "median" else NopPruner()
 
 
 class Claim(NamedTuple):
@@ -81,9 +85,8 @@ class Storage(NamedTuple):
 class Trials:
     """The study in a folder that all workers share, and the trials of this worker."""
 
-    def __init__(self, out: Path, storage: Storage, pruner: str, seed: int) -> None:
-        self.out, self.storage, self._seed = out, storage, seed
-        self._pruner = PRUNERS[pruner]()
+    def __init__(self, out: Path, storage: Storage, pruner: BasePruner, seed: int) -> None:
+        self.out, self.storage, self._pruner, self._seed = out, storage, pruner, seed
         self.study: optuna.Study
 
     @contextmanager

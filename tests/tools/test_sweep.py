@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 import yaml
+from optuna.pruners import NopPruner
 from optuna.trial import TrialState, create_trial
 
 from mpl_fast.config import RunConfig
@@ -75,7 +76,7 @@ def test_a_killed_sweep_continues_its_trial(tiny_rec: Path, tmp_path: Path) -> N
 def test_a_trial_has_one_worker_and_is_continued_when_it_has_none(
     place: str, tmp_path: Path
 ) -> None:
-    workers = [Trials(tmp_path, Storage(place), "none", 3) for _ in range(2)]
+    workers = [Trials(tmp_path, Storage(place), NopPruner(), 3) for _ in range(2)]
     for worker in workers:
         with worker.locked():
             worker.open({"held_out": "20%"}, {"x": 0.5}, lambda: None)
