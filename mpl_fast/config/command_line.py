@@ -281,17 +281,20 @@ def _help(config: RunConfig) -> str:
         explained = {"recipe": str(RunConfig.recipe.__doc__), **texts(type(section))}
         known = DRY_RUN.values() if section == DryRunConfig() else options(section, prefix)
         for option in (*((RECIPE,) if section is config else ()), *known):
-            facts = [*ranges(option.kind), f"default: {as_typed(option.value)}"]
+            facts = [*ranges(option.kind), f"default: {as_typed(option.value) or 'empty'}"]
             text = f"{explained[option.key.removeprefix(prefix)]} ({'; '.join(facts)})"
             text = text.replace("%", "%%")
             group.add_argument(f"--{option.key}", metavar=metavar(option.kind), help=text)
     return parser.format_help()
 
 
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values of dotted keys as a command line."""
+    return [part for key, value in values.items() for part in (f"--{key}", as_typed(value))]
+
+
 def as_typed(value: Any) -> str:
     """A value as it would be typed."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return str(value) or "empty"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,12 +12,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mpl_fast.atomic import write_text
 from mpl_fast.config import RunConfig
-from mpl_fast.config.command_line import as_yaml, parse
+from mpl_fast.config.command_line import as_arguments, as_yaml, parse
 from mpl_fast.config.fields import replaced
 from mpl_fast.errors import PREEMPTED, ConfigError, OutputError, UserError, output_errors
 from mpl_fast.first_few import counted
 from mpl_fast.sweep.process import Outcome, Training
-from mpl_fast.sweep.ranges import as_arguments, draw, shown
+from mpl_fast.sweep.ranges import draw, shown
 from mpl_fast.sweep.results import best_first, draw_figures, table, write_csv
 from mpl_fast.sweep.study import DONE, Claim, Trials
 from mpl_fast.training.process import stop_on_signal

@@ -1,4 +1,4 @@
-"""The ranges of a sweep: a YAML file over keys of the config, and options of train.py from draws.
+"""The ranges of a sweep: a YAML file over keys of the config.
 
 `algorithm.student.lr: {low: 0.01, high: 0.3, log: true}` or `data.num_ops: [1, 2, 3]`.
 """
@@ -63,11 +63,6 @@ def draw(trial: optuna.Trial, ranges: Mapping[str, BaseDistribution]) -> dict[st
         elif isinstance(kind, CategoricalDistribution):
             drawn[key] = trial.suggest_categorical(key, kind.choices)
     return drawn
-
-
-def as_arguments(params: Params) -> list[str]:
-    """The values as options of train.py."""
-    return [part for key, value in params.items() for part in (f"--{key}", as_typed(value))]
 
 
 def shown(params: Params) -> str:

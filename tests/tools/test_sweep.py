@@ -15,6 +15,7 @@ from optuna.pruners import NopPruner
 from optuna.trial import TrialState, create_trial
 
 from mpl_fast.config import RunConfig
+from mpl_fast.config.command_line import as_arguments, as_yaml, parse
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, OutputError, UserError
 from mpl_fast.sweep.command import main
@@ -151,6 +152,22 @@ def test_an_error_that_all_trials_have_ends_the_sweep(tiny_rec: Path, tmp_path: 
     assert all("not 0" in trial.user_attrs["reason"] for trial in trials)
 
 
+def test_drawn_values_reach_the_training_as_they_are(tiny_rec: Path, tmp_path: Path) -> None:
+    text = """
+        data: {flip: [no], num_ops: {low: 3, high: 4, step: 2}, mean: ["[0.5, 0.25, 0.125]"]}
+        algorithm.learner.lr: {low: 1.0e-9, high: 1.0e-9, log: true}
+        model: {pretrained: [""], norm: [sync]}
+        """
+    line = options(tmp_path, tiny_rec, text)
+    ranges = read_ranges(str(tmp_path / "ranges.yaml"), _config(line))
+    drawn = draw(optuna.create_study().ask(), ranges)
+    config = parse([*line[:4], "--run-dir", "x", *as_arguments(drawn)])
+    assert (config.data.flip, config.data.num_ops) == (False, 3)
+    assert config.data.mean == (0.5, 0.25, 0.125)
+    assert (config.model.pretrained, config.model.norm) == ("", "sync")
+    assert yaml.safe_load(as_yaml(config))["algorithm"]["learner"]["lr"] == 1e-9
+
+
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
@@ -268,8 +285,6 @@ def test_gpus_are_given_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _config(line: list[str]) -> RunConfig:
-    from mpl_fast.config.command_line import parse
-
     return parse([*line[:4], "--run-dir", "x"])
 
 
