@@ -14,7 +14,7 @@ import yaml
 from mpl_fast.atomic import write_text
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import OPTION_NAMES
-from mpl_fast.config.command_line import as_yaml, parse
+from mpl_fast.config.command_line import as_yaml, phases
 from mpl_fast.config.fields import replaced
 from mpl_fast.data.manifest import Manifest, load_manifest, read_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError("--run-dir is set by --out")
     if "dry_run" in names:
         raise ConfigError("--dry-run is for train.py: a sweep has none")
-    base = parse([*training, "--run-dir", str(options.out)])
+    base, *second = phases([*training, "--run-dir", str(options.out)])
+    if second:
+        raise ConfigError("then is not for a sweep, which searches the options of one run")
     if base.stop_at:
         raise ConfigError(f"stop_at is {base.stop_at}: a trial that pauses there has no result")
     manifest = read_manifest(base.data.root)

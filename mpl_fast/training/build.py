@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, Teacher
 from mpl_fast.algorithms.mpl import count_held_out
 from mpl_fast.batch import EvalBatches, Loader
 from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
@@ -101,13 +101,16 @@ def build_algorithm(
     *,
     fresh: bool = True,
     notes: list[str] | None = None,
+    teacher: Teacher | None = None,
 ) -> Algorithm:
     """The algorithm of a resolved config with initialized networks, equal on every rank.
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them;
-    a sentence about them is appended to `notes` for each network.
+    a sentence about them is appended to `notes` for each network. `teacher`: a fixed one, which
+    training by recipe noisy_student needs.
     """
-    context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
+    steps_per_epoch = steps_in(1.0, config, manifest)
+    context = AlgorithmContext(config.seed, steps_per_epoch, config.microbatches, teacher)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         assert config.compile != "auto" != config.cuda_graphs and config.grad_sync != "auto"

@@ -9,9 +9,10 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from mpl_fast import atomic, models
 from mpl_fast.algorithms.base import Algorithm
@@ -167,6 +168,67 @@ def check_same_classes(shared: State, manifest: Manifest, checkpoint: Path) -> N
         )
 
 
+class Trained(NamedTuple):
+    """The networks that a run evaluates, as its newest checkpoint has them."""
+
+    option: str
+    """Which names the run."""
+    model: str
+    """The model.name that the networks should be of."""
+    checkpoint: Path
+    weights: dict[str, tuple[str, State]]
+    """By learner: "average" or "network", and its state dict."""
+    about: str
+    """How classes were mapped, as the end of a message."""
+    warnings: list[str]
+    """Of damaged checkpoints passed over, and if one has no class names."""
+
+
+def read_trained(
+    option: str, run: str, model: str, classes: Sequence[str], *, average: bool = True
+) -> Trained:
+    """The networks that the run in a folder evaluates, their heads in the order of `classes`.
+
+    Without `average`, networks themselves in place of their averages. A collective. Raises
+    `CheckpointError` if there is no checkpoint or it is of other classes.
+    """
+    checkpoint, warnings = newest_of(option, run)
+    shared = read_shared(checkpoint)
+    trained, about, order = shared.get("classes"), "", None
+    names = shared.get("eval_ensemble", [*shared["learners"]][-1:])
+    if trained is None:
+        warnings.append(no_class_names(checkpoint))
+    elif {*trained} != {*classes}:
+        raise CheckpointError(
+            f"{option}: {checkpoint} is of other classes than this data "
+            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
+            f"--model.pretrained {checkpoint}/state.pt:{names[-1]}"
+        )
+    elif trained != [*classes]:
+        order = positions(classes, trained)
+        about = "; its classes are in another order and were mapped by name"
+    found = {}
+    for name in names:
+        state = shared["learners"][name]
+        kind = "average" if average and state["average"] is not None else "network"
+        weights = state[kind]
+        found[name] = kind, models.with_class_order(weights, model, order) if order else weights
+    return Trained(option, model, checkpoint, found, about, warnings)
+
+
+def load_trained(trained: Trained, name: str, network: nn.Module) -> None:
+    """Loads the weights of one learner. Raises `CheckpointError` if they are of another network."""
+    try:
+        network.load_state_dict(trained.weights[name][1])
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:120]
+        raise CheckpointError(
+            f"{trained.option}: {trained.checkpoint} is of another network or number of classes "
+            f"than model.name {trained.model} for this data ({reason}): see "
+            f"{trained.checkpoint.parents[1]}/config.yaml"
+        ) from None
+
+
 def load_start(
     config: FinetuneConfig, learner: Learner, model: str, classes: Sequence[str]
 ) -> tuple[str, list[str]]:
@@ -174,49 +236,31 @@ def load_start(
 
     They are those of the network that the run `config.start` evaluates, the last if there are two,
     its head in the order of `classes`. `model` is this run's model.name. Returns a message, and
-    warnings: of damaged checkpoints passed over, and if one has no class names. Raises
-    `CheckpointError` if there is no checkpoint or it does not fit.
+    warnings. Raises `CheckpointError` if there is no checkpoint or it does not fit.
     """
-    checkpoint, warnings = _start(config)
-    shared = read_shared(checkpoint)
-    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
-    state = shared["learners"][name]
-    kind = "network" if state["average"] is None else config.weights
-    weights, trained, about = state[kind], shared.get("classes"), ""
-    if trained is None:
-        warnings.append(no_class_names(checkpoint))
-    elif {*trained} != {*classes}:
-        raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of other classes than this data "
-            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
-            f"--model.pretrained {checkpoint}/state.pt:{name}"
-        )
-    elif trained != [*classes]:
-        weights = models.with_class_order(weights, model, positions(classes, trained))
-        about = "; its classes are in another order and were mapped by name"
-    try:
-        for network in filter(None, (learner.network, learner.average)):
-            network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition(":")[2].split())[:120]
-        raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of another network or number of classes than "
-            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
-        ) from None
-    step = step_of(checkpoint)
-    return f"begins with the {kind} of {name} after step {step}, {checkpoint}{about}", warnings
+    average = config.weights == "average"
+    found = read_trained("algorithm.start", config.start, model, classes, average=average)
+    name = [*found.weights][-1]
+    for network in filter(None, (learner.network, learner.average)):
+        load_trained(found, name, network)
+    step, kind = step_of(found.checkpoint), found.weights[name][0]
+    message = f"begins with the {kind} of {name} after step {step}, {found.checkpoint}"
+    return message + found.about, found.warnings
 
 
-def _start(config: FinetuneConfig) -> tuple[Path, list[str]]:
-    """The newest checkpoint of the run to start from, and warnings about damaged ones."""
-    folder = Path(config.start) / "checkpoints"
-    if not Path(config.start).is_dir():
-        raise ConfigError(f"algorithm.start: there is no folder {config.start}")
+def newest_of(option: str, run: str) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run that `option` names, and warnings about damaged ones.
+
+    A collective. Raises `CheckpointError` if there is none.
+    """
+    folder = Path(run) / "checkpoints"
+    if not Path(run).is_dir():
+        raise ConfigError(f"{option}: there is no folder {run}")
     checkpoint, damage = newest(folder)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"
         raise CheckpointError(
-            f"algorithm.start: {folder} holds no usable checkpoint ({why}): "
+            f"{option}: {folder} holds no usable checkpoint ({why}): "
             "give the run directory of a run that has trained"
         )
     return checkpoint, [f"{warning}; starting from {checkpoint.name}" for warning in damage]

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
-from mpl_fast.algorithms.base import train_step
+from mpl_fast.algorithms.base import Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader
-from mpl_fast.config import FinetuneConfig, RunConfig
+from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
@@ -39,33 +39,53 @@ from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_fini
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
+from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW = "skipped_in_a_row/"
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *later: RunConfig) -> int:
     """Trains to the end, to `stop_at` or until a signal; returns the exit code.
 
-    Raises `UserError` for what the user can correct, on every rank where it occurs.
+    The runs of `later` configs follow, each when the one before is complete. Raises `UserError` for
+    what the user can correct, on every rank where it occurs.
     """
-    manifest = read_manifest(config.data.root)
-    config = resolve_epochs(config, manifest)
-    classes = count_classes(config, manifest)
+    prepared = [_prepared(one) for one in (config, *later)]
     dist_env = distributed.init(config.device)
-    check_batches(config, manifest, dist_env)
-    check_training(config, classes, dist_env.world)
-    run_dir = open_for(config, dist_env)
-    try:
-        code = Run(config, dist_env, manifest, classes, run_dir).go()
-    finally:
-        if run_dir:
-            run_dir.close()
+    for config, manifest, classes in prepared:
+        check_batches(config, manifest, dist_env)
+        check_training(config, classes, dist_env.world)
+    code = 0
+    for number, (config, manifest, classes) in enumerate(prepared):
+        if number:
+            compilation.release()
+        run_dir = open_for(config, dist_env)
+        try:
+            run = Run(config, dist_env, manifest, classes, run_dir)
+            code = run.go()
+        finally:
+            if run_dir:
+                run_dir.close()
+        if not run.complete:
+            break
+        if prepared[number + 1 :] and any(distributed.all_gather_object(run.stop.requested)):
+            run.console.print("stopped by a signal: the same command goes on with the next run")
+            code = PREEMPTED
+            break
+        del run
     # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
     # the group would wait for them instead of reporting the error.
     distributed.shutdown()
     return code
+
+
+def _prepared(config: RunConfig) -> tuple[RunConfig, Manifest, int]:
+    """The config with its length in steps, the data, and the number of classes."""
+    manifest = read_manifest(config.data.root)
+    config = resolve_epochs(config, manifest)
+    return config, manifest, count_classes(config, manifest)
 
 
 class Run:
@@ -95,19 +115,27 @@ class Run:
         self.checkpoint = self._newest_checkpoint()
         fresh, self.notes = self.checkpoint is None, list[str]()
         self.algorithm = build_algorithm(
-            config, manifest, classes, dist_env.device, fresh=fresh, notes=self.notes
+            config,
+            manifest,
+            classes,
+            dist_env.device,
+            fresh=fresh,
+            notes=self.notes,
+            teacher=self._teacher(fresh=fresh),
         )
         rng.seed_run(config, dist_env)
         graphs = config.cuda_graphs
         self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.steps_saved, self.train_seconds = 0, -1, 0.0
+        self.complete = False
         self.accuracy, self.best = dict[str, float](), dict[str, float]()
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
         checkpoint = self.checkpoint
         if checkpoint and step_of(checkpoint) >= self.config.steps:
+            self.complete = True
             return self._already_complete(checkpoint)
         if checkpoint:
             data_state = self._resume(checkpoint)
@@ -125,6 +153,7 @@ class Run:
             finished = self._loop(loader)
         if finished:
             self._summarize()
+            self.complete = True
             return 0
         done = self.steps_done
         if done == self.config.stop_at:
@@ -134,6 +163,19 @@ class Run:
             f"stopped by a signal after step {done}, saved: the same command resumes"
         )
         return PREEMPTED
+
+    def _teacher(self, *, fresh: bool) -> Teacher | None:
+        """The fixed teacher, for the recipe that has one."""
+        algorithm = self.config.algorithm
+        if not isinstance(algorithm, NoisyStudentConfig):
+            return None
+        loaded = load_teacher(
+            self.config, algorithm, self.manifest.classes, self.dist_env.device, fresh=fresh
+        )
+        for warning in loaded.warnings:
+            self.console.warn(warning)
+        self.notes.append(loaded.message)
+        return loaded.teacher
 
     def _request_stop(self) -> None:
         """In a signal handler."""

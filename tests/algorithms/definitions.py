@@ -18,6 +18,7 @@ from mpl_fast.config import (
     FixMatchConfig,
     MetaSemiConfig,
     MPLConfig,
+    NoisyStudentConfig,
     RolePlayConfig,
     SMPLConfig,
     UDAConfig,
@@ -152,6 +153,32 @@ def fixmatch(config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int)
     }
 
 
+def noisy_student(
+    config: NoisyStudentConfig, teacher: nn.Module, learner: PlainLearner, data: Batch, t: int
+) -> Values:
+    z_l, z_s = learner.network(torch.cat([data.labeled, data.strong])).split(
+        [len(data.labeled), len(data.strong)]
+    )
+    taught = teacher.eval()(data.weak).detach()
+    confidence, label = taught.softmax(-1).max(-1)
+    mask = (confidence >= config.threshold).double()
+    labeled = F.cross_entropy(z_l, data.labels, label_smoothing=config.label_smoothing)
+    if config.labels == "soft":
+        rows = soft_loss(z_s, (taught / config.temperature).softmax(-1))
+    else:
+        rows = soft_loss(z_s, one_hot(label, z_s), config.label_smoothing)
+    student = (mask * rows).mean()
+    learner.step(labeled + config.weight * student, t)
+    return {
+        "loss/labeled": labeled,
+        "loss/student": student,
+        "mask_rate": mask.mean(),
+        "confidence": confidence.mean(),
+        "accuracy/labeled": (z_l.argmax(-1) == data.labels).double().mean(),
+        "accuracy/pseudo": right_and_known(label, data),
+    }
+
+
 def mpl(
     config: MPLConfig, teacher: PlainLearner, student: PlainLearner, data: Batch, t: int
 ) -> Values:
@@ -276,8 +303,14 @@ def mixed(data: Batch, labels: Tensor, alpha: float, t: int) -> tuple[Tensor, Te
     return torch.stack(images), torch.stack(targets)
 
 
-def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch, t: int) -> Values:
-    """The step of a config."""
+def step(
+    config: AlgorithmConfig,
+    learners: dict[str, PlainLearner],
+    data: Batch,
+    t: int,
+    teacher: nn.Module | None = None,
+) -> Values:
+    """The step of a config; `teacher`: a fixed one."""
     first, *others = learners.values()
     second = others[0] if others else first
     match config:
@@ -291,6 +324,9 @@ def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch
             return uda(config, first, data, t)
         case FixMatchConfig():
             return fixmatch(config, first, data, t)
+        case NoisyStudentConfig():
+            assert teacher is not None
+            return noisy_student(config, teacher, first, data, t)
         case SMPLConfig():
             return smpl(config, first, data, t)
         case MetaSemiConfig():

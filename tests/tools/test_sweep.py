@@ -205,6 +205,7 @@ def test_wrong_ranges_are_refused_before_anything_is_written(
     [
         (["--run-dir", "x"], "--run-dir is set by --out"),
         (["--stop-at", "3"], "stop_at is 3"),
+        (["--then", "finetune"], "then is not for a sweep"),
         (["--jobs", "999"], "--jobs 999 with 1 rank each is more than .* CPU cores?: give"),
         (["--held-out", "19"], "--held-out 19: that is 19 images, but at most 10 can be drawn"),
         (["--storage", "what"], "--storage: give sqlite, journal or the URL of a database"),
