@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.config.command_line import dry_run_of, phases
+from mpl_fast.config.command_line import as_arguments, dry_run_of, phases
 from mpl_fast.errors import PREEMPTED, run_command
 from mpl_fast.training.process import die_with_launcher
 
@@ -45,21 +45,13 @@ def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Traine
     command would print as an error, and `KeyboardInterrupt` after a first Ctrl-C has saved a
     checkpoint.
     """
-    given = [part for key, value in (options or {}).items() for part in (f"--{key}", _text(value))]
-    configs = phases(["--config", str(config), *given])
+    configs = phases(["--config", str(config), *as_arguments(options or {})])
     from mpl_fast.inference.trained import load
     from mpl_fast.training import run
 
     if run.train(*configs) == PREEMPTED:
         raise KeyboardInterrupt(f"stopped and saved: the same call resumes {configs[0].run_dir}")
     return load(configs[-1].run_dir, device=configs[-1].device)
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_text(one) for one in value)}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -80,12 +80,12 @@ def phases(argv: Sequence[str], *, for_training: bool = True) -> list[RunConfig]
     typed = _renamed(_command_line(argv), "the command line")
     dry_run = _without_dry_run(typed)
     file = typed.pop("config", None)
-    read = _renamed(_yaml_file(str(file.text)), str(file.text)) if file else {}
+    read = _renamed(yaml_file(str(file.text)), str(file.text)) if file else {}
     typed, then_typed = _without_then(typed)
     read, then_read = _without_then(read)
     recipe = str({**read, **typed}.get("recipe", Given(RECIPE.value)).text)
     if recipe not in RECIPES:
-        raise ConfigError(f"recipe {recipe!r} does not exist{_near(recipe, list(RECIPES))}")
+        raise ConfigError(f"recipe {recipe!r} does not exist{near(recipe, list(RECIPES))}")
     default = RunConfig(algorithm=RECIPES[recipe]())
     if "help" in typed:
         print(_help(default), end="")
@@ -122,7 +122,7 @@ def _config(
     _check_names(typed, [*known, *flags], f"unknown option --{{}} of recipe {recipe}", "--")
     _check_names(read, list(known), f"unknown key {{}} of recipe {recipe}")
     values = {
-        key.removeprefix(prefix): _value(given, known[key])
+        key.removeprefix(prefix): value_of(given, known[key])
         for key, given in {**read, **typed}.items()
         if key in known
     }
@@ -182,7 +182,7 @@ def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     if card and card not in (*DEVICES, *CARDS):
         names = ", ".join([*DEVICES, *list(CARDS)[:-1]]) + f" or {list(CARDS)[-1]}"
         raise ConfigError(f"device must be {names}, not {card}")
-    values = {key: _value(given, DRY_RUN[key]) for key, given in theirs.items()}
+    values = {key: value_of(given, DRY_RUN[key]) for key, given in theirs.items()}
     config: DryRunConfig = replaced(DryRunConfig(card=card if card in CARDS else ""), values)
     for problem in problems(config):
         raise ConfigError(problem)
@@ -234,13 +234,13 @@ def _command_line(argv: Sequence[str]) -> dict[str, Given]:
     return found
 
 
-def _yaml_file(file: str) -> dict[str, Given]:
-    """The values of a YAML file by dotted key."""
+def yaml_file(file: str, option: str = "--config") -> dict[str, Given]:
+    """The values of a YAML file, named by `option` in messages, by dotted key."""
     try:
         with Path(file).open(encoding="utf-8") as stream:  # errors then name the file and line
             tree = yaml.compose(stream, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}") from None
+        raise ConfigError(f"{option} {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -294,11 +294,12 @@ def _check_names(
     for key, given in options.items():
         if key not in known:
             inner = [f"{dashes}{name}" for name in known if name.startswith(f"{key}.")]
-            hint = f", which is a section: give {inner[0]}" if inner else _near(key, known, dashes)
+            hint = f", which is a section: give {inner[0]}" if inner else near(key, known, dashes)
             raise ConfigError(f"{given.where}{message.format(key)}{hint}")
 
 
-def _value(given: Given, option: Option) -> Any:
+def value_of(given: Given, option: Option) -> Any:
+    """The value of an option. Raises `ConfigError` if what was given is none of its type."""
     try:
         return convert(given.text, option.kind)
     except (ValueError, KeyError):
@@ -318,7 +319,7 @@ def _lengths(config: RunConfig, typed: Sequence[str]) -> RunConfig:
     return config
 
 
-def _near(word: str, known: Sequence[str], dashes: str = "") -> str:
+def near(word: str, known: Sequence[str], dashes: str = "") -> str:
     """``; did you mean X?``, or nothing."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not found:  # a right name in a wrong section is a common slip
@@ -354,17 +355,20 @@ def _help(config: RunConfig) -> str:
         explained = {"recipe": str(RunConfig.recipe.__doc__), **texts(type(section))}
         known = DRY_RUN.values() if section == DryRunConfig() else options(section, prefix)
         for option in (*((RECIPE,) if section is config else ()), *known):
-            facts = [*ranges(option.kind), f"default: {_shown(option.value)}"]
+            facts = [*ranges(option.kind), f"default: {as_typed(option.value) or 'empty'}"]
             text = f"{explained[option.key.removeprefix(prefix)]} ({'; '.join(facts)})"
             text = text.replace("%", "%%")
             group.add_argument(f"--{option.key}", metavar=metavar(option.kind), help=text)
     return parser.format_help()
 
 
-def _shown(value: Any) -> str:
-    """A default as it would be typed."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return str(value) or "empty"
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values of dotted keys as a command line."""
+    return [part for key, value in values.items() for part in (f"--{key}", as_typed(value))]
+
+
+def as_typed(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
