@@ -339,6 +339,11 @@ class Run:
         if config.unlabeled_images and (warning := gray_views(config.data)):
             self.console.warn(warning)
         delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
+        delays |= {
+            f"the trunk of {_network(n)}": one.config.delay_steps + one.config.trunk_delay_steps
+            for n, one in learners.items()
+            if one.config.trunk_delay_steps
+        }
         if isinstance(self.algorithm, RolePlay):
             delays["a network as student"] = self.algorithm.config.student_delay_steps
             self.console.print(
