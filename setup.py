@@ -59,6 +59,7 @@ setup(
         "mpl_fast.config",
         "mpl_fast.data",
         "mpl_fast.dry_run",
+        "mpl_fast.inference",
         "mpl_fast.kernels",
         "mpl_fast.learner",
         "mpl_fast.models",

@@ -2,16 +2,20 @@
 --run-dir RUN."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # Run by path, Python puts mpl_fast/ on the import path; it is the folder above that belongs there.
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from mpl_fast.config.command_line import dry_run_of, parse
-from mpl_fast.errors import run_command
+from mpl_fast.errors import PREEMPTED, run_command
 from mpl_fast.training.process import die_with_launcher
+
+if TYPE_CHECKING:
+    from mpl_fast.inference.trained import Trained
 
 
 def main() -> NoReturn:
@@ -30,6 +34,31 @@ def _train() -> int:
     from mpl_fast.training import run
 
     return run.train(config)
+
+
+def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Trained":
+    """Trains as the command does, in this process, and returns the trained network.
+
+    `config` is a YAML file, `options` has keys that override it, such as ``{"data.root": "REC",
+    "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A run that was stopped resumes; one that is
+    complete is loaded. Raises `UserError` for what the command would print as an error, and
+    `KeyboardInterrupt` after a first Ctrl-C has saved a checkpoint.
+    """
+    given = [part for key, value in (options or {}).items() for part in (f"--{key}", _text(value))]
+    parsed = parse(["--config", str(config), *given])
+    from mpl_fast.inference.trained import load
+    from mpl_fast.training import run
+
+    if run.train(parsed) == PREEMPTED:
+        raise KeyboardInterrupt(f"stopped and saved: the same call resumes {parsed.run_dir}")
+    return load(parsed.run_dir, device=parsed.device)
+
+
+def _text(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_text(one) for one in value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

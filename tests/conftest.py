@@ -45,6 +45,17 @@ def tiny_rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_rec(tmp_path_factory.mktemp("digits"))
 
 
+@pytest.fixture(scope="session")
+def tiny_trained(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a complete run of recipe mpl on these digits."""
+    from tests.tiny_run import arguments, train_here
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    done = train_here(*arguments(run, tiny_rec))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs files with slow tests first, so that all processes end at about the same time, and skips
     tests marked `gpu` without a GPU."""

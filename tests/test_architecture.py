@@ -2,7 +2,7 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train -> dry_run -> training -> algorithms -> learner -> losses | models | packing
+    train -> inference | dry_run -> training -> algorithms -> learner -> losses | models | packing
           -> kernels | data -> batch | config | distributed -> errors | atomic | first_few
 """
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train"},
-    {"dry_run"},
+    {"inference", "dry_run"},
     {"training"},
     {"algorithms"},
     {"learner"},
@@ -86,7 +86,7 @@ def relative(path: Path) -> str:
 def test_imports_point_down(path: Path) -> None:
     here = unit(path)
     if here == "__init__":
-        assert list(imports(path)) == []
+        assert not [name for name in imports(path, late=False) if name.startswith("mpl_fast")]
         return
     assert here in LEVEL, f"give {here} a place in LAYERS"
     for there in (units_imported(path) - {here, "__version__"}) & set(LEVEL):

@@ -93,7 +93,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """The validation split in file order: all ranks together yield every image exactly once.
+    """A split in file order, by default val: all ranks together yield every image exactly once.
 
     Each iteration is one pass and yields (images (batch, 3, H, W), labels (batch,) int64, count):
     the first ``count`` rows are valid, the others repeat the last image, for a static shape. All
@@ -110,8 +110,9 @@ class EvalLoader:
         world: int,
         device: torch.device,
         dtype: torch.dtype,
+        split_name: str = "val",
     ) -> None:
-        split = _split(manifest, "val")
+        split = _split(manifest, split_name)
         shards = min(world, split.records)  # DALI refuses an empty shard
         engine = Engine(
             batch=batch,

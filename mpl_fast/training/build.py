@@ -159,9 +159,12 @@ def build_network(
     )
 
 
-def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> EvalBatches:
-    """Loader of this rank's validation images, in batches of at most as many as it has."""
-    world, records = dist_env.world, manifest.splits["val"].records
+def eval_loader(
+    config: RunConfig, manifest: Manifest, dist_env: DistEnv, split: str = "val"
+) -> EvalBatches:
+    """Loader of this rank's images of a split, with evaluation's crop, in batches of at most as
+    many as it has."""
+    world, records = dist_env.world, manifest.splits[split].records
     return EvalLoader(
         config.data,
         manifest,
@@ -170,6 +173,7 @@ def eval_loader(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> Eva
         world=world,
         device=dist_env.device,
         dtype=torch.bfloat16 if uses_bf16(config, dist_env.device) else torch.float32,
+        split_name=split,
     )
 
 
