@@ -443,6 +443,11 @@ class Run:
         """Steps before networks begin to move, by what they are called."""
         learners = self.algorithm.learners
         delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
+        delays |= {
+            f"the trunk of {_network(n)}": one.config.delay_steps + one.config.trunk_delay_steps
+            for n, one in learners.items()
+            if one.config.trunk_delay_steps
+        }
         if isinstance(self.algorithm, RolePlay):
             delays["a network as student"] = self.algorithm.config.student_delay_steps
         return delays

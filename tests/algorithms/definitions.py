@@ -5,6 +5,7 @@ included, and the draws of mixup.
 """
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +47,21 @@ class PlainLearner:
             for name, parameter in learner.network.named_parameters()
         }
 
+    def trained(self, t: int) -> dict[str, nn.Parameter]:
+        """All parameters, or those of the last of the layers in a sequence."""
+        last = f"{len(list(self.network.children())) - 1}."
+        delayed = t < self.config.delay_steps + self.config.trunk_delay_steps
+        only = last if delayed and self.config.trunk_delay_steps else ""
+        return {n: p for n, p in self.network.named_parameters() if n.startswith(only)}
+
     def moved(self, loss: Tensor, t: int) -> tuple[Values, Values]:
         """Weights and momentum after a step, as functions of what the loss depends on."""
-        config, named = self.config, dict(self.network.named_parameters())
+        config, named = self.config, self.trained(t)
         gradient = torch.autograd.grad(loss, list(named.values()), create_graph=True)
         norm = float(torch.cat([g.detach().flatten() for g in gradient]).norm())
         limit = config.max_grad_norm
         clipping = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        weights, velocity = {}, {}
+        weights, velocity = dict(self.network.named_parameters()), dict(self.velocity)
         for (name, p), g in zip(named.items(), gradient, strict=True):
             g = clipping * g + config.weight_decay * p.detach() * (p.ndim > 1)
             velocity[name] = config.momentum * self.velocity[name] + g
@@ -249,14 +257,16 @@ def smpl(config: SMPLConfig, learner: PlainLearner, data: Batch, t: int) -> Valu
     return values | ({"feedback": old - new} if config.feedback == "difference" else {})
 
 
-def corrected_labels(network: nn.Module, data: Batch, rate: float) -> tuple[Tensor, Tensor]:
+def corrected_labels(
+    network: nn.Module, data: Batch, rate: float, trained: Collection[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """Labels after a step along the gradient of the labeled loss, through the network's own step of
-    rate 1 down mean ||f - y||^2, at y = f; and the labeled loss.
+    rate 1 down mean ||f - y||^2, at y = f; and the labeled loss. None: all weights take that step.
 
     The published step, rate * 2 J g, is U times this meta-gradient.
     """
     evaluated = copy.deepcopy(network).eval()
-    weights = dict(evaluated.named_parameters())
+    weights = {n: p for n, p in evaluated.named_parameters() if trained is None or n in trained}
     f = evaluated(data.weak).softmax(-1)
     y = f.detach().requires_grad_()
     consistency = (f - y).square().sum(-1).mean()
@@ -272,7 +282,7 @@ def metasemi(config: MetaSemiConfig, learner: PlainLearner, data: Batch, t: int)
     """KL divergence of mixed images, or cross-entropy of labeled ones, and squared differences of
     the unlabeled ones; in training mode, in this order."""
     rate = config.label_rate or learner.config.lr_at(t, learner.steps)
-    y, labeled = corrected_labels(learner.network, data, rate)
+    y, labeled = corrected_labels(learner.network, data, rate, learner.trained(t))
     if config.mixup:
         images, target = mixed(data, y, config.mixup, t)
         z = learner.network(images)

@@ -80,6 +80,9 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "metasemi": MetaSemiConfig(learner=LEARNER),
     "metasemi plain": MetaSemiConfig(learner=LEARNER, mixup=0.0, derivative="forward"),
 }
+# For networks with a classifier.
+DELAYED_TRUNK = replace(LEARNER, warmup=0, delay_steps=1, trunk_delay_steps=2)
+DELAYED_TRUNKS = replace(MPL, feedback="exact", teacher=DELAYED_TRUNK, student=DELAYED_TRUNK)
 
 
 def batch(
@@ -107,6 +110,13 @@ def as_dtype(data: Batch, dtype: torch.dtype) -> Batch:
     return data._replace(labeled=labeled, weak=weak, strong=strong)
 
 
+class Network(nn.Sequential):
+    """Layers, of which the last is the classifier."""
+
+    def get_classifier(self) -> nn.Module:
+        return self[-1]
+
+
 def network(norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     """A smooth convolutional float64 network, for which central differences are precise.
 
@@ -117,7 +127,7 @@ def network(norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
         layers.insert(1, nn.BatchNorm2d(4))
     if dropout:
         layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, CLASSES)).double()
+    return Network(*layers, nn.Flatten(), nn.Linear(16, CLASSES)).double()
 
 
 def confident(made: nn.Sequential) -> nn.Sequential:

@@ -21,6 +21,8 @@ from tests.algorithms import definitions
 from tests.algorithms.definitions import PlainLearner
 from tests.algorithms.problems import (
     CONSISTENCY,
+    DELAYED_TRUNK,
+    DELAYED_TRUNKS,
     LEARNER,
     MPL,
     SMPL,
@@ -54,6 +56,7 @@ CASES: dict[str, AlgorithmConfig] = {
         MPL, feedback="exact", held_out=0.5, pseudo="strong", student=HEAVY
     ),
     "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
+    "mpl exact delayed trunks": DELAYED_TRUNKS,
     "mpl delayed": replace(MPL, student=replace(LEARNER, delay_steps=2)),
     "mpl strong masked": replace(MPL, pseudo="strong", label_threshold=0.4, feedback_ramp=3),
     "mpl split held_out": replace(MPL, bn_batches="split", held_out=0.5),
@@ -63,6 +66,9 @@ CASES: dict[str, AlgorithmConfig] = {
     "smpl difference heavy ball": replace(SMPL, learner=HEAVY, feedback_ramp=2),
     "smpl exact delayed": replace(SMPL, feedback="exact", learner=replace(NESTEROV, delay_steps=1)),
     "smpl exact central": replace(SMPL, feedback="exact", derivative="central"),
+    "fixmatch delayed trunk": replace(FIXMATCH, learner=DELAYED_TRUNK, threshold=0.3),
+    "smpl exact delayed trunk": replace(SMPL, feedback="exact", learner=DELAYED_TRUNK),
+    "metasemi delayed trunk": MetaSemiConfig(learner=DELAYED_TRUNK, label_rate=3.0),
     "metasemi mixup label_rate": MetaSemiConfig(
         learner=HEAVY, derivative="forward", mixup=0.5, label_rate=3.0, ramp=2
     ),
