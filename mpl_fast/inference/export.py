@@ -159,7 +159,7 @@ def _write_weights(trained: Trained, network: nn.Module, file: Path, about: str)
 def _read_weights(trained: Trained, file: Path) -> Logits:
     """As users do: timm's networks without this package."""
     name = trained.config.model.name
-    if name not in models.OWN:
+    if models.in_timm(name):
         import timm  # late: takes a second
 
         loaded = timm.create_model(f"local-dir:{file.parent}", pretrained=True)

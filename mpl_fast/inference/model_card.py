@@ -10,11 +10,12 @@ from typing import Any
 
 import mpl_fast
 from mpl_fast import models
-from mpl_fast.config import DataConfig, FinetuneConfig, RunConfig
+from mpl_fast.config import DataConfig, FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml
+from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.first_few import counted
-from mpl_fast.inference.trained import FOLDERS, Trained, resized_side
+from mpl_fast.inference.trained import Trained, resized_side
 from mpl_fast.training.evaluate import accuracy_line
 
 TAG = "mpl_fast"  # in a card: it was written here
@@ -46,7 +47,7 @@ def hub_config(trained: Trained, manifest: Manifest | None) -> str:
     if manifest and any(manifest.titles):
         named = zip(trained.classes, manifest.titles, strict=True)
         about["label_descriptions"] = {one: title or one for one, title in named}
-    if name not in models.OWN:
+    if models.in_timm(name):
         about["model_args"] = models.size_option(name, side)
     about["pretrained_cfg"] = {
         "num_classes": classes,
@@ -64,7 +65,7 @@ def hub_config(trained: Trained, manifest: Manifest | None) -> str:
 def card(trained: Trained, manifest: Manifest | None, files: Sequence[str]) -> str:
     """The text of README.md; `files` are the names of the network's files in the folder."""
     title = f"{trained.config.model.name} by {trained.config.recipe}"
-    timm = trained.config.model.name not in models.OWN and any(map(_has_weights, files))
+    timm = models.in_timm(trained.config.model.name) and any(map(_has_weights, files))
     about = (
         f"A network for images of {len(trained.classes)} classes, whose names are `label_names` "
     )
@@ -119,7 +120,7 @@ def _data_name(config: RunConfig) -> str:
 def _accuracy(trained: Trained) -> str:
     if not trained.accuracy:
         return "Not evaluated."
-    best = trained.checkpoint.parent.name == FOLDERS["best"]
+    best = trained.checkpoint.parent.name == CHECKPOINTS["best"]
     chosen = ", by which this checkpoint was chosen" if best else ""
     return (
         f"{accuracy_line(trained.accuracy).capitalize()}: the validation split of "
@@ -132,7 +133,7 @@ def _use(trained: Trained, files: Sequence[str]) -> list[str]:
     name, classes = trained.config.model.name, len(trained.classes)
     parts = []
     for file in files:
-        if _has_weights(file) and name not in models.OWN:
+        if _has_weights(file) and models.in_timm(name):
             code = TIMM
         elif _has_weights(file):
             code = _images(trained.config.data) + OWN.format(file=file, name=name, classes=classes)
@@ -235,6 +236,8 @@ def _without_folders(config: RunConfig) -> RunConfig:
     algorithm = config.algorithm
     if isinstance(algorithm, FinetuneConfig):
         algorithm = dataclasses.replace(algorithm, start=Path(algorithm.start).name)
+    if isinstance(algorithm, NoisyStudentConfig):
+        algorithm = dataclasses.replace(algorithm, teacher=Path(algorithm.teacher).name)
     return dataclasses.replace(
         config,
         run_dir="",
