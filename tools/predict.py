@@ -23,9 +23,9 @@ parquet, webdataset shards ('DIR/{0000..0146}.tar'), one image, or all that make
 FILE has a row for each image, in the order of IMAGES (of folders: of their paths): image (its path
 in IMAGES, or its name in the pack), label, class, probability, the next classes (lists top_classes
 and top_probabilities; in CSV class_2, probability_2, ...), and error. A bad image (empty, cut
-short, of a kind that DALI does not decode) has an error in place of a prediction, and is a warning;
-the exit code stays 0 unless all are bad. A CSV cell that a spreadsheet would take for a formula (=, +,
--, @, a tab or a line end first) begins with '. Bytes of a name that are not UTF-8 are \\xb1 in
+short, of a kind that DALI does not decode) has an error in place of a prediction, and is a warning:
+the exit code stays 0 unless all are bad. A CSV cell that a spreadsheet would take for a formula (=,
++, -, @, a tab or a line end first) begins with '. Bytes of a name that are not UTF-8 are \\xb1 in
 Parquet and JSON.
 
 Where folders or records give classes that RUN has, the accuracy is printed."""
@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=5, metavar="N", help="classes of each image (5)")
     add("--logits", action="store_true", help="a list of logits for each image, not in CSV")
     add("--features", action="store_true", help="what the last layer receives, not in CSV")
-    kept = "also write FILE's name with the suffix .kept.csv: the class of each image that has at least "
-    add("--keep", type=float, metavar="P", help=f"{kept}this probability, for make_rec.py pack "
-        "--labels; images of a pack that are labeled keep their labels")  # fmt: skip
+    kept = "also write FILE's name with the suffix .kept.csv: the class of each image that has at "
+    add("--keep", type=float, metavar="P", help=f"{kept}least this probability, for make_rec.py "
+        "pack --labels; images of a pack that are labeled keep their labels")  # fmt: skip
     bad = "skip: images that DALI cannot decode have no prediction; convert: predict what OpenCV "
     add("--on-bad", choices=("skip", "convert"), default="skip", help=f"{bad}decodes of them: GIF, "
         "TIFF, AVIF, the rest of damaged ones, as make_rec.py pack does (skip)")  # fmt: skip
