@@ -19,6 +19,7 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import run_command
+from mpl_fast.inference import decoding
 from mpl_fast.inference import predict as product
 from mpl_fast.training.build import eval_loader
 from tests.packing.packs import make_tar, make_tree, read_split, run
@@ -110,6 +111,13 @@ def test_bad_images_lose_no_other(
     assert rows["good/5/gif.jpg"]["error"] == "GIF, which DALI cannot decode"
     assert f"7 bad images have no prediction but an error in {out}" in done.stderr
     assert "57 images, 7 of them bad" in done.stdout
+    check, again = decoding.find_fault, tmp_path / "again.jsonl"
+    header_only = mock.patch.object(decoding, "find_fault", lambda image, _: check(image, "header"))
+    with header_only:  # nothing is suspicious: DALI's own errors lead to the image
+        predict(tiny_trained, tree, "--out", again)
+    for name, row in rows_of(again).items():
+        assert row["class"] == rows[name]["class"], name
+    assert "DALI cannot decode it: ..." in rows_of(again)["good/8/chunk.png"]["error"]
     predict(tiny_trained, tree, "--out", out, "--on-bad", "convert", "--force")
     rows = rows_of(out)
     assert rows["good/5/gif.jpg"]["class"] and rows["good/5/short.jpg"]["class"]
@@ -212,12 +220,12 @@ def test_kept_labels_are_packed(
     predict(tiny_trained, tiny_rec, "--out", out, "--keep", median, "--force")
     sure = {n: row["class"] for n, row in rows_of(out).items() if row["probability"] >= median}
     truth = SplitImages(read_manifest(tiny_rec).splits["labeled"])
-    expected = sure | {name: name.partition("/")[0] for name in truth.names}
+    own = {name: name.partition("/")[0] for name in truth.names}
     train = tiny_rec.parent / "images/train"
     source = ("--src", train, "--unlabeled-src", train, "--labels")
     run("pack", *source, tmp_path / "pool.kept.csv", "--out", tmp_path / "rec2")
     found = {key: int(label) for _, label, key, _ in read_split(tmp_path / "rec2", "train_label")}
-    assert found == {f"{c}/{name.partition('/')[2]}": int(c) for name, c in expected.items()}
+    assert found == {f"{c}/{name.partition('/')[2]}": int(c) for name, c in (sure | own).items()}
 
 
 def test_refused(tiny_trained: Path, tiny_rec: Path, tmp_path: Path) -> None:
