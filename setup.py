@@ -69,6 +69,7 @@ setup(
         "mpl_fast.packing.publish",
         "mpl_fast.packing.sources",
         "mpl_fast.packing.write",
+        "mpl_fast.sweep",
         "mpl_fast.training",
     ],
     install_requires=REQUIRES,
