@@ -21,6 +21,7 @@ from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import run_command
 from mpl_fast.inference import decoding
 from mpl_fast.inference import predict as product
+from mpl_fast.packing.write.image_check import find_fault
 from mpl_fast.training.build import eval_loader
 from tests.packing.packs import make_tar, make_tree, read_split, run
 from tests.tiny_run import ROOT, environment, run_here
@@ -111,7 +112,7 @@ def test_bad_images_lose_no_other(
     assert rows["good/5/gif.jpg"]["error"] == "GIF, which DALI cannot decode"
     assert f"7 bad images have no prediction but an error in {out}" in done.stderr
     assert "57 images, 7 of them bad" in done.stdout
-    check, again = decoding.find_fault, tmp_path / "again.jsonl"
+    check, again = find_fault, tmp_path / "again.jsonl"
     header_only = mock.patch.object(decoding, "find_fault", lambda image, _: check(image, "header"))
     with header_only:  # nothing is suspicious: DALI's own errors lead to the image
         predict(tiny_trained, tree, "--out", again)
@@ -222,8 +223,8 @@ def test_kept_labels_are_packed(
     truth = SplitImages(read_manifest(tiny_rec).splits["labeled"])
     own = {name: name.partition("/")[0] for name in truth.names}
     train = tiny_rec.parent / "images/train"
-    source = ("--src", train, "--unlabeled-src", train, "--labels")
-    run("pack", *source, tmp_path / "pool.kept.csv", "--out", tmp_path / "rec2")
+    both = ("--src", train, "--unlabeled-src", train, "--labels")
+    run("pack", *both, tmp_path / "pool.kept.csv", "--out", tmp_path / "rec2")
     found = {key: int(label) for _, label, key, _ in read_split(tmp_path / "rec2", "train_label")}
     assert found == {f"{c}/{name.partition('/')[2]}": int(c) for name, c in (sure | own).items()}
 

@@ -14,7 +14,7 @@ NAMES = ["a/1.jpg", "=HYPERLINK(0)", "b,\"q'.jpg", "a\udcff.jpg"]
 CLASSES = ["ant", "-bee", "=cow"]
 LABELS = np.array([[0, 1], [1, 2], [0, 0], [2, 0]])
 CHANCES = np.array([[0.7, 0.2], [0.5, 0.3], [0, 0], [0.9, 0.1]], np.float32)
-VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+VECTORS = np.linspace(0, 1.5, 12, dtype=np.float32).reshape(4, 3)
 
 
 def parts() -> list[Part]:
