@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mpl_fast import distributed
 from mpl_fast.atomic import atomic_path
+from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.stream import dali_gpu
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.first_few import counted, first_few
@@ -28,7 +29,7 @@ from mpl_fast.inference.decoding import Decoder, Files, read_files
 from mpl_fast.inference.images import Images, open_images
 from mpl_fast.inference.parts import Parts
 from mpl_fast.inference.tables import Part, write_labels, writer_of
-from mpl_fast.inference.trained import Trained, Which, load
+from mpl_fast.inference.trained import Trained, load
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.training.metrics import QueueLimiter
 
@@ -49,7 +50,7 @@ class PredictOptions:
     features: bool = False
     keep: float | None = None
     on_bad: Literal["skip", "convert"] = "skip"
-    checkpoint: Which = "newest"
+    checkpoint: WhichCheckpoint = "newest"
     force: bool = False
     pipeline: Sequence[str] = ()
     """Options of train.py in place of the run's."""
