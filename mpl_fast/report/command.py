@@ -48,7 +48,7 @@ CURVES = {
 PSEUDO_CURVES = {
     "mask_rate": ("Unlabeled images used (%)", 100.0),
     "accuracy/pseudo": ("Accuracy of the pseudo labels (%)", 100.0),
-    "confidence": ("Mean confidence of the pseudo labels (%)", 100.0),
+    "confidence": ("Confidence of the pseudo labels (%)", 100.0),
 }
 SPEED_CURVES = {
     "images_per_second": ("Images per second", 1.0),
@@ -264,7 +264,7 @@ def _tiles(detail: Detail) -> list[tuple[str, str, str]]:
         tiles.append(("Calibration error (ECE)", percent(found.ece), scores))
     if detail.labeled is not None:
         right = percent(float(detail.labeled.hits.mean()))
-        count = counted(len(detail.labeled.labels), "labeled training image")
+        count = f"{len(detail.labeled.labels):,} labeled training images"
         tiles.append(("Training top-1", right, f"of {count}"))
     if (share := run.latest("mask_rate")) is not None:
         tiles.append(("Unlabeled used", percent(share), "of a batch, at the end"))
@@ -387,7 +387,7 @@ def _confusion(detail: Detail) -> dict[str, Any]:
     charts += detail.drawn(figures.class_dots(accuracy, shown_classes, names, title, "classes"))
     rows = [
         [
-            shown(names[c]),
+            shown(names[c], 60),
             f"{accuracy.images[c]:,}",
             *_percents(accuracy.recall[c], accuracy.precision[c]),
         ]
@@ -453,7 +453,7 @@ def _pseudo(detail: Detail, groups: list[Group]) -> dict[str, Any]:
     if unlabeled is None or network is None:
         text += "" if charts else "This recipe uses no unlabeled images."
     else:
-        count = counted(len(unlabeled.labels), "unlabeled image")
+        count = f"{len(unlabeled.labels):,} unlabeled images"
         text += f"By the final network: {count}, in evaluation's crop"
         known = unlabeled.known
         if known.sum() < 2:
@@ -463,13 +463,15 @@ def _pseudo(detail: Detail, groups: list[Group]) -> dict[str, Any]:
             part = unlabeled.confidence[known], unlabeled.hits[known]
             chart, levels = figures.thresholds(*part, used)
             final = detail.drawn(chart)
-            final += detail.drawn(_pseudo_by_class(unlabeled, network.classes, used or 0.95))
+            # Without a threshold in the recipe: the surer half.
+            level = used or float(np.median(unlabeled.confidence[known]))
+            final += detail.drawn(_pseudo_by_class(unlabeled, network.classes, level))
             cells = [
                 [f"{t:g}" + (" (recipe)" if t == used else ""), *_percents(s, a)]
                 for t, s, a in levels
             ]
-            head = ["threshold", "share above (%)", "of these right (%)"]
-            rows = Table(head, cells, "Pseudo labels of the final network by threshold")
+            head = ["threshold", "above (%)", "right (%)"]
+            rows = Table(head, cells, "The final network, by threshold")
         text += f". The recipe's threshold is {used:g}." if used else "."
     return {
         "pseudo": charts,

@@ -240,11 +240,11 @@ def reliability(found: Bins) -> Chart:
         figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
         upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         full = found.images > 0
-        least, most = (f(found.confidence[full], found.accuracy[full]) for f in (np.fmin, np.fmax))
         upper.plot((0, 1), (0, 1), color=MUTED, linestyle="--", linewidth=1, label="calibrated")
         upper.bar(middle, found.accuracy, width, color=BLUE, alpha=0.75, label="accuracy")
-        gap: dict[str, Any] = {"color": VERMILLION, "alpha": 0.35, "label": "gap to confidence"}
-        upper.bar(middle[full], most - least, width, least, **gap)
+        ends = (middle - width / 2)[full], (middle + width / 2)[full]
+        line: dict[str, Any] = {"color": VERMILLION, "linewidth": 2, "label": "mean confidence"}
+        upper.hlines(found.confidence[full], *ends, **line)
         upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
         upper.legend(loc="upper left")
         lower.bar(middle, found.images / found.images.sum(), width, color=MUTED, alpha=0.6)
@@ -309,7 +309,7 @@ def pseudo_by_class(
         for c in (chosen[0], chosen[-1])
     )
     text = f"By true class, those with the fewest first: from {' to '.join(ends)}."
-    title = f"Pseudo labels by class (probability {threshold:g} or more)"
+    title = f"Pseudo labels by class (probability from {threshold:.3g})"
     return Chart("pseudo_by_class", title, text, figure)
 
 
@@ -341,7 +341,7 @@ def feature_map(
             "color": VERMILLION if len(names) > len(COLORS) else INK,
             "mfc": "none",
         }
-        axes.plot(*points[wrong].T, "o", **ring, ms=5.6, mew=0.9, label="wrong")
+        axes.plot(*points[wrong].T, "o", **ring, ms=5.4, mew=0.6, alpha=0.55, label="wrong")
         for label in range(len(names) if len(names) <= len(COLORS) else 0):
             mine = (labels == label) & ~own
             if mine.any():

@@ -14,6 +14,7 @@ from mpl_fast.report.figures import Chart
 
 MARKER = "<!-- written by mpl_fast tools/report.py -->"
 FOLDER = Path(__file__).parent
+LARGE = 560  # pixels, above which a figure is scrolled on a narrow screen
 
 
 class Table(NamedTuple):
@@ -43,8 +44,9 @@ def drawn(chart: Chart) -> Drawn:
     """The chart with its SVG."""
     svg = chart.svg()
     width = float(svg.split('viewBox="', 1)[1].split('"', 1)[0].split()[2])
-    label = Markup('<svg role="img" aria-label="{}" style="--w:{:.0f}px"').format(
-        f"{chart.title}: {chart.text}", width * 96 / 72
+    pixels = width * 96 / 72
+    label = Markup('<svg role="img" aria-label="{}" class="{}" style="--w:{:.0f}px"').format(
+        f"{chart.title}: {chart.text}", "large" if pixels > LARGE else "", pixels
     )
     # matplotlib escapes the text of a figure.
     return Drawn(chart.title, chart.text, label + Markup(svg[len("<svg") :]), chart.wide)
