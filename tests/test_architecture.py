@@ -2,8 +2,9 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train -> inference | dry_run -> training -> algorithms -> learner -> losses | models | packing
-          -> kernels | data -> batch | config | distributed -> errors | atomic | first_few
+    train -> report -> inference | dry_run -> training -> algorithms -> learner
+          -> losses | models | packing -> kernels | data -> batch | config | distributed
+          -> errors | atomic | first_few
 """
 
 import ast
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train"},
+    {"report"},
     {"inference", "dry_run"},
     {"training"},
     {"algorithms"},
