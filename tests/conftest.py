@@ -20,6 +20,8 @@ settings.load_profile("default")
 
 # A shell starts background jobs with Ctrl-C ignored, which processes of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# `tools/first_gpu_run.sh` ends tests so that take too long: pytest then prints what has failed.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

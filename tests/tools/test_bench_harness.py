@@ -164,6 +164,16 @@ def test_what_fails_is_exit_code_1_and_what_was_added_stays(
     assert (code, found["failed"], len(found["rows"])) == (3, failed, 1)
 
 
+def test_what_is_interrupted_leaves_what_was_found(tmp_path: Path) -> None:
+    def slow(options: argparse.Namespace, report: Report) -> None:
+        report.fail("a", "off by 3")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out.json", slow)
+    assert json.loads((tmp_path / "out.json").read_text())["failed"] == {"a": "off by 3"}
+
+
 def test_a_user_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(options: Any, report: Report) -> None:
         with report.attempt("x"):

@@ -46,6 +46,19 @@ def test_smoke_times_every_variant_and_claims_nothing(tmp_path: Path) -> None:
     assert checked["error"] < 1e-9  # what is allowed is 1e-6
 
 
+def test_what_was_built_is_saved_if_another_takes_too_long(tmp_path: Path) -> None:
+    def too_long() -> Variant:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.json"
+    given = argparse.Namespace(minutes=None, out=out, commit=None, smoke=True)
+    variants = {"plain": lambda: step_variants.plain(TINY, amp=False), "slow": too_long}
+    with pytest.raises(KeyboardInterrupt):
+        step._built(variants, math.inf, Report("step", given))
+    (name,), (seconds,) = zip(*json.loads(out.read_text())[step.ONCE].items(), strict=True)
+    assert name == "plain" and seconds > 0.0
+
+
 @pytest.mark.parametrize("factor", [1.001, math.nan])
 def test_another_step_is_found_out(
     factor: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

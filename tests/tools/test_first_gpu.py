@@ -216,6 +216,35 @@ def test_key_numbers_of_a_benchmark_of_tests_and_of_training(tmp_path: Path) -> 
     assert "top-1 31.25 % at step 100" in page
 
 
+TESTS = """
+import pathlib, time
+
+def test_fails_for_a_reason_that_its_line_has_room_for():
+    assert 1 == 2
+
+def test_takes_long():
+    pathlib.Path(__file__).with_name("began").touch()
+    time.sleep(600)
+"""
+
+
+def test_of_tests_that_took_too_long_the_failures_are_known(tmp_path: Path) -> None:
+    file = tmp_path / "test_x.py"
+    file.write_text(TESTS)
+    steps, _ = plan.steps(options("--only", "test_rng"))
+    *command, _ = steps[0].command(LONG)
+    command += ["-m", "", "-p", "tests.conftest", str(file)]
+    with (tmp_path / "test_x.log").open("w") as log:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not (tmp_path / "began").exists():
+            assert child.poll() is None
+        child.terminate()
+        child.wait(timeout=600)
+    total, failed = summary.found_by("test_x", tmp_path)
+    assert total.startswith("1 failed in ")
+    assert failed.startswith("FAILED ") and failed.endswith(" - assert 1 == 2")
+
+
 def options(*given: str) -> argparse.Namespace:
     return first_gpu.options_of(["--out", "runs/x", *given])
 
@@ -229,6 +258,7 @@ def test_all_gpu_tests_come_first_then_benchmarks_then_training(tmp_path: Path) 
     assert {"test_rng", "test_metrics"} < {*tests}  # which are not in the table
     assert names[: len(tests)] == tests
     assert names[len(tests) : len(tests) + 2] == ["bench_step_wrn_28_2", "bench_step_resnet50"]
+    assert [step.kept for step in steps[len(tests) :]][:2] == [90.0, 0.0]
     assert left_out[0] == "bench_input: it reads records, which --photographs names"
     assert left_out[1].startswith("train: it needs CIFAR-10")
     cifar = tmp_path / "cifar.tar.xz"

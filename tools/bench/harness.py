@@ -155,6 +155,9 @@ def run(
         except DeviceLostError as lost:  # the rows until here are good
             report.fail("the GPU", str(lost))
             code = 3
+        except KeyboardInterrupt:  # its time may be over
+            report.save()
+            raise
         report.save()
     except UserError as error:
         print(f"tools.bench {bench}: error: {error}", file=sys.stderr)

@@ -47,6 +47,7 @@ BUILT = 0.7  # of the time: no variant is begun that would not be ready by then
 PHASE_ROUNDS = 3
 HOPPER = ("H100", "H200")
 BEST = "best of ours"
+ONCE = "seconds of a step alone"
 PLAIN_AIMS = {"wrn_28_2": 4.0, "resnet50": 2.5}  # times the plain step with AMP, on an H100
 
 
@@ -62,7 +63,7 @@ class Ready(NamedTuple):
     """A variant that has run."""
 
     variant: Variant
-    repeats: int  # steps in a turn
+    once: float  # seconds of a step alone, right after it was built
     memory: int  # bytes of the GPU at a step's peak, 0 if unknown
 
 
@@ -135,7 +136,7 @@ def _measured(
     ready = _built(variants, began + BUILT * seconds, report)
     measured = interleaved(
         ready,
-        lambda one: seconds_of(repeated(one.variant.step, one.repeats)) / one.repeats,
+        _turn,
         rounds=options.rounds,
         warmup=1,
         seed=options.seed,
@@ -154,8 +155,10 @@ def _measured(
 
 
 def _built(variants: Mapping[str, Builder], end: float, report: Report) -> dict[str, Ready]:
-    """Variants that run. After `end` none is begun, but one is always built."""
+    """Variants that run. After `end` none is begun, but one is always built. A step of each is
+    timed and saved: all that is left if building another takes too long."""
     ready = dict[str, Ready]()
+    report.more[ONCE] = {}
     for name, build in variants.items():
         if ready and time.monotonic() > end:
             report.skipped.append(f"no time: {name}")
@@ -163,6 +166,8 @@ def _built(variants: Mapping[str, Builder], end: float, report: Report) -> dict[
         print(f"building {name}", flush=True)
         with report.attempt(name):  # memory or a compiler may lack
             ready[name] = _warmed(build)
+            report.more[ONCE][name] = ready[name].once
+            report.save()
         gc.collect()
         torch.cuda.empty_cache()
     return ready
@@ -182,8 +187,14 @@ def _warmed(build: Builder) -> Ready:
     # What lies in a graph's own pool is not among what is allocated.
     graphed = variant.flavor is not None and variant.flavor.graphs != "off"
     memory = torch.cuda.max_memory_allocated() - before if gpu and not graphed else 0
-    # Steps back to back: a wait for the GPU after each would be part of the number.
-    return Ready(variant, min(AT_MOST, max(1, round(AT_LEAST / once))), memory)
+    return Ready(variant, once, memory)
+
+
+def _turn(ready: Ready) -> float:
+    """Seconds of a step, out of several back to back: a wait for the GPU after each would be part
+    of the number."""
+    repeats = min(AT_MOST, max(1, round(AT_LEAST / ready.once)))
+    return seconds_of(repeated(ready.variant.step, repeats)) / repeats
 
 
 def _phases(variant: Variant, turns: int) -> dict[str, list[float]]:
