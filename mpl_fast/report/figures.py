@@ -108,8 +108,9 @@ def curve(groups: Sequence[Group], metric: str, title: str, *, factor: float = 1
             label, mark = shown(group.name, 40), "o" if len(steps) < 12 else ""
             axes.plot(steps, factor * mean, line, color=color, label=label, marker=mark, ms=3)
             if len(group.runs) > 1:
-                band = (factor * least, factor * most)
-                axes.fill_between(steps, *band, color=color, alpha=0.2, linewidth=0)
+                axes.fill_between(
+                    steps, factor * least, factor * most, color=color, alpha=0.2, linewidth=0
+                )
             last.append(f"{f'{label} ' * (len(groups) > 1)}{factor * mean[-1]:.4g}")
         axes.set_xlabel("step")
         axes.margins(x=0.01)
@@ -223,7 +224,7 @@ def class_histogram(accuracy: ClassAccuracy) -> Chart:
     values = 100 * accuracy.recall[accuracy.images > 0]
     low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
     with _axes() as (figure, axes):
-        axes.hist(values, bins=np.linspace(0, 100, 26), color=BLUE, alpha=0.75)
+        axes.hist(values, bins=[*np.linspace(0, 100, 26)], color=BLUE, alpha=0.75)
         axes.axvline(middle, color=VERMILLION, linestyle="--", label=f"median {middle:.1f} %")
         axes.set(xlabel="accuracy of the class (%)", ylabel="classes")
         axes.legend()
@@ -364,7 +365,10 @@ def feature_map(
             )
             axes.plot([], [], "+", color=color, ms=6, label=what)
         figure.legend(loc="upper center", ncols=3, handletextpad=0.2, borderaxespad=0.1)
-        axes.set(xticks=[], yticks=[])
+        # Set and not left to autoscaling, which waits until the figure is drawn.
+        (left, bottom), (right, top) = points.min(0), points.max(0)
+        x, y = 0.03 * (right - left), 0.03 * (top - bottom)
+        axes.set(xlim=(left - x, right + x), ylim=(bottom - y, top + y), xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         placed = axes.transData.transform(points)
         placed[:, 1] = figure.bbox.height - placed[:, 1]

@@ -118,13 +118,17 @@ def _opened(chromium: Any, report: Path, width: int, scheme: str) -> tuple[Any, 
 def _hover(page: Any) -> None:
     """The point under the pointer has its image and its names; arrow keys go on."""
     assert page.locator("#tip").is_hidden()
-    page.locator("#map").scroll_into_view_if_needed()
     points = json.loads(page.locator("#points").text_content())
     x, y, truth, *_ = min(point for point in points["points"] if not point[5])
-    scale = page.evaluate("document.querySelector('#map svg').getBoundingClientRect().width / "
-                          "document.querySelector('#map svg').viewBox.baseVal.width")  # fmt: skip
-    page.locator("#map svg").hover(position={"x": x * scale, "y": y * scale})
-    assert page.locator("#tip").is_visible()
+    left, top, scale = page.evaluate("""() => {
+        const svg = document.querySelector("#map svg");
+        svg.scrollIntoView({block: "center", behavior: "instant"});
+        const area = svg.getBoundingClientRect();
+        return [area.left, area.top, area.width / svg.viewBox.baseVal.width];
+    }""")
+    page.wait_for_timeout(100)  # the scroll event, which hides a tip
+    page.mouse.move(left + x * scale, top + y * scale)
+    page.locator("#tip").wait_for(state="visible", timeout=10_000)
     assert points["names"][truth] in page.locator("#tip").inner_text()
     image = page.locator("#tip i").evaluate("e => getComputedStyle(e).backgroundImage")
     assert image.startswith('url("data:image/jpeg;base64,')
