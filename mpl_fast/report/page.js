@@ -22,7 +22,7 @@
       `-${place % map.across * side}px -${Math.floor(place / map.across) * side}px`;
     lines[0].textContent = unlabeled ? "unlabeled image" : truth === guess ? "right" : "wrong";
     lines[1].textContent = truth < 0 ? "true class: unknown" : `true class: ${map.names[truth]}`;
-    lines[2].textContent = `predicted: ${map.names[guess]}, ${percent} %`;
+    lines[2].textContent = `predicted: ${map.names[guess]}, ${percent}\u00a0%`;
     tip.hidden = ring.hidden = false;
     ring.style.left = `${left - outer.left + box.scrollLeft}px`;
     ring.style.top = `${top - outer.top}px`;
