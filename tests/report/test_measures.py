@@ -18,15 +18,16 @@ def test_expected_calibration_error() -> None:
     draw = np.random.default_rng(0)
     confidence = np.concatenate([draw.random(500), [1.0, 1 / 15, 2 / 15]]).astype(np.float32)
     hits = draw.random(len(confidence)) < 0.6
-    expected = 0.0
+    exact, expected, images = confidence.astype(np.float64), 0.0, list[int]()
     for i in range(15):
-        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        inside = (exact > i / 15) & (exact <= (i + 1) / 15)
+        images.append(int(inside.sum()))
         if inside.any():
-            gap = abs(hits[inside].mean() - confidence[inside].astype(float).mean())
+            gap = abs(hits[inside].mean() - exact[inside].mean())
             expected += inside.mean() * gap
     found = measures.bins(confidence, hits)
     assert found.ece == pytest.approx(expected, abs=1e-6)
-    assert found.images.sum() == len(confidence)
+    assert found.images.tolist() == images and sum(images) == len(confidence)
 
 
 def test_confused_classes_are_neighbors() -> None:
