@@ -70,6 +70,7 @@ setup(
         "mpl_fast.packing.sources",
         "mpl_fast.packing.write",
         "mpl_fast.report",
+        "mpl_fast.sweep",
         "mpl_fast.training",
     ],
     package_data={"mpl_fast.report": ["page.html", "page.css", "page.js"]},

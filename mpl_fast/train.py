@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if not __package__ and not getattr(sys.flags, "safe_path", False):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from mpl_fast.config.command_line import dry_run_of, parse
+from mpl_fast.config.command_line import as_arguments, dry_run_of, phases
 from mpl_fast.errors import PREEMPTED, run_command
 from mpl_fast.training.process import die_with_launcher
 
@@ -26,39 +26,32 @@ def main() -> NoReturn:
 
 def _train() -> int:
     """Imports torch only after parsing, so that --help and a wrong option take no seconds."""
-    config = parse(sys.argv[1:])
+    configs = phases(sys.argv[1:])
     if dry := dry_run_of(sys.argv[1:]):
         from mpl_fast.dry_run.command import dry_run
 
-        return dry_run(config, dry)
+        return max(dry_run(config, dry) for config in configs)
     from mpl_fast.training import run
 
-    return run.train(config)
+    return run.train(*configs)
 
 
 def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Trained":
     """Trains as the command does, in this process, and returns the trained network.
 
-    `config` is a YAML file, `options` has keys that override it, such as ``{"data.root": "REC",
-    "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A run that was stopped resumes; one that is
-    complete is loaded. Raises `UserError` for what the command would print as an error, and
-    `KeyboardInterrupt` after a first Ctrl-C has saved a checkpoint.
+    With ``then`` it is that of the second run. `config` is a YAML file, `options` has keys that
+    override it, such as ``{"data.root": "REC", "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A
+    run that was stopped resumes; one that is complete is loaded. Raises `UserError` for what the
+    command would print as an error, and `KeyboardInterrupt` after a first Ctrl-C has saved a
+    checkpoint.
     """
-    given = [part for key, value in (options or {}).items() for part in (f"--{key}", _text(value))]
-    parsed = parse(["--config", str(config), *given])
+    configs = phases(["--config", str(config), *as_arguments(options or {})])
     from mpl_fast.inference.trained import load
     from mpl_fast.training import run
 
-    if run.train(parsed) == PREEMPTED:
-        raise KeyboardInterrupt(f"stopped and saved: the same call resumes {parsed.run_dir}")
-    return load(parsed.run_dir, device=parsed.device)
-
-
-def _text(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_text(one) for one in value)}]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if run.train(*configs) == PREEMPTED:
+        raise KeyboardInterrupt(f"stopped and saved: the same call resumes {configs[0].run_dir}")
+    return load(configs[-1].run_dir, device=configs[-1].device)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train -> report -> inference | dry_run -> training -> algorithms -> learner
+    train | sweep -> report -> inference | dry_run -> training -> algorithms -> learner
           -> losses | models | packing -> kernels | data -> batch | config | distributed
           -> errors | atomic | first_few
 """
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
-    {"train"},
+    {"train", "sweep"},
     {"report"},
     {"inference", "dry_run"},
     {"training"},
@@ -40,9 +40,10 @@ NEVER_IN_ALGORITHMS = (
 LIGHT = [
     "__init__", "config/__init__", "config/command_line", "data/__init__", "data/manifest",
     "data/records", "errors", "packing/__init__", "packing/cli", "packing/options", "packing/pack",
-    "train", "training/process",
+    "sweep/__init__", "sweep/command", "train", "training/process",
 ]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "nvidia", "tensorboardX", "triton", "matplotlib"}
+HEAVY |= {"optuna"}
 
 
 def unit(path: Path) -> str:

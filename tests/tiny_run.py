@@ -243,7 +243,7 @@ def in_turn(sessions: list[list[str]]) -> None:
             distributed.barrier()
             if name not in SESSIONS:
                 try:
-                    run.train(command_line.parse([name, *given]))
+                    run.train(*command_line.phases([name, *given]))
                 except UserError as error:
                     print(f"rank {distributed.rank()}: {error}", file=sys.stderr)
             elif distributed.rank() == 0 or name == "evaluate":

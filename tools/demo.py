@@ -28,7 +28,7 @@ def main() -> None:
     """Every part is the command that a user would type, and is printed before it runs."""
     options = _options()
     began = time.perf_counter()
-    images = _write_digits(options.out / "images")
+    images = write_digits(options.out / "images")
     runs: dict[str, list[Result]] = {name: [] for name in RECIPES}
     for seed in range(options.seeds):
         rec = _pack(images, options.out / f"rec_seed{seed}", seed)
@@ -58,7 +58,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _write_digits(folder: Path) -> Path:
+def write_digits(folder: Path) -> Path:
     """1,797 real scans of 8 x 8 pixels, enlarged to 32 x 32, as JPEG files in class folders."""
     if (folder / "complete").exists():
         return folder

@@ -9,6 +9,7 @@ from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, LearnerFactory
 from mpl_fast.algorithms.fixmatch import FixMatch
 from mpl_fast.algorithms.metasemi import MetaSemi
 from mpl_fast.algorithms.mpl import MetaPseudoLabels
+from mpl_fast.algorithms.noisy_student import NoisyStudent
 from mpl_fast.algorithms.parity import Google, Kekmodel
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.algorithms.smpl import SelfMetaPseudoLabels
@@ -20,6 +21,7 @@ from mpl_fast.config import (
     FixMatchConfig,
     MetaSemiConfig,
     MPLConfig,
+    NoisyStudentConfig,
     RolePlayConfig,
     SMPLConfig,
     SupervisedConfig,
@@ -41,6 +43,8 @@ def build(
             return UDA(config, new_learner, context)
         case FixMatchConfig():
             return FixMatch(config, new_learner, context)
+        case NoisyStudentConfig():
+            return NoisyStudent(config, new_learner, context)
         case RolePlayConfig():  # before MPLConfig, its base class
             return RolePlay(config, new_learner, context)
         case MPLConfig(feedback="parity_kekmodel"):

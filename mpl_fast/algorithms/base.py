@@ -16,6 +16,7 @@ from mpl_fast.learner import Learner
 Metrics = dict[str, Tensor]
 Step = Callable[[Batch, int], Metrics]
 LearnerFactory = Callable[[LearnerConfig], Learner]
+Teacher = Callable[[Tensor], Tensor]  # of images (N, 3, H, W): logits (N, C), without gradient
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class AlgorithmContext:
     seed: int = 0
     steps_per_epoch: int = 1  # steps in a pass over the unlabeled images
     microbatches: int = 1  # parts of a rank's batch that are computed one after the other
+    teacher: Teacher | None = None  # a fixed one, from another run
 
 
 @dataclass(frozen=True)

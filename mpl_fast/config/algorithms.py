@@ -147,6 +147,38 @@ class FixMatchConfig(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoisyStudentConfig(Recipe):
+    """Noisy student (arXiv 1911.04252): a fixed teacher's labels train a student with noise."""
+
+    recipe = "noisy_student"
+
+    teacher: str = ""
+    """Run directory whose evaluated network is the teacher (of mpl_roleplay, both networks): of its
+    newest checkpoint, which is copied when training starts. Its network and its image size may
+    differ from this run's."""
+    learner: LearnerConfig = field(default_factory=lambda: LearnerConfig(ema=0.999, dropout=0.5))
+    labels: Literal["soft", "argmax"] = "soft"
+    """Labels of unlabeled images, from the weak view: the teacher's probabilities, or its most
+    probable class."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the teacher's logits for labels soft; below 1 it sharpens them."""
+    threshold: Fraction = 0.3
+    """Smallest value of the teacher's largest probability, at temperature 1, at which an image
+    counts."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of the loss on unlabeled images (official code: unlabeled over labeled images in a
+    step, which makes it an average over all images)."""
+    label_smoothing: FractionBelow1 = 0.1
+    """Label smoothing of the labeled loss, and of labels argmax."""
+
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        if self.teacher:
+            return []
+        return ["teacher is missing: give --algorithm.teacher RUN_DIR, whose network labels images"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MPLConfig(Recipe):
     """Meta Pseudo Labels (arXiv 2003.10580)."""
 
@@ -370,6 +402,7 @@ AlgorithmConfig = (
     | FinetuneConfig
     | UDAConfig
     | FixMatchConfig
+    | NoisyStudentConfig
     | MPLConfig
     | RolePlayConfig
     | SMPLConfig

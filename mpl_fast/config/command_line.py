@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import yaml
 
-from mpl_fast.config.algorithms import RECIPES
+from mpl_fast.config.algorithms import RECIPES, FinetuneConfig
 from mpl_fast.config.aliases import OPTION_NAMES, OPTION_VALUES, changes, renamed
 from mpl_fast.config.cards import CARDS
 from mpl_fast.config.dry_run import DryRunConfig
@@ -30,6 +30,7 @@ from mpl_fast.config.run import RunConfig
 from mpl_fast.config.values import convert, metavar, ranges, wanted
 from mpl_fast.errors import ConfigError
 
+THEN_STEPS = 1000
 USAGE = f"""torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
 --run-dir RUN
 
@@ -37,6 +38,9 @@ Trains one recipe. Options override the YAML file, which overrides the defaults 
 The --algorithm.* options are those of one recipe: --recipe uda --help lists those of uda.
 The same command with the same --run-dir resumes. With --dry-run it only prints what it would need,
 and --device may name a GPU that is not here: {", ".join(CARDS)}.
+With --then finetune a second run follows in RUN/finetune, which fine-tunes the first one's network
+on the labeled images. --then.KEY is an option of that run (--recipe finetune --help lists them);
+without, it has {THEN_STEPS:,} steps and otherwise the data, model, batch and device of the first.
 Words in option names are joined by - or _."""
 
 FLAGS = {
@@ -44,6 +48,10 @@ FLAGS = {
     "print_config": "Print the config as YAML and exit.",
     "dry_run": "Print memory, operations, time and data rate that the run would need, and exit.",
 }
+THEN = "then."
+# What the second run of a command does not have from the first, besides its algorithm.
+OF_THE_FIRST = {"run_dir", "steps", "epochs", "eval_every", "eval_epochs", "stop_at"}
+OF_THE_FIRST |= {"model.pretrained"}
 DRY_RUN = {option.key: option for option in options(DryRunConfig()) if option.key != "card"}
 OF_A_CARD = {"network_gbps", "price_per_gpu_hour"}  # of no use without one
 DEVICES = ("auto", "cuda", "cpu")
@@ -59,37 +67,99 @@ class Given(NamedTuple):
 
 
 def parse(argv: Sequence[str], *, for_training: bool = True) -> RunConfig:
-    """The config of a run from its command line. Raises `ConfigError` for anything wrong in it.
+    """The config of a run from its command line, of the first one if there are two. Raises
+    `ConfigError` for anything wrong in it.
 
     Contradictions among algorithm options are ignored unless `for_training`.
     """
+    return phases(argv, for_training=for_training)[0]
+
+
+def phases(argv: Sequence[str], *, for_training: bool = True) -> list[RunConfig]:
+    """The config of a run and, with ``--then finetune``, that of the one that follows."""
     typed = _renamed(_command_line(argv), "the command line")
     dry_run = _without_dry_run(typed)
     file = typed.pop("config", None)
-    read = _renamed(_yaml_file(str(file.text)), str(file.text)) if file else {}
+    read = _renamed(yaml_file(str(file.text)), str(file.text)) if file else {}
+    typed, then_typed = _without_then(typed)
+    read, then_read = _without_then(read)
     recipe = str({**read, **typed}.get("recipe", Given(RECIPE.value)).text)
     if recipe not in RECIPES:
-        raise ConfigError(f"recipe {recipe!r} does not exist{_near(recipe, list(RECIPES))}")
+        raise ConfigError(f"recipe {recipe!r} does not exist{near(recipe, list(RECIPES))}")
     default = RunConfig(algorithm=RECIPES[recipe]())
     if "help" in typed:
         print(_help(default), end="")
         raise SystemExit(0)
-    known = {option.key: option for option in (RECIPE, *all_options(default))}
-    _check_names(typed, [*known, *FLAGS], f"unknown option --{{}} of recipe {recipe}", "--")
-    _check_names(read, list(known), f"unknown key {{}} of recipe {recipe}")
-    values = {
-        key: _value(given, known[key]) for key, given in (read | typed).items() if key in known
-    }
-    config = _lengths(replaced(default, values), typed)
+    configs = [_config(default, typed, read)]
+    if then := {**then_read, **then_typed}:
+        _check_then(then)
+        configs.append(_config(_second(configs[0]), then_typed, then_read, THEN))
+        if configs[1].device != configs[0].device:
+            raise ConfigError("then.device cannot differ from device: give --device alone")
     if "print_config" in typed:
-        print(as_yaml(config), end="")
+        print(as_yaml(*configs), end="")
         raise SystemExit(0)
     unneeded = [] if for_training else ["algorithm."]
     if dry_run:
         unneeded += ["run_dir is missing", *(["data.root is missing"] if dry_run.records else [])]
-    for problem in problems(config):
-        if not problem.startswith(tuple(unneeded)):
-            raise ConfigError(problem)
+    for config, prefix in zip(configs, ("", THEN), strict=False):
+        for problem in problems(config):
+            if not problem.startswith(tuple(unneeded)):
+                raise ConfigError(prefix + problem)
+    return configs
+
+
+def _config(
+    default: RunConfig, typed: Mapping[str, Given], read: Mapping[str, Given], prefix: str = ""
+) -> RunConfig:
+    """A config with what was typed, and read from a file, in place of defaults; their keys begin
+    with `prefix`."""
+    known = {
+        f"{prefix}{option.key}": option._replace(key=f"{prefix}{option.key}")
+        for option in (RECIPE, *all_options(default))
+    }
+    recipe, flags = default.recipe, () if prefix else FLAGS
+    _check_names(typed, [*known, *flags], f"unknown option --{{}} of recipe {recipe}", "--")
+    _check_names(read, list(known), f"unknown key {{}} of recipe {recipe}")
+    values = {
+        key.removeprefix(prefix): value_of(given, known[key])
+        for key, given in {**read, **typed}.items()
+        if key in known
+    }
+    return _lengths(replaced(default, values), [key.removeprefix(prefix) for key in typed])
+
+
+def _without_then(given: Mapping[str, Given]) -> tuple[dict[str, Given], dict[str, Given]]:
+    """The options of the first run, and those of the second, of which ``then`` is the recipe."""
+    found = {f"{THEN}recipe" if key == "then" else key: value for key, value in given.items()}
+    second = {key: value for key, value in found.items() if key.startswith(THEN)}
+    return {key: value for key, value in found.items() if key not in second}, second
+
+
+def _check_then(given: Mapping[str, Given]) -> None:
+    """Raises `ConfigError` unless the second run is fine-tuning."""
+    recipe = given.get(f"{THEN}recipe")
+    if recipe is None:
+        key, value = next(iter(given.items()))
+        raise ConfigError(f"{value.where}{key} is for a second run: give --then finetune as well")
+    if recipe.text != FinetuneConfig.recipe:
+        raise ConfigError(f"{recipe.where}then must be finetune, not {recipe.text}")
+
+
+def _second(first: RunConfig) -> RunConfig:
+    """Fine-tuning of a run in a folder inside its own."""
+    run_dir = first.run_dir or "RUN"  # of a dry run
+    inherited = {
+        option.key: option.value
+        for option in all_options(first)
+        if option.key not in OF_THE_FIRST and not option.key.startswith("algorithm.")
+    }
+    default = RunConfig(
+        run_dir=str(Path(run_dir) / FinetuneConfig.recipe),
+        steps=THEN_STEPS,
+        algorithm=FinetuneConfig(start=run_dir),
+    )
+    config: RunConfig = replaced(default, inherited)
     return config
 
 
@@ -112,7 +182,7 @@ def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     if card and card not in (*DEVICES, *CARDS):
         names = ", ".join([*DEVICES, *list(CARDS)[:-1]]) + f" or {list(CARDS)[-1]}"
         raise ConfigError(f"device must be {names}, not {card}")
-    values = {key: _value(given, DRY_RUN[key]) for key, given in theirs.items()}
+    values = {key: value_of(given, DRY_RUN[key]) for key, given in theirs.items()}
     config: DryRunConfig = replaced(DryRunConfig(card=card if card in CARDS else ""), values)
     for problem in problems(config):
         raise ConfigError(problem)
@@ -124,9 +194,11 @@ def _without_dry_run(typed: dict[str, Given]) -> DryRunConfig | None:
     return config
 
 
-def as_yaml(config: RunConfig) -> str:
-    """Text that `parse` reads back to an equal config."""
+def as_yaml(config: RunConfig, then: RunConfig | None = None) -> str:
+    """Text that `phases` reads back to equal configs."""
     tree = {"recipe": config.recipe, **dataclasses.asdict(config)}
+    if then:
+        tree["then"] = {"recipe": then.recipe, **dataclasses.asdict(then)}
     return yaml.dump(_lists(tree), Dumper=_Dumper, sort_keys=False)
 
 
@@ -162,13 +234,13 @@ def _command_line(argv: Sequence[str]) -> dict[str, Given]:
     return found
 
 
-def _yaml_file(file: str) -> dict[str, Given]:
-    """The values of a YAML file by dotted key."""
+def yaml_file(file: str, option: str = "--config") -> dict[str, Given]:
+    """The values of a YAML file, named by `option` in messages, by dotted key."""
     try:
         with Path(file).open(encoding="utf-8") as stream:  # errors then name the file and line
             tree = yaml.compose(stream, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror}") from None
+        raise ConfigError(f"{option} {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if tree is None:
@@ -222,11 +294,12 @@ def _check_names(
     for key, given in options.items():
         if key not in known:
             inner = [f"{dashes}{name}" for name in known if name.startswith(f"{key}.")]
-            hint = f", which is a section: give {inner[0]}" if inner else _near(key, known, dashes)
+            hint = f", which is a section: give {inner[0]}" if inner else near(key, known, dashes)
             raise ConfigError(f"{given.where}{message.format(key)}{hint}")
 
 
-def _value(given: Given, option: Option) -> Any:
+def value_of(given: Given, option: Option) -> Any:
+    """The value of an option. Raises `ConfigError` if what was given is none of its type."""
     try:
         return convert(given.text, option.kind)
     except (ValueError, KeyError):
@@ -236,7 +309,7 @@ def _value(given: Given, option: Option) -> Any:
         ) from None
 
 
-def _lengths(config: RunConfig, typed: Mapping[str, Given]) -> RunConfig:
+def _lengths(config: RunConfig, typed: Sequence[str]) -> RunConfig:
     """A length in steps on the command line overrides one in epochs in the file."""
     for steps, epochs in LENGTHS:
         if steps in typed and epochs in typed:
@@ -246,7 +319,7 @@ def _lengths(config: RunConfig, typed: Mapping[str, Given]) -> RunConfig:
     return config
 
 
-def _near(word: str, known: Sequence[str], dashes: str = "") -> str:
+def near(word: str, known: Sequence[str], dashes: str = "") -> str:
     """``; did you mean X?``, or nothing."""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not found:  # a right name in a wrong section is a common slip
@@ -274,23 +347,28 @@ def _help(config: RunConfig) -> str:
     for flag, text in FLAGS.items():
         names = ("-h", "--help") if flag == "help" else (f"--{flag}",)
         parser.add_argument(*names, action="store_true", help=text)
+    then = "Recipe of a second run, which follows in RUN/finetune (default: none)."
+    parser.add_argument("--then", metavar=f"{{{FinetuneConfig.recipe}}}", help=then)
     for prefix, section in [*sections(config), ("", DryRunConfig())]:
         title = str(type(section).__doc__).partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(f"{prefix.rstrip('.')}: {title}" if prefix else title)
         explained = {"recipe": str(RunConfig.recipe.__doc__), **texts(type(section))}
         known = DRY_RUN.values() if section == DryRunConfig() else options(section, prefix)
         for option in (*((RECIPE,) if section is config else ()), *known):
-            facts = [*ranges(option.kind), f"default: {_shown(option.value)}"]
+            facts = [*ranges(option.kind), f"default: {as_typed(option.value) or 'empty'}"]
             text = f"{explained[option.key.removeprefix(prefix)]} ({'; '.join(facts)})"
             text = text.replace("%", "%%")
             group.add_argument(f"--{option.key}", metavar=metavar(option.kind), help=text)
     return parser.format_help()
 
 
-def _shown(value: Any) -> str:
-    """A default as it would be typed."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return str(value) or "empty"
+def as_arguments(values: Mapping[str, Any]) -> list[str]:
+    """Values of dotted keys as a command line."""
+    return [part for key, value in values.items() for part in (f"--{key}", as_typed(value))]
+
+
+def as_typed(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)

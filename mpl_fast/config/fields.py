@@ -81,17 +81,21 @@ def all_options(config: Any) -> Iterator[Option]:
     return itertools.chain.from_iterable(options(part, at) for at, part in sections(config))
 
 
-def problems(config: Any) -> list[str]:
-    """One line for each value out of its range, then for each contradiction, inner sections
-    first; each begins with the dotted key."""
-    found = [
+def out_of_range(option: Option) -> list[str]:
+    """One line for each value of an option that is out of its range."""
+    return [
         f"{option.key} must be {rule.words}, not {value}"
-        for option in all_options(config)
         for rule in get_args(option.kind)[1:]
         if isinstance(rule, Range)
         for value in (option.value if isinstance(option.value, tuple) else (option.value,))
         if not rule.holds(value)
     ]
+
+
+def problems(config: Any) -> list[str]:
+    """One line for each value out of its range, then for each contradiction, inner sections
+    first; each begins with the dotted key."""
+    found = [problem for option in all_options(config) for problem in out_of_range(option)]
     for prefix, section in reversed(list(sections(config))):
         if isinstance(section, Checked):
             found += [prefix + problem for problem in section.problems()]

@@ -94,11 +94,19 @@ class LearnerConfig:
     """Steps in which the learning rate rises linearly from 0 to `lr`, after `delay_steps`."""
     delay_steps: NonNegativeInt = 0
     """Steps at learning rate 0 before the warm-up."""
+    trunk_delay_steps: NonNegativeInt = 0
+    """Steps after `delay_steps` in which only the last layer is trained, for pretrained weights
+    (LP-FT, arXiv 2202.10054). `max_grad_norm` and a feedback are then of that layer alone. Batch
+    norm is as in all steps: by the batch, and its running statistics follow the new images."""
     ema: FractionBelow1 = 0.0
     """Decay of the moving average of weights and batch-norm statistics, which is then evaluated in
     place of the network itself; 0: no average."""
     dropout: FractionBelow1 = 0.1
     """Dropout rate of the pooled features."""
+    drop_path: FractionBelow1 = 0.0
+    """Stochastic depth: probability with which the last residual branch is left out for an image in
+    training; the rate rises linearly from 0 at the first. 0: none is left out. Not for networks
+    without residual branches."""
     conventions: Literal["official", "kekmodel"] = "official"
     """kekmodel reproduces kekmodel/MPL-pytorch: the warm-up counts from step 0 and takes
     `delay_steps` + `warmup` steps, the average's decay has no warm-up, batch-norm statistics are
@@ -116,6 +124,10 @@ class LearnerConfig:
                 return self.lr * (step / (self.delay_steps + self.warmup))
             return self.lr * (after + 1) / self.warmup
         return self.lr * schedule.factor(self, after, steps - self.delay_steps)
+
+    def trunk_delayed_at(self, step: int) -> bool:
+        """Whether step number `step` (from 0) trains the last layer only."""
+        return self.trunk_delay_steps > max(0, step - self.delay_steps)
 
     def problems(self) -> list[str]:
         """Contradictions, each a line that begins with a key of this section."""

@@ -17,6 +17,11 @@ from mpl_fast.config.fields import (
 )
 from mpl_fast.config.learner import LearnerConfig
 
+WhichCheckpoint = Literal["newest", "best"]
+CHECKPOINTS: dict[WhichCheckpoint, str] = {  # folders in a run directory
+    "newest": "checkpoints",
+    "best": "checkpoints_best",
+}
 GradientSync = Literal["allreduce", "ddp"]
 Graphs = Literal["off", "model", "step"]
 Policy = Literal["mpl", "mpl_branched", "dali"]
@@ -93,7 +98,8 @@ class ModelConfig:
     """Network architecture, the same for teacher and student."""
 
     name: str = "resnet50"
-    """Any timm name, or wrn_28_2, wrn_28_8, convlarge, shake_shake_26 (for 32-pixel images).
+    """Any timm name, or, for 32-pixel images, wrn_28_2, wrn_28_8, wrn_28_10, convlarge,
+    shake_shake_26, resnet18_cifar, resnet50_cifar (timm's with a 3x3 stem that keeps the size).
     Networks for images of one size, such as ViT, are built for data.image_size."""
     classes: NonNegativeInt = 0
     """Outputs of the last layer, which must equal the number of classes in the data; 0: that
@@ -156,6 +162,11 @@ class RunConfig:
     """Steps between evaluations; 0: only at the end."""
     eval_epochs: NonNegativeFloat = 0.0
     """Passes between evaluations, in place of `eval_every`, counted as in `epochs`."""
+    patience: NonNegativeInt = 0
+    """Evaluations in a row without a better top-1 after which the run ends, as if it had reached
+    `steps`; those before a delay (delay_steps) is over do not count. Schedules are those of `steps`
+    and are cut off: cosine's learning rate has not come down to 0. A run that ended early continues
+    when it is resumed with a larger value, or 0. 0: no early end."""
     eval_batch: PositiveInt = 1024
     """Images in an evaluation batch, over all ranks; at most the validation split is one batch."""
     log_every: PositiveInt = 50
@@ -164,6 +175,9 @@ class RunConfig:
     """Steps between checkpoints; 0: only at the end."""
     checkpoint_keep: Annotated[int, at_least(2)] = 2
     """Newest checkpoints that are kept."""
+    checkpoint_best: bool = False
+    """Also keep the checkpoint of the best top-1 so far, in checkpoints_best: each better
+    evaluation then saves one. It is selected on the validation images themselves."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -197,6 +211,8 @@ class RunConfig:
                 "model.norm sync cannot be compiled with grad_sync ddp: set --compile off, or "
                 "--grad-sync allreduce"
             )
+        if self.patience and not (self.eval_every or self.eval_epochs):
+            found.append("patience needs evaluations before the end: set eval_every")
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
         return found

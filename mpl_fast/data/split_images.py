@@ -16,7 +16,8 @@ _LAST_PARTS = (0, 3)  # of a record that is whole, and of one that was cut
 class SplitImages:
     """Random access to a split, in the order in which `EvalLoader` of one rank yields it.
 
-    `ids`, `labels` (-1: none) and `names`, as the split's .lst has them, are lists by place.
+    `ids`, `labels` (-1: none) and `names`, as the split's .lst has them, and `offsets` of records
+    over the joined .rec files are lists by place.
     Raises `DataError` for files that cannot be read.
     """
 
@@ -34,15 +35,15 @@ class SplitImages:
             raise DataError(f"{split.listing}: does not list the records of {split.index}")
         self.ids, self.labels = ([int(row[column]) for row in rows] for column in (0, 1))
         self.names = [row[2] for row in rows]
-        self._offsets = [int(offsets[row[0]]) for row in rows]
+        self.offsets = [int(offsets[row[0]]) for row in rows]
 
     def __len__(self) -> int:
         return len(self.names)
 
     def image(self, place: int) -> bytes:
         """The encoded image, such as the content of a JPEG file."""
-        shard = bisect_right(self._starts, self._offsets[place]) - 1
-        path, offset = self._split.shards[shard], self._offsets[place] - self._starts[shard]
+        shard = bisect_right(self._starts, self.offsets[place]) - 1
+        path, offset = self._split.shards[shard], self.offsets[place] - self._starts[shard]
         framed, last = bytearray(), False
         try:
             with path.open("rb") as file:

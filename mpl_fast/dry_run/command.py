@@ -171,7 +171,8 @@ def _dist_env(config: RunConfig, ranks: int) -> DistEnv:
 
 def _network(config: RunConfig, classes: int) -> nn.Module:
     """The network of the run with random weights, which cost what pretrained ones do."""
-    return build_network(config, classes, estimate.learners(config.algorithm)[0].dropout)
+    learner = estimate.learners(config.algorithm)[0]
+    return build_network(config, classes, learner.dropout, drop_path=learner.drop_path)
 
 
 def _name_and_bytes(device: torch.device) -> tuple[str, int]:

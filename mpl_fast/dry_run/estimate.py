@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mpl_fast.config import AlgorithmConfig, LearnerConfig, MetaSemiConfig, MPLConfig, SMPLConfig
+from mpl_fast.config import (
+    AlgorithmConfig,
+    LearnerConfig,
+    MetaSemiConfig,
+    MPLConfig,
+    NoisyStudentConfig,
+    SMPLConfig,
+)
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.training.rows import StepRows
 
@@ -49,6 +56,11 @@ def learners(algorithm: AlgorithmConfig) -> list[LearnerConfig]:
     return [algorithm.learner]
 
 
+def has_fixed_teacher(algorithm: AlgorithmConfig) -> bool:
+    """Whether a network that is not trained labels images: it is counted as one like the others."""
+    return isinstance(algorithm, NoisyStudentConfig)
+
+
 def step_flops(rows: StepRows, cost: NetworkCost) -> int:
     """FLOPs of one rank's step, without losses and optimizers, which are under one percent."""
     forward = rows.forward + PRODUCTS_OF_A_TANGENT * rows.tangent
@@ -61,7 +73,7 @@ def memory(setting: Setting, rows: StepRows, cost: NetworkCost) -> Memory:
     number = 2 if setting.bf16 else 4  # bytes
     image = 3 * setting.side**2 * number
     return Memory(
-        weights=cost.bytes * len(trained),
+        weights=cost.bytes * (len(trained) + has_fixed_teacher(setting.algorithm)),
         gradients=cost.trained_bytes * len(trained),
         optimizer=cost.trained_bytes * sum(map(moments, trained)),
         average=cost.bytes * sum(learner.ema > 0 for learner in trained),

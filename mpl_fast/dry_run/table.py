@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpl_fast.config import RunConfig
-from mpl_fast.dry_run.estimate import Memory, step_flops
+from mpl_fast.dry_run.estimate import Memory, has_fixed_teacher, learners, step_flops
 from mpl_fast.dry_run.network import NetworkCost
 from mpl_fast.dry_run.roofline import Forecast
 from mpl_fast.training.console import duration, quantity
@@ -90,11 +90,13 @@ def table(plan: Plan) -> str:
 
 
 def _network(plan: Plan) -> str:
-    count = len({"teacher", "student"} & set(vars(plan.config.algorithm))) or 1
+    algorithm = plan.config.algorithm
+    count = len(learners(algorithm))
     each = " each" if count > 1 else ""
+    fixed = ", and a teacher, counted as another of it" if has_fixed_teacher(algorithm) else ""
     return (
         f"{count} x {plan.config.model.name}, {quantity(plan.cost.parameters)} trained "
-        f"parameters{each}, {plan.config.data.image_size}-pixel images"
+        f"parameters{each}{fixed}, {plan.config.data.image_size}-pixel images"
     )
 
 

@@ -9,16 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mpl_fast.config import RolePlayConfig, RunConfig
+from mpl_fast.config import DataConfig, RolePlayConfig, RunConfig
 from mpl_fast.config.command_line import parse
+from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.training.build import build_network, uses_bf16
 from mpl_fast.training.checkpoint import State, newest, no_class_names, read_shared, step_of
-
-Which = Literal["newest", "best"]
-FOLDERS: dict[Which, str] = {"newest": "checkpoints", "best": "checkpoints_best"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def load(
     run: str | Path,
     *,
     device: str = "auto",
-    checkpoint: Which = "newest",
+    checkpoint: WhichCheckpoint = "newest",
     pipeline: Sequence[str] = (),
 ) -> Trained:
     """The network that a run evaluates, with the averaged weights of a checkpoint.
@@ -148,12 +146,12 @@ def config_of(run: str | Path, options: Sequence[str] = ()) -> RunConfig:
     return parse(["--config", str(file), *options, "--run-dir", str(run)])
 
 
-def find_checkpoint(run: str | Path, which: Which = "newest") -> tuple[Path, list[str]]:
+def find_checkpoint(run: str | Path, which: WhichCheckpoint = "newest") -> tuple[Path, list[str]]:
     """A run's newest or best undamaged checkpoint, and a warning for each that was passed over.
 
     A collective. Raises `CheckpointError` if there is none.
     """
-    folder = Path(run) / FOLDERS[which]
+    folder = Path(run) / CHECKPOINTS[which]
     found, damage = newest(folder)
     if found is None:
         why = "; ".join(damage) or "nothing has been saved there"
@@ -173,7 +171,7 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     data = config.data
     side, filter_ = data.image_size, v2.InterpolationMode(data.interpolation)
     whole = data.crop == "pad_crop"
-    size = [side, side] if whole else [round(side / data.eval_crop)]
+    size = [side, side] if whole else [resized_side(data)]
     steps = [
         v2.RGB(),
         v2.Resize(size, filter_, antialias=True),
@@ -184,6 +182,11 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
         v2.ToPureTensor(),
     ]
     return cast(Callable[[Image.Image], Tensor], v2.Compose(steps))
+
+
+def resized_side(data: DataConfig) -> int:
+    """Pixels of an image's shorter side before evaluation's center crop."""
+    return round(data.image_size / data.eval_crop)
 
 
 def _classes(shared: State, config: RunConfig, checkpoint: Path) -> tuple[str, ...]:

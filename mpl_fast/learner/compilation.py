@@ -1,5 +1,6 @@
 """Compiles networks in place, with the compiler's caches on disk for the next start."""
 
+import gc
 import os
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,15 @@ def mark_step() -> None:
     """Allows CUDA graphs of compiled networks to overwrite the outputs of earlier passes."""
     if _graphs and torch.cuda.is_available():
         torch.compiler.cudagraph_mark_step_begin()
+
+
+def release() -> None:
+    """Frees the memory of networks that are no longer referenced, of what was compiled for them
+    and of their CUDA graphs."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def set_cache_dirs(folder: Path) -> None:

@@ -24,6 +24,7 @@ from mpl_fast.learner.jvp import EPSILON, WeightDerivative
 from mpl_fast.learner.optimizer import ClippedOptimizer
 from mpl_fast.learner.rng import DropoutMaskDtype
 from mpl_fast.learner.weight_average import WeightAverage
+from mpl_fast.models.head import head_prefixes
 
 # A scalar loss, or logits with the gradient of a loss by them.
 Term = Tensor | tuple[Tensor, Tensor]
@@ -58,7 +59,12 @@ class Learner:
             self.network, compiled, graphs=graphs == "model", ddp=grad_sync == "ddp"
         )
         self._replica = _replicate(self.network, self.device, grad_sync)
-        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        self.parameters = [*trained.values()]
+        # For each parameter, whether it waits for the end of a delay of the trunk.
+        head = head_prefixes(self.network) if config.trunk_delay_steps else ("",)
+        self._in_trunk = [not name.startswith(head) for name in trained]
+        self.trunk_delayed = False
         self._optimizer = ClippedOptimizer(self.network, config, lr_tensor=graphs == "step")
         self.optimizer = self._optimizer.optimizer
         self._bn_stats = BatchNormStats(self.network)
@@ -101,7 +107,8 @@ class Learner:
         """The gradient of the cross-entropy, a list like `parameters` averaged over ranks, and the
         loss of this rank.
 
-        The logits are those of `forward_batch_stats`, or, with running statistics, of `infer`.
+        The logits are those of `forward_batch_stats`, or, with running statistics, of `infer`. The
+        gradient is by the weights that this step trains: 0 by those of a delayed trunk.
         """
         of_batch = batch_statistics(self.network) if statistics == "batch" else nullcontext()
         with of_batch:
@@ -109,6 +116,11 @@ class Learner:
         loss = losses.smoothed_ce(logits, labels).loss
         gradient = list(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
         mean_over_ranks_(gradient)
+        if self.trunk_delayed:
+            gradient = [
+                torch.zeros_like(g) if waits else g
+                for g, waits in zip(gradient, self._in_trunk, strict=True)
+            ]
         return gradient, loss.detach()
 
     def weights(self) -> list[Tensor]:
@@ -192,6 +204,10 @@ class Learner:
         NaN if the step was skipped. (Movement by earlier gradients, through the momentum, does not
         count.)
         """
+        if self.trunk_delayed:
+            # Optimizers leave out parameters without a gradient: weights, momentum, step counters.
+            for parameter, waits in zip(self.parameters, self._in_trunk, strict=True):
+                parameter.grad = None if waits else parameter.grad
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._average_over_ranks(gradients)
         clipping, finite = self._optimizer.step(gradients, update=not self._frozen)
@@ -231,6 +247,7 @@ class Learner:
         if self._ended < 0:
             self._bn_stats.snapshot()
         self._frozen = False
+        self.trunk_delayed = self.config.trunk_delayed_at(step)
         self._optimizer.lr = self.config.lr_at(step, self.steps)
 
     @torch.no_grad()

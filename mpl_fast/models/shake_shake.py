@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from mpl_fast.models.drop_path import DropPath, linear_rates
+
 
 class ShakeShake(nn.Module):
     """Residual network with shake-shake regularization (arXiv 1705.07485), for 32-pixel images.
@@ -14,18 +16,22 @@ class ShakeShake(nn.Module):
     As in Mean Teacher's PyTorch code, which MetaSemi uses: a stem of 16 channels without norm, a
     shifted 1x1 convolution where the resolution halves, no norm or activation before the pooling.
     Unlike there, one linear layer. `dropout` applies to the pooled features and is 0 in the
-    literature. Images ``(N, 3, H, W)`` need sides divisible by 4.
+    literature. `drop_path` is the rate of stochastic depth of the last block's mixed branches.
+    Images ``(N, 3, H, W)`` need sides divisible by 4.
     """
 
-    def __init__(self, depth: int, width: int, classes: int, dropout: float) -> None:
+    def __init__(
+        self, depth: int, width: int, classes: int, dropout: float, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
+        rates = iter(linear_rates(drop_path, 3 * blocks))
         channels = [16, width, 2 * width, 4 * width]
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         stages = []
         for stage, (before, after) in enumerate(pairwise(channels)):
-            stages.append(_Block(before, after, halve=stage > 0))
-            stages += [_Block(after, after, halve=False) for _ in range(blocks - 1)]
+            stages.append(_Block(before, after, next(rates), halve=stage > 0))
+            stages += [_Block(after, after, next(rates), halve=False) for _ in range(blocks - 1)]
         self.blocks = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels[-1], classes)
@@ -68,17 +74,19 @@ def shake(first: Tensor, second: Tensor) -> Tensor:
 class _Block(nn.Module):
     """Two branches, mixed in training and averaged in evaluation, and a shortcut."""
 
-    def __init__(self, before: int, after: int, *, halve: bool) -> None:
+    def __init__(self, before: int, after: int, drop_path: float, *, halve: bool) -> None:
         super().__init__()
         self.first = _branch(before, after, 2 if halve else 1)
         self.second = _branch(before, after, 2 if halve else 1)
         self.shortcut = _shortcut(before, after, halve)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.first(x), self.second(x)
         mixed = shake(first, second) if self.training else (first + second) / 2
         shortcut: Tensor = self.shortcut(x)
-        return shortcut + mixed
+        out: Tensor = shortcut + self.drop_path(mixed)
+        return out
 
 
 def _branch(before: int, after: int, stride: int) -> nn.Sequential:

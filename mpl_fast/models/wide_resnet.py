@@ -5,21 +5,27 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpl_fast.models.drop_path import DropPath, linear_rates
+
 
 class WideResNet(nn.Module):
     """Wide ResNet (arXiv 1605.07146) after kekmodel/MPL-pytorch.
 
     Stem of 16 channels, LeakyReLU with slope 0.1, batch norm with momentum 0.001, dropout on the
     pooled features. Unlike there, the first convolution of the later stages gets the normalized
-    features too; that code computes them and does not use them.
+    features too; that code computes them and does not use them. `drop_path` is the rate of
+    stochastic depth in the last block.
     """
 
     SLOPE = 0.1
     NORM_MOMENTUM = 0.001
 
-    def __init__(self, depth: int, width: int, classes: int, dropout: float) -> None:
+    def __init__(
+        self, depth: int, width: int, classes: int, dropout: float, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
+        rates = iter(linear_rates(drop_path, 3 * blocks))
         channels = [16, 16 * width, 32 * width, 64 * width]
         self.stem = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         stages = []
@@ -27,7 +33,8 @@ class WideResNet(nn.Module):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 first = stage == 0 and block == 0
-                stages.append(_Block(before if block == 0 else after, after, stride, first))
+                width_in = before if block == 0 else after
+                stages.append(_Block(width_in, after, stride, first, next(rates)))
         self.blocks = nn.Sequential(*stages)
         self.norm = _norm(channels[-1])
         self.dropout = nn.Dropout(dropout)
@@ -57,7 +64,9 @@ class _Block(nn.Module):
     With `activate_shortcut`, of the very first block, the shortcut gets the activated features.
     """
 
-    def __init__(self, before: int, after: int, stride: int, activate_shortcut: bool) -> None:
+    def __init__(
+        self, before: int, after: int, stride: int, activate_shortcut: bool, drop_path: float
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(before), _norm(after)
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
@@ -67,12 +76,14 @@ class _Block(nn.Module):
             nn.Conv2d(before, after, 1, stride, bias=False) if changes else nn.Identity()
         )
         self.activate_shortcut = activate_shortcut
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         active = _activate(self.norm1(x))
         shortcut: Tensor = self.shortcut(active if self.activate_shortcut else x)
         residual: Tensor = self.conv2(_activate(self.norm2(self.conv1(active))))
-        return shortcut + residual
+        out: Tensor = shortcut + self.drop_path(residual)
+        return out
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

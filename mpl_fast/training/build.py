@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpl_fast import algorithms, models
-from mpl_fast.algorithms.base import Algorithm, AlgorithmContext
+from mpl_fast.algorithms.base import Algorithm, AlgorithmContext, Teacher
 from mpl_fast.algorithms.mpl import count_held_out
 from mpl_fast.batch import EvalBatches, Loader
 from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
@@ -101,13 +101,16 @@ def build_algorithm(
     *,
     fresh: bool = True,
     notes: list[str] | None = None,
+    teacher: Teacher | None = None,
 ) -> Algorithm:
     """The algorithm of a resolved config with initialized networks, equal on every rank.
 
     `fresh`: no checkpoint will be loaded, so pretrained weights are read where the config has them;
-    a sentence about them is appended to `notes` for each network.
+    a sentence about them is appended to `notes` for each network. `teacher`: a fixed one, which
+    training by recipe noisy_student needs.
     """
-    context = AlgorithmContext(config.seed, steps_in(1.0, config, manifest), config.microbatches)
+    steps_per_epoch = steps_in(1.0, config, manifest)
+    context = AlgorithmContext(config.seed, steps_per_epoch, config.microbatches, teacher)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         assert config.compile != "auto" != config.cuda_graphs and config.grad_sync != "auto"
@@ -115,6 +118,7 @@ def build_algorithm(
             config,
             classes,
             learner.dropout,
+            drop_path=learner.drop_path,
             pretrained=config.model.pretrained if fresh else "",
             class_names=manifest.classes,
             notes=notes,
@@ -141,6 +145,7 @@ def build_network(
     classes: int,
     dropout: float = 0.0,
     *,
+    drop_path: float = 0.0,
     pretrained: str = "",
     class_names: Sequence[str] = (),
     notes: list[str] | None = None,
@@ -151,6 +156,7 @@ def build_network(
         classes,
         dropout,
         config.model.norm_momentum,
+        drop_path=drop_path,
         image_size=config.data.image_size,
         pretrained=pretrained,
         class_names=class_names,

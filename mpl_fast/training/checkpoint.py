@@ -6,12 +6,14 @@ and SHA-256 of each file. torch.load does not notice a flipped bit; the checksum
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from mpl_fast import atomic, models
 from mpl_fast.algorithms.base import Algorithm
@@ -40,13 +42,21 @@ class Checkpoints:
             for leftover in folder.glob(".writing_*"):
                 shutil.rmtree(leftover)
 
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return _checkpoints(self.folder)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is, if there is one."""
+        return self.folder / f"step_{step:08d}"
+
     def save(self, step: int, shared: State, rank_state: State) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
         A collective: every rank must call it. The checkpoint appears complete under its final name,
         or not at all. Raises `OSError` on the rank whose file cannot be written.
         """
-        partial, final = self.folder / f".writing_{step:08d}", self.folder / f"step_{step:08d}"
+        partial, final = self.folder / f".writing_{step:08d}", self.path(step)
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -59,17 +69,40 @@ class Checkpoints:
             about = {"format": FORMAT, "step": step, "world": self.world}
             about["files"] = {name: file for files in by_rank for name, file in files.items()}
             atomic.write_json(partial / "checkpoint.json", about)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            atomic.sync_folder(self.folder)
-            self._remove_old(final)
+            self._publish(partial, final)
         barrier()
         return final
+
+    def adopt(self, checkpoint: Path) -> None:
+        """Adds a checkpoint of another folder of the run, by hard links, as the latest.
+
+        Not a collective: the first rank calls it. Raises `OSError` if it cannot be written.
+        """
+        partial, final = self.folder / f".writing_{checkpoint.name}", self.folder / checkpoint.name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for file in checkpoint.iterdir():
+            _link(file, partial / file.name)
+        atomic.sync_folder(partial)
+        self._publish(partial, final)
+
+    def remove_after(self, step: int) -> None:
+        """Removes checkpoints of later steps, which the run repeats; on the first rank."""
+        for checkpoint in self.all():
+            if step_of(checkpoint) > step:
+                shutil.rmtree(checkpoint)
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Gives a complete checkpoint its name, and removes old ones."""
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        atomic.sync_folder(self.folder)
+        self._remove_old(final)
 
     def _remove_old(self, latest: Path) -> None:
         """Keeps `latest` and the newest before it; one after it is damaged, or the run would have
         resumed from there."""
-        checkpoints = _checkpoints(self.folder)
+        checkpoints = self.all()
         kept = [c for c in checkpoints if c.name <= latest.name][-self.keep :]
         for old in {*checkpoints} - {*kept}:
             shutil.rmtree(old)
@@ -167,6 +200,67 @@ def check_same_classes(shared: State, manifest: Manifest, checkpoint: Path) -> N
         )
 
 
+class Trained(NamedTuple):
+    """The networks that a run evaluates, as its newest checkpoint has them."""
+
+    option: str
+    """Which names the run."""
+    model: str
+    """The model.name that the networks should be of."""
+    checkpoint: Path
+    weights: dict[str, tuple[str, State]]
+    """By learner: "average" or "network", and its state dict."""
+    about: str
+    """How classes were mapped, as the end of a message."""
+    warnings: list[str]
+    """Of damaged checkpoints passed over, and if one has no class names."""
+
+
+def read_trained(
+    option: str, run: str, model: str, classes: Sequence[str], *, average: bool = True
+) -> Trained:
+    """The networks that the run in a folder evaluates, their heads in the order of `classes`.
+
+    Without `average`, networks themselves in place of their averages. A collective. Raises
+    `CheckpointError` if there is no checkpoint or it is of other classes.
+    """
+    checkpoint, warnings = newest_of(option, run)
+    shared = read_shared(checkpoint)
+    trained, about, order = shared.get("classes"), "", None
+    names = shared.get("eval_ensemble", [*shared["learners"]][-1:])
+    if trained is None:
+        warnings.append(no_class_names(checkpoint))
+    elif {*trained} != {*classes}:
+        raise CheckpointError(
+            f"{option}: {checkpoint} is of other classes than this data "
+            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
+            f"--model.pretrained {checkpoint}/state.pt:{names[-1]}"
+        )
+    elif trained != [*classes]:
+        order = positions(classes, trained)
+        about = "; its classes are in another order and were mapped by name"
+    found = {}
+    for name in names:
+        state = shared["learners"][name]
+        kind = "average" if average and state["average"] is not None else "network"
+        weights = state[kind]
+        found[name] = kind, models.with_class_order(weights, model, order) if order else weights
+    return Trained(option, model, checkpoint, found, about, warnings)
+
+
+def load_trained(trained: Trained, name: str, network: nn.Module) -> None:
+    """Loads the weights of one learner. Raises `CheckpointError` if they are of another network."""
+    try:
+        network.load_state_dict(trained.weights[name][1])
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:120]
+        raise CheckpointError(
+            f"{trained.option}: {trained.checkpoint} is of another network or number of classes "
+            f"than model.name {trained.model} for this data ({reason}): see "
+            f"{trained.checkpoint.parents[1]}/config.yaml"
+        ) from None
+
+
 def load_start(
     config: FinetuneConfig, learner: Learner, model: str, classes: Sequence[str]
 ) -> tuple[str, list[str]]:
@@ -174,49 +268,31 @@ def load_start(
 
     They are those of the network that the run `config.start` evaluates, the last if there are two,
     its head in the order of `classes`. `model` is this run's model.name. Returns a message, and
-    warnings: of damaged checkpoints passed over, and if one has no class names. Raises
-    `CheckpointError` if there is no checkpoint or it does not fit.
+    warnings. Raises `CheckpointError` if there is no checkpoint or it does not fit.
     """
-    checkpoint, warnings = _start(config)
-    shared = read_shared(checkpoint)
-    name = shared.get("eval_ensemble", [*shared["learners"]])[-1]
-    state = shared["learners"][name]
-    kind = "network" if state["average"] is None else config.weights
-    weights, trained, about = state[kind], shared.get("classes"), ""
-    if trained is None:
-        warnings.append(no_class_names(checkpoint))
-    elif {*trained} != {*classes}:
-        raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of other classes than this data "
-            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
-            f"--model.pretrained {checkpoint}/state.pt:{name}"
-        )
-    elif trained != [*classes]:
-        weights = models.with_class_order(weights, model, positions(classes, trained))
-        about = "; its classes are in another order and were mapped by name"
-    try:
-        for network in filter(None, (learner.network, learner.average)):
-            network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition(":")[2].split())[:120]
-        raise CheckpointError(
-            f"algorithm.start: {checkpoint} is of another network or number of classes than "
-            f"model.name {model} for this data ({reason}): see {config.start}/config.yaml"
-        ) from None
-    step = step_of(checkpoint)
-    return f"begins with the {kind} of {name} after step {step}, {checkpoint}{about}", warnings
+    average = config.weights == "average"
+    found = read_trained("algorithm.start", config.start, model, classes, average=average)
+    name = [*found.weights][-1]
+    for network in filter(None, (learner.network, learner.average)):
+        load_trained(found, name, network)
+    step, kind = step_of(found.checkpoint), found.weights[name][0]
+    message = f"begins with the {kind} of {name} after step {step}, {found.checkpoint}"
+    return message + found.about, found.warnings
 
 
-def _start(config: FinetuneConfig) -> tuple[Path, list[str]]:
-    """The newest checkpoint of the run to start from, and warnings about damaged ones."""
-    folder = Path(config.start) / "checkpoints"
-    if not Path(config.start).is_dir():
-        raise ConfigError(f"algorithm.start: there is no folder {config.start}")
+def newest_of(option: str, run: str) -> tuple[Path, list[str]]:
+    """The newest checkpoint of a run that `option` names, and warnings about damaged ones.
+
+    A collective. Raises `CheckpointError` if there is none.
+    """
+    folder = Path(run) / "checkpoints"
+    if not Path(run).is_dir():
+        raise ConfigError(f"{option}: there is no folder {run}")
     checkpoint, damage = newest(folder)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"
         raise CheckpointError(
-            f"algorithm.start: {folder} holds no usable checkpoint ({why}): "
+            f"{option}: {folder} holds no usable checkpoint ({why}): "
             "give the run directory of a run that has trained"
         )
     return checkpoint, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
@@ -225,6 +301,15 @@ def _start(config: FinetuneConfig) -> tuple[Path, list[str]]:
 def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(folder.glob("step_*"))
+
+
+def _link(file: Path, to: Path) -> None:
+    """Links a file, or copies it where the file system has no hard links."""
+    try:
+        os.link(file, to)
+    except OSError:
+        with atomic.atomic_file(to) as copy, file.open("rb") as original:
+            shutil.copyfileobj(original, copy)
 
 
 def _write(path: Path, state: State) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
 from mpl_fast.batch import EvalBatches
 from mpl_fast.config import RunConfig
+from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
 from mpl_fast.data.class_names import lacking, positions
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import CheckpointError, DataError
@@ -48,8 +49,8 @@ def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accur
     return {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
 
 
-def evaluate_run(config: RunConfig) -> Accuracy:
-    """Evaluates the newest checkpoint of `config.run_dir` and prints one line.
+def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accuracy:
+    """Evaluates the newest or the best checkpoint of `config.run_dir` and prints one line.
 
     Labels are those of the run's classes, by name. Raises `UserError` as training does, and
     `CheckpointError` if no checkpoint is usable.
@@ -59,10 +60,13 @@ def evaluate_run(config: RunConfig) -> Accuracy:
     check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
-    folder = Path(config.run_dir) / "checkpoints"
+    folder = Path(config.run_dir) / CHECKPOINTS[which]
     checkpoint, damage = newest(folder)
     if checkpoint is None:
-        raise CheckpointError(f"{folder} holds no usable checkpoint {'; '.join(damage)}".strip())
+        why = "; ".join(damage)
+        if which == "best" and not damage:
+            why = "(train with --checkpoint-best true)"
+        raise CheckpointError(f"{folder} holds no usable checkpoint {why}".strip())
     for warning in damage:
         console.warn(f"{warning}; evaluating {checkpoint.name}")
     shared = read_shared(checkpoint)

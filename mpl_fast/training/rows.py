@@ -66,8 +66,9 @@ def count(
     counter = _Counter(norm_ranks)
 
     def new_learner(learner: LearnerConfig) -> Learner:
-        # The optimizer's backend changes no row, and some backends need a GPU.
-        learner = replace(learner, optimizer_backend="torch")
+        # The optimizer's backend changes no row, and some backends need a GPU; nor does a delay of
+        # the trunk, whose gradient is computed as well.
+        learner = replace(learner, optimizer_backend="torch", trunk_delay_steps=0)
         return _Counted(_StandIn(counter), learner, steps=steps)
 
     algorithm = algorithms.build(config, new_learner, AlgorithmContext(microbatches=microbatches))

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
-from mpl_fast.algorithms.base import train_step
+from mpl_fast.algorithms.base import Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader
-from mpl_fast.config import FinetuneConfig, RunConfig
+from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
+from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
 from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
+from mpl_fast.training.best import Best
 from mpl_fast.training.build import (
     build_algorithm,
     check_batches,
@@ -39,33 +41,53 @@ from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_fini
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
+from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW = "skipped_in_a_row/"
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, *later: RunConfig) -> int:
     """Trains to the end, to `stop_at` or until a signal; returns the exit code.
 
-    Raises `UserError` for what the user can correct, on every rank where it occurs.
+    The runs of `later` configs follow, each when the one before is complete. Raises `UserError` for
+    what the user can correct, on every rank where it occurs.
     """
-    manifest = read_manifest(config.data.root)
-    config = resolve_epochs(config, manifest)
-    classes = count_classes(config, manifest)
+    prepared = [_prepared(one) for one in (config, *later)]
     dist_env = distributed.init(config.device)
-    check_batches(config, manifest, dist_env)
-    check_training(config, classes, dist_env.world)
-    run_dir = open_for(config, dist_env)
-    try:
-        code = Run(config, dist_env, manifest, classes, run_dir).go()
-    finally:
-        if run_dir:
-            run_dir.close()
+    for config, manifest, classes in prepared:
+        check_batches(config, manifest, dist_env)
+        check_training(config, classes, dist_env.world)
+    code = 0
+    for number, (config, manifest, classes) in enumerate(prepared):
+        if number:
+            compilation.release()
+        run_dir = open_for(config, dist_env)
+        try:
+            run = Run(config, dist_env, manifest, classes, run_dir)
+            code = run.go()
+        finally:
+            if run_dir:
+                run_dir.close()
+        if not run.complete:
+            break
+        if prepared[number + 1 :] and any(distributed.all_gather_object(run.stop.requested)):
+            run.console.print("stopped by a signal: the same command goes on with the next run")
+            code = PREEMPTED
+            break
+        del run
     # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
     # the group would wait for them instead of reporting the error.
     distributed.shutdown()
     return code
+
+
+def _prepared(config: RunConfig) -> tuple[RunConfig, Manifest, int]:
+    """The config with its length in steps, the data, and the number of classes."""
+    manifest = read_manifest(config.data.root)
+    config = resolve_epochs(config, manifest)
+    return config, manifest, count_classes(config, manifest)
 
 
 class Run:
@@ -86,7 +108,7 @@ class Run:
         self.run_dir = run_dir
         self.console = Console(config.steps, silent=not dist_env.is_rank0)
         self.checkpoints = Checkpoints(
-            Path(config.run_dir) / "checkpoints",
+            Path(config.run_dir) / CHECKPOINTS["newest"],
             keep=config.checkpoint_keep,
             rank=dist_env.rank,
             world=dist_env.world,
@@ -95,19 +117,27 @@ class Run:
         self.checkpoint = self._newest_checkpoint()
         fresh, self.notes = self.checkpoint is None, list[str]()
         self.algorithm = build_algorithm(
-            config, manifest, classes, dist_env.device, fresh=fresh, notes=self.notes
+            config,
+            manifest,
+            classes,
+            dist_env.device,
+            fresh=fresh,
+            notes=self.notes,
+            teacher=self._teacher(fresh=fresh),
         )
         rng.seed_run(config, dist_env)
         graphs = config.cuda_graphs
         self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.steps_saved, self.train_seconds = 0, -1, 0.0
-        self.accuracy, self.best = dict[str, float](), dict[str, float]()
+        self.complete = False
+        self.accuracy, self.best = dict[str, float](), Best(config, dist_env)
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
         checkpoint = self.checkpoint
-        if checkpoint and step_of(checkpoint) >= self.config.steps:
+        if checkpoint and self._ended_with(checkpoint):
+            self.complete = True
             return self._already_complete(checkpoint)
         if checkpoint:
             data_state = self._resume(checkpoint)
@@ -119,12 +149,15 @@ class Run:
         with stop_on_signal(self._request_stop):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
-            if self.steps_done == 0 and isinstance(self.config.algorithm, FinetuneConfig):
-                self._evaluate()  # the accuracy before fine-tuning
             loader = train_loader(self.config, self.manifest, self.dist_env, data_state)
+            if not checkpoint and isinstance(self.config.algorithm, FinetuneConfig):
+                self._evaluate()  # the accuracy before fine-tuning
+                if self.best.keeps(self.steps_done):
+                    self._save(loader)
             finished = self._loop(loader)
         if finished:
             self._summarize()
+            self.complete = True
             return 0
         done = self.steps_done
         if done == self.config.stop_at:
@@ -135,6 +168,19 @@ class Run:
         )
         return PREEMPTED
 
+    def _teacher(self, *, fresh: bool) -> Teacher | None:
+        """The fixed teacher, for the recipe that has one."""
+        algorithm = self.config.algorithm
+        if not isinstance(algorithm, NoisyStudentConfig):
+            return None
+        loaded = load_teacher(
+            self.config, algorithm, self.manifest.classes, self.dist_env.device, fresh=fresh
+        )
+        for warning in loaded.warnings:
+            self.console.warn(warning)
+        self.notes.append(loaded.message)
+        return loaded.teacher
+
     def _request_stop(self) -> None:
         """In a signal handler."""
         if not self.stop.requested:
@@ -143,15 +189,27 @@ class Run:
             )
         self.stop.request()
 
+    def _ended_with(self, checkpoint: Path) -> bool:
+        """Whether the run ended with this checkpoint, early or not."""
+        if self.config.patience:
+            self.best.restore(read_shared(checkpoint))
+        return step_of(checkpoint) >= self.config.steps or self.best.stopped_early
+
     def _already_complete(self, checkpoint: Path) -> int:
-        """Prints the result; writes the summary if the run was killed before it was written."""
+        """Prints the result; writes what a kill came before."""
+        self._restore_progress(read_shared(checkpoint))
         if self.run_dir:
+            self._restore_best(checkpoint)
             if summary := self.run_dir.summary():
                 top1 = f"top-1 {summary['top1']:.2f} %"
                 self.console.print(f"complete already: {top1} in {self.config.run_dir}")
             else:
-                self._restore_progress(read_shared(checkpoint))
                 self._summarize()
+            if self.best.stopped_early:
+                self.console.print(
+                    f"it ended early, after step {self.steps_done}: a larger --patience, or 0, "
+                    "continues it"
+                )
         return 0
 
     def _loop(self, loader: Loader) -> bool:
@@ -175,11 +233,12 @@ class Run:
             stopping = self.stop.should_stop() or self.steps_done == config.stop_at
             if last or (config.eval_every and self.steps_done % config.eval_every == 0):
                 self._evaluate()
+            last = last or self.best.stopped_early
             due = config.checkpoint_every and self.steps_done % config.checkpoint_every == 0
-            if last or due or stopping:
+            if last or due or stopping or self.best.keeps(self.steps_done):
                 self._save(loader)
-            if stopping and not last:
-                return False
+            if last or stopping:
+                return last
         return True
 
     def _log(self, *, late: bool = False) -> None:
@@ -233,12 +292,17 @@ class Run:
         expected = self.manifest.splits["val"].records
         self.accuracy = evaluate(self.algorithm, self.validation, expected)
         self.meter.pause(time.perf_counter() - began)
-        if self.accuracy["top1"] > self.best.get("best_top1", -1.0):
-            self.best = {"best_top1": self.accuracy["top1"], "best_step": self.steps_done}
+        delay = max(self._delays().values())
+        self.best.add(self.accuracy["top1"], self.steps_done, delay)
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.run_dir:
             self.run_dir.row(self.steps_done, values)
         self.console.print(f"step {self.steps_done} | evaluated: {accuracy_line(self.accuracy)}")
+        if self.best.stopped_early:
+            self.console.print(
+                f"ends early, since the last {self.config.patience} evaluations were no better "
+                f"than {self.best}"
+            )
 
     def _save(self, loader: Loader) -> None:
         """Writes a checkpoint; raises `CheckpointError` if it cannot be written."""
@@ -251,16 +315,21 @@ class Run:
             self.run_dir.sync()
         rank_state = rng.generator_states() | {"data": loader.state()}
         try:
-            self.checkpoints.save(self.steps_done, self._shared_state(), rank_state)
+            saved = self.checkpoints.save(self.steps_done, self._shared_state(), rank_state)
+            if self.run_dir and self.best.keeps(self.steps_done):
+                self.best.keep(saved)
         except OSError as error:
-            failure = CheckpointError(
-                f"the checkpoint of step {self.steps_done} cannot be written: {error.strerror} "
-                f"({error.filename or self.checkpoints.folder}); earlier ones are untouched"
-            )
-            failure.alone = True
-            raise failure from None
+            self._not_written(error)
         self.steps_saved = self.steps_done
         self.meter.pause(time.perf_counter() - began)
+
+    def _not_written(self, error: OSError) -> NoReturn:
+        failure = CheckpointError(
+            f"the checkpoint of step {self.steps_done} cannot be written: {error.strerror} "
+            f"({error.filename or self.checkpoints.folder}); earlier ones are untouched"
+        )
+        failure.alone = True
+        raise failure from None
 
     def _shared_state(self) -> State:
         """What a checkpoint holds that is equal on all ranks."""
@@ -269,7 +338,7 @@ class Run:
             "step": self.steps_done,
             "train_seconds": self.train_seconds,
             "accuracy": self.accuracy,
-            "best": self.best,
+            **self.best.state(),
             "learners": {name: learner.state_dict() for name, learner in learners.items()},
             "eval_ensemble": [name for name, learner in learners.items() if learner in ensemble],
             "algorithm": dict(self.algorithm.state),
@@ -299,6 +368,7 @@ class Run:
             self.console.warn(no_class_names(checkpoint))
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
+        self._restore_best(checkpoint)
         self.steps_saved = self.steps_done
         rng.restore_generators(rank_state)
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
@@ -307,6 +377,7 @@ class Run:
 
     def _start(self) -> None:
         """Begins a run without a checkpoint; fine-tuning loads the weights of another run."""
+        self.best.start()
         algorithm = self.config.algorithm
         if isinstance(algorithm, FinetuneConfig):
             learner = self.algorithm.learners["learner"]
@@ -321,7 +392,18 @@ class Run:
     def _restore_progress(self, shared: State) -> None:
         self.steps_done, self.train_seconds = shared["step"], shared["train_seconds"]
         self.accuracy = shared["accuracy"]
-        self.best = shared.get("best", {})  # not in checkpoints of older versions
+        self.best.restore(shared)
+
+    def _restore_best(self, checkpoint: Path) -> None:
+        """Restores the best checkpoint as of `checkpoint`, the newest."""
+        if not self.run_dir:
+            return
+        try:
+            warning = self.best.resume(checkpoint, self.steps_done)
+        except OSError as error:
+            self._not_written(error)
+        if warning:
+            self.console.warn(warning)
 
     def _introduce(self) -> None:
         """Prints what is trained on what, and warnings about it."""
@@ -338,14 +420,12 @@ class Run:
             self.console.print(note)
         if config.unlabeled_images and (warning := gray_views(config.data)):
             self.console.warn(warning)
-        delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
         if isinstance(self.algorithm, RolePlay):
-            delays["a network as student"] = self.algorithm.config.student_delay_steps
             self.console.print(
                 "the first network begins as teacher, the second as student; they swap roles "
                 f"every {self.algorithm.period} steps"
             )
-        for what, delay in delays.items():
+        for what, delay in self._delays().items():
             if delay >= config.steps:
                 self.console.warn(
                     f"{what} never moves: its delay of {delay} steps "
@@ -359,23 +439,39 @@ class Run:
                 "session has filled the cache"
             )
 
+    def _delays(self) -> dict[str, int]:
+        """Steps before networks begin to move, by what they are called."""
+        learners = self.algorithm.learners
+        delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
+        delays |= {
+            f"the trunk of {_network(n)}": one.config.delay_steps + one.config.trunk_delay_steps
+            for n, one in learners.items()
+            if one.config.trunk_delay_steps
+        }
+        if isinstance(self.algorithm, RolePlay):
+            delays["a network as student"] = self.algorithm.config.student_delay_steps
+        return delays
+
     def _summarize(self) -> None:
         """Writes summary.json and prints the result."""
         images_per_second = self.steps_done * self.config.images / self.train_seconds
+        kept = self.best.checkpoint()
+        best = f" (best {self.best}{kept and f', {kept}'})" if self.best.values else ""
         summary = {
             "recipe": self.config.recipe,
             "steps": self.steps_done,
+            "stopped_early": self.best.stopped_early,
             **self.accuracy,
-            **self.best,
+            **self.best.values,
+            **({"best_checkpoint": kept} if kept else {}),
             "train_seconds": self.train_seconds,
             "images_per_second": images_per_second,
             "run_dir": self.config.run_dir,
         }
         if self.run_dir:
             self.run_dir.summarize(summary)
-        best = "best {best_top1:.2f} % at step {best_step}".format(**self.best) if self.best else ""
         self.console.print(
-            f"done: top-1 {self.accuracy['top1']:.2f} %{best and f' ({best})'} "
+            f"done: top-1 {self.accuracy['top1']:.2f} %{best} "
             f"in {duration(self.train_seconds)} of training, "
             f"{images_per_second:.0f} images/s; {self.config.run_dir}/summary.json"
         )

@@ -25,9 +25,10 @@ from mpl_fast.training.metrics import Row
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
-# Options that may change when a run is resumed, since they do not change its result.
+# Options that may change when a run is resumed, since they do not change what its steps compute.
 FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch"}
-FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "algorithm.teacher_graph"}
+FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience"}
+FREE_OPTIONS |= {"algorithm.teacher_graph"}
 FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
 FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
 IMAGE_OPTIONS = ("data.image_size", "data.mean", "data.std")
@@ -59,13 +60,15 @@ class RunDir:
 
     def resume_at(self, step: int) -> None:
         """Writes the config, now that it is known to fit the checkpoint, and drops rows that an
-        interrupted run wrote after it, so that no step is there twice."""
+        interrupted run wrote after it, so that no step is there twice, and the summary of a run
+        that continues."""
         file = self.path / "metrics.jsonl"
         self._rows.close()
         kept = [r for r in read_rows(file) if r["step"] <= step]
         from mpl_fast.training.tensorboard import Board  # takes seconds to import
 
         with output_errors(self.path):
+            (self.path / "summary.json").unlink(missing_ok=True)
             atomic.write_text(self._config_file, self._config)
             atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
             self._rows = file.open("a", encoding="utf-8")

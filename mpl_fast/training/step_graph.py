@@ -42,6 +42,7 @@ class StepGraph:
         key = self._algorithm.graph_key(t)
         if key is None:
             return self._algorithm.step(batch, t)
+        key = key, *(learner.trunk_delayed for learner in self._algorithm.learners.values())
         if key not in self._replays and self._warmed[key] < WARMUP:
             self._warmed[key] += 1
             return self._on_side_stream(lambda: self._record_step(key, batch, t))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mpl_fast import models
-from mpl_fast.config import RunConfig
+from mpl_fast.config import LearnerConfig, RunConfig
+from mpl_fast.config.fields import sections
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.build import build_network
 from mpl_fast.training.rows import count
@@ -15,7 +16,7 @@ from mpl_fast.training.rows import count
 
 def check_training(config: RunConfig, classes: int, world: int) -> None:
     """Raises `ConfigError` if the network cannot train on images of this size, or not on batches as
-    small as a rank has in a step."""
+    small as a rank has in a step, or has no stochastic depth and should."""
     rows = count(
         config.algorithm,
         config.labeled_batch // world,
@@ -63,11 +64,17 @@ def _failure(config: RunConfig, classes: int, rows: int, *, training: bool) -> s
     side = config.data.image_size
     try:
         with torch.device("meta"), torch.no_grad():
-            network = build_network(config, classes).train(training)
+            network = build_network(config, classes, drop_path=_drop_path(config)).train(training)
             logits: Tensor = network(torch.empty(rows, 3, side, side))
-    except ConfigError:  # of an unknown name
+    except ConfigError:  # of an unknown name, or no stochastic depth
         raise
     except Exception as error:  # of any layer of any network
         return "".join(traceback.format_exception_only(error)).splitlines()[0]
     shape = tuple(getattr(logits, "shape", ()))
     return "" if shape == (rows, classes) else f"its output is {shape}, not {(rows, classes)}"
+
+
+def _drop_path(config: RunConfig) -> float:
+    """The largest rate of stochastic depth of any network."""
+    parts = [part for _, part in sections(config.algorithm)]
+    return max(part.drop_path for part in parts if isinstance(part, LearnerConfig))

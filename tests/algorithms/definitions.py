@@ -5,6 +5,7 @@ included, and the draws of mixup.
 """
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from mpl_fast.config import (
     FixMatchConfig,
     MetaSemiConfig,
     MPLConfig,
+    NoisyStudentConfig,
     RolePlayConfig,
     SMPLConfig,
     UDAConfig,
@@ -45,14 +47,21 @@ class PlainLearner:
             for name, parameter in learner.network.named_parameters()
         }
 
+    def trained(self, t: int) -> dict[str, nn.Parameter]:
+        """All parameters, or those of the last of the layers in a sequence."""
+        last = f"{len(list(self.network.children())) - 1}."
+        delayed = t < self.config.delay_steps + self.config.trunk_delay_steps
+        only = last if delayed and self.config.trunk_delay_steps else ""
+        return {n: p for n, p in self.network.named_parameters() if n.startswith(only)}
+
     def moved(self, loss: Tensor, t: int) -> tuple[Values, Values]:
         """Weights and momentum after a step, as functions of what the loss depends on."""
-        config, named = self.config, dict(self.network.named_parameters())
+        config, named = self.config, self.trained(t)
         gradient = torch.autograd.grad(loss, list(named.values()), create_graph=True)
         norm = float(torch.cat([g.detach().flatten() for g in gradient]).norm())
         limit = config.max_grad_norm
         clipping = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        weights, velocity = {}, {}
+        weights, velocity = dict(self.network.named_parameters()), dict(self.velocity)
         for (name, p), g in zip(named.items(), gradient, strict=True):
             g = clipping * g + config.weight_decay * p.detach() * (p.ndim > 1)
             velocity[name] = config.momentum * self.velocity[name] + g
@@ -152,6 +161,32 @@ def fixmatch(config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int)
     }
 
 
+def noisy_student(
+    config: NoisyStudentConfig, teacher: nn.Module, learner: PlainLearner, data: Batch, t: int
+) -> Values:
+    z_l, z_s = learner.network(torch.cat([data.labeled, data.strong])).split(
+        [len(data.labeled), len(data.strong)]
+    )
+    taught = teacher.eval()(data.weak).detach()
+    confidence, label = taught.softmax(-1).max(-1)
+    mask = (confidence >= config.threshold).double()
+    labeled = F.cross_entropy(z_l, data.labels, label_smoothing=config.label_smoothing)
+    if config.labels == "soft":
+        rows = soft_loss(z_s, (taught / config.temperature).softmax(-1))
+    else:
+        rows = soft_loss(z_s, one_hot(label, z_s), config.label_smoothing)
+    student = (mask * rows).mean()
+    learner.step(labeled + config.weight * student, t)
+    return {
+        "loss/labeled": labeled,
+        "loss/student": student,
+        "mask_rate": mask.mean(),
+        "confidence": confidence.mean(),
+        "accuracy/labeled": (z_l.argmax(-1) == data.labels).double().mean(),
+        "accuracy/pseudo": right_and_known(label, data),
+    }
+
+
 def mpl(
     config: MPLConfig, teacher: PlainLearner, student: PlainLearner, data: Batch, t: int
 ) -> Values:
@@ -222,14 +257,16 @@ def smpl(config: SMPLConfig, learner: PlainLearner, data: Batch, t: int) -> Valu
     return values | ({"feedback": old - new} if config.feedback == "difference" else {})
 
 
-def corrected_labels(network: nn.Module, data: Batch, rate: float) -> tuple[Tensor, Tensor]:
+def corrected_labels(
+    network: nn.Module, data: Batch, rate: float, trained: Collection[str] | None = None
+) -> tuple[Tensor, Tensor]:
     """Labels after a step along the gradient of the labeled loss, through the network's own step of
-    rate 1 down mean ||f - y||^2, at y = f; and the labeled loss.
+    rate 1 down mean ||f - y||^2, at y = f; and the labeled loss. None: all weights take that step.
 
     The published step, rate * 2 J g, is U times this meta-gradient.
     """
     evaluated = copy.deepcopy(network).eval()
-    weights = dict(evaluated.named_parameters())
+    weights = {n: p for n, p in evaluated.named_parameters() if trained is None or n in trained}
     f = evaluated(data.weak).softmax(-1)
     y = f.detach().requires_grad_()
     consistency = (f - y).square().sum(-1).mean()
@@ -245,7 +282,7 @@ def metasemi(config: MetaSemiConfig, learner: PlainLearner, data: Batch, t: int)
     """KL divergence of mixed images, or cross-entropy of labeled ones, and squared differences of
     the unlabeled ones; in training mode, in this order."""
     rate = config.label_rate or learner.config.lr_at(t, learner.steps)
-    y, labeled = corrected_labels(learner.network, data, rate)
+    y, labeled = corrected_labels(learner.network, data, rate, learner.trained(t))
     if config.mixup:
         images, target = mixed(data, y, config.mixup, t)
         z = learner.network(images)
@@ -276,8 +313,14 @@ def mixed(data: Batch, labels: Tensor, alpha: float, t: int) -> tuple[Tensor, Te
     return torch.stack(images), torch.stack(targets)
 
 
-def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch, t: int) -> Values:
-    """The step of a config."""
+def step(
+    config: AlgorithmConfig,
+    learners: dict[str, PlainLearner],
+    data: Batch,
+    t: int,
+    teacher: nn.Module | None = None,
+) -> Values:
+    """The step of a config; `teacher`: a fixed one."""
     first, *others = learners.values()
     second = others[0] if others else first
     match config:
@@ -291,6 +334,9 @@ def step(config: AlgorithmConfig, learners: dict[str, PlainLearner], data: Batch
             return uda(config, first, data, t)
         case FixMatchConfig():
             return fixmatch(config, first, data, t)
+        case NoisyStudentConfig():
+            assert teacher is not None
+            return noisy_student(config, teacher, first, data, t)
         case SMPLConfig():
             return smpl(config, first, data, t)
         case MetaSemiConfig():

@@ -20,6 +20,7 @@ from mpl_fast.config import (
     LearnerConfig,
     MetaSemiConfig,
     MPLConfig,
+    NoisyStudentConfig,
     RolePlayConfig,
     SMPLConfig,
     SupervisedConfig,
@@ -59,6 +60,8 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "uda cosine": replace(UDA, consistency=replace(CONSISTENCY, measure="cosine")),
     "uda split": replace(UDA, bn_batches="split"),
     "fixmatch": FixMatchConfig(learner=LEARNER, threshold=0.3),
+    "noisy_student": NoisyStudentConfig(learner=LEARNER, threshold=0.4),
+    "noisy_student argmax": NoisyStudentConfig(learner=LEARNER, labels="argmax", threshold=0.4),
     **{f"mpl {feedback}": replace(MPL, feedback=feedback) for feedback in FEEDBACKS},
     "mpl held_out baseline masked": replace(MPL, baseline=0.9, held_out=0.5, label_threshold=0.3),
     "mpl exact masked": replace(MPL, feedback="exact", label_threshold=0.3, feedback_weight=10.0),
@@ -77,6 +80,9 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "metasemi": MetaSemiConfig(learner=LEARNER),
     "metasemi plain": MetaSemiConfig(learner=LEARNER, mixup=0.0, derivative="forward"),
 }
+# For networks with a classifier.
+DELAYED_TRUNK = replace(LEARNER, warmup=0, delay_steps=1, trunk_delay_steps=2)
+DELAYED_TRUNKS = replace(MPL, feedback="exact", teacher=DELAYED_TRUNK, student=DELAYED_TRUNK)
 
 
 def batch(
@@ -104,6 +110,13 @@ def as_dtype(data: Batch, dtype: torch.dtype) -> Batch:
     return data._replace(labeled=labeled, weak=weak, strong=strong)
 
 
+class Network(nn.Sequential):
+    """Layers, of which the last is the classifier."""
+
+    def get_classifier(self) -> nn.Module:
+        return self[-1]
+
+
 def network(norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     """A smooth convolutional float64 network, for which central differences are precise.
 
@@ -114,7 +127,7 @@ def network(norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
         layers.insert(1, nn.BatchNorm2d(4))
     if dropout:
         layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, CLASSES)).double()
+    return Network(*layers, nn.Flatten(), nn.Linear(16, CLASSES)).double()
 
 
 def confident(made: nn.Sequential) -> nn.Sequential:

@@ -1,18 +1,28 @@
 """Steps of the algorithms are those of their definitions, metrics included."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from mpl_fast.algorithms import AlgorithmContext
 from mpl_fast.algorithms.base import train_step
 from mpl_fast.batch import Batch
-from mpl_fast.config import AlgorithmConfig, FixMatchConfig, MetaSemiConfig, RolePlayConfig
+from mpl_fast.config import (
+    AlgorithmConfig,
+    FixMatchConfig,
+    MetaSemiConfig,
+    NoisyStudentConfig,
+    RolePlayConfig,
+)
 from tests.algorithms import definitions
 from tests.algorithms.definitions import PlainLearner
 from tests.algorithms.problems import (
     CONSISTENCY,
+    DELAYED_TRUNK,
+    DELAYED_TRUNKS,
     LEARNER,
     MPL,
     SMPL,
@@ -36,6 +46,9 @@ UNDEFINED = {
 }  # fmt: skip
 CASES: dict[str, AlgorithmConfig] = {
     **{name: config for name, config in VARIANTS.items() if name not in UNDEFINED},
+    "noisy_student sharpened": NoisyStudentConfig(
+        learner=LEARNER, threshold=0.35, temperature=0.5, weight=3.0
+    ),
     "fixmatch split": replace(FIXMATCH, bn_batches="split", threshold=0.42, label_smoothing=0.1),
     "fixmatch of all images": replace(FIXMATCH, threshold=0.0),
     "fixmatch of none": replace(FIXMATCH, threshold=1.1, weight=2.0),
@@ -43,6 +56,7 @@ CASES: dict[str, AlgorithmConfig] = {
         MPL, feedback="exact", held_out=0.5, pseudo="strong", student=HEAVY
     ),
     "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
+    "mpl exact delayed trunks": DELAYED_TRUNKS,
     "mpl delayed": replace(MPL, student=replace(LEARNER, delay_steps=2)),
     "mpl strong masked": replace(MPL, pseudo="strong", label_threshold=0.4, feedback_ramp=3),
     "mpl split held_out": replace(MPL, bn_batches="split", held_out=0.5),
@@ -52,6 +66,9 @@ CASES: dict[str, AlgorithmConfig] = {
     "smpl difference heavy ball": replace(SMPL, learner=HEAVY, feedback_ramp=2),
     "smpl exact delayed": replace(SMPL, feedback="exact", learner=replace(NESTEROV, delay_steps=1)),
     "smpl exact central": replace(SMPL, feedback="exact", derivative="central"),
+    "fixmatch delayed trunk": replace(FIXMATCH, learner=DELAYED_TRUNK, threshold=0.3),
+    "smpl exact delayed trunk": replace(SMPL, feedback="exact", learner=DELAYED_TRUNK),
+    "metasemi delayed trunk": MetaSemiConfig(learner=DELAYED_TRUNK, label_rate=3.0),
     "metasemi mixup label_rate": MetaSemiConfig(
         learner=HEAVY, derivative="forward", mixup=0.5, label_rate=3.0, ramp=2
     ),
@@ -68,14 +85,16 @@ def test_steps_are_those_of_the_definition(
 ) -> None:
     """On a GPU in float64, too, where losses are not the kernels'; the definition is computed on
     the CPU."""
-    config = CASES[name]
+    config, made = CASES[name], list[nn.Module]()
+
+    def make() -> nn.Module:
+        made.append(confident(network(norm=True)))
+        return made[-1]
+
     algorithm = new(
-        config,
-        lambda: confident(network(norm=True)),
-        steps=STEPS,
-        context=AlgorithmContext(seed=definitions.SEED),
-        device=device,
+        config, make, steps=STEPS, context=AlgorithmContext(seed=definitions.SEED), device=device
     )
+    teacher = copy.deepcopy(made[-1]).cpu()  # where it is fixed, it is made last
     plain = {key: PlainLearner(learner) for key, learner in algorithm.learners.items()}
     # The feedback difference has single precision.
     atol, rtol = 1e-7 if getattr(config, "feedback", "") == "difference" else 1e-12, 2e-6
@@ -87,7 +106,7 @@ def test_steps_are_those_of_the_definition(
     for t in range(STEPS):
         data = batch(t, labeled, unlabeled)
         metrics = train_step(algorithm, Batch(*(x.to(device) for x in data)), t)
-        expected = definitions.step(config, plain, data, t)
+        expected = definitions.step(config, plain, data, t, teacher)
         for key, value in expected.items():
             assert metrics[key].tolist() == pytest.approx(value.tolist(), rel=rtol, abs=2e-7), key
         for key, learner in algorithm.learners.items():

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpl_fast import atomic
-from mpl_fast.config import RECIPES, MPLConfig, RunConfig, UDAConfig
-from mpl_fast.config.command_line import as_yaml, parse
+from mpl_fast.config import RECIPES, FinetuneConfig, MPLConfig, RunConfig, UDAConfig
+from mpl_fast.config.command_line import as_yaml, parse, phases
 from mpl_fast.config.fields import all_options, replaced
 from mpl_fast.config.values import choices
 from mpl_fast.errors import ConfigError
@@ -32,7 +32,8 @@ def written(tmp_path: Path, text: str) -> str:
 
 def needed(recipe: str) -> list[str]:
     """Options without which a recipe is refused, besides folders."""
-    return ["--algorithm.start", "s"] if recipe == "finetune" else []
+    runs = {"finetune": "start", "noisy_student": "teacher"}
+    return [f"--algorithm.{runs[recipe]}", "s"] if recipe in runs else []
 
 
 def test_options_override_yaml_which_overrides_defaults(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_shipped_configs_parse_and_state_their_cost(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = file.stem.split("_")
-    config = parse(["--config", str(file), *HERE, *needed(words[-1])])
+    config = parse(["--config", str(file), *HERE, *needed("_".join(words[2:]))])
     comment = "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
     assert "Command:" in comment
     if words[0] != "ablation":  # which is several runs
@@ -113,6 +114,50 @@ def test_saved_config_reads_back_equal(recipe: str, tmp_path: Path) -> None:
     assert parse(["--config", written(tmp_path, as_yaml(config))]) == config
     shipped = parse(["--config", str(CONFIGS[0]), *HERE, "--seed", "5"])
     assert parse(["--config", written(tmp_path, as_yaml(shipped))]) == shipped
+
+
+def test_a_second_run_has_what_the_first_has_and_its_own_options(tmp_path: Path) -> None:
+    file = "steps: 7\nseed: 3\nlabeled_batch: 9\nalgorithm: {teacher: {lr: 1e-3}}\n"
+    file += "then:\n  recipe: finetune\n  epochs: 2\n  labeled_batch: 8\n"
+    file += "  algorithm: {learner: {lr: 1e-5}}\n"
+    given = ["--config", written(tmp_path, file), *HERE, "--stop-at", "5", "--eval-every", "2"]
+    first, second = phases([*given, "--model.pretrained", "f", "--then.log-every=1"])
+    assert first == parse([*given, "--model.pretrained", "f"]) and isinstance(second, RunConfig)
+    assert isinstance(second.algorithm, FinetuneConfig)
+    assert (second.algorithm.start, second.run_dir, second.model.pretrained) == (
+        "r", "r/finetune", ""
+    )  # fmt: skip
+    assert (second.steps, second.epochs, second.stop_at, second.eval_every) == (1000, 2, 0, 5000)
+    assert (second.seed, second.labeled_batch, second.log_every) == (3, 8, 1)
+    assert second.algorithm.learner == dataclasses.replace(FinetuneConfig().learner, lr=1e-5)
+    assert second.data == first.data
+    _, second = phases([*given, "--then.steps", "4"])
+    assert (second.steps, second.epochs) == (4, 0)
+    assert phases([*HERE]) == [parse(HERE)]
+    both = phases([*HERE, "--then", "finetune", "--then.seed", "2"])
+    assert phases(["--config", written(tmp_path, as_yaml(*both))]) == both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--then uda", "then must be finetune, not uda"),
+        ("--then.steps 5", "then.steps is for a second run: give --then finetune as well"),
+        ("--then finetune --then.stepz 5", "unknown option --then.stepz of recipe finetune; did "
+         "you mean --then.steps?"),
+        ("--then finetune --then.steps x", "then.steps must be a whole number, not x"),
+        ("--then finetune --then.steps 0", "then.steps must be at least 1, not 0"),
+        ("--then finetune --then.device cpu", "then.device cannot differ from device: give "
+         "--device alone"),
+        ("--then finetune --then.algorithm.start=", "then.algorithm.start is missing: give "
+         "--algorithm.start RUN_DIR, whose checkpoint is fine-tuned"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_second_run_ends_the_first_before_it_begins(
+    arguments: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        phases([*HERE, *arguments.split()])
 
 
 LIKE_ANOTHER_TYPE = """\

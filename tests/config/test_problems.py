@@ -10,6 +10,7 @@ from mpl_fast.config.command_line import parse
 from mpl_fast.config.fields import all_options
 from mpl_fast.config.values import convert
 from mpl_fast.errors import ConfigError
+from tests.config.test_command_line import needed
 
 HERE = ["--run-dir", "r", "--data.root", "d"]
 
@@ -27,28 +28,32 @@ RANGES = {  # options (of another recipe than mpl: its name and a colon before),
     "at least 2": ("checkpoint_keep", "1"),
     "at least 8": ("data.image_size", "7"),
     "at least 0": (
-        "epochs eval_every eval_epochs checkpoint_every stop_at seed unlabeled_batch "
+        "epochs eval_every eval_epochs patience checkpoint_every stop_at seed unlabeled_batch "
         "model.classes data.num_ops data.magnitude data.cutout data.final_cutout data.threads "
         ".feedback_ramp .consistency.weight .consistency.ramp .teacher.lr .teacher.weight_decay "
         ".teacher.max_grad_norm .teacher.warmup .teacher.delay_steps .teacher.gamma "
         "supervised:.mixup fixmatch:.weight mpl_roleplay:.swap_every "
         "mpl_roleplay:.student_delay_steps smpl:.feedback_ramp metasemi:.weight metasemi:.ramp "
-        "metasemi:.mixup metasemi:.label_rate",
+        "metasemi:.mixup metasemi:.label_rate noisy_student:.weight",
         "-1",
     ),
     "at most 1024": ("data.threads", "1025 100000"),
     "at most 10000000000000": ("seed", "10000000000001 9223372036854775807"),
-    "above 0": (".consistency.temperature metasemi:.epsilon", "0 -1"),
+    "above 0": (
+        ".consistency.temperature metasemi:.epsilon noisy_student:.temperature",
+        "0 -1",
+    ),
     "in [0, 1]": (
         "model.norm_momentum data.hw_decoder_load .label_threshold .consistency.threshold "
-        "fixmatch:.threshold",
+        "fixmatch:.threshold noisy_student:.threshold",
         "1.5 -0.5",
     ),
     "in (0, 1]": ("data.eval_crop", "0.0 1.5"),
     "in [0, 1)": (
         ".label_smoothing .baseline .held_out .student.momentum .student.ema .student.dropout "
-        "supervised:.label_smoothing finetune:.label_smoothing uda:.label_smoothing "
-        "fixmatch:.label_smoothing smpl:.label_smoothing",
+        ".student.drop_path supervised:.label_smoothing finetune:.label_smoothing "
+        "uda:.label_smoothing fixmatch:.label_smoothing smpl:.label_smoothing "
+        "noisy_student:.label_smoothing",
         "1.0 -0.5",
     ),
 }
@@ -63,13 +68,12 @@ CASES = [
 @pytest.mark.parametrize(("option", "value", "words"), CASES)
 def test_a_value_out_of_range_is_refused(option: str, value: str, words: str) -> None:
     recipe, _, key = whole(option).rpartition(":")
-    start = ["--algorithm.start=s"] if recipe == "finetune" else []
     (kind,) = [
         o.kind for o in all_options(RunConfig(algorithm=RECIPES[recipe or "mpl"]())) if o.key == key
     ]
     message = re.escape(f"{key} must be {words}, not {convert(value, kind)}")
     with pytest.raises(ConfigError, match=f"^{message}$"):
-        parse([*HERE, f"--recipe={recipe or 'mpl'}", *start, f"--{key}={value}"])
+        parse([*HERE, f"--recipe={recipe or 'mpl'}", *needed(recipe), f"--{key}={value}"])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,7 @@ model.norm=sync grad-sync=ddp compile=default | model.norm sync cannot be compil
 microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
 recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole
 .feedback=parity_google microbatches=2 | microbatches must be 1 for feedback parity_google
+patience=3 eval-every=0 | patience needs evaluations before the end: set eval_every
 recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
 recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
 model.frozen=true | model.frozen would keep random weights: give --model.pretrained

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,16 @@ from tests.algorithms.problems import assert_same, batch, flat, network
 IMAGES = batch(1).labeled.float()
 
 
-def learner(bf16: bool = False, **options: float) -> Learner:
+def learner(bf16: bool = False, **options: Any) -> Learner:
     torch.manual_seed(0)
-    chosen = {"lr": 0.1, "warmup": 0, "dropout": 0.0, "max_grad_norm": 0.0, **options}
-    config = LearnerConfig(**chosen)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {
+        "lr": 0.1,
+        "warmup": 0,
+        "dropout": 0.0,
+        "max_grad_norm": 0.0,
+        **options,
+    }
+    config = LearnerConfig(**chosen)
     return Learner(network(norm=True).float(), config, steps=10, bf16=bf16)
 
 
@@ -144,3 +151,26 @@ def test_a_frozen_learner_keeps_its_weights_and_momentum() -> None:
     assert not any(s["momentum_buffer"].any() for s in made.optimizer.state.values())
     train(made, 1)
     assert not made.frozen and not torch.equal(flat(made.parameters), before)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_delayed_trunk_begins_as_if_the_run_began(optimizer: str) -> None:
+    """Its weights, momentum and step counters stay as they were; in a resumed run, too."""
+    options: dict[str, Any] = {"optimizer": optimizer, "delay_steps": 1, "trunk_delay_steps": 2}
+    made, other = learner(**options), learner(**options)
+    trunk, last = made.parameters[:-2], made.parameters[-2:]
+    before = copy.deepcopy([trunk, last])
+    mean = made.network.state_dict()["1.running_mean"].clone()
+    for t in range(3):
+        train(made, t)
+    assert_same(trunk, before[0])
+    assert all(not x.any() for p in trunk for x in made.optimizer.state[p].values())
+    assert not torch.equal(last[0], before[1][0])
+    assert not torch.equal(made.network.state_dict()["1.running_mean"], mean)
+    other.load_state_dict(copy.deepcopy(made.state_dict()))
+    for one in (made, other):
+        train(one, 3)
+    assert not torch.equal(trunk[0], before[0][0])
+    assert_same(other.state_dict(), made.state_dict())
+    steps = [made.optimizer.state[p].get("step", torch.ones(())) for p in trunk]
+    assert all(step == 1 for step in steps)

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp, vjp
@@ -15,6 +16,7 @@ from mpl_fast.models.shake_shake import shake
 
 # One of each kind, small enough for two cores; images of 16 pixels are enough for all.
 SMALL = ["wrn_10_1", "shake_shake_8_8", "convlarge"]
+DROP_PATH = {"wrn_10_1": 0.3, "shake_shake_8_8": 0.3, "convlarge": 0.0}
 Weights = dict[str, Tensor]
 
 
@@ -24,17 +26,39 @@ Weights = dict[str, Tensor]
         # kekmodel/MPL-pytorch's WideResNet has 1,467,610 at depth 28, width 2, 10 classes.
         ("wrn_28_2", 1_467_610),
         ("wrn_28_8", 23_354_842),
+        ("wrn_28_10", 36_479_194),  # arXiv 1605.07146: 36.5 M
         ("wrn_10_1", 77_850),
+        # kuangliu/pytorch-cifar's ResNet18 and ResNet50.
+        ("resnet18_cifar", 11_173_962),
+        ("resnet50_cifar", 23_520_842),
         # MetaSemi's two networks, counted by running its definitions.
         ("convlarge", 3_121_802),
         ("shake_shake_26", 26_193_466),
     ],
 )
 def test_networks_have_the_published_size(name: str, parameters: int) -> None:
-    network = models.build(name, 10)
+    with torch.device("meta"):
+        network = models.build(name, 10)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert models.count_parameters(network) == parameters
+
+
+def test_a_cifar_stem_keeps_the_size_of_images() -> None:
+    """And all other weights are timm's, in whose order and by whose names they are."""
+    network = models.build("resnet18_cifar", 10).eval()
+    original = timm.create_model("resnet18", num_classes=10)
+    here, there = network.state_dict(), original.state_dict()
+    assert [*here] == [*there]
+    assert {key for key in here if here[key].shape != there[key].shape} == {"conv1.weight"}
+    sizes: list[torch.Size] = []
+    for number in range(1, 5):
+        layer = network.get_submodule(f"layer{number}")
+        layer.register_forward_hook(lambda _, __, out: sizes.append(out.shape[2:]))
     with torch.no_grad():
-        assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+        network(torch.zeros(1, 3, 32, 32))
+    assert sizes == [(32, 32), (16, 16), (8, 8), (4, 4)]
+    assert here["conv1.weight"].std() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    assert models.image_size("resnet18_cifar") == 32
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,8 @@ def problem(name: str, *, training: bool) -> tuple[Callable[[Weights], Tensor], 
     """Logits in float64 as a function of the weights, with the same noise at each call; weights
     and a direction."""
     torch.manual_seed(5)
-    network = models.build(name, 10, dropout=0.2).double().train(training)
+    network = models.build(name, 10, dropout=0.2, drop_path=DROP_PATH[name])
+    network = network.double().train(training)
     images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     weights = {key: p.detach() for key, p in network.named_parameters()}
     direction = {key: torch.randn_like(p) / p.numel() ** 0.5 for key, p in weights.items()}
@@ -169,7 +194,8 @@ def test_forward_derivatives_are_the_transpose_of_backward_ones(name: str) -> No
 @pytest.mark.parametrize("name", ["convlarge", "shake_shake_8_8"])
 def test_training_is_one_compiled_graph(name: str) -> None:
     """`fullgraph` raises at a graph break; values and random numbers are eager's."""
-    network, images = models.build(name, 10).train(), torch.randn(4, 3, 16, 16)
+    network = models.build(name, 10, drop_path=DROP_PATH[name]).train()
+    images = torch.randn(4, 3, 16, 16)
     replica = copy.deepcopy(network)
     replica.compile(fullgraph=True, backend="aot_eager")
     results = []

@@ -198,6 +198,12 @@ def test_timms_weights_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes == [f"{begin} new: theirs has 1000 classes", f"{begin} taken, in timm's order"]
     assert torch.equal(loaded["conv1.0.weight"], source["conv1.0.weight"])
     assert loaded["fc.weight"].shape[0] == 7
+    source = trained("resnet18", 7).state_dict()
+    loaded = models.build("resnet18_cifar", 7, pretrained="timm", notes=notes).state_dict()
+    assert notes[-1] == f"{begin} new: theirs has 1000 classes; the first convolution is new"
+    new = ("conv1.", "fc.")
+    assert all(torch.equal(loaded[k], v) for k, v in source.items() if not k.startswith(new))
+    assert loaded["conv1.weight"].shape[2:] == (3, 3)
 
 
 def test_timms_weights_without_internet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ ALL: dict[str, AlgorithmConfig] = {
     "uda adamw": replace(UDA, learner=ADAMW),
     "mpl split": replace(MPL, bn_batches="split"),
     "mpl exact central": replace(MPL, feedback="exact", derivative="central"),
+    "mpl drop_path": replace(MPL, student=replace(LEARNER, drop_path=0.2)),
     "smpl exact central": replace(SMPL, feedback="exact", derivative="central"),
 }
 # What makes the host wait, what is done outside of a graph, and what would fail on a GPU.
@@ -61,7 +62,9 @@ def new(
 
     def learner(chosen: LearnerConfig) -> Learner:
         return Learner(
-            network() if network else build(model, classes, dropout=0.1),
+            network()
+            if network
+            else build(model, classes, dropout=0.1, drop_path=chosen.drop_path),
             chosen,
             steps=100,
             device=DEVICE,

@@ -1,4 +1,4 @@
-"""CIFAR, SVHN and MNIST as published: every pixel and label; nothing in a pickle is executed."""
+"""Data sets as published: every pixel and label; nothing in a pickle is executed."""
 
 import gzip
 import os
@@ -412,6 +412,61 @@ def test_unusable_idx(tmp_path: Path) -> None:
         beside.write_bytes(classes)
         with pytest.raises(DataError, match=message):
             listed(path, tmp_path)
+
+
+# STL-10.
+
+
+def stl10(folder: Path, part: str, pixels: Pixels, labels: list[int]) -> Path:
+    """Write files as published, in an order of pixels that is MATLAB's."""
+    (folder / "class_names.txt").write_text("plane\nauto\nbird\n")
+    if labels:
+        (folder / f"{part}_y.bin").write_bytes(bytes(labels))
+    path = folder / f"{part}_X.bin"
+    path.write_bytes(b"".join(image.tobytes(order="F") for image in pixels))
+    return path
+
+
+def test_stl10(tmp_path: Path) -> None:
+    pixels = random_pixels(5, 96, 96, 3)
+    path = stl10(tmp_path, "train", pixels, [1, 3, 2, 3, 3])
+    classes = ("plane", "bird", "auto", "bird", "bird")
+    expected = {f"{c}/train_{row:06d}.png": pixels[row] for row, c in enumerate(classes)}
+    require_equal(images_of(path, tmp_path), expected)
+    assert listed(path, tmp_path)[0].class_order == NAMES
+    bare = stl10(tmp_path, "unlabeled", pixels[:2], [])
+    source = opened(bare, tmp_path, unlabeled=True)
+    images = list(source.images())
+    assert [(image.class_name, image.name) for image in images] == [
+        ("", f"unlabeled_{row:06d}.png") for row in range(2)
+    ]
+    np.testing.assert_array_equal(decoded(content(source, images[1])), pixels[1])
+    fold = tmp_path / "fold0.txt"
+    fold.write_text("".join(f"train_{row:06d}.png\n" for row in range(3)))
+    sources = ["--src", path, "--unlabeled-src", bare, "--val", "1"]
+    rec = pack(*sources, "--labeled", fold, out=tmp_path / "rec")
+    labeled = {row[2]: row[1] for row in read_split(rec, "train_label")}
+    assert labeled == {key: NAMES.index(key.split("/")[0]) for key in list(expected)[:3]}
+    assert len(read_split(rec, "train_unlabel")) == 6
+
+
+def test_unusable_stl10(tmp_path: Path) -> None:
+    whole, few = random_pixels(2, 96, 96, 3), random_pixels(1, 96, 96, 3)
+    for pixels, labels, message in (
+        (whole, [], "test_y.bin must be beside it .or give it as --unlabeled-src"),
+        (whole, [1], "has 2 images, but .*test_y.bin 1"),
+        (whole, [1, 4], "test_y.bin: labels are not all 1 to 3"),
+        (whole, [0, 1], "test_y.bin: labels are not all 1 to 3"),
+        (few[:, :95], [1], "27360 bytes are no multiple of 27648: cut short"),
+        (few[:0], [], "0 bytes are no multiple"),
+    ):
+        path = stl10(tmp_path, "test", pixels, labels)
+        with pytest.raises(DataError, match=message):
+            listed(path, tmp_path)
+    stl10(tmp_path, "test", few, [1])
+    (tmp_path / "class_names.txt").unlink()
+    with pytest.raises(DataError, match=r"class_names.txt must be beside it$"):
+        listed(path, tmp_path)
 
 
 @pytest.mark.slow

@@ -132,6 +132,11 @@ def test_run_directory_of_another_config_or_of_a_divergence(tiny_rec: Path, tmp_
     ("recipe", "delay", "warning"),
     [
         ("mpl", "student.delay_steps", "the student never moves: its delay of 9 steps is not over"),
+        (
+            "mpl",
+            "teacher.trunk_delay_steps",
+            "the trunk of the teacher never moves",
+        ),
         ("mpl_roleplay", "teacher.delay_steps", "the first network never moves"),
         ("mpl_roleplay", "student_delay_steps", "a network as student never moves"),
     ],

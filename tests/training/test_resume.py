@@ -97,6 +97,8 @@ def ended(
         recipes["norms of both ranks"] = options(
             "norms of both ranks", "mpl", "--model.norm", "sync"
         )
+        recipes["taught"] = options("taught", "supervised", "--recipe", "noisy_student")
+        recipes["taught"] += ["--algorithm.teacher", str(start)]
         recipes["tuned"] = options("tuned", "supervised", "--recipe", "finetune")
         recipes["tuned"] += ["--algorithm.start", str(start)]
         for name, one in recipes.items():

@@ -33,6 +33,7 @@ from tests.algorithms.problems import assert_same
 
 LEARNER = LearnerConfig(lr=0.1, warmup=4, ema=0.9, dropout=0.0, max_grad_norm=1.0)
 LATE = replace(LEARNER, delay_steps=9, warmup=2)
+TRUNK = replace(LEARNER, trunk_delay_steps=8)
 CONSISTENCY = ConsistencyConfig(weight=2.0, ramp=3)
 MPL = MPLConfig(teacher=LEARNER, student=LEARNER, consistency=CONSISTENCY, feedback_ramp=5)
 ADAM = replace(LEARNER, optimizer="adamw", nesterov=False)
@@ -53,6 +54,8 @@ CONFIGS: dict[str, AlgorithmConfig] = {
         swap_every=4,
         student_delay_steps=9,
     ),
+    "mpl trunks": replace(MPL, teacher=TRUNK, student=replace(TRUNK, trunk_delay_steps=12)),
+    "adamw trunk": UDAConfig(learner=replace(TRUNK, optimizer="adamw"), consistency=CONSISTENCY),
     "smpl": SMPLConfig(learner=LEARNER, consistency=CONSISTENCY),
 }
 STEPS = 26
@@ -100,7 +103,7 @@ def test_repeated_steps_are_the_steps(name: str) -> None:
     graphed_state, graphed_metrics = trained(graphed, StepGraph(graphed, repeats))
     assert graphed_metrics == metrics
     assert_same(graphed_state, state, ignore=("capturable",))  # an option
-    keys = {"roleplay": 3, "mpl late student": 2}.get(name, 1)
+    keys = {"roleplay": 3, "mpl late student": 2, "mpl trunks": 2, "adamw trunk": 2}.get(name, 1)
     assert repeats.made == keys
     assert repeats.replayed >= STEPS - 9 - keys * WARMUP
 

@@ -1,13 +1,16 @@
 """What a network does not take is one line before a run begins, and nothing else is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from mpl_fast.config import DataConfig, FixMatchConfig, ModelConfig, RunConfig, SupervisedConfig
+from mpl_fast.config.command_line import parse
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.trial import check_evaluation, check_training
+from tests.tiny_run import ROOT
 
 
 def config(name: str, side: int, labeled: int = 2) -> RunConfig:
@@ -32,6 +35,12 @@ def config(name: str, side: int, labeled: int = 2) -> RunConfig:
 )
 def test_what_works_is_not_refused(name: str, side: int, labeled: int) -> None:
     check_training(config(name, side, labeled), 10, 1)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.yaml")), ids=lambda file: file.stem)
+def test_shipped_configs_can_train(file: Path) -> None:
+    given = ["--config", str(file), "--data.root", "REC", "--run-dir", "RUN"]
+    check_training(parse(given, for_training=False), 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +76,8 @@ def test_a_batch_of_one_in_batch_norm() -> None:
 
 
 def test_a_network_that_is_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpl_fast.training.trial.build_network", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(
+        "mpl_fast.training.trial.build_network", lambda *_, **__: torch.nn.Identity()
+    )
     with pytest.raises(ConfigError, match=r"its output is \(2, 3, 8, 8\), not \(2, 10\)"):
         check_training(config("resnet18", 8), 10, 1)

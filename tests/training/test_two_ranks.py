@@ -29,7 +29,8 @@ from tests.tiny_run import launch
 pytestmark = pytest.mark.slow
 # parity_kekmodel is not here: as in that code, each rank has its own difference.
 CONFIGS = {name: config for name, config in VARIANTS.items() if name != "mpl parity_kekmodel"}
-DDP = ["mpl difference", "uda", "smpl difference", "mpl exact"]
+CONFIGS["mpl exact delayed trunks"] = problems.DELAYED_TRUNKS
+DDP = ["mpl difference", "uda", "smpl difference", "mpl exact", "mpl exact delayed trunks"]
 # With batch norm over both ranks. Of a feedback each normalizes the labeled loss by itself.
 NORMED = ["supervised", "uda", "uda split", "fixmatch", "mpl off", "smpl off"]
 COMPILED = "mpl difference"
@@ -41,7 +42,7 @@ assert_close = functools.partial(assert_same, rtol=1e-6, atol=1e-8)
 Pair = tuple[dict[str, Ended], dict[str, Ended]]
 
 
-class Network(nn.Sequential):
+class Network(problems.Network):
     """PyTorch 2.11 compiles no plain nn.Sequential in place."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -70,20 +70,26 @@ def listed_images(images: Iterable[tuple[int, str, str]], how: str) -> set[int]:
 
 
 def choose_val(
-    images: Iterable[tuple[int, str, str]], how: str, *, seed: int, kept: Collection[int] = ()
+    images: Iterable[tuple[int, str, str]],
+    how: str,
+    *,
+    seed: int,
+    kept: Collection[int] = (),
+    option: str = "--val",
 ) -> set[int]:
     """Return the ids of the images to validate with; images are (id, class, name).
 
     how is a share ("5%") or a number of all images. Each class has its share of them, rounded up or
-    down, but keeps one image, and all whose id is in kept. ConfigError if that leaves too few.
+    down, but keeps one image, and all whose id is in kept. ConfigError, which names the option, if
+    that leaves too few.
     """
     own = f"val:{seed}"
     ids, sizes = _ranked((image for image in images if image[0] not in kept), own)
-    total, most = _total("--val", how, len(ids) + len(kept)), len(ids) - len(sizes)
+    total, most = _total(option, how, len(ids) + len(kept)), len(ids) - len(sizes)
     if total > most:
         listed = f" besides the {len(kept)} of --labeled" if kept else ""
         raise ConfigError(
-            f"--val {how}: that is {counted(total, 'image')}, but at most {most} can be drawn: "
+            f"{option} {how}: that is {counted(total, 'image')}, but at most {most} can be drawn: "
             f"every class keeps one for training{listed}"
         )
     return set(ids[_proportional(sizes, _places(sizes), total, own, keep=1)].tolist())

@@ -13,6 +13,7 @@ from mpl_fast.packing.sources.parquet import ParquetSource
 from mpl_fast.packing.sources.patterns import matching_files
 from mpl_fast.packing.sources.record_files import RecordSource
 from mpl_fast.packing.sources.source import Request, Source
+from mpl_fast.packing.sources.stl10 import Stl10Source
 from mpl_fast.packing.sources.svhn import SvhnSource
 from mpl_fast.packing.sources.tar import TarSource
 from mpl_fast.packing.sources.webdataset import ShardsSource, WebDatasetSource
@@ -26,6 +27,7 @@ KINDS: tuple[type[Source], ...] = (
     RecordSource,
     SvhnSource,
     MnistSource,
+    Stl10Source,
     ZipSource,
     CifarSource,
     WebDatasetSource,

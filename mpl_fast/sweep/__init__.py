@@ -1,0 +1,1 @@
+"""Searches the values of options: trials of train.py, chosen by held-out training images."""

@@ -1,0 +1,99 @@
+"""The records of a sweep: those of a pack, with a part of its labeled images to validate with.
+
+Nothing is copied: the .rec files are links, and the splits are index files over them.
+"""
+
+import itertools
+import shutil
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpl_fast.atomic import sync_folder, write_bytes, write_json, write_text
+from mpl_fast.data.manifest import CLASSES, MANIFEST, load_manifest, read_manifest
+from mpl_fast.data.split_images import SplitImages
+from mpl_fast.errors import DataError
+from mpl_fast.packing.plan.choose_labeled import choose_val
+from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
+from mpl_fast.packing.publish.split_files import class_counts
+
+Json = dict[str, Any]
+
+
+def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
+    """Writes a folder of records whose validation images are a share of `rec`'s labeled ones.
+
+    `how` is a share ("20%") or a number, divided among the classes by their sizes and drawn by
+    `seed`; every class keeps an image for training. The images are in neither training split of
+    `out`, also where `rec` lists its labeled images as unlabeled ones, too: their labels would not
+    leak, but the networks would have learned from the very images. Raises `ConfigError` if the
+    share leaves too few.
+    """
+    manifest, stored = read_manifest(rec), load_manifest(rec)
+    labeled, unlabeled = (SplitImages(manifest.splits[name]) for name in ("labeled", "unlabeled"))
+    images = (
+        (number, manifest.classes[label], name)
+        for number, label, name in zip(labeled.ids, labeled.labels, labeled.names, strict=True)
+    )
+    ids = choose_val(images, how, seed=seed, option="--held-out")
+    held = {name for number, name in zip(labeled.ids, labeled.names, strict=True) if number in ids}
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    write_bytes(unfinished / CLASSES, (rec / CLASSES).read_bytes())
+    splits = stored["splits"]
+    stored["splits"] = {
+        name: _write_split(unfinished, name, stored, source["shards"], images, places)
+        for name, source, images, places in (
+            ("labeled", splits["labeled"], labeled, _places(labeled, held, False)),
+            ("unlabeled", splits["unlabeled"], unlabeled, _places(unlabeled, held, False)),
+            ("val", splits["labeled"], labeled, _places(labeled, held, True)),
+        )
+    }
+    used = {file for split in stored["splits"].values() for file in split["shards"]}
+    stored["shards"] = [shard for shard in stored["shards"] if shard["file"] in used]
+    for file in used:
+        (unfinished / file).symlink_to((rec / file).resolve())
+    stored["held_out"] = {"from": str(rec.resolve()), "share": how, "seed": seed}
+    write_json(unfinished / MANIFEST, stored)
+    unfinished.replace(out)
+    sync_folder(out.parent)
+
+
+def _places(images: SplitImages, held: set[str], wanted: bool) -> list[int]:
+    """Those of the held-out images, or of the others."""
+    return [place for place, name in enumerate(images.names) if (name in held) == wanted]
+
+
+def _write_split(
+    out: Path,
+    name: str,
+    stored: Json,
+    shards: Sequence[str],
+    images: SplitImages,
+    places: Sequence[int],
+) -> Json:
+    """Writes the index and the listing of some images of a split; returns the manifest's entry."""
+    if not places:
+        raise DataError(f"without the held-out images, no {name} image is left")
+    bytes_of = {shard["file"]: shard["bytes"] for shard in stored["shards"]}
+    sizes = [bytes_of[file] for file in shards]
+    ends = list(itertools.accumulate(sizes))
+    entries = (
+        (images.ids[at], bisect(ends, images.offsets[at]), images.offsets[at]) for at in places
+    )
+    index, listing = f"{name}.idx", f"{name}.lst"
+    lines = list(padded_lines(entries))
+    check_index(lines, sizes, index)
+    rows = (f"{images.ids[at]}\t{images.labels[at]}\t{images.names[at]}\n" for at in places)
+    return {
+        "records": len(places),
+        "shards": shards,
+        "idx": index,
+        "idx_sha256": write_text(out / index, "".join(lines)),
+        "lst": listing,
+        "lst_sha256": write_text(out / listing, "".join(rows)),
+        **class_counts(Counter(images.labels[at] for at in places), stored["classes"]["n"]),
+    }
