@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "--storage",
         default="sqlite",
         metavar="sqlite|journal|URL",
-        help="SWEEP/sweep.db, SWEEP/journal.log, or a database, such as mysql://USER@HOST/NAME",
+        help="SWEEP/sweep.db, SWEEP/journal.log, or a database, such as "
+        "mysql://USER@HOST/NAME (%(default)s)",
     )
     add(
         "--ranks-per-trial",
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: 0 if text == "auto" else _count(text),
         default=0,
         metavar="J|auto",
-        help="trials at a time; auto: as many as there are GPUs, or CPU cores, for",
+        help="trials at a time (auto: as many as fit on the GPUs, or on the CPU cores)",
     )
     return parser
 
