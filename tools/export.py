@@ -13,8 +13,8 @@ without mpl_fast. The suffix of --out is the format: .safetensors has weights, w
 timm.create_model("local-dir:DIR", pretrained=True) loads; .pt2 and .onnx have the whole network,
 for torch.export.load and onnxruntime, and any number of images in a batch. The input is normalized
 float32 images, the output is logits. config.json (class names, size, normalization) and README.md
-(a model card) are written beside it, as the Hugging Face hub expects. The file is read again and its
-logits are compared before it gets its name."""
+(a model card) are written beside it, as the Hugging Face hub expects. The file is read again and
+its logits are compared before it gets its name."""
 
 
 def main() -> None:
