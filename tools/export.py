@@ -9,12 +9,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpl_fast.errors import run_command
 
 DESCRIPTION = """Writes the network that a run evaluates, with averaged weights, for programs
-without mpl_fast. The suffix of --out is the format: .safetensors has weights, which
-timm.create_model("local-dir:DIR", pretrained=True) loads; .pt2 and .onnx have the whole network,
-for torch.export.load and onnxruntime, and any number of images in a batch. The input is normalized
-float32 images, the output is logits. config.json (class names, size, normalization) and README.md
-(a model card) are written beside it, as the Hugging Face hub expects. The file is read again and
-its logits are compared before it gets its name."""
+without mpl_fast. The suffix of --out is the format: .safetensors has weights, which, if the
+network is timm's, timm.create_model("local-dir:DIR", pretrained=True) loads; others need
+mpl_fast. .pt2 and .onnx have the whole network, for torch.export.load and onnxruntime, and any
+number of images in a batch. The input is normalized float32 images, the output is logits.
+config.json (class names, size, normalization) and README.md (a model card) are written beside
+it, as the Hugging Face hub expects. The file is read again and its logits are compared before
+it gets its name."""
 
 
 def main() -> None:
