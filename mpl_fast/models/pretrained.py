@@ -1,5 +1,6 @@
 """Pretrained weights: from a local file, or those that timm publishes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,15 +67,18 @@ def from_timm(name: str, options: dict[str, Any]) -> nn.Module:
     """
     import timm  # late: takes a second
 
-    published = timm.get_pretrained_cfg(name)
+    published: Any = timm.get_pretrained_cfg(name)
     if published is None or not published.has_weights:
         raise ConfigError(f"model.pretrained: timm has no weights for {name!r}; give a local file")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each retry
     try:
         network: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # of the hub, the cache or the file, from many libraries
         raise ConfigError(
             f"model.pretrained: timm's weights for {name!r} could not be had "
-            f"({reason(error)}); without internet, download them elsewhere and give the file"
+            f"({reason(error)}); without internet, download model.safetensors from "
+            f"https://huggingface.co/timm/{published.architecture}.{published.tag} elsewhere and "
+            "give --model.pretrained FILE"
         ) from error
     return network
 
