@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -54,7 +55,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks all options before anything is written, then trains; returns the exit code."""
     options, training = _parser().parse_known_args(arguments)
-    names = [argument.partition("=")[0][2:].replace("-", "_") for argument in training]
+    typed = [argument.partition("=")[0] for argument in training if argument.startswith("--")]
+    names = [name[2:].replace("-", "_") for name in typed]
     if "run_dir" in names:
         raise ConfigError("--run-dir is set by --out")
     if "dry_run" in names:
@@ -134,10 +136,13 @@ def _worker(
     options: argparse.Namespace, base: RunConfig, manifest: Manifest, given: set[str]
 ) -> "Worker":
     """The worker of checked options, with the folder of the sweep prepared."""
+    for needed in ("matplotlib", "sklearn"):  # imported at the end, for the figures
+        if not find_spec(needed):
+            raise ModuleNotFoundError(name=needed)
     # Imported here: Optuna takes a second, and may be missing.
-    from mpl_fast.sweep.devices import slots
     from mpl_fast.sweep.held_out import hold_out
     from mpl_fast.sweep.loop import Worker
+    from mpl_fast.sweep.process import slots
     from mpl_fast.sweep.ranges import own_values, ranges_as_json, read_ranges
     from mpl_fast.sweep.study import SETTINGS, Storage, Trials, pruner
 
@@ -155,7 +160,7 @@ def _worker(
         "records": manifest.content,
         "held_out": options.held_out,
         "pruner": options.pruner,
-        "storage": storage.shown(out),
+        "storage": storage.shown(Path()),  # the folder may be moved
         "ranks_per_trial": options.ranks_per_trial,
         "ranges": ranges_as_json(ranges),
         "config": yaml.safe_load(as_yaml(own)),

@@ -1,5 +1,6 @@
 """The loop of a sweep's worker: claims trials, follows their training and records their results."""
 
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -202,10 +203,9 @@ class Worker:
         with self.trials.locked():
             self._write(trials)
             figures = draw_figures(self.trials.study, out / "figures")
-        storage = self.trials.storage.shown(out)
         print(*(out / "best.yaml", out / "trials.csv", *figures), sep="\n")
-        print(
-            f"train with it on all labeled images: torchrun --nproc-per-node={self.ranks} "
-            f"mpl_fast/train.py --config {out / 'best.yaml'} --data.root {self.rec} --run-dir RUN"
-        )
-        print(f"look at all trials: optuna-dashboard {storage}", flush=True)
+        train = ["torchrun", f"--nproc-per-node={self.ranks}", "mpl_fast/train.py", "--config"]
+        train += [str(out / "best.yaml"), "--data.root", str(self.rec), "--run-dir", "RUN"]
+        print(f"train with it on all labeled images: {shlex.join(train)}")
+        dashboard = ["optuna-dashboard", self.trials.storage.shown(out)]
+        print(f"look at all trials: {shlex.join(dashboard)}", flush=True)
