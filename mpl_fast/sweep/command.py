@@ -19,6 +19,7 @@ from mpl_fast.config.command_line import as_yaml, phases
 from mpl_fast.config.fields import replaced
 from mpl_fast.data.manifest import Manifest, load_manifest, read_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import is_drawn
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         worker = _worker(options, base, manifest, {OPTION_NAMES.get(n, n) for n in names})
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'mpl_fast[sweep]'") from None
+        missing = str(error.name).partition(".")[0]
+        raise ConfigError(f"{missing} is missing: pip install 'mpl_fast[sweep]'") from None
     return worker.run()
 
 
@@ -215,10 +217,12 @@ def _require_free(out: Path, settings: str) -> None:
 
 
 def _introduction(base: RunConfig, manifest: Manifest, chosen_on: Manifest, how: str) -> str:
-    """Which images compare the trials."""
+    """Which images compare the trials, and how well."""
     labeled, unlabeled, val = (
         chosen_on.splits[name].records for name in ("labeled", "unlabeled", "val")
     )
+    error = f"The standard error of a top-1 over {counted(val, 'image')} is at most "
+    error += f"{50 / val**0.5:.1f} points"
     if chosen_on is not manifest:
         others = f"{labeled}" + (
             f" and {unlabeled} unlabeled ones" if base.unlabeled_images else ""
@@ -226,13 +230,13 @@ def _introduction(base: RunConfig, manifest: Manifest, chosen_on: Manifest, how:
         return (
             f"trials are compared by {val} of the {manifest.splits['labeled'].records} labeled "
             f"images (--held-out {how}) and trained on the other {others}; the validation split of "
-            f"{manifest.root} is not read"
+            f"{manifest.root} is not read. {error}"
         )
     drawn = is_drawn(load_manifest(manifest.root)["options"].get("val"))
     which = "which were training images" if drawn else "WHICH MUST NOT BE THE TEST SET"
     return (
         f"trials are compared by the {val} validation images of {manifest.root}, {which}; a result "
-        "on them is optimistic afterwards"
+        f"on them is optimistic afterwards. {error}"
     )
 
 

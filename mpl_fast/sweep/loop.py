@@ -1,9 +1,11 @@
 """The loop of a sweep's worker: claims trials, follows their training and records their results."""
 
+import os
 import shlex
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from mpl_fast.training.process import stop_on_signal
 POLL_SECONDS = 0.2
 WAIT_SECONDS = 2.0  # between looks at the trials of other workers
 LINE_SECONDS = 30.0  # after which an evaluation of a trial has a line of its own
+STDERR = 2
 ALIKE = 3  # trials that all end with one and the same configuration error end the sweep
 
 
@@ -90,6 +93,9 @@ class Worker:
 
     def _stop(self, why: str) -> None:
         """Has all running trials save; in a signal handler, too."""
+        if not self.stopping and self.running:
+            with suppress(OSError):  # without a buffer, which a signal may find amid a write
+                os.write(STDERR, f"sweep: {why}: running trials save\n".encode())
         self.stopping = self.stopping or why
         for training in list(self.running.values()):
             training.stop()
