@@ -45,7 +45,8 @@ Several machines: the same command on each adds workers to one sweep. They share
 and need --storage journal (a file in SWEEP) or a database's URL, since SQLite is for one machine.
 """
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-OWN_FILES = {".lock", "sweep.db", "journal.log", "rec", "rec.unfinished"}
+# Of a start that was killed, with temporary ones, such as sweep.db-journal.
+OWN_FILES = (".lock", "sweep.db", "sweep.json", "journal.log", "rec.unfinished")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,11 +210,10 @@ def _require_free(out: Path, settings: str) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
-    others = {file.name for file in out.iterdir()} - OWN_FILES
-    if (out / "rec").exists() and "held_out" not in load_manifest(out / "rec"):
-        others.add("rec")
-    if others:
-        raise OutputError(f"--out {out}: holds {sorted(others)[0]}; name a new folder")
+    for file in sorted(out.iterdir()):
+        rec = file.name == "rec" and "held_out" in load_manifest(file)
+        if not rec and not file.name.startswith(OWN_FILES):
+            raise OutputError(f"--out {out}: holds {file.name}; name a new folder")
 
 
 def _introduction(base: RunConfig, manifest: Manifest, chosen_on: Manifest, how: str) -> str:

@@ -222,18 +222,38 @@ def test_wrong_options_are_one_line(
     assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
-def test_a_folder_of_something_else_is_left_as_it_is(tiny_rec: Path, tmp_path: Path) -> None:
+def test_a_sweep_may_be_moved_and_the_folder_of_something_else_is_left_as_it_is(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = options(tmp_path, tiny_rec, "data.num_ops: [1, 2]", "--timeout", "0s")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "rec").symlink_to(tiny_rec)
     with pytest.raises(OutputError, match="holds rec; name a new folder"):
         main(line)
     (tmp_path / "sweep" / "rec").unlink()
+    (tmp_path / "sweep" / "sweep.db-journal").touch()  # as of a start that was killed
+    assert main(line) == 0
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    (tmp_path / "run_dir").symlink_to(tiny_rec)  # its name is no option --run-dir
+    monkeypatch.chdir(tmp_path)
+    line[line.index("--out") + 1], line[line.index("--data.root") + 1] = "moved", "./run_dir"
     assert main(line) == 0
     with pytest.raises(ConfigError, match=r"another sweep: config.steps was 6 and is 8; use anoth"):
         main([*line, "--steps", "8"])
     with pytest.raises(ConfigError, match="another sweep: held_out was 50% and is 20%"):
         main([*line, "--held-out", "20%"])
+
+
+@pytest.mark.parametrize("name", ["optuna", "matplotlib"])
+def test_a_missing_package_is_named(
+    name: str, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [module for module in sys.modules if module.startswith("mpl_fast.sweep.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"^{name} is missing: pip install 'mpl_fast\[sweep\]'"):
+        main(options(tmp_path, tiny_rec, "data.num_ops: [1, 2]"))
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -287,6 +307,18 @@ def test_gpus_are_given_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--ranks-per-trial 6 needs as many GPUs"):
         slots(RunConfig(), 6, 0, 9)
     assert "CUDA_VISIBLE_DEVICES" not in slots(RunConfig(device="cpu"), 1, 1, 9)[0]
+
+
+def test_only_gpus_that_work_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed because it found no driver\nexit 9\n")
+    program.chmod(0o755)
+    assert "CUDA_VISIBLE_DEVICES" not in slots(RunConfig(), 1, 1, 1)[0]
+    lines = ("GPU 0: A (UUID: x)", "  MIG 1g.5gb Device 0: (UUID: y)", "GPU 1: B (UUID: z)")
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(RunConfig(), 1, 0, 9)] == ["0", "1"]
 
 
 def _config(line: list[str]) -> RunConfig:
