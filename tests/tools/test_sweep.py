@@ -252,7 +252,7 @@ def test_a_missing_package_is_named(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"^{name} is missing: pip install 'mpl_fast\[sweep\]'"):
-        main(options(tmp_path, tiny_rec, "data.num_ops: [1, 2]"))
+        main(options(tmp_path, tiny_rec, "data.num_ops: [1, 2]", "--timeout", "0s"))
     assert not (tmp_path / "sweep").exists()
 
 
