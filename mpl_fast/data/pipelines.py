@@ -8,8 +8,9 @@ orientation is not applied, as in torchvision. Evaluation differs from torchvisi
 pixel: the longer side and the corner of the center crop are rounded, not truncated.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
@@ -19,6 +20,10 @@ from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.operations import FILL
 from mpl_fast.data.randaugment import strengthen
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 READER = "reader"
 PADDING = 4  # pixels, of pad_crop
@@ -80,6 +85,21 @@ def eval_pipeline(config: DataConfig, split: Split, engine: Engine) -> Pipeline:
     return pipeline
 
 
+def encoded_pipeline(
+    config: DataConfig, batches: "Iterable[Sequence[NDArray[np.uint8]]]", engine: Engine
+) -> Pipeline:
+    """Builds a pipeline over image files in memory that returns the images of `eval_pipeline`.
+
+    A batch is at most `engine.batch` files, (bytes,) each; `run` raises StopIteration after the
+    last. After a RuntimeError, as at a file that DALI cannot decode, it must not be used further.
+    """
+    pipeline = pipeline_def(_encoded_graph)(
+        config, batches, engine, **engine.options(config.prefetch)
+    )
+    pipeline.build()
+    return pipeline
+
+
 def _train_graph(
     config: DataConfig, split: Split, engine: Engine, strong: bool
 ) -> tuple[DataNode, ...]:
@@ -92,8 +112,19 @@ def _train_graph(
 
 def _eval_graph(config: DataConfig, split: Split, engine: Engine) -> tuple[DataNode, ...]:
     encoded, label = _read(split, engine, stick_to_shard=True, pad_last_batch=True)
+    return _eval_view(encoded, config, engine), _label(label, engine)
+
+
+def _encoded_graph(
+    config: DataConfig, batches: "Iterable[Sequence[NDArray[np.uint8]]]", engine: Engine
+) -> DataNode:
+    encoded = fn.external_source(source=batches, batch=True, dtype=types.UINT8, ndim=1)
+    return _eval_view(encoded, config, engine)
+
+
+def _eval_view(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     image = EVAL_CROPS[config.crop](encoded, config, engine)
-    return normalize(image, config, engine, 0), _label(label, engine)
+    return normalize(image, config, engine, 0)
 
 
 def read_shuffled(config: DataConfig, split: Split, engine: Engine) -> tuple[DataNode, DataNode]:

@@ -61,11 +61,7 @@ class Stream:
     def _run(self) -> Sequence[Output]:
         """Outputs in DALI's memory, complete on a GPU before what is queued next."""
         with self._data_errors():
-            if self._pipeline.device_id is None:
-                outputs: Sequence[Output] = self._pipeline.run()
-            else:
-                outputs = self._pipeline.run(torch.cuda.current_stream(self._device))
-        return outputs
+            return run(self._pipeline, self._device)
 
     def _copy(self, images: Sequence[Output], labels: Output, views: Sequence[Tensor]) -> Tensor:
         # On a GPU the copy of an output is only queued when this reference to it ends. DALI frees
@@ -73,20 +69,11 @@ class Stream:
         # (`DLTensorGraveyard` in its dltensor.cc), and its executor (`exec_dynamic`, the default)
         # makes later batches in other memory.
         for image, view in zip(images, views, strict=True):
-            view.permute(0, 2, 3, 1).copy_(self._tensor(image))
-        return self._tensor(labels).flatten().clone()
+            view.permute(0, 2, 3, 1).copy_(shared(image, self._device))
+        return shared(labels, self._device).flatten().clone()
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
-
-    def _tensor(self, output: Output) -> Tensor:
-        """An output on the training device: where DALI ran there, in its memory."""
-        # As in DALI's iterators, not by its `feed_ndarray`: that makes this stream wait for all
-        # that DALI has queued, batches made ahead too, and DALI for all that is in this stream.
-        shared: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        if shared.device.type == self._device.type:
-            return shared
-        return shared.pin_memory().to(self._device, non_blocking=True)
 
     @contextmanager
     def _data_errors(self) -> Iterator[None]:
@@ -98,16 +85,43 @@ class Stream:
         try:
             yield
         except RuntimeError as error:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)  # raises after a CUDA error
-            split, text = self._split, " ".join(str(error).split())
-            if any(words in text for words in NOT_DATA):
-                raise
+            text, split = data_error(error, self._device), self._split
             where = split.shards[0] if len(split.shards) == 1 else split.index
             raise DataError(
                 f"{where}: DALI cannot read a record or decode an image; `make_rec.py verify "
                 f"--deep {where.parent}` finds damaged ones. DALI: ...{text[-SHOWN:]}"
             ) from error
+
+
+def run(pipeline: Pipeline, device: torch.device) -> Sequence[Output]:
+    """The next outputs in DALI's memory, complete on a GPU before what is queued next on `device`,
+    the one for training."""
+    if pipeline.device_id is None:
+        outputs: Sequence[Output] = pipeline.run()
+    else:
+        outputs = pipeline.run(torch.cuda.current_stream(device))
+    return outputs
+
+
+def shared(output: Output, device: torch.device) -> Tensor:
+    """An output on a device: where DALI ran there, in its memory."""
+    # As in DALI's iterators, not by its `feed_ndarray`: that makes this stream wait for all
+    # that DALI has queued, batches made ahead too, and DALI for all that is in this stream.
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(output.as_tensor())
+    if tensor.device.type == device.type:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def data_error(error: RuntimeError, device: torch.device) -> str:
+    """DALI's message in one line if the data may be its cause; else, if memory is full or the GPU
+    fails, raises the error."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # raises after a CUDA error
+    text = " ".join(str(error).split())
+    if any(words in text for words in NOT_DATA):
+        raise error
+    return text
 
 
 def dali_gpu(config: DataConfig, device: torch.device) -> int | None:

@@ -287,6 +287,25 @@ def test_images_without_a_line_are_left_to_the_unlabeled_source(tmp_path: Path, 
     assert "4 names do not fit" in line
 
 
+def test_beside_a_partly_labeled_source_others_have_their_own_classes(tmp_path: Path) -> None:
+    """As in self-training: class folders, and labels of some images that have the same names."""
+    tree = make_tree(
+        tmp_path / "tree", {f"{c}/0.jpg": jpeg(k) for k, c in enumerate(("ant", "bee"))}
+    )
+    records = make_records(tmp_path / "x.rec", [(0, 0, jpeg(50)), (1, 1, jpeg(51))])
+    pool = make_tree(tmp_path / "pool", {name: jpeg(int(name[0]) + 9) for name in CLASS_OF})
+    labels = write(tmp_path / "some.csv", "image,label\n0.jpg,bee\n2.jpg,ant\n")
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    args = ("--src", tree, records, pool, "--unlabeled-src", pool, "--labels", labels)
+    run("pack", *args, "--out", tmp_path / "out")
+    found = {image: label for _, label, _, image in read_split(tmp_path / "out", "train_label")}
+    assert found == {jpeg(0): 0, jpeg(1): 1, jpeg(50): 0, jpeg(51): 1, jpeg(9): 1, jpeg(11): 0}
+    assert len(read_split(tmp_path / "out", "train_unlabel")) == 10
+    labels.write_text("0.jpg,bee\n7.jpg,ant\n")  # of no image
+    line = refuse(*args, "--out", tmp_path / "two", status=4)
+    assert "1 name does not fit" in line and line.endswith("7.jpg (line 2, no image)")
+
+
 def test_images_without_a_label(tmp_path: Path) -> None:
     """A class -1 is none, as in a .lst, and no class that gets label 0."""
     tree = make_tree(tmp_path / "in", {f"{at}.jpg": jpeg(at) for at in range(3)})

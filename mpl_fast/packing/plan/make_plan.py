@@ -116,8 +116,9 @@ class _Planner:
         """Add all sources of a part; yield their warnings."""
         for source in sources.values():
             yield from self._list(source, part)
-        if labels := sources[min(sources)].request.labels:  # of all sources
-            labels.require_fit()
+        labels = [source.request.labels for source in sources.values() if source.request.labels]
+        if labels:  # one file
+            labels[0].require_fit()
         classes = list(self.class_numbers)
         yield from make_names_unique(self.table, part, sources, classes, self._rank)
 

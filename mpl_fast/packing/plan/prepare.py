@@ -87,10 +87,14 @@ def plan_to(path: Path, options: PackOptions) -> None:
         fault = "one class a line, in the order of the names, is for one source"
         raise DataError(f"{labels.path}: {fault}, not {len(options.src)}; write `name class`")
     how = (options.root, path.parent, report, options.class_from)
-    # Of their images, labels files may name some only.
+    # Of their images, labels files may name some only: the others of --src then have classes of
+    # their own, as one round of self-training has.
     pools = {_identity(spec) for spec in options.unlabeled_src}
+    named = {spec for spec in options.src if _identity(spec) in pools}
     train = [
-        open_source(spec, *how, labels=labels, partial=_identity(spec) in pools)
+        open_source(
+            spec, *how, labels=labels if spec in named or not named else None, partial=spec in named
+        )
         for spec in options.src
     ]
     val = None

@@ -1,0 +1,109 @@
+"""The parts of an unfinished prediction: a folder of one file for each run of images."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpl_fast import distributed
+from mpl_fast.atomic import atomic_file, write_json
+from mpl_fast.errors import OutputError, output_errors
+
+_PLAN, _LOCK = "plan.json", ".lock"
+
+
+class Parts:
+    """Parts of `part` images each, in batches of `batch`, which are the same after a stop: they are
+    kept with what is predicted. Rank 0 holds a lock of the folder until it ends."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder, self._total = folder, total
+        self._batch = self._part = 0
+
+    def open(self, what: Mapping[str, Any], *, batch: int, part: int, anew: bool) -> list[int]:
+        """Takes up the folder, and returns the numbers of the parts that are missing; a collective.
+
+        `what` identifies the prediction, as JSON. Raises `OutputError` if there are parts of
+        another one, which are removed if `anew`, or if another process predicts to the folder.
+        """
+        plan: dict[str, Any] = {}
+        missing: list[int] = []
+        if distributed.rank() == 0:
+            with output_errors(self.folder):
+                self._lock = _locked(self.folder)
+                plan = self._plan({**what, "batch": batch, "part": part}, [*what], anew)
+                self._batch, self._part = plan["batch"], plan["part"]
+                numbers = range(-(-self._total // self._part))
+                missing = [number for number in numbers if not self._file(number).exists()]
+        plan, missing = distributed.broadcast_object((plan, missing))
+        self._batch, self._part = plan["batch"], plan["part"]
+        return missing
+
+    def _plan(self, plan: dict[str, Any], keys: Sequence[str], anew: bool) -> dict[str, Any]:
+        file = self.folder / _PLAN
+        if file.exists():
+            before: dict[str, Any] = json.loads(file.read_text())
+            other = [key for key in keys if before[key] != json.loads(json.dumps(plan[key]))]
+            if not other:
+                return before
+            if not anew:
+                raise OutputError(
+                    f"{self.folder} has parts of a prediction with other {' and '.join(other)}: "
+                    "give the same again to continue it, or --force to begin anew"
+                )
+            file.unlink()
+        for old in self.folder.glob("*.npz"):
+            old.unlink()
+        write_json(file, plan)
+        return plan
+
+    @property
+    def batch(self) -> int:
+        """Images of a batch, the last of a part perhaps less."""
+        return self._batch
+
+    def places(self, number: int) -> range:
+        """The images of a part."""
+        return range(number * self._part, min((number + 1) * self._part, self._total))
+
+    def batches(self, number: int) -> Iterator[range]:
+        """The images of each batch of a part."""
+        places = self.places(number)
+        for start in places[:: self._batch]:
+            yield range(start, min(start + self._batch, places.stop))
+
+    def write(
+        self, number: int, good: Sequence[int], values: Sequence[NDArray[Any]], faults: Any
+    ) -> None:
+        """Writes a part: arrays with a row for each of the `good` places, and JSON."""
+        with output_errors(self._file(number)), atomic_file(self._file(number)) as file:
+            np.savez(file, np.array(good, np.int64), np.array(json.dumps(faults)), *values)
+
+    def __iter__(self) -> Iterator[tuple[range, NDArray[np.int64], Any, list[NDArray[Any]]]]:
+        """Reads all parts in order: their places, the good ones, the JSON, and the arrays."""
+        for number in range(-(-self._total // self._part)):
+            with np.load(self._file(number)) as stored:
+                good, faults, *values = (stored[f"arr_{at}"] for at in range(len(stored.files)))
+            yield self.places(number), good, json.loads(str(faults)), values
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:08d}.npz"
+
+
+def _locked(folder: Path) -> Any:
+    """The system releases the lock when this process ends."""
+    lock = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{folder}: another process is predicting to it") from None
+    return lock
