@@ -184,6 +184,10 @@ def _worker(
         out.mkdir(parents=True, exist_ok=True)
         with trials.locked():
             new = trials.open(settings, values, prepare)
+            for link in (out / "rec").glob("*.rec"):
+                if not link.exists():  # REC has been moved
+                    link.unlink()
+                    link.symlink_to((rec / link.name).resolve())
             write_text(out / "config.yaml", as_yaml(own))
     chosen_on = manifest if none else read_manifest(out / "rec")
     print(_introduction(base, manifest, chosen_on, options.held_out), flush=True)

@@ -3,6 +3,7 @@ the images which choose are in no training split."""
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -227,7 +228,8 @@ def test_wrong_options_are_one_line(
 def test_a_sweep_may_be_moved_and_the_folder_of_something_else_is_left_as_it_is(
     tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = options(tmp_path, tiny_rec, "data.num_ops: [1, 2]", "--timeout", "0s")
+    rec = Path(shutil.copytree(tiny_rec, tmp_path / "rec"))
+    line = options(tmp_path, rec, "data.num_ops: [1, 2]", "--timeout", "0s")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "rec").symlink_to(tiny_rec)
     with pytest.raises(OutputError, match="holds rec; name a new folder"):
@@ -236,7 +238,7 @@ def test_a_sweep_may_be_moved_and_the_folder_of_something_else_is_left_as_it_is(
     (tmp_path / "sweep" / "sweep.db-journal").touch()  # as of a start that was killed
     assert main(line) == 0
     (tmp_path / "sweep").rename(tmp_path / "moved")
-    (tmp_path / "run_dir").symlink_to(tiny_rec)  # its name is no option --run-dir
+    rec.rename(tmp_path / "run_dir")  # its name is no option --run-dir
     monkeypatch.chdir(tmp_path)
     line[line.index("--out") + 1], line[line.index("--data.root") + 1] = "moved", "./run_dir"
     assert main(line) == 0
