@@ -35,7 +35,7 @@ RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
 PARQUET = ["pyarrow>=14.0.1"]  # packing from parquet files; older ones may run code in them
 REPORT = ["scikit-learn", "matplotlib", "jinja2"]  # tools/report.py
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py to .onnx
-SWEEP = ["optuna", "optuna-dashboard", "matplotlib"]  # tools/sweep.py
+SWEEP = ["optuna", "optuna-dashboard", "scikit-learn", "matplotlib"]  # tools/sweep.py
 NOTEBOOK = ["jupyterlab"]
 TESTS = ["pytest", "pytest-xdist", "hypothesis", "playwright", "nbclient", "ipykernel"]
 DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "setuptools>=77", *DEMO, *RAY, *PARQUET]

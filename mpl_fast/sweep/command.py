@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +19,7 @@ from mpl_fast.config.command_line import as_yaml, phases
 from mpl_fast.config.fields import replaced
 from mpl_fast.data.manifest import Manifest, load_manifest, read_manifest
 from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.first_few import counted
 from mpl_fast.packing.options import is_drawn
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ Several machines: the same command on each adds workers to one sweep. They share
 and need --storage journal (a file in SWEEP) or a database's URL, since SQLite is for one machine.
 """
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-OWN_FILES = {".lock", "sweep.db", "journal.log", "rec", "rec.unfinished"}
+# Of a start that was killed, with temporary ones, such as sweep.db-journal.
+OWN_FILES = (".lock", "sweep.db", "sweep.json", "journal.log", "rec.unfinished")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +57,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks all options before anything is written, then trains; returns the exit code."""
     options, training = _parser().parse_known_args(arguments)
-    names = [argument.partition("=")[0][2:].replace("-", "_") for argument in training]
+    typed = [argument.partition("=")[0] for argument in training if argument.startswith("--")]
+    names = [name[2:].replace("-", "_") for name in typed]
     if "run_dir" in names:
         raise ConfigError("--run-dir is set by --out")
     if "dry_run" in names:
@@ -68,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         worker = _worker(options, base, manifest, {OPTION_NAMES.get(n, n) for n in names})
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'mpl_fast[sweep]'") from None
+        missing = str(error.name).partition(".")[0]
+        raise ConfigError(f"{missing} is missing: pip install 'mpl_fast[sweep]'") from None
     return worker.run()
 
 
@@ -135,10 +140,13 @@ def _worker(
     options: argparse.Namespace, base: RunConfig, manifest: Manifest, given: set[str]
 ) -> "Worker":
     """The worker of checked options, with the folder of the sweep prepared."""
+    for needed in ("matplotlib", "sklearn"):  # imported at the end, for the figures
+        if not find_spec(needed):
+            raise ModuleNotFoundError(name=needed)
     # Imported here: Optuna takes a second, and may be missing.
-    from mpl_fast.sweep.devices import slots
     from mpl_fast.sweep.held_out import hold_out
     from mpl_fast.sweep.loop import Worker
+    from mpl_fast.sweep.process import slots
     from mpl_fast.sweep.ranges import own_values, ranges_as_json, read_ranges
     from mpl_fast.sweep.study import SETTINGS, Storage, Trials, pruner
 
@@ -156,7 +164,7 @@ def _worker(
         "records": manifest.content,
         "held_out": options.held_out,
         "pruner": options.pruner,
-        "storage": storage.shown(out),
+        "storage": storage.shown(Path()),  # the folder may be moved
         "ranks_per_trial": options.ranks_per_trial,
         "ranges": ranges_as_json(ranges),
         "config": yaml.safe_load(as_yaml(own)),
@@ -177,6 +185,10 @@ def _worker(
         out.mkdir(parents=True, exist_ok=True)
         with trials.locked():
             new = trials.open(settings, values, prepare)
+            for link in (out / "rec").glob("*.rec"):
+                if not link.exists():  # REC has been moved
+                    link.unlink()
+                    link.symlink_to((rec / link.name).resolve())
             write_text(out / "config.yaml", as_yaml(own))
     chosen_on = manifest if none else read_manifest(out / "rec")
     print(_introduction(base, manifest, chosen_on, options.held_out), flush=True)
@@ -203,18 +215,19 @@ def _require_free(out: Path, settings: str) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"--out {out}: is a file; name a folder")
-    others = {file.name for file in out.iterdir()} - OWN_FILES
-    if (out / "rec").exists() and "held_out" not in load_manifest(out / "rec"):
-        others.add("rec")
-    if others:
-        raise OutputError(f"--out {out}: holds {sorted(others)[0]}; name a new folder")
+    for file in sorted(out.iterdir()):
+        rec = file.name == "rec" and "held_out" in load_manifest(file)
+        if not rec and not file.name.startswith(OWN_FILES):
+            raise OutputError(f"--out {out}: holds {file.name}; name a new folder")
 
 
 def _introduction(base: RunConfig, manifest: Manifest, chosen_on: Manifest, how: str) -> str:
-    """Which images compare the trials."""
+    """Which images compare the trials, and how well."""
     labeled, unlabeled, val = (
         chosen_on.splits[name].records for name in ("labeled", "unlabeled", "val")
     )
+    error = f"The standard error of a top-1 over {counted(val, 'image')} is at most "
+    error += f"{50 / val**0.5:.1f} points"
     if chosen_on is not manifest:
         others = f"{labeled}" + (
             f" and {unlabeled} unlabeled ones" if base.unlabeled_images else ""
@@ -222,13 +235,13 @@ def _introduction(base: RunConfig, manifest: Manifest, chosen_on: Manifest, how:
         return (
             f"trials are compared by {val} of the {manifest.splits['labeled'].records} labeled "
             f"images (--held-out {how}) and trained on the other {others}; the validation split of "
-            f"{manifest.root} is not read"
+            f"{manifest.root} is not read. {error}"
         )
     drawn = is_drawn(load_manifest(manifest.root)["options"].get("val"))
     which = "which were training images" if drawn else "WHICH MUST NOT BE THE TEST SET"
     return (
         f"trials are compared by the {val} validation images of {manifest.root}, {which}; a result "
-        "on them is optimistic afterwards"
+        f"on them is optimistic afterwards. {error}"
     )
 
 

@@ -3,6 +3,7 @@
 Nothing is copied: the .rec files are links, and the splits are index files over them.
 """
 
+import hashlib
 import itertools
 import shutil
 from bisect import bisect
@@ -16,6 +17,7 @@ from mpl_fast.data.manifest import CLASSES, MANIFEST, load_manifest, read_manife
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.errors import DataError
 from mpl_fast.packing.plan.choose_labeled import choose_val
+from mpl_fast.packing.plan.table import open_table
 from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 from mpl_fast.packing.publish.split_files import class_counts
 
@@ -27,9 +29,9 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
 
     `how` is a share ("20%") or a number, divided among the classes by their sizes and drawn by
     `seed`; every class keeps an image for training. The images are in neither training split of
-    `out`, also where `rec` lists its labeled images as unlabeled ones, too: their labels would not
-    leak, but the networks would have learned from the very images. Raises `ConfigError` if the
-    share leaves too few.
+    `out`, also where `rec` lists its labeled images as unlabeled ones, too, or has copies of them
+    under other names: their labels would not leak, but the networks would have learned from the
+    very images. Raises `ConfigError` if the share leaves too few.
     """
     manifest, stored = read_manifest(rec), load_manifest(rec)
     labeled, unlabeled = (SplitImages(manifest.splits[name]) for name in ("labeled", "unlabeled"))
@@ -39,6 +41,8 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
     )
     ids = choose_val(images, how, seed=seed, option="--held-out")
     held = {name for number, name in zip(labeled.ids, labeled.names, strict=True) if number in ids}
+    if stored["duplicates"]["groups"]:
+        held |= _copies(rec / stored["table"], ids, (labeled, unlabeled))
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -47,9 +51,9 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
     stored["splits"] = {
         name: _write_split(unfinished, name, stored, source["shards"], images, places)
         for name, source, images, places in (
-            ("labeled", splits["labeled"], labeled, _places(labeled, held, False)),
-            ("unlabeled", splits["unlabeled"], unlabeled, _places(unlabeled, held, False)),
-            ("val", splits["labeled"], labeled, _places(labeled, held, True)),
+            ("labeled", splits["labeled"], labeled, _others(labeled, held)),
+            ("unlabeled", splits["unlabeled"], unlabeled, _others(unlabeled, held)),
+            ("val", splits["labeled"], labeled, [p for p, n in enumerate(labeled.ids) if n in ids]),
         )
     }
     used = {file for split in stored["splits"].values() for file in split["shards"]}
@@ -62,9 +66,25 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
     sync_folder(out.parent)
 
 
-def _places(images: SplitImages, held: set[str], wanted: bool) -> list[int]:
-    """Those of the held-out images, or of the others."""
-    return [place for place, name in enumerate(images.names) if (name in held) == wanted]
+def _copies(table: Path, ids: set[int], splits: Sequence[SplitImages]) -> set[str]:
+    """Names of the images of `splits` that equal one of `ids`."""
+    with open_table(table) as rows:
+        written = "SELECT id, size, crc32 FROM written"
+        keys = {tuple(key) for number, *key in rows.query(written) if number in ids}
+        alike = {number for number, *key in rows.query(written) if tuple(key) in keys}
+    found = [
+        (number, name, hashlib.sha256(images.image(place)).digest())
+        for images in splits
+        for place, (number, name) in enumerate(zip(images.ids, images.names, strict=True))
+        if number in alike
+    ]
+    contents = {digest for number, _, digest in found if number in ids}
+    return {name for _, name, digest in found if digest in contents}
+
+
+def _others(images: SplitImages, held: set[str]) -> list[int]:
+    """The places of the images that are not held out."""
+    return [place for place, name in enumerate(images.names) if name not in held]
 
 
 def _write_split(

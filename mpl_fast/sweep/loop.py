@@ -1,8 +1,11 @@
 """The loop of a sweep's worker: claims trials, follows their training and records their results."""
 
+import os
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from mpl_fast.training.process import stop_on_signal
 POLL_SECONDS = 0.2
 WAIT_SECONDS = 2.0  # between looks at the trials of other workers
 LINE_SECONDS = 30.0  # after which an evaluation of a trial has a line of its own
+STDERR = 2
 ALIKE = 3  # trials that all end with one and the same configuration error end the sweep
 
 
@@ -89,6 +93,9 @@ class Worker:
 
     def _stop(self, why: str) -> None:
         """Has all running trials save; in a signal handler, too."""
+        if not self.stopping and self.running:
+            with suppress(OSError):  # without a buffer, which a signal may find amid a write
+                os.write(STDERR, f"sweep: {why}: running trials save\n".encode())
         self.stopping = self.stopping or why
         for training in list(self.running.values()):
             training.stop()
@@ -202,10 +209,9 @@ class Worker:
         with self.trials.locked():
             self._write(trials)
             figures = draw_figures(self.trials.study, out / "figures")
-        storage = self.trials.storage.shown(out)
         print(*(out / "best.yaml", out / "trials.csv", *figures), sep="\n")
-        print(
-            f"train with it on all labeled images: torchrun --nproc-per-node={self.ranks} "
-            f"mpl_fast/train.py --config {out / 'best.yaml'} --data.root {self.rec} --run-dir RUN"
-        )
-        print(f"look at all trials: optuna-dashboard {storage}", flush=True)
+        train = ["torchrun", f"--nproc-per-node={self.ranks}", "mpl_fast/train.py", "--config"]
+        train += [str(out / "best.yaml"), "--data.root", str(self.rec), "--run-dir", "RUN"]
+        print(f"train with it on all labeled images: {shlex.join(train)}")
+        dashboard = ["optuna-dashboard", self.trials.storage.shown(out)]
+        print(f"look at all trials: {shlex.join(dashboard)}", flush=True)

@@ -46,13 +46,14 @@ def write_csv(file: Path, trials: Sequence[FrozenTrial], keys: Sequence[str]) ->
 
 
 def table(trials: Sequence[FrozenTrial], keys: Sequence[str], held_out: int) -> str:
-    """Markdown of the best trials, and how far they can be told apart."""
+    """Markdown of the best trials and the first one, and how far they can be told apart."""
     best = best_first(trials)
     lines = [
         f"| trial | top-1 (%) | seconds of training | {' | '.join(keys)} |",
         "| --- " * (3 + len(keys)) + "|",
     ]
-    for trial in best[:BEST]:
+    # Also the first one, which has the config's own values.
+    for trial in [*best[:BEST], *(trial for trial in best[BEST:] if trial.number == 0)]:
         values = (shown({key: trial.params[key]}).removeprefix(f"{key} ") for key in keys)
         seconds = trial.user_attrs.get("train_seconds", 0.0)
         cells = (f"{trial.number}", f"{_top1(trial):.2f}", f"{seconds:.0f}", *values)

@@ -3,6 +3,7 @@ the images which choose are in no training split."""
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,11 +20,11 @@ from mpl_fast.config.command_line import as_arguments, as_yaml, parse
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import ConfigError, OutputError, UserError
 from mpl_fast.sweep.command import main
-from mpl_fast.sweep.devices import slots
 from mpl_fast.sweep.held_out import hold_out
+from mpl_fast.sweep.process import slots
 from mpl_fast.sweep.ranges import draw, read_ranges
 from mpl_fast.sweep.study import Storage, Trials
-from tests.packing.packs import read_record, split_line
+from tests.packing.packs import jpeg, read_record, split_line, with_magic
 from tests.packing.small_pack import make_pack
 from tests.tiny_run import ROOT, arguments, environment, rows
 
@@ -46,9 +47,11 @@ def study(folder: Path) -> optuna.Study:
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_continues_its_trial(tiny_rec: Path, tmp_path: Path) -> None:
+def test_a_killed_sweep_continues_its_trial(
+    tiny_rec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = options(tmp_path, tiny_rec, f"{LR}: {{low: 0.001, high: 0.1, log: true}}")
-    line += ["--steps", "40", "--trials", "1"]
+    line += ["--steps", "40", "--eval-every", "20", "--trials", "1"]
     command = [sys.executable, str(ROOT / "tools" / "sweep.py"), *line]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     folder = tmp_path / "sweep" / "trials" / "0000"
@@ -59,14 +62,14 @@ def test_a_killed_sweep_continues_its_trial(tiny_rec: Path, tmp_path: Path) -> N
     first.kill()
     before = first.communicate()[0]
     assert "trial 0: begins" in before and "1/1 ended" not in before
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
-    assert "trial 0: continues" in done.stdout and "1/1 ended" in done.stdout
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert "trial 0: continues" in printed and "1/1 ended" in printed
     assert "resuming after step" in _log(tmp_path, 0)
     (trial,) = study(tmp_path).trials
     assert trial.state == TrialState.COMPLETE
     evaluated = {row["step"]: row["eval/top1"] for row in rows(folder) if "eval/top1" in row}
-    assert [*evaluated] == [*range(4, 41, 4)]
+    assert [*evaluated] == [20, 40]
     assert trial.intermediate_values == evaluated and trial.value == evaluated[40]
     assert trial.params == {LR: 0.05}, "the first has the config's own values"
     config = yaml.safe_load((tmp_path / "sweep" / "best.yaml").read_text())
@@ -222,18 +225,39 @@ def test_wrong_options_are_one_line(
     assert not (tmp_path / "sweep" / "sweep.json").exists()
 
 
-def test_a_folder_of_something_else_is_left_as_it_is(tiny_rec: Path, tmp_path: Path) -> None:
-    line = options(tmp_path, tiny_rec, "data.num_ops: [1, 2]", "--timeout", "0s")
+def test_a_sweep_may_be_moved_and_the_folder_of_something_else_is_left_as_it_is(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rec = Path(shutil.copytree(tiny_rec, tmp_path / "rec"))
+    line = options(tmp_path, rec, "data.num_ops: [1, 2]", "--timeout", "0s")
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "rec").symlink_to(tiny_rec)
     with pytest.raises(OutputError, match="holds rec; name a new folder"):
         main(line)
     (tmp_path / "sweep" / "rec").unlink()
+    (tmp_path / "sweep" / "sweep.db-journal").touch()  # as of a start that was killed
+    assert main(line) == 0
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    rec.rename(tmp_path / "run_dir")  # its name is no option --run-dir
+    monkeypatch.chdir(tmp_path)
+    line[line.index("--out") + 1], line[line.index("--data.root") + 1] = "moved", "./run_dir"
     assert main(line) == 0
     with pytest.raises(ConfigError, match=r"another sweep: config.steps was 6 and is 8; use anoth"):
         main([*line, "--steps", "8"])
     with pytest.raises(ConfigError, match="another sweep: held_out was 50% and is 20%"):
         main([*line, "--held-out", "20%"])
+
+
+@pytest.mark.parametrize("name", ["optuna", "matplotlib"])
+def test_a_missing_package_is_named(
+    name: str, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [module for module in sys.modules if module.startswith("mpl_fast.sweep.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"^{name} is missing: pip install 'mpl_fast\[sweep\]'"):
+        main(options(tmp_path, tiny_rec, "data.num_ops: [1, 2]", "--timeout", "0s"))
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,17 +269,21 @@ def test_held_out_images_are_in_no_training_split(
     shards: dict[str, tuple[int, ...]], tmp_path: Path
 ) -> None:
     layout = "shared" if "train" in shards else "separate"
-    pack = make_pack(tmp_path / "rec", shards=shards, labeled=range(9), layout=layout)
+    first = with_magic(jpeg(1))  # as `make_pack` has it
+    copies = {9: jpeg(0), 10: first, **{9 + i: jpeg(i) for i in range(2, 8)}, 8: jpeg(5)}
+    pack = make_pack(
+        tmp_path / "rec", shards=shards, labeled=range(9), layout=layout, images=copies
+    )
     out = tmp_path / "held"
     hold_out(pack.root, out, "4", 0)
     whole, found = (
         {name: contents(root, name) for name in ("labeled", "unlabeled", "val")}
         for root in (pack.root, out)
     )
-    assert len(found["val"]) == 4
-    assert found["val"] | found["labeled"] == whole["labeled"]
-    assert found["unlabeled"] == whole["unlabeled"] - found["val"]
-    assert not found["val"] & (found["labeled"] | found["unlabeled"] | whole["val"])
+    assert len(found["val"]) == 4 and found["val"] <= whole["labeled"]
+    held = {image for _, image in found["val"]}
+    for name in ("labeled", "unlabeled"):
+        assert found[name] == {entry for entry in whole[name] if entry[1] not in held}
     again = tmp_path / "again"
     hold_out(pack.root, again, "4", 0)
     assert contents(again, "val") == found["val"]
@@ -283,6 +311,18 @@ def test_gpus_are_given_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--ranks-per-trial 6 needs as many GPUs"):
         slots(RunConfig(), 6, 0, 9)
     assert "CUDA_VISIBLE_DEVICES" not in slots(RunConfig(device="cpu"), 1, 1, 9)[0]
+
+
+def test_only_gpus_that_work_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed because it found no driver\nexit 9\n")
+    program.chmod(0o755)
+    assert "CUDA_VISIBLE_DEVICES" not in slots(RunConfig(), 1, 1, 1)[0]
+    lines = ("GPU 0: A (UUID: x)", "  MIG 1g.5gb Device 0: (UUID: y)", "GPU 1: B (UUID: z)")
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(RunConfig(), 1, 0, 9)] == ["0", "1"]
 
 
 def _config(line: list[str]) -> RunConfig:
