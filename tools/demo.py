@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import run_command
+from mpl_fast.training.process import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
@@ -107,11 +108,7 @@ def _train(recipe: str, rec: Path, seed: int, options: argparse.Namespace) -> Re
 
 def _ranks() -> int:
     """One process a GPU; without one, two that share the cores, so that the demo is distributed."""
-    listed = shutil.which("nvidia-smi") and subprocess.run(
-        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False
-    )
-    gpus = len(listed.stdout.splitlines()) if listed else 0
-    return gpus or min(2, os.cpu_count() or 1)
+    return len(visible_gpus()) or min(2, os.cpu_count() or 1)
 
 
 def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:

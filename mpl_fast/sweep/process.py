@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from mpl_fast.errors import PREEMPTED, ConfigError, DataError, OutputError
 from mpl_fast.first_few import counted
 from mpl_fast.sweep.study import Claim
 from mpl_fast.training.curves import read_rows
-from mpl_fast.training.process import signal_when_parent_ends
+from mpl_fast.training.process import signal_when_parent_ends, visible_gpus
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STOPPED = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT)
@@ -167,7 +166,7 @@ def slots(config: RunConfig, ranks: int, jobs: int, trials: int) -> list[dict[st
     a time; 0: as many of the `trials` as there are GPUs or cores for. Raises `ConfigError` for
     more.
     """
-    gpus = [] if config.device == "cpu" else _visible_gpus()
+    gpus = [] if config.device == "cpu" else visible_gpus()
     cores = len(os.sched_getaffinity(0))
     what, have = ("GPU", len(gpus)) if gpus else ("CPU core", cores)
     if config.device == "cuda" and not gpus:
@@ -189,16 +188,3 @@ def slots(config: RunConfig, ranks: int, jobs: int, trials: int) -> list[dict[st
         return [threads] * jobs
     groups = (gpus[job * ranks : (job + 1) * ranks] for job in range(jobs))
     return [threads | {"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups]
-
-
-def _visible_gpus() -> list[str]:
-    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    command = shutil.which("nvidia-smi")
-    if not command:
-        return []
-    # Its errors, such as of a missing driver, are lines of the same output.
-    listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
-    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)

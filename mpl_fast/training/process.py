@@ -1,8 +1,12 @@
-"""Signals of a training process: SIGTERM and SIGINT request a stop, and ranks end with torchrun."""
+"""Processes of training: SIGTERM and SIGINT request a stop, ranks end with torchrun, and which GPUs
+there are without importing torch."""
 
 import ctypes
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,3 +59,16 @@ def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return []
+    # Its errors, such as of a missing driver, are lines of the same output.
+    listed = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
