@@ -56,7 +56,8 @@ def cores_per_rank() -> int:
 def init(device: str) -> DistEnv:
     """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
 
-    `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a GPU for every
+    A process joins it once: later calls use the same group, until `shutdown`, after which torchrun's
+    store has no place for another. `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a GPU for every
     local rank, and for a WORLD_SIZE that no launcher has set.
     """
     rank, world = ranks_of_launcher()
@@ -64,7 +65,7 @@ def init(device: str) -> DistEnv:
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
-    if launched:
+    if launched and not dist.is_initialized():
         # Optimizers import torch._dynamo at their first step. Imported after the group is made it
         # holds a reference to it: gloo's threads then outlive `shutdown`, and sometimes abort the
         # process when Python exits.

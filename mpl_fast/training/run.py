@@ -77,9 +77,6 @@ def train(config: RunConfig, *later: RunConfig) -> int:
             code = PREEMPTED
             break
         del run
-    # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
-    # the group would wait for them instead of reporting the error.
-    distributed.shutdown()
     return code
 
 
