@@ -56,9 +56,9 @@ def cores_per_rank() -> int:
 def init(device: str) -> DistEnv:
     """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
 
-    A process joins it once: later calls use the same group, until `shutdown`, after which torchrun's
-    store has no place for another. `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a GPU for every
-    local rank, and for a WORLD_SIZE that no launcher has set.
+    A process joins it once: later calls use the same group, until `shutdown`, after which it cannot
+    join again. `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a
+    GPU for every local rank, and for a WORLD_SIZE that no launcher has set.
     """
     rank, world = ranks_of_launcher()
     dist_env = DistEnv(rank, world, _device(device))

@@ -444,6 +444,12 @@ class Run:
                     f"{what} never moves: its delay of {delay} steps "
                     f"is not over in a run of {config.steps}"
                 )
+        random = not (config.model.pretrained or isinstance(config.algorithm, FinetuneConfig))
+        if random and any(one.config.trunk_delay_steps for one in learners.values()):
+            self.console.warn(
+                "trunk_delay_steps trains the last layer alone on random weights: it is for "
+                "--model.pretrained, or recipe finetune"
+            )
         if self.chosen:
             self.console.print(self.chosen)
         if config.compile != "off" and self.steps_done < config.steps:
