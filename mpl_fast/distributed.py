@@ -56,15 +56,16 @@ def cores_per_rank() -> int:
 def init(device: str) -> DistEnv:
     """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
 
-    `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a GPU for every
-    local rank, and for a WORLD_SIZE that no launcher has set.
+    A process joins it once: later calls use the same group, until `shutdown`, after which it cannot
+    join again. `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a
+    GPU for every local rank, and for a WORLD_SIZE that no launcher has set.
     """
     rank, world = ranks_of_launcher()
     dist_env = DistEnv(rank, world, _device(device))
     launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if world > 1 and not launched:
         raise ConfigError(f"WORLD_SIZE is {world} without RANK and MASTER_ADDR: use torchrun")
-    if launched:
+    if launched and not dist.is_initialized():
         # Optimizers import torch._dynamo at their first step. Imported after the group is made it
         # holds a reference to it: gloo's threads then outlive `shutdown`, and sometimes abort the
         # process when Python exits.

@@ -31,19 +31,24 @@ def _train() -> int:
         from mpl_fast.dry_run.command import dry_run
 
         return max(dry_run(config, dry) for config in configs)
+    from mpl_fast import distributed
     from mpl_fast.training import run
 
-    return run.train(*configs)
+    code = run.train(*configs)
+    # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
+    # the group would wait for them instead of reporting the error.
+    distributed.shutdown()
+    return code
 
 
 def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Trained":
     """Trains as the command does, in this process, and returns the trained network.
 
-    With ``then`` it is that of the second run. `config` is a YAML file, `options` has keys that
-    override it, such as ``{"data.root": "REC", "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A
-    run that was stopped resumes; one that is complete is loaded. Raises `UserError` for what the
-    command would print as an error, and `KeyboardInterrupt` after a first Ctrl-C has saved a
-    checkpoint.
+    With ``then`` it is that of the second run. Under torchrun every rank calls it; the process
+    group stays, for more calls. `config` is a YAML file, `options` has keys that override it, such
+    as ``{"data.root": "REC", "run_dir": "RUN", "algorithm.student.lr": 0.1}``. A run that was
+    stopped resumes; one that is complete is loaded. Raises `UserError` for what the command would
+    print as an error, and `KeyboardInterrupt` after a first Ctrl-C has saved a checkpoint.
     """
     configs = phases(["--config", str(config), *as_arguments(options or {})])
     from mpl_fast.inference.trained import load

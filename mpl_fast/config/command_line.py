@@ -50,8 +50,10 @@ FLAGS = {
 }
 THEN = "then."
 # What the second run of a command does not have from the first, besides its algorithm.
-OF_THE_FIRST = {"run_dir", "steps", "epochs", "eval_every", "eval_epochs", "stop_at"}
+OF_THE_FIRST = {"run_dir", "steps", "epochs", "eval_every", "eval_epochs", "patience", "stop_at"}
 OF_THE_FIRST |= {"model.pretrained"}
+# What it cannot have of its own: with another run_dir of the first these are others.
+FROM_THE_FIRST = ("run_dir", "device", "algorithm.start")
 DRY_RUN = {option.key: option for option in options(DryRunConfig()) if option.key != "card"}
 OF_A_CARD = {"network_gbps", "price_per_gpu_hour"}  # of no use without one
 DEVICES = ("auto", "cuda", "cpu")
@@ -94,8 +96,6 @@ def phases(argv: Sequence[str], *, for_training: bool = True) -> list[RunConfig]
     if then := {**then_read, **then_typed}:
         _check_then(then)
         configs.append(_config(_second(configs[0]), then_typed, then_read, THEN))
-        if configs[1].device != configs[0].device:
-            raise ConfigError("then.device cannot differ from device: give --device alone")
     if "print_config" in typed:
         print(as_yaml(*configs), end="")
         raise SystemExit(0)
@@ -144,6 +144,9 @@ def _check_then(given: Mapping[str, Given]) -> None:
         raise ConfigError(f"{value.where}{key} is for a second run: give --then finetune as well")
     if recipe.text != FinetuneConfig.recipe:
         raise ConfigError(f"{recipe.where}then must be finetune, not {recipe.text}")
+    for key in (f"{THEN}{name}" for name in FROM_THE_FIRST):
+        if key in given:
+            raise ConfigError(f"{given[key].where}{key} cannot be given: the first run has it")
 
 
 def _second(first: RunConfig) -> RunConfig:
@@ -198,7 +201,9 @@ def as_yaml(config: RunConfig, then: RunConfig | None = None) -> str:
     """Text that `phases` reads back to equal configs."""
     tree = {"recipe": config.recipe, **dataclasses.asdict(config)}
     if then:
-        tree["then"] = {"recipe": then.recipe, **dataclasses.asdict(then)}
+        second = {"recipe": then.recipe, **dataclasses.asdict(then)}
+        del second["run_dir"], second["device"], second["algorithm"]["start"]  # FROM_THE_FIRST
+        tree["then"] = second
     return yaml.dump(_lists(tree), Dumper=_Dumper, sort_keys=False)
 
 

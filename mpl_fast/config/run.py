@@ -239,7 +239,11 @@ class RunConfig:
             ]
         if model.frozen and not (finetune or model.pretrained):
             return ["model.frozen would keep random weights: give --model.pretrained FILE too"]
-        return []
+        return [
+            f"{prefix}trunk_delay_steps is of no use with model.frozen: give one of them"
+            for prefix, section in sections(self.algorithm, "algorithm.")
+            if model.frozen and isinstance(section, LearnerConfig) and section.trunk_delay_steps
+        ]
 
     @property
     def no_step_graph(self) -> str:

@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from mpl_fast.config import DataConfig, RolePlayConfig, RunConfig
 from mpl_fast.config.command_line import parse
-from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
+from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.training.build import build_network, uses_bf16
-from mpl_fast.training.checkpoint import State, newest, no_class_names, read_shared, step_of
+from mpl_fast.training.checkpoint import (
+    State,
+    evaluated,
+    find_checkpoint,
+    no_class_names,
+    read_shared,
+    step_of,
+)
 
 
 @dataclass(frozen=True)
@@ -146,20 +153,6 @@ def config_of(run: str | Path, options: Sequence[str] = ()) -> RunConfig:
     return parse(["--config", str(file), *options, "--run-dir", str(run)])
 
 
-def find_checkpoint(run: str | Path, which: WhichCheckpoint = "newest") -> tuple[Path, list[str]]:
-    """A run's newest or best undamaged checkpoint, and a warning for each that was passed over.
-
-    A collective. Raises `CheckpointError` if there is none.
-    """
-    folder = Path(run) / CHECKPOINTS[which]
-    found, damage = newest(folder)
-    if found is None:
-        why = "; ".join(damage) or "nothing has been saved there"
-        advice = "" if which == "newest" else ": train with --checkpoint-best true, or use newest"
-        raise CheckpointError(f"{folder} holds no usable checkpoint ({why}){advice}")
-    return found, [f"{warning}; using {found.name}" for warning in damage]
-
-
 def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     """What evaluation does to an image, by torchvision: to RGB, resize, center crop, normalize.
 
@@ -205,13 +198,11 @@ def _classes(shared: State, config: RunConfig, checkpoint: Path) -> tuple[str, .
 def _network(
     shared: State, config: RunConfig, classes: Sequence[str], checkpoint: Path
 ) -> nn.Module:
-    names = shared.get("eval_ensemble", [*shared["learners"]][-1:])
     members = []
-    for name in names:
-        state = shared["learners"][name]
+    for _, weights in evaluated(shared).values():
         member = build_network(config, len(classes), class_names=classes)
         try:
-            member.load_state_dict(state["average"] or state["network"])
+            member.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).partition(":")[2].split())[:120]
             raise CheckpointError(f"{checkpoint} is of another network: {reason}") from None

@@ -19,6 +19,7 @@ from mpl_fast import atomic, models
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.config import FinetuneConfig
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
+from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
 from mpl_fast.data.class_names import first_difference, positions, unshared
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
@@ -224,27 +225,23 @@ def read_trained(
     Without `average`, networks themselves in place of their averages. A collective. Raises
     `CheckpointError` if there is no checkpoint or it is of other classes.
     """
-    checkpoint, warnings = newest_of(option, run)
+    checkpoint, warnings = find_checkpoint(run, option=option)
     shared = read_shared(checkpoint)
-    trained, about, order = shared.get("classes"), "", None
-    names = shared.get("eval_ensemble", [*shared["learners"]][-1:])
+    trained, about = shared.get("classes"), ""
+    found = evaluated(shared, average=average)
     if trained is None:
         warnings.append(no_class_names(checkpoint))
     elif {*trained} != {*classes}:
         raise CheckpointError(
             f"{option}: {checkpoint} is of other classes than this data "
             f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
-            f"--model.pretrained {checkpoint}/state.pt:{names[-1]}"
+            f"--model.pretrained {checkpoint}/state.pt:{[*found][-1]}"
         )
     elif trained != [*classes]:
         order = positions(classes, trained)
         about = "; its classes are in another order and were mapped by name"
-    found = {}
-    for name in names:
-        state = shared["learners"][name]
-        kind = "average" if average and state["average"] is not None else "network"
-        weights = state[kind]
-        found[name] = kind, models.with_class_order(weights, model, order) if order else weights
+        for name, (kind, weights) in found.items():
+            found[name] = kind, models.with_class_order(weights, model, order)
     return Trained(option, model, checkpoint, found, about, warnings)
 
 
@@ -280,22 +277,37 @@ def load_start(
     return message + found.about, found.warnings
 
 
-def newest_of(option: str, run: str) -> tuple[Path, list[str]]:
-    """The newest checkpoint of a run that `option` names, and warnings about damaged ones.
+def find_checkpoint(
+    run: str | Path, which: WhichCheckpoint = "newest", option: str = ""
+) -> tuple[Path, list[str]]:
+    """A run's newest or best undamaged checkpoint, and a warning for each that was passed over.
 
-    A collective. Raises `CheckpointError` if there is none.
+    `option` names the run in errors. A collective. Raises `CheckpointError` if there is none.
     """
-    folder = Path(run) / "checkpoints"
+    folder, of = Path(run) / CHECKPOINTS[which], option and f"{option}: "
     if not Path(run).is_dir():
-        raise ConfigError(f"{option}: there is no folder {run}")
+        raise ConfigError(f"{of}there is no folder {run}")
     checkpoint, damage = newest(folder)
     if checkpoint is None:
         why = "; ".join(damage) or "nothing has been saved there"
-        raise CheckpointError(
-            f"{option}: {folder} holds no usable checkpoint ({why}): "
-            "give the run directory of a run that has trained"
-        )
-    return checkpoint, [f"{warning}; starting from {checkpoint.name}" for warning in damage]
+        advice = "give the run directory of a run that has trained"
+        if which == "best":
+            advice = "train with --checkpoint-best true, or use newest"
+        raise CheckpointError(f"{of}{folder} holds no usable checkpoint ({why}): {advice}")
+    return checkpoint, [f"{warning}; using {checkpoint.name}" for warning in damage]
+
+
+def evaluated(shared: State, *, average: bool = True) -> dict[str, tuple[str, State]]:
+    """The networks that a run evaluates, by learner: "average" or "network", and its state dict.
+
+    Without `average`, networks themselves in place of their averages.
+    """
+    found = {}
+    for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
+        state = shared["learners"][name]
+        kind = "average" if average and state["average"] is not None else "network"
+        found[name] = kind, state[kind]
+    return found
 
 
 def _checkpoints(folder: Path) -> list[Path]:

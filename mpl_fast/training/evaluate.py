@@ -9,15 +9,15 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
 from mpl_fast.batch import EvalBatches
 from mpl_fast.config import RunConfig
-from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
+from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.class_names import lacking, positions
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.errors import CheckpointError, DataError
+from mpl_fast.errors import DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
-from mpl_fast.training.checkpoint import newest, no_class_names, read_shared, restore
+from mpl_fast.training.checkpoint import find_checkpoint, no_class_names, read_shared, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.metrics import QueueLimiter
 from mpl_fast.training.run_dir import keep_compile_cache
@@ -60,15 +60,9 @@ def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accura
     check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
-    folder = Path(config.run_dir) / CHECKPOINTS[which]
-    checkpoint, damage = newest(folder)
-    if checkpoint is None:
-        why = "; ".join(damage)
-        if which == "best" and not damage:
-            why = "(train with --checkpoint-best true)"
-        raise CheckpointError(f"{folder} holds no usable checkpoint {why}".strip())
-    for warning in damage:
-        console.warn(f"{warning}; evaluating {checkpoint.name}")
+    checkpoint, warnings = find_checkpoint(config.run_dir, which)
+    for warning in warnings:
+        console.warn(warning)
     shared = read_shared(checkpoint)
     classes = count_classes(config, manifest, shared.get("classes"))
     labels = _labels(shared.get("classes"), manifest, checkpoint, console)

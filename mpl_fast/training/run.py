@@ -1,6 +1,7 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
-from mpl_fast.errors import PREEMPTED, CheckpointError, DataError, NonFiniteError
+from mpl_fast.errors import PREEMPTED, CheckpointError, ConfigError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
 from mpl_fast.training.best import Best
@@ -66,6 +67,8 @@ def train(config: RunConfig, *later: RunConfig) -> int:
         run_dir = open_for(config, dist_env)
         try:
             run = Run(config, dist_env, manifest, classes, run_dir)
+            if not run.ended:
+                _check_not_begun(later[number:], config)
             code = run.go()
         finally:
             if run_dir:
@@ -77,9 +80,6 @@ def train(config: RunConfig, *later: RunConfig) -> int:
             code = PREEMPTED
             break
         del run
-    # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
-    # the group would wait for them instead of reporting the error.
-    distributed.shutdown()
     return code
 
 
@@ -88,6 +88,17 @@ def _prepared(config: RunConfig) -> tuple[RunConfig, Manifest, int]:
     manifest = read_manifest(config.data.root)
     config = resolve_epochs(config, manifest)
     return config, manifest, count_classes(config, manifest)
+
+
+def _check_not_begun(later: Sequence[RunConfig], config: RunConfig) -> None:
+    """Raises `ConfigError` if a later run has begun from an earlier end of this one, which would go
+    on."""
+    for one in later:
+        if any(Path(one.run_dir).glob("checkpoints/step_*")):
+            raise ConfigError(
+                f"{one.run_dir} has begun from an earlier end of {config.run_dir}, which now goes "
+                "on: move it to another place, or give the --patience of before"
+            )
 
 
 class Run:
@@ -116,6 +127,8 @@ class Run:
         keep_compile_cache(config)
         self.checkpoint = self._newest_checkpoint()
         fresh, self.notes = self.checkpoint is None, list[str]()
+        self.best = Best(config, dist_env)
+        self.ended = self.checkpoint is not None and self._ended_with(self.checkpoint)
         self.algorithm = build_algorithm(
             config,
             manifest,
@@ -131,12 +144,12 @@ class Run:
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.steps_saved, self.train_seconds = 0, -1, 0.0
         self.complete = False
-        self.accuracy, self.best = dict[str, float](), Best(config, dist_env)
+        self.accuracy = dict[str, float]()
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
         checkpoint = self.checkpoint
-        if checkpoint and self._ended_with(checkpoint):
+        if checkpoint and self.ended:
             self.complete = True
             return self._already_complete(checkpoint)
         if checkpoint:
@@ -431,6 +444,12 @@ class Run:
                     f"{what} never moves: its delay of {delay} steps "
                     f"is not over in a run of {config.steps}"
                 )
+        random = not (config.model.pretrained or isinstance(config.algorithm, FinetuneConfig))
+        if random and any(one.config.trunk_delay_steps for one in learners.values()):
+            self.console.warn(
+                "trunk_delay_steps trains the last layer alone on random weights: it is for "
+                "--model.pretrained, or recipe finetune"
+            )
         if self.chosen:
             self.console.print(self.chosen)
         if config.compile != "off" and self.steps_done < config.steps:

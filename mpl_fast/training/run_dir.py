@@ -206,12 +206,15 @@ def _locked(path: Path) -> Any:
 def check_same_config(file: Path, config: RunConfig) -> None:
     """Raises `ConfigError` if a run directory with checkpoints has another config.
 
-    `FREE_OPTIONS` may differ.
+    `FREE_OPTIONS` may differ, and a start around the run directory, which moves with it.
     """
     if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
         return
     old, new = _old_and_new(file, config)
-    keys = [k for k in {**old, **new} if k not in FREE_OPTIONS and old.get(k) != new.get(k)]
+    start = new.get("algorithm.start")
+    around = {"algorithm.start"} if start and Path(start) == Path(config.run_dir).parent else set()
+    free = FREE_OPTIONS | around
+    keys = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if keys:
         changes = (f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys)
         shown = first_few(changes, 5)

@@ -22,7 +22,7 @@ from mpl_fast.distributed import broadcast_object, rank
 from mpl_fast.errors import CheckpointError
 from mpl_fast.learner import Learner
 from mpl_fast.training.build import build_network, uses_bf16
-from mpl_fast.training.checkpoint import load_trained, newest_of, read_trained, step_of
+from mpl_fast.training.checkpoint import find_checkpoint, load_trained, read_trained, step_of
 
 OPTION = "algorithm.teacher"
 
@@ -119,7 +119,7 @@ def load_teacher(
 
 def _copy_run(run: str, to: Path) -> list[str]:
     """Copies config and newest checkpoint of a run; returns warnings about damaged ones."""
-    checkpoint, warnings = newest_of(OPTION, run)
+    checkpoint, warnings = find_checkpoint(run, option=OPTION)
     failure = None
     if rank() == 0:
         partial = to.with_name(".writing_teacher")

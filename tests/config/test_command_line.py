@@ -134,8 +134,13 @@ def test_a_second_run_has_what_the_first_has_and_its_own_options(tmp_path: Path)
     _, second = phases([*given, "--then.steps", "4"])
     assert (second.steps, second.epochs) == (4, 0)
     assert phases([*HERE]) == [parse(HERE)]
-    both = phases([*HERE, "--then", "finetune", "--then.seed", "2"])
-    assert phases(["--config", written(tmp_path, as_yaml(*both))]) == both
+    both = phases([*HERE, "--then", "finetune", "--then.seed", "2", "--patience", "3"])
+    assert (both[0].patience, both[1].patience) == (3, 0)
+    saved = ["--config", written(tmp_path, as_yaml(*both))]
+    assert phases(saved) == both
+    moved, second = phases([*saved, "--run-dir", "r2", "--device", "cpu"])
+    assert isinstance(second.algorithm, FinetuneConfig) and moved.run_dir == "r2"
+    assert (second.run_dir, second.algorithm.start, second.device) == ("r2/finetune", "r2", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -147,10 +152,9 @@ def test_a_second_run_has_what_the_first_has_and_its_own_options(tmp_path: Path)
          "you mean --then.steps?"),
         ("--then finetune --then.steps x", "then.steps must be a whole number, not x"),
         ("--then finetune --then.steps 0", "then.steps must be at least 1, not 0"),
-        ("--then finetune --then.device cpu", "then.device cannot differ from device: give "
-         "--device alone"),
-        ("--then finetune --then.algorithm.start=", "then.algorithm.start is missing: give "
-         "--algorithm.start RUN_DIR, whose checkpoint is fine-tuned"),
+        ("--then finetune --then.device cpu", "then.device cannot be given: the first run has it"),
+        ("--then finetune --then.algorithm.start r2", "then.algorithm.start cannot be given: the "
+         "first run has it"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_second_run_ends_the_first_before_it_begins(

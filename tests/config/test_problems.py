@@ -140,6 +140,7 @@ patience=3 eval-every=0 | patience needs evaluations before the end: set eval_ev
 recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
 recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
 model.frozen=true | model.frozen would keep random weights: give --model.pretrained
+model.frozen=true model.pretrained=f .student.trunk_delay_steps=5 | .student.trunk_delay_steps is of
 .teacher.momentum=0 | .teacher.momentum must be above 0
 .teacher.milestones=[100] | .teacher.milestones must be empty for schedule cosine, not (100,)
 .student.schedule=step | .student.milestones must be the rising steps of schedule step, not ()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import CheckpointError, DataError, UserError
 from mpl_fast.inference.trained import Ensemble
 from mpl_fast.training.build import eval_loader
-from tests.tiny_run import arguments, train_here
+from tests.tiny_run import arguments, launch, train_here
 
 pytestmark = pytest.mark.slow
 
@@ -95,3 +96,23 @@ def test_fit_trains_resumes_and_loads(tiny_rec: Path, tmp_path: Path) -> None:
     assert mpl_fast.fit(config, options).step == 6
     with pytest.raises(UserError, match="labeled_batch"):
         mpl_fast.fit(config, options | {"labeled_batch": 0})
+
+
+def test_two_ranks_fit_load_and_fit_again(tiny_rec: Path, tmp_path: Path) -> None:
+    _, config, *_ = arguments(tmp_path / "x", tiny_rec, recipe="supervised")
+    options = {"data.root": str(tiny_rec), "run_dir": str(tmp_path / "run"), "steps": 2}
+    done = launch("tests.inference.test_trained", json.dumps([config, options]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 steps, then 1") == 2
+
+
+def fit_twice(config: str, options: dict[str, object]) -> None:
+    """On each rank of one process group."""
+    fitted = mpl_fast.fit(config, options)
+    assert mpl_fast.load(str(options["run_dir"])).accuracy == fitted.accuracy
+    options |= {"run_dir": f"{options['run_dir']}_again", "steps": 1}
+    print(f"{fitted.step} steps, then {mpl_fast.fit(config, options).step}\n", end="")
+
+
+if __name__ == "__main__":
+    fit_twice(*json.loads(sys.argv[1]))

@@ -135,7 +135,7 @@ def test_run_directory_of_another_config_or_of_a_divergence(tiny_rec: Path, tmp_
         (
             "mpl",
             "teacher.trunk_delay_steps",
-            "the trunk of the teacher never moves",
+            "trunk_delay_steps trains the last layer alone on random weights",
         ),
         ("mpl_roleplay", "teacher.delay_steps", "the first network never moves"),
         ("mpl_roleplay", "student_delay_steps", "a network as student never moves"),

@@ -199,10 +199,11 @@ def test_a_resume_has_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     before = best_of(tmp_path)
     before.restore({"best": {"best_top1": 4.0, "best_step": 1}})
     assert before.resume(two, 2) == "" and kept(tmp_path) == ["step_00000001"]  # 3 is repeated
+    best.keep(three)
     gone = best_of(tmp_path)
     gone.restore({"best": {"best_top1": 4.0, "best_step": 0}})
     assert "4.00 % at step 0, was not kept" in gone.resume(one, 1)
-    assert gone.checkpoint() == ""
+    assert gone.checkpoint() == "" and kept(tmp_path) == []  # 3 is repeated
 
 
 def test_the_best_of_an_earlier_run_is_not_replaced(tmp_path: Path) -> None:

@@ -82,6 +82,29 @@ def test_what_the_second_run_cannot_do_is_found_before_the_first(
 
 
 @pytest.mark.slow
+def test_a_second_run_moves_with_the_first_and_is_of_its_end(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run ends early, is moved, and would go on with more patience."""
+    both = options(tmp_path / "run", tiny_rec, "--eval-every=2", "--patience=1")
+    both += ["--algorithm.student.lr=0", "--algorithm.student.delay-steps=0"]
+    done = train_here(*both, "--then.stop-at", "1")
+    assert done.returncode == 0 and "ends early" in done.stdout, done.stderr
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    done = train_here(*both, "--run-dir", "moved", "--then.stop-at", "2")
+    assert done.returncode == 0 and "paused after step 2" in done.stdout, done.stderr
+    before = sorted((tmp_path / "moved").rglob("step_*"))
+    done = train_here(*both, "--run-dir", "moved", "--patience=2")
+    assert done.returncode == 2 and not done.stdout.count("resuming")
+    assert "moved/finetune has begun from an earlier end of moved, which now goes" in done.stderr
+    assert sorted((tmp_path / "moved").rglob("step_*")) == before
+    (tmp_path / "moved" / "finetune").rename(tmp_path / "aside")
+    done = train_here(*both, "--run-dir", "moved", "--patience=2")
+    assert done.returncode == 0 and done.stdout.count("done: top-1") == 2, done.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_killed_in_the_second_run_resume_it(tiny_rec: Path, tmp_path: Path) -> None:
     run, straight = tmp_path / "killed", tmp_path / "straight"
     more = ["--then.steps", str(ENDLESS), "--then.checkpoint-every", "1"]
