@@ -24,10 +24,10 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.first_few import first_few
-from mpl_fast.inference.trained import Trained, config_of, find_checkpoint, load
+from mpl_fast.inference.trained import Trained, config_of, load
 from mpl_fast.report.measures import Floats, Ints
 from mpl_fast.training.build import eval_loader
-from mpl_fast.training.checkpoint import step_of
+from mpl_fast.training.checkpoint import find_checkpoint, step_of
 from mpl_fast.training.console import duration
 
 FORMAT = 1  # of cached files; to be increased when their content changes
