@@ -33,7 +33,7 @@ REQUIRES = [
 DEMO = ["scikit-learn", "matplotlib"]
 RAY = ["ray"]  # packing on a cluster: make_rec.py pack --engine ray
 PARQUET = ["pyarrow>=14.0.1"]  # packing from parquet files; older ones may run code in them
-REPORT = ["scikit-learn", "matplotlib"]  # tools/report.py
+REPORT = ["scikit-learn", "matplotlib", "jinja2"]  # tools/report.py
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]  # tools/export.py to .onnx
 SWEEP = ["optuna", "optuna-dashboard", "matplotlib"]  # tools/sweep.py
 NOTEBOOK = ["jupyterlab"]
@@ -69,9 +69,11 @@ setup(
         "mpl_fast.packing.publish",
         "mpl_fast.packing.sources",
         "mpl_fast.packing.write",
+        "mpl_fast.report",
         "mpl_fast.sweep",
         "mpl_fast.training",
     ],
+    package_data={"mpl_fast.report": ["page.html", "page.css", "page.js"]},
     install_requires=REQUIRES,
     extras_require={
         # Replaces nvidia-dali-cuda120 on a CUDA 13 driver: uninstall that one first, since both

@@ -2,9 +2,9 @@
 
 The order, from top to bottom; a unit imports only units below it:
 
-    train | sweep -> inference | dry_run -> training -> algorithms -> learner
-          -> losses | models | packing
-          -> kernels | data -> batch | config | distributed -> errors | atomic | first_few
+    train | sweep -> report -> inference | dry_run -> training -> algorithms -> learner
+          -> losses | models | packing -> kernels | data -> batch | config | distributed
+          -> errors | atomic | first_few
 """
 
 import ast
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mpl_fast"
 LAYERS = [
     {"train", "sweep"},
+    {"report"},
     {"inference", "dry_run"},
     {"training"},
     {"algorithms"},

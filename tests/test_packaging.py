@@ -61,7 +61,9 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         if (root / name).exists():
             (source / name).write_bytes((root / name).read_bytes())
     for folder in ("mpl_fast", "kernels"):
-        for file in sorted((root / folder).rglob("*.py")):
+        for file in sorted((root / folder).rglob("*.*")):
+            if file.suffix not in (".py", ".html", ".css", ".js"):
+                continue
             relative = file.relative_to(root)
             if relative.parts[:2] != ("mpl_fast", "kernels"):
                 (source / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,7 @@ def test_wheel_holds_license_and_every_module_under_one_name(root: Path, wheel: 
     tops = {name.split("/")[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"mpl_fast"}
     packed = {name for name in wheel if name.endswith(".py")}
+    assert {f"mpl_fast/report/page.{kind}" for kind in ("html", "css", "js")} <= {*wheel}
     files = set((root / "mpl_fast").rglob("*.py")) | set((root / "mpl_fast/kernels").glob("*.py"))
     assert packed == {str(file.relative_to(root)) for file in files}
     assert "mpl_fast/kernels/teacher.py" in packed

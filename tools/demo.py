@@ -38,7 +38,8 @@ def main() -> None:
     file = options.out / "summary.json"
     file.write_text(json.dumps(summary, indent=1) + "\n")
     picture = _draw(runs, options)
-    print(f"\n{table(summary, options)}\n\n{file}\n{picture}")
+    page = _report(runs, options)
+    print(f"\n{table(summary, options)}\n\n{file}\n{picture}\n{page}")
     print(f"demo finished in {time.perf_counter() - began:.0f} s")
 
 
@@ -171,6 +172,14 @@ def _draw(runs: dict[str, list[Result]], options: argparse.Namespace) -> Path:
     out: Path = options.out / "curves.png"
     curves = [(RECIPES[name], Path(r["run_dir"])) for name in RECIPES for r in runs[name]]
     draw(curves, out, title=f"Handwritten digits, {LABELED // 10} labels a class")
+    return out
+
+
+def _report(runs: dict[str, list[Result]], options: argparse.Namespace) -> Path:
+    """MPL first, which is then shown in detail."""
+    out: Path = options.out / "report.html"
+    folders = [Path(result["run_dir"]) for name in reversed(RECIPES) for result in runs[name]]
+    _run([sys.executable, ROOT / "tools" / "report.py", *folders, "--out", out])
     return out
 
 

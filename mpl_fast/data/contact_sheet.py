@@ -33,17 +33,21 @@ def contact_sheet(
     split = manifest.splits["unlabeled"]
     if images > split.records:
         raise ConfigError(f"--images {images}: {split.index} has only {split.records} records")
-    rows = _draw_rows(config, split, images, draws, seed)
-    titles = ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
+    rows = draw_rows(config, split, images, draws, seed)
     zoom = -(-MIN_TILE // config.image_size)
     names = ["no label" if label == NO_LABEL else manifest.class_text(label) for label, _ in rows]
     tiles = [[tile.repeat(zoom, axis=0).repeat(zoom, axis=1) for tile in row] for _, row in rows]
-    sheet = _arrange(tiles, titles, names, zoom * config.image_size)
+    sheet = _arrange(tiles, titles(draws), names, zoom * config.image_size)
     with output_errors(out):
         sheet.save(out)
 
 
-def _draw_rows(
+def titles(draws: int) -> list[str]:
+    """Of the tiles of a row."""
+    return ["original", "weak", *(f"strong {draw + 1}" for draw in range(draws))]
+
+
+def draw_rows(
     config: DataConfig, split: Split, images: int, draws: int, seed: int
 ) -> list[tuple[int, list[Pixels]]]:
     """The class and the tiles of each row, as (h, w, 3) uint8."""
@@ -87,13 +91,13 @@ def _denormalize(view: NDArray[np.float32], config: DataConfig) -> Pixels:
 
 
 def _arrange(
-    tiles: list[list[Pixels]], titles: list[str], names: list[str], side: int
+    tiles: list[list[Pixels]], heads: list[str], names: list[str], side: int
 ) -> Image.Image:
     """A white image with the tiles, titles above the columns, class names below the rows."""
     across, down = side + GAP, side + GAP + CLASS_NAME
-    sheet = Image.new("RGB", (GAP + across * len(titles), TITLE + down * len(tiles)), "white")
+    sheet = Image.new("RGB", (GAP + across * len(heads), TITLE + down * len(tiles)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for column, title in enumerate(titles):
+    for column, title in enumerate(heads):
         draw.text((GAP + across * column, 4), title, "black", ImageFont.load_default(15))
     for row, (line, name) in enumerate(zip(tiles, names, strict=True)):
         top = TITLE + down * row

@@ -1,0 +1,146 @@
+"""What the numbers of a run say about it, in sentences that hold the numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mpl_fast.report.measures import bins, wilson
+from mpl_fast.report.predictions import Predictions
+from mpl_fast.report.runs import Run
+
+Kind = Literal["limit", "note", "good"]
+GAP = 0.10  # accuracy on labeled training images above that on validation images
+FEW = 1000  # images, below which an interval is wide
+LOW_SHARE = 0.5
+WRONG_LABELS = 0.10
+RISE = 1.0  # points of top-1 in the last quarter
+SKIPPED = 0.01
+DATA_WAIT = 0.05
+MISCALIBRATED = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence; the first `limit` of a run is its verdict."""
+
+    kind: Kind
+    text: str
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """``12.3 %`` of 0.123."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def findings(
+    run: Run,
+    val: Predictions | None,
+    labeled: Predictions | None,
+    unlabeled: Predictions | None,
+) -> list[Finding]:
+    """Limits first, in the order in which they should be removed."""
+    found = [
+        *_length(run, val),
+        *_updates(run),
+        *_fit(val, labeled),
+        *_pseudo_labels(run, unlabeled),
+        *_input(run),
+        *_calibration(val),
+    ]
+    order: tuple[Kind, ...] = ("limit", "note", "good")
+    found.sort(key=lambda finding: order.index(finding.kind))
+    if not any(finding.kind == "limit" for finding in found):
+        found.insert(0, Finding("good", "No limit stands out in the numbers of this run."))
+    return found
+
+
+def _length(run: Run, val: Predictions | None) -> list[Finding]:
+    done, steps, found = run.steps_done, run.config.steps, list[Finding]()
+    if done < steps:
+        text = f"Not finished: step {done:,} of {steps:,} ({percent(done / steps, 0)})."
+        found.append(Finding("limit", text))
+    points = run.curves.get("eval/top1", [])
+    if len(points) < 3:
+        return found
+    last_step, last = points[-1]
+    before = [value for step, value in points if step <= 0.75 * last_step]
+    half = 0.0
+    if val is not None:
+        low, high = wilson(val.hits.sum(), len(val.hits))
+        half = 50 * (high - low)
+    if before and last - before[-1] > max(RISE, half):
+        text = f"Still rising: top-1 gained {last - before[-1]:.1f} points in the last quarter of "
+        text += "the steps, in which the learning rate decays, too."
+        found.append(Finding("note", text))
+    best_step, best = max(points, key=lambda point: point[1])
+    if best - last > max(0.1, half):
+        text = f"The last evaluation ({last:.2f} %) is {best - last:.2f} points below the best "
+        text += f"({best:.2f} % at step {best_step:,}); the best was selected on these images."
+        found.append(Finding("note", text))
+    return found
+
+
+def _updates(run: Run) -> list[Finding]:
+    found = []
+    for name in sorted(run.curves):
+        if name.startswith("skipped/") and (share := run.mean(name) or 0.0) > 0:
+            text = f"{percent(share, 2)} of the updates of {name.removeprefix('skipped/')} were "
+            text += "skipped, because their gradient was not finite."
+            found.append(Finding("limit" if share > SKIPPED else "note", text))
+    return found
+
+
+def _fit(val: Predictions | None, labeled: Predictions | None) -> list[Finding]:
+    if val is None or labeled is None:
+        return []
+    train, held_out = float(labeled.hits.mean()), float(val.hits.mean())
+    both = f"{percent(train)} of the labeled training images are right and {percent(held_out)} of "
+    both += f"the validation images: a gap of {100 * (train - held_out):.1f} points."
+    if train - held_out > GAP:
+        return [Finding("limit", f"Overfits: {both}")]
+    if train < 0.9 and held_out < 0.9:
+        text = f"Underfits: only {percent(train)} of the labeled training images are right"
+        return [Finding("limit", f"{text} (validation: {percent(held_out)}).")]
+    return [Finding("good", f"Generalizes: {both}")]
+
+
+def _pseudo_labels(run: Run, unlabeled: Predictions | None) -> list[Finding]:
+    found = []
+    share = run.latest("mask_rate")
+    if share is not None and run.threshold:
+        text = f"{percent(share)} of the unlabeled images were used at the end of training (those "
+        text += f"with a probability of {run.threshold:g} or more)."
+        low = share < LOW_SHARE
+        found.append(Finding("limit", f"Low share: only {text}") if low else Finding("good", text))
+    if unlabeled is None or not unlabeled.known.any() or not run.threshold:
+        return found
+    used = (unlabeled.confidence >= run.threshold) & unlabeled.known
+    if used.any() and (wrong := 1 - float(unlabeled.hits[used].mean())) > WRONG_LABELS:
+        text = f"Wrong pseudo labels: {percent(wrong)} of the unlabeled images above the threshold "
+        text += "get a wrong label from the final network."
+        found.append(Finding("limit", text))
+    return found
+
+
+def _input(run: Run) -> list[Finding]:
+    wait = run.mean("data_wait")
+    if wait is None:
+        return []
+    text = f"{percent(wait)} of the training time is data wait."
+    if wait > DATA_WAIT:
+        return [Finding("note", f"Input-bound: {text} --data.threads may help.")]
+    return [Finding("good", text)]
+
+
+def _calibration(val: Predictions | None) -> list[Finding]:
+    if val is None:
+        return []
+    gap = float(val.confidence.mean() - np.mean(val.hits))
+    found = bins(val.confidence, val.hits)
+    if abs(gap) < MISCALIBRATED:
+        text = f"Mean confidence is within {100 * abs(gap):.1f} points of the accuracy"
+        return [Finding("good", f"{text} (ECE {percent(found.ece)}).")]
+    word = "Overconfident" if gap > 0 else "Underconfident"
+    text = f"{word}: mean confidence is {percent(float(val.confidence.mean()))}, accuracy "
+    return [Finding("note", f"{text}{percent(float(val.hits.mean()))} (ECE {percent(found.ece)}).")]
