@@ -9,12 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mpl_fast.errors import run_command
 from mpl_fast.training.process import die_with_launcher
 
-USAGE = """predict.py RUN IMAGES --out FILE [--device auto|cpu|cuda] [--eval-batch N] ...
-
-Predicts the class of each image by the averaged weights of RUN, on images as evaluation makes them.
-Options of train.py override those of RUN/config.yaml. Under torchrun the images are divided among
-the ranks. The same command continues after any stop, on any number of ranks: what is done is in
-FILE.parts until then.
+USAGE = "predict.py RUN IMAGES --out FILE [--keep P] [--device auto|cpu|cuda] [--eval-batch N] ..."
+DESCRIPTION = """Predicts the class of each image by the averaged weights of RUN, on images as
+evaluation makes them. Options of train.py override those of RUN/config.yaml. Under torchrun the
+images are divided among the ranks. The same command continues after any stop, on any number of
+ranks: what is done is in FILE.parts until then.
 
 IMAGES is a folder of any depth, a tar or zip (ARCHIVE:FOLDER), a list (.lst), records (.rec),
 parquet, webdataset shards ('DIR/{0000..0146}.tar'), one image, or all that make_rec.py pack
@@ -43,7 +42,10 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        usage=USAGE, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=USAGE,
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="run directory")

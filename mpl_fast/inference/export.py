@@ -21,6 +21,7 @@ from mpl_fast.inference.trained import Ensemble, Trained
 from mpl_fast.models.weights_file import reason
 
 CONFIG, CARD = "config.json", "README.md"
+WEIGHTS = "model.safetensors"  # by this name timm and the Hugging Face hub find them
 OPSET = 18  # of ONNX: the one that PyTorch's operators are written in, which needs no conversion
 ONNX_LIMIT = 1_900_000_000  # bytes of weights in an ONNX file, which must be smaller than 2 GiB
 TRACED, CHECKED = 2, 3  # images in a batch
@@ -93,6 +94,8 @@ def check_out(out: Path, *, force: bool = False) -> Format:
     are missing, and `OutputError` for a file that exists and a folder."""
     if out.suffix not in FORMATS:
         raise ConfigError(f"--out {out}: the name must end in {', '.join(FORMATS)}")
+    if out.suffix == ".safetensors" and out.name != WEIGHTS:
+        raise ConfigError(f"--out {out}: weights are found by the name {WEIGHTS} only")
     if out.suffix == ".onnx" and not (find_spec("onnx") and find_spec("onnxscript")):
         raise ConfigError(f"--out {out}: needs onnx and onnxscript: pip install 'mpl_fast[export]'")
     with output_errors(out):
@@ -113,7 +116,7 @@ def _texts(
     before = sorted(file.name for file in out.parent.glob("*") if file.suffix in FORMATS)
     after = sorted({*before, out.name})
     with output_errors(out):
-        if config.exists() and (old := config.read_text("utf-8")) != text:
+        if config.exists() and (old := _text(config)) != text:
             if f'"{TAG}"' not in old:
                 raise OutputError(f"{config} is not of an export: name a file in another folder")
             if not force:
@@ -123,11 +126,16 @@ def _texts(
                 )
         texts = {CONFIG: text, CARD: card(trained, manifest, after)}
         if readme.exists():
-            old = readme.read_text("utf-8")
-            ours = old == card(trained, manifest, before) or (force and f"- {TAG}\n" in old)
+            old = _text(readme)
+            ours = old in (texts[CARD], card(trained, manifest, before))
+            ours = ours or (force and f"- {TAG}\n" in old)
             if not ours:
                 del texts[CARD]
     return texts
+
+
+def _text(file: Path) -> str:
+    return file.read_text("utf-8", "surrogateescape")
 
 
 def _difference(network: nn.Module, again: Logits | None, trained: Trained) -> float | None:

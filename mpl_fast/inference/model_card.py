@@ -160,7 +160,7 @@ from mpl_fast import models
 from safetensors.torch import load_file
 
 network = models.build("{name}", {classes}).eval()
-network.load_state_dict(load_file("{file}"))
+network.load_state_dict(load_file({file!r}))
 label = network(torch.from_numpy(images)).argmax().item()
 """
 
@@ -168,7 +168,7 @@ PT2 = """import json
 import torch
 
 about = {{"config.json": ""}}
-network = torch.export.load("{file}", extra_files=about).module()
+network = torch.export.load({file!r}, extra_files=about).module()
 label = network(torch.from_numpy(images)).argmax().item()
 print(json.loads(about["config.json"])["label_names"][label])
 """
@@ -176,7 +176,7 @@ print(json.loads(about["config.json"])["label_names"][label])
 ONNX = """import json
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{file}")
+session = onnxruntime.InferenceSession({file!r})
 label = session.run(None, {{"images": images}})[0].argmax()
 about = json.loads(session.get_modelmeta().custom_metadata_map["config.json"])
 print(about["label_names"][label])

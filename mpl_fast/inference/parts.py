@@ -12,30 +12,48 @@ from numpy.typing import NDArray
 
 from mpl_fast import distributed
 from mpl_fast.atomic import atomic_file, write_json
-from mpl_fast.errors import OutputError, output_errors
+from mpl_fast.errors import OutputError, UserError, output_errors
 
 _PLAN, _LOCK = "plan.json", ".lock"
 
 
 class Parts:
     """Parts of `part` images each, in batches of `batch`, which are the same after a stop: they are
-    kept with what is predicted. Rank 0 holds a lock of the folder until it ends."""
+    kept with what is predicted.
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self.folder, self._total = folder, total
-        self._batch = self._part = 0
+    As a context, rank 0 makes and locks the folder; after a `UserError` before `open` it is gone
+    again. Raises `OutputError` if the folder is another process's, or not of a prediction.
+    """
 
-    def open(self, what: Mapping[str, Any], *, batch: int, part: int, anew: bool) -> list[int]:
-        """Takes up the folder, and returns the numbers of the parts that are missing; a collective.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._total = self._batch = self._part = 0
+
+    def __enter__(self) -> "Parts":
+        if distributed.rank() == 0:
+            with output_errors(self.folder):
+                self._lock = _locked(self.folder)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        unused = distributed.rank() == 0 and not (self.folder / _PLAN).exists()
+        if unused and kind and issubclass(kind, UserError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def open(
+        self, what: Mapping[str, Any], total: int, *, batch: int, part: int, anew: bool
+    ) -> list[int]:
+        """Divides `total` images, and returns the numbers of the parts that are missing; a
+        collective.
 
         `what` identifies the prediction, as JSON. Raises `OutputError` if there are parts of
-        another one, which are removed if `anew`, or if another process predicts to the folder.
+        another one, which are removed if `anew`.
         """
+        self._total = total
         plan: dict[str, Any] = {}
         missing: list[int] = []
         if distributed.rank() == 0:
             with output_errors(self.folder):
-                self._lock = _locked(self.folder)
                 plan = self._plan({**what, "batch": batch, "part": part}, [*what], anew)
                 self._batch, self._part = plan["batch"], plan["part"]
                 numbers = range(-(-self._total // self._part))
@@ -100,7 +118,10 @@ class Parts:
 
 
 def _locked(folder: Path) -> Any:
-    """The system releases the lock when this process ends."""
+    """Makes the folder. The system releases the lock when this process ends."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / _LOCK).exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is not of a prediction: rename it, or give another --out")
     lock = (folder / _LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

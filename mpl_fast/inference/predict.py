@@ -60,6 +60,11 @@ class PredictOptions:
         """The labels file that `keep` writes."""
         return self.out.with_suffix(".kept.csv")
 
+    @property
+    def parts(self) -> Path:
+        """The folder of what is predicted so far."""
+        return self.out.with_name(f"{self.out.name}.parts")
+
 
 def predict(options: PredictOptions) -> None:
     """Predicts all images and writes `options.out`; prints counts, throughput and accuracy.
@@ -69,24 +74,22 @@ def predict(options: PredictOptions) -> None:
     """
     _check(options)
     trained = load(options.run, checkpoint=options.checkpoint, pipeline=options.pipeline)
-    folder = options.out.with_name(f"{options.out.name}.parts")
-    with output_errors(folder):
-        folder.mkdir(exist_ok=True)
-    images = _list(options.images, folder)
-    _say(*(f"warning: {line}" for line in (*trained.warnings, *images.warnings)))
-    world, total = distributed.world_size(), len(images.names)
-    batch = max(1, trained.config.eval_batch // world)
-    share = -(-total // (batch * world))  # of a rank, in batches
-    parts = Parts(folder, total)
-    missing = parts.open(
-        _identity(options, trained, images),
-        batch=batch,
-        part=batch * max(1, min(PART[trained.device.type] // batch, share)),
-        anew=options.force,
-    )
-    new, seconds = _Network(options, trained, images, parts).run(missing)
-    if distributed.rank() == 0:
-        _join(options, trained, images, parts, f"{new / max(seconds, 1e-9):.0f} images/s")
+    with Parts(options.parts) as parts:
+        images = _list(options.images, options.parts)
+        _say(*(f"warning: {line}" for line in (*trained.warnings, *images.warnings)))
+        world, total = distributed.world_size(), len(images.names)
+        batch = max(1, trained.config.eval_batch // world)
+        share = -(-total // (batch * world))  # of a rank, in batches
+        missing = parts.open(
+            _identity(options, trained, images),
+            total,
+            batch=batch,
+            part=batch * max(1, min(PART[trained.device.type] // batch, share)),
+            anew=options.force,
+        )
+        new, seconds = _Network(options, trained, images, parts).run(missing)
+        if distributed.rank() == 0:
+            _join(options, trained, images, parts, f"{new / max(seconds, 1e-9):.0f} images/s")
     distributed.shutdown()
 
 
@@ -99,8 +102,15 @@ def _check(options: PredictOptions) -> None:
     if not options.out.absolute().parent.is_dir():
         raise OutputError(f"--out {options.out}: there is no folder {options.out.parent}")
     for file in (options.out, *([options.kept] if options.keep else [])):
-        if file.exists() and not options.force:
-            raise OutputError(f"{file} exists: give another --out, or --force to replace it")
+        if file.is_dir():
+            raise OutputError(f"{file} is a folder: give another --out")
+        begun = file == options.kept and options.parts.exists()  # perhaps by a stopped command
+        if file.exists() and not (options.force or begun):
+            raise _taken(file)
+
+
+def _taken(file: Path) -> OutputError:
+    return OutputError(f"{file} exists: give another --out, or --force to replace it")
 
 
 def _list(spec: str, folder: Path) -> Images:
@@ -226,6 +236,9 @@ def _join(
             if options.keep is not None:  # before the other file, which completes the command
                 with atomic_path(options.kept) as labels:
                     write_labels(labels, {**images.labels, **summary.kept}, images.names)
+                    old = options.kept.read_bytes() if options.kept.exists() else None
+                    if not options.force and old not in (None, labels.read_bytes()):
+                        raise _taken(options.kept)
         parts.remove()
     _say(*summary.warnings(options))
     total = len(images.names)

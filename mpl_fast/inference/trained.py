@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -166,6 +167,7 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     whole = data.crop == "pad_crop"
     size = [side, side] if whole else [resized_side(data)]
     steps = [
+        v2.Lambda(_of_8_bits),
         v2.RGB(),
         v2.Resize(size, filter_, antialias=True),
         v2.CenterCrop(side),
@@ -175,6 +177,13 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
         v2.ToPureTensor(),
     ]
     return cast(Callable[[Image.Image], Tensor], v2.Compose(steps))
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Converts gray of 16 bits as DALI scales it; Pillow would clip at 255."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def resized_side(data: DataConfig) -> int:

@@ -30,7 +30,6 @@ from tools.export import main
 
 pytestmark = pytest.mark.slow
 RESNET, VIT = "test_resnet.r160_in1k", "test_vit.r160_in1k"  # timm's own small test networks
-EFFICIENTNET = "test_efficientnet.r160_in1k"
 
 
 def with_network(
@@ -77,9 +76,7 @@ def batch(trained: mpl_fast.Trained, jpegs: list[bytes]) -> Tensor:
     return torch.stack([trained.transform(one) for one in pictures(jpegs)])
 
 
-@pytest.mark.parametrize(
-    ("name", "frozen"), [(RESNET, False), (RESNET, True), (VIT, False), (EFFICIENTNET, False)]
-)
+@pytest.mark.parametrize(("name", "frozen"), [(RESNET, False), (RESNET, True), (VIT, False)])
 def test_timm_loads_the_weights(
     name: str, frozen: bool, tiny_trained: Path, jpegs: list[bytes], tmp_path: Path
 ) -> None:
@@ -102,7 +99,7 @@ def test_timm_loads_the_weights(
 
 
 def test_own_networks_begin_with_the_weights(tiny_trained: Path, tmp_path: Path) -> None:
-    trained, file = mpl_fast.load(tiny_trained), tmp_path / "weights.safetensors"
+    trained, file = mpl_fast.load(tiny_trained), tmp_path / "model.safetensors"
     export(trained, file)
     again = models.build("wrn_10_1", 10, pretrained=str(file)).state_dict()
     assert again.keys() == trained.network.state_dict().keys()
@@ -175,8 +172,11 @@ def test_a_file_with_other_logits_is_not_written(tiny_trained: Path, tmp_path: P
 def test_the_card_is_of_the_run(tiny_trained: Path, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
-    assert command(tiny_trained, "--out", tmp_path / "w.safetensors").returncode == 0
-    card = ModelCard.load(tmp_path / "README.md")
+    """Of a folder whose name has a space, too."""
+    out = tmp_path / "of digits" / "model.safetensors"
+    done = command(tiny_trained, "--out", out)
+    assert done.stdout.endswith(f"hf upload USER/NAME '{out.parent}'\n")
+    card = ModelCard.load(out.with_name("README.md"))
     top1 = json.loads((tiny_trained / "summary.json").read_text())["top1"]
     assert card.data.eval_results is not None
     assert card.data.eval_results[0].metric_value == pytest.approx(top1, abs=0.01)
@@ -188,14 +188,15 @@ def test_bad_input(tiny_trained: Path, tmp_path: Path) -> None:
     """One line, and what was there stays."""
     (tmp_path / "plain").write_text("text")
     (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "config.json").write_text("{}")
+    (tmp_path / "theirs" / "config.json").write_bytes(b"{\xff}")
     (tmp_path / "taken.pt2").write_text("taken")
     for run, out, code, words in (
         (tiny_trained, "model.h5", 2, "must end in .safetensors, .pt2, .onnx"),
+        (tiny_trained, "w.safetensors", 2, "found by the name model.safetensors only"),
         (tmp_path, "model.pt2", 4, "config.yaml does not exist: name a run directory"),
         (tiny_trained, "taken.pt2", 3, "exists: give another name, or --force"),
         (tiny_trained, "plain/model.safetensors", 3, "plain"),
-        (tiny_trained, "theirs/w.safetensors", 3, "config.json is not of an export"),
+        (tiny_trained, "theirs/model.safetensors", 3, "config.json is not of an export"),
     ):
         done = command(run, "--out", tmp_path / out)
         assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
@@ -205,19 +206,22 @@ def test_bad_input(tiny_trained: Path, tmp_path: Path) -> None:
 
 
 def test_force_replaces_what_an_export_wrote(tiny_trained: Path, tmp_path: Path) -> None:
-    trained, out, card = mpl_fast.load(tiny_trained), tmp_path / "w.safetensors", "README.md"
+    trained, out, card = mpl_fast.load(tiny_trained), tmp_path / "model.safetensors", "README.md"
     export(trained, out)
     edited = (tmp_path / card).read_text().replace("# license: choose one", "license: mit")
     (tmp_path / card).write_text(edited)
     newer = dataclasses.replace(trained, classes=tuple("abcdefghij"))
     with pytest.raises(OutputError, match=r"config\.json is of another export"):
-        export(newer, tmp_path / "v.safetensors")
-    notes = export(trained, tmp_path / "v.safetensors").notes
+        export(newer, tmp_path / "v.pt2")
+    out.unlink()
+    notes = export(trained, out).notes
     assert notes == [f"{tmp_path / card} has been edited and stays as it is"]
     assert (tmp_path / card).read_text() == edited
     export(newer, out, force=True)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"][0] == "a"
     assert (tmp_path / card).read_text() != edited
-    (tmp_path / card).write_text("mine")
+    out.unlink()  # as if stopped before it
+    assert not export(newer, out).notes
+    (tmp_path / card).write_bytes(b"mine \xff")
     export(trained, out, force=True)
-    assert (tmp_path / card).read_text() == "mine"
+    assert (tmp_path / card).read_bytes() == b"mine \xff"

@@ -21,6 +21,7 @@ from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import run_command
 from mpl_fast.inference import decoding
 from mpl_fast.inference import predict as product
+from mpl_fast.inference.parts import Parts
 from mpl_fast.packing.write.image_check import find_fault
 from mpl_fast.training.build import eval_loader
 from tests.packing.packs import make_tar, make_tree, read_split, run
@@ -216,9 +217,21 @@ def test_kept_labels_are_packed(
     others = [label for _, label, *_ in read_split(tmp_path / "rec", "train")]
     assert others.count(-1) == 50 - len(sure) and len(others) == 60
 
+    kept_file = tmp_path / "pool.kept.csv"
     predict(tiny_trained, tiny_rec, "--out", out, "--force")
     median = sorted(row["probability"] for row in rows_of(out).values())[30]
-    predict(tiny_trained, tiny_rec, "--out", out, "--keep", median, "--force")
+    again, kept = (tiny_trained, tiny_rec, "--out", out, "--keep", median), kept_file.read_bytes()
+    predict(*again, status=3)
+    out.unlink()
+    (tmp_path / "pool.jsonl.parts").mkdir()
+    (tmp_path / "pool.jsonl.parts/.lock").touch()
+    line = predict(*again, status=3).stderr.splitlines()[-1]
+    assert f"{kept_file} exists" in line and kept_file.read_bytes() == kept
+    kept_file.unlink()
+    with mock.patch.object(Parts, "remove", side_effect=KeyboardInterrupt):
+        predict(*again, status=130)
+    out.unlink()  # as if stopped between the two files
+    predict(*again)
     sure = {n: row["class"] for n, row in rows_of(out).items() if row["probability"] >= median}
     truth = SplitImages(read_manifest(tiny_rec).splits["labeled"])
     own = {name: name.partition("/")[0] for name in truth.names}
@@ -243,6 +256,15 @@ def test_refused(tiny_trained: Path, tiny_rec: Path, tmp_path: Path) -> None:
     ):
         line = predict(*arguments, "--out", out, status=status).stderr
         assert line.startswith("predict: error: ") and fault in line and line.count("\n") == 1
+        assert [file.name for file in tmp_path.iterdir()] == ["none"]
+    (tmp_path / "out.csv.parts").mkdir()
+    (tmp_path / "out.csv.parts/mine.npz").touch()
+    line = predict(tiny_trained, tiny_rec, "--out", out, status=3).stderr
+    assert "out.csv.parts is not of a prediction: rename it" in line
+    assert (tmp_path / "out.csv.parts/mine.npz").exists()
+    (tmp_path / "folder.csv").mkdir()
+    line = predict(tiny_trained, tiny_rec, "--out", tmp_path / "folder.csv", "--force", status=3)
+    assert "folder.csv is a folder: give another --out" in line.stderr
     out.write_text("mine")
     line = predict(tiny_trained, tiny_rec, "--out", out, status=3).stderr
     assert f"{out} exists: give another --out, or --force to replace it" in line
