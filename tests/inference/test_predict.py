@@ -263,8 +263,8 @@ def test_refused(tiny_trained: Path, tiny_rec: Path, tmp_path: Path) -> None:
     assert "out.csv.parts is not of a prediction: rename it" in line
     assert (tmp_path / "out.csv.parts/mine.npz").exists()
     (tmp_path / "folder.csv").mkdir()
-    line = predict(tiny_trained, tiny_rec, "--out", tmp_path / "folder.csv", "--force", status=3)
-    assert "folder.csv is a folder: give another --out" in line.stderr
+    done = predict(tiny_trained, tiny_rec, "--out", tmp_path / "folder.csv", "--force", status=3)
+    assert "folder.csv is a folder: give another --out" in done.stderr
     out.write_text("mine")
     line = predict(tiny_trained, tiny_rec, "--out", out, status=3).stderr
     assert f"{out} exists: give another --out, or --force to replace it" in line
