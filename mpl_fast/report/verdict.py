@@ -137,7 +137,8 @@ def _pseudo_labels(run: Run, unlabeled: Predictions | None) -> list[Finding]:
     count, wrong = int(used.sum()), int((used & ~unlabeled.hits).sum())
     if used.any() and wilson(wrong, count)[0] > WRONG_LABELS:
         text = f"Wrong pseudo labels: {percent(wrong / count)} of the {count:,} unlabeled images "
-        text += "that reach the threshold get a wrong label from the newest network."
+        text += f"to which the newest network gives a probability of {run.threshold:g} or more get "
+        text += "a wrong label."
         found.append(Finding("limit", text))
     return found
 
@@ -161,7 +162,8 @@ def _calibration(val: Predictions | None) -> list[Finding]:
     found = bins(val.confidence, val.hits)
     if abs(gap) < MISCALIBRATED or low <= confidence <= high:
         text = f"Mean confidence is within {100 * abs(gap):.1f} points of the accuracy"
-        return [Finding("good", f"{text} (ECE {percent(found.ece)}).")]
+        kind: Kind = "good" if abs(gap) < MISCALIBRATED else "note"
+        return [Finding(kind, f"{text} (ECE {percent(found.ece)}).")]
     word = "Overconfident" if gap > 0 else "Underconfident"
     text = f"{word}: mean confidence is {percent(confidence)}, accuracy "
     return [Finding("note", f"{text}{percent(float(val.hits.mean()))} (ECE {percent(found.ece)}).")]
