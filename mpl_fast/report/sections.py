@@ -36,7 +36,7 @@ CURVES = {
     "feedback": ("Feedback of the student", 1.0),
 }
 PSEUDO_CURVES = {
-    "mask_rate": ("Unlabeled images above the threshold (%)", 100.0),
+    "mask_rate": ("Unlabeled above the threshold (%)", 100.0),
     "accuracy/pseudo": ("Accuracy of the pseudo labels (%)", 100.0),
     "confidence": ("Confidence of the pseudo labels (%)", 100.0),
 }
