@@ -221,7 +221,8 @@ def class_dots(
         figure.legend(loc="outside upper right", ncols=2)
     worst, best = chosen[0], chosen[-1]
     text = f"From {shown(names[worst], NAME)} with {100 * accuracy.recall[worst]:.1f} % to "
-    text += f"{shown(names[best], NAME)} with {100 * accuracy.recall[best]:.1f} %; bars: 95 % intervals."
+    text += f"{shown(names[best], NAME)} with {100 * accuracy.recall[best]:.1f} %; "
+    text += "bars: 95 % intervals."
     return Chart(name, title, text, figure)
 
 
