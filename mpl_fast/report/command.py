@@ -46,7 +46,10 @@ def write_report(folders: Sequence[Path], wanted: Wanted, say: Say = print) -> N
     """Writes the page, and the figures where they are wanted. Raises `UserError` before anything is
     written if a folder is no run, or no folder has anything to show."""
     _check(wanted)
-    runs = [read(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    named: dict[Path, Path] = {}
+    for folder in folders:
+        named.setdefault(folder.resolve(), folder)  # a run that is named twice is one run
+    runs = [read(folder) for folder in named.values()]
     groups = grouped(runs)
     networks = [_network(run, wanted, say) for run in runs]
     if not any(run.curves for run in runs) and not any(isinstance(n, Network) for n in networks):
