@@ -100,13 +100,18 @@ def curve(groups: Sequence[Group], metric: str, title: str, *, factor: float = 1
     bands = [(group, band) for group in groups if (band := group.band(metric)) is not None]
     if not bands:
         return None
-    last = []
-    with _axes(height=2.7) as (figure, axes):
-        for group, (steps, mean, least, most) in bands:
+    last: list[str] = []
+    names = all_shown([group.name for group, _ in bands], 40)
+    columns = 1 if max(map(len, names)) > 24 else 2
+    rows = -(-len(names) // columns) if len(groups) > 1 else 0
+    with _axes(height=2.7 + 0.19 * rows) as (figure, axes):
+        for label, (group, (steps, mean, least, most)) in zip(names, bands, strict=True):
             place = [*groups].index(group)
             color, line = COLORS[place % len(COLORS)], DASHES[place // len(COLORS) % len(DASHES)]
-            label, mark = shown(group.name, 40), "o" if len(steps) < 12 else ""
-            axes.plot(steps, factor * mean, line, color=color, label=label, marker=mark, ms=3)
+            mark = "o" if len(steps) < 12 else ""
+            # Matplotlib leaves names that begin with _ out of legends: thus the space.
+            own: dict[str, Any] = {"color": color, "label": f" {label}", "marker": mark}
+            axes.plot(steps, factor * mean, line, ms=3, **own)
             if len(group.runs) > 1:
                 axes.fill_between(
                     steps, factor * least, factor * most, color=color, alpha=0.2, linewidth=0
@@ -120,7 +125,7 @@ def curve(groups: Sequence[Group], metric: str, title: str, *, factor: float = 1
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_steps))
         if len(groups) > 1:
-            axes.legend(ncols=1 if len(groups) > 6 else 2, loc="best", handlelength=1.6)
+            figure.legend(ncols=columns, loc="outside upper left", handlelength=1.6)
     text = f"At the end: {', '.join(last)}."
     return Chart(f"curve_{re.sub('[^a-z0-9]+', '_', metric.lower())}", title, text, figure)
 
@@ -162,7 +167,8 @@ def confusion_matrix(
         axes.tick_params(length=0, labelsize=8.5 if few else 7.5)
         axes.set(xlabel="predicted", ylabel="true class")
     text = f"Confusion matrix of {size} classes, in % of each true class (row). "
-    text += f"Mean of the diagonal: {100 * np.diag(rate).mean():.1f} %."
+    full = matrix[order].any(1)
+    text += f"Mean of the diagonal: {100 * np.diag(rate)[full].mean():.1f} %." if full.any() else ""
     return Chart(name, title, text, figure, wide=True)
 
 
@@ -214,8 +220,9 @@ def class_dots(
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside upper right", ncols=2)
     worst, best = chosen[0], chosen[-1]
-    text = f"From {shown(names[worst])} with {100 * accuracy.recall[worst]:.1f} % to "
-    text += f"{shown(names[best])} with {100 * accuracy.recall[best]:.1f} %; bars: 95 % intervals."
+    text = f"From {shown(names[worst], NAME)} with {100 * accuracy.recall[worst]:.1f} % to "
+    text += f"{shown(names[best], NAME)} with {100 * accuracy.recall[best]:.1f} %; "
+    text += "bars: 95 % intervals."
     return Chart(name, title, text, figure)
 
 
@@ -280,7 +287,7 @@ def thresholds(
             )
             where: dict[str, Any] = {"xytext": (4, 5), "textcoords": "offset points", "fontsize": 8}
             axes.annotate(f"{threshold:g}", (100 * share, 100 * right), **where)
-        axes.set(xlabel="images above the threshold (%)", ylabel="of these right (%)")
+        axes.set(xlabel="images that reach the threshold (%)", ylabel="of these right (%)")
         axes.margins(y=0.15)
     known = [f"{t:g}: {100 * s:.1f} % kept, {100 * a:.1f} % right" for t, s, a in rows if s]
     text = f"Unlabeled images above a threshold; {'; '.join(known)}."
@@ -294,22 +301,26 @@ def pseudo_by_class(
     names: Sequence[str],
     threshold: float,
 ) -> Chart:
-    """Of each class: share of its unlabeled images above the threshold, and how many are right."""
+    """Of each class: share of its unlabeled images above the threshold, and of these right, NaN
+    where there is none above."""
     rows = np.arange(len(chosen))
     with _axes(height=1.0 + 0.26 * len(chosen)) as (figure, axes):
-        axes.barh(rows - 0.19, 100 * share[chosen], 0.36, color=SKY, label="above threshold")
+        axes.barh(rows - 0.19, 100 * share[chosen], 0.36, color=SKY, label="of the class, above")
         axes.barh(rows + 0.19, 100 * accuracy[chosen], 0.36, color=BLUE, label="of these right")
         axes.set_yticks(rows, all_shown([names[c] for c in chosen], NAME))
-        axes.set(xlabel="% of the unlabeled images of the class", ylim=(len(chosen) - 0.5, -0.5))
+        axes.set(xlabel="%", ylim=(len(chosen) - 0.5, -0.5))
         axes.set_xlim(0, 100)
         axes.tick_params(axis="y", length=0)
         figure.legend(loc="outside upper right", ncols=2)
     ends = (
-        f"{shown(names[c], NAME)} ({100 * share[c]:.0f} % used, {100 * accuracy[c]:.0f} % of these "
-        "right)"
+        f"{shown(names[c], NAME)} ({100 * share[c]:.0f} % above"
+        + (f", {100 * accuracy[c]:.0f} % of these right)" if share[c] else ")")
         for c in (chosen[0], chosen[-1])
     )
-    text = f"By true class, those with the fewest first: from {' to '.join(ends)}."
+    text = (
+        "Shares of the unlabeled images of a true class above the threshold, and of these right; "
+    )
+    text += f"the least first: from {' to '.join(ends)}."
     title = f"Pseudo labels by class (probability from {threshold:.3g})"
     return Chart("pseudo_by_class", title, text, figure)
 

@@ -47,13 +47,13 @@
   svg.addEventListener("pointerdown", nearest);
   svg.addEventListener("pointerleave", hide);
   svg.addEventListener("blur", hide);
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", hide, { passive: true, capture: true });
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 20, ArrowUp: -20 }[event.key];
     if (event.key === "Escape") hide();
     if (!step) return;
     event.preventDefault();
-    const place = at < 0 ? 0 : order.indexOf(at) + step;
-    show(order[(place + order.length) % order.length]);
+    const many = order.length, place = at < 0 ? 0 : order.indexOf(at) + step;
+    show(order[((place % many) + many) % many]);
   });
 })();

@@ -87,14 +87,14 @@ class Predictions:
 class Network:
     """The network of a run's newest checkpoint and the run's records, each read when needed.
 
-    `options` are options of train.py that replace the run's. Raises `CheckpointError` without a
-    usable checkpoint.
+    `options` are options of train.py that replace the run's. Raises `ConfigError` for a wrong one
+    and `CheckpointError` without a usable checkpoint.
     """
 
     def __init__(self, run: Path, options: Sequence[str], say: Say) -> None:
         self.run, self.options, self.say = run, options, say
-        self.checkpoint, self.warnings = find_checkpoint(run)
         self.config = config_of(run, options)
+        self.checkpoint, self.warnings = find_checkpoint(run)
 
     @property
     def step(self) -> int:

@@ -36,6 +36,13 @@ class Run:
     """Of env.json."""
 
     @property
+    def name(self) -> str:
+        """The folder's; of a last phase, which is always in ``RUN/finetune``, with that of RUN."""
+        folder = self.path.resolve()
+        last = folder.name == "finetune" and (folder.parent / "config.yaml").exists()
+        return f"{folder.parent.name}/finetune" if last else folder.name
+
+    @property
     def options(self) -> dict[str, Any]:
         """Every option by its dotted key."""
         own = {option.key: option.value for option in all_options(self.config)}
@@ -133,12 +140,12 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def _name(runs: Sequence[Run]) -> str:
     """The folder's name; of several, what their names begin with, else the recipe."""
-    folders = [run.path.resolve().name for run in runs]
+    folders = [run.name for run in runs]
     if len(runs) == 1:
         return folders[0]
     same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*folders, strict=False))
     common = "".join(letters[0] for letters in same)
-    common = common.rstrip("0123456789_-. ").removesuffix("seed")
+    common = common.rstrip("0123456789_-./ ").removesuffix("seed")
     return common.rstrip("_-. ") or runs[0].config.recipe
 
 

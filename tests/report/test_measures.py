@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from mpl_fast.errors import DataError
 from mpl_fast.report import measures
+from mpl_fast.report.embedding import embed
 from mpl_fast.report.names import shown
 
 
@@ -76,3 +78,8 @@ def test_names_that_cannot_be_shown_as_they_are() -> None:
     assert shown(b"a\xff\n".decode("utf-8", "surrogateescape")) == r"a\xff\n"
     assert shown("n01440764 (tench)", 12) == "tench"
     assert shown("abcdefghij", 7) == "abc…hij"
+
+
+def test_features_that_are_all_equal_have_no_map() -> None:
+    with pytest.raises(DataError, match="equal"):
+        embed(np.ones((20, 4), np.float16))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,10 @@ def test_numbers_are_those_of_the_logits(run: Path, report: Path) -> None:
 
 def test_a_second_report_computes_nothing(run: Path, report: Path) -> None:
     files = {file: file.stat().st_mtime_ns for file in (run / "report_cache").iterdir()}
-    lines: list[str] = []
-    write_report([run], Wanted(report), lines.append)
+    lines, before = list[str](), report.read_bytes()
+    write_report([run, run / ".." / run.name], Wanted(report), lines.append)
     assert len(lines) == 1 and lines[0].startswith(str(report))
+    assert report.read_bytes() == before
     assert {file: file.stat().st_mtime_ns for file in (run / "report_cache").iterdir()} == files
 
 
@@ -188,16 +190,28 @@ def test_without_records_or_checkpoint(run: Path, tmp_path: Path) -> None:
         write_report([other], Wanted(out), lines.append)
 
 
-def test_outputs_that_are_refused(run: Path, report: Path, tmp_path: Path) -> None:
+def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
     for out, why in (
         (mine, "is no report"),
         (tmp_path / "page.txt", r"ends in \.html"),
         (tmp_path / "none" / "page.html", "folder does not exist"),
+        (Path("/proc/page.html"), "/proc"),  # where even root cannot write
     ):
         with pytest.raises(UserError, match=why):
             write_report([run], Wanted(out))
+    out = tmp_path / "page.html"
+    with pytest.raises(UserError, match="pionts"):
+        write_report([run], Wanted(out, options=("--pionts", "5")))
+    with pytest.raises(UserError, match="/proc"):
+        write_report([run], Wanted(out, figures=Path("/proc")))
+    with monkeypatch.context() as changed:
+        changed.setenv("RANK", "0")
+        changed.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="without torchrun"):
+            write_report([run], Wanted(out))
+    assert not out.exists()
     assert mine.read_text() == "<p>mine</p>"
     write_report([run], Wanted(mine, force=True, points=0, unlabeled=0), lambda _: None)
     assert "mine" not in mine.read_text()[:100]
@@ -246,3 +260,32 @@ def test_a_verdict_holds_its_numbers(run: Path) -> None:
     record.curves["mask_rate"] = [(6, 0.9)]
     good = findings(record, _predicted(97, 100, 0.96), _predicted(99, 100, 0.9), None)
     assert good[0].text == "No limit stands out in the numbers of this run."
+
+
+def test_verdicts_of_few_images_and_early_ends(run: Path) -> None:
+    """A difference that chance can give is no limit."""
+    record = run_records.read(run)
+    found = {f.text: f.kind for f in findings(record, _predicted(8, 10, 0.9),
+                                              _predicted(92, 100, 0.9), None)}  # fmt: skip
+    assert not any(text.startswith(("Overfits", "Generalizes", "Overconf")) for text in found)
+    assert any(text.startswith("Few validation images: with 10, the 95 %") for text in found)
+    unlabeled = _predicted(8, 10, 0.9)
+    assert not any("Wrong pseudo" in f.text for f in findings(record, None, None, unlabeled))
+    many = findings(record, None, None, _predicted(700, 1000, 0.9))
+    assert many[0].text.startswith("Wrong pseudo labels: 30.0 % of the 1,000 unlabeled images")
+    early = replace(record, config=replace(record.config, steps=9))
+    assert findings(early, None, None, None)[0].text == "Not finished: step 6 of 9 (67 %)."
+    early.summary["stopped_early"] = True
+    texts = [finding.text for finding in findings(early, None, None, None)]
+    assert "Ended early by patience, after step 6 of 9." in texts
+
+
+def test_a_missing_extra_is_named() -> None:
+    hidden = "import sys; sys.modules['jinja2'] = None; sys.argv[1:] = ['run', '--out', 'p.html'];"
+    code = f"{hidden} from mpl_fast.errors import run_command; from tools.report import main;"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} run_command('report', main)"],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "pip install 'mpl_fast[report]'" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
