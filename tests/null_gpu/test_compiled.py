@@ -33,7 +33,8 @@ COMPILED = {
     "mpl parity_google": 1,  # labeled images, evaluated
     "mpl held_out baseline masked": 2,  # as `uda` and `mpl off` with half of the labeled images
     "mpl exact split recompute": 1,  # weak views without gradient and running statistics
-    "metasemi": 2,  # labeled images with gradient, weak views without, both evaluated
+    "noisy_student": 1,  # weak views without gradient, evaluated
+    "metasemi": 1,  # labeled images with gradient, evaluated
 }
 VARIANT = "mpl difference"  # whose passes are graphs, too
 PASSES = 6  # forward and backward of teacher and student, and the labeled images twice
