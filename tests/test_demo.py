@@ -51,7 +51,7 @@ def test_a_complete_run_of_an_older_version_is_read(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "cores", "ranks"), [("", 8, 2), ("", 1, 1), ("GPU 0\n" * 3, 8, 3)]
+    ("gpus", "cores", "ranks"), [("", 8, 2), ("", 1, 1), ("GPU 0: H200\n" * 3, 8, 3)]
 )
 def test_one_rank_a_gpu_and_else_two(
     gpus: str, cores: int, ranks: int, monkeypatch: pytest.MonkeyPatch
