@@ -143,8 +143,8 @@ class Worker:
             print(f"trial {training.number}: step {step}: top-1 {top1:.2f} %", flush=True)
 
     def _record(self, claim: Claim, outcome: Outcome, seconds: float) -> None:
-        """Tells the study and writes the results so far. Raises `ConfigError` if all trials so far
-        have ended with the same configuration error."""
+        """Stores a result in the study and writes the table of all results. Raises `ConfigError` if
+        all trials so far have ended with the same configuration error."""
         trial, study = claim.trial, self.trials.study
         with self.trials.locked():
             trial.set_user_attr("train_seconds", round(seconds, 1))

@@ -46,7 +46,7 @@ def write_csv(file: Path, trials: Sequence[FrozenTrial], keys: Sequence[str]) ->
 
 
 def table(trials: Sequence[FrozenTrial], keys: Sequence[str], held_out: int) -> str:
-    """Markdown of the best trials and the first one, and how far they can be told apart."""
+    """Markdown of the best trials and the first one, and the standard error of their difference."""
     best = best_first(trials)
     lines = [
         f"| trial | top-1 (%) | seconds of training | {' | '.join(keys)} |",

@@ -140,7 +140,7 @@ class Trials:
     def claim(self, most: int) -> Claim | None:
         """A trial that has no worker, or a new one if there are fewer than `most`; else None.
 
-        Trials are told their result under the lock, too, so a running one has none yet.
+        Results are stored under the lock, too, so a running trial has none yet.
         """
         with self.locked():
             trials = self.all()

@@ -104,7 +104,7 @@ def test_shipped_configs_parse_and_state_their_cost(
     comment = "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
     assert "Command:" in comment
     if words[0] != "ablation":  # which is several runs
-        assert "Cost" in comment and config.recipe.removeprefix("mpl_") in file.stem
+        assert "Cost" in comment and f"_{config.recipe.removeprefix('mpl_')}_" in f"{file.stem}_"
     assert capsys.readouterr().err == ""  # no old names
 
 
