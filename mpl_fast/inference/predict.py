@@ -74,6 +74,7 @@ def predict(options: PredictOptions) -> None:
     """
     _check(options)
     trained = load(options.run, checkpoint=options.checkpoint, pipeline=options.pipeline)
+    _say(*_above_targets(options.keep, trained))
     with Parts(options.parts) as parts:
         images = _list(options.images, options.parts)
         _say(*(f"warning: {line}" for line in (*trained.warnings, *images.warnings)))
@@ -107,6 +108,17 @@ def _check(options: PredictOptions) -> None:
         begun = file == options.kept and options.parts.exists()  # perhaps by a stopped command
         if file.exists() and not (options.force or begun):
             raise _taken(file)
+
+
+def _above_targets(keep: float | None, trained: Trained) -> Iterator[str]:
+    """A warning if the targets of training were below `keep`, which few probabilities pass then."""
+    smoothing: float = getattr(trained.config.algorithm, "label_smoothing", 0.0)
+    target = 1.0 - smoothing + smoothing / len(trained.classes)
+    if keep is not None and keep > target:
+        yield (
+            f"warning: --keep {keep:g}: the network was trained with label_smoothing "
+            f"{smoothing:g}, towards probabilities of {target:.3f}, which few exceed: lower --keep"
+        )
 
 
 def _taken(file: Path) -> OutputError:

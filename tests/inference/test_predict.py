@@ -202,6 +202,7 @@ def test_kept_labels_are_packed(
     predict(tiny_trained, pool, "--out", out)
     chances = sorted(row["probability"] for row in rows_of(out).values())
     done = predict(tiny_trained, pool, "--out", out, "--keep", chances[25], "--force")
+    assert "label_smoothing" not in done.stderr
     sure = {n: row["class"] for n, row in rows_of(out).items() if row["probability"] >= chances[25]}
     lines = kept_of(tmp_path / "pool.kept.csv")
     assert {name: label for name, label in lines.items() if label != "-1"} == sure
@@ -216,6 +217,10 @@ def test_kept_labels_are_packed(
     assert label_of == expected
     others = [label for _, label, *_ in read_split(tmp_path / "rec", "train")]
     assert others.count(-1) == 50 - len(sure) and len(others) == 60
+
+    none = predict(tiny_trained, pool, "--out", tmp_path / "none.csv", "--keep", 0.95)
+    assert "label_smoothing 0.1, towards probabilities of 0.910" in none.stderr
+    assert "none.kept.csv: 0 kept" in none.stdout
 
     kept_file = tmp_path / "pool.kept.csv"
     predict(tiny_trained, tiny_rec, "--out", out, "--force")

@@ -4,14 +4,15 @@ PyTorch, Triton and DALI run their own code for CUDA; below them are stubs of th
 driver, cuBLAS and NCCL. The libraries are preloaded, so every test has a process of its own.
 """
 
-import atexit
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,11 @@ def environment(gpus: int) -> dict[str, str]:
 
 @functools.cache
 def _built() -> Path:
-    """The folder of the compiled stubs; skips the test where they cannot be compiled."""
+    """The folder of the compiled stubs; skips the test where they cannot be compiled.
+
+    It also holds what Inductor and Triton compile for the null GPU, and serves all processes and
+    later calls until a stub or a version changes.
+    """
     packages = Path(sysconfig.get_paths()["purelib"])
     headers = [
         *(file.parent for file in packages.glob("nvidia/*/include/cuda_runtime_api.h")),
@@ -74,18 +79,28 @@ def _built() -> Path:
         pytest.skip("needs gcc")
     if len(headers) < 2:
         pytest.skip("needs CUDA's headers, which torch and triton install on Linux")
-    folder = Path(tempfile.mkdtemp(prefix="null_gpu."))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    digest = hashlib.sha256(repr([version("torch"), version("triton"), headers]).encode())
+    for file in sorted(STUBS.iterdir()):
+        digest.update(file.read_bytes())
+    folder = ROOT / "build" / f"null_gpu-{digest.hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="null_gpu.", dir=folder.parent))
     compiler = ["gcc", "-O1", "-shared", "-fPIC", *(f"-I{path}" for path in headers)]
     for name, sources, options in (
         ("libnull_runtime.so", RUNTIME, ["-lpthread"]),
         ("libcuda.so.1", DRIVER, ["-Wl,-soname,libcuda.so.1"]),
     ):
         files = [str(STUBS / source) for source in sources]
-        command = [*compiler, *files, "-o", str(folder / name), *options, "-ldl"]
+        command = [*compiler, *files, "-o", str(made / name), *options, "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # the name that Triton links to
+    (made / "libcuda.so").symlink_to("libcuda.so.1")  # the name that Triton links to
     # Without its functions, PyTorch asks the runtime how many GPUs there are.
-    (folder / "libnvidia-ml.so.1").symlink_to("libcuda.so.1")
+    (made / "libnvidia-ml.so.1").symlink_to("libcuda.so.1")
+    try:
+        made.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(made)
     return folder
