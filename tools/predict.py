@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     kept = "also write FILE's name with the suffix .kept.csv: the class of each image that has at "
     add("--keep", type=float, metavar="P", help=f"{kept}least this probability, for make_rec.py "
         "pack --labels; images of a pack that are labeled keep their labels")  # fmt: skip
+    add("--keep-per-class", type=int, metavar="N", help="keep at most N images of a class, the "
+        "most probable ones; a threshold alone keeps many of easy classes, few of hard ones")  # fmt: skip
     bad = "skip: images that DALI cannot decode have no prediction; convert: predict what OpenCV "
     add("--on-bad", choices=("skip", "convert"), default="skip", help=f"{bad}decodes of them: GIF, "
         "TIFF, AVIF, the rest of damaged ones, as make_rec.py pack does (skip)")  # fmt: skip

@@ -3,17 +3,23 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpl_fast.models import count_parameters
 
 ROWS = (2, 4)  # batch sizes; their difference separates costs per image from costs per pass
 SECONDS = 2.0  # of timing
+aten = torch.ops.aten
+PRODUCTS = {aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class NetworkCost:
 def measure(
     network: nn.Module, side: int, *, device: torch.device, bf16: bool, compiled: bool = False
 ) -> NetworkCost:
-    """Runs a network on a few images of `side` pixels.
+    """Runs a network on a few images of `side` pixels, without computing its products.
 
     With `compiled`, saved activations are those after PyTorch's partition of the graph, which
     recomputes some of them; this takes seconds. The network is then compiled, and has gradients.
@@ -50,7 +56,9 @@ def measure(
     forward, backward = _flops(network, few, bf16)
     if compiled:
         network.compile(backend="aot_eager_decomp_partition", dynamic=False)
-    less, more = (_saved(network, images, bf16) for images in (few, many))
+    # What is compiled is called below the dispatch modes.
+    with nullcontext() if compiled else UncomputedProducts():
+        less, more = (_saved(network, images, bf16) for images in (few, many))
     each = (sum(more) - sum(less)) / (ROWS[1] - ROWS[0])
     return NetworkCost(
         parameters=count_parameters(network),
@@ -103,15 +111,52 @@ def logits_of(network: nn.Module, images: Tensor, bf16: bool) -> Tensor:
     return logits
 
 
+def without_products(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The results of an operator; those of a convolution, its backward pass or a matrix product
+    have the right shapes, strides and dtypes, but no values. Costs do not depend on values, and on
+    a CPU products take nearly all of the time, above all in bfloat16."""
+    if func in PRODUCTS:
+        meta = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), args)
+        images, last = args[0], torch.channels_last
+        in_order = images.dim() == 4 and images.is_contiguous(memory_format=last)
+        return torch.empty(
+            func(*meta, **kwargs).shape,
+            dtype=images.dtype,
+            device=images.device,
+            memory_format=last if in_order else torch.contiguous_format,
+        )
+    if func is aten.convolution_backward.default:
+        gradient, images, weight, mask = *args[:3], args[10]
+        return (
+            torch.empty_like(images) if mask[0] else None,
+            torch.empty_like(weight) if mask[1] else None,
+            gradient.new_empty(gradient.shape[1]) if mask[2] else None,
+        )
+    return func(*args, **kwargs)
+
+
+class UncomputedProducts(TorchDispatchMode):
+    """Calls every operator by `without_products`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return without_products(func, args, kwargs or {})
+
+
 def _flops(network: nn.Module, images: Tensor, bf16: bool) -> tuple[int, int]:
     """FLOPs of a forward and of a backward pass over all images."""
-    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    formulas = {aten.convolution_backward: convolution_backward_flops}
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with counter:
-        loss = logits_of(network, images, bf16).float().sum()
-    forward = counter.get_total_flops()
-    with counter:
-        loss.backward()
+    with UncomputedProducts():
+        with counter:
+            loss = logits_of(network, images, bf16).float().sum()
+        forward = counter.get_total_flops()
+        with counter:
+            loss.backward()
     return forward, counter.get_total_flops()
 
 

@@ -18,6 +18,7 @@ from mpl_fast.dry_run.network import (
     convolution_backward_flops,
     logits_of,
     random_images,
+    without_products,
 )
 
 FLOPS = {
@@ -173,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         reads = {self._value(tensor): tensor.nbytes for tensor in given}
         operator, name = func.overloadpacket, func.overloadpacket.__name__
         twice = [self._value(args[number]) for number in TWICE.get(name, ())]
-        out = func(*args, **kwargs)
+        out = without_products(func, args, kwargs)
         made = _tensors(out)
         if len(made) == 1:  # the gradient of a convolution's weights alone, without that of images
             twice = []

@@ -34,6 +34,7 @@ from mpl_fast.packing.write.progress import Progress
 from mpl_fast.training.metrics import QueueLimiter
 
 PART = {"cuda": 8192, "cpu": 1024}  # images, about; a stop loses at most one part of each rank
+UNEVEN = 3  # times as many images kept of a class as of another are a warning
 # Of DataConfig: what makes the network's input. The others may change when a command continues.
 VIEW = ("image_size", "crop", "interpolation", "eval_crop", "mean", "std")
 
@@ -49,6 +50,7 @@ class PredictOptions:
     logits: bool = False
     features: bool = False
     keep: float | None = None
+    keep_per_class: int | None = None
     on_bad: Literal["skip", "convert"] = "skip"
     checkpoint: WhichCheckpoint = "newest"
     force: bool = False
@@ -100,6 +102,11 @@ def _check(options: PredictOptions) -> None:
         raise ConfigError(f"--top-k {options.top_k}: must be at least 1")
     if options.keep is not None and not 0 < options.keep <= 1:
         raise ConfigError(f"--keep {options.keep}: must be a probability, above 0 and at most 1")
+    if options.keep_per_class is not None:
+        if options.keep is None:
+            raise ConfigError("--keep-per-class is for --keep P, the least probability of them")
+        if options.keep_per_class < 1:
+            raise ConfigError(f"--keep-per-class {options.keep_per_class}: must be at least 1")
     if not options.out.absolute().parent.is_dir():
         raise OutputError(f"--out {options.out}: there is no folder {options.out.parent}")
     for file in (options.out, *([options.kept] if options.keep else [])):
@@ -237,7 +244,7 @@ def _join(
     options: PredictOptions, trained: Trained, images: Images, parts: Parts, speed: str
 ) -> None:
     """Writes the files, and prints the last lines."""
-    summary = _Summary(options.keep, trained.classes, images)
+    summary = _Summary(options, trained.classes, images)
     blank = torch.zeros(1, 3, *[trained.config.data.image_size] * 2, dtype=trained.dtype)
     one_row = [value.cpu().numpy() for value in values_of(trained, blank, options)]
     write = writer_of(options.out, vectors=options.logits or options.features)
@@ -252,12 +259,12 @@ def _join(
                     if not options.force and old not in (None, labels.read_bytes()):
                         raise _taken(options.kept)
         parts.remove()
-    _say(*summary.warnings(options))
+    _say(*summary.warnings())
     total = len(images.names)
     if len(summary.bad) == total:
         raise DataError(f"{options.images}: no image can be decoded: {options.out} has the reasons")
     print(f"{options.out}: {counted(total, 'image')}, {len(summary.bad)} of them bad; {speed}")
-    for line in summary.lines(options):
+    for line in summary.lines():
         print(line)
 
 
@@ -283,12 +290,22 @@ def _rows(
 class _Summary:
     """What is printed of the rows, and which are kept."""
 
-    def __init__(self, keep: float | None, classes: Sequence[str], images: Images) -> None:
-        self._keep, self._classes, self._images = keep, classes, images
+    def __init__(self, options: PredictOptions, classes: Sequence[str], images: Images) -> None:
+        self._options, self._classes, self._images = options, classes, images
         self._labels = {name: label for label, name in enumerate(classes)}
         self._place = self._correct = self._known = 0
+        self._sure: list[list[tuple[float, str]]] = [[] for _ in classes]
         self.bad: list[str] = []
-        self.kept: dict[str, str] = {}
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Classes of the images that are kept: of each class the most probable ones."""
+        most = self._options.keep_per_class
+        return {
+            name: label
+            for label, sure in zip(self._classes, self._sure, strict=True)
+            for _, name in sorted(sure, reverse=True)[:most]
+        }
 
     def add(self, part: Part) -> Part:
         """Counts the next part, and returns it."""
@@ -302,32 +319,43 @@ class _Summary:
             if known is not None:
                 self._known += 1
                 self._correct += known == label
-            sure = self._keep is not None and probability >= self._keep
-            if sure and name not in self._images.labeled:
-                self.kept[name] = self._classes[label]
+            keep = self._options.keep
+            if keep is not None and probability >= keep and name not in self._images.labeled:
+                self._sure[label].append((float(probability), name))
         return part
 
-    def warnings(self, options: PredictOptions) -> Iterator[str]:
-        """Bad images, and classes of which none is kept."""
+    def warnings(self) -> Iterator[str]:
+        """Bad images, classes of which none is kept, and classes of very different sizes."""
+        options = self._options
         if self.bad:
             what = counted(len(self.bad), "bad image has", "bad images have")
             yield f"warning: {what} no prediction but an error in {options.out}:"
             yield from first_few(self.bad, between="\n").split("\n")
-        kept = {*self.kept.values()}
-        without = [name for name in self._classes if name not in kept]
-        if options.keep is not None and without:
+        if options.keep is None:
+            return
+        sizes = Counter(self.kept.values())
+        if without := [name for name in self._classes if not sizes[name]]:
             what = counted(len(without), "class has", "classes have")
             yield f"warning: {what} no image with a probability of {options.keep}: " + first_few(
                 without
             )
+        (most, largest), *_ = sizes.most_common(1) or [("", 0)]
+        least = min(self._classes, key=lambda name: sizes[name])
+        if largest > UNEVEN * max(sizes[least], 1):
+            yield (
+                f"warning: {largest} images of {most} are kept and {sizes[least]} of {least}: a "
+                "network that is trained on such labels prefers the large classes; "
+                "--keep-per-class with a lower --keep evens them out"
+            )
 
-    def lines(self, options: PredictOptions) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         """The kept images by class, and the accuracy."""
+        options, kept = self._options, self.kept
         if options.keep is not None:
-            counts = Counter(self.kept.values())
+            counts = Counter(kept.values())
             by_class = first_few((f"{name}: {counts[name]}" for name in self._classes), 20)
             beside = f" beside {len(own)} labeled ones" if (own := self._images.labels) else ""
-            yield f"{options.kept}: {len(self.kept)} kept{beside} ({by_class})"
+            yield f"{options.kept}: {len(kept)} kept{beside} ({by_class})"
         if self._known:
             share = 100 * self._correct / self._known
             yield f"top-1 {share:.2f} % of {counted(self._known, 'image')} with a known label"

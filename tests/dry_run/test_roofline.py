@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 from mpl_fast import models
 from mpl_fast.config import LearnerConfig, MPLConfig, RunConfig, SupervisedConfig
 from mpl_fast.config.cards import CARDS, Card
+from mpl_fast.dry_run import network
+from mpl_fast.dry_run import trace as tracing
 from mpl_fast.dry_run.network import NetworkCost, measure
 from mpl_fast.dry_run.roofline import (
     BOUNDS,
@@ -102,6 +105,24 @@ def test_a_value_that_only_the_backward_pass_needs_is_written() -> None:
     layers = nn.Conv2d(IN, OUT, 1, bias=False), nn.Sigmoid(), nn.Tanh(), nn.Conv2d(OUT, 1, 1)
     compiled = trace(nn.Sequential(*layers, nn.Flatten()), SIDE, bf16=False, compiled=True)
     assert compiled.forward[1].bytes == 3 * 4 * OUT * PIXELS  # reads one, writes both results
+
+
+@pytest.mark.parametrize("name", ["wrn_10_1", "mobilenetv3_small_100", "vit_tiny_patch16_224"])
+def test_products_are_not_computed_and_cost_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costs() -> tuple[NetworkCost, Passes]:
+        first, second = (models.build(name, 10, image_size=32) for _ in range(2))
+        cost = measure(first, 32, device=torch.device("cpu"), bf16=False)
+        return cost, trace(second, 32, bf16=False, compiled=True)
+
+    calls = mock.Mock(side_effect=network.without_products)
+    monkeypatch.setattr(network, "without_products", calls)
+    found = costs()
+    assert any(call.args[0] in network.PRODUCTS for call in calls.call_args_list)
+    for module in (network, tracing):
+        monkeypatch.setattr(module, "without_products", lambda func, a, k: func(*a, **k))
+    assert costs() == found
 
 
 def test_a_pass_takes_the_longer_of_flops_bytes_and_launch() -> None:

@@ -218,6 +218,20 @@ def test_kept_labels_are_packed(
     others = [label for _, label, *_ in read_split(tmp_path / "rec", "train")]
     assert others.count(-1) == 50 - len(sure) and len(others) == 60
 
+    few = ("--keep", chances[0], "--keep-per-class", 2, "--force")
+    done = predict(tiny_trained, pool, "--out", out, *few)
+    best: dict[str, list[float]] = {}
+    for row in rows_of(out).values():
+        best.setdefault(row["class"], []).append(row["probability"])
+    twice = kept_of(out.with_suffix(".kept.csv"))
+    found = [rows_of(out)[name]["probability"] for name, label in twice.items() if label != "-1"]
+    expected_chances = [chance for of in best.values() for chance in sorted(of)[-2:]]
+    assert sorted(found) == sorted(expected_chances)
+    assert f"{len(found)} kept" in done.stdout and "--keep-per-class" not in done.stderr
+    done = predict(tiny_trained, pool, "--out", out, "--keep", chances[0], "--force")
+    assert "a network that is trained on such labels prefers the large classes" in done.stderr
+    predict(tiny_trained, pool, "--out", out, "--keep", chances[25], "--force")
+
     none = predict(tiny_trained, pool, "--out", tmp_path / "none.csv", "--keep", 0.95)
     assert "label_smoothing 0.1, towards probabilities of 0.910" in none.stderr
     assert "none.kept.csv: 0 kept" in none.stdout
@@ -256,6 +270,8 @@ def test_refused(tiny_trained: Path, tiny_rec: Path, tmp_path: Path) -> None:
         ((tiny_trained, tmp_path / "gone"), 4, "no such folder or file"),
         ((tiny_trained, f"{tiny_rec}:test"), 4, "has no split 'test': give "),
         ((tiny_trained, tiny_rec, "--keep", 95), 2, "--keep 95.0: must be a probability"),
+        ((tiny_trained, tiny_rec, "--keep-per-class", 9), 2, "--keep-per-class is for --keep"),
+        ((tiny_trained, tiny_rec, "--keep", 0.3, "--keep-per-class", 0), 2, "must be at least 1"),
         ((tiny_trained, tiny_rec, "--top-q", 9), 2, "unknown option --top_q"),
         ((tiny_trained, tiny_rec, "--checkpoint", "best"), 6, "checkpoint-best"),
     ):

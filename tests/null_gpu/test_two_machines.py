@@ -16,7 +16,7 @@ import pytest
 
 from mpl_fast.training.process import die_with_launcher
 from tests.null_gpu import machine
-from tests.null_gpu.test_trainer import options
+from tests.null_gpu.test_trainer import ONE_BY_ONE, options
 from tests.tiny_run import free_port
 
 pytestmark = pytest.mark.slow
@@ -44,12 +44,12 @@ def test_a_machine_that_is_lost_ends_the_run_which_then_resumes(
     tiny_rec: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    endless = options(run, tiny_rec, "--steps", "1000000")
+    endless = options(run, tiny_rec, *ONE_BY_ONE, "--steps", "1000000")
     first, second = pair(tmp_path, endless)
     deadline = time.monotonic() + 600
     while not list(run.glob("checkpoints/step_*")):
         assert first.poll() is None and second.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.02)
     second.kill()
     printed = first.communicate(timeout=600)[0] + second.communicate(timeout=600)[0]
     assert (first.returncode, second.returncode) == (1, -signal.SIGKILL), printed
