@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", type=float, metavar="P", help=f"{kept}least this probability, for make_rec.py "
         "pack --labels; images of a pack that are labeled keep their labels")  # fmt: skip
     add("--keep-per-class", type=int, metavar="N", help="keep at most N images of a class, the "
-        "most probable ones; a threshold alone keeps many of easy classes, few of hard ones")  # fmt: skip
+        "most probable ones, since a threshold alone keeps few of hard classes")  # fmt: skip
     bad = "skip: images that DALI cannot decode have no prediction; convert: predict what OpenCV "
     add("--on-bad", choices=("skip", "convert"), default="skip", help=f"{bad}decodes of them: GIF, "
         "TIFF, AVIF, the rest of damaged ones, as make_rec.py pack does (skip)")  # fmt: skip
