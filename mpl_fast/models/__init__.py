@@ -21,6 +21,7 @@ __all__ = [
     "count_parameters",
     "image_size",
     "in_timm",
+    "initial_share",
     "size_option",
     "synchronized",
     "with_class_order",
@@ -191,3 +192,12 @@ def with_class_order(
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)
+
+
+def initial_share(network: nn.Module, steps: int) -> tuple[float, float]:
+    """The momentum of the slowest batch norm, and the share that its running statistics still have
+    of their initial values (mean 0, variance 1) after as many steps; (0, 0) without batch norms."""
+    norms = [one for one in network.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    momenta = [one.momentum for one in norms if one.track_running_stats and one.momentum]
+    slowest = min(momenta, default=0.0)
+    return slowest, (1.0 - slowest) ** steps if slowest else 0.0

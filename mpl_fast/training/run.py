@@ -47,6 +47,8 @@ from mpl_fast.training.trial import check_training
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW = "skipped_in_a_row/"
+STALE = 0.02  # share of batch norms' initial statistics at the end of a run
+PYTORCH_MOMENTUM = 0.1  # of batch norms by default
 
 
 def train(config: RunConfig, *later: RunConfig) -> int:
@@ -449,6 +451,14 @@ class Run:
             self.console.warn(
                 "trunk_delay_steps trains the last layer alone on random weights: it is for "
                 "--model.pretrained, or recipe finetune"
+            )
+        network = next(iter(learners.values())).network
+        momentum, share = models.initial_share(network, config.steps)
+        if random and momentum < PYTORCH_MOMENTUM and share > STALE:
+            self.console.warn(
+                f"after {config.steps} steps, batch norms with a momentum of {momentum:g} still "
+                f"have {share:.0%} of their initial statistics, with which the network is "
+                f"evaluated: --model.norm-momentum {PYTORCH_MOMENTUM} is for short runs"
             )
         if self.chosen:
             self.console.print(self.chosen)

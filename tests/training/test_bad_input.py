@@ -162,6 +162,21 @@ def test_strong_views_that_may_be_gray_are_a_warning(
     assert (warning in done.stderr) == (recipe == "uda")
 
 
+@pytest.mark.parametrize(
+    ("steps", "momentum", "warned"),
+    [(3000, 0.0, True), (4000, 0.0, False), (20, 0.1, False), (100, 0.03, True)],
+)
+def test_batch_norms_that_are_too_slow_for_a_run_are_a_warning(
+    steps: int, momentum: float, warned: bool, tiny_rec: Path, tmp_path: Path
+) -> None:
+    """Those of wrn_10_1 have a momentum of 0.001, as published."""
+    options = arguments(tmp_path / "run", tiny_rec, recipe="supervised")
+    options += ["--steps", str(steps), "--model.norm-momentum", str(momentum)]
+    done = train_here(*options, "--stop-at", "1")
+    assert done.returncode == 0
+    assert ("of their initial statistics, with which" in done.stderr) == warned
+
+
 def test_two_runs_in_one_directory(
     tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,8 +32,8 @@ TESTS = {
 PARALLEL, PROCESSES = ("tests/kernels/test_contract.py", "tests/kernels/test_batch_norm.py"), 8
 OTHER_TESTS = 40.0  # seconds of each further file that has GPU tests
 MARK = re.compile(r"[@=] ?pytest\.mark\.gpu\b")  # of a test, a parameter or a whole file
-# Of a file's time: a test that has taken so long prints where it is. Near the end, since printing the
-# stacks of threads that go on running can end the process by SIGSEGV (seen with Python 3.11).
+# Of a file's time: a test that has taken so long prints where it is. Near the end, since printing
+# the stacks of threads that go on running can end the process by SIGSEGV (seen with Python 3.11).
 HANGS = 0.9
 PACKING = 90.0
 INPUT = 40.0  # of images of 32 pixels
