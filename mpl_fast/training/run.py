@@ -30,6 +30,7 @@ from mpl_fast.training.checkpoint import (
     Checkpoints,
     State,
     check_same_classes,
+    checkpoints_in,
     load_start,
     no_class_names,
     read_shared,
@@ -94,7 +95,7 @@ def _check_not_begun(later: Sequence[RunConfig], config: RunConfig) -> None:
     """Raises `ConfigError` if a later run has begun from an earlier end of this one, which would go
     on."""
     for one in later:
-        if any(Path(one.run_dir).glob("checkpoints/step_*")):
+        if checkpoints_in(Path(one.run_dir) / CHECKPOINTS["newest"]):
             raise ConfigError(
                 f"{one.run_dir} has begun from an earlier end of {config.run_dir}, which now goes "
                 "on: move it to another place, or give the --patience of before"

@@ -1,15 +1,20 @@
 """A checkpoint is whole or absent, and damage never goes unnoticed."""
 
+import errno
 import json
+import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from mpl_fast import atomic
 from mpl_fast.errors import CheckpointError
-from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.training import checkpoint
+from mpl_fast.training.checkpoint import Checkpoints, newest, read_checkpoint, read_shared
 from tests.tiny_run import flip
 
 
@@ -73,12 +78,90 @@ def test_all_damaged_is_an_error_that_names_them(store: Checkpoints) -> None:
 
 def test_leftovers_of_a_kill_are_removed_and_never_read(store: Checkpoints) -> None:
     save(store, 1)
-    half = store.folder / ".writing_00000002"
-    half.mkdir()
-    (half / "state.pt").write_bytes(b"half")
+    halves = [store.folder / f".{kind}_step_00000002" for kind in ("writing", "removing")]
+    for half in halves:
+        half.mkdir()
+        (half / "state.pt").write_bytes(b"half")
     again = Checkpoints(store.folder, keep=2, rank=0, world=1)
-    assert not half.exists()
+    assert not any(half.exists() for half in halves)
     assert again.newest()[0] == store.folder / "step_00000001"
+
+
+OTHERS = ["step_best", "step_00000001_backup", "step_1", "step_00000009", ".writing_of_mine"]
+
+
+def test_what_this_program_did_not_write_is_neither_read_nor_removed(store: Checkpoints) -> None:
+    """Copies of a checkpoint, the last under the name of another; a link; files beside its own."""
+    first, second = save(store, 1), save(store, 2)
+    elsewhere = shutil.copytree(first, store.folder.parent / "elsewhere")
+    for name in OTHERS:
+        shutil.copytree(first, store.folder / name)
+    (store.folder / "step_00000008").symlink_to(elsewhere)
+    (second / "notes.txt").write_text("the good one")
+    (store.folder / "step_00000000").write_text("a file")
+    others = {*OTHERS, "step_00000008", "step_00000002", "step_00000000"}
+    again = Checkpoints(store.folder, keep=1, rank=0, world=1)
+    assert again.newest() == (second, [])
+    for step in (3, 4):
+        save(again, step)
+    assert {path.name for path in store.folder.iterdir()} == {*others, "step_00000004"}
+    again.remove_after(0)
+    assert {path.name for path in store.folder.iterdir()} == others
+    assert len([*elsewhere.iterdir()]) == 3
+    with pytest.raises(OSError, match="something else has its name: move that away"):
+        save(again, 2)
+    assert (second / "notes.txt").exists() and again.newest() == (second, [])
+
+
+@pytest.mark.parametrize("file", ["state.pt", "checkpoint.json", "."])
+def test_what_cannot_be_read_is_not_damage(
+    file: str, store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, or a server that is away; the folder itself too."""
+    save(store, 1)
+    broken = (save(store, 2) if file != "." else store.folder) / file
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *more: object) -> object:
+            if path == broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(path, *more)
+
+        return call
+
+    for owner, name in ((atomic, "sha256_of"), (Path, "read_text"), (Path, "iterdir")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    with pytest.raises(CheckpointError) as raised:
+        store.newest()
+    assert f"{broken} cannot be read: Input/output error; it was not changed" in str(raised.value)
+    monkeypatch.undo()
+    assert len([*store.folder.iterdir()]) == 2
+
+
+def test_one_of_another_version_is_not_damage(store: Checkpoints) -> None:
+    about = save(store, 1) / "checkpoint.json"
+    about.write_text(about.read_text().replace("checkpoint/1", "checkpoint/2"))
+    with pytest.raises(CheckpointError, match="use the version that wrote it"):
+        store.newest()
+
+
+@pytest.mark.parametrize("until", ["it is verified", "it is read"])
+def test_beside_a_run_that_saves_every_step_the_next_one_is_read(
+    until: str, store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run removes each of the first checkpoints while it is verified or read."""
+    owner, name = (atomic, "sha256_of") if until == "it is verified" else (torch, "load")
+    steps, real = iter(range(2, 12)), getattr(owner, name)
+
+    def slow(path: Path, *args: object, **options: object) -> object:
+        for step in [*steps][:2] if path.parent.name < "step_00000008" else []:
+            save(store, step)
+        return real(path, *args, **options)
+
+    save(store, 1)
+    monkeypatch.setattr(owner, name, slow)
+    found, shared, warnings = read_checkpoint(store.folder.parent)
+    assert warnings == [] and shared["w"][0] == checkpoint.step_of(found) >= 3
 
 
 def test_another_number_of_ranks_is_refused(store: Checkpoints) -> None:
