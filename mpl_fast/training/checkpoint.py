@@ -1,4 +1,4 @@
-"""Checkpoints: written to a temporary folder, synced, checksummed, then renamed.
+"""Checkpoints: written to a temporary folder in the background, synced, checksummed, then renamed.
 
 A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (equal on all ranks), one
 ``rank_N.pt`` for each rank (random generators, data position) and ``checkpoint.json`` with the size
@@ -11,9 +11,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,9 +28,9 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
+from mpl_fast.training.saving import Files, HostCopy, Saving, State
 
 FORMAT = "mpl_fast.checkpoint/1"
-State = dict[str, Any]
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 FILE = re.compile(r"checkpoint\.json|state\.pt|rank_\d+\.pt")
 UNFINISHED = re.compile(r"\.(writing|removing)_(step_)?\d{8,}")
@@ -42,6 +42,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, rank: int, world: int) -> None:
         self.folder, self.keep, self.rank, self.world = folder, keep, rank, world
+        self.saved = -1
+        """Step of the newest one that is complete."""
+        self.failures = list[int]()
+        """Steps of the latest saves, if they failed."""
+        self.failed: Callable[[int, str], None] = lambda step, reason: None
+        """Is called with the step and the reason of a save that failed on this rank, in the thread
+        that writes."""
+        self._copy = HostCopy()
+        self._saving: Saving | None = None
         if rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,28 +68,86 @@ class Checkpoints:
         """Where the checkpoint of a step is, if there is one."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, step: int, shared: State, rank_state: State) -> Path:
+    def save(
+        self,
+        step: int,
+        shared: State,
+        rank_state: State,
+        *,
+        background: bool = False,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[Path], None] = lambda saved: None,
+    ) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
-        A collective: every rank must call it. The checkpoint appears complete under its final name,
-        or not at all. Raises `OSError` on the rank whose file cannot be written.
+        A collective: every rank must call it, and it first waits for a save in the background. The
+        checkpoint appears complete under its final name, or not at all; on the first rank `before`
+        is called just before that and `after` just after. In the background, only copies the state:
+        `finish` waits for the rest. Raises `CheckpointError` as `finish` does.
         """
+        self.finish()
         partial, final = self._partial(step), self.path(step)
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        barrier()
-        files = {f"rank_{self.rank}.pt": rank_state}
-        files |= {"state.pt": shared} if self.rank == 0 else {}
-        written = {name: _write(partial / name, state) for name, state in files.items()}
-        by_rank = all_gather_object(written)
-        if self.rank == 0:
-            about = {"format": FORMAT, "step": step, "world": self.world}
-            about["files"] = {name: file for files in by_rank for name, file in files.items()}
+        states = {f"rank_{self.rank}.pt": rank_state}
+        states |= {"state.pt": shared} if self.rank == 0 else {}
+
+        def publish(files: Files) -> None:
+            about = {"format": FORMAT, "step": step, "world": self.world, "files": files}
             atomic.write_json(partial / "checkpoint.json", about)
+            before()
             self._publish(partial, final)
-        barrier()
+            self.saved = step
+            after(final)
+
+        self._saving = Saving(
+            step,
+            partial,
+            self._copy.take(states) if background else states,
+            rank=self.rank,
+            world=self.world,
+            ready=self._copy.wait if background else lambda: None,
+            publish=publish,
+            failed=self.failed,
+        )
+        if background:
+            self._saving.start()
+        else:
+            self._saving.run()
+            self.finish(last=True)
         return final
+
+    def finish(self, *, last: bool = False) -> None:
+        """Waits for a save in the background. A collective.
+
+        Raises `CheckpointError` on all ranks if that save and the one before it failed on any of
+        them; if it is the `last`, for one that failed.
+        """
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        saving.wait_for_part()
+        failures = [reason for reason in all_gather_object(saving.failure) if reason]
+        saving.wait(give_up=bool(failures))
+        failure = broadcast_object(saving.failure or next(iter(failures), ""))
+        if not failure:
+            self.saved, self.failures = saving.step, []
+            return
+        if self.rank == 0:
+            shutil.rmtree(saving.partial, ignore_errors=True)
+        barrier()
+        self.failures.append(saving.step)
+        if last or len(self.failures) > 1:
+            steps = " and ".join(map(str, self.failures))
+            many = "s" * (len(self.failures) > 1)
+            raise CheckpointError(
+                f"the checkpoint{many} of step{many} {steps} cannot be written: {failure}; earlier "
+                "ones are untouched"
+            )
+
+    def close(self) -> None:
+        """Waits for a save in the background, at the end of a run that has failed: no collective,
+        and no error."""
+        if self._saving is not None:
+            self._saving.close()
 
     def adopt(self, checkpoint: Path) -> None:
         """Adds a checkpoint of another folder of the run, by hard links, as the latest.
@@ -421,13 +488,6 @@ def _link(file: Path, to: Path) -> None:
     except OSError:
         with atomic.atomic_file(to) as copy, file.open("rb") as original:
             shutil.copyfileobj(original, copy)
-
-
-def _write(path: Path, state: State) -> dict[str, Any]:
-    """Saves with torch.save; returns the size and checksum for checkpoint.json."""
-    with atomic.atomic_file(path) as file:
-        torch.save(state, file)
-    return {"bytes": file.size, "sha256": file.sha256}
 
 
 def _read(path: Path) -> State:

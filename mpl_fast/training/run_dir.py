@@ -234,8 +234,9 @@ def _check_none_lost(file: Path, folder: Path, config: RunConfig) -> None:
     run, metrics = file.parent, file.with_name("metrics.jsonl")
     step = max((row["step"] for row in read_rows(metrics)), default=-1) if metrics.exists() else -1
     every = _old_and_new(file, config)[0]["checkpoint_every"] if file.exists() else 0
-    # The first checkpoint may be in the making until the second is due.
-    lost = step >= 0 and (not folder.is_dir() or 0 < 2 * every < step)
+    # Before any is complete, a run ends when it is killed during the first save, or when the first
+    # two have failed, which it finds when the third is due at the latest.
+    lost = step >= 0 and (not folder.is_dir() or 0 < 3 * every < step)
     if (run / "summary.json").exists():
         what = "summary.json"
     elif lost:

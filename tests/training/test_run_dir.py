@@ -96,7 +96,7 @@ def test_curves_on_a_full_disk_are_an_oserror(tmp_path: Path) -> None:
     [
         (["checkpoints"], "summary.json"),
         (["checkpoints", "summary.json"], "metrics.jsonl up to step 6"),
-        (["checkpoints/step_00000004", "checkpoints/step_00000006", "summary.json"], "metrics"),
+        (["checkpoints/step_00000004", "checkpoints/step_00000006", "summary.json"], "metrics.j"),
     ],
 )
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
@@ -105,6 +105,9 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
     run = shutil.copytree(finished, tmp_path / "run")
     for name in gone:
         shutil.rmtree(run / name) if "check" in name else (run / name).unlink()
+    if left == "metrics.j":
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 8}\n')
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     done = train_here(*arguments(run, tiny_rec), "--seed", "5")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
