@@ -108,10 +108,7 @@ class Checkpoints:
             publish=publish,
             failed=self.failed,
         )
-        if background:
-            self._saving.start()
-        else:
-            self._saving.run()
+        if not background:
             self.finish(last=True)
         return final
 
@@ -121,12 +118,13 @@ class Checkpoints:
         Raises `CheckpointError` on all ranks if that save and the one before it failed on any of
         them; if it is the `last`, for one that failed.
         """
-        saving, self._saving = self._saving, None
+        saving = self._saving
         if saving is None:
             return
         saving.wait_for_part()
         failures = [reason for reason in all_gather_object(saving.failure) if reason]
         saving.wait(give_up=bool(failures))
+        self._saving = None
         failure = broadcast_object(saving.failure or next(iter(failures), ""))
         if not failure:
             self.saved, self.failures = saving.step, []
@@ -206,7 +204,10 @@ class Checkpoints:
 
     def load(self, checkpoint: Path) -> tuple[State, State]:
         """Returns the state shared by all ranks and this rank's own."""
-        world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        try:
+            world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        except OSError as error:
+            raise _not_read(error, checkpoint) from None
         if world != self.world:
             raise CheckpointError(
                 f"{checkpoint} was written by {world} ranks and this run has {self.world}: "

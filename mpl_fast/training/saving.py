@@ -77,7 +77,8 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 class Saving:
     """Writes one rank's files to the folder `partial`, of which the first rank then publishes all.
 
-    `states` are written under their names; `ready` waits until they are complete.
+    A thread does it, from the beginning. `states` are written under their names; `ready` waits
+    until they are complete; `failed` is called with the step and the reason of a failure.
     """
 
     def __init__(
@@ -98,16 +99,12 @@ class Saving:
         self._states, self._rank, self._world = states, rank, world
         self._ready, self._publish, self._failed = ready, publish, failed
         self._part_ended, self._given_up = threading.Event(), threading.Event()
-        self._deadline = time.monotonic() + TIMEOUT.total_seconds()
+        self._deadline = float("inf")
         self._fault: BaseException | None = None
-        self._thread = threading.Thread(target=self.run, name="checkpoint", daemon=True)
-
-    def start(self) -> None:
-        """In the background."""
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def run(self) -> None:
-        """In the calling thread."""
+    def _run(self) -> None:
         try:
             files = self._write_part()
             self._part_ended.set()
@@ -136,6 +133,7 @@ class Saving:
 
     def _collect(self, files: Files) -> bool:
         """Adds the files of other ranks; whether all of them have come."""
+        self._deadline = min(self._deadline, time.monotonic() + TIMEOUT.total_seconds())
         for rank in range(1, self._world):
             part = self._list_of(rank)
             while not part.exists():
@@ -156,15 +154,13 @@ class Saving:
         """Waits to the end; `give_up`: without parts of other ranks that are missing."""
         if give_up:
             self._given_up.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()
         self._raise_fault()
 
     def close(self) -> None:
         """Waits at most `GRACE` seconds for the parts of other ranks, which may have ended."""
-        self._deadline = min(self._deadline, time.monotonic() + GRACE)
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._deadline = time.monotonic() + GRACE
+        self._thread.join()
 
     def _raise_fault(self) -> None:
         if self._fault is not None:
