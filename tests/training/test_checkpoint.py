@@ -237,27 +237,27 @@ def test_the_state_is_that_of_the_save_whatever_training_does_meanwhile(
 ) -> None:
     """Into the buffers of the save before, too."""
     network = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    w, steps = torch.zeros(1000), {"each": [torch.zeros(2), 7]}
+    w, each = torch.zeros(1000), [torch.zeros(2), torch.zeros(3)]
     for step in (1, 2):
         with torch.no_grad():
             network.weight.fill_(step)
         w.fill_(step)
-        steps["each"][0].fill_(step)
+        each[0].fill_(step)
         disk.runs.clear()
         path = store.save(
-            step, {"network": network.state_dict(), "w": w, **steps}, {}, background=True
+            step, {"network": network.state_dict(), "w": w, "each": each}, {}, background=True
         )
         with torch.no_grad():
             network.weight.fill_(-1)
         w.fill_(-1)
-        steps["each"][0].fill_(-1)
+        each[0].fill_(-1)
         assert not path.exists() and store.saved < step
         disk.runs.set()
         store.finish()
         assert store.saved == step and store.newest() == (path, [])
         found = store.load(path)[0]
         assert (found["w"] == step).all() and (found["each"][0] == step).all()
-        assert found["each"][1] == 7 and (found["network"]["weight"] == step).all()
+        assert len(found["each"]) == 2 and (found["network"]["weight"] == step).all()
         assert found["network"]["weight"].is_contiguous(memory_format=torch.channels_last)
         assert found["network"]._metadata == network.state_dict()._metadata
 

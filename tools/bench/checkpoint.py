@@ -60,8 +60,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         place = tempfile.TemporaryDirectory(prefix=".bench_checkpoint_", dir=options.folder)
     with place as folder:
         disk = Disk(algorithm, Path(folder))
-        works = disk.save, disk.background, disk.whole_background, disk.verify, disk.resume
-        works += disk.plain_copy, disk.plain_write, disk.plain_hash
+        works: list[Callable[[], None]] = [disk.save, disk.background, disk.whole_background]
+        works += [disk.verify, disk.resume, disk.plain_copy, disk.plain_write, disk.plain_hash]
         named = {work.__name__: work for work in works}
         seconds = report.interleaved(named, disk.seconds_of, warmup=1)
     report.add(rows(seconds, disk.content.nbytes))
