@@ -104,7 +104,6 @@ class Checkpoints:
             self._copy.take(states) if background else states,
             rank=self.rank,
             world=self.world,
-            ready=self._copy.wait if background else lambda: None,
             publish=publish,
             failed=self.failed,
         )

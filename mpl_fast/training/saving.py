@@ -36,21 +36,18 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers = dict[tuple[Any, ...], Tensor]()
-        self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def take(self, state: State) -> State:
-        """Copies the tensors in dicts, lists and tuples. Does not wait for a GPU."""
-        self._copied = None
-        copied: State = self._copy(state, ())
-        if self._copied is not None:
-            self._copied.record()
-        return copied
+        """Copies the tensors in dicts, lists and tuples.
 
-    def wait(self) -> None:
-        """Until a GPU has copied."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        A GPU copies all of them without a wait in between, and is waited for once, here: while the
+        main thread captures a CUDA graph, no other thread may wait for an event.
+        """
+        copied: State = self._copy(state, ())
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copied
 
     def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(value, dict):
@@ -65,8 +62,6 @@ class HostCopy:
         if buffer is None or not _alike(buffer, value):
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self._buffers[place] = buffer
-        if value.is_cuda and self._copied is None:
-            self._copied = torch.cuda.Event()
         return buffer.copy_(value, non_blocking=True)
 
 
@@ -77,8 +72,8 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 class Saving:
     """Writes one rank's files to the folder `partial`, of which the first rank then publishes all.
 
-    A thread does it, from the beginning. `states` are written under their names; `ready` waits
-    until they are complete; `failed` is called with the step and the reason of a failure.
+    A thread does it, from the beginning. `states` are written under their names; `failed` is called
+    with the step and the reason of a failure.
     """
 
     def __init__(
@@ -89,7 +84,6 @@ class Saving:
         *,
         rank: int,
         world: int,
-        ready: Callable[[], None],
         publish: Callable[[Files], None],
         failed: Callable[[int, str], None],
     ) -> None:
@@ -97,7 +91,7 @@ class Saving:
         self.failure = ""
         """Why the checkpoint, or this rank's part, was not written."""
         self._states, self._rank, self._world = states, rank, world
-        self._ready, self._publish, self._failed = ready, publish, failed
+        self._publish, self._failed = publish, failed
         self._part_ended, self._given_up = threading.Event(), threading.Event()
         self._deadline = float("inf")
         self._fault: BaseException | None = None
@@ -121,7 +115,6 @@ class Saving:
             self._part_ended.set()
 
     def _write_part(self) -> Files:
-        self._ready()
         self.partial.mkdir(exist_ok=True)
         files = {name: _write(self.partial / name, state) for name, state in self._states.items()}
         if self._rank > 0:
