@@ -41,8 +41,8 @@ class HostCopy:
     def take(self, state: State) -> State:
         """Copies the tensors in dicts, lists and tuples.
 
-        A GPU copies all of them without a wait in between, and is waited for once, here: while the
-        main thread captures a CUDA graph, no other thread may wait for an event.
+        A GPU copies all of them without a wait in between, and is waited for once, here: the thread
+        that writes then needs no GPU.
         """
         copied: State = self._copy(state, ())
         if torch.cuda.is_initialized():
