@@ -448,7 +448,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     Raises `CheckpointError` if the folder cannot be read.
     """
     try:
-        found = [one for one in folder.iterdir() if NAME.fullmatch(one.name)]
+        found = [one for one in folder.iterdir() if NAME.fullmatch(one.name) and one.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -30,8 +30,7 @@ GRACE = 5.0  # seconds for them at the end of a run that has failed
 class HostCopy:
     """A copy of a state in host memory, which is pinned for tensors of a GPU.
 
-    Each copy overwrites the one before: memory that was used already is copied to several times
-    faster than new memory.
+    Each copy overwrites the one before, since new memory costs page faults, or pinning.
     """
 
     def __init__(self) -> None:

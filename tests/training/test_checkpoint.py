@@ -99,8 +99,8 @@ def test_what_this_program_did_not_write_is_neither_read_nor_removed(store: Chec
         shutil.copytree(first, store.folder / name)
     (store.folder / "step_00000008").symlink_to(elsewhere)
     (second / "notes.txt").write_text("the good one")
-    (store.folder / "step_00000000").write_text("a file")
-    others = {*OTHERS, "step_00000008", "step_00000002", "step_00000000"}
+    (store.folder / "step_00000007").write_text("a file")
+    others = {*OTHERS, "step_00000008", "step_00000002", "step_00000007"}
     again = Checkpoints(store.folder, keep=1, rank=0, world=1)
     assert again.newest() == (second, [])
     for step in (3, 4):

@@ -117,9 +117,11 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path), checkpoint_every=500)
+    RunDir(config).close()
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 900}\n')
-    RunDir(RunConfig(run_dir=str(tmp_path), checkpoint_every=500)).close()
+    RunDir(config).close()
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
