@@ -43,7 +43,14 @@ class HostCopy:
         A GPU copies all of them without a wait in between, and is waited for once, here: the thread
         that writes then needs no GPU.
         """
-        copied: State = self._copy(state, ())
+        threads = torch.get_num_threads()
+        # Hundreds of tensors: on busy cores, threads that wait for each other after every tensor
+        # take many times as long as one.
+        torch.set_num_threads(1)
+        try:
+            copied: State = self._copy(state, ())
+        finally:
+            torch.set_num_threads(threads)
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return copied
