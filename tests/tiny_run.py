@@ -1,6 +1,7 @@
 """A training run small enough for tests: 110 real JPEG digits, a tiny wide ResNet, a few steps."""
 
 import contextlib
+import errno
 import gc
 import hashlib
 import io
@@ -214,8 +215,18 @@ def evaluate(*arguments: str) -> None:
         main()
 
 
+FULL = set[tuple[int, int]]()  # ranks and steps of checkpoints that cannot be written
+
+
+def full_disk(rank: str, *steps: str) -> None:
+    """Of one rank, for the checkpoints of some steps of the following sessions."""
+    FULL.clear()
+    FULL.update((int(rank), int(step)) for step in steps)
+
+
 SESSIONS: dict[str, Callable[..., object]] = {
-    "evaluate": evaluate,  # on all ranks; the others on the first
+    "evaluate": evaluate,  # on all ranks, as the next; the others on the first
+    "full_disk": full_disk,
     "flip": lambda file: flip(Path(file)),
     "move": lambda file, to: Path(file).rename(to),
 }
@@ -226,10 +237,20 @@ def in_turn(sessions: list[list[str]]) -> None:
     from mpl_fast import distributed
     from mpl_fast.config import command_line
     from mpl_fast.errors import UserError
-    from mpl_fast.training import run
+    from mpl_fast.training import run, saving
+
+    real = saving._write
+
+    def write(path: Path, state: saving.State) -> dict[str, Any]:
+        if (distributed.rank(), int(path.parent.name[-8:])) in FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, state)
 
     leave = distributed.shutdown
-    with mock.patch.object(distributed, "shutdown"):  # of evaluations
+    with (
+        mock.patch.object(distributed, "shutdown"),  # of evaluations
+        mock.patch.object(saving, "_write", write),
+    ):
         for name, *given in sessions:
             distributed.barrier()
             if name not in SESSIONS:
@@ -237,7 +258,7 @@ def in_turn(sessions: list[list[str]]) -> None:
                     run.train(*command_line.phases([name, *given]))
                 except UserError as error:
                     print(f"rank {distributed.rank()}: {error}", file=sys.stderr)
-            elif distributed.rank() == 0 or name == "evaluate":
+            elif distributed.rank() == 0 or name in ("evaluate", "full_disk"):
                 SESSIONS[name](*given)
             distributed.barrier()
     leave()

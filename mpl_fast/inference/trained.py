@@ -20,9 +20,8 @@ from mpl_fast.training.build import build_network, uses_bf16
 from mpl_fast.training.checkpoint import (
     State,
     evaluated,
-    find_checkpoint,
     no_class_names,
-    read_shared,
+    read_checkpoint,
     step_of,
 )
 
@@ -125,8 +124,7 @@ def load(
     `DataError` for a folder without config.yaml and `CheckpointError` if no checkpoint is usable.
     """
     config = config_of(run, ["--device", device, *pipeline])
-    found, warnings = find_checkpoint(run, checkpoint)
-    shared = read_shared(found)
+    found, shared, warnings = read_checkpoint(run, checkpoint)
     place = init(config.device).device
     classes = _classes(shared, config, found)
     if "classes" not in shared:

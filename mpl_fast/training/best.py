@@ -53,7 +53,10 @@ class Best:
         return self._store is not None and self.values.get("best_step") == step
 
     def keep(self, saved: Path) -> None:
-        """Keeps a checkpoint just saved; on the first rank. Raises `OSError` if it cannot."""
+        """Keeps a checkpoint just saved; on the first rank, in the thread that saves.
+
+        Raises `OSError` if it cannot be written.
+        """
         if self._store:
             self._store.adopt(saved)
 

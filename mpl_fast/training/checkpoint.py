@@ -1,16 +1,19 @@
-"""Checkpoints: written to a temporary folder, synced, checksummed, then renamed.
+"""Checkpoints: written to a temporary folder in the background, synced, checksummed, then renamed.
 
 A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (equal on all ranks), one
 ``rank_N.pt`` for each rank (random generators, data position) and ``checkpoint.json`` with the size
-and SHA-256 of each file. torch.load does not notice a flipped bit; the checksums do.
+and SHA-256 of each file. torch.load does not notice a flipped bit; the checksums do. Whatever else
+is in the folder of checkpoints, such as a copy under another name, is neither read nor removed.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,9 +28,13 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
+from mpl_fast.training.saving import Files, HostCopy, Saving, State
 
 FORMAT = "mpl_fast.checkpoint/1"
-State = dict[str, Any]
+NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
+FILE = re.compile(r"checkpoint\.json|state\.pt|rank_\d+\.pt")
+UNFINISHED = re.compile(r"\.(writing|removing)_(step_)?\d{8,}")
+ATTEMPTS = 20  # to read a checkpoint beside a run that replaces it
 
 
 class Checkpoints:
@@ -35,51 +42,117 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int, rank: int, world: int) -> None:
         self.folder, self.keep, self.rank, self.world = folder, keep, rank, world
+        self.saved = -1
+        """Step of the newest one that is complete."""
+        self.failures = list[int]()
+        """Steps of the latest saves, if they failed."""
+        self.failed: Callable[[int, str], None] = lambda step, reason: None
+        """Is called with the step and the reason of a save that failed on this rank, in the thread
+        that writes."""
+        self._copy = HostCopy()
+        self._saving: Saving | None = None
         if rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.iterdir():
+                    if UNFINISHED.fullmatch(leftover.name):
+                        shutil.rmtree(leftover)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
-            for leftover in folder.glob(".writing_*"):
-                shutil.rmtree(leftover)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return _checkpoints(self.folder)
+        return checkpoints_in(self.folder)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is, if there is one."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, step: int, shared: State, rank_state: State) -> Path:
+    def save(
+        self,
+        step: int,
+        shared: State,
+        rank_state: State,
+        *,
+        background: bool = False,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[Path], None] = lambda saved: None,
+    ) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
-        A collective: every rank must call it. The checkpoint appears complete under its final name,
-        or not at all. Raises `OSError` on the rank whose file cannot be written.
+        A collective: every rank must call it, and it first waits for a save in the background. The
+        checkpoint appears complete under its final name, or not at all; on the first rank `before`
+        is called just before that and `after` just after. In the background, only copies the state:
+        `finish` waits for the rest. Raises `CheckpointError` as `finish` does.
         """
-        partial, final = self.folder / f".writing_{step:08d}", self.path(step)
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        barrier()
-        files = {f"rank_{self.rank}.pt": rank_state}
-        files |= {"state.pt": shared} if self.rank == 0 else {}
-        written = {name: _write(partial / name, state) for name, state in files.items()}
-        by_rank = all_gather_object(written)
-        if self.rank == 0:
-            about = {"format": FORMAT, "step": step, "world": self.world}
-            about["files"] = {name: file for files in by_rank for name, file in files.items()}
+        self.finish()
+        partial, final = self._partial(step), self.path(step)
+        states = {f"rank_{self.rank}.pt": rank_state}
+        states |= {"state.pt": shared} if self.rank == 0 else {}
+
+        def publish(files: Files) -> None:
+            about = {"format": FORMAT, "step": step, "world": self.world, "files": files}
             atomic.write_json(partial / "checkpoint.json", about)
+            before()
             self._publish(partial, final)
-        barrier()
+            self.saved = step
+            after(final)
+
+        self._saving = Saving(
+            step,
+            partial,
+            self._copy.take(states) if background else states,
+            rank=self.rank,
+            world=self.world,
+            publish=publish,
+            failed=self.failed,
+        )
+        if not background:
+            self.finish(last=True)
         return final
+
+    def finish(self, *, last: bool = False) -> None:
+        """Waits for a save in the background. A collective.
+
+        Raises `CheckpointError` on all ranks if that save and the one before it failed on any of
+        them; if it is the `last`, for one that failed.
+        """
+        saving = self._saving
+        if saving is None:
+            return
+        saving.wait_for_part()
+        failures = [reason for reason in all_gather_object(saving.failure) if reason]
+        saving.wait(give_up=bool(failures))
+        self._saving = None
+        failure = broadcast_object(saving.failure or next(iter(failures), ""))
+        if not failure:
+            self.saved, self.failures = saving.step, []
+            return
+        if self.rank == 0:
+            shutil.rmtree(saving.partial, ignore_errors=True)
+        barrier()
+        self.failures.append(saving.step)
+        if last or len(self.failures) > 1:
+            steps = " and ".join(map(str, self.failures))
+            many = "s" * (len(self.failures) > 1)
+            raise CheckpointError(
+                f"the checkpoint{many} of step{many} {steps} cannot be written: {failure}; earlier "
+                "ones are untouched"
+            )
+
+    def close(self) -> None:
+        """Waits for a save in the background, at the end of a run that has failed: no collective,
+        and no error."""
+        if self._saving is not None:
+            self._saving.close()
 
     def adopt(self, checkpoint: Path) -> None:
         """Adds a checkpoint of another folder of the run, by hard links, as the latest.
 
         Not a collective: the first rank calls it. Raises `OSError` if it cannot be written.
         """
-        partial, final = self.folder / f".writing_{checkpoint.name}", self.folder / checkpoint.name
+        step = step_of(checkpoint)
+        partial, final = self._partial(step), self.path(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         for file in checkpoint.iterdir():
@@ -90,23 +163,31 @@ class Checkpoints:
     def remove_after(self, step: int) -> None:
         """Removes checkpoints of later steps, which the run repeats; on the first rank."""
         for checkpoint in self.all():
-            if step_of(checkpoint) > step:
-                shutil.rmtree(checkpoint)
+            if step_of(checkpoint) > step and _is_ours(checkpoint):
+                _remove(checkpoint)
+
+    def _partial(self, step: int) -> Path:
+        """Where the checkpoint of a step is written."""
+        return self.folder / f".writing_{self.path(step).name}"
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Gives a complete checkpoint its name, and removes old ones."""
-        shutil.rmtree(final, ignore_errors=True)
+        if os.path.lexists(final):
+            if not _is_ours(final):
+                why = "something else has its name: move that away"
+                raise FileExistsError(errno.EEXIST, why, str(final))
+            _remove(final)
         partial.rename(final)
         atomic.sync_folder(self.folder)
-        self._remove_old(final)
+        self._remove_old(step_of(final))
 
-    def _remove_old(self, latest: Path) -> None:
-        """Keeps `latest` and the newest before it; one after it is damaged, or the run would have
-        resumed from there."""
-        checkpoints = self.all()
-        kept = [c for c in checkpoints if c.name <= latest.name][-self.keep :]
+    def _remove_old(self, latest: int) -> None:
+        """Keeps that of step `latest` and the newest before it; one after it is damaged, or the run
+        would have resumed from there."""
+        checkpoints = [c for c in self.all() if _is_ours(c)]
+        kept = [c for c in checkpoints if step_of(c) <= latest][-self.keep :]
         for old in {*checkpoints} - {*kept}:
-            shutil.rmtree(old)
+            _remove(old)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest undamaged checkpoint, and a warning for each damaged one passed over.
@@ -122,7 +203,10 @@ class Checkpoints:
 
     def load(self, checkpoint: Path) -> tuple[State, State]:
         """Returns the state shared by all ranks and this rank's own."""
-        world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        try:
+            world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+        except OSError as error:
+            raise _not_read(error, checkpoint) from None
         if world != self.world:
             raise CheckpointError(
                 f"{checkpoint} was written by {world} ranks and this run has {self.world}: "
@@ -134,22 +218,52 @@ class Checkpoints:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and what is wrong with each newer one.
 
-    A collective: the first rank reads.
+    A collective: the first rank reads. Raises `CheckpointError` if that is not possible, which is
+    no damage.
     """
-    found: tuple[Path | None, list[str]] = broadcast_object(
-        _newest(folder) if rank() == 0 else None
-    )
+    found, failure = None, None
+    if rank() == 0:
+        try:
+            found = _newest(folder)
+        except OSError as error:
+            failure = _not_read(error, folder)
+        except CheckpointError as error:
+            failure = error
+    found, failure = broadcast_object((found, failure))
+    if failure:
+        raise failure
+    assert found is not None
     return found
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str]]:
-    damage: list[str] = []
-    for checkpoint in reversed(_checkpoints(folder)):
-        reason = _damage(checkpoint)
-        if reason is None:
-            return checkpoint, damage
-        damage.append(f"{checkpoint.name} is damaged ({reason})")
-    return None, damage
+    for _ in range(ATTEMPTS):
+        damage: list[str] = []
+        for checkpoint in reversed(checkpoints_in(folder)):
+            if _copied_from(checkpoint):
+                continue
+            reason = _damage(checkpoint)
+            if reason is None:
+                return checkpoint, damage
+            if not checkpoint.exists():
+                break  # a run that still trains has removed it and has a newer one
+            damage.append(f"{checkpoint.name} is damaged ({reason})")
+        else:
+            return None, damage
+    raise _replaced(folder)
+
+
+def _not_read(error: OSError, where: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{error.filename or where} cannot be read: {error.strerror}; it was not changed: run the "
+        "command again when it can be read, or move the checkpoint away to use the one before"
+    )
+
+
+def _replaced(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: a run removes its checkpoints before they are read: run the command again"
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -158,12 +272,31 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_shared(checkpoint: Path) -> State:
-    """The state of a checkpoint that all ranks share. Raises `CheckpointError` if it is gone: a
-    run that still trains removes its old ones."""
-    try:
-        return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint}: {error.strerror}; run the command again") from None
+    """The state of a checkpoint that all ranks share. Raises `CheckpointError` if it cannot be
+    read, or is gone: a run that still trains removes its old ones."""
+    return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+
+
+def read_checkpoint(
+    run: str | Path, which: WhichCheckpoint = "newest", option: str = ""
+) -> tuple[Path, State, list[str]]:
+    """What `find_checkpoint` finds and `read_shared` reads, and warnings.
+
+    If a run that still trains removes the checkpoint meanwhile, the next one is taken. A
+    collective.
+    """
+    for _ in range(ATTEMPTS):
+        checkpoint, warnings = find_checkpoint(run, which, option)
+        shared = None
+        try:
+            shared = read_shared(checkpoint)
+        except CheckpointError:
+            if checkpoint.exists():
+                raise
+        if all(all_gather_object(shared is not None)):
+            assert shared is not None
+            return checkpoint, shared, warnings
+    raise _replaced(Path(run) / CHECKPOINTS[which])
 
 
 def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
@@ -225,8 +358,7 @@ def read_trained(
     Without `average`, networks themselves in place of their averages. A collective. Raises
     `CheckpointError` if there is no checkpoint or it is of other classes.
     """
-    checkpoint, warnings = find_checkpoint(run, option=option)
-    shared = read_shared(checkpoint)
+    checkpoint, shared, warnings = read_checkpoint(run, option=option)
     trained, about = shared.get("classes"), ""
     found = evaluated(shared, average=average)
     if trained is None:
@@ -310,9 +442,43 @@ def evaluated(shared: State, *, average: bool = True) -> dict[str, tuple[str, St
     return found
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step_*"))
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, undamaged or not, oldest first; none if it does not exist.
+
+    Raises `CheckpointError` if the folder cannot be read.
+    """
+    try:
+        found = [one for one in folder.iterdir() if NAME.fullmatch(one.name) and one.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _not_read(error, folder) from None
+    return sorted(found, key=step_of)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether this program wrote all that is there, so that it may be removed."""
+    if checkpoint.is_symlink() or not checkpoint.is_dir():
+        return False
+    files = all(FILE.fullmatch(file.name) for file in checkpoint.iterdir())
+    return files and not _copied_from(checkpoint)
+
+
+def _copied_from(checkpoint: Path) -> str:
+    """The name that a checkpoint was written under, if it is another; else an empty text."""
+    try:
+        name = f"step_{json.loads((checkpoint / 'checkpoint.json').read_text())['step']:08d}"
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return ""
+    return name if name != checkpoint.name else ""
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint as a whole for those who read it, and after a kill."""
+    gone = checkpoint.with_name(f".removing_{checkpoint.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    checkpoint.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _link(file: Path, to: Path) -> None:
@@ -324,29 +490,35 @@ def _link(file: Path, to: Path) -> None:
             shutil.copyfileobj(original, copy)
 
 
-def _write(path: Path, state: State) -> dict[str, Any]:
-    """Saves with torch.save; returns the size and checksum for checkpoint.json."""
-    with atomic.atomic_file(path) as file:
-        torch.save(state, file)
-    return {"bytes": file.size, "sha256": file.sha256}
-
-
 def _read(path: Path) -> State:
-    loaded: State = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded: State = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        failure = _not_read(error, path)
+        if isinstance(error, FileNotFoundError):
+            failure = CheckpointError(f"{path.parent}: {error.strerror}; run the command again")
+        failure.alone = True  # other ranks may read it
+        raise failure from None
     return loaded
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+    """Why the content of a checkpoint is not what was written, or None.
+
+    Raises `OSError` if that cannot be read, and `CheckpointError` for one of another version.
+    """
     try:
         about = json.loads((checkpoint / "checkpoint.json").read_text())
         if about["format"] != FORMAT:
-            return f"checkpoint.json: format {about['format']!r} is not {FORMAT!r}"
+            raise CheckpointError(
+                f"{checkpoint} has the format {about['format']!r} and this program reads "
+                f"{FORMAT!r}: use the version that wrote it"
+            )
         for name, file in about["files"].items():
             if atomic.sha256_of(checkpoint / name) != file["sha256"]:
                 return f"{name}: its content does not have the checksum it was written with"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "checkpoint.json: not readable"
     return None

@@ -41,9 +41,11 @@ class Console:
             with suppress(OSError):
                 os.write(STDERR, line.encode())
 
-    def warn(self, text: str) -> None:
-        """Prints a warning to standard error."""
-        if not self.silent:
+    def warn(self, text: str, rank: int = 0) -> None:
+        """Prints a warning to standard error; one that concerns another rank, there."""
+        if rank > 0:
+            print(f"warning: rank {rank}: {text}", file=sys.stderr, flush=True)
+        elif not self.silent:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def row(self, done: int, row: Row) -> None:

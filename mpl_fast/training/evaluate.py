@@ -17,7 +17,7 @@ from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
-from mpl_fast.training.checkpoint import find_checkpoint, no_class_names, read_shared, restore
+from mpl_fast.training.checkpoint import no_class_names, read_checkpoint, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.metrics import QueueLimiter
 from mpl_fast.training.run_dir import keep_compile_cache
@@ -60,10 +60,9 @@ def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accura
     check_evaluation(config, len(manifest.classes))
     dist_env = distributed.init(config.device)
     console = Console(config.steps, silent=not dist_env.is_rank0)
-    checkpoint, warnings = find_checkpoint(config.run_dir, which)
+    checkpoint, shared, warnings = read_checkpoint(config.run_dir, which)
     for warning in warnings:
         console.warn(warning)
-    shared = read_shared(checkpoint)
     classes = count_classes(config, manifest, shared.get("classes"))
     labels = _labels(shared.get("classes"), manifest, checkpoint, console)
     algorithm = build_algorithm(config, manifest, classes, dist_env.device, fresh=False)

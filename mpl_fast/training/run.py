@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ from mpl_fast.training.checkpoint import (
     Checkpoints,
     State,
     check_same_classes,
+    checkpoints_in,
     load_start,
     no_class_names,
     read_shared,
@@ -96,7 +98,7 @@ def _check_not_begun(later: Sequence[RunConfig], config: RunConfig) -> None:
     """Raises `ConfigError` if a later run has begun from an earlier end of this one, which would go
     on."""
     for one in later:
-        if any(Path(one.run_dir).glob("checkpoints/step_*")):
+        if checkpoints_in(Path(one.run_dir) / CHECKPOINTS["newest"]):
             raise ConfigError(
                 f"{one.run_dir} has begun from an earlier end of {config.run_dir}, which now goes "
                 "on: move it to another place, or give the --patience of before"
@@ -141,10 +143,11 @@ class Run:
             teacher=self._teacher(fresh=fresh),
         )
         rng.seed_run(config, dist_env)
+        self.checkpoints.failed = self._not_saved
         graphs = config.cuda_graphs
         self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
         self.meter, self.stop = Meter(), StopFlag()
-        self.steps_done, self.steps_saved, self.train_seconds = 0, -1, 0.0
+        self.steps_done, self.train_seconds = 0, 0.0
         self.complete = False
         self.accuracy = dict[str, float]()
 
@@ -161,7 +164,7 @@ class Run:
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
-        with stop_on_signal(self._request_stop):
+        with stop_on_signal(self._request_stop), closing(self.checkpoints):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
             loader = train_loader(self.config, self.manifest, self.dist_env, data_state)
@@ -251,7 +254,7 @@ class Run:
             last = last or self.best.stopped_early
             due = config.checkpoint_every and self.steps_done % config.checkpoint_every == 0
             if last or due or stopping or self.best.keeps(self.steps_done):
-                self._save(loader)
+                self._save(loader, last=last or stopping)
             if last or stopping:
                 return last
         return True
@@ -294,7 +297,8 @@ class Run:
         self.console.row(step, row)
 
     def _diverged(self, what: str) -> NoReturn:
-        saved = self.steps_saved
+        self.checkpoints.close()
+        saved = self.checkpoints.saved
         kept = f"the checkpoint of step {saved} is kept" if saved > 0 else "none is kept"
         raise NonFiniteError(
             f"not finite: {what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
@@ -319,24 +323,45 @@ class Run:
                 f"than {self.best}"
             )
 
-    def _save(self, loader: Loader) -> None:
-        """Writes a checkpoint; raises `CheckpointError` if it cannot be written."""
+    def _save(self, loader: Loader, *, last: bool = False) -> None:
+        """Writes a checkpoint, in the background unless it is the last of this session.
+
+        Raises `CheckpointError` if two in a row, or the last, cannot be written.
+        """
         self._log()  # all rows up to here, so that a stop loses none and nothing NaN is saved
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
             if not learner.finite():
                 self._diverged(f"a weight of {_network(name)} at step {self.steps_done}")
-        if self.run_dir:
-            self.run_dir.sync()
         rank_state = rng.generator_states() | {"data": loader.state()}
-        try:
-            saved = self.checkpoints.save(self.steps_done, self._shared_state(), rank_state)
-            if self.run_dir and self.best.keeps(self.steps_done):
+        keeps = self.best.keeps(self.steps_done)
+
+        def before() -> None:
+            if self.run_dir:
+                self.run_dir.sync()  # the rows of these steps
+
+        def after(saved: Path) -> None:
+            if keeps:
                 self.best.keep(saved)
-        except OSError as error:
-            self._not_written(error)
-        self.steps_saved = self.steps_done
+
+        self.checkpoints.save(
+            self.steps_done,
+            self._shared_state(),
+            rank_state,
+            background=not last,
+            before=before,
+            after=after,
+        )
         self.meter.pause(time.perf_counter() - began)
+
+    def _not_saved(self, step: int, reason: str) -> None:
+        """On any rank, in the thread that writes: after a second failure the run ends."""
+        self.console.warn(
+            f"the checkpoint of step {step} was not written: {reason}; earlier ones are kept",
+            rank=self.dist_env.rank,
+        )
+        if self.checkpoints.failures:
+            self.stop.request()
 
     def _not_written(self, error: OSError) -> NoReturn:
         failure = CheckpointError(
@@ -384,7 +409,7 @@ class Run:
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
         self._restore_best(checkpoint)
-        self.steps_saved = self.steps_done
+        self.checkpoints.saved = self.steps_done
         rng.restore_generators(rank_state)
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
         data_state: dict[str, Any] = rank_state["data"]

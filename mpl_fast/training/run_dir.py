@@ -17,9 +17,11 @@ from mpl_fast import atomic, distributed
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
+from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.errors import ConfigError, UserError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
+from mpl_fast.training.checkpoint import checkpoints_in
 from mpl_fast.training.curves import read_rows
 from mpl_fast.training.metrics import Row
 
@@ -204,11 +206,16 @@ def _locked(path: Path) -> Any:
 
 
 def check_same_config(file: Path, config: RunConfig) -> None:
-    """Raises `ConfigError` if a run directory with checkpoints has another config.
+    """Raises `ConfigError` if a run directory with checkpoints has another config, or if its
+    checkpoints are gone.
 
     `FREE_OPTIONS` may differ, and a start around the run directory, which moves with it.
     """
-    if not file.exists() or not list(file.parent.glob("checkpoints/step_*")):
+    folder = file.parent / CHECKPOINTS["newest"]
+    if not checkpoints_in(folder):
+        _check_none_lost(file, folder, config)
+        return
+    if not file.exists():
         return
     old, new = _old_and_new(file, config)
     start = new.get("algorithm.start")
@@ -219,6 +226,27 @@ def check_same_config(file: Path, config: RunConfig) -> None:
         changes = (f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys)
         shown = first_few(changes, 5)
         raise ConfigError(f"{file.parent} holds another run: {shown}; use another --run-dir")
+
+
+def _check_none_lost(file: Path, folder: Path, config: RunConfig) -> None:
+    """Raises `ConfigError` if the checkpoints of an earlier run are gone, whose metrics a new one
+    would replace. A run that was killed before its first checkpoint begins again."""
+    run, metrics = file.parent, file.with_name("metrics.jsonl")
+    step = max((row["step"] for row in read_rows(metrics)), default=-1) if metrics.exists() else -1
+    every = _old_and_new(file, config)[0]["checkpoint_every"] if file.exists() else 0
+    # Before any is complete, a run ends when it is killed during the first save, or when the first
+    # two have failed, which it finds when the third is due at the latest.
+    lost = step >= 0 and (not folder.is_dir() or 0 < 3 * every < step)
+    if (run / "summary.json").exists():
+        what = "summary.json"
+    elif lost:
+        what = f"metrics.jsonl up to step {step}"
+    else:
+        return
+    raise ConfigError(
+        f"{run} has the {what} of an earlier run, and {folder} holds no checkpoint of it: put its "
+        "checkpoints back to resume it, or use another --run-dir"
+    )
 
 
 def other_images(start: str, config: RunConfig) -> str:

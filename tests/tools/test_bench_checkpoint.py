@@ -14,9 +14,9 @@ def test_smoke_measures_every_part(tmp_path: Path) -> None:
     out, folder = tmp_path / "deep" / "checkpoint.json", tmp_path / "disk"
     assert checkpoint.main(["--smoke", "--out", str(out), "--folder", str(folder)]) == 0
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
-    parts = ["save", "verify", "plain write", "plain hash"]
-    whole = ["a checkpoint", "a save stops training", "verify, load and restore"]
-    assert list(rows) == [*whole, *parts]
+    parts = ["save", "verify", "plain write", "plain hash", "plain copy"]
+    saves = ["a save stops training", "a save in the foreground", "a save in the background, whole"]
+    assert list(rows) == ["a checkpoint", *saves, "verify, load and restore", *parts]
     assert all(row["n"] == 1 and row["median"] > 0 for row in rows.values())
     # Two networks, an average and two momenta of 77,850 float32 values and 64 x 990 more weights.
     values = 77_850 + 990 * 65
@@ -26,10 +26,14 @@ def test_smoke_measures_every_part(tmp_path: Path) -> None:
 
 def test_rows_of_known_times() -> None:
     seconds = {"save": [0.4, 0.5, 0.8], "verify": [0.2], "resume": [0.3]}
-    seconds |= {"plain_write": [0.2], "plain_hash": [0.1]}
+    seconds |= {"background": [0.05, 0.06, 0.07], "whole_background": [0.6]}
+    seconds |= {"plain_copy": [0.04], "plain_write": [0.2], "plain_hash": [0.1]}
     rows = {row.name: row for row in checkpoint.rows(seconds, 10**8)}
     stop, save = rows["a save stops training"], rows["save"]
-    assert (stop.found.median, stop.limit, stop.target) == (500.0, 200.0, 50.0)
+    assert (stop.found.median, stop.limit, stop.target) == (60.0, 40.0, 50.0)
+    before = rows["a save in the foreground"]
+    assert (before.found.median, before.limit, before.target) == (500.0, 200.0, None)
+    assert rows["a save in the background, whole"].found.median == 600.0
     assert (save.found.median, save.limit, save.better) == (200.0, 500.0, "higher")
     assert (rows["verify"].found.median, rows["verify"].limit) == (500.0, 1000.0)
     assert rows["a checkpoint"].found.median == 100.0 and rows["a checkpoint"].steady
@@ -41,17 +45,19 @@ def test_what_is_timed_is_a_real_checkpoint(tmp_path: Path) -> None:
     algorithm = new_algorithm("wrn_10_1", torch.device("cpu"))
     disk = Disk(algorithm, tmp_path)
     files = {f.name: f.stat().st_size for f in (tmp_path / "checkpoints").rglob("*.pt")}
-    assert len(disk.content) == sum(files.values()) == (tmp_path / "plain").stat().st_size
+    assert disk.content.nbytes == sum(files.values()) == (tmp_path / "plain").stat().st_size
     weight = next(iter(algorithm.learners["student"].network.parameters()))
     before = weight.detach().clone()
     with torch.no_grad():
         weight.fill_(7.0)
     disk.resume()
     assert torch.equal(weight, before)
-    for _ in range(3):
-        disk.save()
+    disk.save()
+    disk.whole_background()
+    assert disk.seconds_of(disk.background) > 0  # and waits for it
     steps = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
     assert steps == ["step_00000003", "step_00000004"]
+    disk.verify()
     state = tmp_path / "checkpoints" / steps[-1] / "state.pt"
     state.write_bytes(state.read_bytes()[:-1] + b"\1")
     with pytest.raises(AssertionError, match="is not"):

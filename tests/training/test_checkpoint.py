@@ -1,15 +1,21 @@
 """A checkpoint is whole or absent, and damage never goes unnoticed."""
 
+import errno
 import json
+import os
 import resource
-from collections.abc import Callable
+import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from mpl_fast import atomic
 from mpl_fast.errors import CheckpointError
-from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.training import checkpoint, saving
+from mpl_fast.training.checkpoint import Checkpoints, newest, read_checkpoint, read_shared
 from tests.tiny_run import flip
 
 
@@ -73,12 +79,90 @@ def test_all_damaged_is_an_error_that_names_them(store: Checkpoints) -> None:
 
 def test_leftovers_of_a_kill_are_removed_and_never_read(store: Checkpoints) -> None:
     save(store, 1)
-    half = store.folder / ".writing_00000002"
-    half.mkdir()
-    (half / "state.pt").write_bytes(b"half")
+    halves = [store.folder / f".{kind}_step_00000002" for kind in ("writing", "removing")]
+    for half in halves:
+        half.mkdir()
+        (half / "state.pt").write_bytes(b"half")
     again = Checkpoints(store.folder, keep=2, rank=0, world=1)
-    assert not half.exists()
+    assert not any(half.exists() for half in halves)
     assert again.newest()[0] == store.folder / "step_00000001"
+
+
+OTHERS = ["step_best", "step_00000001_backup", "step_1", "step_00000009", ".writing_of_mine"]
+
+
+def test_what_this_program_did_not_write_is_neither_read_nor_removed(store: Checkpoints) -> None:
+    """Copies of a checkpoint, the last under the name of another; a link; files beside its own."""
+    first, second = save(store, 1), save(store, 2)
+    elsewhere = shutil.copytree(first, store.folder.parent / "elsewhere")
+    for name in OTHERS:
+        shutil.copytree(first, store.folder / name)
+    (store.folder / "step_00000008").symlink_to(elsewhere)
+    (second / "notes.txt").write_text("the good one")
+    (store.folder / "step_00000007").write_text("a file")
+    others = {*OTHERS, "step_00000008", "step_00000002", "step_00000007"}
+    again = Checkpoints(store.folder, keep=1, rank=0, world=1)
+    assert again.newest() == (second, [])
+    for step in (3, 4):
+        save(again, step)
+    assert {path.name for path in store.folder.iterdir()} == {*others, "step_00000004"}
+    again.remove_after(0)
+    assert {path.name for path in store.folder.iterdir()} == others
+    assert len([*elsewhere.iterdir()]) == 3
+    with pytest.raises(CheckpointError, match="something else has its name: move that away"):
+        save(again, 2)
+    assert (second / "notes.txt").exists() and again.newest() == (second, [])
+
+
+@pytest.mark.parametrize("file", ["state.pt", "checkpoint.json", "."])
+def test_what_cannot_be_read_is_not_damage(
+    file: str, store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad sector, or a server that is away; the folder itself too."""
+    save(store, 1)
+    broken = {".": store.folder}.get(file, save(store, 2) / file)
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *more: object) -> object:
+            if path == broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            return real(path, *more)
+
+        return call
+
+    for owner, name in ((atomic, "sha256_of"), (Path, "read_text"), (Path, "iterdir")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    with pytest.raises(CheckpointError) as raised:
+        store.newest()
+    assert f"{broken} cannot be read: Input/output error; it was not changed" in str(raised.value)
+    monkeypatch.undo()
+    assert len([*store.folder.iterdir()]) == 2
+
+
+def test_one_of_another_version_is_not_damage(store: Checkpoints) -> None:
+    about = save(store, 1) / "checkpoint.json"
+    about.write_text(about.read_text().replace("checkpoint/1", "checkpoint/2"))
+    with pytest.raises(CheckpointError, match="use the version that wrote it"):
+        store.newest()
+
+
+@pytest.mark.parametrize("until", ["it is verified", "it is read"])
+def test_beside_a_run_that_saves_every_step_the_next_one_is_read(
+    until: str, store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run removes each of the first checkpoints while it is verified or read."""
+    owner, name = (atomic, "sha256_of") if until == "it is verified" else (torch, "load")
+    steps, real = iter(range(2, 12)), getattr(owner, name)
+
+    def slow(path: Path, *args: object, **options: object) -> object:
+        for step in [*steps][:2] if path.parent.name < "step_00000008" else []:
+            save(store, step)
+        return real(path, *args, **options)
+
+    save(store, 1)
+    monkeypatch.setattr(owner, name, slow)
+    found, shared, warnings = read_checkpoint(store.folder.parent)
+    assert warnings == [] and shared["w"][0] == checkpoint.step_of(found) >= 3
 
 
 def test_another_number_of_ranks_is_refused(store: Checkpoints) -> None:
@@ -89,13 +173,13 @@ def test_another_number_of_ranks_is_refused(store: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("limit", [1 << 10, 1 << 20, 7_900_000])
-def test_a_full_disk_is_an_oserror_that_leaves_the_old_one(limit: int, store: Checkpoints) -> None:
+def test_a_full_disk_is_one_line_that_leaves_the_old_one(limit: int, store: Checkpoints) -> None:
     """And not the error of torch's archive when it is closed half-way."""
     good, before = save(store, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
     large = {"w": torch.ones(2_000_000)}
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(CheckpointError, match=r"of step 2 cannot be written: File too large"):
             store.save(2, large, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -120,3 +204,143 @@ def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     path = store.save(1, {"w": torch.zeros(1)}, {})
     assert torch.equal(store.load(path)[0]["w"], torch.zeros(1))
     assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
+
+
+# --- in the background ---
+
+
+class Disk:
+    """Writes when it is let, and has no space for the checkpoints of some steps."""
+
+    def __init__(self) -> None:
+        self.runs, self.full = threading.Event(), list[int]()
+        self._real = saving._write
+        self.runs.set()
+
+    def write(self, path: Path, state: saving.State) -> dict[str, object]:
+        assert self.runs.wait(600)
+        if int(path.parent.name[-8:]) in self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return self._real(path, state)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    made = Disk()
+    monkeypatch.setattr(saving, "_write", made.write)
+    yield made
+    made.runs.set()
+
+
+def test_the_state_is_that_of_the_save_whatever_training_does_meanwhile(
+    store: Checkpoints, disk: Disk
+) -> None:
+    """Into the buffers of the save before, too."""
+    network = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    w, each = torch.zeros(1000), [torch.zeros(2), torch.zeros(3)]
+    for step in (1, 2):
+        with torch.no_grad():
+            network.weight.fill_(step)
+        w.fill_(step)
+        each[0].fill_(step)
+        disk.runs.clear()
+        path = store.save(
+            step, {"network": network.state_dict(), "w": w, "each": each}, {}, background=True
+        )
+        with torch.no_grad():
+            network.weight.fill_(-1)
+        w.fill_(-1)
+        each[0].fill_(-1)
+        assert not path.exists() and store.saved < step
+        disk.runs.set()
+        store.finish()
+        assert store.saved == step and store.newest() == (path, [])
+        found = store.load(path)[0]
+        assert (found["w"] == step).all() and (found["each"][0] == step).all()
+        assert len(found["each"]) == 2 and (found["network"]["weight"] == step).all()
+        assert found["network"]["weight"].is_contiguous(memory_format=torch.channels_last)
+        assert found["network"]._metadata == network.state_dict()._metadata
+
+
+def test_a_second_save_waits_for_the_first(store: Checkpoints, disk: Disk) -> None:
+    disk.runs.clear()
+    state = {"w": torch.ones(1)}
+    first = store.save(1, state, {}, background=True)
+    waiting = threading.Thread(target=store.save, args=(2, state, {}))
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive() and not (store.folder / ".writing_step_00000002").exists()
+    disk.runs.set()
+    waiting.join(600)
+    assert store.all() == [first, store.path(2)]
+
+
+def test_a_failed_write_is_a_warning_and_two_in_a_row_an_error(
+    store: Checkpoints, disk: Disk
+) -> None:
+    told: list[tuple[int, str]] = []
+    store.failed = lambda step, reason: told.append((step, reason))
+    disk.full = [2, 4, 5]
+    for step in (1, 2, 3, 4, 5):
+        store.save(step, {"w": torch.ones(1)}, {}, background=True)
+    with pytest.raises(CheckpointError) as raised:
+        store.finish()
+    file = f"{store.folder}/.writing_step_0000000%d/rank_0.pt"
+    assert told == [(s, f"No space left on device ({file % s})") for s in disk.full]
+    assert str(raised.value) == (
+        f"the checkpoints of steps 4 and 5 cannot be written: {told[-1][1]}; earlier ones are "
+        "untouched"
+    )
+    assert store.all() == sorted(store.folder.iterdir()) == [store.path(1), store.path(3)]
+    assert store.saved == 3
+
+
+def test_what_is_called_before_and_after_a_checkpoint_is_complete(
+    store: Checkpoints, disk: Disk
+) -> None:
+    seen: list[object] = []
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    path = store.path(1)
+    store.save(
+        1, {}, {}, background=True, before=lambda: seen.append(path.exists()), after=seen.append
+    )
+    store.finish()
+    assert seen == [False, path] and path.exists()
+    store.save(2, {}, {}, background=True, before=full, after=seen.append)
+    store.finish()
+    assert store.failures == [2] and store.newest() == (path, []) and len(seen) == 2
+
+
+def test_a_fault_of_the_program_is_no_warning(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.save(1, {"cannot be pickled": threading.Lock()}, {}, background=True)
+    with pytest.raises(TypeError, match="pickle"):
+        store.finish()
+
+
+def test_a_checkpoint_is_complete_with_the_files_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never without; whichever rank is first."""
+    stores = [Checkpoints(tmp_path, keep=2, rank=rank, world=2) for rank in (0, 1)]
+    told: list[str] = []
+    stores[0].failed = lambda step, reason: told.append(reason)
+    for step in (1, 2):
+        for rank in (0, 1) if step == 1 else (1, 0):
+            stores[rank].save(step, {"w": torch.ones(2)}, {"of": rank}, background=True)
+            if rank == step - 1:
+                assert not stores[0].path(step).exists()
+        for store in stores:
+            store.finish()
+        assert newest(tmp_path) == (stores[0].path(step), [])
+        assert [store.load(stores[0].path(step))[1] for store in stores] == [{"of": 0}, {"of": 1}]
+    monkeypatch.setattr(saving, "GRACE", 0.1)
+    stores[0].save(3, {"w": torch.ones(2)}, {}, background=True)
+    stores[0].close()
+    assert newest(tmp_path)[0] == stores[0].path(2)
+    (reason,) = told
+    assert reason.startswith("rank 1 has not written its part")

@@ -22,7 +22,8 @@ from mpl_fast.config import MPLConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
-from mpl_fast.training.checkpoint import restore
+from mpl_fast.training.checkpoint import checkpoints_in, restore, step_of
+from mpl_fast.training.curves import read_rows
 from mpl_fast.training.run_dir import RunDir
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import (
@@ -85,6 +86,11 @@ def ended(
     sessions += [straight, ["move", str(summary), f"{summary}.before"], straight]
     sessions += [["evaluate", str(folder / "straight/run"), "--data.root", str(tiny_rec)]]
     sessions += [arguments(occupied, tiny_rec)]
+    last, full = str(ranks - 1), options("full")
+    twice = options("twice full", "mpl", "--checkpoint-every", "1")
+    sessions += [["full_disk", last, "2"], full, ["full_disk", last, "3", "4"], twice]
+    sessions += [["full_disk", last], twice]
+    resumed["twice full"] = (2, checkpoint("straight"))
     if ranks == 1:
         for at in range(1, 6):
             one = options(f"stop{at}")
@@ -114,9 +120,10 @@ def ended(
 
 
 def kill(options: list[str], ranks: int, folder: Path) -> None:
-    """SIGKILL to what the user started, as soon as the first checkpoint exists.
+    """SIGKILL to what the user started, in the middle of a checkpoint and of a step after it.
 
-    Under torchrun that is the launcher alone; its workers must follow, or they would train on.
+    Under torchrun that is the launcher alone; its workers must follow, or they would train on. The
+    checkpoint is one whose file is a pipe that nobody reads: its write never ends.
     """
     process = subprocess.Popen(
         command(options, ranks),
@@ -125,9 +132,18 @@ def kill(options: list[str], ranks: int, folder: Path) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 600
-    while not list(folder.glob("checkpoints/step_*")):
+    saved = unending = 0
+    while not saved or read_rows(folder / "metrics.jsonl")[-1]["step"] <= unending:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
+        saved = max((step_of(one) for one in checkpoints_in(folder / "checkpoints")), default=0)
+        if saved and saved >= unending:  # the first time, or when the pipe was made too late
+            unending = saved + 6
+            pipe = folder / f"checkpoints/.writing_step_{unending:08d}/state.pt.tmp"
+            with contextlib.suppress(FileExistsError):
+                pipe.parent.mkdir()
+                os.mkfifo(pipe)
+    assert saved < unending
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     while alive(str(folder)):
@@ -203,8 +219,25 @@ def test_rows_of_resumed_runs_are_those_of_uninterrupted_ones(ended: Sessions) -
 
 
 def test_damaged_newest_checkpoint_falls_back_with_one_warning(ended: Sessions) -> None:
-    (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning:")]
-    assert "step_00000004 is damaged" in warning and "to step_00000002" in warning
+    (warning,) = [line for line in ended.err.splitlines() if "damaged" in line]
+    assert warning.startswith("warning: step_00000004 is damaged") and "to step_00000002" in warning
+
+
+def test_a_full_disk_is_a_warning_and_the_second_time_an_error(ended: Sessions) -> None:
+    """Of the last rank; all ranks end."""
+    rank = ended.ranks - 1
+    whose = f"rank {rank}: " if rank else ""
+    full, twice = (ended.folder / name / "run" for name in ("full", "twice full"))
+
+    def reason(run: Path, step: int) -> str:
+        file = f"{run}/checkpoints/.writing_step_{step:08d}/rank_{rank}.pt"
+        return f"No space left on device ({file}); earlier ones are"
+
+    warning = f"warning: {whose}the checkpoint of step 2 was not written: {reason(full, 2)} kept\n"
+    assert ended.err.count(warning) == 1
+    assert_same(final_state(full), final_state(ended.folder / "straight/run"), ignore=("seconds",))
+    error = f"the checkpoints of steps 3 and 4 cannot be written: {reason(twice, 4)} untouched\n"
+    assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
 
 
 def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(ended: Sessions) -> None:

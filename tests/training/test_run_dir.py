@@ -91,6 +91,39 @@ def test_curves_on_a_full_disk_are_an_oserror(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        (["checkpoints"], "summary.json"),
+        (["checkpoints", "summary.json"], "metrics.jsonl up to step 6"),
+        (["checkpoints/step_00000004", "checkpoints/step_00000006", "summary.json"], "metrics.j"),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+    gone: list[str], left: str, finished: Path, tiny_rec: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for name in gone:
+        shutil.rmtree(run / name) if "check" in name else (run / name).unlink()
+    if left == "metrics.j":
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 8}\n')
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    done = train_here(*arguments(run, tiny_rec), "--seed", "5")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{run} has the {left}" in done.stderr
+    assert "put its checkpoints back to resume it, or use another --run-dir" in done.stderr
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    config = RunConfig(run_dir=str(tmp_path), checkpoint_every=500)
+    RunDir(config).close()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 900}\n')
+    RunDir(config).close()
+
+
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_here(lambda: run_command("evaluate", evaluate_command), [*arguments])
 

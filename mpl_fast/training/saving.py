@@ -1,0 +1,173 @@
+"""One checkpoint on its way to the disk, in a thread of each rank.
+
+Training waits for a copy of its state in host memory. Ranks complete a checkpoint by files: each
+writes its part and then a list of it, and the first, which has seen all lists, publishes. A
+collective in a thread would need a process group of its own, and would wait for a rank that has
+ended.
+"""
+
+import copy
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpl_fast import atomic
+from mpl_fast.distributed import TIMEOUT
+from mpl_fast.errors import UserError
+
+State = dict[str, Any]
+Files = dict[str, dict[str, Any]]  # by name: bytes and sha256
+POLL = 0.01  # seconds between two looks for the files of other ranks
+GRACE = 5.0  # seconds for them at the end of a run that has failed
+
+
+class HostCopy:
+    """A copy of a state in host memory, which is pinned for tensors of a GPU.
+
+    Each copy overwrites the one before, since new memory costs page faults, or pinning.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = dict[tuple[Any, ...], Tensor]()
+
+    @torch.no_grad()
+    def take(self, state: State) -> State:
+        """Copies the tensors in dicts, lists and tuples.
+
+        A GPU copies all of them without a wait in between, and is waited for once, here: the thread
+        that writes then needs no GPU.
+        """
+        threads = torch.get_num_threads()
+        # Hundreds of tensors: on busy cores, threads that wait for each other after every tensor
+        # take many times as long as one.
+        torch.set_num_threads(1)
+        try:
+            copied: State = self._copy(state, ())
+        finally:
+            torch.set_num_threads(threads)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
+        if isinstance(value, dict):
+            copied = copy.copy(value)  # with the attributes of a module's state dict
+            copied.update({key: self._copy(part, (*place, key)) for key, part in value.items()})
+            return copied
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(part, (*place, i)) for i, part in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        buffer = self._buffers.get(place)
+        if buffer is None or not _alike(buffer, value):
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[place] = buffer
+        return buffer.copy_(value, non_blocking=True)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+
+
+class Saving:
+    """Writes one rank's files to the folder `partial`, of which the first rank then publishes all.
+
+    A thread does it, from the beginning. `states` are written under their names; `failed` is called
+    with the step and the reason of a failure.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        partial: Path,
+        states: Mapping[str, State],
+        *,
+        rank: int,
+        world: int,
+        publish: Callable[[Files], None],
+        failed: Callable[[int, str], None],
+    ) -> None:
+        self.step, self.partial = step, partial
+        self.failure = ""
+        """Why the checkpoint, or this rank's part, was not written."""
+        self._states, self._rank, self._world = states, rank, world
+        self._publish, self._failed = publish, failed
+        self._part_ended, self._given_up = threading.Event(), threading.Event()
+        self._deadline = float("inf")
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            files = self._write_part()
+            self._part_ended.set()
+            if self._rank == 0 and self._collect(files):
+                self._publish(files)
+        except (OSError, UserError) as error:
+            self.failure = str(error)
+            if isinstance(error, OSError):
+                self.failure = f"{error.strerror or error} ({error.filename or self.partial})"
+            self._failed(self.step, self.failure)
+        except BaseException as error:
+            self._fault = error
+        finally:
+            self._part_ended.set()
+
+    def _write_part(self) -> Files:
+        self.partial.mkdir(exist_ok=True)
+        files = {name: _write(self.partial / name, state) for name, state in self._states.items()}
+        if self._rank > 0:
+            atomic.write_json(self._list_of(self._rank), files)
+        return files
+
+    def _list_of(self, rank: int) -> Path:
+        return self.partial / f"rank_{rank}.json"
+
+    def _collect(self, files: Files) -> bool:
+        """Adds the files of other ranks; whether all of them have come."""
+        self._deadline = min(self._deadline, time.monotonic() + TIMEOUT.total_seconds())
+        for rank in range(1, self._world):
+            part = self._list_of(rank)
+            while not part.exists():
+                if self._given_up.wait(POLL):
+                    return False
+                if time.monotonic() > self._deadline:
+                    raise TimeoutError(None, f"rank {rank} has not written its part", str(part))
+            files |= json.loads(part.read_text())
+            part.unlink()
+        return True
+
+    def wait_for_part(self) -> None:
+        """Waits until this rank has written its part, or has failed to."""
+        self._part_ended.wait()
+        self._raise_fault()
+
+    def wait(self, *, give_up: bool = False) -> None:
+        """Waits to the end; `give_up`: without parts of other ranks that are missing."""
+        if give_up:
+            self._given_up.set()
+        self._thread.join()
+        self._raise_fault()
+
+    def close(self) -> None:
+        """Waits at most `GRACE` seconds for the parts of other ranks, which may have ended."""
+        self._deadline = time.monotonic() + GRACE
+        self._thread.join()
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+
+def _write(path: Path, state: State) -> dict[str, Any]:
+    """Saves with torch.save; returns the size and checksum for checkpoint.json."""
+    with atomic.atomic_file(path) as file:
+        torch.save(state, file)
+    return {"bytes": file.size, "sha256": file.sha256}
