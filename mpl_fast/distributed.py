@@ -71,8 +71,27 @@ def init(device: str) -> DistEnv:
         # process when Python exits.
         importlib.import_module("torch._dynamo")
         cuda = dist_env.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store(),
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
+        )
     return dist_env
+
+
+def _store() -> dist.Store:
+    """The launcher's key-value store, by which ranks find each other.
+
+    A torchrun that restarts its ranks keeps its store, in which they would find the addresses of
+    the ranks before (pytorch issue 135712): each restart has keys of its own.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store  # made by the first rank, for this group only
 
 
 def shutdown() -> None:

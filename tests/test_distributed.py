@@ -44,6 +44,24 @@ def test_more_ranks_than_gpus_is_an_error_on_every_rank(monkeypatch: pytest.Monk
         distributed.init("cuda")
 
 
+def test_restarted_ranks_do_not_find_the_addresses_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store is torchrun's, which outlives them."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    env |= {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    for restart in ("0", "1", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        store = distributed._store()
+        found.append(store.check(["address"]))
+        store.set("address", restart)
+    assert found == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("world", "local", "machines"),
     [(None, None, 1), ("8", None, 1), ("8", "8", 1), ("16", "8", 2), ("12", "8", 2)],

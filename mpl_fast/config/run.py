@@ -125,6 +125,8 @@ class RunConfig:
     run_dir: str = ""
     """Folder of the run: config, metrics, checkpoints. The same command with the same folder
     resumes."""
+    lock: bool = True
+    """Lock the folder against a second run in it; false: where its file system has no locks."""
     steps: PositiveInt = 700_000
     """Training steps."""
     epochs: NonNegativeFloat = 0.0
