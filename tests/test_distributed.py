@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import spawn
 
 from mpl_fast import distributed
@@ -48,7 +49,7 @@ def test_restarted_ranks_do_not_find_the_addresses_of_those_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store is torchrun's, which outlives them."""
-    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     env |= {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for name, value in env.items():
