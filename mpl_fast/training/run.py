@@ -156,17 +156,17 @@ class Run:
         if checkpoint and self.ended:
             self.complete = True
             return self._already_complete(checkpoint)
+        data_state, began = None, None
         if checkpoint:
-            data_state = self._resume(checkpoint)
+            data_state, began = self._resume(checkpoint)
         else:
-            data_state = None
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
         with stop_on_signal(self._request_stop), self.watchdog.watching(self.steps_done):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
-            loader = train_loader(self.config, self.manifest, self.dist_env, data_state)
+            loader = train_loader(self.config, self.manifest, self.dist_env, data_state, began)
             if not checkpoint and isinstance(self.config.algorithm, FinetuneConfig):
                 self._evaluate()  # the accuracy before fine-tuning
                 if self.best.keeps(self.steps_done):
@@ -389,9 +389,10 @@ class Run:
             self.console.warn(f"{warning}; falling back to {fallback}")
         return checkpoint
 
-    def _resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores everything from a checkpoint; returns the data loader's state."""
-        shared, rank_state = self.checkpoints.load(checkpoint)
+    def _resume(self, checkpoint: Path) -> tuple[dict[str, Any], int | None]:
+        """Restores everything from a checkpoint; returns the data loader's state and, if other
+        ranks wrote it, the steps done, after which a new order of the images begins."""
+        shared, rank_state, world = self.checkpoints.load(checkpoint)
         check_same_classes(shared, self.manifest, checkpoint)
         if "classes" not in shared:
             self.console.warn(no_class_names(checkpoint))
@@ -399,10 +400,18 @@ class Run:
         self._restore_progress(shared)
         self._restore_best(checkpoint)
         self.steps_saved = self.steps_done
-        rng.restore_generators(rank_state)
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
         data_state: dict[str, Any] = rank_state["data"]
-        return data_state
+        if world == self.dist_env.world:
+            rng.restore_generators(rank_state)
+            return data_state, None
+        rng.seed_step(self.config, self.dist_env, self.steps_done)
+        self.console.print(
+            f"it was written by {world} ranks and this run has {self.dist_env.world}: all networks "
+            "and optimizers continue, the images in a new order and dropout, drawn from the seed "
+            "and the step"
+        )
+        return data_state, self.steps_done
 
     def _start(self) -> None:
         """Begins a run without a checkpoint; fine-tuning loads the weights of another run."""
