@@ -50,7 +50,7 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
             sizes = [str(n) for n in (batch - over, batch - over + dist_env.world) if n]
             raise ConfigError(
                 f"{split}_batch {batch} is not divisible by {dist_env.world} ranks: "
-                f"take {' or '.join(sizes)}"
+                f"take {' or '.join(sizes)}, or another number of ranks"
             )
         if batch > records:
             raise ConfigError(
