@@ -102,6 +102,7 @@ def _store() -> Store:
     A torchrun that restarts its ranks keeps its store, in which they would find the addresses of
     the ranks before (pytorch issue 135712): each restart has keys of its own.
     """
+    store: Store
     store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     store.set_timeout(TIMEOUT)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
