@@ -3,7 +3,8 @@ identity."""
 
 import importlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,10 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from mpl_fast.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=10)  # of a collective; the longest wait is for another rank's compile
+TIMEOUT = timedelta(minutes=10)  # of a collective, and to meet the other ranks
+LONG_SECONDS = 1800.0  # at least, for the first steps, compilation, evaluations' starts and saves
+NCCL_RECORDED = "2000"  # the latest exchanges that NCCL's flight recorder keeps
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,15 @@ def cores_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
-def init(device: str) -> DistEnv:
+def long_timeout(hang_timeout: float) -> float:
+    """Seconds that saves, compilation and the like may take, if a step may take `hang_timeout`."""
+    return max(3 * hang_timeout, LONG_SECONDS)
+
+
+def init(device: str, hang_timeout: float = 0.0) -> DistEnv:
     """Initializes the process group (gloo for CPU tensors, NCCL for CUDA ones) under torchrun.
+
+    With `hang_timeout`, the watchdog's, collectives fail later than the watchdog ends the process.
 
     A process joins it once: later calls use the same group, until `shutdown`, after which it cannot
     join again. `device` is ``auto``, ``cpu`` or ``cuda``. Raises `ConfigError` for CUDA without a
@@ -71,8 +83,31 @@ def init(device: str) -> DistEnv:
         # process when Python exits.
         importlib.import_module("torch._dynamo")
         cuda = dist_env.device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", NCCL_RECORDED)
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        later = timedelta(seconds=long_timeout(hang_timeout) + 60)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store(),
+            rank=rank,
+            world_size=world,
+            timeout=later if hang_timeout else TIMEOUT,
+        )
     return dist_env
+
+
+def _store() -> Store:
+    """The launcher's key-value store, by which ranks find each other.
+
+    A torchrun that restarts its ranks keeps its store, in which they would find the addresses of
+    the ranks before (pytorch issue 135712): each restart has keys of its own.
+    """
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return store  # made by the first rank, for this group only
 
 
 def shutdown() -> None:
@@ -92,6 +127,35 @@ def _device(wanted: str) -> torch.device:
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+def nccl_trace() -> bytes:
+    """The latest exchanges of this rank as NCCL's flight recorder has them, for `torchfrtrace`;
+    empty without NCCL."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+    if dump is None or not dist.is_initialized() or not torch.cuda.is_initialized():
+        return b""
+    trace: bytes = dump()
+    return trace
+
+
+_waited = 0.0
+
+
+def _timed(exchange: Callable[..., object], *arguments: Any) -> None:
+    """Calls and times it; what PyTorch compiles, where batch norm may have one, is not timed."""
+    global _waited
+    if torch.compiler.is_compiling():
+        exchange(*arguments)
+        return
+    began = time.perf_counter()
+    exchange(*arguments)
+    _waited += time.perf_counter() - began
+
+
+def seconds_waited() -> float:
+    """Seconds that this process has spent in exchanges; on a GPU, in queueing them."""
+    return _waited
 
 
 def world_size() -> int:
@@ -118,7 +182,7 @@ def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
         return
     rows = [_in_memory_order(t) for t in tensors]
     flat = torch.cat([row.flatten() for row in rows])
-    dist.all_reduce(flat)
+    _timed(dist.all_reduce, flat)
     flat /= world_size()
     chunks = flat.split([row.numel() for row in rows])
     torch._foreach_copy_(rows, [c.view(row.shape) for c, row in zip(chunks, rows, strict=True)])
@@ -135,7 +199,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """All-reduced sum of a tensor, detached."""
     x = x.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(x)
+        _timed(dist.all_reduce, x)
     return x
 
 
@@ -145,7 +209,7 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x[None]
     found = x.new_empty(world_size() * x.numel())
-    dist.all_gather_into_tensor(found, x.flatten())
+    _timed(dist.all_gather_into_tensor, found, x.flatten())
     return found.view(world_size(), *x.shape)
 
 
@@ -159,7 +223,7 @@ def all_gather_object(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    _timed(dist.all_gather_object, values, value)
     return values
 
 
@@ -190,7 +254,7 @@ class StopFlag:
             return self.requested
         stopping = False
         if self._work is not None:
-            self._work.wait()
+            _timed(self._work.wait)
             stopping = bool(self._flag.item())
         self._flag = torch.tensor([int(self.requested)], dtype=torch.int32)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)

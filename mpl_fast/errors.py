@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 INTERRUPTED = 130  # a shell's exit code after Ctrl-C
+HUNG = 7  # a rank made no progress: the watchdog ended it
 PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same command again
 RANK_DELAY = 5.0  # seconds
 STDERR = 2  # file descriptor

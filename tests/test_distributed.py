@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import spawn
 
 from mpl_fast import distributed
@@ -42,6 +43,24 @@ def test_more_ranks_than_gpus_is_an_error_on_every_rank(monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 ranks for 1 GPUs here: use --nproc-per-node=1"):
         distributed.init("cuda")
+
+
+def test_restarted_ranks_do_not_find_the_addresses_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store is torchrun's, which outlives them."""
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    env = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    env |= {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    for restart in ("0", "1", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        store = distributed._store()
+        found.append(store.check(["address"]))
+        store.set("address", restart)
+    assert found == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,8 @@ class RunConfig:
     run_dir: str = ""
     """Folder of the run: config, metrics, checkpoints. The same command with the same folder
     resumes."""
+    lock: bool = True
+    """Lock the folder against a second run in it; false: where its file system has no locks."""
     steps: PositiveInt = 700_000
     """Training steps."""
     epochs: NonNegativeFloat = 0.0
@@ -178,6 +180,10 @@ class RunConfig:
     checkpoint_best: bool = False
     """Also keep the checkpoint of the best top-1 so far, in checkpoints_best: each better
     evaluation then saves one. It is selected on the validation images themselves."""
+    hang_timeout: NonNegativeFloat = 600.0
+    """Seconds without a step, or a batch of an evaluation, after which a rank writes where it is to
+    RUN/hang and ends with exit code 7, so that the run ends, or torchrun restarts it. For the first
+    steps, compilation and saves: three times as many, and at least 1800. 0: no limit."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
     data: DataConfig = field(default_factory=DataConfig)

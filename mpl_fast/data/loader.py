@@ -12,7 +12,13 @@ from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.data.pipelines import Engine, eval_pipeline, train_pipeline
-from mpl_fast.data.position import identity_of, save_position, stream_states
+from mpl_fast.data.position import (
+    began_of,
+    check_other_ranks,
+    identity_of,
+    save_position,
+    stream_states,
+)
 from mpl_fast.data.stream import Stream, cpu_threads, dali_gpu
 from mpl_fast.errors import ConfigError, DataError
 
@@ -25,7 +31,10 @@ class TrainLoader:
 
     ``labeled`` and ``unlabeled`` are images per rank and step; with ``unlabeled == 0`` the weak,
     strong and truth tensors have no rows. With ``state``, the result of an equal loader's
-    ``state()``, the first batch is the one after the last that the other loader returned.
+    ``state()``, the first batch is the one after the last that the other loader returned. A state
+    of another number of ranks is not continued (a rank's shuffle buffer holds images of its own
+    shard, of which others have not been read): with ``began``, the steps done, this loader begins a
+    new pass over all images in an order drawn from the seed and that number.
 
     Raises:
         ConfigError: a batch is larger than its split, or ``data.device`` is gpu without CUDA.
@@ -46,12 +55,19 @@ class TrainLoader:
         device: torch.device,
         dtype: torch.dtype,
         state: Mapping[str, str | bytes] | None = None,
+        began: int | None = None,
     ) -> None:
         gpu = dali_gpu(config, device)
+        order = began if began is not None else began_of(state) if state else 0
         self._identity = identity_of(config, manifest, gpu) | {
-            "labeled": labeled, "unlabeled": unlabeled, "rank": rank, "world": world, "seed": seed
+            "labeled": labeled, "unlabeled": unlabeled, "rank": rank, "world": world, "seed": seed,
+            "began": order,
         }  # fmt: skip
-        states = {} if state is None else stream_states(state, self._identity)
+        states = dict[str, bytes]()
+        if state is not None and began is not None:
+            check_other_ranks(state, self._identity)
+        elif state is not None:
+            states = stream_states(state, self._identity)
         labeled_threads, unlabeled_threads = _split_threads(cpu_threads(config), labeled, unlabeled)
 
         def stream(name: str, batch: int, threads: int) -> Stream:
@@ -61,7 +77,7 @@ class TrainLoader:
                 threads=threads,
                 shard=rank,
                 shards=world,
-                seed=_seed(seed, rank, name),
+                seed=_seed(seed, order, rank, name),
                 half=returns_half(dtype, device),
                 checkpoint=states.get(name),
             )
@@ -178,7 +194,8 @@ def _split_threads(threads: int, labeled: int, unlabeled: int) -> tuple[int, int
     return first, max(1, threads - first)
 
 
-def _seed(seed: int, rank: int, name: str) -> int:
-    """A 31-bit seed for each run, rank and stream."""
-    digest = hashlib.sha256(f"{seed}/{rank}/{name}".encode()).digest()
+def _seed(seed: int, began: int, rank: int, name: str) -> int:
+    """A 31-bit seed for each run, step at which the order began, rank and stream."""
+    text = f"{seed}/{rank}/{name}" + (f"/{began}" if began else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1

@@ -9,6 +9,7 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.data.operations import OPERATIONS, signature
 from mpl_fast.errors import CheckpointError
 
+Identity = Mapping[str, str | int | float]
 GRAPH = 2  # increase it when a DALI graph changes: positions saved before are then refused
 MADE_WITH = "made_with"
 CODE = ("graph", "operations")  # keys that a version of the code decides, not a setting
@@ -16,10 +17,10 @@ SETTINGS = (
     "image_size", "crop", "interpolation", "flip", "policy", "num_ops", "magnitude", "translate",
     "cutout", "final_cutout", "shuffle_buffer",
 )  # fmt: skip
+# Keys of the ranks that a position is for: on another number of ranks it cannot be continued.
+RANKS = ("rank", "world", "labeled", "unlabeled", "began")
 # What positions that lack a key were saved with.
-EARLIER = {"data.interpolation": "bicubic", "operations": "2d1c266d8ed08b87"}
-
-Identity = Mapping[str, str | int | float]
+EARLIER: Identity = {"data.interpolation": "bicubic", "operations": "2d1c266d8ed08b87", "began": 0}
 
 
 def identity_of(
@@ -43,13 +44,31 @@ def save_position(identity: Identity, states: Mapping[str, bytes]) -> dict[str, 
 
 def stream_states(position: Mapping[str, str | bytes], identity: Identity) -> dict[str, bytes]:
     """The DALI states of a position. Raises CheckpointError unless it has this identity."""
-    before = EARLIER | current_options(json.loads(position[MADE_WITH]))
+    _check_same(_made_with(position), identity)
+    return {name: value for name, value in position.items() if isinstance(value, bytes)}
+
+
+def check_other_ranks(position: Mapping[str, str | bytes], identity: Identity) -> None:
+    """Raises CheckpointError unless a position differs from this identity in its ranks alone."""
+    _check_same(_made_with(position), identity, other_ranks=True)
+
+
+def began_of(position: Mapping[str, str | bytes]) -> int:
+    """The steps that were done when the order of a position began."""
+    return int(_made_with(position)["began"])
+
+
+def _made_with(position: Mapping[str, str | bytes]) -> dict[str, str | int | float]:
+    return {**EARLIER, **current_options(json.loads(position[MADE_WITH]))}
+
+
+def _check_same(before: Identity, identity: Identity, *, other_ranks: bool = False) -> None:
     if before.get("data") != identity["data"]:
         raise CheckpointError(
             "the records in data.root are others than the checkpoint's: "
             "resume with the same records or start a new run"
         )
-    keys = sorted(identity.keys() | before.keys())
+    keys = sorted({*identity, *before} - {*(RANKS if other_ranks else ())})
     differing = [key for key in keys if before.get(key) != identity.get(key)]
     # A change between policy dali and another one may change `operations` too: name the policy.
     settings = [key for key in differing if key not in CODE]
@@ -64,4 +83,3 @@ def stream_states(position: Mapping[str, str | bytes], identity: Identity) -> di
             f"the data position was saved with {key}={before.get(key)}, this run has "
             f"{key}={identity.get(key)}: resume with the same settings or start a new run"
         )
-    return {name: value for name, value in position.items() if isinstance(value, bytes)}

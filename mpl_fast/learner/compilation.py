@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +69,21 @@ def mark_step() -> None:
     """Allows CUDA graphs of compiled networks to overwrite the outputs of earlier passes."""
     if _graphs and torch.cuda.is_available():
         torch.compiler.cudagraph_mark_step_begin()
+
+
+@contextmanager
+def on_start(callback: Callable[[], None]) -> Iterator[None]:
+    """Inside, calls `callback` whenever PyTorch begins to compile."""
+    handler = torch._dynamo.callback.callback_handler
+
+    def started(_: object) -> None:
+        callback()
+
+    handler.register_start_callback(started)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(started)
 
 
 def release() -> None:

@@ -180,6 +180,12 @@ def seed_run(config: RunConfig, dist_env: DistEnv) -> None:
     torch.manual_seed(config.seed * 1_000_003 + dist_env.rank + 1)  # dropout differs between ranks
 
 
+def seed_step(config: RunConfig, dist_env: DistEnv, step: int) -> None:
+    """Seeds this rank's generator for a run that continues after `step` on other ranks."""
+    numbers = np.random.SeedSequence([config.seed, step, dist_env.rank])
+    torch.manual_seed(int(numbers.generate_state(1, np.uint64)[0] >> 1))
+
+
 def generator_states() -> dict[str, Any]:
     """The states of all generators that training draws from on this rank, but for DALI's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None

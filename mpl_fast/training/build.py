@@ -50,7 +50,7 @@ def check_batches(config: RunConfig, manifest: Manifest, dist_env: DistEnv) -> N
             sizes = [str(n) for n in (batch - over, batch - over + dist_env.world) if n]
             raise ConfigError(
                 f"{split}_batch {batch} is not divisible by {dist_env.world} ranks: "
-                f"take {' or '.join(sizes)}"
+                f"take {' or '.join(sizes)}, or another number of ranks"
             )
         if batch > records:
             raise ConfigError(
@@ -208,9 +208,15 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
 
 
 def train_loader(
-    config: RunConfig, manifest: Manifest, dist_env: DistEnv, state: dict[str, Any] | None
+    config: RunConfig,
+    manifest: Manifest,
+    dist_env: DistEnv,
+    state: dict[str, Any] | None,
+    began: int | None = None,
 ) -> Loader:
-    """Endless loader of this rank's training batches, from the start or a checkpoint's `state`."""
+    """Endless loader of this rank's training batches, from the start or a checkpoint's `state`;
+    with `began`, in a new order after so many steps, and `state` is one of another number of ranks.
+    """
     return TrainLoader(
         config.data,
         manifest,
@@ -222,4 +228,5 @@ def train_loader(
         device=dist_env.device,
         dtype=torch.bfloat16 if uses_bf16(config, dist_env.device) else torch.float32,
         state=state,
+        began=began,
     )

@@ -4,6 +4,10 @@ A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (equal on all rank
 ``rank_N.pt`` for each rank (random generators, data position) and ``checkpoint.json`` with the size
 and SHA-256 of each file. torch.load does not notice a flipped bit; the checksums do. Whatever else
 is in the folder of checkpoints, such as a copy under another name, is neither read nor removed.
+
+On another number of ranks a run continues from ``state.pt`` alone: weights, statistics, averages,
+optimizer, schedule and results are in it. What is in ``rank_N.pt`` begins anew on each rank, drawn
+from the seed and the step: the generators (of dropout) and the order of the images.
 """
 
 import errno
@@ -201,18 +205,17 @@ class Checkpoints:
             )
         return found, damage
 
-    def load(self, checkpoint: Path) -> tuple[State, State]:
-        """Returns the state shared by all ranks and this rank's own."""
+    def load(self, checkpoint: Path) -> tuple[State, State, int]:
+        """Returns the state shared by all ranks, this rank's own, and how many ranks wrote it.
+
+        If they were more or fewer than now, the second is that of the first rank.
+        """
         try:
-            world = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+            world: int = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
         except OSError as error:
             raise _not_read(error, checkpoint) from None
-        if world != self.world:
-            raise CheckpointError(
-                f"{checkpoint} was written by {world} ranks and this run has {self.world}: "
-                f"start torchrun with {world} processes"
-            )
-        return read_shared(checkpoint), _read(checkpoint / f"rank_{self.rank}.pt")
+        number = self.rank if world == self.world else 0
+        return read_shared(checkpoint), _read(checkpoint / f"rank_{number}.pt"), world
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

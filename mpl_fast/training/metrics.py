@@ -1,16 +1,18 @@
 """Means of training metrics over an interval of steps, summed on the device without waiting."""
 
 import math
+import statistics
 import time
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from mpl_fast.distributed import sum_over_ranks
+from mpl_fast.distributed import rank, seconds_waited, sum_over_ranks, world_size
 
 Row = dict[str, float]
 MAX_QUEUED_STEPS = 2
+RANK_SECONDS = "rank_seconds/"
 Moment = float | torch.cuda.Event
 Wait = tuple[Moment, Moment]  # its begin and its end
 
@@ -49,12 +51,14 @@ class Meter:
         # For each tuple of names that a step returned: (2, names) sums and counts of finite values.
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._steps, self._waits = 0, list[Wait]()
+        self._own_seconds = list[float]()
         self._counted: frozenset[str] = frozenset()
         self._pending: list[PendingRow] = []
         self._began = time.perf_counter()
 
-    def add(self, metrics: dict[str, Tensor], wait: Wait) -> None:
-        """Adds one step's `algorithms.base.Metrics`, and its wait for images.
+    def add(self, metrics: dict[str, Tensor], wait: Wait, exchanged: float = 0.0) -> None:
+        """Adds one step's `algorithms.base.Metrics`, and its wait for images. `exchanged`:
+        `distributed.seconds_waited` before the step.
 
         Launches a few small kernels and does not wait for the device.
         """
@@ -70,6 +74,9 @@ class Meter:
         self._sums[names] = self._sums[names] + step if names in self._sums else step
         self._steps += 1
         self._waits.append(wait)
+        if world_size() > 1 and isinstance(wait[0], float):
+            in_step = time.perf_counter() - wait[0]
+            self._own_seconds.append(in_step - (seconds_waited() - exchanged))
 
     def close(self, step: int, host_values: Row, latest: dict[str, Tensor]) -> None:
         """Ends the interval after step number `step` and starts its copy to the host.
@@ -81,6 +88,9 @@ class Meter:
             raise AssertionError("a row needs at least one step")
         names = list(dict.fromkeys(name for group in self._sums for name in group))
         columns = [_column(self._sums, name) for name in names]
+        if world_size() > 1:
+            names += [f"{RANK_SECONDS}{number}" for number in range(world_size())]
+            columns += self._rank_seconds(columns[0].device)
         sums = sum_over_ranks(torch.stack(columns, dim=1))  # (2, names)
         means = sums[0] / sums[1]  # NaN where no value was finite, or nothing counted
         values = torch.cat([means, *(value.float()[None] for value in latest.values())])
@@ -95,7 +105,25 @@ class Meter:
         names += latest
         row = PendingRow(step, names, values, copied, host_values, self._waits, self._counted)
         self._pending.append(row)
-        self._sums, self._steps, self._waits = {}, 0, []
+        self._sums, self._steps, self._waits, self._own_seconds = {}, 0, [], []
+
+    def _rank_seconds(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``(2,)`` of each rank: its median seconds in a step and 1, of other ranks zeros.
+
+        On a CPU these are without exchanges between ranks. On a GPU a step is one queue of work,
+        and they are the waits for images, of the steps that the device has completed.
+        """
+        own = self._own_seconds or [
+            _seconds(began, ended)
+            for began, ended in self._waits
+            if isinstance(ended, torch.cuda.Event) and ended.query()
+        ]
+        columns = torch.zeros(world_size(), 2)
+        if own:
+            columns[rank()] = torch.tensor([statistics.median(own), 1.0])
+        if device.type == "cuda":
+            columns = columns.pin_memory().to(device, non_blocking=True)
+        return columns.unbind()
 
     def rows(self, *, late: int = 0) -> list[tuple[int, Row]]:
         """Returns number of steps done and row of every closed interval but the `late` newest.
@@ -151,6 +179,22 @@ def _seconds(began: Moment, ended: Moment) -> float:
     first, last = cast(tuple[torch.cuda.Event, torch.cuda.Event], (began, ended))
     milliseconds: float = first.elapsed_time(last)
     return milliseconds / 1000.0
+
+
+def pop_rank_seconds(row: Row, device: torch.device) -> list[float]:
+    """Removes from a row the time that each rank needs for a step, and returns it; empty with one
+    rank, or if it is not known.
+
+    On a GPU the values are waits for images, and all ranks are taken to compute equally long: the
+    one that waits longest determines the time of a step, in which others wait for it.
+    """
+    seconds = [row.pop(name) for name in [*row] if name.startswith(RANK_SECONDS)]
+    if not all(map(math.isfinite, seconds)):
+        return []
+    if seconds and device.type == "cuda":
+        step = row["train_seconds"] / row["steps"]
+        seconds = [step - max(seconds) + one for one in seconds]
+    return seconds
 
 
 def non_finite(row: Row) -> str | None:

@@ -1,4 +1,4 @@
-"""Processes of training: SIGTERM and SIGINT request a stop, ranks end with torchrun, and which GPUs
+"""Processes of training: signals request a stop, ranks end with torchrun, and which GPUs
 there are without importing torch."""
 
 import ctypes
@@ -11,21 +11,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+# A scheduler's, Ctrl-C, a closed terminal, and Slurm's usual warning before the end of the time.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ECHO_SECONDS = 5.0  # a launcher and a scheduler may both forward one and the same request
 
 
 def die_with_launcher() -> None:
-    """Requests a SIGKILL for this process when torchrun is killed; without torchrun, or on another
-    system than Linux, does nothing.
+    """Requests a SIGKILL for this process when torchrun is killed, and ends it if that was before;
+    without torchrun, or on another system than Linux, does nothing.
 
     torchrun starts ranks in sessions of their own. If it is killed by SIGKILL it cannot end them,
     and they would keep training, holding GPUs and the lock of the run directory.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         signal_when_parent_ends(signal.SIGKILL)
+        if _launcher_has_ended():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _launcher_has_ended() -> bool:
+    """Whether torchrun ended before this process called prctl, which reports later ends only.
+
+    The parent is then init or another process that adopts orphans, and none of those is a Python
+    program. As process 1 of a container, torchrun itself is one. A rank that a wrapper of torchrun
+    started (``--no-python``) is not the first process of its session: its parent is not known.
+    """
+    if os.getsid(0) != os.getpid():
+        return False
+    try:
+        program = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return False
+    return program != b"" and b"python" not in program.rpartition(b"/")[2]
 
 
 def signal_when_parent_ends(number: int) -> None:
@@ -36,10 +57,11 @@ def signal_when_parent_ends(number: int) -> None:
 
 @contextmanager
 def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
-    """Calls `request_stop` at the first SIGTERM or SIGINT.
+    """Calls `request_stop` at the first of `STOPS`; of these, SIGHUP stays ignored under nohup.
 
-    A second signal raises `KeyboardInterrupt`, unless it arrives within `ECHO_SECONDS`, or both are
-    SIGTERM: schedulers repeat it before they kill, and a checkpoint may be complete by then.
+    A second signal raises `KeyboardInterrupt` if one of them is SIGINT, unless it arrives within
+    `ECHO_SECONDS`. Schedulers repeat the others before they kill, and a checkpoint may be complete
+    by then.
     """
     received: list[int] = []
     first = 0.0
@@ -53,7 +75,8 @@ def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         request_stop()
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    handled = [s for s in STOPS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, handle) for s in handled}
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -9,12 +10,12 @@ from typing import Any, NoReturn
 from mpl_fast import distributed, models
 from mpl_fast.algorithms.base import Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
-from mpl_fast.batch import Batch, Loader
+from mpl_fast.batch import Batch, EvalBatches, Loader
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
-from mpl_fast.distributed import DistEnv, StopFlag
+from mpl_fast.distributed import DistEnv, StopFlag, seconds_waited
 from mpl_fast.errors import PREEMPTED, CheckpointError, ConfigError, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
@@ -40,12 +41,13 @@ from mpl_fast.training.checkpoint import (
 )
 from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
-from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite
+from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite, pop_rank_seconds
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training
+from mpl_fast.training.watchdog import Stragglers, Watchdog
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW = "skipped_in_a_row/"
@@ -60,7 +62,7 @@ def train(config: RunConfig, *later: RunConfig) -> int:
     what the user can correct, on every rank where it occurs.
     """
     prepared = [_prepared(one) for one in (config, *later)]
-    dist_env = distributed.init(config.device)
+    dist_env = distributed.init(config.device, config.hang_timeout)
     for config, manifest, classes in prepared:
         check_batches(config, manifest, dist_env)
         check_training(config, classes, dist_env.world)
@@ -122,6 +124,8 @@ class Run:
         self.config, self.dist_env, self.manifest = config, dist_env, manifest
         self.run_dir = run_dir
         self.console = Console(config.steps, silent=not dist_env.is_rank0)
+        self.watchdog = Watchdog(Path(config.run_dir), dist_env, config.hang_timeout)
+        self.stragglers = Stragglers(distributed.all_gather_object(socket.gethostname()))
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / CHECKPOINTS["newest"],
             keep=config.checkpoint_keep,
@@ -157,17 +161,21 @@ class Run:
         if checkpoint and self.ended:
             self.complete = True
             return self._already_complete(checkpoint)
+        data_state, began = None, None
         if checkpoint:
-            data_state = self._resume(checkpoint)
+            data_state, began = self._resume(checkpoint)
         else:
-            data_state = None
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
-        with stop_on_signal(self._request_stop), closing(self.checkpoints):
+        with (
+            stop_on_signal(self._request_stop),
+            self.watchdog.watching(self.steps_done),
+            closing(self.checkpoints),
+        ):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
-            loader = train_loader(self.config, self.manifest, self.dist_env, data_state)
+            loader = train_loader(self.config, self.manifest, self.dist_env, data_state, began)
             if not checkpoint and isinstance(self.config.algorithm, FinetuneConfig):
                 self._evaluate()  # the accuracy before fine-tuning
                 if self.best.keeps(self.steps_done):
@@ -235,15 +243,17 @@ class Run:
         config, device = self.config, self.dist_env.device
         self.meter = Meter()  # a new one, to exclude the time of starting up
         queue = QueueLimiter(device)
+        self.watchdog.expect_long_work()
         while self.steps_done < config.steps:
-            wait_began = moment(device)
+            wait_began, exchanged = moment(device), seconds_waited()
             batch = self._next(loader)
             wait_ended = moment(device)
             compilation.mark_step()
             metrics = train_step(self.algorithm, batch, self.steps_done, self.step)
-            self.meter.add(metrics, (wait_began, wait_ended))
+            self.meter.add(metrics, (wait_began, wait_ended), exchanged)
             queue.step()
             self.steps_done += 1
+            self.watchdog.beat(self.steps_done)
             last = self.steps_done == config.steps
             if last or self.steps_done % config.log_every == 0:
                 self._log(late=not last)
@@ -275,6 +285,9 @@ class Run:
     def _write(self, step: int, row: Row) -> None:
         """Writes a row of metrics. Raises `NonFiniteError` if training has diverged."""
         self.train_seconds += row["train_seconds"]
+        seconds = pop_rank_seconds(row, self.dist_env.device)
+        for warning in self.stragglers.add(seconds, round(row["steps"])):
+            self.console.warn(warning)
         skipped = {name: row.pop(f"{IN_A_ROW}{name}") for name in self.algorithm.learners}
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -307,9 +320,10 @@ class Run:
 
     def _evaluate(self) -> None:
         self._log()
+        self.watchdog.expect_long_work()
         began = time.perf_counter()
         expected = self.manifest.splits["val"].records
-        self.accuracy = evaluate(self.algorithm, self.validation, expected)
+        self.accuracy = evaluate(self.algorithm, self._watched(self.validation), expected)
         self.meter.pause(time.perf_counter() - began)
         delay = max(self._delays().values())
         self.best.add(self.accuracy["top1"], self.steps_done, delay)
@@ -323,11 +337,17 @@ class Run:
                 f"than {self.best}"
             )
 
+    def _watched(self, batches: EvalBatches) -> EvalBatches:
+        for batch in batches:
+            self.watchdog.beat()
+            yield batch
+
     def _save(self, loader: Loader, *, last: bool = False) -> None:
         """Writes a checkpoint, in the background unless it is the last of this session.
 
         Raises `CheckpointError` if two in a row, or the last, cannot be written.
         """
+        self.watchdog.expect_long_work()
         self._log()  # all rows up to here, so that a stop loses none and nothing NaN is saved
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
@@ -400,9 +420,10 @@ class Run:
             self.console.warn(f"{warning}; falling back to {fallback}")
         return checkpoint
 
-    def _resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Restores everything from a checkpoint; returns the data loader's state."""
-        shared, rank_state = self.checkpoints.load(checkpoint)
+    def _resume(self, checkpoint: Path) -> tuple[dict[str, Any], int | None]:
+        """Restores everything from a checkpoint; returns the data loader's state and, if other
+        ranks wrote it, the steps done, after which a new order of the images begins."""
+        shared, rank_state, world = self.checkpoints.load(checkpoint)
         check_same_classes(shared, self.manifest, checkpoint)
         if "classes" not in shared:
             self.console.warn(no_class_names(checkpoint))
@@ -410,10 +431,18 @@ class Run:
         self._restore_progress(shared)
         self._restore_best(checkpoint)
         self.checkpoints.saved = self.steps_done
-        rng.restore_generators(rank_state)
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
         data_state: dict[str, Any] = rank_state["data"]
-        return data_state
+        if world == self.dist_env.world:
+            rng.restore_generators(rank_state)
+            return data_state, None
+        rng.seed_step(self.config, self.dist_env, self.steps_done)
+        self.console.print(
+            f"it was written by {world} ranks and this run has {self.dist_env.world}: all networks "
+            "and optimizers continue, the images in a new order and dropout, drawn from the seed "
+            "and the step"
+        )
+        return data_state, self.steps_done
 
     def _start(self) -> None:
         """Begins a run without a checkpoint; fine-tuning loads the weights of another run."""

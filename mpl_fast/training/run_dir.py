@@ -28,7 +28,15 @@ from mpl_fast.training.metrics import Row
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
 # Options that may change when a run is resumed, since they do not change what its steps compute.
-FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch"}
+FREE_OPTIONS = {
+    "run_dir",
+    "lock",
+    "log_every",
+    "stop_at",
+    "eval_every",
+    "eval_epochs",
+    "eval_batch",
+}
 FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience"}
 FREE_OPTIONS |= {"algorithm.teacher_graph"}
 FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
@@ -41,7 +49,7 @@ class RunDir:
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
-        self._lock = _locked(self.path)
+        self._lock = _locked(self.path, lock=config.lock)
         self._config_file, self._config = self.path / "config.yaml", as_yaml(config)
         check_same_config(self._config_file, config)
         with output_errors(self.path):
@@ -183,24 +191,27 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _locked(path: Path) -> Any:
+def _locked(path: Path, *, lock: bool) -> Any:
     """Creates the folder and locks it; the system releases the lock when this process ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
+        file = (path / ".lock").open("a")
     except OSError as error:
         reason = "is a file" if path.is_file() else error.strerror
         raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
+    if not lock:
+        return file
     for _ in range(int(LOCK_SECONDS / 0.1)):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         except BlockingIOError:
             time.sleep(0.1)  # a run that was just killed may still be ending
         except OSError as error:
             raise ConfigError(
                 f"run_dir {path} cannot be locked: {error.strerror}: mount its file system with "
-                "flock (Lustre: -o flock), or use another --run-dir"
+                "flock (Lustre: -o flock), use another --run-dir, or, if no other run can be "
+                "writing there, give --lock false"
             ) from None
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 

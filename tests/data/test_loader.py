@@ -112,6 +112,25 @@ def test_ranks_divide_an_epoch_and_change_shards(manifest: Manifest) -> None:
     assert epochs[0][0] != epochs[1][1]
 
 
+def test_on_other_ranks_a_new_pass_begins(manifest: Manifest) -> None:
+    """All images once, in an order of its own, which resumes; and only over the same records."""
+    one = train_loader(manifest, labeled=10, unlabeled=10)
+    next(one)
+    ranks = partial(train_loader, manifest, labeled=5, unlabeled=5, world=2)
+    passes = []
+    for began in (1, 2):
+        loaders = [ranks(rank=r, state=one.state(), began=began) for r in range(2)]
+        seen = [n for loader in loaders for _ in range(5) for n in levels(next(loader).weak)]
+        assert sorted(seen) == [level(n) for n in range(50)]
+        passes.append(tuple(seen))
+    assert len({*passes}) == 2
+    assert same(next(ranks(rank=1, state=loaders[1].state())), next(loaders[1]))
+    with pytest.raises(
+        CheckpointError, match=r"with data\.flip=False, this run has data.flip=True"
+    ):
+        ranks(config=replace(PLAIN, flip=True), rank=0, state=one.state(), began=1)
+
+
 @pytest.mark.parametrize(
     ("policy", "world", "crop"),
     [

@@ -4,6 +4,7 @@ are this one: stopped, killed and started again, they end bit for bit like a run
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,15 @@ import pytest
 import yaml
 
 from tests.algorithms.problems import assert_same
-from tests.tiny_run import ROOT, arguments, environment, final_state, free_port
+from tests.tiny_run import (
+    ROOT,
+    arguments,
+    environment,
+    final_state,
+    free_port,
+    rows,
+    train_here,
+)
 
 SLURM = ROOT / "tools" / "cluster" / "slurm.sh"
 PYTORCHJOB = ROOT / "tools" / "cluster" / "pytorchjob.yaml"
@@ -224,6 +233,74 @@ def test_interrupted_on_two_machines_it_ends_as_uninterrupted(way: str, runs: Ru
     end = run.step + 3
     state, expected = final_state(run.folder, end), final_state(runs.straight, end)
     assert_same(state, expected, way, ignore=("seconds",))
+
+
+def ranks_of(agent: subprocess.Popen[str]) -> dict[int, int]:
+    """Process numbers of a torchrun's ranks, by rank."""
+    found = dict[int, int]()
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    for child in map(int, children):
+        environ = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(e[5:]): child for e in environ if e.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.slow
+def test_a_frozen_machine_is_noticed_and_the_others_go_on(tiny_rec: Path, tmp_path: Path) -> None:
+    """By the watchdog of a rank that waits for it; with fewer ranks, from the newest checkpoint."""
+    run = tmp_path / "run"
+    options = [*ENDLESS, "--hang-timeout", "5", "--checkpoint-every", "0", "--eval-every", "0"]
+    begun = train_here(*arguments(run, tiny_rec), *options, "--stop-at", "4")
+    assert begun.returncode == 0, begun.stderr
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    (command,) = re.findall(
+        r"^    (export TORCH_DIS.*\n    torchrun (?:.*\\\n)*.*)$", page, re.MULTILINE
+    )
+    port = free_port()
+    for here, there in (
+        ("torchrun", f"exec {TORCHRUN}"),
+        ("--nproc-per-node=8", "--nproc-per-node=1 --rdzv-conf=last_call_timeout=1"),
+        (":29500", f":{port}"),
+    ):
+        assert command.count(here) == 1
+        command = command.replace(here, there)
+    env = {"CONFIG": str(tmp_path / "mpl.yaml"), "REC": str(tiny_rec), "RUN": str(run)}
+    env |= {"FIRST": "localhost"}
+    typed = ["bash", "-c", f'{command} "$@"', "torchrun", *options]
+    deadline = time.monotonic() + 600
+    first = start(typed, env)
+    with socket.socket() as one:  # the first has torchrun's store, and, by its number, rank 0
+        while one.connect_ex(("localhost", int(port))):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    second = start(typed, env)
+
+    def trained(step: int) -> int:
+        """Waits for a row of metrics after a step; returns the number of the file's inode."""
+        while rows(run)[-1]["step"] <= step:
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        return (run / "metrics.jsonl").stat().st_ino
+
+    before = trained(8)
+    if 0 not in ranks_of(first):
+        pytest.skip("process numbers began anew between the two")
+    frozen = [*ranks_of(second).values(), second.pid]
+    for process in frozen:
+        os.kill(process, signal.SIGSTOP)
+    while trained(4) == before:  # resumed, it is a new file
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=600)
+    for process in frozen:
+        os.kill(process, signal.SIGKILL)
+    assert re.search(r"exitcode\s*: 7", out), out
+    report = (run / "hang/rank_0.txt").read_text()
+    assert "rank 0 of 2 on " in report and "distributed.py" in report
+    assert [path.name for path in run.glob("hang/*")] == ["rank_0.txt"]
+    assert out.count("resuming after step 4") == 2
+    assert out.count("was written by 1 ranks and this run has 2: all networks") == 1
+    assert "stopped by a signal after step" in out
 
 
 @pytest.mark.parametrize(

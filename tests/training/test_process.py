@@ -1,12 +1,26 @@
-"""A signal that arrives twice within a moment is one request to stop; a late Ctrl-C ends it."""
+"""A signal that arrives twice within a moment is one request to stop; a late Ctrl-C ends it.
+A rank ends with its torchrun, also if that has ended before the rank could ask for it."""
 
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from mpl_fast.training import process
+
+RANK = """import os, sys, time
+launcher = int(sys.argv[1])
+while os.getppid() == launcher: time.sleep(0.01)
+from mpl_fast.training.process import die_with_launcher
+die_with_launcher()
+print("lives")"""
+LAUNCHER = """import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], start_new_session=True)
+os._exit(0)"""
 
 
 @pytest.mark.parametrize(
@@ -16,6 +30,8 @@ from mpl_fast.training import process
         (signal.SIGTERM, signal.SIGINT, True),
         (signal.SIGINT, signal.SIGTERM, True),  # torchrun's, after a second Ctrl-C
         (signal.SIGTERM, signal.SIGTERM, False),  # a scheduler's, before it kills
+        (signal.SIGHUP, signal.SIGTERM, False),
+        (signal.SIGUSR1, signal.SIGUSR1, False),
     ],
 )
 def test_an_echo_is_the_same_request_and_a_late_repetition_ends(
@@ -35,3 +51,24 @@ def test_an_echo_is_the_same_request_and_a_late_repetition_ends(
         with pytest.raises(KeyboardInterrupt) if ends else contextlib.nullcontext():
             os.kill(os.getpid(), late)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    requests: list[int] = []
+    try:
+        with process.stop_on_signal(lambda: requests.append(1)):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not requests and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_a_rank_whose_torchrun_was_killed_at_once_ends(run: bool, root: Path) -> None:
+    """Another program that lost its parent goes on."""
+    env = {name: value for name, value in os.environ.items() if "TORCHELASTIC" not in name}
+    env |= {"TORCHELASTIC_RUN_ID": "run"} if run else {}
+    command = [sys.executable, "-c", LAUNCHER, RANK]
+    printed = subprocess.run(command, env=env, cwd=root, stdout=subprocess.PIPE, check=True)
+    assert printed.stdout == (b"" if run else b"lives\n")

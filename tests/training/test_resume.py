@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -97,6 +98,9 @@ def ended(
             sessions += [[*one, "--stop-at", str(at)], one]
             resumed[f"stop{at}"] = (at, checkpoint("straight"))
     else:
+        elastic = options("elastic")
+        assert train_here(*elastic, "--stop-at", "2").returncode == 0
+        sessions += [[*elastic, "--stop-at", "4"]]
         start = folder / "start"
         assert train_here(*arguments(start, tiny_rec)).returncode == 0
         recipes = {name: options(name, name) for name in ALGORITHMS}
@@ -117,6 +121,28 @@ def ended(
     done = run_in_turn(*sessions, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return Sessions(ranks, folder, resumed, done.stdout, done.stderr)
+
+
+def test_a_run_goes_on_on_other_ranks(ended: Sessions) -> None:
+    """From one to two and back: weights and results as they were, images in a new order, which
+    itself resumes."""
+    if ended.ranks == 1:
+        pytest.skip("of two ranks")
+    folder = ended.folder / "elastic/run"
+    again = shutil.copytree(folder, ended.folder / "again/run")
+    assert "was written by 1 ranks and this run has 2" in ended.out
+    options = arguments(
+        folder, Path(yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"])
+    )
+    last = train_here(*options)
+    assert "was written by 2 ranks and this run has 1: all networks" in last.stdout
+    assert [r["step"] for r in rows(folder) if "train_seconds" in r] == [2, 4, 6]
+    paused = [*options[:-1], str(again)]
+    for more in (["--stop-at", "5"], []):
+        resumed = train_here(*paused, *more)
+        assert resumed.returncode == 0, resumed.stderr
+    assert "written by" not in resumed.stdout
+    assert_same(final_state(folder), final_state(again), ignore=("seconds",))
 
 
 def kill(options: list[str], ranks: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two ranks with half the batch each end where one rank with all of it does.
+"""Two ranks with half the batch each end where one rank with all of it does, also in turn.
 
 Under torchrun this file trains, and saves how each training ended.
 """
@@ -22,6 +22,7 @@ from mpl_fast.config import LearnerConfig
 from mpl_fast.config.run import GradientSync
 from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode
+from mpl_fast.training.checkpoint import restore
 from tests.algorithms import problems
 from tests.algorithms.problems import VARIANTS, assert_same, confident
 from tests.tiny_run import launch
@@ -52,9 +53,19 @@ class Network(problems.Network):
 
 
 def train(
-    name: str, sync: GradientSync = "allreduce", compiled: Mode = "off", *, norm: bool = False
+    name: str,
+    sync: GradientSync = "allreduce",
+    compiled: Mode = "off",
+    *,
+    norm: bool = False,
+    begin: int = 0,
+    end: int = 8,
+    before: Ended | None = None,
 ) -> Ended:
-    """Eight steps of this rank's share of each batch; `norm`: with batch norm over all ranks."""
+    """Eight steps of this rank's share of each batch; `norm`: with batch norm over all ranks.
+
+    Or the steps from `begin`, after what training up to there returned, to `end`.
+    """
     torch.manual_seed(0)
 
     def learner(config: LearnerConfig) -> Learner:
@@ -65,14 +76,17 @@ def train(
         return Learner(network, config, steps=8, compiled=compiled, grad_sync=sync)
 
     algorithm = algorithms.build(CONFIGS[name], learner)
+    if before:
+        restore(algorithm, before["shared"], Path())
     rank, world = distributed.rank(), distributed.world_size()
-    for t in range(8):
+    for t in range(begin, end):
         local = Batch(*(field[rank::world] for field in problems.batch(t, 8, 12)))
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             metrics = train_step(algorithm, local, t)
     state = {name: learner.state_dict() for name, learner in algorithm.learners.items()}
     return {
         "learners": {**state, "algorithm": dict(algorithm.state)},
+        "shared": {"learners": state, "algorithm": dict(algorithm.state)},
         "feedback": metrics.get("feedback", torch.zeros(())),
         "collectives": reduced.call_count,
     }
@@ -110,6 +124,8 @@ def main(out: str) -> None:
     ended |= {f"ddp {name}": train(name, "ddp") for name in DDP}
     ended |= {f"norm {name}": train(name, norm=True) for name in [*NORMED, "mpl exact"]}
     ended |= {"compiled": compiled(), "bad batch": bad_batch()}
+    begun = torch.load(f"{out}.begun", weights_only=True)
+    ended |= {f"then {n}": train(n, begin=3, end=6, before=begun[n]) for n in begun}
     torch.save(ended, f"{out}.{rank}")
     distributed.shutdown()
     alive = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
@@ -121,6 +137,7 @@ def main(out: str) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """What `main` saved, by rank."""
     out = tmp_path_factory.mktemp("pair") / "state"
+    torch.save({name: train(name, end=3) for name in DDP}, f"{out}.begun")
     done = launch("tests.training.test_two_ranks", str(out))
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(f"{out}.{rank}", weights_only=True) for rank in (0, 1))
@@ -136,6 +153,14 @@ def test_one_rank_equals_two(name: str, pair: Pair) -> None:
         assert one["feedback"].abs() > 1e-6
         mean = (first["feedback"] + second["feedback"]) / 2
         torch.testing.assert_close(mean, one["feedback"])
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_one_rank_then_two_then_one_end_as_one(name: str, pair: Pair) -> None:
+    """All that a run continues from on another number of ranks is what ranks share."""
+    for rank in pair:
+        ended = train(name, begin=6, before=rank[f"then {name}"])
+        assert_close(ended["learners"], train(name)["learners"])
 
 
 @pytest.mark.parametrize("name", NORMED)
