@@ -5,7 +5,7 @@ import sys
 import time
 from contextlib import suppress
 
-from mpl_fast.errors import STDERR
+from mpl_fast.errors import STDERR, OutputError
 from mpl_fast.training.metrics import Row
 
 MIN_SECONDS = 5.0  # between two rows
@@ -19,11 +19,15 @@ SHOWN = {
 
 
 class Console:
-    """Prints a run's messages and progress; silent on all ranks but the first."""
+    """Prints a run's messages and progress; silent on all ranks but the first.
+
+    No error of its output ends a run, such as a terminal that is gone or a full disk.
+    """
 
     def __init__(self, steps: int, *, silent: bool) -> None:
         self.steps, self.silent = steps, silent
-        self.bar = sys.stdout.isatty() and not silent
+        self.bar = sys.stdout is not None and sys.stdout.isatty() and not silent
+        self._failed = False
         self._printed_at = 0.0
         self._first: tuple[int, float] | None = None
         self._latest = ""
@@ -31,7 +35,15 @@ class Console:
     def print(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if not self.silent:
-            print(f"\r\033[K{text}" if self.bar else text, flush=True)
+            self._print(f"\r\033[K{text}" if self.bar else text)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, flush=True)
+        except (OSError, OutputError) as error:  # OutputError: of `errors.run_command`
+            if not self._failed:
+                self.warn(f"the console's output is incomplete from here on: {error}")
+            self._failed = True
 
     def print_in_signal_handler(self, text: str) -> None:
         """Prints a line to standard error without its buffer, which the signal may have found in
@@ -44,7 +56,7 @@ class Console:
     def warn(self, text: str) -> None:
         """Prints a warning to standard error."""
         if not self.silent:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text)
 
     def row(self, done: int, row: Row) -> None:
         """Prints a row of metrics, at most one every `MIN_SECONDS`, and the last one always."""
@@ -66,7 +78,7 @@ class Console:
         if self.bar:
             filled = 24 * done // self.steps
             drawn = "█" * filled + "·" * (24 - filled)
-            print(f"\r\033[K{drawn} {self._progress(done)}", end="", flush=True)
+            self._print(f"\r\033[K{drawn} {self._progress(done)}", end="")
         elif now - self._printed_at >= 2 * MIN_SECONDS:
             self.print(f"{self._progress(done)} | {self._latest or 'first steps'}")
             self._printed_at = now
@@ -79,6 +91,12 @@ class Console:
             return "?"
         begun, at = self._first
         return duration((self.steps - done) * (time.perf_counter() - at) / (done - begun))
+
+
+def warn(text: str) -> None:
+    """Prints a warning to standard error, if that can be written."""
+    with suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _rates(rates: Row) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
-from mpl_fast.algorithms.base import Teacher, train_step
+from mpl_fast.algorithms.base import Metrics, Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
-from mpl_fast.batch import Batch, Loader
+from mpl_fast.batch import Batch, Loader, within_classes, wrong_labels
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
@@ -46,7 +46,7 @@ from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training
 
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
-IN_A_ROW = "skipped_in_a_row/"
+IN_A_ROW, WRONG_LABELS = "skipped_in_a_row/", "wrong_labels/"  # metrics that are in no row
 
 
 def train(config: RunConfig, *later: RunConfig) -> int:
@@ -235,8 +235,9 @@ class Run:
             batch = self._next(loader)
             wait_ended = moment(device)
             compilation.mark_step()
+            batch, wrong = self._with_valid_labels(batch)
             metrics = train_step(self.algorithm, batch, self.steps_done, self.step)
-            self.meter.add(metrics, (wait_began, wait_ended))
+            self.meter.add(metrics | wrong, (wait_began, wait_ended))
             queue.step()
             self.steps_done += 1
             last = self.steps_done == config.steps
@@ -268,8 +269,13 @@ class Run:
             self._write(step, row)
 
     def _write(self, step: int, row: Row) -> None:
-        """Writes a row of metrics. Raises `NonFiniteError` if training has diverged."""
+        """Writes a row of metrics. Raises `NonFiniteError` if training has diverged, and `DataError`
+        for labels that no class has."""
         self.train_seconds += row["train_seconds"]
+        for split in ("labeled", "unlabeled"):
+            if wrong := row.pop(f"{WRONG_LABELS}{split}") * row["steps"] * self.dist_env.world:
+                classes = len(self.manifest.classes)
+                raise wrong_labels(wrong, split, classes, self.manifest.root)
         skipped = {name: row.pop(f"{IN_A_ROW}{name}") for name in self.algorithm.learners}
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -302,8 +308,7 @@ class Run:
     def _evaluate(self) -> None:
         self._log()
         began = time.perf_counter()
-        expected = self.manifest.splits["val"].records
-        self.accuracy = evaluate(self.algorithm, self.validation, expected)
+        self.accuracy = evaluate(self.algorithm, self.validation, self.manifest)
         self.meter.pause(time.perf_counter() - began)
         delay = max(self._delays().values())
         self.best.add(self.accuracy["top1"], self.steps_done, delay)
@@ -358,6 +363,15 @@ class Run:
             "classes": [*self.manifest.classes],
         }
 
+    def _with_valid_labels(self, batch: Batch) -> tuple[Batch, Metrics]:
+        """The batch with labels of classes only, and how many had to be changed, by split: they
+        end the run when they are read, with the next row of metrics."""
+        classes = len(self.manifest.classes)
+        labels, wrong = within_classes(batch.labels, classes)
+        truth, wrong_truth = within_classes(batch.truth, classes, lowest=-1)  # -1: none
+        counts = {f"{WRONG_LABELS}labeled": wrong, f"{WRONG_LABELS}unlabeled": wrong_truth}
+        return batch._replace(labels=labels, truth=truth), counts
+
     def _next(self, loader: Loader) -> Batch:
         try:
             return next(loader)
@@ -385,6 +399,8 @@ class Run:
         self.steps_saved = self.steps_done
         rng.restore_generators(rank_state)
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
+        if self.run_dir and (warning := self.run_dir.other_commit()):
+            self.console.warn(warning)
         data_state: dict[str, Any] = rank_state["data"]
         return data_state
 

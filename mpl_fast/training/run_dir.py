@@ -1,6 +1,7 @@
 """The run directory: configuration, environment, metrics and summary of a run."""
 
 import fcntl
+import io
 import json
 import os
 import platform
@@ -20,11 +21,13 @@ from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import ConfigError, UserError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
-from mpl_fast.training.curves import read_rows
+from mpl_fast.training.console import warn
+from mpl_fast.training.curves import METRICS, read_rows, row_of
 from mpl_fast.training.metrics import Row
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
+HELD_BACK = 1 << 20  # bytes of rows that wait in memory while metrics.jsonl cannot be written
 # Options that may change when a run is resumed, since they do not change what its steps compute.
 FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch"}
 FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience"}
@@ -35,7 +38,11 @@ IMAGE_OPTIONS = ("data.image_size", "data.mean", "data.std")
 
 
 class RunDir:
-    """Writes a run's files. Exists on rank 0 only. Raises `OutputError` on a full disk."""
+    """Writes a run's files. Exists on rank 0 only.
+
+    Raises `OutputError` if they cannot be written as a run begins or ends. In between, rows wait in
+    memory until metrics.jsonl can be written again, and curves end, each with one warning.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
@@ -45,50 +52,90 @@ class RunDir:
         with output_errors(self.path):
             if not self._config_file.exists():
                 atomic.write_text(self._config_file, self._config)
-            self._write_environment()
-            self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            self.commits = self._write_environment()
+            self._rows = self._open_rows()
         self._board: Any = None
+        self._waiting = False
 
     def close(self) -> None:
         """Syncs all files to disk and releases the lock of the folder."""
-        self.sync()
-        with output_errors(self.path):
-            self._rows.close()
-            if self._board is not None:
-                self._board.close()
-        self._lock.close()
+        self._curves("close")
+        try:
+            with output_errors(self.path / METRICS), self._rows:
+                self._rows.flush()
+                os.fsync(self._rows.fileno())
+        finally:
+            self._lock.close()
 
     def resume_at(self, step: int) -> None:
         """Writes the config, now that it is known to fit the checkpoint, and drops rows that an
         interrupted run wrote after it, so that no step is there twice, and the summary of a run
         that continues."""
-        file = self.path / "metrics.jsonl"
-        self._rows.close()
-        kept = [r for r in read_rows(file) if r["step"] <= step]
-        from mpl_fast.training.tensorboard import Board  # takes seconds to import
-
+        file = self.path / METRICS
         with output_errors(self.path):
+            self._rows.close()
+            *lines, _ = file.read_bytes().split(b"\n")  # without what a kill has cut short
+            kept = [line + b"\n" for line in lines if _up_to(step, line)]
             (self.path / "summary.json").unlink(missing_ok=True)
             atomic.write_text(self._config_file, self._config)
-            atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
-            self._rows = file.open("a", encoding="utf-8")
-            self._board = Board(self.path / "tensorboard", step + 1)
+            atomic.write_bytes(file, b"".join(kept))
+            self._rows = self._open_rows()
+        self._open_curves(step + 1)
+
+    def _open_rows(self) -> io.BufferedWriter:
+        return (self.path / METRICS).open("ab", buffering=HELD_BACK)
+
+    def _open_curves(self, step: int) -> None:
+        from mpl_fast.training.tensorboard import Board  # takes seconds to import
+
+        try:
+            self._board = Board(self.path / "tensorboard", step)
+        except OSError as error:
+            self._no_curves(error)
+
+    def _curves(self, method: str, *arguments: Any) -> None:
+        """Calls a method of the curves, if there are any; they are optional."""
+        if self._board is None:
+            return
+        try:
+            getattr(self._board, method)(*arguments)
+        except OSError as error:
+            self._no_curves(error)
+
+    def _no_curves(self, error: OSError) -> None:
+        self._board = None
+        warn(
+            f"{self.path}/tensorboard cannot be written ({error.strerror}): no curves are drawn "
+            f"until the run is resumed; {METRICS} has all rows"
+        )
 
     def row(self, step: int, values: Row) -> None:
         """Appends a line to metrics.jsonl and a point to each TensorBoard curve; `step` is the
         number of steps done."""
-        with output_errors(self.path):
-            self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        with output_errors(self.path / METRICS):
+            self._rows.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self._write_rows()
+        self._curves("row", step, values)
+
+    def _write_rows(self, *, sync: bool = False) -> None:
+        """Writes the rows in memory; those that cannot be written stay there for the next call."""
+        try:
             self._rows.flush()
-            self._board.row(step, values)
+            if sync:
+                os.fsync(self._rows.fileno())
+            self._waiting = False
+        except OSError as error:
+            if not self._waiting:
+                warn(
+                    f"{self.path / METRICS} cannot be written ({error.strerror}): its rows wait in "
+                    "memory"
+                )
+            self._waiting = True
 
     def sync(self) -> None:
         """Syncs the rows written so far to disk."""
-        with output_errors(self.path):
-            self._rows.flush()
-            os.fsync(self._rows.fileno())
-            if self._board is not None:
-                self._board.flush()
+        self._write_rows(sync=True)
+        self._curves("flush")
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -96,14 +143,30 @@ class RunDir:
             atomic.write_json(self.path / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json, or None if the run has not ended."""
-        file = self.path / "summary.json"
-        return renamed(json.loads(file.read_text()), METRIC_NAMES) if file.exists() else None
+        """The content of summary.json, or None if the run has not ended or it is damaged."""
+        try:
+            content = json.loads((self.path / "summary.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict):
+            return None
+        found = renamed(content, METRIC_NAMES)
+        return found if isinstance(found.get("top1"), int | float) else None
 
-    def _write_environment(self) -> None:
+    def other_commit(self) -> str:
+        """A warning if the session before had another git commit, or an empty text."""
+        before, now = self.commits
+        if not before or not now or before == now:
+            return ""
+        return f"resumed with another program: the git commit was {before} and is {now}"
+
+    def _write_environment(self) -> tuple[Any, Any]:
+        """Adds this session to env.json; returns the git commits of the one before and of this."""
         file = self.path / "env.json"
-        sessions = _sessions(file) if file.exists() else []
-        atomic.write_json(file, environment() | {"earlier_sessions": sessions})
+        sessions, present = _sessions(file), environment()
+        atomic.write_json(file, present | {"earlier_sessions": sessions})
+        before = sessions[-1].get("git_commit") if sessions else None
+        return before, present["git_commit"]
 
 
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
@@ -134,12 +197,18 @@ def keep_compile_cache(config: RunConfig) -> None:
 
 
 def _sessions(file: Path) -> list[Any]:
-    """Earlier sessions listed in env.json; none if the file is unreadable."""
+    """Earlier sessions listed in env.json, oldest first; none if the file is unreadable."""
     try:
-        latest = json.loads(file.read_text())
+        latest = json.loads(file.read_bytes())
         return [*latest.pop("earlier_sessions"), latest]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _up_to(step: int, line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is not a row of a later step."""
+    row = row_of(line)
+    return row is None or row["step"] <= step
 
 
 def environment() -> dict[str, Any]:
@@ -243,11 +312,21 @@ def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[st
         _flat(yaml.safe_load(as_yaml(c)))
         for c in (RunConfig(algorithm=type(config.algorithm)()), config)
     )
+    return defaults | current_options(_flat(_tree(file))), new
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """A run's config.yaml. Raises `ConfigError` if it is damaged."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    return defaults | current_options(_flat(tree or {})), new
+        tree = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not YAML: {reason}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{file} is damaged: it holds no keys and values")
+    return tree
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
@@ -256,7 +335,8 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
+        key = str(name)  # in a damaged file it may be anything
         inner = (
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
