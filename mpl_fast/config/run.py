@@ -180,6 +180,15 @@ class RunConfig:
     evaluation then saves one. It is selected on the validation images themselves."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
+    on_spike: Literal["skip", "rollback"] = "skip"
+    """What to do when training diverges: ten skipped updates in a row, or a value that is not
+    finite. skip: end the run. rollback: go back to the newest checkpoint and on from there, with
+    the images that come next in place of those since then."""
+    spike_factor: NonNegativeFloat = 5.0
+    """With on_spike rollback, a loss (labeled, or the student's) also diverges where a row has more
+    than this factor of its median over the 20 rows before, or of 0.1 if that is less. 0: never."""
+    rollbacks: PositiveInt = 3
+    """With on_spike rollback, how often a run goes back before it ends."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=MPLConfig)

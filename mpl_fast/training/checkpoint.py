@@ -5,6 +5,7 @@ A checkpoint is a folder ``step_00001000/`` with ``state.pt`` (equal on all rank
 and SHA-256 of each file. torch.load does not notice a flipped bit; the checksums do.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
+from mpl_fast.training.console import quantity
 
 FORMAT = "mpl_fast.checkpoint/1"
 State = dict[str, Any]
@@ -129,6 +131,23 @@ class Checkpoints:
                 f"start torchrun with {world} processes"
             )
         return read_shared(checkpoint), _read(checkpoint / f"rank_{self.rank}.pt")
+
+
+def check_space(folder: Path, state: State) -> None:
+    """Raises `OSError` if the disk has too little space for a checkpoint with this shared state."""
+    need, disk = state_bytes(state), shutil.disk_usage(folder)
+    if disk.free < need and disk.total:  # some network file systems do not know
+        have = f"it needs {quantity(need, 'B')}, and {quantity(disk.free, 'B')} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {have}", str(folder))
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

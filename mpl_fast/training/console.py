@@ -4,9 +4,12 @@ import os
 import sys
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from mpl_fast.errors import STDERR, OutputError
-from mpl_fast.training.metrics import Row
+
+if TYPE_CHECKING:
+    from mpl_fast.training.metrics import Row  # imports torch
 
 MIN_SECONDS = 5.0  # between two rows
 SHOWN = {
@@ -58,7 +61,7 @@ class Console:
         if not self.silent:
             warn(text)
 
-    def row(self, done: int, row: Row) -> None:
+    def row(self, done: int, row: "Row") -> None:
         """Prints a row of metrics, at most one every `MIN_SECONDS`, and the last one always."""
         shown = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
         rates = _rates({k.removeprefix("lr/"): v for k, v in row.items() if k.startswith("lr/")})
@@ -87,10 +90,15 @@ class Console:
         return f"step {done:>{len(str(self.steps))}}/{self.steps} | ETA {self._eta(done)}"
 
     def _eta(self, done: int) -> str:
+        seconds = self.seconds_left(done)
+        return "?" if seconds is None else duration(seconds)
+
+    def seconds_left(self, done: int) -> float | None:
+        """Seconds to the last step at the speed of this session; None before its second step."""
         if self._first is None or done <= self._first[0]:
-            return "?"
+            return None
         begun, at = self._first
-        return duration((self.steps - done) * (time.perf_counter() - at) / (done - begun))
+        return (self.steps - done) * (time.perf_counter() - at) / (done - begun)
 
 
 def warn(text: str) -> None:
@@ -99,7 +107,7 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _rates(rates: Row) -> str:
+def _rates(rates: "Row") -> str:
     """``lr 0.1``, or ``lr teacher 0.2, student 0.1``."""
     if len(rates) == 1:
         return f"lr {next(iter(rates.values())):.3g}"

@@ -1,12 +1,17 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
+import math
+import shutil
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
-from mpl_fast.algorithms.base import Metrics, Teacher, train_step
+from mpl_fast.algorithms.base import Metrics, Step, Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, Loader, within_classes, wrong_labels
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
@@ -14,7 +19,15 @@ from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag
-from mpl_fast.errors import PREEMPTED, CheckpointError, ConfigError, DataError, NonFiniteError
+from mpl_fast.errors import (
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    OutputError,
+    UserError,
+)
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
 from mpl_fast.training.best import Best
@@ -30,10 +43,12 @@ from mpl_fast.training.checkpoint import (
     Checkpoints,
     State,
     check_same_classes,
+    check_space,
     load_start,
     no_class_names,
     read_shared,
     restore,
+    state_bytes,
     step_of,
 )
 from mpl_fast.training.console import Console, duration, quantity
@@ -43,8 +58,9 @@ from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
-from mpl_fast.training.trial import check_training
+from mpl_fast.training.trial import check_training, out_of_memory
 
+MEDIAN_OF, LEAST_MEDIAN = 20, 0.1  # rows, and loss: of few labels it may come close to 0
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW, WRONG_LABELS = "skipped_in_a_row/", "wrong_labels/"  # metrics that are in no row
 
@@ -64,12 +80,20 @@ def train(config: RunConfig, *later: RunConfig) -> int:
     for number, (config, manifest, classes) in enumerate(prepared):
         if number:
             compilation.release()
-        run_dir = open_for(config, dist_env)
+        run_dir, run = open_for(config, dist_env), None
         try:
             run = Run(config, dist_env, manifest, classes, run_dir)
             if not run.ended:
                 _check_not_begun(later[number:], config)
             code = run.go()
+        except BaseException as error:
+            failure = out_of_memory(error, config) or error
+            if run_dir:
+                with suppress(OutputError):
+                    run_dir.end("failed", run.steps_done if run else 0, _reason(failure))
+            if failure is not error:
+                raise failure from error
+            raise
         finally:
             if run_dir:
                 run_dir.close()
@@ -139,19 +163,23 @@ class Run:
             teacher=self._teacher(fresh=fresh),
         )
         rng.seed_run(config, dist_env)
-        graphs = config.cuda_graphs
-        self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
+        self.step = self._new_step()
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.steps_saved, self.train_seconds = 0, -1, 0.0
         self.complete = False
         self.accuracy = dict[str, float]()
+        self.rollbacks = 0
+        names = ("loss/labeled", "loss/student")
+        self._losses = {name: deque[float](maxlen=MEDIAN_OF) for name in names}
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
         checkpoint = self.checkpoint
         if checkpoint and self.ended:
             self.complete = True
-            return self._already_complete(checkpoint)
+            self._already_complete(checkpoint)
+            self._end("complete")
+            return 0
         if checkpoint:
             data_state = self._resume(checkpoint)
         else:
@@ -159,6 +187,8 @@ class Run:
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
+            begun, ranks = "resumed" if checkpoint else "started", self.dist_env.world
+            self.run_dir.event(self.steps_done, begun, ranks=ranks)
         with stop_on_signal(self._request_stop):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
@@ -171,15 +201,26 @@ class Run:
         if finished:
             self._summarize()
             self.complete = True
+            self._end("complete")
             return 0
         done = self.steps_done
         if done == self.config.stop_at:
+            self._end("paused")
             self.console.print(f"paused after step {done}: the same command resumes")
             return 0
+        self._end("stopped")
         self.console.print(
             f"stopped by a signal after step {done}, saved: the same command resumes"
         )
         return PREEMPTED
+
+    def _end(self, state: str) -> None:
+        if self.run_dir:
+            self.run_dir.end(state, self.steps_done)
+
+    def _new_step(self) -> Step:
+        graphs = self.config.cuda_graphs == "step"
+        return StepGraph(self.algorithm).step if graphs else self.algorithm.step
 
     def _teacher(self, *, fresh: bool) -> Teacher | None:
         """The fixed teacher, for the recipe that has one."""
@@ -208,7 +249,7 @@ class Run:
             self.best.restore(read_shared(checkpoint))
         return step_of(checkpoint) >= self.config.steps or self.best.stopped_early
 
-    def _already_complete(self, checkpoint: Path) -> int:
+    def _already_complete(self, checkpoint: Path) -> None:
         """Prints the result; writes what a kill came before."""
         self._restore_progress(read_shared(checkpoint))
         if self.run_dir:
@@ -223,10 +264,41 @@ class Run:
                     f"it ended early, after step {self.steps_done}: a larger --patience, or 0, "
                     "continues it"
                 )
-        return 0
 
     def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
+        while True:
+            try:
+                return self._steps(loader)
+            except NonFiniteError as error:
+                self._roll_back(error)
+
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """Restores the newest checkpoint but for the position in the data; raises the error unless
+        the config has rollbacks left. All ranks come here together, since they have equal rows."""
+        config, checkpoint = self.config, None
+        if config.on_spike == "rollback" and self.rollbacks < config.rollbacks:
+            checkpoint = self._newest_checkpoint()
+        if checkpoint is None:
+            raise error
+        self.console.warn(str(error))
+        shared, reached = read_shared(checkpoint), self.steps_done
+        restore(self.algorithm, shared, checkpoint)
+        self._restore_progress(shared)
+        self._restore_best(checkpoint)
+        self.step = self._new_step()  # a CUDA graph has the addresses of the optimizer's old state
+        self.steps_saved = self.steps_done
+        self.rollbacks += 1
+        self.console.print(
+            f"rollback {self.rollbacks} of at most {config.rollbacks}: back from step {reached} to "
+            f"{checkpoint}, with the images that come next"
+        )
+        if self.run_dir:
+            self.run_dir.resume_at(self.steps_done)
+            self.run_dir.event(self.steps_done, "rollback", error=str(error), reached=reached)
+
+    def _steps(self, loader: Loader) -> bool:
+        """As `_loop`, until training diverges."""
         config, device = self.config, self.dist_env.device
         self.meter = Meter()  # a new one, to exclude the time of starting up
         queue = QueueLimiter(device)
@@ -240,6 +312,7 @@ class Run:
             self.meter.add(metrics | wrong, (wait_began, wait_ended))
             queue.step()
             self.steps_done += 1
+            self._beat()
             last = self.steps_done == config.steps
             if last or self.steps_done % config.log_every == 0:
                 self._log(late=not last)
@@ -255,6 +328,13 @@ class Run:
                 return last
         return True
 
+    def _beat(self) -> None:
+        """Updates status.json."""
+        if self.run_dir:
+            left = self.console.seconds_left(self.steps_done)
+            eta = {} if left is None else {"eta_seconds": left}
+            self.run_dir.status.update(step=self.steps_done, **eta)
+
     def _log(self, *, late: bool = False) -> None:
         """Closes the present row of metrics and writes all closed rows, waiting for the device.
 
@@ -269,8 +349,8 @@ class Run:
             self._write(step, row)
 
     def _write(self, step: int, row: Row) -> None:
-        """Writes a row of metrics. Raises `NonFiniteError` if training has diverged, and `DataError`
-        for labels that no class has."""
+        """Writes a row of metrics. Raises `NonFiniteError` if training diverged, `DataError` for
+        labels of no class."""
         self.train_seconds += row["train_seconds"]
         for split in ("labeled", "unlabeled"):
             if wrong := row.pop(f"{WRONG_LABELS}{split}") * row["steps"] * self.dist_env.world:
@@ -280,7 +360,8 @@ class Run:
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._diverged(
-                    f"the last {in_a_row:.0f} updates of {_network(name)} up to step {step}"
+                    f"not finite: the last {in_a_row:.0f} updates of {_network(name)} up to step "
+                    f"{step}"
                 )
             if share := row[f"skipped/{name}"]:
                 self.console.warn(
@@ -289,19 +370,36 @@ class Run:
                 )
         while bad := non_finite(row):
             if not any(row[f"skipped/{name}"] for name in skipped):
-                self._diverged(f"{bad} in all of the {row['steps']} steps up to {step}")
+                self._diverged(f"not finite: {bad} in all of the {row['steps']} steps up to {step}")
             del row[bad]  # no step of the interval had a finite value
+        if self.config.on_spike == "rollback" and self.config.spike_factor:
+            self._check_spike(step, row)
         images = row["steps"] * self.config.images
         row["images_per_second"] = images / row["train_seconds"]
         if self.run_dir:
             self.run_dir.row(step, row)
+            self.run_dir.status.update(images_per_second=row["images_per_second"])
         self.console.row(step, row)
+
+    def _check_spike(self, step: int, row: Row) -> None:
+        """Raises `NonFiniteError` for a loss far above its median over the rows before."""
+        factor = self.config.spike_factor
+        for name, before in self._losses.items():
+            if name not in row:
+                continue
+            usual = median(before) if len(before) >= MEDIAN_OF // 4 else math.inf
+            if row[name] > factor * max(usual, LEAST_MEDIAN):
+                self._diverged(
+                    f"{name} is {row[name]:.3g} up to step {step}, over {factor:g} times its "
+                    f"median of {usual:.3g}"
+                )
+            before.append(row[name])
 
     def _diverged(self, what: str) -> NoReturn:
         saved = self.steps_saved
         kept = f"the checkpoint of step {saved} is kept" if saved > 0 else "none is kept"
         raise NonFiniteError(
-            f"not finite: {what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
+            f"{what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
             "algorithm.*.max_grad_norm"
         )
 
@@ -315,6 +413,7 @@ class Run:
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.run_dir:
             self.run_dir.row(self.steps_done, values)
+            self.run_dir.status.update(top1=self.accuracy["top1"])
         self.console.print(f"step {self.steps_done} | evaluated: {accuracy_line(self.accuracy)}")
         if self.best.stopped_early:
             self.console.print(
@@ -328,16 +427,23 @@ class Run:
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
             if not learner.finite():
-                self._diverged(f"a weight of {_network(name)} at step {self.steps_done}")
+                self._diverged(
+                    f"not finite: a weight of {_network(name)} at step {self.steps_done}"
+                )
         if self.run_dir:
             self.run_dir.sync()
         rank_state = rng.generator_states() | {"data": loader.state()}
         try:
-            saved = self.checkpoints.save(self.steps_done, self._shared_state(), rank_state)
+            shared = self._shared_state()
+            if self.run_dir:
+                check_space(self.checkpoints.folder, shared)
+            saved = self.checkpoints.save(self.steps_done, shared, rank_state)
             if self.run_dir and self.best.keeps(self.steps_done):
                 self.best.keep(saved)
         except OSError as error:
             self._not_written(error)
+        if self.run_dir:
+            self.run_dir.event(self.steps_done, "checkpoint")
         self.steps_saved = self.steps_done
         self.meter.pause(time.perf_counter() - began)
 
@@ -356,6 +462,7 @@ class Run:
             "step": self.steps_done,
             "train_seconds": self.train_seconds,
             "accuracy": self.accuracy,
+            "rollbacks": self.rollbacks,
             **self.best.state(),
             "learners": {name: learner.state_dict() for name, learner in learners.items()},
             "eval_ensemble": [name for name, learner in learners.items() if learner in ensemble],
@@ -395,6 +502,7 @@ class Run:
             self.console.warn(no_class_names(checkpoint))
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
+        self.rollbacks = shared.get("rollbacks", 0)
         self._restore_best(checkpoint)
         self.steps_saved = self.steps_done
         rng.restore_generators(rank_state)
@@ -445,6 +553,7 @@ class Run:
             f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
             f"run directory {config.run_dir}"
         )
+        self._introduce_disk()
         for note in dict.fromkeys(self.notes):  # of several networks they are equal
             self.console.print(note)
         if config.unlabeled_images and (warning := gray_views(config.data)):
@@ -473,6 +582,25 @@ class Run:
                 "compiling during the first steps, which takes minutes, or seconds if an earlier "
                 "session has filled the cache"
             )
+
+    def _introduce_disk(self) -> None:
+        """Prints the space that checkpoints will take."""
+        config, folder = self.config, self.checkpoints.folder
+        size = state_bytes(self._shared_state())
+        for learner in self.algorithm.learners.values():
+            if learner.config.optimizer == "adamw" and not learner.optimizer.state:
+                size += 2 * state_bytes(learner.parameters)  # allocated in its first step
+        # One is written before the oldest is removed.
+        count = config.checkpoint_keep + 1 + config.checkpoint_best
+        text = f"checkpoints have {quantity(size, 'B')} each, at most {count} at a time: "
+        text += quantity(count * size, "B")
+        if self.run_dir:
+            free = shutil.disk_usage(folder).free
+            text += f"; {quantity(free, 'B')} are free in {folder}"
+            if free < (count - len(self.checkpoints.all())) * size:
+                self.console.warn(f"{text}: free some space, or lower --checkpoint-keep")
+                return
+        self.console.print(text)
 
     def _delays(self) -> dict[str, int]:
         """Steps before networks begin to move, by what they are called."""
@@ -510,6 +638,15 @@ class Run:
             f"in {duration(self.train_seconds)} of training, "
             f"{images_per_second:.0f} images/s; {self.config.run_dir}/summary.json"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """Why a run failed, in one line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _network(learner: str) -> str:

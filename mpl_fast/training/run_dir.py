@@ -22,8 +22,9 @@ from mpl_fast.errors import ConfigError, UserError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.console import warn
-from mpl_fast.training.curves import METRICS, read_rows, row_of
+from mpl_fast.training.curves import METRICS, row_of
 from mpl_fast.training.metrics import Row
+from mpl_fast.training.status import LOCK, Status
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
@@ -31,7 +32,7 @@ HELD_BACK = 1 << 20  # bytes of rows that wait in memory while metrics.jsonl can
 # Options that may change when a run is resumed, since they do not change what its steps compute.
 FREE_OPTIONS = {"run_dir", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch"}
 FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience"}
-FREE_OPTIONS |= {"algorithm.teacher_graph"}
+FREE_OPTIONS |= {"algorithm.teacher_graph", "on_spike", "spike_factor", "rollbacks"}
 FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
 FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
 IMAGE_OPTIONS = ("data.image_size", "data.mean", "data.std")
@@ -54,6 +55,7 @@ class RunDir:
                 atomic.write_text(self._config_file, self._config)
             self.commits = self._write_environment()
             self._rows = self._open_rows()
+        self.status = Status(self.path, config.recipe, config.steps)
         self._board: Any = None
         self._waiting = False
 
@@ -116,6 +118,18 @@ class RunDir:
             self._rows.write((json.dumps({"step": step, **values}) + "\n").encode())
         self._write_rows()
         self._curves("row", step, values)
+
+    def event(self, step: int, name: str, **values: Any) -> None:
+        """Appends to metrics.jsonl what happened after so many steps, with the time."""
+        event = {"step": step, "event": name, "time": round(time.time(), 3), **values}
+        with output_errors(self.path / METRICS):
+            self._rows.write((json.dumps(event) + "\n").encode())
+        self._write_rows()
+
+    def end(self, state: str, step: int, error: str = "") -> None:
+        """Writes how the run ended (`Status.end`)."""
+        self.status.end(state, step, error)
+        self.event(step, state, **({"error": error} if error else {}))
 
     def _write_rows(self, *, sync: bool = False) -> None:
         """Writes the rows in memory; those that cannot be written stay there for the next call."""
@@ -254,7 +268,7 @@ def _locked(path: Path) -> Any:
     """Creates the folder and locks it; the system releases the lock when this process ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
+        lock = (path / LOCK).open("a")
     except OSError as error:
         reason = "is a file" if path.is_file() else error.strerror
         raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None

@@ -41,6 +41,35 @@ def check_evaluation(config: RunConfig, classes: int) -> None:
     _check(config, classes, _failure(config, classes, 1, training=False))
 
 
+def out_of_memory(error: BaseException, config: RunConfig) -> ConfigError | None:
+    """The error to print in place of one of full memory, of a GPU or of the machine; None for
+    another error."""
+    text = " ".join(str(error).split())
+    words = (
+        "out of memory",
+        "allocate memory",
+        "ALLOC_FAILED",
+        "Can't allocate",
+        "CUDA allocation",
+    )
+    if not (isinstance(error, RuntimeError | MemoryError) and any(w in text for w in words)):
+        return None
+    options = [f"lower --labeled-batch (now {config.labeled_batch})"]
+    if config.unlabeled_images:
+        options.append(f"lower --unlabeled-batch (now {config.unlabeled_images})")
+    if not config.algorithm.whole_batch:
+        options.append(f"raise --microbatches (now {config.microbatches})")
+    if getattr(config.algorithm, "teacher_graph", "recompute") != "recompute":
+        options.append("set --algorithm.teacher_graph recompute")
+    options.append(f"lower --eval-batch (now {config.eval_batch}) if it was evaluating")
+    failure = ConfigError(
+        f"memory is full ({text[:120]}): {', or '.join(options)}; the same command with --dry-run "
+        "prints what a step needs"
+    )
+    failure.alone = True  # others may have more memory
+    return failure
+
+
 def _check(config: RunConfig, classes: int, failure: str) -> None:
     """Raises `ConfigError` for the failure, naming another size of images if that one works."""
     if not failure:

@@ -4,12 +4,13 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpl_fast.errors import CheckpointError
-from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.training.checkpoint import Checkpoints, check_space, newest, read_shared
 from tests.tiny_run import flip
 
 
@@ -120,3 +121,17 @@ def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     path = store.save(1, {"w": torch.zeros(1)}, {})
     assert torch.equal(store.load(path)[0]["w"], torch.zeros(1))
     assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
+
+
+def test_it_is_not_begun_without_the_space_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"learners": {"a": [torch.zeros(1000)], "b": (torch.zeros(500, dtype=torch.int8),)}}
+    disk = {"total": 9000, "used": 0, "free": 4500}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(**disk))
+    check_space(tmp_path, state)
+    disk["free"] = 4499
+    with pytest.raises(OSError, match=r"No space .*: it needs 4\.5 kB, and 4\.5 kB are free"):
+        check_space(tmp_path, state)
+    disk["total"] = 0  # a network file system without numbers
+    check_space(tmp_path, state)
