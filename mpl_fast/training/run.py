@@ -5,7 +5,6 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
@@ -25,8 +24,6 @@ from mpl_fast.errors import (
     ConfigError,
     DataError,
     NonFiniteError,
-    OutputError,
-    UserError,
 )
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
@@ -55,10 +52,10 @@ from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
 from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite
 from mpl_fast.training.process import stop_on_signal
-from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
+from mpl_fast.training.run_dir import RunDir, closing, keep_compile_cache, open_for, other_images
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
-from mpl_fast.training.trial import check_training, out_of_memory
+from mpl_fast.training.trial import check_training, memory_errors
 
 MEDIAN_OF, LEAST_MEDIAN = 20, 0.1  # rows, and loss: of few labels it may come close to 0
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
@@ -80,23 +77,12 @@ def train(config: RunConfig, *later: RunConfig) -> int:
     for number, (config, manifest, classes) in enumerate(prepared):
         if number:
             compilation.release()
-        run_dir, run = open_for(config, dist_env), None
-        try:
+        run_dir = open_for(config, dist_env)
+        with closing(run_dir), memory_errors(config):
             run = Run(config, dist_env, manifest, classes, run_dir)
             if not run.ended:
                 _check_not_begun(later[number:], config)
             code = run.go()
-        except BaseException as error:
-            failure = out_of_memory(error, config) or error
-            if run_dir:
-                with suppress(OutputError):
-                    run_dir.end("failed", run.steps_done if run else 0, _reason(failure))
-            if failure is not error:
-                raise failure from error
-            raise
-        finally:
-            if run_dir:
-                run_dir.close()
         if not run.complete:
             break
         if prepared[number + 1 :] and any(distributed.all_gather_object(run.stop.requested)):
@@ -189,6 +175,7 @@ class Run:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
             begun, ranks = "resumed" if checkpoint else "started", self.dist_env.world
             self.run_dir.event(self.steps_done, begun, ranks=ranks)
+        self._beat()
         with stop_on_signal(self._request_stop):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
@@ -215,8 +202,9 @@ class Run:
         return PREEMPTED
 
     def _end(self, state: str) -> None:
+        self._beat()
         if self.run_dir:
-            self.run_dir.end(state, self.steps_done)
+            self.run_dir.end(state)
 
     def _new_step(self) -> Step:
         graphs = self.config.cuda_graphs == "step"
@@ -638,15 +626,6 @@ class Run:
             f"in {duration(self.train_seconds)} of training, "
             f"{images_per_second:.0f} images/s; {self.config.run_dir}/summary.json"
         )
-
-
-def _reason(error: BaseException) -> str:
-    """Why a run failed, in one line."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _network(learner: str) -> str:

@@ -7,6 +7,8 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from mpl_fast import atomic, distributed
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
-from mpl_fast.errors import ConfigError, UserError, output_errors
+from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.console import warn
@@ -126,10 +128,10 @@ class RunDir:
             self._rows.write((json.dumps(event) + "\n").encode())
         self._write_rows()
 
-    def end(self, state: str, step: int, error: str = "") -> None:
+    def end(self, state: str, error: str = "") -> None:
         """Writes how the run ended (`Status.end`)."""
-        self.status.end(state, step, error)
-        self.event(step, state, **({"error": error} if error else {}))
+        self.status.end(state, error)
+        self.event(self.status.step, state, **({"error": error} if error else {}))
 
     def _write_rows(self, *, sync: bool = False) -> None:
         """Writes the rows in memory; those that cannot be written stay there for the next call."""
@@ -202,6 +204,30 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
             "give a path on a file system that all machines share"
         )
     return folder
+
+
+@contextmanager
+def closing(run_dir: RunDir | None) -> Iterator[None]:
+    """Closes a run directory at the end, and writes to it why the run failed, if it did."""
+    try:
+        yield
+    except BaseException as error:
+        if run_dir:
+            with suppress(OutputError):  # what ends the run is the first error
+                run_dir.end("failed", _reason(error))
+                run_dir.close()
+        raise
+    if run_dir:
+        run_dir.close()
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def keep_compile_cache(config: RunConfig) -> None:

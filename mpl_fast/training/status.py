@@ -47,9 +47,14 @@ class Status:
         if time.monotonic() - self._written_at >= SECONDS:
             self._write()
 
-    def end(self, state: str, step: int, error: str) -> None:
+    @property
+    def step(self) -> int:
+        """The number of steps done when it was updated last."""
+        return int(self._values["step"])
+
+    def end(self, state: str, error: str = "") -> None:
         """Writes how the run ended, complete, paused, stopped or failed with an error."""
-        self._values |= {"state": state, "step": step, **({"error": error} if error else {})}
+        self._values |= {"state": state, **({"error": error} if error else {})}
         self._write()
 
     def _write(self) -> None:

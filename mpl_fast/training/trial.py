@@ -1,6 +1,8 @@
 """A forward pass without values, which finds a network that does not fit before a run begins."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,6 +14,12 @@ from mpl_fast.config.fields import sections
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.build import build_network
 from mpl_fast.training.rows import count
+
+# In messages of PyTorch, CUDA's libraries and DALI.
+MEMORY_IS_FULL = (
+    "out of memory", "allocate memory", "ALLOC_FAILED", "Can't allocate", "CUDA allocation",
+    "MemoryError",
+)  # fmt: skip
 
 
 def check_training(config: RunConfig, classes: int, world: int) -> None:
@@ -41,19 +49,20 @@ def check_evaluation(config: RunConfig, classes: int) -> None:
     _check(config, classes, _failure(config, classes, 1, training=False))
 
 
-def out_of_memory(error: BaseException, config: RunConfig) -> ConfigError | None:
-    """The error to print in place of one of full memory, of a GPU or of the machine; None for
-    another error."""
-    text = " ".join(str(error).split())
-    words = (
-        "out of memory",
-        "allocate memory",
-        "ALLOC_FAILED",
-        "Can't allocate",
-        "CUDA allocation",
-    )
-    if not (isinstance(error, RuntimeError | MemoryError) and any(w in text for w in words)):
-        return None
+@contextmanager
+def memory_errors(config: RunConfig) -> Iterator[None]:
+    """Turns an error of full memory, of a GPU or of the machine, into a `ConfigError` that names
+    the options to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if any(words in text for words in MEMORY_IS_FULL):
+            raise _out_of_memory(config, text) from error
+        raise
+
+
+def _out_of_memory(config: RunConfig, text: str) -> ConfigError:
     options = [f"lower --labeled-batch (now {config.labeled_batch})"]
     if config.unlabeled_images:
         options.append(f"lower --unlabeled-batch (now {config.unlabeled_images})")

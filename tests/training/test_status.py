@@ -86,7 +86,7 @@ def test_it_is_written_every_few_seconds_and_at_the_end(
         steps.append(read(run).step)
         now += 0.4 * status.SECONDS
     assert steps == [1, 1, 1, 4, 4]
-    one.end("failed", 5, "full")
+    one.end("failed", "full")
     assert (read(run).step, read(run).state, read(run).error) == (5, "failed", "full")
     assert json.loads((run / "status.json").read_text())["pid"] == os.getpid()
 
@@ -96,7 +96,7 @@ def test_an_error_of_it_is_one_warning(tmp_path: Path, capsys: pytest.CaptureFix
     run.mkdir()
     one = Status(run, "uda", 100)
     shutil.rmtree(run)
-    one.end("stopped", 1, "")
-    one.end("stopped", 1, "")
+    one.end("stopped")
+    one.end("stopped")
     line = f"warning: {run}/status.json cannot be written (No such file or directory): it is behind"
     assert capsys.readouterr().err == f"{line} the run\n"

@@ -11,7 +11,7 @@ import torch
 from mpl_fast.config import DataConfig, FixMatchConfig, ModelConfig, RunConfig, SupervisedConfig
 from mpl_fast.config.command_line import parse
 from mpl_fast.errors import ConfigError
-from mpl_fast.training.trial import check_evaluation, check_training, out_of_memory
+from mpl_fast.training.trial import check_evaluation, check_training, memory_errors
 from tests.tiny_run import ROOT, arguments, train_here
 
 
@@ -96,8 +96,8 @@ def test_full_memory_names_the_options_that_help(
     done = train_here(*arguments(tmp_path / "run", tiny_rec))
     assert done.returncode == 2
     line = (
-        "memory is full (CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has): lower "
-        "--labeled-batch (now 4), or lower --unlabeled-batch (now 8), or raise --microbatches "
+        "memory is full (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 "
+        "has): lower --labeled-batch (now 4), or lower --unlabeled-batch (now 8), or raise --microbatches "
         "(now 1), or set --algorithm.teacher_graph recompute, or lower --eval-batch (now 16) if it "
         "was evaluating; the same command with --dry-run prints what a step needs"
     )
@@ -115,8 +115,10 @@ def test_full_memory_names_the_options_that_help(
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (MemoryError(), True),
         (ValueError("out of memory"), False),
     ],
 )
 def test_what_full_memory_is(error: Exception, full: bool) -> None:
-    assert (out_of_memory(error, RunConfig()) is not None) == full
+    with pytest.raises(ConfigError if full else type(error)), memory_errors(RunConfig()):
+        raise error
