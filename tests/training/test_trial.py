@@ -97,9 +97,9 @@ def test_full_memory_names_the_options_that_help(
     assert done.returncode == 2
     line = (
         "memory is full (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 "
-        "has): lower --labeled-batch (now 4), or lower --unlabeled-batch (now 8), or raise --microbatches "
-        "(now 1), or set --algorithm.teacher_graph recompute, or lower --eval-batch (now 16) if it "
-        "was evaluating; the same command with --dry-run prints what a step needs"
+        "has): lower --labeled-batch (now 4), or lower --unlabeled-batch (now 8), or raise "
+        "--microbatches (now 1), or set --algorithm.teacher_graph recompute, or lower --eval-batch "
+        "(now 16) if it was evaluating; the same command with --dry-run prints what a step needs"
     )
     assert done.stderr == f"train: error: {line}\n"
     status = json.loads((tmp_path / "run/status.json").read_text())
