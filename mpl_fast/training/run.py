@@ -184,7 +184,7 @@ class Run:
                 self._evaluate()  # the accuracy before fine-tuning
                 if self.best.keeps(self.steps_done):
                     self._save(loader)
-            finished = self._loop(loader)
+            finished = self._train(loader)
         if finished:
             self._summarize()
             self.complete = True
@@ -253,11 +253,11 @@ class Run:
                     "continues it"
                 )
 
-    def _loop(self, loader: Loader) -> bool:
-        """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
+    def _train(self, loader: Loader) -> bool:
+        """`_loop`, again from the newest checkpoint when training diverges, if so configured."""
         while True:
             try:
-                return self._steps(loader)
+                return self._loop(loader)
             except NonFiniteError as error:
                 self._roll_back(error)
 
@@ -285,8 +285,8 @@ class Run:
             self.run_dir.resume_at(self.steps_done)
             self.run_dir.event(self.steps_done, "rollback", error=str(error), reached=reached)
 
-    def _steps(self, loader: Loader) -> bool:
-        """As `_loop`, until training diverges."""
+    def _loop(self, loader: Loader) -> bool:
+        """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
         config, device = self.config, self.dist_env.device
         self.meter = Meter()  # a new one, to exclude the time of starting up
         queue = QueueLimiter(device)

@@ -85,6 +85,9 @@ def ended(
     sessions += [straight, ["move", str(summary), f"{summary}.before"], straight]
     sessions += [["evaluate", str(folder / "straight/run"), "--data.root", str(tiny_rec)]]
     sessions += [arguments(occupied, tiny_rec)]
+    # From the sixth row on, each is a spike.
+    diverging = ["--log-every", "1", "--spike-factor", "1e-9", "--on-spike", "rollback"]
+    sessions += [[*options("diverging", "uda", *diverging), "--rollbacks", "1"]]
     if ranks == 1:
         for at in range(1, 6):
             one = options(f"stop{at}")
@@ -203,7 +206,8 @@ def test_rows_of_resumed_runs_are_those_of_uninterrupted_ones(ended: Sessions) -
 
 
 def test_damaged_newest_checkpoint_falls_back_with_one_warning(ended: Sessions) -> None:
-    (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning:")]
+    lines = ended.err.splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning:") and "damaged" in line]
     assert "step_00000004 is damaged" in warning and "to step_00000002" in warning
 
 
@@ -223,6 +227,16 @@ def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(ended: Sessions)
 def test_all_ranks_have_the_error_of_the_first(ended: Sessions) -> None:
     occupied = f"run_dir {ended.folder}/occupied cannot be written: is a file"  # lines may mix
     assert all(ended.err.count(f"rank {rank}: {occupied}") == 1 for rank in range(ended.ranks))
+
+
+def test_all_ranks_roll_back_together(ended: Sessions) -> None:
+    checkpoint = f"{ended.folder}/diverging/run/checkpoints/step_00000004"
+    line = f"rollback 1 of at most 1: back from step 6 to {checkpoint}, with the images"
+    assert ended.out.count(line) == 1
+    error = "loss/labeled is"  # at the next row
+    assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
+    events = [row["event"] for row in rows(ended.folder / "diverging/run") if "event" in row]
+    assert events == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:
