@@ -222,6 +222,8 @@ class RunConfig:
             )
         if self.patience and not (self.eval_every or self.eval_epochs):
             found.append("patience needs evaluations before the end: set eval_every")
+        if self.on_spike == "rollback" and not self.checkpoint_every:
+            found.append("on_spike rollback needs checkpoints before the end: set checkpoint_every")
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
         return found

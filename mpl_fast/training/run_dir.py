@@ -84,6 +84,7 @@ class RunDir:
             atomic.write_text(self._config_file, self._config)
             atomic.write_bytes(file, b"".join(kept))
             self._rows = self._open_rows()
+        self._curves("close")  # of before a rollback
         self._open_curves(step + 1)
 
     def _open_rows(self) -> io.BufferedWriter:

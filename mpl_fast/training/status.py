@@ -123,7 +123,9 @@ def read(folder: Path) -> Run:
     done = (folder / "summary.json").exists()
     state = _text(values, "state") or ("complete" if done else "unknown")
     error, silent = _text(values, "error"), time.time() - _number(values, "time", time.time())
-    if state == "running" and _locked(folder) is False:
+    # Some file systems have locks on one machine only.
+    sure = values.get("host") == socket.gethostname() or silent > OLD_SECONDS
+    if state == "running" and sure and _locked(folder) is False:
         state, error = "dead", f"ended without a word {duration(silent)} ago"
     elif state == "running" and silent > OLD_SECONDS:
         error = f"no step for {duration(silent)}"
