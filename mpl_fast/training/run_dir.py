@@ -1,7 +1,6 @@
 """The run directory: configuration, environment, metrics and summary of a run."""
 
 import fcntl
-import io
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -87,7 +86,7 @@ class RunDir:
         self._curves("close")  # of before a rollback
         self._open_curves(step + 1)
 
-    def _open_rows(self) -> io.BufferedWriter:
+    def _open_rows(self) -> BinaryIO:
         return (self.path / METRICS).open("ab", buffering=HELD_BACK)
 
     def _open_curves(self, step: int) -> None:

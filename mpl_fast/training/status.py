@@ -190,5 +190,6 @@ def _number(values: Json, name: str, default: float) -> float:
 
 def _maybe(values: Json, name: str, default: float | None = None) -> float | None:
     value = values.get(name)
-    ok = type(value) in (int, float) and abs(value) < 1e15  # NaN is not
-    return value if ok else default
+    if isinstance(value, int | float) and abs(value) < 1e15:  # NaN is not
+        return value
+    return default

@@ -78,9 +78,9 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
     monkeypatch.setattr(TrainLoader, "__next__", without_them)
     straight = train_here(*arguments(other, tiny_rec, recipe="uda"), *options)
     assert straight.returncode == 0, straight.stderr
-    found, wanted = (final_state(folder, 8) for folder in (again, other))
-    assert (found.pop("rollbacks"), wanted.pop("rollbacks")) == (1, 0)
-    assert_same(found, wanted, ignore=("seconds",))
+    ends, wanted = (final_state(folder, 8) for folder in (again, other))
+    assert (ends.pop("rollbacks"), wanted.pop("rollbacks")) == (1, 0)
+    assert_same(ends, wanted, ignore=("seconds",))
 
 
 def test_a_spike_of_the_loss_and_the_last_rollback(
