@@ -30,6 +30,7 @@ from tests.tiny_run import (
     arguments,
     command,
     environment,
+    events,
     final_state,
     rows,
     run_in_turn,
@@ -235,8 +236,8 @@ def test_all_ranks_roll_back_together(ended: Sessions) -> None:
     assert ended.out.count(line) == 1
     error = "loss/labeled is"  # at the next row
     assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
-    events = [row["event"] for row in rows(ended.folder / "diverging/run") if "event" in row]
-    assert events == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
+    found = [event["event"] for event in events(ended.folder / "diverging/run")]
+    assert found == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:

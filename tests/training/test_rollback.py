@@ -9,7 +9,7 @@ import pytest
 from mpl_fast.batch import Batch
 from mpl_fast.data.loader import TrainLoader
 from tests.algorithms.problems import assert_same
-from tests.tiny_run import arguments, final_state, rows, train_here
+from tests.tiny_run import arguments, events, final_state, rows, train_here
 
 pytestmark = pytest.mark.slow
 BAD = (5, 6)  # batches
@@ -63,7 +63,7 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
     given = [*arguments(run, tiny_rec, recipe="uda"), *options]
     ended = train_here(*given)
     assert ended.returncode == 5 and "not finite: the last 2 updates of the learner" in ended.stderr
-    (failed,) = [row for row in rows(run) if row.get("event") == "failed"]
+    failed = events(run)[-1]
     assert f"train: error: {failed['error']}\n" == ended.stderr.splitlines(keepends=True)[-1]
     count, again = 0, tmp_path / "again"
     done = train_here(*arguments(again, tiny_rec, recipe="uda"), *options, *ROLLBACK)
@@ -71,9 +71,9 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
     assert done.stderr.count("not finite: the last 2 updates of the learner up to step 6") == 1
     line = f"rollback 1 of at most 3: back from step 6 to {again}/checkpoints/step_00000004, with"
     assert done.stdout.count(line) == 1
-    found = rows(again)
-    assert [r["step"] for r in found if "train_seconds" in r] == [*range(1, 9)]
-    assert [(r["step"], r["reached"]) for r in found if r.get("event") == "rollback"] == [(4, 6)]
+    assert [r["step"] for r in rows(again) if "train_seconds" in r] == [*range(1, 9)]
+    found = [(e["step"], e["reached"]) for e in events(again) if e["event"] == "rollback"]
+    assert found == [(4, 6)]
     count = 0
     monkeypatch.setattr(TrainLoader, "__next__", without_them)
     straight = train_here(*arguments(other, tiny_rec, recipe="uda"), *options)

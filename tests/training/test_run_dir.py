@@ -20,7 +20,7 @@ from mpl_fast.errors import ConfigError, OutputError, run_command
 from mpl_fast.training.curves import read
 from mpl_fast.training.run_dir import RunDir
 from mpl_fast.training.tensorboard import Board
-from tests.tiny_run import ROOT, arguments, final_state, rows, run_here, train_here
+from tests.tiny_run import ROOT, arguments, events, final_state, rows, run_here, train_here
 from tools.evaluate import main as evaluate_command
 from tools.plot import main as plot_command
 
@@ -46,9 +46,9 @@ def test_everything_promised_is_there(finished: Path) -> None:
     status = json.loads((finished / "status.json").read_text())
     assert status["state"] == "complete" and status["step"] == status["steps"] == 6
     assert status["top1"] == summary["top1"] and status["images_per_second"] > 0
-    events = [(r["step"], r["event"]) for r in rows(finished) if "event" in r]
+    found = [(event["step"], event["event"]) for event in events(finished)]
     checkpoints = [(step, "checkpoint") for step in (2, 4, 6)]
-    assert events == [(0, "started"), *checkpoints, (6, "complete")]
+    assert found == [(0, "started"), *checkpoints, (6, "complete")]
 
 
 def test_rows_say_what_happened(finished: Path) -> None:
