@@ -430,10 +430,11 @@ class Run:
                 self.best.keep(saved)
         except OSError as error:
             self._not_written(error)
+        seconds = time.perf_counter() - began
         if self.run_dir:
-            self.run_dir.event(self.steps_done, "checkpoint")
+            self.run_dir.event(self.steps_done, "checkpoint", seconds=round(seconds, 3))
         self.steps_saved = self.steps_done
-        self.meter.pause(time.perf_counter() - began)
+        self.meter.pause(seconds)
 
     def _not_written(self, error: OSError) -> NoReturn:
         failure = CheckpointError(
