@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,7 +79,7 @@ class RunDir:
         with output_errors(self.path):
             self._rows.close()
             *lines, _ = file.read_bytes().split(b"\n")  # without what a kill has cut short
-            kept = [line + b"\n" for line in lines if _up_to(step, line)]
+            kept = [line + b"\n" for line in map(partial(_kept, step), lines) if line is not None]
             (self.path / "summary.json").unlink(missing_ok=True)
             atomic.write_text(self._config_file, self._config)
             atomic.write_bytes(file, b"".join(kept))
@@ -245,10 +246,12 @@ def _sessions(file: Path) -> list[Any]:
         return []
 
 
-def _up_to(step: int, line: bytes) -> bool:
-    """Whether a line of metrics.jsonl is not a row of a later step."""
+def _kept(step: int, line: bytes) -> bytes | None:
+    """A line of metrics.jsonl, with a row under present names; None for a row of a later step."""
     row = row_of(line)
-    return row is None or row["step"] <= step
+    if row is None:
+        return line
+    return json.dumps(renamed(row, METRIC_NAMES)).encode() if row["step"] <= step else None
 
 
 def environment() -> dict[str, Any]:
