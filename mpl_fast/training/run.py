@@ -164,7 +164,9 @@ class Run:
         if checkpoint and self.ended:
             self.complete = True
             self._already_complete(checkpoint)
-            self._end("complete")
+            self._beat()
+            if self.run_dir:
+                self.run_dir.status.end("complete")
             return 0
         if checkpoint:
             data_state = self._resume(checkpoint)
