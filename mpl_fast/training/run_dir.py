@@ -100,10 +100,10 @@ class RunDir:
 
     def _curves(self, method: str, *arguments: Any) -> None:
         """Calls a method of the curves, if there are any; they are optional."""
-        if self._board is None:
-            return
+        board = self._board  # another thread may call `sync`
         try:
-            getattr(self._board, method)(*arguments)
+            if board is not None:
+                getattr(board, method)(*arguments)
         except OSError as error:
             self._no_curves(error)
 
