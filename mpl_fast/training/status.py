@@ -123,10 +123,11 @@ def read(folder: Path) -> Run:
     done = (folder / "summary.json").exists()
     state = _text(values, "state") or ("complete" if done else "unknown")
     error, silent = _text(values, "error"), time.time() - _number(values, "time", time.time())
-    # Some file systems have locks on one machine only.
-    sure = values.get("host") == socket.gethostname() or silent > OLD_SECONDS
-    if state == "running" and sure and _locked(folder) is False:
-        state, error = "dead", f"ended without a word {duration(silent)} ago"
+    # Some file systems have no locks, or each machine its own.
+    here = values.get("host") == socket.gethostname()
+    ended = not _exists(values.get("pid")) if here else silent > OLD_SECONDS
+    if state == "running" and ended and not _locked(folder):
+        state, error = "dead", f"its process is gone, last written {duration(silent)} ago"
     elif state == "running" and silent > OLD_SECONDS:
         error = f"no step for {duration(silent)}"
     return Run(
@@ -150,16 +151,29 @@ def _last(folder: Path) -> Json:
         return {}
 
 
-def _locked(folder: Path) -> bool | None:
-    """Whether a process trains in the folder; None where that cannot be found out."""
+def _locked(folder: Path) -> bool:
+    """Whether a process certainly trains in the folder."""
     try:
         with (folder / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
-        return None
+        pass
     return False
+
+
+def _exists(pid: object) -> bool:
+    """Whether there is a process of this number."""
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # of another user
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _json(file: Path) -> Json:

@@ -85,12 +85,12 @@ def test_no_error_of_the_output_ends_a_run(
         console.print("line")
         console.progress(1)
         console.row(10, ROW | {"lr/learner": 0.1})
-        console.warn("unheard")
+        console.warn("more")
 
     monkeypatch.setattr("sys.stdout", Broken())
     print_all(Console(10, silent=False))
     warning = f"the console's output is incomplete from here on: {error}"
-    assert capsys.readouterr().err == f"warning: {warning}\nwarning: unheard\n"
+    assert capsys.readouterr().err == f"warning: {warning}\nwarning: more\n"
     if isinstance(error, OSError):  # the other one is of stdout alone
         monkeypatch.setattr("sys.stderr", Broken())
     print_all(Console(10, silent=False))

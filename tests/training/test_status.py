@@ -3,7 +3,10 @@
 import fcntl
 import json
 import os
+import re
 import shutil
+import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,10 @@ def test_the_table(tmp_path: Path) -> None:
     running = a_run(tmp_path / "a running", state="running")
     silent = a_run(tmp_path / "b silent", time=long_ago)
     a_run(tmp_path / "c dead", time=long_ago)
+    here, nobody = socket.gethostname(), subprocess.Popen(["true"])
+    nobody.wait()
+    a_run(tmp_path / "c dead here", time=time.time() - 1, host=here, pid=nobody.pid)
+    a_run(tmp_path / "c without locks", host=here, pid=os.getpid())
     a_run(tmp_path / "d failed", state="failed", error="x.rec: cut\nshort")
     a_run(tmp_path / "e old")
     (a_run(tmp_path / "f old complete") / "summary.json").touch()
@@ -48,13 +55,30 @@ def test_the_table(tmp_path: Path) -> None:
         fcntl.flock(two, fcntl.LOCK_EX)
         done = run_here(lambda: run_command("status", main), [str(tmp_path)])
     assert done.returncode == 0, done.stderr
-    lines = [line.replace(f"{tmp_path}/", "").split("  ") for line in done.stdout.splitlines()]
+    stdout = re.sub(r"written 0:\d\d ago", "written 0:01 ago", done.stdout)
+    lines = [line.replace(f"{tmp_path}/", "").split("  ") for line in stdout.splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells == [
         ["run", "recipe", "step", "images/s", "ETA", "top-1", "state"],
         ["a running", "uda", "40/100", "123", "12:34", "61.50 %", "running"],
         ["b silent", "uda", "40/100", "123", "12:34", "61.50 %", "running: no step for 1:00:00"],
-        ["c dead", "uda", "40/100", "123", "61.50 %", "dead: ended without a word 1:00:00 ago"],
+        [
+            "c dead",
+            "uda",
+            "40/100",
+            "123",
+            "61.50 %",
+            "dead: its process is gone, last written 1:00:00 ago",
+        ],
+        [
+            "c dead here",
+            "uda",
+            "40/100",
+            "123",
+            "61.50 %",
+            "dead: its process is gone, last written 0:01 ago",
+        ],
+        ["c without locks", "uda", "40/100", "123", "12:34", "61.50 %", "running"],
         ["d failed", "uda", "40/100", "123", "61.50 %", "failed: x.rec: cut short"],
         ["e old", "uda", "30/100", "25", "50.00 %", "unknown"],
         ["f old complete", "uda", "30/100", "25", "50.00 %", "complete"],
