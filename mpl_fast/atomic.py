@@ -106,6 +106,19 @@ def write_text(path: Path, text: str) -> str:
     return write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace a text file that will soon be replaced again: at once, without waiting for the disk.
+
+    After a power cut it may be empty.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> str:
     """Write a whole JSON file, indented; return its sha256."""
     return write_text(path, json.dumps(value, indent=1) + "\n")

@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mpl_fast.errors import DataError
+
 
 class Batch(NamedTuple):
     """Labeled images and two views of unlabeled ones; row i of both views is the same image.
@@ -48,6 +50,22 @@ def image_buffer(
     rows = torch.empty((labeled + 2 * unlabeled, size, size, 3), dtype=dtype, device=device)
     weak, middle, strong = rows.permute(0, 3, 1, 2).split([unlabeled, labeled, unlabeled])
     return middle, weak, strong
+
+
+def within_classes(labels: Tensor, classes: int, lowest: int = 0) -> tuple[Tensor, Tensor]:
+    """Labels clamped to ``lowest`` to ``classes - 1``, and how many were outside: 0-dim, on the
+    device, so that the host does not wait. A label outside would end a CUDA process."""
+    valid = labels.clamp(lowest, classes - 1)
+    return valid, (valid != labels).sum()
+
+
+def wrong_labels(count: float, split: str, classes: int, root: object) -> DataError:
+    """The error for labels outside the classes."""
+    return DataError(
+        f"{root}: {count:.0f} labels of split {split} are not those of classes, 0 to "
+        f"{classes - 1}: its records are damaged or were replaced; `make_rec.py verify {root}` "
+        "finds which"
+    )
 
 
 def joined(views: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """The errors that a user can correct: one line each, with an exit code for each kind."""
 
 import codecs
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,8 @@ PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal after saving; run the same co
 RANK_DELAY = 5.0  # seconds
 STDERR = 2  # file descriptor
 ANY_TEXT = "mpl_fast.any_text"
+# Of a disk, in any file: never the error of a program.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -73,6 +76,12 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
         sys.exit(code)
     except UserError as error:
         fail(program, error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        failure = OutputError(f"{error.filename or 'a file'}: {error.strerror}")
+        failure.alone = True
+        fail(program, failure)
     except KeyboardInterrupt:
         if interrupted:
             print(f"{program}: {interrupted}", file=sys.stderr)

@@ -40,7 +40,7 @@ NEVER_IN_ALGORITHMS = (
 LIGHT = [
     "__init__", "config/__init__", "config/command_line", "data/__init__", "data/manifest",
     "data/records", "errors", "packing/__init__", "packing/cli", "packing/options", "packing/pack",
-    "sweep/__init__", "sweep/command", "train", "training/process",
+    "sweep/__init__", "sweep/command", "train", "training/process", "training/status",
 ]  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "nvidia", "tensorboardX", "triton", "matplotlib"}
 HEAVY |= {"optuna"}

@@ -1,5 +1,6 @@
 """Errors end a command with one line and an exit code."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -98,6 +99,19 @@ def test_text_that_an_encoding_lacks_is_written_as_numbers(encoding: str, stream
     text = "± 画 ".encode(encoding, "backslashreplace")
     text += b"\xff\n" if stream == "stdout" else b"\\udcff\n"
     assert (done.stdout, done.stderr) == ((text, b"") if stream == "stdout" else (b"", text))
+
+
+@pytest.mark.parametrize(("name", "shown"), [("RUN/x", "RUN/x"), (None, "a file")])
+def test_an_error_of_the_disk_is_one_line_wherever_it_occurs(
+    name: str | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("train", command)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == f"train: error: {shown}: Input/output error\n"
 
 
 @pytest.mark.parametrize("option", ["--help", "--print-config"])

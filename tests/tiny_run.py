@@ -177,7 +177,16 @@ def launch(module: str, argument: str, ranks: int = 2) -> subprocess.CompletedPr
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl."""
+    """The rows of metrics.jsonl, without events."""
+    return [line for line in _metrics(folder) if "event" not in line]
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    """The events in metrics.jsonl."""
+    return [line for line in _metrics(folder) if "event" in line]
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -186,6 +186,15 @@ class RunConfig:
     steps, compilation and saves: three times as many, and at least 1800. 0: no limit."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
+    on_spike: Literal["skip", "rollback"] = "skip"
+    """What to do when training diverges: ten skipped updates in a row, or a value that is not
+    finite. skip: end the run. rollback: go back to the newest checkpoint and on from there, with
+    the images that come next in place of those since then."""
+    spike_factor: NonNegativeFloat = 5.0
+    """With on_spike rollback, a loss (labeled, or the student's) also diverges where a row has more
+    than this factor of its median over the 20 rows before, or of 0.1 if that is less. 0: never."""
+    rollbacks: PositiveInt = 3
+    """With on_spike rollback, how often a run goes back before it ends."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=MPLConfig)
@@ -219,6 +228,8 @@ class RunConfig:
             )
         if self.patience and not (self.eval_every or self.eval_epochs):
             found.append("patience needs evaluations before the end: set eval_every")
+        if self.on_spike == "rollback" and not self.checkpoint_every:
+            found.append("on_spike rollback needs checkpoints before the end: set checkpoint_every")
         if not self.run_dir:
             found.append("run_dir is missing: give --run-dir FOLDER")
         return found

@@ -142,6 +142,9 @@ def _read(split: Split, engine: Engine, **options: Any) -> tuple[DataNode, DataN
         path=[str(path) for path in split.shards],
         index_path=[str(split.index)],
         tensor_init_bytes=split.record_bytes,  # a slot of the buffer; DALI's own default is 1 MiB
+        # A mapped file that is cut short, or whose disk fails, ends a process by a SIGBUS. To copy
+        # each record costs 50 microseconds of the reader's thread, 1 % of decoding it on a CPU.
+        dont_use_mmap=True,
         shard_id=engine.shard,
         num_shards=engine.shards,
         **options,

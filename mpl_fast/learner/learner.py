@@ -285,6 +285,7 @@ class Learner:
             self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._bn_stats.snapshot()
+        self.skipped.zero_()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -1,7 +1,6 @@
 """Random numbers: equal on any number of ranks, replayed for dropout, fixed for CUDA graphs."""
 
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -189,7 +188,7 @@ def seed_step(config: RunConfig, dist_env: DistEnv, step: int) -> None:
 def generator_states() -> dict[str, Any]:
     """The states of all generators that training draws from on this rank, but for DALI's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_generators(saved: dict[str, Any]) -> None:
@@ -197,4 +196,3 @@ def restore_generators(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["cuda"])
-    random.setstate(saved["python"])

@@ -120,7 +120,7 @@ def _json(file: Path) -> dict[str, Any]:
     """Of a file that may be missing or cut short."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

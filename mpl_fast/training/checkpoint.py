@@ -224,7 +224,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     A collective: the first rank reads. Raises `CheckpointError` if that is not possible, which is
     no damage.
     """
-    found, failure = None, None
+    found: tuple[Path | None, list[str]] | None = None
+    failure: CheckpointError | None = None
     if rank() == 0:
         try:
             found = _newest(folder)

@@ -4,9 +4,12 @@ import os
 import sys
 import time
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from mpl_fast.errors import STDERR
-from mpl_fast.training.metrics import Row
+from mpl_fast.errors import STDERR, OutputError
+
+if TYPE_CHECKING:
+    from mpl_fast.training.metrics import Row  # imports torch
 
 MIN_SECONDS = 5.0  # between two rows
 SHOWN = {
@@ -19,11 +22,15 @@ SHOWN = {
 
 
 class Console:
-    """Prints a run's messages and progress; silent on all ranks but the first."""
+    """Prints a run's messages and progress; silent on all ranks but the first.
+
+    No error of its output ends a run, such as a terminal that is gone or a full disk.
+    """
 
     def __init__(self, steps: int, *, silent: bool) -> None:
         self.steps, self.silent = steps, silent
-        self.bar = sys.stdout.isatty() and not silent
+        self.bar = sys.stdout is not None and sys.stdout.isatty() and not silent
+        self._failed = False
         self._printed_at = 0.0
         self._first: tuple[int, float] | None = None
         self._latest = ""
@@ -31,7 +38,15 @@ class Console:
     def print(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if not self.silent:
-            print(f"\r\033[K{text}" if self.bar else text, flush=True)
+            self._print(f"\r\033[K{text}" if self.bar else text)
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, flush=True)
+        except (OSError, OutputError) as error:  # OutputError: of `errors.run_command`
+            if not self._failed:
+                self.warn(f"the console's output is incomplete from here on: {error}")
+            self._failed = True
 
     def print_in_signal_handler(self, text: str) -> None:
         """Prints a line to standard error without its buffer, which the signal may have found in
@@ -44,11 +59,11 @@ class Console:
     def warn(self, text: str, rank: int = 0) -> None:
         """Prints a warning to standard error; one that concerns another rank, there."""
         if rank > 0:
-            print(f"warning: rank {rank}: {text}", file=sys.stderr, flush=True)
+            warn(f"rank {rank}: {text}")
         elif not self.silent:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text)
 
-    def row(self, done: int, row: Row) -> None:
+    def row(self, done: int, row: "Row") -> None:
         """Prints a row of metrics, at most one every `MIN_SECONDS`, and the last one always."""
         shown = [f"{short} {row[name]:.3g}" for name, short in SHOWN.items() if name in row]
         rates = _rates({k.removeprefix("lr/"): v for k, v in row.items() if k.startswith("lr/")})
@@ -68,7 +83,7 @@ class Console:
         if self.bar:
             filled = 24 * done // self.steps
             drawn = "█" * filled + "·" * (24 - filled)
-            print(f"\r\033[K{drawn} {self._progress(done)}", end="", flush=True)
+            self._print(f"\r\033[K{drawn} {self._progress(done)}", end="")
         elif now - self._printed_at >= 2 * MIN_SECONDS:
             self.print(f"{self._progress(done)} | {self._latest or 'first steps'}")
             self._printed_at = now
@@ -77,13 +92,24 @@ class Console:
         return f"step {done:>{len(str(self.steps))}}/{self.steps} | ETA {self._eta(done)}"
 
     def _eta(self, done: int) -> str:
+        seconds = self.seconds_left(done)
+        return "?" if seconds is None else duration(seconds)
+
+    def seconds_left(self, done: int) -> float | None:
+        """Seconds to the last step at the speed of this session; None before its second step."""
         if self._first is None or done <= self._first[0]:
-            return "?"
+            return None
         begun, at = self._first
-        return duration((self.steps - done) * (time.perf_counter() - at) / (done - begun))
+        return (self.steps - done) * (time.perf_counter() - at) / (done - begun)
 
 
-def _rates(rates: Row) -> str:
+def warn(text: str) -> None:
+    """Prints a warning to standard error, if that can be written."""
+    with suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _rates(rates: "Row") -> str:
     """``lr 0.1``, or ``lr teacher 0.2, student 0.1``."""
     if len(rates) == 1:
         return f"lr {next(iter(rates.values())):.3g}"

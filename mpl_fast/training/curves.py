@@ -8,6 +8,7 @@ from typing import Any
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError, output_errors
 
+METRICS = "metrics.jsonl"  # in a run directory
 PANELS = {
     "eval/top1": "held-out top-1 (%)",
     "accuracy/pseudo": "accuracy of the pseudo labels",
@@ -58,7 +59,7 @@ def draw(runs: Sequence[tuple[str, Path]], out: Path, title: str = "") -> None:
 
 def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Step and value of every quantity in a run's metrics.jsonl."""
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     if not file.exists():
         raise DataError(f"{file} does not exist: name a run directory that has trained")
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -70,13 +71,21 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl under present names; a line that a kill has cut short is left out."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(renamed(row, METRIC_NAMES))
-    return rows
+    """Rows of a metrics.jsonl under present names; other lines, such as one that a kill has cut
+    short, are left out. Raises `DataError` if it cannot be read."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+    return [renamed(row, METRIC_NAMES) for row in map(row_of, lines) if row is not None]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The row in a line of metrics.jsonl: numbers by name, `step` among them; None for others."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(type(value) in (int, float) for value in row.values()) else None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm, predict
-from mpl_fast.batch import EvalBatches
+from mpl_fast.batch import EvalBatches, within_classes, wrong_labels
 from mpl_fast.config import RunConfig
 from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.class_names import lacking, positions
@@ -27,11 +27,11 @@ Accuracy = dict[str, float]
 
 
 @torch.no_grad()
-def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accuracy:
-    """Evaluates the averaged weights of `algorithm.eval_ensemble`.
+def evaluate(algorithm: Algorithm, batches: EvalBatches, manifest: Manifest) -> Accuracy:
+    """Evaluates the averaged weights of `algorithm.eval_ensemble` on the split val.
 
-    Returns top1 and top5 in percent and count, the number of images over all ranks.
-    Raises `DataError` if the ranks together did not see `expected` images.
+    Returns top1 and top5 in percent and count, the number of images over all ranks. Raises
+    `DataError` if the ranks together did not see every image once, or labels are of no class.
     """
     hits: Tensor | None = None
     queue: QueueLimiter | None = None
@@ -43,7 +43,10 @@ def evaluate(algorithm: Algorithm, batches: EvalBatches, expected: int) -> Accur
         queue.step()
     if hits is None:
         raise DataError("the validation split gave no image")
-    top1, top5, count = (int(x) for x in distributed.sum_over_ranks(hits).tolist())
+    top1, top5, count, wrong = (int(x) for x in distributed.sum_over_ranks(hits).tolist())
+    expected = manifest.splits["val"].records
+    if wrong:
+        raise wrong_labels(wrong, "val", len(manifest.classes), manifest.root)
     if count != expected:
         raise DataError(f"validation saw {count} images, the manifest lists {expected}: pack again")
     return {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
@@ -72,7 +75,7 @@ def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accura
     batches = eval_loader(config, manifest, dist_env)
     if labels is not None:
         batches = _relabeled(batches, labels.to(dist_env.device))
-    accuracy = evaluate(algorithm, batches, manifest.splits["val"].records)
+    accuracy = evaluate(algorithm, batches, manifest)
     console.print(f"{checkpoint}: {accuracy_line(accuracy)}")
     distributed.shutdown()
     return accuracy
@@ -106,7 +109,8 @@ def _labels(
 
 def _relabeled(batches: EvalBatches, labels: Tensor) -> EvalBatches:
     for images, given, count in batches:
-        yield images, labels[given], count
+        valid, _ = within_classes(given, len(labels))
+        yield images, torch.where(valid == given, labels[valid], -1), count
 
 
 def accuracy_line(accuracy: Accuracy) -> str:
@@ -115,8 +119,10 @@ def accuracy_line(accuracy: Accuracy) -> str:
 
 
 def _hits(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """``(3,)`` int64 on the device: rows correct at the first guess, within five, and all rows."""
+    """``(4,)`` int64 on the device: rows correct at the first guess, within five, all rows, and
+    those whose label is of no class."""
     guesses = probabilities.topk(min(5, probabilities.shape[1]), dim=1).indices
     correct = guesses == labels[:, None]
     rows = torch.full((), len(labels), device=labels.device)
-    return torch.stack([correct[:, 0].sum(), correct.sum(), rows])
+    _, wrong = within_classes(labels, probabilities.shape[1])
+    return torch.stack([correct[:, 0].sum(), correct.sum(), rows, wrong])

@@ -1,22 +1,32 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
+import contextlib
+import math
+import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 from mpl_fast import distributed, models
-from mpl_fast.algorithms.base import Teacher, train_step
+from mpl_fast.algorithms.base import Metrics, Step, Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
-from mpl_fast.batch import Batch, EvalBatches, Loader
+from mpl_fast.batch import Batch, EvalBatches, Loader, within_classes, wrong_labels
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag, seconds_waited
-from mpl_fast.errors import PREEMPTED, CheckpointError, ConfigError, DataError, NonFiniteError
+from mpl_fast.errors import (
+    PREEMPTED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+)
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import resolve
 from mpl_fast.training.best import Best
@@ -30,7 +40,6 @@ from mpl_fast.training.build import (
 )
 from mpl_fast.training.checkpoint import (
     Checkpoints,
-    State,
     check_same_classes,
     checkpoints_in,
     load_start,
@@ -43,14 +52,16 @@ from mpl_fast.training.console import Console, duration, quantity
 from mpl_fast.training.evaluate import accuracy_line, evaluate
 from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite, pop_rank_seconds
 from mpl_fast.training.process import stop_on_signal
-from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
+from mpl_fast.training.run_dir import RunDir, closing, keep_compile_cache, open_for, other_images
+from mpl_fast.training.saving import State, state_bytes
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
-from mpl_fast.training.trial import check_training
+from mpl_fast.training.trial import check_training, memory_errors
 from mpl_fast.training.watchdog import Stragglers, Watchdog
 
+MEDIAN_OF, LEAST_MEDIAN = 20, 0.1  # rows, and loss: of few labels it may come close to 0
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
-IN_A_ROW = "skipped_in_a_row/"
+IN_A_ROW, WRONG_LABELS = "skipped_in_a_row/", "wrong_labels/"  # metrics that are in no row
 STALE = 0.02  # share of batch norms' initial statistics at the end of a run
 PYTORCH_MOMENTUM = 0.1  # of batch norms by default
 
@@ -71,14 +82,11 @@ def train(config: RunConfig, *later: RunConfig) -> int:
         if number:
             compilation.release()
         run_dir = open_for(config, dist_env)
-        try:
+        with closing(run_dir), memory_errors(config):
             run = Run(config, dist_env, manifest, classes, run_dir)
             if not run.ended:
                 _check_not_begun(later[number:], config)
             code = run.go()
-        finally:
-            if run_dir:
-                run_dir.close()
         if not run.complete:
             break
         if prepared[number + 1 :] and any(distributed.all_gather_object(run.stop.requested)):
@@ -148,19 +156,25 @@ class Run:
         )
         rng.seed_run(config, dist_env)
         self.checkpoints.failed = self._not_saved
-        graphs = config.cuda_graphs
-        self.step = StepGraph(self.algorithm).step if graphs == "step" else self.algorithm.step
+        self.step = self._new_step()
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.train_seconds = 0, 0.0
         self.complete = False
         self.accuracy = dict[str, float]()
+        self.rollbacks = 0
+        names = ("loss/labeled", "loss/student")
+        self._losses = {name: deque[float](maxlen=MEDIAN_OF) for name in names}
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
         checkpoint = self.checkpoint
         if checkpoint and self.ended:
             self.complete = True
-            return self._already_complete(checkpoint)
+            self._already_complete(checkpoint)
+            self._update_status()
+            if self.run_dir:
+                self.run_dir.status.end("complete")
+            return 0
         data_state, began = None, None
         if checkpoint:
             data_state, began = self._resume(checkpoint)
@@ -168,10 +182,13 @@ class Run:
             self._start()
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done if checkpoint else -1)
+            begun, ranks = "resumed" if checkpoint else "started", self.dist_env.world
+            self.run_dir.event(self.steps_done, begun, ranks=ranks)
+        self._update_status()
         with (
             stop_on_signal(self._request_stop),
             self.watchdog.watching(self.steps_done),
-            closing(self.checkpoints),
+            contextlib.closing(self.checkpoints),
         ):
             self._introduce()
             self.validation = eval_loader(self.config, self.manifest, self.dist_env)
@@ -180,19 +197,31 @@ class Run:
                 self._evaluate()  # the accuracy before fine-tuning
                 if self.best.keeps(self.steps_done):
                     self._save(loader)
-            finished = self._loop(loader)
+            finished = self._train(loader)
         if finished:
             self._summarize()
             self.complete = True
+            self._end("complete")
             return 0
         done = self.steps_done
         if done == self.config.stop_at:
+            self._end("paused")
             self.console.print(f"paused after step {done}: the same command resumes")
             return 0
+        self._end("stopped")
         self.console.print(
             f"stopped by a signal after step {done}, saved: the same command resumes"
         )
         return PREEMPTED
+
+    def _end(self, state: str) -> None:
+        self._update_status()
+        if self.run_dir:
+            self.run_dir.end(state)
+
+    def _new_step(self) -> Step:
+        graphs = self.config.cuda_graphs == "step"
+        return StepGraph(self.algorithm).step if graphs else self.algorithm.step
 
     def _teacher(self, *, fresh: bool) -> Teacher | None:
         """The fixed teacher, for the recipe that has one."""
@@ -221,7 +250,7 @@ class Run:
             self.best.restore(read_shared(checkpoint))
         return step_of(checkpoint) >= self.config.steps or self.best.stopped_early
 
-    def _already_complete(self, checkpoint: Path) -> int:
+    def _already_complete(self, checkpoint: Path) -> None:
         """Prints the result; writes what a kill came before."""
         self._restore_progress(read_shared(checkpoint))
         if self.run_dir:
@@ -236,7 +265,38 @@ class Run:
                     f"it ended early, after step {self.steps_done}: a larger --patience, or 0, "
                     "continues it"
                 )
-        return 0
+
+    def _train(self, loader: Loader) -> bool:
+        """`_loop`, again from the newest checkpoint when training diverges, if so configured."""
+        while True:
+            try:
+                return self._loop(loader)
+            except NonFiniteError as error:
+                self._roll_back(error)
+
+    def _roll_back(self, error: NonFiniteError) -> None:
+        """Restores the newest checkpoint but for the position in the data; raises the error unless
+        the config has rollbacks left. All ranks come here together, since they have equal rows."""
+        config, checkpoint = self.config, None
+        if config.on_spike == "rollback" and self.rollbacks < config.rollbacks:
+            checkpoint = self._newest_checkpoint()
+        if checkpoint is None:
+            raise error
+        self.console.warn(str(error))
+        shared, reached = read_shared(checkpoint), self.steps_done
+        restore(self.algorithm, shared, checkpoint)
+        self._restore_progress(shared)
+        self._restore_best(checkpoint)
+        self.step = self._new_step()  # a CUDA graph has the addresses of the optimizer's old state
+        self.checkpoints.saved = self.steps_done
+        self.rollbacks += 1
+        self.console.print(
+            f"rollback {self.rollbacks} of at most {config.rollbacks}: back from step {reached} to "
+            f"{checkpoint}, with the images that come next"
+        )
+        if self.run_dir:
+            self.run_dir.resume_at(self.steps_done)
+            self.run_dir.event(self.steps_done, "rollback", error=str(error), reached=reached)
 
     def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
@@ -249,11 +309,13 @@ class Run:
             batch = self._next(loader)
             wait_ended = moment(device)
             compilation.mark_step()
+            batch, wrong = self._with_valid_labels(batch)
             metrics = train_step(self.algorithm, batch, self.steps_done, self.step)
-            self.meter.add(metrics, (wait_began, wait_ended), exchanged)
+            self.meter.add(metrics | wrong, (wait_began, wait_ended), exchanged)
             queue.step()
             self.steps_done += 1
             self.watchdog.beat(self.steps_done)
+            self._update_status()
             last = self.steps_done == config.steps
             if last or self.steps_done % config.log_every == 0:
                 self._log(late=not last)
@@ -269,6 +331,13 @@ class Run:
                 return last
         return True
 
+    def _update_status(self) -> None:
+        """Updates status.json."""
+        if self.run_dir:
+            left = self.console.seconds_left(self.steps_done)
+            eta = {} if left is None else {"eta_seconds": left}
+            self.run_dir.status.update(step=self.steps_done, **eta)
+
     def _log(self, *, late: bool = False) -> None:
         """Closes the present row of metrics and writes all closed rows, waiting for the device.
 
@@ -283,16 +352,22 @@ class Run:
             self._write(step, row)
 
     def _write(self, step: int, row: Row) -> None:
-        """Writes a row of metrics. Raises `NonFiniteError` if training has diverged."""
+        """Writes a row of metrics. Raises `NonFiniteError` if training diverged, `DataError` for
+        labels of no class."""
         self.train_seconds += row["train_seconds"]
         seconds = pop_rank_seconds(row, self.dist_env.device)
         for warning in self.stragglers.add(seconds, round(row["steps"])):
             self.console.warn(warning)
+        for split in ("labeled", "unlabeled"):
+            if wrong := row.pop(f"{WRONG_LABELS}{split}") * row["steps"] * self.dist_env.world:
+                classes = len(self.manifest.classes)
+                raise wrong_labels(wrong, split, classes, self.manifest.root)
         skipped = {name: row.pop(f"{IN_A_ROW}{name}") for name in self.algorithm.learners}
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._diverged(
-                    f"the last {in_a_row:.0f} updates of {_network(name)} up to step {step}"
+                    f"not finite: the last {in_a_row:.0f} updates of {_network(name)} up to step "
+                    f"{step}"
                 )
             if share := row[f"skipped/{name}"]:
                 self.console.warn(
@@ -301,20 +376,37 @@ class Run:
                 )
         while bad := non_finite(row):
             if not any(row[f"skipped/{name}"] for name in skipped):
-                self._diverged(f"{bad} in all of the {row['steps']} steps up to {step}")
+                self._diverged(f"not finite: {bad} in all of the {row['steps']} steps up to {step}")
             del row[bad]  # no step of the interval had a finite value
+        if self.config.on_spike == "rollback" and self.config.spike_factor:
+            self._check_spike(step, row)
         images = row["steps"] * self.config.images
         row["images_per_second"] = images / row["train_seconds"]
         if self.run_dir:
             self.run_dir.row(step, row)
+            self.run_dir.status.update(images_per_second=row["images_per_second"])
         self.console.row(step, row)
 
+    def _check_spike(self, step: int, row: Row) -> None:
+        """Raises `NonFiniteError` for a loss far above its median over the rows before."""
+        factor = self.config.spike_factor
+        for name, before in self._losses.items():
+            if name not in row:
+                continue
+            usual = median(before) if len(before) >= MEDIAN_OF // 4 else math.inf
+            if row[name] > factor * max(usual, LEAST_MEDIAN):
+                self._diverged(
+                    f"{name} is {row[name]:.3g} up to step {step}, over {factor:g} times its "
+                    f"median of {usual:.3g}"
+                )
+            before.append(row[name])
+
     def _diverged(self, what: str) -> NoReturn:
-        self.checkpoints.close()
+        self.checkpoints.finish()  # all ranks come here, since they have equal rows
         saved = self.checkpoints.saved
         kept = f"the checkpoint of step {saved} is kept" if saved > 0 else "none is kept"
         raise NonFiniteError(
-            f"not finite: {what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
+            f"{what} ({kept}): lower the learning rate, lengthen its warm-up or lower "
             "algorithm.*.max_grad_norm"
         )
 
@@ -322,14 +414,14 @@ class Run:
         self._log()
         self.watchdog.expect_long_work()
         began = time.perf_counter()
-        expected = self.manifest.splits["val"].records
-        self.accuracy = evaluate(self.algorithm, self._watched(self.validation), expected)
+        self.accuracy = evaluate(self.algorithm, self._watched(self.validation), self.manifest)
         self.meter.pause(time.perf_counter() - began)
         delay = max(self._delays().values())
         self.best.add(self.accuracy["top1"], self.steps_done, delay)
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.run_dir:
             self.run_dir.row(self.steps_done, values)
+            self.run_dir.status.update(top1=self.accuracy["top1"])
         self.console.print(f"step {self.steps_done} | evaluated: {accuracy_line(self.accuracy)}")
         if self.best.stopped_early:
             self.console.print(
@@ -352,7 +444,9 @@ class Run:
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
             if not learner.finite():
-                self._diverged(f"a weight of {_network(name)} at step {self.steps_done}")
+                self._diverged(
+                    f"not finite: a weight of {_network(name)} at step {self.steps_done}"
+                )
         rank_state = rng.generator_states() | {"data": loader.state()}
         keeps = self.best.keeps(self.steps_done)
 
@@ -372,7 +466,10 @@ class Run:
             before=before,
             after=after,
         )
-        self.meter.pause(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if self.run_dir:
+            self.run_dir.event(self.steps_done, "checkpoint", seconds=round(seconds, 3))
+        self.meter.pause(seconds)
 
     def _not_saved(self, step: int, reason: str) -> None:
         """On any rank, in the thread that writes: after a second failure the run ends."""
@@ -398,12 +495,22 @@ class Run:
             "step": self.steps_done,
             "train_seconds": self.train_seconds,
             "accuracy": self.accuracy,
+            "rollbacks": self.rollbacks,
             **self.best.state(),
             "learners": {name: learner.state_dict() for name, learner in learners.items()},
             "eval_ensemble": [name for name, learner in learners.items() if learner in ensemble],
             "algorithm": dict(self.algorithm.state),
             "classes": [*self.manifest.classes],
         }
+
+    def _with_valid_labels(self, batch: Batch) -> tuple[Batch, Metrics]:
+        """The batch with labels of classes only, and how many had to be changed, by split: they
+        end the run when they are read, with the next row of metrics."""
+        classes = len(self.manifest.classes)
+        labels, wrong = within_classes(batch.labels, classes)
+        truth, wrong_truth = within_classes(batch.truth, classes, lowest=-1)  # -1: none
+        counts = {f"{WRONG_LABELS}labeled": wrong, f"{WRONG_LABELS}unlabeled": wrong_truth}
+        return batch._replace(labels=labels, truth=truth), counts
 
     def _next(self, loader: Loader) -> Batch:
         try:
@@ -429,9 +536,12 @@ class Run:
             self.console.warn(no_class_names(checkpoint))
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared)
+        self.rollbacks = shared.get("rollbacks", 0)
         self._restore_best(checkpoint)
         self.checkpoints.saved = self.steps_done
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
+        if self.run_dir and (warning := self.run_dir.other_commit()):
+            self.console.warn(warning)
         data_state: dict[str, Any] = rank_state["data"]
         if world == self.dist_env.world:
             rng.restore_generators(rank_state)
@@ -485,6 +595,7 @@ class Run:
             f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
             f"run directory {config.run_dir}"
         )
+        self._introduce_disk()
         for note in dict.fromkeys(self.notes):  # of several networks they are equal
             self.console.print(note)
         if config.unlabeled_images and (warning := gray_views(config.data)):
@@ -521,6 +632,25 @@ class Run:
                 "compiling during the first steps, which takes minutes, or seconds if an earlier "
                 "session has filled the cache"
             )
+
+    def _introduce_disk(self) -> None:
+        """Prints the space that checkpoints will take."""
+        config, folder = self.config, self.checkpoints.folder
+        size = state_bytes(self._shared_state())
+        for learner in self.algorithm.learners.values():
+            if learner.config.optimizer == "adamw" and not learner.optimizer.state:
+                size += 2 * state_bytes(learner.parameters)  # allocated in its first step
+        # One is written before the oldest is removed.
+        count = config.checkpoint_keep + 1 + config.checkpoint_best
+        text = f"checkpoints have {quantity(size, 'B')} each, at most {count} at a time: "
+        text += quantity(count * size, "B")
+        if self.run_dir:
+            free = shutil.disk_usage(folder).free
+            text += f"; {quantity(free, 'B')} are free in {folder}"
+            if free < (count - len(self.checkpoints.all())) * size:
+                self.console.warn(f"{text}: free some space, or lower --checkpoint-keep")
+                return
+        self.console.print(text)
 
     def _delays(self) -> dict[str, int]:
         """Steps before networks begin to move, by what they are called."""

@@ -6,9 +6,12 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import yaml
@@ -18,15 +21,18 @@ from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.config.run import CHECKPOINTS
-from mpl_fast.errors import ConfigError, UserError, output_errors
+from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.checkpoint import checkpoints_in
-from mpl_fast.training.curves import read_rows
+from mpl_fast.training.console import warn
+from mpl_fast.training.curves import METRICS, read_rows, row_of
 from mpl_fast.training.metrics import Row
+from mpl_fast.training.status import LOCK, Status
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
+HELD_BACK = 1 << 20  # bytes of rows that wait in memory while metrics.jsonl cannot be written
 # Options that may change when a run is resumed, since they do not change what its steps compute.
 FREE_OPTIONS = {
     "run_dir",
@@ -38,14 +44,18 @@ FREE_OPTIONS = {
     "eval_batch",
 }
 FREE_OPTIONS |= {"checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience"}
-FREE_OPTIONS |= {"algorithm.teacher_graph"}
+FREE_OPTIONS |= {"algorithm.teacher_graph", "on_spike", "spike_factor", "rollbacks"}
 FREE_OPTIONS |= {"compile", "cuda_graphs", "grad_sync"}
 FREE_OPTIONS |= {"data.root", "data.threads", "data.prefetch", "data.hw_decoder_load"}
 IMAGE_OPTIONS = ("data.image_size", "data.mean", "data.std")
 
 
 class RunDir:
-    """Writes a run's files. Exists on rank 0 only. Raises `OutputError` on a full disk."""
+    """Writes a run's files. Exists on rank 0 only.
+
+    Raises `OutputError` if they cannot be written as a run begins or ends. In between, rows wait in
+    memory until metrics.jsonl can be written again, and curves end, each with one warning.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run_dir)
@@ -55,50 +65,104 @@ class RunDir:
         with output_errors(self.path):
             if not self._config_file.exists():
                 atomic.write_text(self._config_file, self._config)
-            self._write_environment()
-            self._rows = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+            self.commits = self._write_environment()
+            self._rows = self._open_rows()
+        self.status = Status(self.path, config.recipe, config.steps)
         self._board: Any = None
+        self._waiting = False
 
     def close(self) -> None:
         """Syncs all files to disk and releases the lock of the folder."""
-        self.sync()
-        with output_errors(self.path):
-            self._rows.close()
-            if self._board is not None:
-                self._board.close()
-        self._lock.close()
+        self._curves("close")
+        try:
+            with output_errors(self.path / METRICS), self._rows:
+                self._rows.flush()
+                os.fsync(self._rows.fileno())
+        finally:
+            self._lock.close()
 
     def resume_at(self, step: int) -> None:
         """Writes the config, now that it is known to fit the checkpoint, and drops rows that an
         interrupted run wrote after it, so that no step is there twice, and the summary of a run
         that continues."""
-        file = self.path / "metrics.jsonl"
-        self._rows.close()
-        kept = [r for r in read_rows(file) if r["step"] <= step]
-        from mpl_fast.training.tensorboard import Board  # takes seconds to import
-
+        file = self.path / METRICS
         with output_errors(self.path):
+            self._rows.close()
+            *lines, _ = file.read_bytes().split(b"\n")  # without what a kill has cut short
+            kept = [line + b"\n" for line in map(partial(_kept, step), lines) if line is not None]
             (self.path / "summary.json").unlink(missing_ok=True)
             atomic.write_text(self._config_file, self._config)
-            atomic.write_text(file, "".join(json.dumps(r) + "\n" for r in kept))
-            self._rows = file.open("a", encoding="utf-8")
-            self._board = Board(self.path / "tensorboard", step + 1)
+            atomic.write_bytes(file, b"".join(kept))
+            self._rows = self._open_rows()
+        self._curves("close")  # of before a rollback
+        self._open_curves(step + 1)
+
+    def _open_rows(self) -> BinaryIO:
+        return (self.path / METRICS).open("ab", buffering=HELD_BACK)
+
+    def _open_curves(self, step: int) -> None:
+        from mpl_fast.training.tensorboard import Board  # takes seconds to import
+
+        try:
+            self._board = Board(self.path / "tensorboard", step)
+        except OSError as error:
+            self._no_curves(error)
+
+    def _curves(self, method: str, *arguments: Any) -> None:
+        """Calls a method of the curves, if there are any; they are optional."""
+        board = self._board  # another thread may call `sync`
+        try:
+            if board is not None:
+                getattr(board, method)(*arguments)
+        except OSError as error:
+            self._no_curves(error)
+
+    def _no_curves(self, error: OSError) -> None:
+        self._board = None
+        warn(
+            f"{self.path}/tensorboard cannot be written ({error.strerror}): no curves are drawn "
+            f"until the run is resumed; {METRICS} has all rows"
+        )
 
     def row(self, step: int, values: Row) -> None:
         """Appends a line to metrics.jsonl and a point to each TensorBoard curve; `step` is the
         number of steps done."""
-        with output_errors(self.path):
-            self._rows.write(json.dumps({"step": step, **values}) + "\n")
+        with output_errors(self.path / METRICS):
+            self._rows.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self._write_rows()
+        self._curves("row", step, values)
+
+    def event(self, step: int, name: str, **values: Any) -> None:
+        """Appends to metrics.jsonl what happened after so many steps, with the time."""
+        event = {"step": step, "event": name, "time": round(time.time(), 3), **values}
+        with output_errors(self.path / METRICS):
+            self._rows.write((json.dumps(event) + "\n").encode())
+        self._write_rows()
+
+    def end(self, state: str, error: str = "") -> None:
+        """Writes how the run ended (`Status.end`)."""
+        self.status.end(state, error)
+        self.event(self.status.step, state, **({"error": error} if error else {}))
+
+    def _write_rows(self, *, sync: bool = False) -> None:
+        """Writes the rows in memory; those that cannot be written stay there for the next call."""
+        try:
             self._rows.flush()
-            self._board.row(step, values)
+            if sync:
+                os.fsync(self._rows.fileno())
+            self._waiting = False
+        except OSError as error:
+            if not self._waiting:
+                warn(
+                    f"{self.path / METRICS} cannot be written ({error.strerror}): its rows wait in "
+                    "memory"
+                )
+            self._waiting = True
 
     def sync(self) -> None:
         """Syncs the rows written so far to disk."""
-        with output_errors(self.path):
-            self._rows.flush()
-            os.fsync(self._rows.fileno())
-            if self._board is not None:
-                self._board.flush()
+        self._write_rows(sync=True)
+        self._curves("flush")
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Writes summary.json."""
@@ -106,14 +170,30 @@ class RunDir:
             atomic.write_json(self.path / "summary.json", values)
 
     def summary(self) -> dict[str, Any] | None:
-        """The content of summary.json, or None if the run has not ended."""
-        file = self.path / "summary.json"
-        return renamed(json.loads(file.read_text()), METRIC_NAMES) if file.exists() else None
+        """The content of summary.json, or None if the run has not ended or it is damaged."""
+        try:
+            content = json.loads((self.path / "summary.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        if not isinstance(content, dict):
+            return None
+        found = renamed(content, METRIC_NAMES)
+        return found if isinstance(found.get("top1"), int | float) else None
 
-    def _write_environment(self) -> None:
+    def other_commit(self) -> str:
+        """A warning if the session before had another git commit, or an empty text."""
+        before, now = self.commits
+        if not before or not now or before == now:
+            return ""
+        return f"resumed with another program: the git commit was {before} and is {now}"
+
+    def _write_environment(self) -> tuple[Any, Any]:
+        """Adds this session to env.json; returns the git commits of the one before and of this."""
         file = self.path / "env.json"
-        sessions = _sessions(file) if file.exists() else []
-        atomic.write_json(file, environment() | {"earlier_sessions": sessions})
+        sessions, present = _sessions(file), environment()
+        atomic.write_json(file, present | {"earlier_sessions": sessions})
+        before = sessions[-1].get("git_commit") if sessions else None
+        return before, present["git_commit"]
 
 
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
@@ -137,6 +217,30 @@ def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
     return folder
 
 
+@contextmanager
+def closing(run_dir: RunDir | None) -> Iterator[None]:
+    """Closes a run directory at the end, and writes to it why the run failed, if it did."""
+    try:
+        yield
+    except BaseException as error:
+        if run_dir:
+            with suppress(OutputError):  # what ends the run is the first error
+                run_dir.end("failed", _reason(error))
+                run_dir.close()
+        raise
+    if run_dir:
+        run_dir.close()
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 def keep_compile_cache(config: RunConfig) -> None:
     """Keeps compiled kernels in the run directory, so that the next start compiles nothing."""
     if config.compile != "off":
@@ -144,12 +248,20 @@ def keep_compile_cache(config: RunConfig) -> None:
 
 
 def _sessions(file: Path) -> list[Any]:
-    """Earlier sessions listed in env.json; none if the file is unreadable."""
+    """Earlier sessions listed in env.json, oldest first; none if the file is unreadable."""
     try:
-        latest = json.loads(file.read_text())
+        latest = json.loads(file.read_bytes())
         return [*latest.pop("earlier_sessions"), latest]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _kept(step: int, line: bytes) -> bytes | None:
+    """A line of metrics.jsonl, with a row under present names; None for a row of a later step."""
+    row = row_of(line)
+    if row is None:
+        return line
+    return json.dumps(renamed(row, METRIC_NAMES)).encode() if row["step"] <= step else None
 
 
 def environment() -> dict[str, Any]:
@@ -195,7 +307,7 @@ def _locked(path: Path, *, lock: bool) -> Any:
     """Creates the folder and locks it; the system releases the lock when this process ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / ".lock").open("a")
+        file = (path / LOCK).open("a")
     except OSError as error:
         reason = "is a file" if path.is_file() else error.strerror
         raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
@@ -282,11 +394,21 @@ def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[st
         _flat(yaml.safe_load(as_yaml(c)))
         for c in (RunConfig(algorithm=type(config.algorithm)()), config)
     )
+    return defaults | current_options(_flat(_tree(file))), new
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """A run's config.yaml. Raises `ConfigError` if it is damaged."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    return defaults | current_options(_flat(tree or {})), new
+        tree = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} is not YAML: {reason}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{file} is damaged: it holds no keys and values")
+    return tree
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
@@ -295,7 +417,8 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
-    for key, value in tree.items():
+    for name, value in tree.items():
+        key = str(name)  # in a damaged file it may be anything
         inner = (
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )

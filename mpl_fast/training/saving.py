@@ -7,7 +7,10 @@ ended.
 """
 
 import copy
+import errno
 import json
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +23,7 @@ from torch import Tensor
 from mpl_fast import atomic
 from mpl_fast.distributed import TIMEOUT
 from mpl_fast.errors import UserError
+from mpl_fast.training.console import quantity
 
 State = dict[str, Any]
 Files = dict[str, dict[str, Any]]  # by name: bytes and sha256
@@ -122,6 +126,7 @@ class Saving:
 
     def _write_part(self) -> Files:
         self.partial.mkdir(exist_ok=True)
+        check_space(self.partial, self._states)
         files = {name: _write(self.partial / name, state) for name, state in self._states.items()}
         if self._rank > 0:
             atomic.write_json(self._list_of(self._rank), files)
@@ -164,6 +169,23 @@ class Saving:
     def _raise_fault(self) -> None:
         if self._fault is not None:
             raise self._fault
+
+
+def check_space(folder: Path, state: State) -> None:
+    """Raises `OSError` if the disk has too little space for a checkpoint with this shared state."""
+    need, disk = state_bytes(state), shutil.disk_usage(folder)
+    if disk.free < need and disk.total:  # some network file systems do not know
+        have = f"it needs {quantity(need, 'B')}, and {quantity(disk.free, 'B')} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {have}", str(folder))
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        return sum(map(state_bytes, state.values()))
+    return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
 def _write(path: Path, state: State) -> dict[str, Any]:

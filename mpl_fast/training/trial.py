@@ -1,6 +1,8 @@
 """A forward pass without values, which finds a network that does not fit before a run begins."""
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,6 +14,12 @@ from mpl_fast.config.fields import sections
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.build import build_network
 from mpl_fast.training.rows import count
+
+# In messages of PyTorch, CUDA's libraries and DALI.
+MEMORY_IS_FULL = (
+    "out of memory", "allocate memory", "ALLOC_FAILED", "Can't allocate", "CUDA allocation",
+    "MemoryError",
+)  # fmt: skip
 
 
 def check_training(config: RunConfig, classes: int, world: int) -> None:
@@ -39,6 +47,36 @@ def check_training(config: RunConfig, classes: int, world: int) -> None:
 def check_evaluation(config: RunConfig, classes: int) -> None:
     """Raises `ConfigError` if the network cannot classify images of this size."""
     _check(config, classes, _failure(config, classes, 1, training=False))
+
+
+@contextmanager
+def memory_errors(config: RunConfig) -> Iterator[None]:
+    """Turns an error of full memory, of a GPU or of the machine, into a `ConfigError` that names
+    the options to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if any(words in text for words in MEMORY_IS_FULL):
+            raise _out_of_memory(config, text) from error
+        raise
+
+
+def _out_of_memory(config: RunConfig, text: str) -> ConfigError:
+    options = [f"lower --labeled-batch (now {config.labeled_batch})"]
+    if config.unlabeled_images:
+        options.append(f"lower --unlabeled-batch (now {config.unlabeled_images})")
+    if not config.algorithm.whole_batch:
+        options.append(f"raise --microbatches (now {config.microbatches})")
+    if getattr(config.algorithm, "teacher_graph", "recompute") != "recompute":
+        options.append("set --algorithm.teacher_graph recompute")
+    options.append(f"lower --eval-batch (now {config.eval_batch}) if it was evaluating")
+    failure = ConfigError(
+        f"memory is full ({text[:120]}): {', or '.join(options)}; the same command with --dry-run "
+        "prints what a step needs"
+    )
+    failure.alone = True  # others may have more memory
+    return failure
 
 
 def _check(config: RunConfig, classes: int, failure: str) -> None:

@@ -22,13 +22,15 @@ def whole(text: str) -> str:
 
 RANGES = {  # options (of another recipe than mpl: its name and a colon before), refused values
     "at least 1": (
-        "steps labeled_batch eval_batch log_every microbatches data.prefetch data.shuffle_buffer",
+        "steps labeled_batch eval_batch log_every microbatches rollbacks data.prefetch "
+        "data.shuffle_buffer",
         "0 -4",
     ),
     "at least 2": ("checkpoint_keep", "1"),
     "at least 8": ("data.image_size", "7"),
     "at least 0": (
-        "epochs eval_every eval_epochs patience checkpoint_every stop_at seed unlabeled_batch "
+        "epochs eval_every eval_epochs patience checkpoint_every spike_factor stop_at seed "
+        "unlabeled_batch "
         "model.classes data.num_ops data.magnitude data.cutout data.final_cutout data.threads "
         ".feedback_ramp .consistency.weight .consistency.ramp .teacher.lr .teacher.weight_decay "
         ".teacher.max_grad_norm .teacher.warmup .teacher.delay_steps .teacher.gamma "
@@ -137,6 +139,7 @@ microbatches=2 grad-sync=ddp | microbatches above 1 need grad_sync allreduce
 recipe=smpl microbatches=2 | microbatches must be 1 for recipe smpl, whose step needs the whole
 .feedback=parity_google microbatches=2 | microbatches must be 1 for feedback parity_google
 patience=3 eval-every=0 | patience needs evaluations before the end: set eval_every
+on-spike=rollback checkpoint-every=0 | on_spike rollback needs checkpoints before the end: set
 recipe=finetune | .start is missing: give --algorithm.start RUN_DIR
 recipe=finetune .start=s model.pretrained=timm | model.pretrained is not for recipe finetune, which
 model.frozen=true | model.frozen would keep random weights: give --model.pretrained

@@ -1,6 +1,7 @@
 """The training loader: form of a batch, shards of ranks, resumption, refusals."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,7 @@ from mpl_fast.data import position
 from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.data.operations import OPERATIONS
 from mpl_fast.data.stream import cpu_threads
-from mpl_fast.errors import CheckpointError, ConfigError
+from mpl_fast.errors import CheckpointError, ConfigError, DataError
 from tests.data.numbered_images import (
     CLASSES,
     CPU,
@@ -240,6 +241,20 @@ def test_batch_larger_than_the_data(manifest: Manifest) -> None:
         train_loader(manifest, unlabeled=51)
     with pytest.raises(ConfigError, match="0 labeled images"):
         train_loader(manifest, labeled=0, unlabeled=0)
+
+
+def test_records_cut_short_while_they_are_read_are_one_line(
+    manifest: Manifest, tmp_path: Path
+) -> None:
+    """Mapped into memory they would end the process by a SIGBUS."""
+    copy = read_manifest(shutil.copytree(manifest.root, tmp_path / "copy"))
+    loader = train_loader(copy, replace(PLAIN, shuffle_buffer=1))
+    next(loader)
+    for shard in copy.splits["unlabeled"].shards:
+        os.truncate(shard, 0)
+    with pytest.raises(DataError, match=r"copy/.*DALI cannot read a record"):
+        for _ in range(50):
+            next(loader)
 
 
 def test_gpu_asked_for_without_cuda(manifest: Manifest) -> None:

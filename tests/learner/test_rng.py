@@ -1,5 +1,7 @@
 """Random numbers do not depend on the number of ranks, and replayed dropout restores the state."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,3 +120,14 @@ def test_numbers_on_a_gpu_are_those_on_a_cpu() -> None:
 def test_the_largest_seed_seeds_every_rank() -> None:
     rng.seed_run(RunConfig(seed=10**13), DistEnv(99_999, 100_000, CPU))
     assert torch.initial_seed() == (10**13 * 1_000_003 + 100_000) % 2**64
+
+
+def test_what_a_checkpoint_saves_is_a_function_of_the_seed() -> None:
+    found = []
+    for _ in range(2):
+        random.random()  # nothing that training draws from
+        rng.seed_run(RunConfig(seed=5), DistEnv(0, 1, CPU))
+        found.append(rng.generator_states())
+    one, two = found
+    assert all(str(one[name]) == str(two[name]) for name in one)
+    assert torch.equal(one["torch"], two["torch"])

@@ -32,7 +32,7 @@ def _row_of_zeros(pending: metrics.PendingRow) -> tuple[int, metrics.Row]:
 
 
 def _no_hits(probabilities: Tensor, labels: Tensor) -> Tensor:
-    return torch.tensor([0.0, 0.0, len(labels)])
+    return torch.tensor([0.0, 0.0, len(labels), 0.0])
 
 
 def _finite(learner: Learner) -> Tensor:

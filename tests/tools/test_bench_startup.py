@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_run import rows as metrics
 from tools.bench import startup
 
 
@@ -18,7 +19,7 @@ def test_smoke_measures_every_start(
     def noting(self: startup.Starts, step: int, run: Path, mode: str, caches: Path) -> float:
         seconds = train(self, step, run, mode, caches)
         compiled.append({file.name for file in caches.rglob("*.so")})
-        steps = [json.loads(row)["step"] for row in (run / "metrics.jsonl").open()]
+        steps = [row["step"] for row in metrics(run)]
         assert steps == list(range(1, step + 1))
         return seconds
 

@@ -1,8 +1,11 @@
 """User errors end in one line, an exit code, and nothing overwritten."""
 
 import fcntl
+import math
 import os
+import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +198,43 @@ def test_an_error_is_printed_once_under_torchrun(tmp_path: Path) -> None:
     assert failed.stderr.count("train: error: seed must be at least 0") == 1, failed.stderr
     assert failed.stderr.count("train: error:") == 1
     assert "mpl_fast/" not in failed.stderr.replace(f"{TRAIN} FAILED", "")  # no traceback of ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("index", "split", "label"),
+    [("label", "labeled", math.nan), ("", "unlabeled", 1000.0)],
+)
+def test_training_labels_of_no_class(
+    index: str, split: str, label: float, tiny_rec: Path, tmp_path: Path
+) -> None:
+    """Of a file that was replaced by one of the same size: that is all that is checked at start."""
+    rec = shutil.copytree(tiny_rec, tmp_path / "rec")
+    labeled, every = offsets(rec / "train_label.idx"), offsets(rec / "train.idx")
+    relabel(rec / "train.rec", labeled if index else every - labeled, label)
+    line = refused(4, *arguments(tmp_path / "run", rec, recipe="uda"), "--log-every", "1")
+    assert re.match(
+        rf"train: error: {rec}: \d labels of split {split} are not those of classes", line
+    )
+    assert f"0 to 9: its records are damaged or were replaced; `make_rec.py verify {rec}`" in line
+    assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
+
+
+@pytest.mark.slow
+def test_a_validation_label_of_no_class(tiny_rec: Path, tmp_path: Path) -> None:
+    rec = shutil.copytree(tiny_rec, tmp_path / "rec")
+    relabel(rec / "val.rec", {*sorted(offsets(rec / "val.idx"))[:3]}, 77.0)
+    line = refused(4, *arguments(tmp_path / "run", rec, recipe="supervised"), "--eval-every", "1")
+    assert line.startswith(f"train: error: {rec}: 3 labels of split val are not those of classes")
+
+
+def offsets(index: Path) -> set[int]:
+    """Where records begin."""
+    return {int(line.split()[1]) for line in index.read_text().splitlines()}
+
+
+def relabel(file: Path, records: set[int], label: float) -> None:
+    content = bytearray(file.read_bytes())
+    for start in records:
+        struct.pack_into("<f", content, start + 12, label)
+    file.write_bytes(content)

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -345,3 +346,17 @@ def test_a_checkpoint_is_complete_with_the_files_of_all_ranks(
     assert newest(tmp_path)[0] == stores[0].path(2)
     (reason,) = told
     assert reason.startswith("rank 1 has not written its part")
+
+
+def test_it_is_not_begun_without_the_space_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"learners": {"a": [torch.zeros(1000)], "b": (torch.zeros(500, dtype=torch.int8),)}}
+    disk = {"total": 9000, "used": 0, "free": 4500}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(**disk))
+    saving.check_space(tmp_path, state)
+    disk["free"] = 4499
+    with pytest.raises(OSError, match=r"No space .*: it needs 4\.5 kB, and 4\.5 kB are free"):
+        saving.check_space(tmp_path, state)
+    disk["total"] = 0  # a network file system without numbers
+    saving.check_space(tmp_path, state)

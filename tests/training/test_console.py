@@ -1,7 +1,12 @@
 """What a person reads of a run's rows and sizes."""
 
+import errno
+import io
+import os
+
 import pytest
 
+from mpl_fast.errors import OutputError
 from mpl_fast.training.console import Console, duration, quantity
 
 ROW = {"images_per_second": 100.0, "data_wait": 0.25, "loss/consistency": 0.5}
@@ -57,3 +62,37 @@ def test_a_signal_handler_prints_past_the_buffer(
     monkeypatch.setattr("sys.stderr", None)  # closed: its number may be that of another file
     console.print_in_signal_handler("stopping")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), OutputError("full")])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_error_of_the_output_ends_a_run(
+    error: Exception,
+    terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as of a terminal that is gone, or a full disk with the log."""
+
+    class Broken(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            raise error
+
+    def print_all(console: Console) -> None:
+        console.print("line")
+        console.progress(1)
+        console.row(10, ROW | {"lr/learner": 0.1})
+        console.warn("more")
+
+    monkeypatch.setattr("sys.stdout", Broken())
+    print_all(Console(10, silent=False))
+    warning = f"the console's output is incomplete from here on: {error}"
+    assert capsys.readouterr().err == f"warning: {warning}\nwarning: more\n"
+    if isinstance(error, OSError):  # the other one is of stdout alone
+        monkeypatch.setattr("sys.stderr", Broken())
+    print_all(Console(10, silent=False))
+    monkeypatch.setattr("sys.stdout", None)  # closed by the shell: >&-
+    print_all(Console(10, silent=False))

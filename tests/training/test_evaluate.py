@@ -9,7 +9,7 @@ from torch import Tensor
 from mpl_fast.algorithms.base import EvalEnsemble
 from mpl_fast.config import DataConfig, RunConfig
 from mpl_fast.config.command_line import parse
-from mpl_fast.data.manifest import read_manifest
+from mpl_fast.data.manifest import Manifest, Split, read_manifest
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.training.build import eval_loader
@@ -48,8 +48,13 @@ BATCHES = [
 ]
 
 
+def manifest(records: int) -> Manifest:
+    val = Split(records, (), Path("val.idx"), Path("val.lst"), 100)
+    return Manifest(Path("REC"), ("a",) * 6, {"val": val}, "")
+
+
 def test_counts_what_counts() -> None:
-    found = evaluate(One(), BATCHES, 4)  # type: ignore[arg-type]
+    found = evaluate(One(), BATCHES, manifest(4))  # type: ignore[arg-type]
     assert found == {"top1": 50.0, "top5": 75.0, "count": 4}
 
 
@@ -57,13 +62,20 @@ def test_the_queue_is_limited_after_every_batch(monkeypatch: pytest.MonkeyPatch)
     steps: list[str] = []
     monkeypatch.setattr(QueueLimiter, "step", lambda limiter: steps.append("step"))
     batches = (steps.append("batch") or batch for batch in BATCHES)  # type: ignore[func-returns-value]
-    evaluate(One(), batches, 4)  # type: ignore[arg-type]
+    evaluate(One(), batches, manifest(4))  # type: ignore[arg-type]
     assert steps == ["batch", "step", "batch", "step"]
 
 
 def test_a_missing_image_is_an_error() -> None:
     with pytest.raises(DataError, match="saw 4 images, the manifest lists 5"):
-        evaluate(One(), BATCHES, 5)  # type: ignore[arg-type]
+        evaluate(One(), BATCHES, manifest(5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("label", [-1, 6, 1 << 40, -(1 << 63)])
+def test_a_label_of_no_class_is_an_error(label: int) -> None:
+    batches = [*BATCHES, (BATCHES[1][0], torch.tensor([label, label]), 1)]
+    with pytest.raises(DataError, match=r"^REC: 1 labels of split val .* 0 to 5: .* verify REC`"):
+        evaluate(One(), batches, manifest(5))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("world", "rows"), [(1, 50), (3, 17), (60, 1)])

@@ -32,6 +32,7 @@ from tests.tiny_run import (
     arguments,
     command,
     environment,
+    events,
     final_state,
     rows,
     run_in_turn,
@@ -92,6 +93,9 @@ def ended(
     sessions += [["full_disk", last, "2"], full, ["full_disk", last, "3", "4"], twice]
     sessions += [["full_disk", last], twice]
     resumed["twice full"] = (2, checkpoint("straight"))
+    # From the sixth row on, each is a spike.
+    diverging = ["--log-every", "1", "--spike-factor", "1e-9", "--on-spike", "rollback"]
+    sessions += [[*options("diverging", "uda", *diverging), "--rollbacks", "1"]]
     if ranks == 1:
         for at in range(1, 6):
             one = options(f"stop{at}")
@@ -245,8 +249,9 @@ def test_rows_of_resumed_runs_are_those_of_uninterrupted_ones(ended: Sessions) -
 
 
 def test_damaged_newest_checkpoint_falls_back_with_one_warning(ended: Sessions) -> None:
-    (warning,) = [line for line in ended.err.splitlines() if "damaged" in line]
-    assert warning.startswith("warning: step_00000004 is damaged") and "to step_00000002" in warning
+    lines = ended.err.splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning:") and "damaged" in line]
+    assert "step_00000004 is damaged" in warning and "to step_00000002" in warning
 
 
 def test_a_full_disk_is_a_warning_and_the_second_time_an_error(ended: Sessions) -> None:
@@ -282,6 +287,16 @@ def test_a_complete_run_says_so_and_a_lost_summary_is_made_good(ended: Sessions)
 def test_all_ranks_have_the_error_of_the_first(ended: Sessions) -> None:
     occupied = f"run_dir {ended.folder}/occupied cannot be written: is a file"  # lines may mix
     assert all(ended.err.count(f"rank {rank}: {occupied}") == 1 for rank in range(ended.ranks))
+
+
+def test_all_ranks_roll_back_together(ended: Sessions) -> None:
+    checkpoint = f"{ended.folder}/diverging/run/checkpoints/step_00000004"
+    line = f"rollback 1 of at most 1: back from step 6 to {checkpoint}, with the images"
+    assert ended.out.count(line) == 1
+    error = "loss/labeled is"  # at the next row
+    assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
+    found = [event["event"] for event in events(ended.folder / "diverging/run")]
+    assert found == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:

@@ -1,5 +1,6 @@
 """What a run leaves behind, and what the tools make of it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import yaml
 
 from mpl_fast.config import RunConfig, UDAConfig
 from mpl_fast.errors import ConfigError, OutputError, run_command
+from mpl_fast.training.curves import read
 from mpl_fast.training.run_dir import RunDir
 from mpl_fast.training.tensorboard import Board
-from tests.tiny_run import ROOT, arguments, final_state, rows, run_here, train_here
+from tests.tiny_run import ROOT, arguments, events, final_state, rows, run_here, train_here
 from tools.evaluate import main as evaluate_command
 from tools.plot import main as plot_command
 
@@ -41,6 +44,12 @@ def test_everything_promised_is_there(finished: Path) -> None:
     assert list((finished / "tensorboard").glob("events.out.tfevents*"))
     kept = sorted(p.name for p in (finished / "checkpoints").iterdir())
     assert kept == ["step_00000004", "step_00000006"]
+    status = json.loads((finished / "status.json").read_text())
+    assert status["state"] == "complete" and status["step"] == status["steps"] == 6
+    assert status["top1"] == summary["top1"] and status["images_per_second"] > 0
+    found = [(event["step"], event["event"]) for event in events(finished)]
+    checkpoints = [(step, "checkpoint") for step in (2, 4, 6)]
+    assert found == [(0, "started"), *checkpoints, (6, "complete")]
 
 
 def test_rows_say_what_happened(finished: Path) -> None:
@@ -68,30 +77,135 @@ def test_a_file_system_without_locks_is_not_a_run_in_use(
     RunDir(replace(config, lock=False)).close()
 
 
-@pytest.mark.parametrize("limit", [10, 3_000])
-def test_a_full_disk_is_an_output_error(limit: int, tmp_path: Path) -> None:
-    """At the start of a run or later; it neither blocks nor is the error of a library."""
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """As on a disk that is full: no file can become larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(OutputError, match="File too large"):
-            run_dir = RunDir(RunConfig(run_dir=str(tmp_path / "run"), algorithm=UDAConfig()))
-            run_dir.resume_at(0)
-            for step in range(1000):
-                run_dir.row(step, {"loss/labeled": 0.5})
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return RunConfig(run_dir=str(tmp_path / "run"), algorithm=UDAConfig())
+
+
+def test_a_full_disk_at_the_start_is_an_output_error(config: RunConfig) -> None:
+    with file_size_limit(10), pytest.raises(OutputError, match="File too large"):
+        RunDir(config)
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "mpl_fast.atomic.sync_folder"])
+def test_an_io_error_at_the_start_is_an_output_error(
+    call: str, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(file: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(call, fails)
+    with pytest.raises(OutputError, match=r"run: Input/output error$"):
+        RunDir(config)
+
+
+def test_a_full_disk_later_is_a_warning_and_no_row_is_lost(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The curves end, and neither they nor the rows are waited for."""
+    run_dir, folder = RunDir(config), Path(config.run_dir)
+    run_dir.resume_at(-1)
+    for outage in range(2):
+        with file_size_limit(3_000):
+            for step in range(100 * outage, 100 * outage + 90):
+                run_dir.row(step, {"loss/labeled": 0.5})
+            run_dir.sync()
+        for step in range(100 * outage + 90, 100 * outage + 100):
+            run_dir.row(step, {"loss/labeled": 0.5})
+    run_dir.close()
+    assert [row["step"] for row in rows(folder)] == [*range(200)]
+    warnings = capsys.readouterr().err.splitlines()
+    reason = "cannot be written (File too large): "
+    metrics = f"warning: {folder}/metrics.jsonl {reason}its rows wait in memory"
+    curves = f"warning: {folder}/tensorboard {reason}no curves are drawn until the run is resumed; "
+    assert sorted(warnings) == [metrics, metrics, f"{curves}metrics.jsonl has all rows"]
+
+
+def test_rows_that_can_never_be_written_end_the_run(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpl_fast.training.run_dir.HELD_BACK", 2_000)
+    run_dir = RunDir(config)
+    run_dir.resume_at(-1)
+    wanted = r"metrics\.jsonl: File too large"
+    with file_size_limit(1_000):
+        with pytest.raises(OutputError, match=wanted):
+            for step in range(1000):
+                run_dir.row(step, {"loss/labeled": 0.5})
+        with pytest.raises(OutputError, match=wanted):
+            run_dir.close()
+
+
+FOREIGN = [
+    b"my own line",
+    b'{"step": "a"}',
+    b'{"step": 1, "note": "x"}',
+    b"[1]",
+    b"\xff\0",
+    b"[" * 9999,
+]
+ROW, LATER = b'{"step": 4, "loss/labeled": 0.5}', b'{"step": 5, "loss/labeled": 0.5}'
+
+
+def test_a_foreign_line_in_the_metrics_is_passed_over_and_kept(config: RunConfig) -> None:
+    run_dir, file = RunDir(config), Path(config.run_dir) / "metrics.jsonl"
+    kept = b"\n".join([*FOREIGN, ROW, b""])
+    file.write_bytes(kept + LATER + b"\n" + ROW[:-4])
+    assert read(file.parent) == {"loss/labeled": [(4, 0.5), (5, 0.5)]}
+    run_dir.resume_at(4)
+    run_dir.close()
+    assert file.read_bytes() == kept
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"top1": null}', b"\xff", b"[" * 9999])
+def test_a_damaged_summary_is_none(content: bytes, config: RunConfig) -> None:
+    """A run that is complete then writes it again."""
+    with contextlib.closing(RunDir(config)) as run_dir:
+        (run_dir.path / "summary.json").write_bytes(content)
+        assert run_dir.summary() is None
+        (run_dir.path / "summary.json").write_bytes(b'{"top1": 50.0}')
+        assert run_dir.summary() == {"top1": 50.0}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a", b"a: [", b"\xff", b"2001-99-99", b"? [a]\n: b", b"~: 1"]
+)
+def test_a_damaged_config_is_one_line(content: bytes, config: RunConfig) -> None:
+    file = Path(config.run_dir) / "config.yaml"
+    (file.parent / "checkpoints/step_00000004").mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=config.run_dir) as caught:
+        RunDir(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = [{"git_commit": name} for name in ("a1", None, "a1", "a1", "b2")]
+    found = []
+    for environment in environments:
+        monkeypatch.setattr("mpl_fast.training.run_dir.environment", lambda e=environment: e)
+        with contextlib.closing(RunDir(config)) as run_dir:
+            found.append(run_dir.other_commit())
+    warning = "resumed with another program: the git commit was a1 and is b2"
+    assert found == ["", "", "", "", warning]
 
 
 def test_curves_on_a_full_disk_are_an_oserror(tmp_path: Path) -> None:
-    board, before = Board(tmp_path, 1), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            for step in range(1000):
-                board.row(step, {"loss/labeled": 0.5})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    board = Board(tmp_path, 1)
+    with file_size_limit(1_000), pytest.raises(OSError, match="File too large"):
+        for step in range(1000):
+            board.row(step, {"loss/labeled": 0.5})
 
 
 @pytest.mark.parametrize(

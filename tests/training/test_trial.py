@@ -1,6 +1,8 @@
 """What a network does not take is one line before a run begins, and nothing else is refused."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from mpl_fast.config import DataConfig, FixMatchConfig, ModelConfig, RunConfig, SupervisedConfig
 from mpl_fast.config.command_line import parse
 from mpl_fast.errors import ConfigError
-from mpl_fast.training.trial import check_evaluation, check_training
-from tests.tiny_run import ROOT
+from mpl_fast.training.trial import check_evaluation, check_training, memory_errors
+from tests.tiny_run import ROOT, arguments, train_here
 
 
 def config(name: str, side: int, labeled: int = 2) -> RunConfig:
@@ -81,3 +83,42 @@ def test_a_network_that_is_no_classifier(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     with pytest.raises(ConfigError, match=r"its output is \(2, 3, 8, 8\), not \(2, 10\)"):
         check_training(config("resnet18", 8), 10, 1)
+
+
+@pytest.mark.slow
+def test_full_memory_names_the_options_that_help(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has")
+
+    monkeypatch.setattr("mpl_fast.training.run.train_step", step)
+    done = train_here(*arguments(tmp_path / "run", tiny_rec))
+    assert done.returncode == 2
+    line = (
+        "memory is full (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 "
+        "has): lower --labeled-batch (now 4), or lower --unlabeled-batch (now 8), or raise "
+        "--microbatches (now 1), or set --algorithm.teacher_graph recompute, or lower --eval-batch "
+        "(now 16) if it was evaluating; the same command with --dry-run prints what a step needs"
+    )
+    assert done.stderr == f"train: error: {line}\n"
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["error"]) == ("failed", line)
+    assert re.search(
+        r"checkpoints have [\d.]+ MB each, at most 3 at a time: [\d.]+ MB; ", done.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (MemoryError(), True),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_full_memory_is(error: Exception, full: bool) -> None:
+    with pytest.raises(ConfigError if full else type(error)), memory_errors(RunConfig()):
+        raise error

@@ -1,11 +1,12 @@
 """Measures what a user waits for: --help, and the first step, compiled cold and warm.
 
-Each number is of a process of its own, from its start. A first step ends when its row of metrics is
-written. Cold: nothing has been compiled before. Warm: another run directory, with the compile
+Each number is of a process of its own, from its start. A first step ends when its checkpoint is
+begun. Cold: nothing has been compiled before. Warm: another run directory, with the compile
 caches that the cold run left. Resume: the warm run goes on from its checkpoint, for one step more.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -113,14 +114,17 @@ class Starts:
         }
 
     def _until(self, step: int, run: Path, mode: str, caches: Path) -> float:
-        """Trains until a step, whose row is the last that is written before the checkpoint."""
+        """Trains until a step, at whose end a checkpoint is begun."""
         given = self._training | {"run-dir": run, "stop-at": step, "compile": mode}
         # Places that are given stay, whatever a run would choose.
         places = {variable: str(caches / name) for variable, name in CACHES.items()}
         places |= self._environment
         began = time.time()
         run_train(*(f"--{name}={value}" for name, value in given.items()), **places)
-        return (run / "metrics.jsonl").stat().st_mtime - began
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        saved = [line for line in lines if line.get("event") == "checkpoint"][-1]
+        seconds: float = saved["time"] - saved["seconds"] - began
+        return seconds
 
 
 def rows(seconds: Mapping[str, Sequence[float]]) -> list[Row]:

@@ -1,0 +1,93 @@
+"""A run that diverges goes back to its newest checkpoint and on with other images."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mpl_fast.batch import Batch
+from mpl_fast.data.loader import TrainLoader
+from tests.algorithms.problems import assert_same
+from tests.tiny_run import arguments, events, final_state, rows, train_here
+
+pytestmark = pytest.mark.slow
+BAD = (5, 6)  # batches
+ROLLBACK = ("--on-spike", "rollback")
+
+
+@pytest.fixture
+def options(tiny_rec: Path) -> list[str]:
+    """Dropout would differ: its generator goes on as the images do."""
+    return ["--log-every", "1", "--algorithm.learner.dropout", "0", "--steps", "8"]
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Batch]]:
+    """All that loaders have returned."""
+    returned: list[Batch] = []
+    real = TrainLoader.__next__
+
+    def recorded(self: TrainLoader) -> Batch:
+        returned.append(real(self))
+        return returned[-1]
+
+    monkeypatch.setattr(TrainLoader, "__next__", recorded)
+    yield returned
+
+
+def test_it_ends_as_if_the_bad_images_had_not_been_there(
+    tiny_rec: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, count = TrainLoader.__next__, 0
+
+    def with_bad_ones(self: TrainLoader) -> Batch:
+        nonlocal count
+        count += 1
+        batch = real(self)
+        if count in BAD:
+            batch.labeled.fill_(math.nan)
+        return batch
+
+    def without_them(self: TrainLoader) -> Batch:
+        nonlocal count
+        count += 1
+        while count in BAD:
+            real(self)
+            count += 1
+        return real(self)
+
+    monkeypatch.setattr("mpl_fast.training.run.MAX_SKIPPED_IN_A_ROW", len(BAD))
+    again, other = tmp_path / "again", tmp_path / "other"
+    monkeypatch.setattr(TrainLoader, "__next__", with_bad_ones)
+    done = train_here(*arguments(again, tiny_rec, recipe="uda"), *options, *ROLLBACK)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not finite: the last 2 updates of the learner up to step 6") == 1
+    line = f"rollback 1 of at most 3: back from step 6 to {again}/checkpoints/step_00000004, with"
+    assert done.stdout.count(line) == 1
+    assert [r["step"] for r in rows(again) if "train_seconds" in r] == [*range(1, 9)]
+    found = [(e["step"], e["reached"]) for e in events(again) if e["event"] == "rollback"]
+    assert found == [(4, 6)]
+    count = 0
+    monkeypatch.setattr(TrainLoader, "__next__", without_them)
+    straight = train_here(*arguments(other, tiny_rec, recipe="uda"), *options)
+    assert straight.returncode == 0, straight.stderr
+    ends, wanted = (final_state(folder, 8) for folder in (again, other))
+    assert (ends.pop("rollbacks"), wanted.pop("rollbacks")) == (1, 0)
+    assert_same(ends, wanted, ignore=("seconds",))
+
+
+def test_a_spike_of_the_loss_and_the_last_rollback(
+    tiny_rec: Path, tmp_path: Path, options: list[str], batches: list[Batch]
+) -> None:
+    """With this factor every row is a spike as soon as there is a median, of five rows."""
+    given = [*arguments(tmp_path / "run", tiny_rec, recipe="uda"), *options, *ROLLBACK]
+    done = train_here(*given, "--spike-factor", "1e-9", "--rollbacks", "2")
+    assert done.returncode == 5
+    assert done.stdout.count(f"{tmp_path}/run/checkpoints/step_00000004, with the images") == 2
+    last = done.stderr.splitlines()[-1]
+    assert "loss/labeled is" in last and "up to step 5, over 1e-09 times its median" in last
+    labels = [tuple(batch.truth.tolist()) for batch in batches]
+    assert len(batches) == 6 + 1 + 1 and len({*labels}) == len(labels)
+    state = final_state(tmp_path / "run", 4)
+    assert state["rollbacks"] == 0  # it was written before
