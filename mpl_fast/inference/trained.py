@@ -18,12 +18,12 @@ from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.training.build import build_network, uses_bf16
 from mpl_fast.training.checkpoint import (
-    State,
     evaluated,
     no_class_names,
     read_checkpoint,
     step_of,
 )
+from mpl_fast.training.saving import State
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from mpl_fast.training.build import (
 )
 from mpl_fast.training.checkpoint import (
     Checkpoints,
-    State,
     check_same_classes,
     checkpoints_in,
     load_start,
@@ -43,6 +42,7 @@ from mpl_fast.training.evaluate import accuracy_line, evaluate
 from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache, open_for, other_images
+from mpl_fast.training.saving import State
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training
