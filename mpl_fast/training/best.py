@@ -6,7 +6,8 @@ from mpl_fast.config import RunConfig
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import CheckpointError
-from mpl_fast.training.checkpoint import Checkpoints, State
+from mpl_fast.training.checkpoint import Checkpoints
+from mpl_fast.training.saving import State
 
 
 class Best:

@@ -224,18 +224,17 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     A collective: the first rank reads. Raises `CheckpointError` if that is not possible, which is
     no damage.
     """
-    found: tuple[Path | None, list[str]] | None = None
-    failure: CheckpointError | None = None
+    found: tuple[Path | None, list[str]] | CheckpointError | None = None
     if rank() == 0:
         try:
             found = _newest(folder)
         except OSError as error:
-            failure = _not_read(error, folder)
+            found = _not_read(error, folder)
         except CheckpointError as error:
-            failure = error
-    found, failure = broadcast_object((found, failure))
-    if failure:
-        raise failure
+            found = error
+    found = broadcast_object(found)
+    if isinstance(found, CheckpointError):
+        raise found
     assert found is not None
     return found
 

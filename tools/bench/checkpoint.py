@@ -138,13 +138,13 @@ class Disk:
     def plain_write(self) -> None:
         """The same bytes to one file, synced."""
         with self._plain.open("wb") as file:
-            file.write(self.content.numpy())
+            file.write(self.content.numpy().data)
             file.flush()
             os.fsync(file.fileno())
 
     def plain_hash(self) -> None:
         """SHA-256 of the same bytes."""
-        hashlib.sha256(self.content.numpy()).digest()
+        hashlib.sha256(self.content.numpy().data).digest()
 
 
 def rows(seconds: Mapping[str, Sequence[float]], size: int) -> list[Row]:
