@@ -25,6 +25,8 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
+from mpl_fast.models.weights_file import reason
+from mpl_fast.untrusted import file_in, json_value
 
 FORMAT = "mpl_fast.checkpoint/1"
 State = dict[str, Any]
@@ -160,10 +162,21 @@ def step_of(checkpoint: Path) -> int:
 def read_shared(checkpoint: Path) -> State:
     """The state of a checkpoint that all ranks share. Raises `CheckpointError` if it is gone: a
     run that still trains removes its old ones."""
+    file = checkpoint / "state.pt"
     try:
-        return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+        shared: State = renamed(_read(file), CHECKPOINT_KEYS)
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {error.strerror}; run the command again") from None
+    learners, names = shared.get("learners"), shared.get("classes", [])
+    if not isinstance(learners, dict) or not all(
+        isinstance(one, dict) and {"network", "average"} <= one.keys() for one in learners.values()
+    ):
+        raise CheckpointError(f"{file} is not of this program: it has no learners")
+    if not learners or not {*shared.get("eval_ensemble", ())} <= learners.keys():
+        raise CheckpointError(f"{file} is not of this program: it lacks a learner")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file} is not of this program: its classes are no list of names")
+    return shared
 
 
 def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
@@ -332,21 +345,35 @@ def _write(path: Path, state: State) -> dict[str, Any]:
 
 
 def _read(path: Path) -> State:
-    loaded: State = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded
+    """A file of a checkpoint. Raises `CheckpointError`, without executing anything, if another
+    program wrote it; its checksum has been checked before."""
+    try:
+        loaded: State = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise TypeError(f"a {type(loaded).__name__}")
+        return loaded
+    except OSError:
+        raise
+    except Exception as error:  # the reader can raise anything; its advice is to execute pickles
+        raise CheckpointError(
+            f"{path} is not of this program ({reason(error)}), and nothing in it was executed: "
+            "use the checkpoint of a run that you trust"
+        ) from None
 
 
 def _damage(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
-        about = json.loads((checkpoint / "checkpoint.json").read_text())
+        about = json_value((checkpoint / "checkpoint.json").read_text())
         if about["format"] != FORMAT:
             return f"checkpoint.json: format {about['format']!r} is not {FORMAT!r}"
+        for name in ["state.pt", *(f"rank_{rank}.pt" for rank in range(about["world"]))]:
+            about["files"][name]  # what is not listed has no checksum
         for name, file in about["files"].items():
-            if atomic.sha256_of(checkpoint / name) != file["sha256"]:
+            if atomic.sha256_of(file_in(checkpoint, name)) != file["sha256"]:
                 return f"{name}: its content does not have the checksum it was written with"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "checkpoint.json: not readable"
     return None

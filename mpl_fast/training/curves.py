@@ -1,12 +1,12 @@
 """Learning curves of runs as one picture, from their metrics.jsonl."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError, output_errors
+from mpl_fast.untrusted import json_value
 
 PANELS = {
     "eval/top1": "held-out top-1 (%)",
@@ -74,7 +74,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            row = json_value(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:

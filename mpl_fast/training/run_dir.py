@@ -22,6 +22,7 @@ from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.curves import read_rows
 from mpl_fast.training.metrics import Row
+from mpl_fast.untrusted import json_value, yaml_value
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
@@ -136,7 +137,7 @@ def keep_compile_cache(config: RunConfig) -> None:
 def _sessions(file: Path) -> list[Any]:
     """Earlier sessions listed in env.json; none if the file is unreadable."""
     try:
-        latest = json.loads(file.read_text())
+        latest = json_value(file.read_text())
         return [*latest.pop("earlier_sessions"), latest]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -244,10 +245,12 @@ def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[st
         for c in (RunConfig(algorithm=type(config.algorithm)()), config)
     )
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    return defaults | current_options(_flat(tree or {})), new
+        tree = yaml_value(file)
+        if not isinstance(tree, dict):
+            raise ValueError("no keys and values")
+    except ValueError as error:
+        raise ConfigError(f"{file} is not YAML that is read here: {error}") from None
+    return defaults | current_options(_flat(tree)), new
 
 
 def _shown(values: dict[str, Any], key: str) -> str:
