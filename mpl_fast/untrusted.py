@@ -42,24 +42,24 @@ def yaml_node(file: Path) -> "yaml.Node | None":
     with file.open("rb") as stream:
         content = stream.read(YAML_BYTES + 1)
     if len(content) > YAML_BYTES:
-        raise ValueError(f"more than {YAML_BYTES} bytes")
+        raise ValueError(f"{file}: more than {YAML_BYTES} bytes are no config")
     try:
-        loader = yaml.SafeLoader(content.decode("utf-8"))
+        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
         loader.name = str(file)  # errors name it, with line and column
         tree = loader.get_single_node()
     except RecursionError:
-        raise ValueError("nested too deep") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(f"{file}: nested too deep") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     waiting, count = [tree] if tree else [], 0
     while waiting:
         node = waiting.pop()
         count += 1
-        line = f"line {node.start_mark.line + 1}"
+        where = f"{file}:{node.start_mark.line + 1}"
         if count > YAML_VALUES:
-            raise ValueError(f"{line}: more than {YAML_VALUES} values, with those of aliases")
+            raise ValueError(f"{where}: more than {YAML_VALUES} values, with those of aliases")
         if node.tag not in YAML_TAGS:
-            raise ValueError(f"{line}: the tag {node.tag} is not read: remove it")
+            raise ValueError(f"{where}: the tag {node.tag} is not read: remove it")
         if isinstance(node, yaml.MappingNode):
             waiting += [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
@@ -74,5 +74,5 @@ def yaml_value(file: Path) -> Any:
     tree = yaml_node(file)
     try:
         return yaml.constructor.SafeConstructor().construct_document(tree) if tree else None
-    except (yaml.YAMLError, OverflowError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except (yaml.YAMLError, OverflowError, ValueError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from None

@@ -247,7 +247,7 @@ def yaml_file(file: str, option: str = "--config") -> dict[str, Given]:
     except OSError as error:
         raise ConfigError(f"{option} {file}: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"{file} is not YAML that is read here: {error}") from None
+        raise ConfigError(str(error)) from None
     if tree is None:
         raise ConfigError(f"{file} is empty")
     if not isinstance(tree, yaml.MappingNode):

@@ -167,13 +167,7 @@ def read_shared(checkpoint: Path) -> State:
         shared: State = renamed(_read(file), CHECKPOINT_KEYS)
     except OSError as error:
         raise CheckpointError(f"{checkpoint}: {error.strerror}; run the command again") from None
-    learners, names = shared.get("learners"), shared.get("classes", [])
-    if not isinstance(learners, dict) or not all(
-        isinstance(one, dict) and {"network", "average"} <= one.keys() for one in learners.values()
-    ):
-        raise CheckpointError(f"{file} is not of this program: it has no learners")
-    if not learners or not {*shared.get("eval_ensemble", ())} <= learners.keys():
-        raise CheckpointError(f"{file} is not of this program: it lacks a learner")
+    names = shared.get("classes", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{file} is not of this program: its classes are no list of names")
     return shared
@@ -187,7 +181,7 @@ def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
             learner.load_state_dict(shared["learners"][name])
         for name, value in algorithm.state.items():
             value.copy_(shared["algorithm"][name])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, KeyError) and error.args == ("algorithm",):
             names = ", ".join(algorithm.state)
             raise CheckpointError(
@@ -313,13 +307,19 @@ def find_checkpoint(
 def evaluated(shared: State, *, average: bool = True) -> dict[str, tuple[str, State]]:
     """The networks that a run evaluates, by learner: "average" or "network", and its state dict.
 
-    Without `average`, networks themselves in place of their averages.
+    Without `average`, networks themselves in place of their averages. Raises `CheckpointError` for
+    the state of another program.
     """
     found = {}
-    for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
-        state = shared["learners"][name]
-        kind = "average" if average and state["average"] is not None else "network"
-        found[name] = kind, state[kind]
+    try:
+        for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
+            state = shared["learners"][name]
+            kind = "average" if average and state["average"] is not None else "network"
+            if not isinstance(state[kind], dict):
+                raise TypeError(f"{kind} of {name} is no state dict")
+            found[name] = kind, state[kind]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"state.pt is not of this program: no networks ({error})") from None
     return found
 
 

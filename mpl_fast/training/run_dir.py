@@ -247,9 +247,9 @@ def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[st
     try:
         tree = yaml_value(file)
         if not isinstance(tree, dict):
-            raise ValueError("no keys and values")
+            raise ValueError(f"{file} is not YAML of keys and values")
     except ValueError as error:
-        raise ConfigError(f"{file} is not YAML that is read here: {error}") from None
+        raise ConfigError(str(error)) from None
     return defaults | current_options(_flat(tree)), new
 
 
