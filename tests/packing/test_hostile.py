@@ -1,10 +1,8 @@
 """Sources and packs that somebody made to do harm: one line, nothing outside, bounded memory."""
 
-import io
 import json
 import sqlite3
 import struct
-import tarfile
 import tracemalloc
 import zipfile
 import zlib
@@ -174,24 +172,6 @@ def test_a_label_in_the_millions_takes_no_memory(tmp_path: Path, kind: str) -> N
 
 
 # Archives.
-
-
-def nested(depth: int) -> bytes:
-    data, name = jpeg(0), "x.jpg"
-    for _ in range(depth):
-        stream = io.BytesIO()
-        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            item = tarfile.TarInfo(name)
-            item.size = len(data)
-            tar.addfile(item, io.BytesIO(data))
-        data, name = stream.getvalue()[: 1024 + len(data) + -len(data) % 512 + 1024], "a.tar"
-    return data
-
-
-def test_tars_in_tars(tmp_path: Path) -> None:
-    (tmp_path / "deep.tar").write_bytes(nested(1500))
-    line = refuse("--src", tmp_path / "deep.tar", "--out", tmp_path / "out", *HOW, status=4)
-    assert line.endswith("a.tar is in more than 100 folders or tars")
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz", "w:bz2"])
