@@ -132,13 +132,13 @@ ESCAPED = r"\x1b]0;own\x07\x1b[31m\rx\x9b2J\x7f\u202egpj.\u2028y\tz\n"
 # Commands, by what each needs before it looks at a folder with a name from somewhere.
 COMMANDS = {
     "mpl_fast/train.py": ["--config"],
-    "tools/contact_sheet.py": ["--out", "x.png", "--config"],
+    "tools/contact_sheet.py": ["--out", "x.png"],
     "tools/demo.py": [],
     "tools/evaluate.py": [],
-    "tools/export.py": ["--out", "x.safetensors"],
+    "tools/export.py": ["--out", "model.safetensors"],
     "tools/make_rec.py": ["verify"],
     "tools/plot.py": ["--out", "x.png"],
-    "tools/predict.py": ["--out", "x.csv", "images"],
+    "tools/predict.py": ["--out", "x.csv", "--keep", "0.5", EVIL],
     "tools/report.py": ["--out", "x.html"],
     "tools/sweep.py": ["--ranges", "x", "--out", "x", "--config"],
 }

@@ -160,7 +160,7 @@ def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
         whole, size, start = _long_values(extra, whole, size, start)
         is_link = system == _UNIX and attributes >> 16 & 0o170000 == _LINK
         total += size
-        if total > length_of_file:  # one range as many members, each to be decompressed
+        if size <= length_of_file < total:  # one range as many members, each to be decompressed
             raise DataError(f"{archive}: damaged zip archive: its members overlap")
         yield _Member(_text(name, flags), flags, method, is_link, start + shift, size, whole)
 
