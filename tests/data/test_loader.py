@@ -210,7 +210,7 @@ def test_a_state_of_something_else_is_refused(
         state["made_with"] = "[" * 100_000
     else:
         state["labeled"] = b"x" * 99 if damage == "no bytes of DALI" else state["labeled"][:-9]
-    with pytest.raises(CheckpointError, match="the data position .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"the data position .* is damaged"):
         train_loader(manifest, state=state)
 
 
