@@ -43,9 +43,9 @@ def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> Pr
     makes RGB JPEGs of CMYK JPEG, of another kind named as JPEG, of one that DALI cannot always
     decode, and of the decodable rest of damaged images.
     """
-    if fault := too_many_pixels(image, how.max_pixels):  # nothing of it is decoded, to convert it
+    if large := too_many_pixels(image, how.max_pixels):  # nothing of it is decoded, to convert it
         skipped = how.on_bad == "skip"
-        return ProcessedImage(None, fault, ACTIONS["skip" if skipped else "fail"])
+        return ProcessedImage(None, large, ACTIONS["skip" if skipped else "fail"])
     try:
         oddity = _oddity(image, name) if how.on_bad == "convert" else ""
         size = _smaller_size(image, how)
