@@ -132,7 +132,7 @@ ESCAPED = r"\x1b]0;own\x07\x1b[31m\rx\x9b2J\x7f\u202egpj.\u2028y\tz\n"
 # Commands, by what each needs before it looks at a folder with a name from somewhere.
 COMMANDS = {
     "mpl_fast/train.py": ["--config"],
-    "tools/contact_sheet.py": ["--out", "x.png"],
+    "tools/contact_sheet.py": ["rec", "--out", "x.png", "--config"],
     "tools/demo.py": [],
     "tools/evaluate.py": [],
     "tools/export.py": ["--out", "model.safetensors"],

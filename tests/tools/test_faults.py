@@ -123,6 +123,7 @@ def test_a_small_campaign(tmp_path: Path) -> None:
     """One kill of a run and one of a pack, in processes as users have them."""
     out = tmp_path / "out"
     words = ["--out", str(out), "--kills", "1", "--ranks", "1", "--recipes", "supervised"]
+    words += ["--seed", "13"]  # whose first cases have one kill each
     for _ in range(2):  # the second time, nothing is left to do
         done = run_here(lambda: exit(main()), [*words, "--only", "packing;kills"])
         assert done.returncode == 0, done.stdout
@@ -130,5 +131,5 @@ def test_a_small_campaign(tmp_path: Path) -> None:
     assert result["failed"] == []
     for kind in ("kills", "packing"):
         assert result["counts"][kind]["kills"] >= 1 and result["counts"][kind]["passed"] >= 1
-    assert done.stdout.count("passed ") == 2  # both lines of counts
+    assert "passed kill" not in done.stdout and "kills: 1 passed, 0 failed" in done.stdout
     assert asdict(read_cases(out / "cases.jsonl")["kill 0000"])["outcome"] == "passed"

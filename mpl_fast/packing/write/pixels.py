@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PIXEL_LIMIT = 1 << 28  # of one image; as RGB that is 805 MB
 _PNM_SIZE = re.compile(rb"P[56](?:\s|#[^\n]*\n)+(\d{1,9})\s+(\d{1,9})\s")
+# OpenCV reads it when it is imported, wherever that is.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXEL_LIMIT))
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # mark, chunk type, width, height, bits, color type
 _GRAY_PNG = (0, 4)  # color types: gray, gray with alpha
 
@@ -284,7 +286,6 @@ def _check_chunks(image: bytes | memoryview) -> None:
 @cache
 def _opencv() -> ModuleType:
     """Return OpenCV limited to one thread, since every core has a worker already."""
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXEL_LIMIT))  # read at import
     import cv2
 
     cv2.setNumThreads(1)
