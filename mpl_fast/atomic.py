@@ -73,6 +73,7 @@ def atomic_path(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """
     temporary = temporary or path.with_name(f"{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # left by a kill; a link would lead out of the folder
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

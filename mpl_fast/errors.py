@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,11 @@ STDERR = 2  # file descriptor
 ANY_TEXT = "mpl_fast.any_text"
 # Of a disk, in any file: never the error of a program.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+# What a terminal obeys, what ends a line, and what reverses the direction of text.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# On a stream, lines and tabs are the program's own, as is what it replaces a line with.
+_STREAM_CONTROL = re.compile(r"(?![\t\n])" + _CONTROL.pattern)
+_LINE_START = re.compile(r"(\r|\x1b\[K)*")
 
 
 class UserError(Exception):
@@ -64,7 +70,8 @@ def run_command(program: str, command: Callable[[], int | None], interrupted: st
 
     If its stdout or stderr is closed early, as by ``| head -1``, the command continues without it;
     a stdout that cannot be written is an `OutputError`. The name of a file that is not UTF-8 is
-    printed as it is; another character that the encoding of stdout lacks, as its number: ``\\xb1``.
+    printed as it is; another character that the encoding of stdout lacks, as its number: ``\\xb1``;
+    so are control characters, which only a name from data can have here: see `printable`.
     """
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     try:
@@ -92,7 +99,7 @@ def _guarded(stream: TextIO) -> TextIO:
     """The same stream through `_Output`, if it is a stream of the process."""
     if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
         return stream
-    return io.TextIOWrapper(
+    return _Printed(
         io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
         encoding=stream.encoding,
         errors=stream.errors if stream.errors == "backslashreplace" else ANY_TEXT,
@@ -116,6 +123,15 @@ def _any_text(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(ANY_TEXT, _any_text)
 
 
+class _Printed(io.TextIOWrapper):
+    """A stream on which a name cannot move the cursor, color the text or retitle the window."""
+
+    def write(self, text: str, /) -> int:
+        own = _LINE_START.match(text)
+        begun = own.end() if own else 0
+        return super().write(text[:begun] + _STREAM_CONTROL.sub(_escape, text[begun:]))
+
+
 class _Output(io.FileIO):
     """Standard output or error until it cannot be written; from then on, /dev/null."""
 
@@ -129,13 +145,25 @@ class _Output(io.FileIO):
             raise OutputError(f"standard output: {error.strerror}") from error
 
 
+def printable(text: str) -> str:
+    r"""Text as one line, with ``\x1b`` and the like in place of control characters.
+
+    For all that is printed with a name from data in it: a file name may have any of them.
+    """
+    return _CONTROL.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
 def fail(program: str, error: UserError) -> NoReturn:
     """Prints ``PROGRAM: error: ...`` to stderr, on one rank of each machine, and exits.
 
     Not on one of all ranks: records or a GPU may be missing on another machine than the first.
     """
     if error.alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {printable(str(error))}", file=sys.stderr, flush=True)
     else:
         # torchrun ends all ranks as soon as one has failed: let the one that prints be the first.
         time.sleep(RANK_DELAY)

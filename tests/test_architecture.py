@@ -4,7 +4,7 @@ The order, from top to bottom; a unit imports only units below it:
 
     train | sweep -> report -> inference | dry_run -> training -> algorithms -> learner
           -> losses | models | packing -> kernels | data -> batch | config | distributed
-          -> errors | atomic | first_few
+          -> errors | atomic | first_few | untrusted
 """
 
 import ast
@@ -26,7 +26,7 @@ LAYERS = [
     {"losses", "models", "packing"},
     {"kernels", "data"},
     {"batch", "config", "distributed"},
-    {"errors", "atomic", "first_few"},
+    {"errors", "atomic", "first_few", "untrusted"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})

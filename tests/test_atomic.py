@@ -39,6 +39,15 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    """It could be in a folder that somebody else has packed."""
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "mine")
+    atomic.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
+
+
 def test_sync_precedes_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace

@@ -1,14 +1,18 @@
 """Errors end a command with one line and an exit code."""
 
+import ast
 import errno
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mpl_fast.errors import ConfigError, fail, run_command
+from mpl_fast.errors import ConfigError, UserError, fail, printable, run_command
 from tests.tiny_run import ROOT, TRAIN, write_digits
 
 
@@ -135,3 +139,84 @@ def test_make_rec_prints_paths_in_any_encoding(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0 and printed in done.stdout, done.stderr
+
+
+EVIL = "\x1b]0;own\x07\x1b[31m\rx\x9b2J\x7f\u202egpj.\u2028y\tz\n"
+ESCAPED = r"\x1b]0;own\x07\x1b[31m\rx\x9b2J\x7f\u202egpj.\u2028y\tz\n"
+# Commands, by what each needs before it looks at a folder with a name from somewhere.
+COMMANDS = {
+    "mpl_fast/train.py": ["--config"],
+    "tools/contact_sheet.py": ["rec", "--out", "x.png", "--config"],
+    "tools/demo.py": [],
+    "tools/evaluate.py": [],
+    "tools/export.py": ["--out", "model.safetensors"],
+    "tools/make_rec.py": ["verify"],
+    "tools/plot.py": ["--out", "x.png"],
+    "tools/predict.py": ["--out", "x.csv", "--keep", "0.5", EVIL],
+    "tools/report.py": ["--out", "x.html"],
+    "tools/sweep.py": ["--ranges", "x", "--out", "x", "--config"],
+}
+
+
+def test_printable() -> None:
+    assert printable(EVIL) == ESCAPED
+    assert printable("é 画 \U0001f41d \udcff \u200d") == "é 画 \U0001f41d \udcff \u200d"
+
+
+def test_a_name_in_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fail("train", UserError(f"{EVIL}: no such file"))
+    assert capsys.readouterr().err == f"train: error: {ESCAPED}: no such file\n"
+
+
+def printed_by(command: Callable[[], object], file: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a command writes to stdout and stderr of its process, which are one file."""
+    with file.open("w", encoding="utf-8", newline="") as stream, monkeypatch.context() as patch:
+        for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+            patch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit):
+            command()
+        sys.stderr.flush()
+        sys.stdout.flush()
+    return file.read_text(encoding="utf-8")
+
+
+def test_a_name_on_a_stream_moves_no_cursor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of progress is replaced by the next one, as before."""
+    name = EVIL.replace("\t", "").rstrip()
+
+    def command() -> None:
+        print(name)
+        print(f"\r\x1b[Kstep 1 {name}", end="", flush=True)
+        print("packed 1", end="\x1b[K\r")
+
+    text = printed_by(lambda: run_command("x", command), tmp_path / "printed", monkeypatch)
+    shown = printable(name)
+    # In text mode \r is a line end.
+    assert text == f"{shown}\n\n\x1b[Kstep 1 {shown}packed 1\x1b[K\n"
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_escapes_what_it_names(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path, *COMMANDS[path], EVIL])
+    program = partial(runpy.run_path, str(ROOT / path), run_name="__main__")
+    text = printed_by(program, tmp_path / "printed", monkeypatch)
+    assert ESCAPED[:20] in text
+    assert not [c for c in text if c not in "\t\n" and not c.isprintable()]
+
+
+def test_every_command_is_run_by_what_escapes() -> None:
+    """All programs of the package and of tools/, by their source; and the list above has them."""
+    found = {}
+    for file in [*ROOT.glob("mpl_fast/*.py"), *ROOT.glob("tools/*.py")]:
+        if not file.is_symlink() and '__name__ == "__main__"' in file.read_text():
+            tree = ast.parse(file.read_text())
+            calls = {ast.unparse(c.func) for c in ast.walk(tree) if isinstance(c, ast.Call)}
+            found[str(file.relative_to(ROOT))] = "run_command" in calls
+    assert [path for path, runs in found.items() if not runs] == ["tools/moved.py"]
+    assert {path for path, runs in found.items() if runs} == {*COMMANDS}

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mpl_fast.errors import run_command
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 from mpl_fast.training.process import die_with_launcher
 
 USAGE = "predict.py RUN IMAGES --out FILE [--keep P] [--device auto|cpu|cuda] [--eval-batch N] ..."
@@ -22,10 +23,10 @@ parquet, webdataset shards ('DIR/{0000..0146}.tar'), one image, or all that make
 FILE has a row for each image, in the order of IMAGES (of folders: of their paths): image (its path
 in IMAGES, or its name in the pack), label, class, probability, the next classes (lists top_classes
 and top_probabilities; in CSV class_2, probability_2, ...), and error. A bad image (empty, cut
-short, of a kind that DALI does not decode) has an error in place of a prediction, and is a warning:
-the exit code stays 0 unless all are bad. A CSV cell that a spreadsheet would take for a formula (=,
-+, -, @, a tab or a line end first) begins with '. Bytes of a name that are not UTF-8 are \\xb1 in
-Parquet and JSON.
+short, of too many pixels, of a kind that DALI does not decode) has an error in place of a
+prediction, and is a warning: the exit code stays 0 unless all are bad. A CSV cell that a
+spreadsheet would take for a formula (=, +, -, @, a tab or a line end first) begins with '. Bytes of
+a name that are not UTF-8 are \\xb1 in Parquet and JSON.
 
 Where folders or records give classes that RUN has, the accuracy is printed."""
 
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     bad = "skip: images that DALI cannot decode have no prediction; convert: predict what OpenCV "
     add("--on-bad", choices=("skip", "convert"), default="skip", help=f"{bad}decodes of them: GIF, "
         "TIFF, AVIF, the rest of damaged ones, as make_rec.py pack does (skip)")  # fmt: skip
+    largest = f"an image of more, by its header, is bad and never decoded ({PIXEL_LIMIT})"
+    add("--max-pixels", type=int, default=PIXEL_LIMIT, metavar="N", help=largest)
     best = "best: of runs with checkpoint_best (newest)"
     add("--checkpoint", choices=("newest", "best"), default="newest", help=best)
     add("--force", action="store_true", help="replace FILE, and parts of another prediction")

@@ -29,6 +29,7 @@ from mpl_fast.config.fields import (
 from mpl_fast.config.run import RunConfig
 from mpl_fast.config.values import convert, metavar, ranges, wanted
 from mpl_fast.errors import ConfigError
+from mpl_fast.untrusted import yaml_node
 
 THEN_STEPS = 1000
 USAGE = f"""torchrun --nproc-per-node=8 mpl_fast/train.py --config configs/NAME.yaml --data.root REC
@@ -242,12 +243,11 @@ def _command_line(argv: Sequence[str]) -> dict[str, Given]:
 def yaml_file(file: str, option: str = "--config") -> dict[str, Given]:
     """The values of a YAML file, named by `option` in messages, by dotted key."""
     try:
-        with Path(file).open(encoding="utf-8") as stream:  # errors then name the file and line
-            tree = yaml.compose(stream, Loader=yaml.SafeLoader)
+        tree = yaml_node(Path(file))
     except OSError as error:
         raise ConfigError(f"{option} {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if tree is None:
         raise ConfigError(f"{file} is empty")
     if not isinstance(tree, yaml.MappingNode):

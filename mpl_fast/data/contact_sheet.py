@@ -13,12 +13,13 @@ from mpl_fast.data import pipelines
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.data.randaugment import strengthen
 from mpl_fast.data.records import NO_LABEL
-from mpl_fast.errors import ConfigError, output_errors
+from mpl_fast.errors import ConfigError, output_errors, printable
 
 Pixels = NDArray[np.uint8]
 GAP = 6  # pixels between tiles
 TITLE = 26  # pixels above them
 CLASS_NAME = 14  # pixels below each row
+LONGEST = 300  # characters of a class name that are measured
 MIN_TILE = 96  # pixels; smaller views are enlarged by a whole number
 
 
@@ -101,7 +102,7 @@ def _arrange(
         draw.text((GAP + across * column, 4), title, "black", ImageFont.load_default(15))
     for row, (line, name) in enumerate(zip(tiles, names, strict=True)):
         top = TITLE + down * row
-        shown = name
+        shown = printable(name[:LONGEST])
         while font.getlength(shown) > sheet.width - 2 * GAP:
             shown = f"{shown.removesuffix('...')[:-1]}..."
         draw.text((GAP, top + side), shown, "gray", font)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError
+from mpl_fast.untrusted import file_in, json_value
 
 FORMAT = "mpl_fast.rec/2"
 MANIFEST = "manifest.json"
@@ -62,13 +63,13 @@ def read_manifest(root: str | Path) -> Manifest:
         classes, titles = _read_classes(root, stored["classes"])
         shards = {shard["file"]: shard for shard in stored["shards"]}
         for name, shard in shards.items():
-            _require_size(root / name, shard["bytes"])
+            _require_size(file_in(root, name), shard["bytes"])
         splits = {
             name: _read_split(root, split, shards) for name, split in stored["splits"].items()
         }
         # Includes the sha256 of every file.
         content = json.dumps([stored["splits"], stored["shards"]], sort_keys=True)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise DataError(
             f"{root / MANIFEST}: damaged ({type(error).__name__}: {error}); pack again"
         ) from error
@@ -104,7 +105,7 @@ def load_manifest(root: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{root}: {error.strerror}") from error
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); pack again") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
@@ -149,9 +150,9 @@ def _read_split(
     root: Path, stored: Mapping[str, Any], shards: Mapping[str, Mapping[str, Any]]
 ) -> Split:
     own = [shards[name] for name in stored["shards"]]
-    index = root / stored["idx"]
+    index = file_in(root, stored["idx"])
     _require_sha256(index, stored["idx_sha256"])
-    listing = root / stored["lst"]
+    listing = file_in(root, stored["lst"])
     _read_file(listing, Path.stat)
     return Split(
         records=stored["records"],

@@ -19,6 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Split
 from mpl_fast.data.operations import FILL
+from mpl_fast.data.position import damaged
 from mpl_fast.data.randaugment import strengthen
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 READER = "reader"
 PADDING = 4  # pixels, of pad_crop
+RESTORE = "checkpoint"  # in messages of DALI about a state
+SHOWN = 200  # characters of them
 MAX_ASPECT = 16  # of the middle of an image that evaluation resizes
 
 
@@ -60,7 +63,8 @@ class Engine:
 def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: bool) -> Pipeline:
     """Builds an endless shuffled pipeline that returns (weak, [strong,] label).
 
-    Views are (batch, image_size, image_size, 3) normalized, labels (batch, 1) int64.
+    Views are (batch, image_size, image_size, 3) normalized, labels (batch, 1) int64. Raises
+    `CheckpointError` for a state that DALI cannot read.
     """
     pipeline = pipeline_def(_train_graph, enable_conditionals=True)(
         config,
@@ -71,7 +75,14 @@ def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: 
         enable_checkpointing=True,
         checkpoint=engine.checkpoint,
     )
-    pipeline.build()
+    try:
+        pipeline.build()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        text = " ".join(str(error).split())
+        # DALI has one type of errors for everything.
+        if engine.checkpoint is None or (isinstance(error, RuntimeError) and RESTORE not in text):
+            raise
+        raise damaged(f"...{text[-SHOWN:]}") from None
     return pipeline
 
 

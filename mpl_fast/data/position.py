@@ -8,6 +8,7 @@ from mpl_fast.config.aliases import current_options
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.data.operations import OPERATIONS, signature
 from mpl_fast.errors import CheckpointError
+from mpl_fast.untrusted import json_value
 
 Identity = Mapping[str, str | int | float]
 GRAPH = 2  # increase it when a DALI graph changes: positions saved before are then refused
@@ -42,6 +43,13 @@ def save_position(identity: Identity, states: Mapping[str, bytes]) -> dict[str, 
     return {MADE_WITH: json.dumps(identity, sort_keys=True), **states}
 
 
+def damaged(reason: object) -> CheckpointError:
+    """For a position that no version of this program has written."""
+    return CheckpointError(
+        f"the data position in the checkpoint is damaged ({reason}): start a new run"
+    )
+
+
 def stream_states(position: Mapping[str, str | bytes], identity: Identity) -> dict[str, bytes]:
     """The DALI states of a position. Raises CheckpointError unless it has this identity."""
     _check_same(_made_with(position), identity)
@@ -59,7 +67,10 @@ def began_of(position: Mapping[str, str | bytes]) -> int:
 
 
 def _made_with(position: Mapping[str, str | bytes]) -> dict[str, str | int | float]:
-    return {**EARLIER, **current_options(json.loads(position[MADE_WITH]))}
+    try:
+        return {**EARLIER, **current_options(json_value(position[MADE_WITH]))}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(error) from None
 
 
 def _check_same(before: Identity, identity: Identity, *, other_ranks: bool = False) -> None:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from mpl_fast.data.pipelines import Engine, encoded_pipeline
 from mpl_fast.data.stream import Output, cpu_threads, dali_gpu, data_error, run, shared
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.write.image_check import find_fault
+from mpl_fast.packing.write.image_check import find_fault, too_many_pixels
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 from mpl_fast.packing.write.process_image import process_image
 
 THREADS = 8  # that read files: disks answer many requests at a time
@@ -33,12 +35,17 @@ class Files(NamedTuple):
 
 
 def read_files(
-    batches: Iterable[range], read: Callable[[int], bytes], *, convert: bool
+    batches: Iterable[range],
+    read: Callable[[int], bytes],
+    *,
+    convert: bool,
+    max_pixels: int = PIXEL_LIMIT,
 ) -> Iterator[Files]:
     """Reads batches of images by place, ahead of their use.
 
     Left out is what is no image by its first bytes, of a kind that DALI does not decode, or cut
-    short. `convert` takes what OpenCV can decode of these, as ``--on-bad convert`` of a pack.
+    short, and what has more than `max_pixels` by its header. `convert` takes what OpenCV can decode
+    of these, but for the last, as ``--on-bad convert`` of a pack.
     """
 
     def load(place: int) -> tuple[bytes, str]:
@@ -48,8 +55,10 @@ def read_files(
             return b"", error.strerror or str(error)
         except DataError as error:
             return b"", str(error)
+        if fault := too_many_pixels(image, max_pixels):
+            return image, fault
         fault = find_fault(image, "header") or ""
-        return _converted(image, fault) if fault and convert else (image, fault)
+        return _converted(image, fault, max_pixels) if fault and convert else (image, fault)
 
     waiting: deque[tuple[range, list[Future[tuple[bytes, str]]]]] = deque()
 
@@ -70,8 +79,8 @@ def read_files(
             yield first()
 
 
-def _converted(image: bytes, fault: str) -> tuple[bytes, str]:
-    done = process_image(image, "", CONVERT)
+def _converted(image: bytes, fault: str, max_pixels: int = PIXEL_LIMIT) -> tuple[bytes, str]:
+    done = process_image(image, "", replace(CONVERT, max_pixels=max_pixels))
     return (image, done.reason or fault) if done.image is None else (done.image, "")
 
 

@@ -17,6 +17,7 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.first_few import counted
 from mpl_fast.inference.trained import Trained, resized_side
 from mpl_fast.training.evaluate import accuracy_line
+from mpl_fast.untrusted import json_value
 
 TAG = "mpl_fast"  # in a card: it was written here
 TASK = "image-classification"
@@ -225,7 +226,7 @@ def _training(trained: Trained, manifest: Manifest | None) -> list[str]:
 
 def _environment(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "env.json").read_text())
+        found = json_value((run / "env.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

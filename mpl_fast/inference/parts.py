@@ -3,6 +3,8 @@
 import fcntl
 import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from mpl_fast import distributed
 from mpl_fast.atomic import atomic_file, write_json
 from mpl_fast.errors import OutputError, UserError, output_errors
+from mpl_fast.untrusted import json_value
 
 _PLAN, _LOCK = "plan.json", ".lock"
 
@@ -65,8 +68,8 @@ class Parts:
     def _plan(self, plan: dict[str, Any], keys: Sequence[str], anew: bool) -> dict[str, Any]:
         file = self.folder / _PLAN
         if file.exists():
-            before: dict[str, Any] = json.loads(file.read_text())
-            other = [key for key in keys if before[key] != json.loads(json.dumps(plan[key]))]
+            before = _stored(file)
+            other = [key for key in keys if before.get(key) != json.loads(json.dumps(plan[key]))]
             if not other:
                 return before
             if not anew:
@@ -105,9 +108,14 @@ class Parts:
     def __iter__(self) -> Iterator[tuple[range, NDArray[np.int64], Any, list[NDArray[Any]]]]:
         """Reads all parts in order: their places, the good ones, the JSON, and the arrays."""
         for number in range(-(-self._total // self._part)):
-            with np.load(self._file(number)) as stored:
-                good, faults, *values = (stored[f"arr_{at}"] for at in range(len(stored.files)))
-            yield self.places(number), good, json.loads(str(faults)), values
+            file = self._file(number)
+            try:
+                with np.load(file, allow_pickle=False) as stored:
+                    good, faults, *values = (stored[f"arr_{at}"] for at in range(len(stored.files)))
+                about = json_value(str(faults))
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                raise OutputError(f"{file}: damaged ({error}); delete it and go on") from error
+            yield self.places(number), good, about, values
 
     def remove(self) -> None:
         """Removes the folder."""
@@ -117,12 +125,24 @@ class Parts:
         return self.folder / f"{number:08d}.npz"
 
 
+def _stored(file: Path) -> dict[str, Any]:
+    """The plan of a prediction. Raises `OutputError` if it is damaged."""
+    try:
+        plan = json_value(file.read_text())
+        if not all(isinstance(plan[key], int) and plan[key] > 0 for key in ("batch", "part")):
+            raise ValueError("no sizes of batches and parts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{file}: damaged ({error}); remove {file.parent}") from error
+    found: dict[str, Any] = plan
+    return found
+
+
 def _locked(folder: Path) -> Any:
     """Makes the folder. The system releases the lock when this process ends."""
     folder.mkdir(exist_ok=True)
     if not (folder / _LOCK).exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} is not of a prediction: rename it, or give another --out")
-    lock = (folder / _LOCK).open("w")
+    lock = (folder / _LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +24,14 @@ from mpl_fast import distributed
 from mpl_fast.atomic import atomic_path
 from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.stream import dali_gpu
-from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
+from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors, printable
 from mpl_fast.first_few import counted, first_few
 from mpl_fast.inference.decoding import Decoder, Files, read_files
 from mpl_fast.inference.images import Images, open_images
 from mpl_fast.inference.parts import Parts
 from mpl_fast.inference.tables import Part, write_labels, writer_of
 from mpl_fast.inference.trained import Trained, load
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.training.metrics import QueueLimiter
 
@@ -37,6 +39,10 @@ PART = {"cuda": 8192, "cpu": 1024}  # images, about; a stop loses at most one pa
 UNEVEN = 3  # times as many images kept of a class as of another are a warning
 # Of DataConfig: what makes the network's input. The others may change when a command continues.
 VIEW = ("image_size", "crop", "interpolation", "eval_crop", "mean", "std")
+
+
+# Of the command: what makes the rows, besides the network and its input.
+PREDICTED = ("top_k", "logits", "features", "on_bad", "max_pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class PredictOptions:
     keep: float | None = None
     keep_per_class: int | None = None
     on_bad: Literal["skip", "convert"] = "skip"
+    max_pixels: int = PIXEL_LIMIT
     checkpoint: WhichCheckpoint = "newest"
     force: bool = False
     pipeline: Sequence[str] = ()
@@ -107,6 +114,8 @@ def _check(options: PredictOptions) -> None:
             raise ConfigError("--keep-per-class is for --keep P, the least probability of them")
         if options.keep_per_class < 1:
             raise ConfigError(f"--keep-per-class {options.keep_per_class}: must be at least 1")
+    if not 1 <= options.max_pixels <= PIXEL_LIMIT:
+        raise ConfigError(f"--max-pixels {options.max_pixels}: must be 1 to {PIXEL_LIMIT}")
     if not options.out.absolute().parent.is_dir():
         raise OutputError(f"--out {options.out}: there is no folder {options.out.parent}")
     for file in (options.out, *([options.kept] if options.keep else [])):
@@ -147,7 +156,7 @@ def _list(spec: str, folder: Path) -> Images:
 def _say(*lines: str) -> None:
     if distributed.rank() == 0:
         for line in lines:
-            print(f"predict: {line}", file=sys.stderr, flush=True)
+            print(f"predict: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _identity(options: PredictOptions, trained: Trained, images: Images) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def _identity(options: PredictOptions, trained: Trained, images: Images) -> dict
         "checkpoint": hashlib.sha256(checkpoint).hexdigest(),
         "images": images.content,
         "options": {
-            **{name: getattr(options, name) for name in ("top_k", "logits", "features", "on_bad")},
+            **{name: getattr(options, name) for name in PREDICTED},
             **{f"data.{name}": getattr(data, name) for name in VIEW},
             "data.device": "cpu" if dali_gpu(data, trained.device) is None else "gpu",
             "precision": str(trained.dtype),
@@ -206,7 +215,8 @@ class _Network:
             dtype=trained.dtype,
             convert=convert,
         )
-        views = decoder.views(read_files(batches, self._images.read, convert=convert))
+        files_of = partial(read_files, convert=convert, max_pixels=self._options.max_pixels)
+        views = decoder.views(files_of(batches, self._images.read))
         queue = QueueLimiter(trained.device)
         for number in numbers:
             places = parts.places(number)
@@ -263,9 +273,9 @@ def _join(
     total = len(images.names)
     if len(summary.bad) == total:
         raise DataError(f"{options.images}: no image can be decoded: {options.out} has the reasons")
-    print(f"{options.out}: {counted(total, 'image')}, {len(summary.bad)} of them bad; {speed}")
-    for line in summary.lines():
-        print(line)
+    whole = f"{options.out}: {counted(total, 'image')}, {len(summary.bad)} of them bad; {speed}"
+    for line in (whole, *summary.lines()):
+        print(printable(line))
 
 
 def _rows(
@@ -330,7 +340,7 @@ class _Summary:
         if self.bad:
             what = counted(len(self.bad), "bad image has", "bad images have")
             yield f"warning: {what} no prediction but an error in {options.out}:"
-            yield from first_few(self.bad, between="\n").split("\n")
+            yield from first_few(map(printable, self.bad), between="\n").split("\n")
         if options.keep is None:
             return
         sizes = Counter(self.kept.values())

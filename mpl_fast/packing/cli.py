@@ -13,11 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from mpl_fast.errors import ANY_TEXT, INTERRUPTED, ConfigError, UserError
+from mpl_fast.errors import ANY_TEXT, INTERRUPTED, ConfigError, UserError, printable
 from mpl_fast.first_few import counted
 from mpl_fast.packing import commands
 from mpl_fast.packing.options import ACTIONS, BALANCES, CHECKS, CLASS_ORDERS, DRAWN, LAYOUTS
 from mpl_fast.packing.publish.out_folder import WORK
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}  # powers of 2
@@ -67,7 +68,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, in the form of all other errors."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"make_rec: error: {message} (see --help)", file=sys.stderr)
+        print(f"make_rec: error: {printable(message)} (see --help)", file=sys.stderr)
         raise SystemExit(ConfigError.exit_code)
 
 
@@ -215,6 +216,9 @@ def _add_images(group: "argparse._ArgumentGroup") -> None:
         help="decode every image strictly; or (header) look for its first bytes and any end mark, "
         "which misses damage and most images cut after a thumbnail; or only refuse empty files "
         "(default: decode)")  # fmt: skip
+    largest = "an image of more, by the size in its header, is bad and never decoded"
+    add("--max-pixels", type=int, default=PIXEL_LIMIT, metavar="N",
+        help=f"{largest} (default, and the most: {PIXEL_LIMIT})")  # fmt: skip
     add("--on-bad", choices=tuple(ACTIONS), default="fail",
         help="images that are damaged or of a kind that DALI may not decode (GIF, TIFF): list all "
         "and stop; leave them out; or convert what can be, also PNG named .JPEG and CMYK, to RGB "
@@ -272,15 +276,17 @@ def main(arguments: list[str]) -> int:
     try:
         result, lines = known.run(known)
     except UserError as error:
-        print(f"make_rec: error: {error}", file=sys.stderr)
+        print(f"make_rec: error: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"make_rec: interrupted{_kept(known)}", file=sys.stderr)
+        print(printable(f"make_rec: interrupted{_kept(known)}"), file=sys.stderr)
         return INTERRUPTED
     if known.json:
         lines = [json.dumps(result, indent=1)]
     elif known.quiet:
         lines = []
+    else:
+        lines = [printable(line) for line in lines]
     print("\n".join(lines), end="\n" if lines else "")
     return 0
 

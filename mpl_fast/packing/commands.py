@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from mpl_fast.errors import ConfigError, output_errors
+from mpl_fast.errors import ConfigError, output_errors, printable
 from mpl_fast.first_few import counted
 from mpl_fast.packing.check.info import info, info_lines, per_class
 from mpl_fast.packing.check.load_pack import load_pack
@@ -70,7 +70,7 @@ def run_verify(known: argparse.Namespace) -> Result:
     if report.problems and known.json:
         print(json.dumps(report.as_json(), indent=1))
     elif report.problems and not quiet:
-        print("\n".join(report.lines()))
+        print("\n".join(map(printable, report.lines())))
     report.require_sound()
     return report.as_json(), report.lines()
 

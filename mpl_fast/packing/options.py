@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
+
 LAYOUTS = ("shared", "separate")
 BALANCES = ("count", "proportional")
 CLASS_ORDERS = ("name", "natural")
@@ -45,6 +47,7 @@ class ImageOptions:
     on_bad: str = "fail"  # a key of ACTIONS
     short_side: int | None = None  # pixels; None keeps all sizes
     quality: int = 90  # JPEG quality of resized images, 1 to 100
+    max_pixels: int = PIXEL_LIMIT  # of one image, by its header; a larger one is bad
     min_shrink: float = 1.1  # an image whose short side is less than this times short_side is kept
 
 
@@ -86,7 +89,11 @@ class PackOptions:
             **({"classes": str(self.classes)} if self.classes else {}),
             **{name: None if path is None else str(path) for name, path in paths.items()},
             **asdict(self.split),
-            **asdict(self.image),
+            **{
+                name: value
+                for name, value in asdict(self.image).items()
+                if (name, value) != ("max_pixels", PIXEL_LIMIT)
+            },
         }
 
 
@@ -94,8 +101,8 @@ _Options = TypeVar("_Options", SplitOptions, ImageOptions, PackOptions)
 
 
 def options_from(kind: type[_Options], values: Json) -> _Options:
-    """Return options of a class, each the value of that name."""
-    return kind(**{item.name: values[item.name] for item in fields(kind)})
+    """Return options of a class, each the value of that name, or its default without one."""
+    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
 def image_option_errors(how: ImageOptions) -> list[str]:
@@ -109,6 +116,8 @@ def image_option_errors(how: ImageOptions) -> list[str]:
         found.append(f"--on-bad convert needs --check decode, not {how.check}")
     if how.short_side is not None and how.short_side < 1:
         found.append(f"--short-side {how.short_side}: must be at least 1 pixel")
+    if not 1 <= how.max_pixels <= PIXEL_LIMIT:
+        found.append(f"--max-pixels {how.max_pixels}: must be 1 to {PIXEL_LIMIT}")
     if not 1 <= how.quality <= 100:
         found.append(f"--quality {how.quality}: must be 1 to 100")
     if not 1 <= how.min_shrink < math.inf:

@@ -1,7 +1,6 @@
 """What run directories hold besides weights, and which runs differ in their seed only."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from mpl_fast.inference.trained import config_of
 from mpl_fast.report.measures import Floats
 from mpl_fast.training import curves
 from mpl_fast.training.run_dir import FREE_OPTIONS
+from mpl_fast.untrusted import json_value
 
 OF_A_SEED = FREE_OPTIONS | {"seed"}
 POINTS = 240  # of a curve; more are averaged
@@ -119,8 +119,8 @@ def read(folder: Path) -> Run:
 def _json(file: Path) -> dict[str, Any]:
     """Of a file that may be missing or cut short."""
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = json_value(file.read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

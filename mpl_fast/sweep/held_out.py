@@ -17,7 +17,7 @@ from mpl_fast.data.manifest import CLASSES, MANIFEST, load_manifest, read_manife
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.errors import DataError
 from mpl_fast.packing.plan.choose_labeled import choose_val
-from mpl_fast.packing.plan.table import open_table
+from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 from mpl_fast.packing.publish.split_files import class_counts
 
@@ -42,7 +42,7 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
     ids = choose_val(images, how, seed=seed, option="--held-out")
     held = {name for number, name in zip(labeled.ids, labeled.names, strict=True) if number in ids}
     if stored["duplicates"]["groups"]:
-        held |= _copies(rec / stored["table"], ids, (labeled, unlabeled))
+        held |= _copies(rec / TABLE, ids, (labeled, unlabeled))
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

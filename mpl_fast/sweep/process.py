@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from optuna.trial import TrialState
 
 from mpl_fast.config import RunConfig
@@ -22,6 +21,7 @@ from mpl_fast.first_few import counted
 from mpl_fast.sweep.study import Claim
 from mpl_fast.training.curves import read_rows
 from mpl_fast.training.process import signal_when_parent_ends, visible_gpus
+from mpl_fast.untrusted import yaml_value
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STOPPED = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT)
@@ -132,8 +132,7 @@ class Training:
 
     def _steps(self) -> int:
         """Of the whole training, also where it was given in epochs."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        return int(config["steps"])
+        return int(yaml_value(self.folder / "config.yaml")["steps"])
 
     def _exit_code(self) -> int:
         """That of train.py: torchrun ends with 1, and prints the code of the first rank that has

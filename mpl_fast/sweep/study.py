@@ -27,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from mpl_fast.atomic import write_json
 from mpl_fast.errors import ConfigError, output_errors
 from mpl_fast.first_few import first_few
+from mpl_fast.untrusted import json_value
 
 SETTINGS = "sweep.json"
 LOCK_SECONDS = 60.0  # that SQLite waits for another process
@@ -175,7 +176,7 @@ class Trials:
 def _same(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The stored settings, which must equal the given ones."""
     try:
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = json_value(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: damaged ({error}); use another --out") from None
     old, new = _flat(stored), _flat(json.loads(json.dumps(settings)))

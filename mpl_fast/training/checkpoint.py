@@ -32,7 +32,9 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
+from mpl_fast.models.weights_file import reason
 from mpl_fast.training.saving import Files, HostCopy, Saving, State
+from mpl_fast.untrusted import file_in, json_value
 
 FORMAT = "mpl_fast.checkpoint/1"
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
@@ -277,7 +279,12 @@ def step_of(checkpoint: Path) -> int:
 def read_shared(checkpoint: Path) -> State:
     """The state of a checkpoint that all ranks share. Raises `CheckpointError` if it cannot be
     read, or is gone: a run that still trains removes its old ones."""
-    return renamed(_read(checkpoint / "state.pt"), CHECKPOINT_KEYS)
+    file = checkpoint / "state.pt"
+    shared: State = renamed(_read(file), CHECKPOINT_KEYS)
+    names = shared.get("classes", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file} is not of this program: its classes are no list of names")
+    return shared
 
 
 def read_checkpoint(
@@ -310,7 +317,7 @@ def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
             learner.load_state_dict(shared["learners"][name])
         for name, value in algorithm.state.items():
             value.copy_(shared["algorithm"][name])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, KeyError) and error.args == ("algorithm",):
             names = ", ".join(algorithm.state)
             raise CheckpointError(
@@ -435,13 +442,19 @@ def find_checkpoint(
 def evaluated(shared: State, *, average: bool = True) -> dict[str, tuple[str, State]]:
     """The networks that a run evaluates, by learner: "average" or "network", and its state dict.
 
-    Without `average`, networks themselves in place of their averages.
+    Without `average`, networks themselves in place of their averages. Raises `CheckpointError` for
+    the state of another program.
     """
     found = {}
-    for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
-        state = shared["learners"][name]
-        kind = "average" if average and state["average"] is not None else "network"
-        found[name] = kind, state[kind]
+    try:
+        for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
+            state = shared["learners"][name]
+            kind = "average" if average and state["average"] is not None else "network"
+            if not isinstance(state[kind], dict):
+                raise TypeError(f"{kind} of {name} is no state dict")
+            found[name] = kind, state[kind]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"state.pt is not of this program: no networks ({error})") from None
     return found
 
 
@@ -494,15 +507,24 @@ def _link(file: Path, to: Path) -> None:
 
 
 def _read(path: Path) -> State:
+    """A file of a checkpoint. Raises `CheckpointError`, without executing anything, if another
+    program wrote it; its checksum has been checked before."""
     try:
         loaded: State = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict):
+            raise TypeError(f"a {type(loaded).__name__}")
+        return loaded
     except OSError as error:
         failure = _not_read(error, path)
         if isinstance(error, FileNotFoundError):
             failure = CheckpointError(f"{path.parent}: {error.strerror}; run the command again")
         failure.alone = True  # other ranks may read it
         raise failure from None
-    return loaded
+    except Exception as error:  # the reader can raise anything; its advice is to execute pickles
+        raise CheckpointError(
+            f"{path} is not of this program ({reason(error)}), and nothing in it was executed: "
+            "use the checkpoint of a run that you trust"
+        ) from None
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -511,14 +533,16 @@ def _damage(checkpoint: Path) -> str | None:
     Raises `OSError` if that cannot be read, and `CheckpointError` for one of another version.
     """
     try:
-        about = json.loads((checkpoint / "checkpoint.json").read_text())
+        about = json_value((checkpoint / "checkpoint.json").read_text())
         if about["format"] != FORMAT:
             raise CheckpointError(
                 f"{checkpoint} has the format {about['format']!r} and this program reads "
                 f"{FORMAT!r}: use the version that wrote it"
             )
+        for name in ["state.pt", *(f"rank_{rank}.pt" for rank in range(about["world"]))]:
+            about["files"][name]  # what is not listed has no checksum
         for name, file in about["files"].items():
-            if atomic.sha256_of(checkpoint / name) != file["sha256"]:
+            if atomic.sha256_of(file_in(checkpoint, name)) != file["sha256"]:
                 return f"{name}: its content does not have the checksum it was written with"
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"

@@ -1,12 +1,12 @@
 """Learning curves of runs as one picture, from their metrics.jsonl."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError, output_errors
+from mpl_fast.untrusted import json_value
 
 METRICS = "metrics.jsonl"  # in a run directory
 PANELS = {
@@ -83,8 +83,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def row_of(line: bytes) -> dict[str, Any] | None:
     """The row in a line of metrics.jsonl: numbers by name, `step` among them; None for others."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = json_value(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None

@@ -29,6 +29,7 @@ from mpl_fast.training.console import warn
 from mpl_fast.training.curves import METRICS, read_rows, row_of
 from mpl_fast.training.metrics import Row
 from mpl_fast.training.status import LOCK, Status
+from mpl_fast.untrusted import json_value, yaml_value
 
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "timm", "numpy")
 LOCK_SECONDS = 5.0
@@ -250,9 +251,9 @@ def keep_compile_cache(config: RunConfig) -> None:
 def _sessions(file: Path) -> list[Any]:
     """Earlier sessions listed in env.json, oldest first; none if the file is unreadable."""
     try:
-        latest = json.loads(file.read_bytes())
+        latest = json_value(file.read_bytes())
         return [*latest.pop("earlier_sessions"), latest]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 
@@ -400,12 +401,11 @@ def _old_and_new(file: Path, config: RunConfig) -> tuple[dict[str, Any], dict[st
 def _tree(file: Path) -> dict[str, Any]:
     """A run's config.yaml. Raises `ConfigError` if it is damaged."""
     try:
-        tree = yaml.safe_load(file.read_bytes())
+        tree = yaml_value(file)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{file} is not YAML: {reason}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(tree, dict) or not tree:
         raise ConfigError(f"{file} is damaged: it holds no keys and values")
     return tree

@@ -218,6 +218,22 @@ def test_a_state_of_another_version_of_the_code_is_refused(
         assert dali == position.identity_of(replace(PLAIN, policy="dali"), manifest, None)
 
 
+@pytest.mark.parametrize("damage", ["no bytes of DALI", "cut", "no position", "deep"])
+def test_a_state_of_something_else_is_refused(
+    manifest: Manifest, started: Started, damage: str
+) -> None:
+    """DALI's state has no pickle: it is a protocol buffer with JSON in it."""
+    state = dict(started[0])
+    if damage == "no position":
+        del state["made_with"]
+    elif damage == "deep":
+        state["made_with"] = "[" * 100_000
+    else:
+        state["labeled"] = b"x" * 99 if damage == "no bytes of DALI" else state["labeled"][:-9]
+    with pytest.raises(CheckpointError, match=r"the data position .* is damaged"):
+        train_loader(manifest, state=state)
+
+
 def test_a_state_of_other_records_is_refused(manifest: Manifest, started: Started) -> None:
     """As many records, but others: another draw, order or image."""
     base = manifest.root.parent

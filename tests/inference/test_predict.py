@@ -18,19 +18,21 @@ import mpl_fast
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.distributed import DistEnv
-from mpl_fast.errors import run_command
+from mpl_fast.errors import printable, run_command
 from mpl_fast.inference import decoding
 from mpl_fast.inference import predict as product
 from mpl_fast.inference.parts import Parts
 from mpl_fast.packing.write.image_check import find_fault
 from mpl_fast.training.build import eval_loader
 from tests.packing.packs import make_tar, make_tree, read_split, run
+from tests.packing.test_hostile import large_png
 from tests.tiny_run import ROOT, environment, run_here
 from tools import predict as tool
 
 pytestmark = pytest.mark.slow
 
 Row = dict[str, Any]
+LARGE = "good/9/\x1b[31mlarge.png"  # a small file of a large image, with a hostile name
 
 
 def predict(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -99,6 +101,7 @@ def test_bad_images_lose_no_other(
         "good/6/header.jpg": image[:20] + bytes(60) + image[80:],
         "good/7/no_frame.jpg": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0\xff\xd9",
         "good/8/chunk.png": b"\x89PNG\r\n\x1a\n" + bytes(50) + b"IEND",
+        LARGE: large_png(),
     }
     tree = make_tree(tmp_path / "bad", good | bad)
     done = predict(tiny_trained, tree, "--out", out)
@@ -108,11 +111,14 @@ def test_bad_images_lose_no_other(
         assert abs(row["probability"] - rows[name]["probability"]) < 1e-6
     for name in bad:
         assert rows[name]["error"] and rows[name]["class"] is None, name
-        assert f"\n{name}: {rows[name]['error']}\n" in done.stderr.replace("predict: ", "")
+        line = f"\npredict: {printable(name)}: {rows[name]['error']}\n"
+        assert line in done.stderr
     assert rows["good/3/empty.jpg"]["error"] == "empty file"
     assert rows["good/5/gif.jpg"]["error"] == "GIF, which DALI cannot decode"
-    assert f"7 bad images have no prediction but an error in {out}" in done.stderr
-    assert "57 images, 7 of them bad" in done.stdout
+    assert rows[LARGE]["error"] == "30000 x 30000 pixels are more than 268435456"
+    assert "\x1b" not in done.stderr
+    assert f"8 bad images have no prediction but an error in {out}" in done.stderr
+    assert "58 images, 8 of them bad" in done.stdout
     check, again = find_fault, tmp_path / "again.jsonl"
     header_only = mock.patch.object(decoding, "find_fault", lambda image, _: check(image, "header"))
     with header_only:  # nothing is suspicious: DALI's own errors lead to the image
@@ -123,7 +129,7 @@ def test_bad_images_lose_no_other(
     predict(tiny_trained, tree, "--out", out, "--on-bad", "convert", "--force")
     rows = rows_of(out)
     assert rows["good/5/gif.jpg"]["class"] and rows["good/5/short.jpg"]["class"]
-    assert rows["good/4/text.jpg"]["error"]
+    assert rows["good/4/text.jpg"]["error"] and rows[LARGE]["error"]
     none = predict(
         tiny_trained, make_tree(tmp_path / "none", bad), "--out", tmp_path / "x.csv", status=4
     )

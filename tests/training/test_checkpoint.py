@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import pickle
 import resource
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,14 @@ import torch
 from mpl_fast import atomic
 from mpl_fast.errors import CheckpointError
 from mpl_fast.training import checkpoint, saving
-from mpl_fast.training.checkpoint import Checkpoints, newest, read_checkpoint, read_shared
-from tests.tiny_run import flip
+from mpl_fast.training.checkpoint import (
+    Checkpoints,
+    evaluated,
+    newest,
+    read_checkpoint,
+    read_shared,
+)
+from tests.tiny_run import flip, replace_state
 
 
 @pytest.fixture
@@ -27,6 +35,13 @@ def store(tmp_path: Path) -> Checkpoints:
 
 def save(store: Checkpoints, step: int) -> Path:
     return store.save(step, {"w": torch.full((100,), float(step))}, {"rng": torch.arange(3)})
+
+
+def change(checkpoint: Path, edit: Callable[[Any], object]) -> None:
+    file = checkpoint / "checkpoint.json"
+    about = json.loads(file.read_text())
+    edit(about)
+    file.write_text(json.dumps(about))
 
 
 def test_goes_round(store: Checkpoints) -> None:
@@ -60,6 +75,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest gone": lambda c: (c / "checkpoint.json").unlink(),
     "manifest cut": lambda c: (c / "checkpoint.json").write_text('{"format": "mpl'),
     "manifest of another kind": lambda c: (c / "checkpoint.json").write_text("[1]"),
+    "manifest nested deep": lambda c: (c / "checkpoint.json").write_text("[" * 100_000),
+    "a file elsewhere": lambda c: change(c, lambda a: a["files"].update({"../x": {}})),
+    "a file not listed": lambda c: change(c, lambda a: a["files"].pop("state.pt")),
+    "a rank not listed": lambda c: change(c, lambda a: a["files"].pop("rank_0.pt")),
 }
 
 
@@ -70,6 +89,45 @@ def test_damage_falls_back_to_the_one_before(kind: str, store: Checkpoints) -> N
     found, reasons = store.newest()
     assert found == good
     assert len(reasons) == 1 and "step_00000002 is damaged" in reasons[0]
+
+
+class Touch:
+    """What a malicious pickle would do when it is read."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_another_program_wrote_is_one_line(
+    zipped: bool, store: Checkpoints, tmp_path: Path
+) -> None:
+    """With a right checksum. PyTorch's own message advises to execute it."""
+    checkpoint = save(store, 1)
+    for file in ("state.pt", "rank_0.pt"):
+        path = checkpoint / file
+        kept = torch.load(path, weights_only=True)
+        for value in (Touch(tmp_path / "proof"), [1], b"no pickle", {"learners": 3}):
+            if zipped or value == b"no pickle":
+                replace_state(path, value)  # type: ignore[arg-type]
+            else:
+                replace_state(path, {})
+                path.write_bytes(pickle.dumps(value))
+            if isinstance(value, dict):
+                with pytest.raises(CheckpointError, match=r"state\.pt is not of this program: no"):
+                    evaluated(value)
+                continue
+            with pytest.raises(CheckpointError) as error:
+                store.load(checkpoint)
+            text = str(error.value)
+            assert text.startswith(f"{path} is not of this program (") and "\n" not in text
+            assert "nothing in it was executed" in text
+            assert "weights_only" not in text and "trusted" not in text
+        replace_state(path, kept)
+    assert not (tmp_path / "proof").exists()
 
 
 def test_all_damaged_is_an_error_that_names_them(store: Checkpoints) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mpl_fast.errors import ConfigError, DataError, OutputError
+from mpl_fast.errors import ConfigError, DataError, OutputError, printable
 from mpl_fast.packing.options import PackOptions, is_drawn
 from mpl_fast.packing.plan.choose_labeled import check_labeled, read_amount
 from mpl_fast.packing.plan.make_plan import make_plan
@@ -18,7 +18,7 @@ from mpl_fast.packing.sources.tar import clean_name
 def warn(lines: Sequence[str]) -> None:
     """Print warnings to stderr, without the empty ones."""
     for line in filter(None, lines):
-        print(f"make_rec: warning: {line}", file=sys.stderr, flush=True)
+        print(f"make_rec: warning: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def check_options(options: PackOptions) -> None:
@@ -120,7 +120,7 @@ def _val_labels(
 def _reporter(options: PackOptions) -> Callable[[str], None]:
     def report(line: str) -> None:
         if not options.quiet:
-            print(f"make_rec: {line}", file=sys.stderr, flush=True)
+            print(f"make_rec: {printable(line)}", file=sys.stderr, flush=True)
 
     return report
 

@@ -5,7 +5,6 @@ the dataset. As `records.sqlite` it is part of the finished pack: the source of 
 position, and the checksum of its image.
 """
 
-import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError, OutputError
+from mpl_fast.untrusted import file_in, json_value
 
 TABLE = "records.sqlite"
 
@@ -153,9 +153,13 @@ class Table:
 
     def options(self) -> dict[str, Any]:
         """Return the options that the plan was made with."""
-        (text,) = self._connection.execute("SELECT options FROM plan").fetchone()
-        options = json.loads(text)
-        assert isinstance(options, dict)
+        row = self._connection.execute("SELECT options FROM plan").fetchone()
+        try:
+            options = json_value(row[0])
+        except (TypeError, ValueError) as error:
+            raise self._damaged(f"its options: {error}") from error
+        if not isinstance(options, dict):
+            raise self._damaged("its options are no object")
         return options
 
     def classes(self) -> list[str]:
@@ -178,7 +182,16 @@ class Table:
 
     def shards(self) -> list[ShardRow]:
         """Return the shards in the order of their records."""
-        return [ShardRow(*row) for row in self._connection.execute("SELECT * FROM shards")]
+        shards = [ShardRow(*row) for row in self._connection.execute("SELECT * FROM shards")]
+        try:
+            for shard in shards:  # files that are written and replaced
+                file_in(self.folder, shard.file)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        return shards
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(f"{self.folder / TABLE}: damaged ({what}); pack again")
 
     def records(self, shard: ShardRow) -> Iterator[RecordRow]:
         """Yield the planned records of a shard in order."""

@@ -5,7 +5,6 @@ continue, and an older pack stays readable until the new one replaces it.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from mpl_fast.errors import OutputError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.write.shard_receipt import receipt_path
+from mpl_fast.untrusted import json_value
 
 WORK = ".pack"
 _LOCK = ".lock"
@@ -47,13 +47,14 @@ def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"
         try:
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}") from error
         stack.callback(os.close, lock)
         folder = OutFolder(path, lock, stack)
         with output_errors(path):
             folder.lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            folder.require_no_links()
             folder.finish_publish(shared)
             folder.work.mkdir(exist_ok=True)
         try:
@@ -74,6 +75,12 @@ class OutFolder:
         self.work = path / WORK
         self._lock = lock
         self._stack = stack  # of the context
+
+    def require_no_links(self) -> None:
+        """OutputError when a link is where this program writes: it never makes one there."""
+        found = [self.work] if self.work.is_symlink() else [*self.work.glob("*")]
+        if links := sorted(str(path) for path in found if path.is_symlink()):
+            raise OutputError(f"{first_few(links)}: a link to elsewhere; remove {self.work}")
 
     def lock(self, kind: int) -> None:
         """Lock the folder, or change its lock; OutputError when another process has it."""
@@ -121,7 +128,7 @@ class OutFolder:
     @contextmanager
     def locked(self, name: str, busy: str | None = None) -> Iterator[None]:
         """Hold a named lock in the work folder; with `busy`, fail with it instead of waiting."""
-        with (self.work / f"{name}.lock").open("w") as file:
+        with (self.work / f"{name}.lock").open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
             except BlockingIOError as error:
@@ -138,11 +145,14 @@ class OutFolder:
         self._publish()
 
     def _publish(self) -> None:
-        names = file_names(json.loads((self.work / MANIFEST).read_text(encoding="utf-8")))
-        if wrong := [name for name in names if not is_pack_file(name)]:
-            raise OutputError(
-                f"{self.work / MANIFEST}: damaged, names {first_few(wrong)}; remove {self.work}"
-            )
+        manifest = self.work / MANIFEST
+        try:
+            names = file_names(json_value(manifest.read_text(encoding="utf-8")))
+            wrong = [str(name) for name in names if not is_pack_file(name)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise OutputError(f"{manifest}: damaged ({error}); remove {self.work}") from error
+        if wrong:
+            raise OutputError(f"{manifest}: damaged, names {first_few(wrong)}; remove {self.work}")
         old = self.pack_files()
         if MANIFEST in old:
             (self.path / MANIFEST).unlink()

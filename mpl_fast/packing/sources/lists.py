@@ -13,6 +13,9 @@ from mpl_fast.errors import DataError
 from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.sources.source import FOLDER, Image, Request, Source
 
+# More classes are refused where they are also more than so many times the images.
+_NUMBERED, _TIMES = 1 << 18, 10
+
 
 class Line(NamedTuple):
     """One line of a .lst."""
@@ -72,6 +75,18 @@ def whole_label(label: str | float) -> int:
     return int(number)
 
 
+def class_numbers(highest: int, images: int, where: object) -> tuple[str, ...]:
+    """Return a name for each label up to the highest: its number.
+
+    DataError, before they take memory, when they are too many for so many images.
+    """
+    if highest >= max(_NUMBERED, _TIMES * images):
+        what = counted(images, "image")
+        fault = f"its labels go up to {highest}, but it has only {what}"
+        raise DataError(f"{where}: {fault}: each number is a class, so renumber them from 0")
+    return tuple(map(str, range(highest + 1)))
+
+
 def read_list(path: Path, *, labels: bool = True) -> Iterator[Line]:
     """Yield the lines of a .lst, `id TAB label TAB path`; DataError names the faulty line.
 
@@ -121,19 +136,19 @@ def class_names(path: Path) -> tuple[str, ...]:
     If two labels would get the same name, all are named by their numbers.
     """
     folders: dict[int, str] = {}  # "": several
-    empty = True
+    images = 0
     for line in read_list(path):
-        empty = False
+        images += 1
         if line.label == NO_LABEL:
             continue
         folder = line.path.rpartition("/")[0].rpartition("/")[2]
         if folders.setdefault(line.label, folder) != folder:
             folders[line.label] = ""
-    if empty:
+    if not images:
         raise DataError(f"{path}: lists no image")
-    numbers = [str(label) for label in range(max(folders, default=-1) + 1)]
+    numbers = class_numbers(max(folders, default=-1), images, path)
     names = [folders.get(label) or number for label, number in enumerate(numbers)]
-    return tuple(names if len(set(names)) == len(names) else numbers)
+    return tuple(names) if len(set(names)) == len(names) else numbers
 
 
 def _state(path: str) -> os.stat_result | None:

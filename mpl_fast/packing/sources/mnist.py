@@ -10,9 +10,11 @@ from mpl_fast.packing.sources.raw_pixels import pieces, png
 from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.spool import decompressed
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 
 _IMAGES, _LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # bytes, in 3 dimensions and in 1
 _READ = 1 << 20
+_LABEL_BYTES = 1 << 26  # of a file of labels; the largest published has 814,255
 
 
 class MnistSource(UnpackedSource):
@@ -40,7 +42,7 @@ class MnistSource(UnpackedSource):
             return Unpacked((path,), None, _images(path, None, b""), "unlabeled")
         if file is None:
             raise DataError(f"{path}: its labels must be beside it, as {found[0].name}")
-        labels = b"".join(_blocks(file))
+        labels = b"".join(_first(_LABEL_BYTES, _blocks(file)))
         if labels[:4] != _LABELS or len(labels) != 8 + int.from_bytes(labels[4:8], "big"):
             raise DataError(f"{file}: no idx file of labels, or cut short")
         return Unpacked((path, file), None, _images(path, file, labels[8:]))
@@ -56,6 +58,15 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
+def _first(most: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield blocks until they have more than that many bytes."""
+    for block in blocks:
+        yield block
+        most -= len(block)
+        if most < 0:
+            return
+
+
 def _images(
     path: Path, beside: Path | None, labels: bytes
 ) -> Iterator[tuple[int | None, str, bytes]]:
@@ -69,6 +80,8 @@ def _images(
     count, height, width = struct.unpack_from(">III", content, 4)
     if beside is not None and count != len(labels):
         raise DataError(f"{path}: has {count} images, but {beside} {len(labels)} labels")
+    if height * width > PIXEL_LIMIT:
+        raise DataError(f"{path}: damaged: images of {height} x {width} pixels")
     stem = path.name.partition("-idx")[0].partition(".")[0]
     images = pieces(chain([content[16:]], blocks), height * width)
     for row, label in enumerate(labels if beside is not None else repeat(None, count)):

@@ -16,7 +16,14 @@ from mpl_fast.data.records import LENGTH_LIMIT, MAGIC, NO_LABEL, parse_payload, 
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES
-from mpl_fast.packing.sources.lists import Line, class_names, read_list, text_lines, whole_label
+from mpl_fast.packing.sources.lists import (
+    Line,
+    class_names,
+    class_numbers,
+    read_list,
+    text_lines,
+    whole_label,
+)
 from mpl_fast.packing.sources.source import Image, Source
 
 _FRAME = struct.Struct("<II")  # magic word; part << 29 | length
@@ -104,7 +111,7 @@ class RecordSource(Source):
             listed = self.file.with_suffix(".lst")
             reason = "these are the ids of records, and equal: number the records, or name them in"
             self.same_names = f"{reason} {listed} (`id TAB label TAB name`)"
-        highest, headers, several = NO_LABEL, 0, None
+        highest, images, headers, several = NO_LABEL, 0, 0, None
         for frame in read_frames(self.file):
             if frame.labels > 1 and not frame.image:
                 headers += 1
@@ -121,11 +128,12 @@ class RecordSource(Source):
                 raise self._fault(frame, str(error)) from error
             if labels and frame.labels > 1:
                 several = several or frame
+            images += 1
             class_name = "" if label == NO_LABEL else names[label] if names else str(label)
             yield Image(class_name, path.rpartition("/")[2], path, frame.start, frame.size, 0)
         self._report_insightface(headers, several)
         if labels:
-            self.class_order = names or tuple(map(str, range(highest + 1)))
+            self.class_order = names or class_numbers(highest, images, self.spec)
 
     def _fault(self, frame: FramedRecord, reason: str) -> DataError:
         return DataError(f"{self.file}: record {frame.id} at byte {frame.start}: {reason}")

@@ -21,6 +21,8 @@ Stream: TypeAlias = IO[bytes] | gzip.GzipFile
 _Opener: TypeAlias = Callable[[Path, Literal["rb"]], AbstractContextManager[Stream]]
 # A block or end mark follows the level: an uncompressed tar may begin with a file name "BZh...".
 _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
+# Images barely shrink in an archive: what grows beyond this may be made to fill the disk.
+_RATIO, _ALWAYS = 100, 1 << 30  # times; bytes
 _DAMAGE = (
     *(tarfile.TarError, lzma.LZMAError, zlib.error, EOFError),
     *(ValueError, OverflowError),  # tarfile uses any number in a damaged header as an offset
@@ -61,9 +63,13 @@ def spooled(
         what = request.spec if part else request.path
         request.report(f"unpacking {what} into a temporary file in {work}")
         with output_errors(work), atomic_path(spool) as temporary:
+            limit = max(_ALWAYS, _RATIO * sum(state.st_size for _, state in states))
             with temporary.open("wb") as file:
                 for block in blocks:
                     file.write(block)
+                    if file.tell() > limit:
+                        fault = f"it unpacks to more than {_RATIO} times its size"
+                        raise DataError(f"{what}: {fault}; unpack it yourself if that is right")
             stamp = _stamp([state for _, state in states])
             os.utime(temporary, ns=(stamp, stamp))
     return spool

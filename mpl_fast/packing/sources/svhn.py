@@ -1,5 +1,6 @@
 """SVHN's cropped digits as published: MATLAB files of version 5, read image by image."""
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -10,12 +11,14 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.raw_pixels import pieces, png
 from mpl_fast.packing.sources.source import Request
 from mpl_fast.packing.sources.unpacked import Unpacked, UnpackedSource
+from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 
 _HEADER = 128  # bytes
 _MATRIX, _COMPRESSED = 14, 15  # types of elements
 # Types of the numbers in an element, as NumPy's.
 _NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
 _READ = 1 << 20
+_LABELS = 1 << 24  # more than published: 531,131
 _DIGITS = tuple("0123456789")
 
 
@@ -52,11 +55,15 @@ def _read_images(path: Path) -> Iterator[tuple[int, str, bytes]]:
         starts = _variables(file, path)
         if missing := {"X", "y"} - starts.keys():
             raise DataError(f"{path}: has no variable {min(missing)}, as SVHN's cropped digits do")
-        _, dtype, blocks = _variable(file, *starts["y"], path)
+        sides, dtype, blocks = _variable(file, *starts["y"], path)
+        if math.prod(sides) > _LABELS:
+            raise DataError(f"{path}: damaged: y has the shape {sides}")
         labels = np.frombuffer(b"".join(blocks), dtype)
         shape, dtype, blocks = _variable(file, *starts["X"], path)
         if dtype != "u1" or len(shape) != 4 or shape[2] != 3 or min(shape) < 1:
             raise DataError(f"{path}: X is {dtype} {shape}, not uint8 (height, width, 3, images)")
+        if shape[0] * shape[1] > PIXEL_LIMIT:
+            raise DataError(f"{path}: damaged: images of {shape[0]} x {shape[1]} pixels")
         if len(labels) != shape[3] or not np.isin(labels, range(11)).all():
             raise DataError(f"{path}: y is not a digit, 1 to 10, for each of {shape[3]} images")
         height, width, colors, _ = shape

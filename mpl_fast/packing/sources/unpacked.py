@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mpl_fast.data.records import LABEL_LIMIT
 from mpl_fast.errors import DataError
+from mpl_fast.packing.sources.lists import class_numbers
 from mpl_fast.packing.sources.source import Image, Request, Source
 from mpl_fast.packing.sources.spool import spooled
 
@@ -51,8 +52,9 @@ class UnpackedSource(Source):
     def _list(self) -> Iterator[Image]:
         entries = _places(self.file)
         names = next(entries)[0]
-        highest = -1
+        highest, images = -1, 0
         for (label, name), start, size in entries:
+            images += 1
             class_name = label or ""
             if isinstance(label, int):
                 highest = max(highest, label)
@@ -60,7 +62,7 @@ class UnpackedSource(Source):
             path = f"{class_name}/{name}" if class_name else name
             yield Image(class_name, name, path, start, size, 0)
         if names or highest >= 0:
-            self.class_order = tuple(names or map(str, range(highest + 1)))
+            self.class_order = tuple(names or class_numbers(highest, images, self.spec))
 
 
 def _entries(content: Unpacked) -> Iterator[bytes | memoryview]:

@@ -17,6 +17,7 @@ from mpl_fast.errors import DataError
 from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.image_kinds import IMAGE_SUFFIXES, PEEKED, kind_of
 from mpl_fast.packing.sources.class_folders import Entry
+from mpl_fast.packing.sources.lists import class_numbers
 from mpl_fast.packing.sources.record_files import classes_beside
 from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Request, Source
 from mpl_fast.packing.sources.spool import decompressed, spooled
@@ -167,7 +168,7 @@ class _Samples:
         self._refuse_captions()
         if not self._numbered:
             return None
-        return tuple(self._names or map(str, range(self._highest + 1)))
+        return tuple(self._names or class_numbers(self._highest, self._images, self._spec))
 
     def warnings(self) -> list[str]:
         """Return a line about samples without an image."""

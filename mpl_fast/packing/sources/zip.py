@@ -35,6 +35,7 @@ class _Member(NamedTuple):
     is_link: bool
     start: int  # of its local header
     size: int  # bytes of its data, compressed
+    whole: int  # the same uncompressed, as declared
 
 
 class ZipSource(ClassFolders):
@@ -126,8 +127,8 @@ def _entry(raw: IO[bytes], member: _Member, archive: Path, stop: int) -> Entry:
         raise DataError(f"{archive}: damaged zip archive: {name} ends after the file")
     is_image = name.lower().endswith(IMAGE_SUFFIXES)
     is_read = is_image or name.rpartition("/")[2] == ANNOTATIONS
-    if is_read and member.size > _SIZE_LIMIT:
-        raise DataError(f"{archive}: {name} has {member.size} bytes, more than {_SIZE_LIMIT}")
+    if is_read and (most := max(member.size, member.whole)) > _SIZE_LIMIT:
+        raise DataError(f"{archive}: {name} has {most} bytes, more than {_SIZE_LIMIT}")
     if is_image:
         if member.flags & _ENCRYPTED:
             raise DataError(f"{archive}: {name} is encrypted; pack from the unpacked tree")
@@ -146,6 +147,7 @@ def _entry(raw: IO[bytes], member: _Member, archive: Path, stop: int) -> Entry:
 def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
     """Yield the members in the order of the directory, which is not held in memory."""
     at, stop, shift = _directory(raw, archive)
+    total, length_of_file = 0, raw.seek(0, os.SEEK_END)
     raw.seek(at)
     while at < stop:
         mark, _, system, flags, method, size, whole, *lengths, attributes, start = _MEMBER.unpack(
@@ -155,9 +157,12 @@ def _members(raw: IO[bytes], archive: Path) -> Iterator[_Member]:
         if mark != b"PK\1\2":
             raise DataError(f"{archive}: damaged zip archive: its directory ends at byte {at}")
         at += _MEMBER.size + sum(lengths)
-        size, start = _long_values(extra, whole, size, start)
+        whole, size, start = _long_values(extra, whole, size, start)
         is_link = system == _UNIX and attributes >> 16 & 0o170000 == _LINK
-        yield _Member(_text(name, flags), flags, method, is_link, start + shift, size)
+        total += size
+        if size <= length_of_file < total:  # one range as many members, each to be decompressed
+            raise DataError(f"{archive}: damaged zip archive: its members overlap")
+        yield _Member(_text(name, flags), flags, method, is_link, start + shift, size, whole)
 
 
 def _directory(raw: IO[bytes], archive: Path) -> tuple[int, int, int]:
@@ -184,19 +189,18 @@ def _directory(raw: IO[bytes], archive: Path) -> tuple[int, int, int]:
     return end - size, end, end - size - offset
 
 
-def _long_values(extra: bytes, whole: int, size: int, start: int) -> tuple[int, int]:
-    """Return size and start, from the extra field where they have more than 32 bits."""
+def _long_values(extra: bytes, whole: int, size: int, start: int) -> tuple[int, int, int]:
+    """Return the sizes and start, from the extra field where they have more than 32 bits."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
             values = iter(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
-            if whole == _LONG:
-                next(values, 0)
+            whole = next(values, whole) if whole == _LONG else whole
             size = next(values, size) if size == _LONG else size
             start = next(values, start) if start == _LONG else start
         at += 4 + length
-    return size, start
+    return whole, size, start
 
 
 def _text(name: bytes, flags: int) -> str:

@@ -3,7 +3,13 @@
 import re
 
 from mpl_fast.packing.image_kinds import kind_of
-from mpl_fast.packing.write.pixels import PixelsError, check_jpeg, decode
+from mpl_fast.packing.write.pixels import (
+    PIXEL_LIMIT,
+    PixelsError,
+    check_jpeg,
+    declared_pixels,
+    decode,
+)
 
 _EMPTY, _UNKNOWN = "empty file", "no image by its first bytes"
 NO_IMAGE = (_EMPTY, _UNKNOWN)  # faults of files of which nothing can be decoded
@@ -29,7 +35,7 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
         return _EMPTY
     if how == "none":
         return None
-    if unfit := find_unfit(image):
+    if unfit := find_unfit(image) or too_many_pixels(image):
         return unfit
     kind = kind_of(image)
     if how == "header":
@@ -42,6 +48,13 @@ def find_fault(image: bytes | memoryview, how: str) -> str | None:
     except PixelsError as error:
         return explain(image, error)
     return None
+
+
+def too_many_pixels(image: bytes | memoryview, most: int = PIXEL_LIMIT) -> str:
+    """Return the fault of an image that would take more memory than is given to one, by the size
+    in its header: a file of a few bytes can decode to gigabytes; else ""."""
+    height, width = declared_pixels(image)
+    return f"{width} x {height} pixels are more than {most}" if height * width > most else ""
 
 
 def find_unfit(image: bytes | memoryview) -> str:

@@ -1,9 +1,13 @@
-"""Reads JPEG header segments: EXIF orientation and the Adobe marker."""
+"""Reads JPEG header segments: the size, EXIF orientation and the Adobe marker."""
 
+import re
 import struct
 from collections.abc import Iterator
 
 _APP1, _APP14, _START_OF_SCAN = 0xE1, 0xEE, 0xDA  # second byte of a marker
+# Markers that begin with the size of the image: one for each kind of compression.
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_FILL = re.compile(rb"\xff+")  # a marker may be preceded by any number of these
 _EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112  # tag
 _ENTRY = "HHIH"  # tag, type, count, and the value where it is a short
@@ -15,6 +19,16 @@ def orientation(image: bytes | memoryview) -> int:
         if marker == _APP1 and content[: len(_EXIF)] == _EXIF:
             return _tiff_orientation(bytes(content[len(_EXIF) :]))
     return 1
+
+
+def declared_size(image: bytes | memoryview) -> tuple[int, int]:
+    """Return the height and width of a JPEG, the largest if there are several; 0, 0 if none."""
+    sizes = [
+        (int.from_bytes(content[1:3], "big"), int.from_bytes(content[3:5], "big"))
+        for marker, content in _segments(image)
+        if marker in _FRAMES
+    ]
+    return max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
 
 
 def has_adobe_mark(image: bytes | memoryview) -> bool:
@@ -29,8 +43,8 @@ def _segments(image: bytes | memoryview) -> Iterator[tuple[int, bytes | memoryvi
         head = image[position + 1 : position + 4]
         if len(head) < 3 or head[0] == _START_OF_SCAN:
             return
-        if head[0] == 0xFF:  # a marker may be preceded by any number of these
-            position += 1
+        if head[0] == 0xFF and (fill := _FILL.match(image, position)):
+            position = fill.end() - 1
             continue
         end = position + 2 + int.from_bytes(head[1:], "big")
         yield head[0], image[position + 4 : end]

@@ -6,6 +6,7 @@ of a TIFF are multiplied by its alpha, and its orientation is applied.
 """
 
 import os
+import re
 import struct
 import zlib
 from functools import cache
@@ -13,13 +14,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.packing.image_kinds import kind_of
-from mpl_fast.packing.write.jpeg_segments import has_adobe_mark
+from mpl_fast.packing.write import jpeg_segments
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 PIXEL_LIMIT = 1 << 28  # of one image; as RGB that is 805 MB
+_PNM_SIZE = re.compile(rb"P[56](?:\s|#[^\n]*\n)+(\d{1,9})\s+(\d{1,9})\s")
+# OpenCV reads it when it is imported, wherever that is.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXEL_LIMIT))
 _PNG_HEADER = struct.Struct(">8s4x4sIIBB")  # mark, chunk type, width, height, bits, color type
 _GRAY_PNG = (0, 4)  # color types: gray, gray with alpha
 
@@ -38,6 +42,24 @@ class Shape(NamedTuple):
     height: int
     width: int
     color: str  # "Gray", "CMYK", "YCCK" or another
+
+
+def declared_pixels(image: bytes | memoryview) -> tuple[int, int]:
+    """Return the height and width in the header of an image, which need not be true; 0, 0 of a
+    damaged one, and of TIFF, JPEG 2000, AVIF and HEIC, whose headers OpenCV compares with
+    `PIXEL_LIMIT` before it decodes them."""
+    kind = kind_of(image)
+    if kind == "JPEG":
+        return jpeg_segments.declared_size(image)
+    if kind == "GIF":
+        return _number(image[8:10]), _number(image[6:8])
+    if kind == "PNM" and (found := _PNM_SIZE.match(image)):
+        return int(found[2]), int(found[1])
+    shape_of = {"PNG": _png_shape, "WebP": _webp_shape, "BMP": _bmp_shape}.get(kind)
+    try:
+        return shape_of(image)[:2] if shape_of else (0, 0)
+    except PixelsError:
+        return 0, 0
 
 
 def read_shape(image: bytes | memoryview) -> Shape:
@@ -168,7 +190,7 @@ def _decode_inks(
     import numpy as np
 
     passing = _decode_jpeg(image, size, "CMYK", strict=strict)
-    if not has_adobe_mark(image):
+    if not jpeg_segments.has_adobe_mark(image):
         passing = ~passing
     color, black = passing[..., 2::-1].astype(np.uint16), passing[..., 3:]
     return (color * black // 255).astype(np.uint8)
@@ -264,7 +286,6 @@ def _check_chunks(image: bytes | memoryview) -> None:
 @cache
 def _opencv() -> ModuleType:
     """Return OpenCV limited to one thread, since every core has a worker already."""
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXEL_LIMIT))  # read at import
     import cv2
 
     cv2.setNumThreads(1)

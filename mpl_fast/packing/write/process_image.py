@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.packing.image_kinds import kind_of
 from mpl_fast.packing.options import ACTIONS, ImageOptions
-from mpl_fast.packing.write.image_check import explain, find_fault, find_unfit
+from mpl_fast.packing.write.image_check import explain, find_fault, find_unfit, too_many_pixels
 from mpl_fast.packing.write.jpeg_segments import orientation
 from mpl_fast.packing.write.pixels import (
     PixelsError,
@@ -43,6 +43,9 @@ def process_image(image: bytes | memoryview, name: str, how: ImageOptions) -> Pr
     makes RGB JPEGs of CMYK JPEG, of another kind named as JPEG, of one that DALI cannot always
     decode, and of the decodable rest of damaged images.
     """
+    if large := too_many_pixels(image, how.max_pixels):  # nothing of it is decoded, to convert it
+        skipped = how.on_bad == "skip"
+        return ProcessedImage(None, large, ACTIONS["skip" if skipped else "fail"])
     try:
         oddity = _oddity(image, name) if how.on_bad == "convert" else ""
         size = _smaller_size(image, how)
@@ -123,6 +126,9 @@ def _damaged(image: bytes | memoryview, reason: str, how: ImageOptions) -> Proce
 def _recovered(image: bytes | memoryview, reason: str, how: ImageOptions) -> ProcessedImage:
     """Return a new JPEG of what can be decoded; PixelsError if that is nothing."""
     pixels = decode(image, strict=False)
+    height, width = pixels.shape[:2]
+    if height * width > how.max_pixels:  # of a kind whose header only OpenCV reads
+        raise PixelsError(f"{width} x {height} pixels are more than {how.max_pixels}")
     if kind_of(image) == "JPEG":
         reason = _with_lost_share(reason, pixels)
     elif has_frames(image):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mpl_fast.atomic import write_bytes
 from mpl_fast.errors import DataError
+from mpl_fast.untrusted import json_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ COLUMNS = {"ids": "<u4", "offsets": "<u8", "lengths": "<u4", "sizes": "<u4", "cr
 # What numpy, zipfile and zlib raise for one flipped bit or another.
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, MemoryError),
 )
 
 
@@ -80,7 +81,7 @@ class ShardReceipt:
 
         try:
             with np.load(path, allow_pickle=False) as stored:
-                fields = json.loads(stored["arr_0"].tobytes())
+                fields = json_value(stored["arr_0"].tobytes())
                 columns = {name: stored[f"arr_{1 + at}"] for at, name in enumerate(COLUMNS)}
             remarks = [Remark(**remark) for remark in fields.pop("remarks")]
             return ShardReceipt(**fields, **columns, remarks=remarks)

@@ -12,6 +12,7 @@ from mpl_fast.atomic import write_text
 from mpl_fast.config import RECIPES, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
+from mpl_fast.untrusted import yaml_value
 
 Json = dict[str, Any]
 
@@ -59,10 +60,10 @@ class Job:
         wanted = yaml.safe_load(as_yaml(self.config))
         try:
             summary = json.loads((self.folder / "summary.json").read_text())
-            config = yaml.safe_load((self.folder / "config.yaml").read_text())
+            config = yaml_value(self.folder / "config.yaml")
             same = _result_keys(config) == _result_keys(wanted)
             return same and bool(summary["steps"] == config["steps"])
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False  # train.py reports what is wrong, or resumes
 
 

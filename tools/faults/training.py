@@ -1,0 +1,221 @@
+"""Random SIGKILLs of training: what is resumed ends bit for bit as what was never stopped."""
+
+import json
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests import tiny_run
+from tools.faults.cases import Campaign, Case
+from tools.faults.processes import descendants, ended, kill, orphans, started
+
+STEPS = 40
+RECIPES = ("mpl", "uda", "fixmatch", "smpl", "mpl exact", "mpl_roleplay", "metasemi", "supervised")
+TARGETS = ("launcher", "worker", "all")
+PHASES = ("steps", "save", "evaluation", "resume")
+MOST = 3  # kills of one case
+# Not equal in equal runs: durations, and Python's generator, which nothing seeds or draws from.
+UNEQUAL = ("train_seconds", "python", "seconds", "images_per_second", "data_wait")
+POLL = 0.002  # seconds
+
+
+def plan(seed: int, ranks: tuple[int, ...], recipes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Cases without end: recipe and ranks in turn; what is killed, and when, at random."""
+    number = 0
+    while True:
+        drawn = random.Random(f"{seed} {number}")
+        yield {
+            "name": f"kill {number:04d}",
+            "recipe": recipes[number // len(ranks) % len(recipes)],
+            "ranks": ranks[number % len(ranks)],
+            "kills": [
+                {
+                    "target": drawn.choice(TARGETS),
+                    "phase": drawn.choice(PHASES),
+                    "step": drawn.randrange(1, STEPS),
+                    "delay": drawn.random() ** 2,  # seconds; short ones are more frequent
+                }
+                for _ in range(drawn.randint(1, MOST))
+            ],
+        }
+        number += 1
+
+
+def run_kills(
+    campaign: Campaign,
+    rec: Path,
+    most: int,
+    seed: int,
+    ranks: tuple[int, ...],
+    recipes: tuple[str, ...],
+) -> None:
+    """Cases until there are as many SIGKILLs, or the time is over."""
+    for planned in plan(seed, ranks, recipes):
+        if campaign.kills("kills") >= most or campaign.time_is_over:
+            return
+        campaign.run(planned["name"], partial(one_case, campaign.out, rec, planned))
+
+
+def one_case(out: Path, rec: Path, planned: Mapping[str, Any]) -> Case:
+    """Kills a run as planned, lets it end, and compares it with one that nobody has stopped."""
+    began, kills, faults = time.monotonic(), 0, list[str]()
+    expected = reference(out, rec, planned["recipe"], planned["ranks"])
+    folder = out / "runs" / planned["name"].replace(" ", "_")
+    log = folder.parent / f"{folder.name}.log"
+    command = command_of(folder, rec, planned)
+    for one in planned["kills"]:
+        killed, left = killed_run(command, folder, log, one)
+        kills += killed
+        if left:
+            faults.append(f"{len(left)} processes outlived a kill of the {one['target']}")
+    process = started(command, log, tiny_run.environment())
+    code = ended(process)
+    if code != 0:
+        faults.append(f"the run ended with {'no code in time' if code is None else code}")
+    else:
+        faults += differences(expected, folder)
+    outcome = "failed" if faults else "passed"
+    if not faults:
+        log.unlink()  # of a failed case, log and run stay
+        shutil.rmtree(folder)
+    seconds = time.monotonic() - began
+    return Case(planned["name"], "kills", outcome, seconds, kills, "; ".join(faults), dict(planned))
+
+
+def command_of(folder: Path, rec: Path, planned: Mapping[str, Any]) -> list[str]:
+    """What a user types."""
+    options = tiny_run.arguments(folder, rec, recipe=planned["recipe"])
+    options += ["--steps", str(STEPS), "--log-every", "1", "--eval-every", "7"]
+    return tiny_run.command([*options, "--checkpoint-every", "5"], planned["ranks"])
+
+
+def reference(out: Path, rec: Path, recipe: str, ranks: int) -> Path:
+    """The run without a stop, trained once."""
+    folder = out / "references" / f"{recipe.replace(' ', '_')}_{ranks}"
+    if not (folder / "summary.json").exists():
+        command = command_of(folder, rec, {"recipe": recipe, "ranks": ranks})
+        process = started(command, folder.parent / f"{folder.name}.log", tiny_run.environment())
+        if (code := ended(process)) != 0:
+            raise RuntimeError(f"the run without a stop ended with {code}: {folder}.log")
+    return folder
+
+
+def killed_run(
+    command: list[str], folder: Path, log: Path, one: Mapping[str, Any]
+) -> tuple[int, list[int]]:
+    """Starts the run and kills a part of it; how many kills that was (0: it had ended before), and
+    the processes that stayed."""
+    process = started(command, log, tiny_run.environment())
+    wait_for(process, folder, one)
+    if process.poll() is not None:
+        return 0, []
+    family = descendants(process.pid)
+    workers = [pid for pid in family if is_rank(pid)] or family
+    targets = {
+        "launcher": [process.pid],
+        "worker": workers[:1] or [process.pid],
+        "all": [process.pid, *family],
+    }[one["target"]]
+    kill(targets)
+    left = orphans([pid for pid in family if pid not in targets]) if process.pid in targets else []
+    ended(process)
+    return 1, left + orphans(family)
+
+
+def wait_for(process: "subprocess.Popen[bytes]", folder: Path, one: Mapping[str, Any]) -> None:
+    """Returns at the moment of a kill, or when the process has ended."""
+    rows, before = folder / "metrics.jsonl", lines(folder / "metrics.jsonl")
+    partial_ = folder / "checkpoints"
+
+    def reached() -> bool:
+        if one["phase"] == "save":
+            return any(partial_.glob(".writing_*"))
+        if one["phase"] == "resume":
+            return True
+        done = lines(rows)
+        if one["phase"] == "evaluation":  # the row before one
+            return done > before and done % 7 == 6
+        return done > min(before, STEPS - 2) and done >= min(one["step"], STEPS - 1)
+
+    while process.poll() is None and not reached():
+        time.sleep(POLL)
+    # Of a start most is imports; a save takes some ms, a step even less.
+    span = {"resume": 12.0, "save": 0.05, "evaluation": 0.1, "steps": 0.2}[one["phase"]]
+    deadline = time.monotonic() + span * one["delay"]
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(POLL)
+
+
+def lines(file: Path) -> int:
+    """Of a file that may be missing."""
+    try:
+        return file.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process is train.py itself."""
+    try:
+        return b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def differences(expected: Path, folder: Path) -> list[str]:
+    """In what two complete runs differ: every tensor, state and row, but for durations."""
+    found = []
+    last = f"checkpoints/step_{STEPS:08d}"
+    for file in sorted((expected / last).glob("*.pt")):
+        one, other = (
+            torch.load(path, weights_only=True) for path in (file, folder / last / file.name)
+        )
+        found += [f"{file.name}: {key} differs" for key in unequal(one, other)]
+    rows = [tiny_run.rows(path) for path in (expected, folder)]
+    kept = [{row["step"]: without(row) for row in of_run if "eval/top1" in row} for of_run in rows]
+    if kept[0] != kept[1]:
+        found.append("metrics.jsonl: evaluations differ")
+    steps = [row["step"] for row in rows[1] if "train_seconds" in row]
+    if steps != sorted(set(steps)):
+        found.append("metrics.jsonl: a step is there twice")
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (expected, folder)]
+    if [s["top1"] for s in summaries[:1]] != [s["top1"] for s in summaries[1:]]:
+        found.append("summary.json: top1 differs")
+    return found[:5]
+
+
+def without(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without durations."""
+    return {key: value for key, value in row.items() if key.startswith("eval/")}
+
+
+def unequal(one: Any, other: Any, name: str = "") -> list[str]:
+    """Names of values that are not bitwise equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{name}.{key}" for key in one.keys() ^ other.keys()]
+        for key in one.keys() & other.keys():
+            if key not in UNEQUAL:
+                found += unequal(one[key], other[key], f"{name}.{key}".lstrip("."))
+        return found
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [key for at, pair in pairs for key in unequal(*pair, f"{name}[{at}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return [name]
+        # As bytes: NaN is equal to itself, 0 is not -0.
+        same = (
+            one.contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .equal(other.contiguous().reshape(-1).view(torch.uint8))
+        )
+        return [] if same else [name]
+    return [] if type(one) is type(other) and one == other else [name]
