@@ -171,7 +171,7 @@ class Saving:
             raise self._fault
 
 
-def check_space(folder: Path, state: State) -> None:
+def check_space(folder: Path, state: Mapping[str, Any]) -> None:
     """Raises `OSError` if the disk has too little space for a checkpoint with this shared state."""
     need, disk = state_bytes(state), shutil.disk_usage(folder)
     if disk.free < need and disk.total:  # some network file systems do not know
