@@ -92,7 +92,7 @@ MB = 1 << 20
 GROWING: dict[str, tuple[Callable[[int], Used], str]] = {
     "memory": (lambda at: Used((500 + at) * MB, 30, 9), "memory grew by "),
     "files": (lambda at: Used(500 * MB, 30 + at // 5, 9), "files grew from"),
-    "one file": (lambda at: Used(500 * MB, 30 + (at > 60), 9), "files grew from 30 to 31"),
+    "one file": (lambda at: Used(500 * MB, 30 + (at >= 60), 9), "files grew from 30 to 31"),
     "threads": (lambda at: Used(500 * MB, 30, 9 + at // 10), "threads grew from"),
 }
 
