@@ -154,6 +154,7 @@ COMMANDS = {
     "tools/plot.py": ["--out", "x.png"],
     "tools/predict.py": ["--out", "x.csv", "--keep", "0.5", EVIL],
     "tools/report.py": ["--out", "x.html"],
+    "tools/status.py": [],
     "tools/sweep.py": ["--ranges", "x", "--out", "x", "--config"],
 }
 

@@ -29,6 +29,7 @@ from mpl_fast.report.measures import Floats, Ints
 from mpl_fast.training.build import eval_loader
 from mpl_fast.training.checkpoint import find_checkpoint, step_of
 from mpl_fast.training.console import duration
+from mpl_fast.untrusted import json_value
 
 FORMAT = 1  # of cached files; to be increased when their content changes
 CACHE = "report_cache"
@@ -150,7 +151,7 @@ class Network:
     def cached(self, name: str, key: object, compute: Callable[[], Arrays]) -> Arrays:
         """The arrays that were computed for this checkpoint and `key`, from the run's cache; else
         they are computed and written there, in place of older ones of this name."""
-        files = json.loads((self.checkpoint / "checkpoint.json").read_text())["files"]
+        files = json_value((self.checkpoint / "checkpoint.json").read_text())["files"]
         whole = json.dumps([FORMAT, files["state.pt"]["sha256"], key], sort_keys=True)
         digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         file = self.run / CACHE / f"{name}_{digest}.npz"

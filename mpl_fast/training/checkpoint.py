@@ -11,7 +11,6 @@ from the seed and the step: the generators (of dropout) and the order of the ima
 """
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -213,7 +212,7 @@ class Checkpoints:
         If they were more or fewer than now, the second is that of the first rank.
         """
         try:
-            world: int = json.loads((checkpoint / "checkpoint.json").read_text())["world"]
+            world: int = json_value((checkpoint / "checkpoint.json").read_text())["world"]
         except OSError as error:
             raise _not_read(error, checkpoint) from None
         number = self.rank if world == self.world else 0
@@ -483,7 +482,7 @@ def _is_ours(checkpoint: Path) -> bool:
 def _copied_from(checkpoint: Path) -> str:
     """The name that a checkpoint was written under, if it is another; else an empty text."""
     try:
-        name = f"step_{json.loads((checkpoint / 'checkpoint.json').read_text())['step']:08d}"
+        name = f"step_{json_value((checkpoint / 'checkpoint.json').read_text())['step']:08d}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return ""
     return name if name != checkpoint.name else ""

@@ -173,8 +173,8 @@ class RunDir:
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended or it is damaged."""
         try:
-            content = json.loads((self.path / "summary.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
+            content = json_value((self.path / "summary.json").read_bytes())
+        except (OSError, ValueError):
             return None
         if not isinstance(content, dict):
             return None

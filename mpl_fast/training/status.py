@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from mpl_fast import atomic
 from mpl_fast.errors import DataError
 from mpl_fast.training.console import duration, warn
 from mpl_fast.training.curves import METRICS, read_rows
+from mpl_fast.untrusted import json_value, yaml_value
 
 STATUS, LOCK = "status.json", ".lock"  # in a run directory
 SECONDS = 10.0  # between two writes
@@ -178,16 +177,16 @@ def _exists(pid: object) -> bool:
 
 def _json(file: Path) -> Json:
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json_value(file.read_bytes())
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _yaml(file: Path) -> Json:
     try:
-        content = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
+        content = yaml_value(file)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -64,9 +64,9 @@ def test_the_accuracy_is_that_of_images_with_a_label(
     """6 steps of 8 images, of 70, of which 30 have a label: one mean over all of those."""
     added, add = [], Meter.add
 
-    def noted(self: Meter, metrics: Metrics, wait: Wait) -> None:
+    def noted(self: Meter, metrics: Metrics, wait: Wait, exchanged: float) -> None:
         added.append(metrics["accuracy/pseudo"].tolist())
-        add(self, metrics, wait)
+        add(self, metrics, wait, exchanged)
 
     monkeypatch.setattr(Meter, "add", noted)
     run = arguments(tmp_path / "run", digits / "some", recipe="fixmatch")
