@@ -69,11 +69,12 @@ def atomic_path(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path; the file written there is synced and renamed to `path`.
 
     After an error `path` is as it was, and the temporary file is removed. `temporary`: in place of
-    ``NAME.tmp``, where that could be a file of the user or of another process.
+    ``NAME.tmp``, where that could be a file of the user or of another process; it may exist.
     """
-    temporary = temporary or path.with_name(f"{path.name}.tmp")
-    try:
+    if temporary is None:
+        temporary = path.with_name(f"{path.name}.tmp")
         temporary.unlink(missing_ok=True)  # left by a kill; a link would lead out of the folder
+    try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
