@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections import deque
 from typing import NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ from mpl_fast.distributed import rank, seconds_waited, sum_over_ranks, world_siz
 Row = dict[str, float]
 MAX_QUEUED_STEPS = 2
 RANK_SECONDS = "rank_seconds/"
+MEDIAN_OF, LEAST_MEDIAN = 20, 0.1  # rows, and loss: of few labels it may come close to 0
 Moment = float | torch.cuda.Event
 Wait = tuple[Moment, Moment]  # its begin and its end
 
@@ -220,3 +222,22 @@ class QueueLimiter:
         self._events.append(event)
         if len(self._events) > MAX_QUEUED_STEPS:
             self._events.pop(0).synchronize()
+
+
+class Spikes:
+    """Finds losses that are far above their median over the rows before."""
+
+    def __init__(self) -> None:
+        names = ("loss/labeled", "loss/student")
+        self._before = {name: deque[float](maxlen=MEDIAN_OF) for name in names}
+
+    def add(self, row: Row, factor: float) -> str:
+        """Adds a row; what is above `factor` times its median, or an empty text."""
+        for name, before in self._before.items():
+            if name not in row:
+                continue
+            usual = statistics.median(before) if len(before) >= MEDIAN_OF // 4 else math.inf
+            if row[name] > factor * max(usual, LEAST_MEDIAN):
+                return f"{name} is {row[name]:.3g}, over {factor:g} times its median of {usual:.3g}"
+            before.append(row[name])
+        return ""

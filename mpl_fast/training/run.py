@@ -1,24 +1,19 @@
 """One training run from its config to its summary: build, resume, step, log, evaluate, save."""
 
 import contextlib
-import math
-import shutil
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NoReturn
 
-from mpl_fast import distributed, models
+from mpl_fast import distributed
 from mpl_fast.algorithms.base import Metrics, Step, Teacher, train_step
 from mpl_fast.algorithms.roleplay import RolePlay
 from mpl_fast.batch import Batch, EvalBatches, Loader, within_classes, wrong_labels
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv, StopFlag, seconds_waited
 from mpl_fast.errors import (
     PREEMPTED,
@@ -48,22 +43,35 @@ from mpl_fast.training.checkpoint import (
     restore,
     step_of,
 )
-from mpl_fast.training.console import Console, duration, quantity
+from mpl_fast.training.console import Console, duration
 from mpl_fast.training.evaluate import accuracy_line, evaluate
-from mpl_fast.training.metrics import Meter, QueueLimiter, Row, moment, non_finite, pop_rank_seconds
+from mpl_fast.training.introduction import (
+    called,
+    checkpoint_bytes,
+    delays,
+    headline,
+    print_disk_space,
+    warnings_of,
+)
+from mpl_fast.training.metrics import (
+    Meter,
+    QueueLimiter,
+    Row,
+    Spikes,
+    moment,
+    non_finite,
+    pop_rank_seconds,
+)
 from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, closing, keep_compile_cache, open_for, other_images
-from mpl_fast.training.saving import State, state_bytes
+from mpl_fast.training.saving import State
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trial import check_training, memory_errors
 from mpl_fast.training.watchdog import Stragglers, Watchdog
 
-MEDIAN_OF, LEAST_MEDIAN = 20, 0.1  # rows, and loss: of few labels it may come close to 0
 MAX_SKIPPED_IN_A_ROW = 10  # updates skipped for a non-finite gradient before the run ends
 IN_A_ROW, WRONG_LABELS = "skipped_in_a_row/", "wrong_labels/"  # metrics that are in no row
-STALE = 0.02  # share of batch norms' initial statistics at the end of a run
-PYTORCH_MOMENTUM = 0.1  # of batch norms by default
 
 
 def train(config: RunConfig, *later: RunConfig) -> int:
@@ -162,8 +170,7 @@ class Run:
         self.complete = False
         self.accuracy = dict[str, float]()
         self.rollbacks = 0
-        names = ("loss/labeled", "loss/student")
-        self._losses = {name: deque[float](maxlen=MEDIAN_OF) for name in names}
+        self.spikes = Spikes()
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
@@ -366,40 +373,27 @@ class Run:
         for name, in_a_row in skipped.items():
             if in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 self._diverged(
-                    f"not finite: the last {in_a_row:.0f} updates of {_network(name)} up to step "
+                    f"not finite: the last {in_a_row:.0f} updates of {called(name)} up to step "
                     f"{step}"
                 )
             if share := row[f"skipped/{name}"]:
                 self.console.warn(
-                    f"{round(share * row['steps'])} of {row['steps']} updates of {_network(name)} "
+                    f"{round(share * row['steps'])} of {row['steps']} updates of {called(name)} "
                     f"up to step {step} were skipped: their gradient was not finite"
                 )
         while bad := non_finite(row):
             if not any(row[f"skipped/{name}"] for name in skipped):
                 self._diverged(f"not finite: {bad} in all of the {row['steps']} steps up to {step}")
             del row[bad]  # no step of the interval had a finite value
-        if self.config.on_spike == "rollback" and self.config.spike_factor:
-            self._check_spike(step, row)
+        factor = self.config.spike_factor if self.config.on_spike == "rollback" else 0.0
+        if factor and (spike := self.spikes.add(row, factor)):
+            self._diverged(f"{spike} up to step {step}")
         images = row["steps"] * self.config.images
         row["images_per_second"] = images / row["train_seconds"]
         if self.run_dir:
             self.run_dir.row(step, row)
             self.run_dir.status.update(images_per_second=row["images_per_second"])
         self.console.row(step, row)
-
-    def _check_spike(self, step: int, row: Row) -> None:
-        """Raises `NonFiniteError` for a loss far above its median over the rows before."""
-        factor = self.config.spike_factor
-        for name, before in self._losses.items():
-            if name not in row:
-                continue
-            usual = median(before) if len(before) >= MEDIAN_OF // 4 else math.inf
-            if row[name] > factor * max(usual, LEAST_MEDIAN):
-                self._diverged(
-                    f"{name} is {row[name]:.3g} up to step {step}, over {factor:g} times its "
-                    f"median of {usual:.3g}"
-                )
-            before.append(row[name])
 
     def _diverged(self, what: str) -> NoReturn:
         self.checkpoints.finish()  # all ranks come here, since they have equal rows
@@ -416,7 +410,7 @@ class Run:
         began = time.perf_counter()
         self.accuracy = evaluate(self.algorithm, self._watched(self.validation), self.manifest)
         self.meter.pause(time.perf_counter() - began)
-        delay = max(self._delays().values())
+        delay = max(delays(self.algorithm).values())
         self.best.add(self.accuracy["top1"], self.steps_done, delay)
         values = {f"eval/{name}": value for name, value in self.accuracy.items()}
         if self.run_dir:
@@ -444,9 +438,7 @@ class Run:
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
             if not learner.finite():
-                self._diverged(
-                    f"not finite: a weight of {_network(name)} at step {self.steps_done}"
-                )
+                self._diverged(f"not finite: a weight of {called(name)} at step {self.steps_done}")
         rank_state = rng.generator_states() | {"data": loader.state()}
         keeps = self.best.keeps(self.steps_done)
 
@@ -585,85 +577,27 @@ class Run:
             self.console.warn(warning)
 
     def _introduce(self) -> None:
-        """Prints what is trained on what, and warnings about it."""
-        config, learners = self.config, self.algorithm.learners
-        sizes = {models.count_parameters(learner.network) for learner in learners.values()}
-        self.console.print(
-            f"{config.recipe} on {self.dist_env.world} x {self.dist_env.device.type}: "
-            f"{config.model.name}, {quantity(max(sizes))} trained parameters, "
-            f"{len(self.manifest.classes)} classes, {config.labeled_batch} labeled + "
-            f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
-            f"run directory {config.run_dir}"
-        )
-        self._introduce_disk()
+        """Prints what is trained on what, what it needs, and warnings about it."""
+        config, console = self.config, self.console
+        console.print(headline(config, self.algorithm, self.manifest, self.dist_env))
+        size = checkpoint_bytes(self.algorithm, self._shared_state())
+        print_disk_space(config, size, self.checkpoints, console)
         for note in dict.fromkeys(self.notes):  # of several networks they are equal
-            self.console.print(note)
-        if config.unlabeled_images and (warning := gray_views(config.data)):
-            self.console.warn(warning)
+            console.print(note)
         if isinstance(self.algorithm, RolePlay):
-            self.console.print(
+            console.print(
                 "the first network begins as teacher, the second as student; they swap roles "
                 f"every {self.algorithm.period} steps"
             )
-        for what, delay in self._delays().items():
-            if delay >= config.steps:
-                self.console.warn(
-                    f"{what} never moves: its delay of {delay} steps "
-                    f"is not over in a run of {config.steps}"
-                )
-        random = not (config.model.pretrained or isinstance(config.algorithm, FinetuneConfig))
-        if random and any(one.config.trunk_delay_steps for one in learners.values()):
-            self.console.warn(
-                "trunk_delay_steps trains the last layer alone on random weights: it is for "
-                "--model.pretrained, or recipe finetune"
-            )
-        network = next(iter(learners.values())).network
-        momentum, share = models.initial_share(network, config.steps)
-        if random and momentum < PYTORCH_MOMENTUM and share > STALE:
-            self.console.warn(
-                f"after {config.steps} steps, batch norms with a momentum of {momentum:g} still "
-                f"have {share:.0%} of their initial statistics, with which the network is "
-                f"evaluated: --model.norm-momentum {PYTORCH_MOMENTUM} is for short runs"
-            )
+        for warning in warnings_of(config, self.algorithm):
+            console.warn(warning)
         if self.chosen:
-            self.console.print(self.chosen)
+            console.print(self.chosen)
         if config.compile != "off" and self.steps_done < config.steps:
-            self.console.print(
+            console.print(
                 "compiling during the first steps, which takes minutes, or seconds if an earlier "
                 "session has filled the cache"
             )
-
-    def _introduce_disk(self) -> None:
-        """Prints the space that checkpoints will take."""
-        config, folder = self.config, self.checkpoints.folder
-        size = state_bytes(self._shared_state())
-        for learner in self.algorithm.learners.values():
-            if learner.config.optimizer == "adamw" and not learner.optimizer.state:
-                size += 2 * state_bytes(learner.parameters)  # allocated in its first step
-        # One is written before the oldest is removed.
-        count = config.checkpoint_keep + 1 + config.checkpoint_best
-        text = f"checkpoints have {quantity(size, 'B')} each, at most {count} at a time: "
-        text += quantity(count * size, "B")
-        if self.run_dir:
-            free = shutil.disk_usage(folder).free
-            text += f"; {quantity(free, 'B')} are free in {folder}"
-            if free < (count - len(self.checkpoints.all())) * size:
-                self.console.warn(f"{text}: free some space, or lower --checkpoint-keep")
-                return
-        self.console.print(text)
-
-    def _delays(self) -> dict[str, int]:
-        """Steps before networks begin to move, by what they are called."""
-        learners = self.algorithm.learners
-        delays = {_network(n): one.config.delay_steps for n, one in learners.items()}
-        delays |= {
-            f"the trunk of {_network(n)}": one.config.delay_steps + one.config.trunk_delay_steps
-            for n, one in learners.items()
-            if one.config.trunk_delay_steps
-        }
-        if isinstance(self.algorithm, RolePlay):
-            delays["a network as student"] = self.algorithm.config.student_delay_steps
-        return delays
 
     def _summarize(self) -> None:
         """Writes summary.json and prints the result."""
@@ -688,8 +622,3 @@ class Run:
             f"in {duration(self.train_seconds)} of training, "
             f"{images_per_second:.0f} images/s; {self.config.run_dir}/summary.json"
         )
-
-
-def _network(learner: str) -> str:
-    """A learner's name in sentences: those of role playing are numbers."""
-    return f"the {learner} network" if learner in ("first", "second") else f"the {learner}"

@@ -86,7 +86,11 @@ def test_a_spike_of_the_loss_and_the_last_rollback(
     assert done.returncode == 5
     assert done.stdout.count(f"{tmp_path}/run/checkpoints/step_00000004, with the images") == 2
     last = done.stderr.splitlines()[-1]
-    assert "loss/labeled is" in last and "up to step 5, over 1e-09 times its median" in last
+    assert (
+        "loss/labeled is" in last
+        and "up to step 5" in last
+        and "over 1e-09 times its median" in last
+    )
     labels = [tuple(batch.truth.tolist()) for batch in batches]
     assert len(batches) == 6 + 1 + 1 and len({*labels}) == len(labels)
     state = final_state(tmp_path / "run", 4)

@@ -1,0 +1,103 @@
+"""What a run prints before its first step: networks, data, disk space, and warnings."""
+
+import shutil
+from collections.abc import Iterator
+
+from mpl_fast import models
+from mpl_fast.algorithms.base import Algorithm
+from mpl_fast.algorithms.roleplay import RolePlay
+from mpl_fast.config import FinetuneConfig, RunConfig
+from mpl_fast.data.manifest import Manifest
+from mpl_fast.data.randaugment import gray_views
+from mpl_fast.distributed import DistEnv
+from mpl_fast.training.checkpoint import Checkpoints
+from mpl_fast.training.console import Console, quantity
+from mpl_fast.training.saving import State, state_bytes
+
+STALE = 0.02  # share of batch norms' initial statistics at the end of a run
+PYTORCH_MOMENTUM = 0.1  # of batch norms by default
+
+
+def headline(config: RunConfig, algorithm: Algorithm, manifest: Manifest, dist_env: DistEnv) -> str:
+    """What is trained on what."""
+    sizes = {models.count_parameters(one.network) for one in algorithm.learners.values()}
+    return (
+        f"{config.recipe} on {dist_env.world} x {dist_env.device.type}: "
+        f"{config.model.name}, {quantity(max(sizes))} trained parameters, "
+        f"{len(manifest.classes)} classes, {config.labeled_batch} labeled + "
+        f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "
+        f"run directory {config.run_dir}"
+    )
+
+
+def checkpoint_bytes(algorithm: Algorithm, shared: State) -> int:
+    """Size of a checkpoint after the first step."""
+    size = state_bytes(shared)
+    for learner in algorithm.learners.values():
+        if learner.config.optimizer == "adamw" and not learner.optimizer.state:
+            size += 2 * state_bytes(learner.parameters)  # allocated in its first step
+    return size
+
+
+def print_disk_space(
+    config: RunConfig, size: int, checkpoints: Checkpoints, console: Console
+) -> None:
+    """Prints the space that checkpoints of `size` bytes will take; a warning if it is not there."""
+    # One is written before the oldest is removed.
+    count = config.checkpoint_keep + 1 + config.checkpoint_best
+    text = f"checkpoints have {quantity(size, 'B')} each, at most {count} at a time: "
+    text += quantity(count * size, "B")
+    if checkpoints.rank == 0:
+        free = shutil.disk_usage(checkpoints.folder).free
+        text += f"; {quantity(free, 'B')} are free in {checkpoints.folder}"
+        if free < (count - len(checkpoints.all())) * size:
+            console.warn(f"{text}: free some space, or lower --checkpoint-keep")
+            return
+    console.print(text)
+
+
+def warnings_of(config: RunConfig, algorithm: Algorithm) -> Iterator[str]:
+    """About options that do not fit together, or the length of the run."""
+    learners = algorithm.learners
+    if config.unlabeled_images and (warning := gray_views(config.data)):
+        yield warning
+    for what, delay in delays(algorithm).items():
+        if delay >= config.steps:
+            yield (
+                f"{what} never moves: its delay of {delay} steps "
+                f"is not over in a run of {config.steps}"
+            )
+    if config.model.pretrained or isinstance(config.algorithm, FinetuneConfig):
+        return
+    if any(one.config.trunk_delay_steps for one in learners.values()):
+        yield (
+            "trunk_delay_steps trains the last layer alone on random weights: it is for "
+            "--model.pretrained, or recipe finetune"
+        )
+    network = next(iter(learners.values())).network
+    momentum, share = models.initial_share(network, config.steps)
+    if momentum < PYTORCH_MOMENTUM and share > STALE:
+        yield (
+            f"after {config.steps} steps, batch norms with a momentum of {momentum:g} still "
+            f"have {share:.0%} of their initial statistics, with which the network is "
+            f"evaluated: --model.norm-momentum {PYTORCH_MOMENTUM} is for short runs"
+        )
+
+
+def delays(algorithm: Algorithm) -> dict[str, int]:
+    """Steps before networks begin to move, by what they are called."""
+    learners = algorithm.learners
+    found = {called(name): one.config.delay_steps for name, one in learners.items()}
+    found |= {
+        f"the trunk of {called(name)}": one.config.delay_steps + one.config.trunk_delay_steps
+        for name, one in learners.items()
+        if one.config.trunk_delay_steps
+    }
+    if isinstance(algorithm, RolePlay):
+        found["a network as student"] = algorithm.config.student_delay_steps
+    return found
+
+
+def called(learner: str) -> str:
+    """A learner's name in sentences: those of role playing are numbers."""
+    return f"the {learner} network" if learner in ("first", "second") else f"the {learner}"
