@@ -23,8 +23,7 @@ from mpl_fast.config import MPLConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
-from mpl_fast.training.checkpoint import checkpoints_in, restore, step_of
-from mpl_fast.training.curves import read_rows
+from mpl_fast.training.checkpoint import checkpoints_in, restore
 from mpl_fast.training.run_dir import RunDir
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import (
@@ -150,10 +149,9 @@ def test_a_run_goes_on_on_other_ranks(ended: Sessions) -> None:
 
 
 def kill(options: list[str], ranks: int, folder: Path) -> None:
-    """SIGKILL to what the user started, in the middle of a checkpoint and of a step after it.
+    """SIGKILL to what the user started, while a checkpoint after the first is being written.
 
-    Under torchrun that is the launcher alone; its workers must follow, or they would train on. The
-    checkpoint is one whose file is a pipe that nobody reads: its write never ends.
+    Under torchrun that is the launcher alone; its workers must follow, or they would train on.
     """
     process = subprocess.Popen(
         command(options, ranks),
@@ -161,19 +159,10 @@ def kill(options: list[str], ranks: int, folder: Path) -> None:
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 600
-    saved = unending = 0
-    while not saved or read_rows(folder / "metrics.jsonl")[-1]["step"] <= unending:
+    deadline, checkpoints = time.monotonic() + 600, folder / "checkpoints"
+    while not (checkpoints_in(checkpoints) and [*checkpoints.glob(".writing_*/state.pt.tmp")]):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-        saved = max((step_of(one) for one in checkpoints_in(folder / "checkpoints")), default=0)
-        if saved and saved >= unending:  # the first time, or when the pipe was made too late
-            unending = saved + 6
-            pipe = folder / f"checkpoints/.writing_step_{unending:08d}/state.pt.tmp"
-            with contextlib.suppress(FileExistsError):
-                pipe.parent.mkdir()
-                os.mkfifo(pipe)
-    assert saved < unending
+        time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     while alive(str(folder)):
