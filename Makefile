@@ -9,7 +9,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check lint format test demo bench lock clean
+.PHONY: help venv check lint format test nightly demo bench lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,7 +38,10 @@ format: $(STAMP) ## Rewrites files in the form that lint requires
 	$(VENV)/bin/ruff check --fix-only
 	$(VENV)/bin/ruff format
 
-test: $(STAMP) ## The whole test suite
+test: $(STAMP) ## All tests but those for the night
+	$(PYTEST) -m "not nightly"
+
+nightly: $(STAMP) ## The whole test suite, with runs on several machines
 	$(PYTEST)
 
 demo: $(STAMP) ## Trains labeled only, UDA and MPL on handwritten digits (SEEDS=3 for mean and sd)

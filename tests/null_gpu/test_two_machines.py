@@ -19,7 +19,7 @@ from tests.null_gpu import machine
 from tests.null_gpu.test_trainer import ONE_BY_ONE, options
 from tests.tiny_run import free_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def pair(out: Path, session: list[str]) -> list[subprocess.Popen[str]]:

@@ -10,6 +10,7 @@ from mpl_fast.packing.write.ray_engine import run_ray
 from tests.packing.packs import hashes, image_tree, names, pack, refuse, run
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_ray_packs_the_same_bytes(tmp_path: Path) -> None:
     """After an error of one task, which is one line: finished shards stay."""

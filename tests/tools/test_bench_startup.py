@@ -9,6 +9,7 @@ from tests.tiny_run import rows as metrics
 from tools.bench import startup
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_smoke_measures_every_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

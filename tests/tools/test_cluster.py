@@ -225,6 +225,7 @@ def runs(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(interrupted, straight)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupted_on_two_machines_it_ends_as_uninterrupted(way: str, runs: Runs) -> None:
@@ -245,6 +246,7 @@ def ranks_of(agent: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_frozen_machine_is_noticed_and_the_others_go_on(tiny_rec: Path, tmp_path: Path) -> None:
     """By the watchdog of a rank that waits for it; with fewer ranks, from the newest checkpoint."""

@@ -17,7 +17,10 @@ from tests.tiny_run import arguments, final_state, rows, run_in_turn
 
 STEPS = 8
 OWN = ("seconds", "per_second", "run_dir", "best_checkpoint")  # of each run, in its summary
-RANKS = [pytest.param(n, id=f"ranks {n}", marks=pytest.mark.slow) for n in (1, 2)]
+RANKS = [
+    pytest.param(1, id="ranks 1", marks=pytest.mark.slow),
+    pytest.param(2, id="ranks 2", marks=[pytest.mark.slow, pytest.mark.nightly]),
+]
 
 
 class Sessions(NamedTuple):

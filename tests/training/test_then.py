@@ -104,6 +104,7 @@ def test_a_second_run_moves_with_the_first_and_is_of_its_end(
     assert done.returncode == 0 and done.stdout.count("done: top-1") == 2, done.stderr
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_ranks_killed_in_the_second_run_resume_it(tiny_rec: Path, tmp_path: Path) -> None:
     run, straight = tmp_path / "killed", tmp_path / "straight"
