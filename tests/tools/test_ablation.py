@@ -210,7 +210,7 @@ def test_another_run_in_a_folder_is_refused_before_a_result_is_written(
     out = tmp_path / "out"
     config = Path(arguments(out / "unused", tiny_rec)[1])
     (job,) = jobs((Variant("slow", FAST),), [3], config, tiny_rec, out, STEPS)
-    (job.folder / "checkpoints" / "step_4").mkdir(parents=True)
+    (job.folder / "checkpoints" / "step_00000004").mkdir(parents=True)
     (job.folder / "config.yaml").write_text(as_yaml(job.config))
     (out / "ablation.md").write_text("of old")
     before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
