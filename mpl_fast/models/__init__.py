@@ -21,7 +21,7 @@ __all__ = [
     "count_parameters",
     "image_size",
     "in_timm",
-    "initial_share",
+    "initial_statistics_share",
     "size_option",
     "synchronized",
     "with_class_order",
@@ -194,7 +194,7 @@ def count_parameters(network: nn.Module) -> int:
     return sum(math.prod(p.shape) for p in network.parameters() if p.requires_grad)
 
 
-def initial_share(network: nn.Module, steps: int) -> tuple[float, float]:
+def initial_statistics_share(network: nn.Module, steps: int) -> tuple[float, float]:
     """The momentum of the slowest batch norm, and the share that its running statistics still have
     of their initial values (mean 0, variance 1) after as many steps; (0, 0) without batch norms."""
     norms = [one for one in network.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]

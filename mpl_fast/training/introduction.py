@@ -75,7 +75,7 @@ def warnings_of(config: RunConfig, algorithm: Algorithm) -> Iterator[str]:
             "--model.pretrained, or recipe finetune"
         )
     network = next(iter(learners.values())).network
-    momentum, share = models.initial_share(network, config.steps)
+    momentum, share = models.initial_statistics_share(network, config.steps)
     if momentum < PYTORCH_MOMENTUM and share > STALE:
         yield (
             f"after {config.steps} steps, batch norms with a momentum of {momentum:g} still "

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-from torch import Tensor
 from torch.nn.parallel import distributed as ddp
 
 from mpl_fast import distributed
@@ -28,15 +26,7 @@ _row = metrics._row
 
 
 def _row_of_zeros(pending: metrics.PendingRow) -> tuple[int, metrics.Row]:
-    return _row(pending._replace(values=torch.zeros_like(pending.values, device="cpu")))
-
-
-def _no_hits(probabilities: Tensor, labels: Tensor) -> Tensor:
-    return torch.tensor([0.0, 0.0, len(labels), 0.0])
-
-
-def _finite(learner: Learner) -> Tensor:
-    return torch.tensor(True)
+    return _row(pending._replace(values=device.zeros_on_host(pending.values)))
 
 
 def _nothing(*arguments: Any, **named: Any) -> None:
@@ -53,8 +43,8 @@ def main(out: str, sessions: list[list[str]]) -> None:
     device.watch()
     with (
         mock.patch.object(metrics, "_row", _row_of_zeros),
-        mock.patch.object(evaluate, "_hits", _no_hits),
-        mock.patch.object(Learner, "finite", _finite),
+        mock.patch.object(evaluate, "_hits", device.no_hits),
+        mock.patch.object(Learner, "finite", device.always_finite),
         mock.patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
         mock.patch.object(run, "train_step", _step),
     ):

@@ -13,7 +13,7 @@ from tools.faults import named, training
 from tools.faults.__main__ import main
 from tools.faults.cases import Campaign, Case, counts, read_cases
 from tools.faults.processes import Used
-from tools.faults.soak import judge
+from tools.faults.soak import growth
 
 
 def test_every_fault_of_the_page_has_a_test() -> None:
@@ -100,15 +100,15 @@ GROWING: dict[str, tuple[Callable[[int], Used], str]] = {
 @pytest.mark.parametrize("kind", GROWING)
 def test_what_grows_is_found(kind: str) -> None:
     sample, fault = GROWING[kind]
-    (found,) = judge([sample(at) for at in range(90)], 1000)
+    (found,) = growth([sample(at) for at in range(90)], 1000)
     assert found.startswith(fault)
 
 
 def test_what_comes_and_goes_does_not_grow() -> None:
     flat = [Used((500 + 5 * (at % 3)) * MB, 30 + at % 2, 9 + at % 2) for at in range(90)]
     warming = [Used((100 + 10 * at) * MB, at, at) for at in range(30)]
-    assert judge(flat, 1000) == [] and judge(warming + flat[:60], 1000) == []
-    assert "only 3 samples" in judge(flat[:3], 1000)[0]
+    assert growth(flat, 1000) == [] and growth(warming + flat[:60], 1000) == []
+    assert "only 3 samples" in growth(flat[:3], 1000)[0]
 
 
 def test_wrong_options_are_one_line(tmp_path: Path) -> None:

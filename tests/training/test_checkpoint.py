@@ -338,17 +338,17 @@ def test_a_second_save_waits_for_the_first(store: Checkpoints, disk: Disk) -> No
 def test_a_failed_write_is_a_warning_and_two_in_a_row_an_error(
     store: Checkpoints, disk: Disk
 ) -> None:
-    told: list[tuple[int, str]] = []
-    store.failed = lambda step, reason: told.append((step, reason))
+    failures: list[tuple[int, str]] = []
+    store.failed = lambda step, reason: failures.append((step, reason))
     disk.full = [2, 4, 5]
     for step in (1, 2, 3, 4, 5):
         store.save(step, {"w": torch.ones(1)}, {}, background=True)
     with pytest.raises(CheckpointError) as raised:
         store.finish()
     file = f"{store.folder}/.writing_step_0000000%d/rank_0.pt"
-    assert told == [(s, f"No space left on device ({file % s})") for s in disk.full]
+    assert failures == [(s, f"No space left on device ({file % s})") for s in disk.full]
     assert str(raised.value) == (
-        f"the checkpoints of steps 4 and 5 cannot be written: {told[-1][1]}; earlier ones are "
+        f"the checkpoints of steps 4 and 5 cannot be written: {failures[-1][1]}; earlier ones are "
         "untouched"
     )
     assert store.all() == sorted(store.folder.iterdir()) == [store.path(1), store.path(3)]
@@ -387,8 +387,8 @@ def test_a_checkpoint_is_complete_with_the_files_of_all_ranks(
 ) -> None:
     """And never without; whichever rank is first."""
     stores = [Checkpoints(tmp_path, keep=2, rank=rank, world=2) for rank in (0, 1)]
-    told: list[str] = []
-    stores[0].failed = lambda step, reason: told.append(reason)
+    failures: list[str] = []
+    stores[0].failed = lambda step, reason: failures.append(reason)
     for step in (1, 2):
         for rank in (0, 1) if step == 1 else (1, 0):
             stores[rank].save(step, {"w": torch.ones(2)}, {"of": rank}, background=True)
@@ -402,7 +402,7 @@ def test_a_checkpoint_is_complete_with_the_files_of_all_ranks(
     stores[0].save(3, {"w": torch.ones(2)}, {}, background=True)
     stores[0].close()
     assert newest(tmp_path)[0] == stores[0].path(2)
-    (reason,) = told
+    (reason,) = failures
     assert reason.startswith("rank 1 has not written its part")
 
 

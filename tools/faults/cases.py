@@ -20,7 +20,7 @@ class Case:
 
     name: str
     kind: str  # kills, packing, faults or soak
-    outcome: str  # passed, failed, or skipped: what it needs is not here
+    outcome: str  # passed, failed, or skipped: what it needs is not here, or its time was over
     seconds: float = 0.0
     kills: int = 0
     reason: str = ""  # why it failed or was skipped

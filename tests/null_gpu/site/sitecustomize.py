@@ -32,22 +32,22 @@ def _loader(loader: Any) -> None:
 
 
 def _metrics(metrics: Any) -> None:
+    from tests.null_gpu.device import zeros_on_host
+
     row = metrics._row
-    metrics._row = lambda pending: row(
-        pending._replace(values=pending.values.new_zeros(pending.values.shape, device="cpu"))
-    )
+    metrics._row = lambda pending: row(pending._replace(values=zeros_on_host(pending.values)))
 
 
 def _evaluate(evaluate: Any) -> None:
-    import torch
+    from tests.null_gpu.device import no_hits
 
-    evaluate._hits = lambda probabilities, labels: torch.tensor([0.0, 0.0, len(labels), 0.0])
+    evaluate._hits = no_hits
 
 
 def _learner(learner: Any) -> None:
-    import torch
+    from tests.null_gpu.device import always_finite
 
-    learner.Learner.finite = lambda self: torch.tensor(True)
+    learner.Learner.finite = always_finite
 
 
 AFTER: dict[str, Callable[[Any], None]] = {
