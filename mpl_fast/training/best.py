@@ -72,17 +72,26 @@ class Best:
     def resume(self, resumed: Path, step: int) -> str:
         """Keeps what was the best at the checkpoint `resumed` of this step; on the first rank.
 
-        Returns a warning if that is not there any more. Raises `OSError` if it cannot be written.
+        Returns a warning if that is not there any more. Raises `CheckpointError` if it cannot be
+        written.
         """
         if not self._store:
             return ""
-        self._store.remove_after(step)  # of steps that are repeated
-        if not self.values or self.checkpoint():
-            return ""
-        newest = resumed.with_name(self._store.path(int(self.values["best_step"])).name)
-        if newest.exists():  # a kill came before it was kept, or the option is new
-            self._store.adopt(newest)
-            return ""
+        try:
+            self._store.remove_after(step)  # of steps that are repeated
+            if not self.values or self.checkpoint():
+                return ""
+            newest = resumed.with_name(self._store.path(int(self.values["best_step"])).name)
+            if newest.exists():  # a kill came before it was kept, or the option is new
+                self._store.adopt(newest)
+                return ""
+        except OSError as error:
+            failure = CheckpointError(
+                f"the checkpoint of step {step} cannot be written: {error.strerror} "
+                f"({error.filename or self._store.folder}); earlier ones are untouched"
+            )
+            failure.alone = True
+            raise failure from None
         return (
             "the checkpoint of the best evaluation so far, {best_top1:.2f} % at step {best_step}, "
             "was not kept: only one of a better evaluation will be"

@@ -57,7 +57,7 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
             count += 1
         return real(self)
 
-    monkeypatch.setattr("mpl_fast.training.run.MAX_SKIPPED_IN_A_ROW", len(BAD))
+    monkeypatch.setattr("mpl_fast.training.log.MAX_SKIPPED_IN_A_ROW", len(BAD))
     again, other = tmp_path / "again", tmp_path / "other"
     monkeypatch.setattr(TrainLoader, "__next__", with_bad_ones)
     done = train_here(*arguments(again, tiny_rec, recipe="uda"), *options, *ROLLBACK)
