@@ -9,6 +9,8 @@ from mpl_fast.errors import CheckpointError
 from mpl_fast.training.checkpoint import Checkpoints
 from mpl_fast.training.saving import State
 
+KINDS = {"best_top1": float, "best_step": int}
+
 
 class Best:
     """Is equal on all ranks, since accuracies are. Its checkpoint is kept with `checkpoint_best`.
@@ -45,8 +47,9 @@ class Best:
 
     def restore(self, shared: State) -> None:
         """Restores `state` from a checkpoint; older versions wrote less."""
-        self.values = shared.get("best", {})
-        self._since = shared.get("evaluations_since_best", 0)
+        best = shared.get("best") or {}
+        self.values = {name: kind(best[name]) for name, kind in KINDS.items() if best}
+        self._since = int(shared.get("evaluations_since_best", 0))
         self.stopped_early = shared.get("stopped_early", False) and self._impatient()
 
     def keeps(self, step: int) -> bool:

@@ -27,7 +27,13 @@ from mpl_fast.training.process import stop_on_signal
 from mpl_fast.training.run_dir import RunDir, keep_compile_cache
 from mpl_fast.training.same_config import other_images
 from mpl_fast.training.saving import State
-from mpl_fast.training.state import check_same_classes, no_class_names, restore, state_of
+from mpl_fast.training.state import (
+    check_same_classes,
+    no_class_names,
+    of_this_program,
+    restore,
+    state_of,
+)
 from mpl_fast.training.step_graph import StepGraph
 from mpl_fast.training.teacher import load_teacher
 from mpl_fast.training.trained import load_start
@@ -175,7 +181,8 @@ class Run:
     def _ended_with(self, checkpoint: Path) -> bool:
         """Whether the run ended with this checkpoint, early or not."""
         if self.config.patience:
-            self.best.restore(read_shared(checkpoint))
+            with of_this_program(checkpoint):
+                self.best.restore(read_shared(checkpoint))
         return step_of(checkpoint) >= self.config.steps or self.best.stopped_early
 
     def _already_complete(self, checkpoint: Path) -> None:
@@ -199,11 +206,12 @@ class Run:
             try:
                 return self._loop(loader)
             except NonFiniteError as error:
-                self._roll_back(error)
+                self._roll_back(error, loader)
 
-    def _roll_back(self, error: NonFiniteError) -> None:
-        """Restores the newest checkpoint but for the position in the data; raises the error unless
-        the config has rollbacks left. All ranks come here together, since they have equal rows."""
+    def _roll_back(self, error: NonFiniteError, loader: Loader) -> None:
+        """Restores the newest checkpoint but for the position in the data, and saves the result;
+        raises the error unless the config has rollbacks left. All ranks come here together, since
+        they have equal rows."""
         config, checkpoint = self.config, None
         if config.on_spike == "rollback" and self.rollbacks < config.rollbacks:
             checkpoint = self._newest_checkpoint()
@@ -223,6 +231,8 @@ class Run:
         if self.run_dir:
             self.run_dir.resume_at(self.steps_done)
             self.run_dir.event(self.steps_done, "rollback", error=str(error), reached=reached)
+        self.log.meter = Meter()  # without the steps that diverged
+        self._save(loader)  # a kill would forget the rollback, and repeat its images
 
     def _loop(self, loader: Loader) -> bool:
         """Trains until the last step (returns True) or a stop that all ranks agreed on (False)."""
@@ -370,14 +380,16 @@ class Run:
             self.console.warn(no_class_names(checkpoint))
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared, checkpoint)
-        self.rollbacks = shared.get("rollbacks", 0)
+        with of_this_program(checkpoint):
+            self.rollbacks = int(shared.get("rollbacks", 0))
+            data_state = dict[str, Any](rank_state["data"])
+            if world == self.dist_env.world:
+                rng.restore_generators(rank_state)
         self.checkpoints.saved = self.steps_done
         self.console.print(f"resuming after step {self.steps_done} from {checkpoint}")
         if self.run_dir and (warning := self.run_dir.other_commit):
             self.console.warn(warning)
-        data_state: dict[str, Any] = rank_state["data"]
         if world == self.dist_env.world:
-            rng.restore_generators(rank_state)
             return data_state, None
         rng.seed_step(self.config, self.dist_env, self.steps_done)
         self.console.print(
@@ -403,9 +415,11 @@ class Run:
 
     def _restore_progress(self, shared: State, checkpoint: Path) -> None:
         """Restores how far the run was, and its best checkpoint as of `checkpoint`, the newest."""
-        self.steps_done, self.log.train_seconds = shared["step"], shared["train_seconds"]
-        self.accuracy = shared["accuracy"]
-        self.best.restore(shared)
+        with of_this_program(checkpoint):
+            self.steps_done = int(shared["step"])
+            self.log.train_seconds = float(shared["train_seconds"])
+            self.accuracy = dict(shared["accuracy"])
+            self.best.restore(shared)
         if self.run_dir and (warning := self.best.resume(checkpoint, self.steps_done)):
             self.console.warn(warning)
 

@@ -1,5 +1,7 @@
 """What a checkpoint holds that all ranks share: the networks and the classes of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mpl_fast.algorithms.base import Algorithm
@@ -17,6 +19,18 @@ def state_of(algorithm: Algorithm) -> State:
         "eval_ensemble": [name for name, learner in learners.items() if learner in ensemble],
         "algorithm": dict(algorithm.state),
     }
+
+
+@contextmanager
+def of_this_program(checkpoint: Path) -> Iterator[None]:
+    """Turns what values of another program raise as they are restored into a `CheckpointError`."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise CheckpointError(
+            f"{checkpoint} is not of this program ({reason}): use one that this program wrote"
+        ) from None
 
 
 def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:

@@ -286,7 +286,7 @@ def test_all_ranks_roll_back_together(ended: Sessions) -> None:
     error = "loss/labeled is"  # at the next row
     assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
     found = [event["event"] for event in events(ended.folder / "diverging/run")]
-    assert found == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
+    assert found == ["started", "checkpoint", "checkpoint", "rollback", "checkpoint", "failed"]
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:
