@@ -72,8 +72,8 @@ class Checkpoints:
         rank_state: State,
         *,
         background: bool = False,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[Path], None] = lambda saved: None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[Path], None] | None = None,
     ) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
@@ -90,10 +90,12 @@ class Checkpoints:
         def publish(files: Files) -> None:
             about = {"format": FORMAT, "step": step, "world": self.world, "files": files}
             atomic.write_json(partial / "checkpoint.json", about)
-            before()
+            if before:
+                before()
             self._publish(partial, final)
             self.saved = step
-            after(final)
+            if after:
+                after(final)
 
         self._saving = Saving(
             step,

@@ -218,12 +218,11 @@ class Run:
         if checkpoint is None:
             raise error
         self.console.warn(str(error))
-        shared, reached = read_shared(checkpoint), self.steps_done
+        shared, reached, rollbacks = read_shared(checkpoint), self.steps_done, self.rollbacks + 1
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared, checkpoint)
         self.step = self._new_step()  # a CUDA graph has the addresses of the optimizer's old state
-        self.checkpoints.saved = self.steps_done
-        self.rollbacks += 1
+        self.checkpoints.saved, self.rollbacks = self.steps_done, rollbacks
         self.console.print(
             f"rollback {self.rollbacks} of at most {config.rollbacks}: back from step {reached} to "
             f"{checkpoint}, with the images that come next"
@@ -311,24 +310,13 @@ class Run:
             if not learner.finite():
                 what = f"not finite: a weight of {called(name)} at step {self.steps_done}"
                 raise diverged(what, self.checkpoints)
-        rank_state = rng.generator_states() | {"data": loader.state()}
-        keeps = self.best.keeps(self.steps_done)
-
-        def before() -> None:
-            if self.run_dir:
-                self.run_dir.sync()  # the rows of these steps
-
-        def after(saved: Path) -> None:
-            if keeps:
-                self.best.keep(saved)
-
         self.checkpoints.save(
             self.steps_done,
             self._shared_state(),
-            rank_state,
+            rng.generator_states() | {"data": loader.state()},
             background=not last,
-            before=before,
-            after=after,
+            before=self.run_dir.sync if self.run_dir else None,  # the rows of these steps
+            after=self.best.keep if self.best.keeps(self.steps_done) else None,
         )
         seconds = time.perf_counter() - began
         if self.run_dir:
@@ -381,7 +369,6 @@ class Run:
         restore(self.algorithm, shared, checkpoint)
         self._restore_progress(shared, checkpoint)
         with of_this_program(checkpoint):
-            self.rollbacks = int(shared.get("rollbacks", 0))
             data_state = dict[str, Any](rank_state["data"])
             if world == self.dist_env.world:
                 rng.restore_generators(rank_state)
@@ -419,6 +406,7 @@ class Run:
             self.steps_done = int(shared["step"])
             self.log.train_seconds = float(shared["train_seconds"])
             self.accuracy = dict(shared["accuracy"])
+            self.rollbacks = int(shared.get("rollbacks", 0))
             self.best.restore(shared)
         if self.run_dir and (warning := self.best.resume(checkpoint, self.steps_done)):
             self.console.warn(warning)
