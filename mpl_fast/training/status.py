@@ -132,7 +132,8 @@ def read(folder: Path) -> Run:
     return Run(
         path=folder,
         recipe=_text(config, "recipe") or "?",
-        step=int(_number(values, "step", last.get("step", 0))),
+        # status.json is written now and then: of a run that died, rows of metrics may be newer.
+        step=int(max(_number(values, "step", 0), last.get("step", 0))),
         steps=int(_number(values, "steps", _number(config, "steps", 0))),
         images_per_second=_maybe(values, "images_per_second", last.get("images_per_second")),
         eta_seconds=_maybe(values, "eta_seconds"),
