@@ -164,7 +164,8 @@ def _locked(folder: Path) -> bool:
 
 
 def _exists(pid: object) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process of this number runs: one that has ended and that nobody waits for, as in a
+    container without an init process, keeps its number."""
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
@@ -173,7 +174,10 @@ def _exists(pid: object) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:  # another system than Linux
+        return True
 
 
 def _json(file: Path) -> Json:

@@ -43,8 +43,10 @@ def test_the_table(tmp_path: Path) -> None:
     a_run(tmp_path / "c dead", time=long_ago)
     here, nobody = socket.gethostname(), subprocess.Popen(["true"])
     nobody.wait()
+    unread = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, unread.pid, os.WEXITED | os.WNOWAIT)  # it keeps its number
     a_run(tmp_path / "c dead here", time=time.time() - 1, host=here, pid=nobody.pid)
-    a_run(tmp_path / "c dead soon", step=0, time=time.time() - 1, host=here, pid=nobody.pid)
+    a_run(tmp_path / "c dead soon", step=0, time=time.time() - 1, host=here, pid=unread.pid)
     a_run(tmp_path / "c without locks", host=here, pid=os.getpid())
     a_run(tmp_path / "d failed", state="failed", error="x.rec: cut\nshort")
     a_run(tmp_path / "e old")
@@ -55,6 +57,7 @@ def test_the_table(tmp_path: Path) -> None:
         fcntl.flock(one, fcntl.LOCK_EX)
         fcntl.flock(two, fcntl.LOCK_EX)
         done = run_here(lambda: run_command("status", main), [str(tmp_path)])
+    unread.wait()
     assert done.returncode == 0, done.stderr
     stdout = re.sub(r"written 0:\d\d ago", "written 0:01 ago", done.stdout)
     lines = [line.replace(f"{tmp_path}/", "").split("  ") for line in stdout.splitlines()]
