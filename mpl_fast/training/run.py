@@ -4,6 +4,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,7 +141,9 @@ class Run:
         self.config, self.dist_env, self.manifest = config, dist_env, manifest
         self.run_dir = run_dir
         self.console = Console(config.steps, silent=not dist_env.is_rank0)
-        self.watchdog = Watchdog(Path(config.run_dir), dist_env, config.hang_timeout)
+        self.watchdog = Watchdog(
+            Path(config.run_dir), dist_env, config.hang_timeout, partial(self._end, "failed")
+        )
         self.stragglers = Stragglers(distributed.all_gather_object(socket.gethostname()))
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / CHECKPOINTS["newest"],
@@ -221,10 +224,10 @@ class Run:
         )
         return PREEMPTED
 
-    def _end(self, state: str) -> None:
+    def _end(self, state: str, error: str = "") -> None:
         self._update_status()
         if self.run_dir:
-            self.run_dir.end(state)
+            self.run_dir.end(state, error)
 
     def _new_step(self) -> Step:
         graphs = self.config.cuda_graphs == "step"

@@ -67,6 +67,13 @@ def test_nothing_yet(store: Checkpoints) -> None:
     assert store.newest() == (None, [])
 
 
+def elsewhere(checkpoint: Path) -> dict[str, Any]:
+    """An entry of a file outside, with its checksum."""
+    file = checkpoint.parent / "elsewhere"
+    file.write_bytes(b"content")
+    return {f"../{file.name}": {"bytes": 7, "sha256": atomic.sha256_of(file)}}
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "one flipped bit": lambda c: flip(c / "state.pt"),
     "truncated": lambda c: (c / "state.pt").write_bytes((c / "state.pt").read_bytes()[:50]),
@@ -76,7 +83,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest cut": lambda c: (c / "checkpoint.json").write_text('{"format": "mpl'),
     "manifest of another kind": lambda c: (c / "checkpoint.json").write_text("[1]"),
     "manifest nested deep": lambda c: (c / "checkpoint.json").write_text("[" * 100_000),
-    "a file elsewhere": lambda c: change(c, lambda a: a["files"].update({"../x": {}})),
+    "a file elsewhere": lambda c: change(c, lambda a: a["files"].update(elsewhere(c))),
     "a file not listed": lambda c: change(c, lambda a: a["files"].pop("state.pt")),
     "a rank not listed": lambda c: change(c, lambda a: a["files"].pop("rank_0.pt")),
 }
