@@ -38,6 +38,7 @@ HELD_BACK = 1 << 20  # bytes of rows that wait in memory while metrics.jsonl can
 FREE_OPTIONS = {
     "run_dir",
     "lock",
+    "hang_timeout",
     "log_every",
     "stop_at",
     "eval_every",

@@ -190,6 +190,20 @@ def test_a_damaged_config_is_one_line(content: bytes, config: RunConfig) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "other", [{"hang_timeout": 1200.0}, {"lock": False}, {"on_spike": "rollback"}, {"compile": "on"}]
+)
+def test_a_run_resumes_with_other_options_that_change_no_step(
+    other: dict[str, Any], config: RunConfig
+) -> None:
+    """Such as a larger --hang-timeout, which the watchdog advises."""
+    RunDir(config).close()
+    (Path(config.run_dir) / "checkpoints/step_00000004").mkdir(parents=True)
+    RunDir(replace(config, **other)).close()
+    with pytest.raises(ConfigError, match="seed was 0 and is 1"):
+        RunDir(replace(config, seed=1, **other))
+
+
 def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     environments = [{"git_commit": name} for name in ("a1", None, "a1", "a1", "b2")]
     found = []
