@@ -191,7 +191,8 @@ def test_a_damaged_config_is_one_line(content: bytes, config: RunConfig) -> None
 
 
 @pytest.mark.parametrize(
-    "other", [{"hang_timeout": 1200.0}, {"lock": False}, {"on_spike": "rollback"}, {"compile": "on"}]
+    "other",
+    [{"hang_timeout": 1200.0}, {"lock": False}, {"on_spike": "rollback"}, {"compile": "on"}],
 )
 def test_a_run_resumes_with_other_options_that_change_no_step(
     other: dict[str, Any], config: RunConfig
