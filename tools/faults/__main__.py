@@ -9,10 +9,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpl_fast.errors import ConfigError, run_command
 
-KINDS = ("kills", "packing", "faults", "soak")
+KINDS = ("kills", "packing", "faults", "elastic", "soak")
 DESCRIPTION = """Kills training and packing at random, many times, and compares how each ends with
-one that nobody has stopped, bit for bit; runs every named fault, which is a test; and trains for
-many tiny steps while memory, open files and threads must not grow. All on CPUs, with 110 digits.
+one that nobody has stopped, bit for bit; runs every named fault, which is a test; compares the
+accuracy of runs whose number of ranks changes with that of others; and trains for many tiny steps
+while memory, open files and threads must not grow. All on CPUs, with digits.
 
 Each finished case is a line of DIR/cases.jsonl: the same command goes on after any stop.
 DIR/result.json has the counts and every case that failed, whose log and run stay in DIR. The exit
@@ -24,7 +25,7 @@ def main() -> int:
     options = _options()
     # These import torch: --help must not wait for it.
     from tests import tiny_run
-    from tools.faults import named, packing, soak, training
+    from tools.faults import elastic, named, packing, soak, training
     from tools.faults.cases import Campaign
 
     wanted = [name.strip() for name in options.only.split(";") if name.strip()]
@@ -50,6 +51,8 @@ def main() -> int:
         training.run_kills(campaign, rec, options.kills, options.seed, ranks, recipes)
     if "faults" in kinds or faults:
         named.run_named(campaign, faults)
+    if "elastic" in kinds:
+        elastic.run_elastic(campaign, options.elastic_seeds)
     if "soak" in kinds:
         steps = options.soak_steps
         campaign.run(f"soak {steps}", lambda: soak.soak(campaign.out, rec, steps, ends))
@@ -71,14 +74,15 @@ def _options() -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the campaign")
     add("--kills", type=int, default=200, metavar="N", help="of training, and of packing (200)")
     add("--minutes", type=float, default=1e6, metavar="M", help="begin no case after so many")
-    more = "kills;packing;faults;soak, or first cells of rows of docs/reliability.md (all)"
+    more = "kills;packing;faults;elastic;soak, or first cells of rows of docs/reliability.md (all)"
     add("--only", default="", metavar="NAMES", help=more)
     add("--ranks", default="1,2", metavar="LIST", help="of runs that are killed (1,2)")
     add("--recipes", default="", metavar="LIST", help="of runs that are killed (eight)")
+    add("--elastic-seeds", type=int, default=5, metavar="N", help="runs of each kind (5)")
     add("--soak-steps", type=int, default=20_000, metavar="N", help="20000")
     add("--seed", type=int, default=0, metavar="N", help="draws what is killed, and when (0)")
     options = parser.parse_args()
-    for name in ("kills", "soak_steps"):
+    for name in ("kills", "elastic_seeds", "soak_steps"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
     return options

@@ -13,13 +13,15 @@ from mpl_fast.atomic import write_json
 from mpl_fast.errors import printable
 from mpl_fast.training.run_dir import environment
 
+MEASURED = ("elastic", "soak")  # kinds whose numbers are in result.json
+
 
 @dataclass(frozen=True)
 class Case:
     """How a case ended."""
 
     name: str
-    kind: str  # kills, packing, faults or soak
+    kind: str  # kills, packing, faults, elastic or soak
     outcome: str  # passed, failed, or skipped: what it needs is not here, or its time was over
     seconds: float = 0.0
     kills: int = 0
@@ -70,7 +72,7 @@ class Campaign:
             "environment": environment(),
             "counts": counts(self.cases.values()),
             "failed": [asdict(case) for case in self.cases.values() if case.outcome == "failed"],
-            "measured": {c.name: c.about for c in self.cases.values() if c.kind == "soak"},
+            "measured": {c.name: c.about for c in self.cases.values() if c.kind in MEASURED},
         }
         write_json(self.out / "result.json", result)
         return result
