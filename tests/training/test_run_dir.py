@@ -118,13 +118,13 @@ def test_a_full_disk_later_is_a_warning_and_no_row_is_lost(
     run_dir.resume_at(-1)
     for outage in range(2):
         with file_size_limit(3_000):
-            for step in range(100 * outage, 100 * outage + 90):
+            for step in range(1000 * outage, 1000 * outage + 900):  # more than a usual buffer
                 run_dir.row(step, {"loss/labeled": 0.5})
             run_dir.sync()
-        for step in range(100 * outage + 90, 100 * outage + 100):
+        for step in range(1000 * outage + 900, 1000 * outage + 1000):
             run_dir.row(step, {"loss/labeled": 0.5})
     run_dir.close()
-    assert [row["step"] for row in rows(folder)] == [*range(200)]
+    assert [row["step"] for row in rows(folder)] == [*range(2000)]
     warnings = capsys.readouterr().err.splitlines()
     reason = "cannot be written (File too large): "
     metrics = f"warning: {folder}/metrics.jsonl {reason}its rows wait in memory"
