@@ -234,7 +234,7 @@ FAULTS: dict[str, Fault] = {
     "a learning rate that diverges": Fault(
         nothing,
         5,
-        "error: not finite: the last 10 updates of the teacher and",
+        "error: not finite: the last 10 updates of the teacher up to step",
         "failed",
         options=("--algorithm.teacher.lr", "1e30"),
         resumes=False,
