@@ -174,14 +174,21 @@ def hang_up(run: Running) -> None:
 
 def copy_and_evaluate(run: Running) -> None:
     """Copies a checkpoint, and evaluates the run beside it all the time."""
-    copied = run.folder / "checkpoints" / "step_best"
-    run.until(lambda: shutil.copytree(max(run.checkpoints), copied).is_dir())
+    copy = run.folder / "checkpoints" / "step_best"
+
+    def copied() -> bool:
+        with contextlib.suppress(OSError):  # the run has removed it
+            shutil.copytree(max(run.checkpoints), copy, dirs_exist_ok=True)
+            return True
+        return False
+
+    run.until(copied)
     command = [sys.executable, str(tiny_run.ROOT / "tools" / "evaluate.py"), str(run.folder)]
     while run.process.poll() is None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise AssertionError(f"evaluate.py: {done.stderr}")
-    if len([*copied.iterdir()]) != 3:
+    if len([*copy.iterdir()]) != 3:
         raise AssertionError("the copy of a checkpoint is gone")
 
 
