@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ class Run:
         self.config, self.dist_env, self.manifest = config, dist_env, manifest
         self.run_dir = run_dir
         self.console = Console(config.steps, silent=not dist_env.is_rank0)
-        self.watchdog = Watchdog(Path(config.run_dir), dist_env, config.hang_timeout)
+        self.watchdog = Watchdog(
+            Path(config.run_dir), dist_env, config.hang_timeout, partial(self._end, "failed")
+        )
         self.checkpoints = Checkpoints(
             Path(config.run_dir) / CHECKPOINTS["newest"],
             keep=config.checkpoint_keep,
@@ -148,10 +151,10 @@ class Run:
         )
         return PREEMPTED
 
-    def _end(self, state: str) -> None:
+    def _end(self, state: str, error: str = "") -> None:
         self._update_status()
         if self.run_dir:
-            self.run_dir.end(state)
+            self.run_dir.end(state, error)
 
     def _new_step(self) -> Step:
         graphs = self.config.cuda_graphs == "step"

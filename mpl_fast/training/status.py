@@ -132,7 +132,8 @@ def read(folder: Path) -> Run:
     return Run(
         path=folder,
         recipe=_text(config, "recipe") or "?",
-        step=int(_number(values, "step", last.get("step", 0))),
+        # status.json is written now and then: of a run that died, rows of metrics may be newer.
+        step=int(max(_number(values, "step", 0), last.get("step", 0))),
         steps=int(_number(values, "steps", _number(config, "steps", 0))),
         images_per_second=_maybe(values, "images_per_second", last.get("images_per_second")),
         eta_seconds=_maybe(values, "eta_seconds"),
@@ -163,7 +164,8 @@ def _locked(folder: Path) -> bool:
 
 
 def _exists(pid: object) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process of this number runs: one that has ended and that nobody waits for, as in a
+    container without an init process, keeps its number."""
     if not isinstance(pid, int) or pid <= 0:
         return False
     try:
@@ -172,7 +174,10 @@ def _exists(pid: object) -> bool:
         return True
     except (OSError, OverflowError):
         return False
-    return True
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:  # another system than Linux
+        return True
 
 
 def _json(file: Path) -> Json:

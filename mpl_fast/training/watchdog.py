@@ -11,7 +11,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -37,8 +37,16 @@ class Watchdog:
     ever; other ranks end the run then.
     """
 
-    def __init__(self, run_dir: Path, dist_env: DistEnv, timeout: float) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        dist_env: DistEnv,
+        timeout: float,
+        hung: Callable[[str], object] = lambda why: None,
+    ) -> None:
+        """`hung` is called before the end, with the reason."""
         self._folder, self._dist_env, self._timeout = run_dir / FOLDER, dist_env, timeout
+        self._hung = hung
         self._step, self._idle, self._long = 0, 0.0, 0
         self._ended, self._reported = threading.Event(), threading.Event()
 
@@ -113,6 +121,7 @@ class Watchdog:
                 report.flush()
                 faulthandler.dump_traceback(report)
             self._reported.set()
+            self._hung(f"{what}: its stack is in {self._file('rank_', '.txt')}")
             if trace := distributed.nccl_trace():
                 self._file("nccl_trace_rank_", "").write_bytes(trace)
 

@@ -21,7 +21,9 @@ def parts() -> list[Part]:
     """Four images in two parts; the third is bad."""
     two = slice(2), slice(2, 4)
     return [
-        Part(NAMES[s], LABELS[s], CHANCES[s], VECTORS[s], VECTORS[s], {0: "cut short"} if i else {})
+        Part(
+            NAMES[s], LABELS[s], CHANCES[s], VECTORS[s], VECTORS[s], {0: "=cut short"} if i else {}
+        )
         for i, s in enumerate(two)
     ]
 
@@ -37,8 +39,8 @@ def test_lists(suffix: str, tmp_path: Path) -> None:
     else:
         rows = [json.loads(line) for line in out.read_text("ascii").splitlines()]
     assert [row["image"] for row in rows] == [*NAMES[:3], r"a\xff.jpg"]
-    assert [row["error"] for row in rows] == [None, None, "cut short", None]
-    assert {*rows[2].values()} == {NAMES[2], "cut short", None}
+    assert [row["error"] for row in rows] == [None, None, "=cut short", None]
+    assert {*rows[2].values()} == {NAMES[2], "=cut short", None}
     for at in (0, 1, 3):
         row = rows[at]
         assert (row["label"], row["class"]) == (LABELS[at, 0], CLASSES[LABELS[at, 0]])
@@ -58,7 +60,7 @@ def test_csv_has_no_formulas(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[1] == ["a/1.jpg", "0", "ant", "0.7", "'-bee", "0.2", ""]
     assert rows[2] == ["'=HYPERLINK(0)", "1", "'-bee", "0.5", "'=cow", "0.3", ""]
-    assert rows[3] == [NAMES[2], "", "", "", "", "", "cut short"]
+    assert rows[3] == [NAMES[2], "", "", "", "", "", "'=cut short"]
     assert rows[4][0] == NAMES[3]
     for start in "=+-@\t\r\n":
         assert escaped(f"{start}1") == f"'{start}1"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny_run import ROOT, run_here
-from tools.faults import named, training
+from tools.faults import commands, named, training
 from tools.faults.__main__ import main
 from tools.faults.cases import Campaign, Case, counts, read_cases
 from tools.faults.processes import Used
@@ -136,3 +136,33 @@ def test_a_small_campaign(tmp_path: Path) -> None:
         assert result["counts"][kind]["kills"] >= 1 and result["counts"][kind]["passed"] >= 1
     assert "passed kill" not in done.stdout and "kills: 1 passed, 0 failed" in done.stdout
     assert asdict(read_cases(out / "cases.jsonl")["kill 0000"])["outcome"] == "passed"
+
+
+INJECTED = [
+    "SIGSTOP of a rank",
+    "a disk that is full for a second",
+    "a terminal that is closed",
+    "records that are cut short",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", INJECTED)
+def test_a_command_with_a_fault(name: str, tiny_rec: Path, tmp_path: Path) -> None:
+    """Others are part of the campaign only."""
+    case = commands.one_case(tmp_path, tiny_rec, name, commands.FAULTS[name])
+    if case.outcome == "skipped":
+        pytest.skip(case.reason)
+    assert case.outcome == "passed", case.reason
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_command_that_ends_in_another_way_is_found(tiny_rec: Path, tmp_path: Path) -> None:
+    fault = commands.FAULTS["SIGTERM"]._replace(code=0, prints="no such line", state="dead")
+    case = commands.one_case(tmp_path, tiny_rec, "x", fault)
+    assert case.reason == (
+        "the command ended with 75, not 0; it has not printed no such line; its status is "
+        "stopped, not dead"
+    )

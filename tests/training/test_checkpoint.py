@@ -63,6 +63,13 @@ def test_nothing_yet(store: Checkpoints) -> None:
     assert store.newest() == (None, [])
 
 
+def elsewhere(checkpoint: Path) -> dict[str, Any]:
+    """An entry of a file outside, with its checksum."""
+    file = checkpoint.parent / "elsewhere"
+    file.write_bytes(b"content")
+    return {f"../{file.name}": {"bytes": 7, "sha256": atomic.sha256_of(file)}}
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "one flipped bit": lambda c: flip(c / "state.pt"),
     "truncated": lambda c: (c / "state.pt").write_bytes((c / "state.pt").read_bytes()[:50]),
@@ -72,7 +79,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest cut": lambda c: (c / "checkpoint.json").write_text('{"format": "mpl'),
     "manifest of another kind": lambda c: (c / "checkpoint.json").write_text("[1]"),
     "manifest nested deep": lambda c: (c / "checkpoint.json").write_text("[" * 100_000),
-    "a file elsewhere": lambda c: change(c, lambda a: a["files"].update({"../x": {}})),
+    "a file elsewhere": lambda c: change(c, lambda a: a["files"].update(elsewhere(c))),
     "a file not listed": lambda c: change(c, lambda a: a["files"].pop("state.pt")),
     "a rank not listed": lambda c: change(c, lambda a: a["files"].pop("rank_0.pt")),
 }
@@ -139,6 +146,7 @@ def test_leftovers_of_a_kill_are_removed_and_never_read(store: Checkpoints) -> N
     for half in halves:
         half.mkdir()
         (half / "state.pt").write_bytes(b"half")
+    assert store.newest() == (store.path(1), [])  # another command removes nothing
     again = Checkpoints(store.folder, keep=2, rank=0, world=1)
     assert not any(half.exists() for half in halves)
     assert again.newest()[0] == store.folder / "step_00000001"
@@ -148,15 +156,17 @@ OTHERS = ["step_best", "step_00000001_backup", "step_1", "step_00000009", ".writ
 
 
 def test_what_this_program_did_not_write_is_neither_read_nor_removed(store: Checkpoints) -> None:
-    """Copies of a checkpoint, the last under the name of another; a link; files beside its own."""
+    """Copies of a checkpoint, the last under the name of another; links, the first to one that was
+    moved away; files beside its own."""
     first, second = save(store, 1), save(store, 2)
-    elsewhere = shutil.copytree(first, store.folder.parent / "elsewhere")
+    elsewhere = shutil.move(first, store.folder.parent / "elsewhere")
     for name in OTHERS:
-        shutil.copytree(first, store.folder / name)
-    (store.folder / "step_00000008").symlink_to(elsewhere)
+        shutil.copytree(elsewhere, store.folder / name)
+    for link in (first, store.folder / "step_00000008"):
+        link.symlink_to(elsewhere)
     (second / "notes.txt").write_text("the good one")
     (store.folder / "step_00000007").write_text("a file")
-    others = {*OTHERS, "step_00000008", "step_00000002", "step_00000007"}
+    others = {*OTHERS, "step_00000001", "step_00000008", "step_00000002", "step_00000007"}
     again = Checkpoints(store.folder, keep=1, rank=0, world=1)
     assert again.newest() == (second, [])
     for step in (3, 4):

@@ -118,13 +118,13 @@ def test_a_full_disk_later_is_a_warning_and_no_row_is_lost(
     run_dir.resume_at(-1)
     for outage in range(2):
         with file_size_limit(3_000):
-            for step in range(100 * outage, 100 * outage + 90):
+            for step in range(1000 * outage, 1000 * outage + 900):  # more than a usual buffer
                 run_dir.row(step, {"loss/labeled": 0.5})
             run_dir.sync()
-        for step in range(100 * outage + 90, 100 * outage + 100):
+        for step in range(1000 * outage + 900, 1000 * outage + 1000):
             run_dir.row(step, {"loss/labeled": 0.5})
     run_dir.close()
-    assert [row["step"] for row in rows(folder)] == [*range(200)]
+    assert [row["step"] for row in rows(folder)] == [*range(2000)]
     warnings = capsys.readouterr().err.splitlines()
     reason = "cannot be written (File too large): "
     metrics = f"warning: {folder}/metrics.jsonl {reason}its rows wait in memory"
@@ -188,6 +188,21 @@ def test_a_damaged_config_is_one_line(content: bytes, config: RunConfig) -> None
     with pytest.raises(ConfigError, match=config.run_dir) as caught:
         RunDir(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"hang_timeout": 1200.0}, {"lock": False}, {"on_spike": "rollback"}, {"compile": "on"}],
+)
+def test_a_run_resumes_with_other_options_that_change_no_step(
+    other: dict[str, Any], config: RunConfig
+) -> None:
+    """Such as a larger --hang-timeout, which the watchdog advises."""
+    RunDir(config).close()
+    (Path(config.run_dir) / "checkpoints/step_00000004").mkdir(parents=True)
+    RunDir(replace(config, **other)).close()
+    with pytest.raises(ConfigError, match="seed was 0 and is 1"):
+        RunDir(replace(config, seed=1, **other))
 
 
 def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

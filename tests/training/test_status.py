@@ -43,7 +43,10 @@ def test_the_table(tmp_path: Path) -> None:
     a_run(tmp_path / "c dead", time=long_ago)
     here, nobody = socket.gethostname(), subprocess.Popen(["true"])
     nobody.wait()
+    unread = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, unread.pid, os.WEXITED | os.WNOWAIT)  # it keeps its number
     a_run(tmp_path / "c dead here", time=time.time() - 1, host=here, pid=nobody.pid)
+    a_run(tmp_path / "c dead soon", step=0, time=time.time() - 1, host=here, pid=unread.pid)
     a_run(tmp_path / "c without locks", host=here, pid=os.getpid())
     a_run(tmp_path / "d failed", state="failed", error="x.rec: cut\nshort")
     a_run(tmp_path / "e old")
@@ -54,6 +57,7 @@ def test_the_table(tmp_path: Path) -> None:
         fcntl.flock(one, fcntl.LOCK_EX)
         fcntl.flock(two, fcntl.LOCK_EX)
         done = run_here(lambda: run_command("status", main), [str(tmp_path)])
+    unread.wait()
     assert done.returncode == 0, done.stderr
     stdout = re.sub(r"written 0:\d\d ago", "written 0:01 ago", done.stdout)
     lines = [line.replace(f"{tmp_path}/", "").split("  ") for line in stdout.splitlines()]
@@ -74,6 +78,14 @@ def test_the_table(tmp_path: Path) -> None:
             "c dead here",
             "uda",
             "40/100",
+            "123",
+            "61.50 %",
+            "dead: its process is gone, last written 0:01 ago",
+        ],
+        [
+            "c dead soon",
+            "uda",
+            "30/100",
             "123",
             "61.50 %",
             "dead: its process is gone, last written 0:01 ago",
@@ -105,13 +117,13 @@ def test_it_is_written_every_few_seconds_and_at_the_end(
     run = a_run(tmp_path / "run")
     one = Status(run, "uda", 100)
     steps = []
-    for step in range(1, 6):
+    for step in range(31, 36):
         one.update(step=step, eta_seconds=50.0)
         steps.append(read(run).step)
         now += 0.4 * status.SECONDS
-    assert steps == [1, 1, 1, 4, 4]
+    assert steps == [31, 31, 31, 34, 34]
     one.end("failed", "full")
-    assert (read(run).step, read(run).state, read(run).error) == (5, "failed", "full")
+    assert (read(run).step, read(run).state, read(run).error) == (35, "failed", "full")
     assert json.loads((run / "status.json").read_text())["pid"] == os.getpid()
 
 

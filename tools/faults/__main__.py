@@ -9,9 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mpl_fast.errors import ConfigError, run_command
 
-KINDS = ("kills", "packing", "faults", "elastic", "soak")
+KINDS = ("kills", "packing", "commands", "faults", "elastic", "soak")
 DESCRIPTION = """Kills training and packing at random, many times, and compares how each ends with
-one that nobody has stopped, bit for bit; runs every named fault, which is a test; compares the
+one that nobody has stopped, bit for bit; injects signals, full disks, lost terminals and the like,
+and checks exit codes and what is printed too; runs every named fault, which is a test; compares the
 accuracy of runs whose number of ranks changes with that of others; and trains for many tiny steps
 while memory, open files and threads must not grow. All on CPUs, with digits.
 
@@ -25,7 +26,7 @@ def main() -> int:
     options = _options()
     # These import torch: --help must not wait for it.
     from tests import tiny_run
-    from tools.faults import elastic, named, packing, soak, training
+    from tools.faults import commands, elastic, named, packing, soak, training
     from tools.faults.cases import Campaign
 
     wanted = [name.strip() for name in options.only.split(";") if name.strip()]
@@ -41,7 +42,7 @@ def main() -> int:
     campaign = Campaign(options.out.resolve(), options.minutes)
     ends = time.monotonic() + 60 * options.minutes
     rec = campaign.out / "digits" / "rec"
-    if {"kills", "soak"} & {*kinds} and not (rec / "manifest.json").exists():
+    if {"kills", "commands", "soak"} & {*kinds} and not (rec / "manifest.json").exists():
         tiny_run.make_rec(rec.parent)
     (campaign.out / "runs").mkdir(exist_ok=True)
     (campaign.out / "references").mkdir(exist_ok=True)
@@ -49,6 +50,8 @@ def main() -> int:
         packing.run_packing(campaign, options.kills, options.seed)
     if "kills" in kinds:
         training.run_kills(campaign, rec, options.kills, options.seed, ranks, recipes)
+    if "commands" in kinds:
+        commands.run_commands(campaign, rec)
     if "faults" in kinds or faults:
         named.run_named(campaign, faults)
     if "elastic" in kinds:
@@ -74,7 +77,7 @@ def _options() -> argparse.Namespace:
     add("--out", required=True, type=Path, metavar="DIR", help="folder of the campaign")
     add("--kills", type=int, default=200, metavar="N", help="of training, and of packing (200)")
     add("--minutes", type=float, default=1e6, metavar="M", help="begin no case after so many")
-    more = "kills;packing;faults;elastic;soak, or first cells of rows of docs/reliability.md (all)"
+    more = f"{';'.join(KINDS)}, or first cells of rows of docs/reliability.md (all)"
     add("--only", default="", metavar="NAMES", help=more)
     add("--ranks", default="1,2", metavar="LIST", help="of runs that are killed (1,2)")
     add("--recipes", default="", metavar="LIST", help="of runs that are killed (eight)")

@@ -21,7 +21,7 @@ class Case:
     """How a case ended."""
 
     name: str
-    kind: str  # kills, packing, faults, elastic or soak
+    kind: str  # one of KINDS in __main__.py
     outcome: str  # passed, failed, or skipped: what it needs is not here, or its time was over
     seconds: float = 0.0
     kills: int = 0

@@ -180,11 +180,13 @@ def is_rank(pid: int) -> bool:
         return False
 
 
-def differences(expected: Path, folder: Path, *, bitwise: bool) -> list[str]:
+def differences(
+    expected: Path, folder: Path, *, bitwise: bool = True, steps: int = STEPS
+) -> list[str]:
     """In what two complete runs differ: every tensor, state and row, but for durations; without
     `bitwise`, in their steps, and values that are not finite."""
     found = []
-    last = f"checkpoints/step_{STEPS:08d}"
+    last = f"checkpoints/step_{steps:08d}"
     for file in sorted((expected / last).glob("*.pt")):
         one, other = (
             torch.load(path, weights_only=True) for path in (file, folder / last / file.name)
@@ -197,8 +199,8 @@ def differences(expected: Path, folder: Path, *, bitwise: bool) -> list[str]:
     kept = [{row["step"]: evaluation(row) for row in r if "eval/top1" in row} for r in rows]
     if kept[0] != kept[1] if bitwise else [*kept[0]] != [*kept[1]]:
         found.append("metrics.jsonl: evaluations differ")
-    steps = [row["step"] for row in rows[1] if "train_seconds" in row]
-    if steps != [*range(1, STEPS + 1)]:
+    trained = [row["step"] for row in rows[1] if "train_seconds" in row]
+    if trained != [*range(1, steps + 1)]:
         found.append("metrics.jsonl: not each step is there once")
     top1 = [json.loads((path / "summary.json").read_text())["top1"] for path in (expected, folder)]
     if bitwise and top1[0] != top1[1]:
