@@ -17,13 +17,10 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.training.build import build_network, uses_bf16
-from mpl_fast.training.checkpoint import (
-    evaluated,
-    no_class_names,
-    read_checkpoint,
-    step_of,
-)
+from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.saving import State
+from mpl_fast.training.state import evaluated, no_class_names
+from mpl_fast.training.trained import read_checkpoint
 
 # Of DataConfig: what makes the input of a network in evaluation.
 VIEW = (

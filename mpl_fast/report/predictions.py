@@ -27,8 +27,9 @@ from mpl_fast.first_few import first_few
 from mpl_fast.inference.trained import VIEW, Trained, config_of, load
 from mpl_fast.report.measures import Floats, Ints
 from mpl_fast.training.build import eval_loader
-from mpl_fast.training.checkpoint import find_checkpoint, step_of
+from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.console import duration
+from mpl_fast.training.trained import find_checkpoint
 from mpl_fast.untrusted import json_value
 
 FORMAT = 1  # of cached files; to be increased when their content changes

@@ -15,7 +15,7 @@ from mpl_fast.errors import DataError
 from mpl_fast.inference.trained import config_of
 from mpl_fast.report.measures import Floats
 from mpl_fast.training import curves
-from mpl_fast.training.run_dir import FREE_OPTIONS
+from mpl_fast.training.same_config import FREE_OPTIONS
 from mpl_fast.untrusted import json_value
 
 OF_A_SEED = FREE_OPTIONS | {"seed"}

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -20,7 +19,6 @@ from tests.tiny_run import ROOT
 from tools.bench import __main__, clock, harness, limits, machine, results
 from tools.bench.harness import Report
 from tools.bench.results import Row, Spread
-from tools.moved import MOVED
 
 ONE = Spread(2.0, 1.0, 4.0, 3)
 
@@ -268,16 +266,3 @@ def test_the_list_imports_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
-
-
-@pytest.mark.parametrize("name", MOVED)
-def test_an_old_command_says_where_it_is_now(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = str(ROOT / "tools" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [script, "--smoke"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(script, run_name="__main__")
-    assert capsys.readouterr().err == f"tools/{name}.py is now: python -m {MOVED[name]}\n"
-    bench = MOVED[name].removeprefix("tools.bench ")
-    assert bench in __main__.NAMES or not MOVED[name].startswith("tools.bench ")

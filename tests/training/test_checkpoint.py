@@ -18,13 +18,9 @@ import torch
 from mpl_fast import atomic
 from mpl_fast.errors import CheckpointError
 from mpl_fast.training import checkpoint, saving
-from mpl_fast.training.checkpoint import (
-    Checkpoints,
-    evaluated,
-    newest,
-    read_checkpoint,
-    read_shared,
-)
+from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.training.state import evaluated
+from mpl_fast.training.trained import read_checkpoint
 from tests.tiny_run import flip, replace_state
 
 

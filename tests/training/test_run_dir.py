@@ -194,9 +194,9 @@ def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.Monk
     environments = [{"git_commit": name} for name in ("a1", None, "a1", "a1", "b2")]
     found = []
     for environment in environments:
-        monkeypatch.setattr("mpl_fast.training.run_dir.environment", lambda e=environment: e)
+        monkeypatch.setattr("mpl_fast.training.environment.environment", lambda e=environment: e)
         with contextlib.closing(RunDir(config)) as run_dir:
-            found.append(run_dir.other_commit())
+            found.append(run_dir.other_commit)
     warning = "resumed with another program: the git commit was a1 and is b2"
     assert found == ["", "", "", "", warning]
 

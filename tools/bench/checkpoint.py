@@ -22,7 +22,8 @@ from mpl_fast.config import MPLConfig
 from mpl_fast.errors import output_errors
 from mpl_fast.learner import Learner
 from mpl_fast.learner.rng import generator_states
-from mpl_fast.training.checkpoint import Checkpoints, newest, restore
+from mpl_fast.training.checkpoint import Checkpoints, newest
+from mpl_fast.training.state import restore
 from tools.bench.clock import seconds_of
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, choose_device

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpl_fast.atomic import write_json
 from mpl_fast.errors import printable
-from mpl_fast.training.run_dir import environment
+from mpl_fast.training.environment import environment
 
 MEASURED = ("elastic", "soak")  # kinds whose numbers are in result.json
 
