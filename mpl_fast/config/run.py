@@ -38,8 +38,14 @@ class DataConfig:
     crop: Literal["random_resized", "pad_crop"] = "random_resized"
     """Crop of both views: random resized crop, or padding by 4 pixels and a random crop."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Filter of resizing, antialiased: bicubic as published, or bilinear, which is half the work on
-    a CPU."""
+    """Filter of resizing: bicubic as published, or bilinear, which is half the work on a CPU."""
+    antialias: bool = True
+    """Where resizing shrinks, average over all pixels under the filter, as Pillow and timm do;
+    false: interpolate between the nearest ones, as the published code does (TensorFlow's default),
+    which costs less on a CPU."""
+    use_fast_idct: bool = False
+    """Decode JPEG with libjpeg-turbo's faster, less accurate inverse DCT where DALI decodes on a
+    CPU."""
     flip: bool = True
     """Random horizontal flip; switch it off where mirroring changes the class, as in digits."""
     policy: Policy = "mpl"

@@ -24,7 +24,7 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.first_few import first_few
-from mpl_fast.inference.trained import Trained, config_of, load
+from mpl_fast.inference.trained import VIEW, Trained, config_of, load
 from mpl_fast.report.measures import Floats, Ints
 from mpl_fast.training.build import eval_loader
 from mpl_fast.training.checkpoint import step_of
@@ -143,8 +143,7 @@ class Network:
             "mapped": mapped,
             "content": self.manifest.content,
             "names": [*self.manifest.classes],
-            "images": [data.image_size, data.crop, data.eval_crop, data.interpolation],
-            "normalized": [*data.mean, *data.std],
+            "images": [getattr(data, name) for name in VIEW],
         }
         arrays = self.cached(split, key, lambda: self._pass(split, count, mapped))
         return Predictions(**{item.name: arrays[item.name] for item in fields(Predictions)})
