@@ -173,7 +173,7 @@ def _worker(
     same = not ranges.keys() & {"steps", "epochs", "eval_every", "eval_epochs"}
     known = same and not (base.epochs or base.eval_epochs)
     steps = (base.eval_every or base.steps, base.steps) if known else (0, 0)
-    trials = Trials(out, storage, pruner(options.pruner, *steps), base.seed)
+    trials = Trials(out, storage, pruner(options.pruner, *steps), base.seed, lock=base.lock)
     values = own_values(base, ranges)
 
     def prepare() -> None:

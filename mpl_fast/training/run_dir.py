@@ -1,6 +1,5 @@
 """The run directory: configuration, environment, metrics and summary of a run."""
 
-import fcntl
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 import yaml
 
-from mpl_fast import atomic, distributed
+from mpl_fast import atomic, distributed, locks
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, current_options, renamed
 from mpl_fast.config.command_line import as_yaml
@@ -312,20 +311,9 @@ def _locked(path: Path, *, lock: bool) -> Any:
     except OSError as error:
         reason = "is a file" if path.is_file() else error.strerror
         raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
-    if not lock:
+    # A run that was just killed may still be ending.
+    if not lock or locks.lock(file, path, seconds=LOCK_SECONDS):
         return file
-    for _ in range(int(LOCK_SECONDS / 0.1)):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(0.1)  # a run that was just killed may still be ending
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir {path} cannot be locked: {error.strerror}: mount its file system with "
-                "flock (Lustre: -o flock), use another --run-dir, or, if no other run can be "
-                "writing there, give --lock false"
-            ) from None
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")
 
 

@@ -3,7 +3,6 @@
 Rank 0 writes it every few seconds. Imports no torch, so that the table is quick.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -12,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpl_fast import atomic
-from mpl_fast.errors import DataError
+from mpl_fast import atomic, locks
+from mpl_fast.errors import DataError, OutputError
 from mpl_fast.training.console import duration, warn
 from mpl_fast.training.curves import METRICS, read_rows
 from mpl_fast.untrusted import json_value, yaml_value
@@ -154,12 +153,9 @@ def _locked(folder: Path) -> bool:
     """Whether a process certainly trains in the folder."""
     try:
         with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+            return not locks.lock(lock, folder, shared=True)
+    except (OSError, OutputError):
+        return False
 
 
 def _exists(pid: object) -> bool:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +59,6 @@ def test_rows_say_what_happened(finished: Path) -> None:
     evaluations = [r for r in rows(finished) if "eval/top1" in r]
     assert [r["step"] for r in evaluations] == [4, 6]
     assert evaluations[-1]["eval/count"] == 50
-
-
-def test_a_file_system_without_locks_is_not_a_run_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Lustre is, mounted without flock."""
-
-    def flock(file: Any, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    config = RunConfig(run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"Function not implemented: mount .* give --lock false"):
-        RunDir(config)
-    RunDir(replace(config, lock=False)).close()
 
 
 @contextlib.contextmanager
