@@ -25,7 +25,7 @@ from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.checkpoint import checkpoints_in
 from mpl_fast.training.console import warn
-from mpl_fast.training.curves import METRICS, read_rows, row_of
+from mpl_fast.training.curves import METRICS, read_rows, read_summary, row_of
 from mpl_fast.training.metrics import Row
 from mpl_fast.training.status import LOCK, Status
 from mpl_fast.untrusted import json_value, yaml_value
@@ -171,14 +171,7 @@ class RunDir:
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended or it is damaged."""
-        try:
-            content = json_value((self.path / "summary.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(content, dict):
-            return None
-        found = renamed(content, METRIC_NAMES)
-        return found if isinstance(found.get("top1"), int | float) else None
+        return read_summary(self.path) or None
 
     def other_commit(self) -> str:
         """A warning if the session before had another git commit, or an empty text."""
