@@ -114,6 +114,7 @@ def replace_text(path: Path, text: str) -> None:
     After a power cut it may be empty.
     """
     temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # as in `atomic_path`
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         temporary.replace(path)

@@ -17,7 +17,7 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.first_few import counted
 from mpl_fast.inference.trained import Trained, resized_side
 from mpl_fast.training.evaluate import accuracy_line
-from mpl_fast.untrusted import json_value
+from mpl_fast.untrusted import json_object
 
 TAG = "mpl_fast"  # in a card: it was written here
 TASK = "image-classification"
@@ -222,7 +222,7 @@ def _training(trained: Trained, manifest: Manifest | None) -> list[str]:
     if manifest:
         splits = manifest.splits.items()
         facts.append("images: " + ", ".join(f"{one.records} {name}" for name, one in splits))
-    environment = _environment(Path(trained.config.run_dir))
+    environment = json_object(Path(trained.config.run_dir) / "env.json")
     if versions := environment.get("versions"):
         facts.append("versions: " + ", ".join(f"{k} {v}" for k, v in versions.items() if v))
     if devices := environment.get("devices"):
@@ -235,14 +235,6 @@ def _training(trained: Trained, manifest: Manifest | None) -> list[str]:
         "--run-dir RUN` with this `config.yaml`:",
         f"```yaml\n{as_yaml(_without_folders(trained.config))}```",
     ]
-
-
-def _environment(run: Path) -> dict[str, Any]:
-    try:
-        found = json_value((run / "env.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _without_folders(config: RunConfig) -> RunConfig:

@@ -80,7 +80,7 @@ def predict(options: PredictOptions) -> None:
     _check(options)
     trained = load(options.run, checkpoint=options.checkpoint, pipeline=options.pipeline)
     _say(*_above_targets(options.keep, trained))
-    with Parts(options.parts) as parts:
+    with Parts(options.parts, lock=trained.config.lock) as parts:
         images = _list(options.images, options.parts)
         _say(*(f"warning: {line}" for line in (*trained.warnings, *images.warnings)))
         world, total = distributed.world_size(), len(images.names)

@@ -76,7 +76,8 @@ def _worker(
         raise DataError(f"{rec} has no validation split: give --held-out a share of labeled images")
     storage = Storage(options.storage)
     _require_free(out, SETTINGS)
-    trials = Trials(out, storage, pruner(options.pruner, *_evaluations(base, ranges)), base.seed)
+    steps = _evaluations(base, ranges)
+    trials = Trials(out, storage, pruner(options.pruner, *steps), base.seed, lock=base.lock)
     values = own_values(base, ranges)
     new = _open(trials, options, base, manifest, ranges, values)
     chosen_on = read_manifest(out / "rec") if _holds_out(options) else manifest

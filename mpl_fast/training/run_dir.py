@@ -1,6 +1,5 @@
 """The run directory: configuration, environment, metrics and summary of a run."""
 
-import fcntl
 import json
 import os
 import time
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mpl_fast import atomic, distributed
+from mpl_fast import atomic, distributed, locks
 from mpl_fast.config import RunConfig
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.config.command_line import as_yaml
@@ -18,11 +17,10 @@ from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from mpl_fast.learner import compilation
 from mpl_fast.training import environment
 from mpl_fast.training.console import warn
-from mpl_fast.training.curves import METRICS, row_of
+from mpl_fast.training.curves import METRICS, read_summary, row_of
 from mpl_fast.training.metrics import Row
 from mpl_fast.training.same_config import check_same_config
 from mpl_fast.training.status import LOCK, Status
-from mpl_fast.untrusted import json_value
 
 LOCK_SECONDS = 5.0
 HELD_BACK = 1 << 20  # bytes of rows that wait in memory while metrics.jsonl cannot be written
@@ -150,14 +148,7 @@ class RunDir:
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended or it is damaged."""
-        try:
-            content = json_value((self.path / "summary.json").read_bytes())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(content, dict):
-            return None
-        found = renamed(content, METRIC_NAMES)
-        return found if isinstance(found.get("top1"), int | float) else None
+        return read_summary(self.path) or None
 
 
 def open_for(config: RunConfig, dist_env: distributed.DistEnv) -> RunDir | None:
@@ -227,18 +218,7 @@ def _locked(path: Path, *, lock: bool) -> Any:
     except OSError as error:
         reason = "is a file" if path.is_file() else error.strerror
         raise ConfigError(f"run_dir {path} cannot be written: {reason}") from None
-    if not lock:
+    # A run that was just killed may still be ending.
+    if not lock or locks.lock(file, path, seconds=LOCK_SECONDS):
         return file
-    for _ in range(int(LOCK_SECONDS / 0.1)):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            time.sleep(0.1)  # a run that was just killed may still be ending
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir {path} cannot be locked: {error.strerror}: mount its file system with "
-                "flock (Lustre: -o flock), use another --run-dir, or, if no other run can be "
-                "writing there, give --lock false"
-            ) from None
     raise ConfigError(f"run_dir {path} is in use by another run: stop it, or use another --run-dir")

@@ -17,8 +17,8 @@ from mpl_fast.untrusted import yaml_value
 
 # Options that may change when a run is resumed, since they do not change what its steps compute.
 FREE_OPTIONS = {
-    "run_dir", "lock", "log_every", "stop_at", "eval_every", "eval_epochs", "eval_batch",
-    "checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience",
+    "run_dir", "lock", "hang_timeout", "log_every", "stop_at", "eval_every", "eval_epochs",
+    "eval_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_best", "patience",
     "algorithm.teacher_graph", "on_spike", "spike_factor", "rollbacks",
     "compile", "cuda_graphs", "grad_sync",
     "data.root", "data.threads", "data.prefetch", "data.hw_decoder_load",

@@ -8,7 +8,6 @@ ended.
 
 import copy
 import errno
-import json
 import os
 import shutil
 import threading
@@ -24,6 +23,7 @@ from mpl_fast import atomic
 from mpl_fast.distributed import TIMEOUT
 from mpl_fast.errors import UserError
 from mpl_fast.training.console import quantity
+from mpl_fast.untrusted import json_value
 
 State = dict[str, Any]
 Files = dict[str, dict[str, Any]]  # by name: bytes and sha256
@@ -145,7 +145,7 @@ class Saving:
                     return False
                 if time.monotonic() > self._deadline:
                     raise TimeoutError(None, f"rank {rank} has not written its part", str(part))
-            files |= json.loads(part.read_text())
+            files |= json_value(part.read_text())
             part.unlink()
         return True
 

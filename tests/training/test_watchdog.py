@@ -40,13 +40,17 @@ def wait_here(event: threading.Event, seconds: float = 60.0) -> bool:
 def test_a_rank_without_progress_reports_its_step_and_stack(
     ended: threading.Event, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    why: list[str] = []
-    told = threading.Event()
-    dog = Watchdog(tmp_path, RANK, TIMEOUT, lambda reason: (why.append(reason), told.set()))
+    why, reported = list[str](), threading.Event()
+
+    def failed(reason: str) -> None:
+        why.append(reason)
+        reported.set()
+
+    dog = Watchdog(tmp_path, RANK, TIMEOUT, failed)
     with dog.watching(3):
         for step in (4, 5):
             dog.beat(step)
-        assert wait_here(ended) and told.wait(60)
+        assert wait_here(ended) and reported.wait(60)
     report = (tmp_path / "hang/rank_1.txt").read_text()
     assert "rank 1 of 2 on " in report and "s after step 5\n" in report
     assert "in wait_here" in report and "in _report" in report  # all threads

@@ -8,7 +8,6 @@ on the disk. What each wrote is read back: one that lost or changed an image fai
 import argparse
 import contextlib
 import fnmatch
-import json
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
+from mpl_fast.untrusted import json_value
 from tools.bench import limits, pack_files
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import ROOT, output_of
@@ -223,7 +223,7 @@ class Bench:
         found = self.execute(command, self.out, number)
         found["seconds"] = found["wall"]
         if not found["code"] and WRITE in command:
-            found |= json.loads(last_line(found["printed"]))
+            found |= json_value(last_line(found["printed"]))
         return found
 
     def execute(self, command: str, out: Path, number: int = 0) -> Json:
@@ -237,7 +237,7 @@ class Bench:
             cwd=ROOT,
         )
         try:
-            found: Json = json.loads(runner.communicate()[0])
+            found: Json = json_value(runner.communicate()[0])
         except BaseException:  # its workers too; those of some would wait for ever
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(runner.pid, signal.SIGKILL)
