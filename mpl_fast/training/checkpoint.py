@@ -54,6 +54,8 @@ class Checkpoints:
         self.failed: Callable[[int, str], None] = lambda step, reason: None
         """Is called with the step and the reason of a save that failed on this rank, in the thread
         that writes."""
+        self.progressed: Callable[[], None] = lambda: None
+        """Is called in that thread whenever data of a save has reached the disk."""
         self._copy = HostCopy()
         self._saving: Saving | None = None
         if rank == 0:
@@ -99,8 +101,10 @@ class Checkpoints:
             about = {"format": FORMAT, "step": step, "world": self.world, "files": files}
             atomic.write_json(partial / "checkpoint.json", about)
             before()
+            self.progressed()
             self._publish(partial, final)
             self.saved = step
+            self.progressed()
             after(final)
 
         self._saving = Saving(
@@ -109,8 +113,10 @@ class Checkpoints:
             self._copy.take(states) if background else states,
             rank=self.rank,
             world=self.world,
+            ready=self._copy.wait,
             publish=publish,
             failed=self.failed,
+            progressed=self.progressed,
         )
         if not background:
             self.finish(last=True)

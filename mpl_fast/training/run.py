@@ -164,6 +164,7 @@ class Run:
         )
         rng.seed_run(config, dist_env)
         self.checkpoints.failed = self._not_saved
+        self.checkpoints.progressed = self.watchdog.not_idle
         self.step = self._new_step()
         self.meter, self.stop = Meter(), StopFlag()
         self.steps_done, self.train_seconds = 0, 0.0
@@ -433,7 +434,6 @@ class Run:
 
         Raises `CheckpointError` if two in a row, or the last, cannot be written.
         """
-        self.watchdog.expect_long_work()
         self._log()  # all rows up to here, so that a stop loses none and nothing NaN is saved
         began = time.perf_counter()
         for name, learner in self.algorithm.learners.items():
