@@ -26,7 +26,7 @@ from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation
 from mpl_fast.training.checkpoint import checkpoints_in
 from mpl_fast.training.console import warn
-from mpl_fast.training.curves import METRICS, read_rows, row_of
+from mpl_fast.training.curves import METRICS, checkpoint_seconds, read_rows, row_of
 from mpl_fast.training.metrics import Row
 from mpl_fast.training.status import LOCK, Status
 from mpl_fast.untrusted import json_value, yaml_value
@@ -166,9 +166,10 @@ class RunDir:
         self._curves("flush")
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Writes summary.json."""
+        """Writes summary.json, with the time of saves besides that of training."""
         with output_errors(self.path):
-            atomic.write_json(self.path / "summary.json", values)
+            saves = {"checkpoint_seconds": round(checkpoint_seconds(self.path / METRICS), 3)}
+            atomic.write_json(self.path / "summary.json", values | saves)
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended or it is damaged."""
