@@ -132,8 +132,8 @@ def tiles(detail: Detail) -> list[tuple[str, str, str]]:
         tiles.append(("Training time", duration(seconds), f"{speed:,.0f} images/s"))
         saves = run.summary.get("checkpoint_seconds")
         if isinstance(saves, int | float):
-            share = percent(saves / (seconds + saves), 2)
-            tiles.append(("Checkpoints", share, f"{saves:.1f} s beside the training time"))
+            part = percent(saves / (seconds + saves), 2)
+            tiles.append(("Checkpoints", part, f"{saves:.1f} s beside the training time"))
     if (wait := run.mean("data_wait")) is not None:
         tiles.append(("Data wait", percent(wait), "of the training time"))
     return tiles

@@ -133,9 +133,11 @@ class Checkpoints:
             return
         saving.wait_for_part()
         failures = [reason for reason in all_gather_object(saving.failure) if reason]
-        saving.wait(give_up=bool(failures))
-        self._saving = None
+        if self.rank == 0:
+            saving.wait(give_up=bool(failures))
         failure = broadcast_object(saving.failure or next(iter(failures), ""))
+        saving.wait(give_up=True)
+        self._saving = None
         if not failure:
             self.saved, self.failures = saving.step, []
             return

@@ -190,8 +190,8 @@ class Saving:
         self._raise_fault()
 
     def wait(self, *, give_up: bool = False) -> None:
-        """Waits to the end, on the first rank; `give_up`: without missing parts of others."""
-        if give_up or self._rank > 0:
+        """Waits to the end; `give_up`: without what other ranks have not written."""
+        if give_up:
             self._given_up.set()
         self._thread.join()
         self._raise_fault()

@@ -3,7 +3,7 @@ those before it on another stream, and the copy for a checkpoint do not race."""
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -83,7 +83,11 @@ def _too_late() -> Iterator[None]:
         yield
 
 
-COPIES = {"queued": nullcontext, "too early": _too_early, "too late": _too_late}
+COPIES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "queued": nullcontext,
+    "too early": _too_early,
+    "too late": _too_late,
+}
 
 
 def races(how: str) -> bool:

@@ -443,19 +443,29 @@ def test_progress_is_what_has_reached_the_disk(
 def test_other_ranks_see_the_progress_of_the_first(
     store: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It writes what all share, for which they wait."""
+    """It writes what all share; the others wait for that in an exchange, also when all parts are
+    written."""
+    exchanging, exchanged = threading.Event(), threading.Event()
+
+    def exchange(value: str) -> str:
+        exchanging.set()
+        assert exchanged.wait(600)
+        return value
+
     monkeypatch.setattr(saving, "FOLLOW", 0.01)
+    monkeypatch.setattr(checkpoint, "broadcast_object", exchange)
     second = Checkpoints(store.folder, keep=2, rank=1, world=2)
     progress = threading.Semaphore(0)
     second.progressed = progress.release
     second.save(1, {}, {"rng": torch.arange(3)}, background=True)
     assert all(progress.acquire(timeout=600) for _ in range(2))  # its own part, and what it sees
-    partial = store.folder / ".writing_step_00000001"
+    waiting = threading.Thread(target=second.finish, daemon=True)
+    waiting.start()
+    assert exchanging.wait(600)
     for size in (1, 2):
         assert not progress.acquire(timeout=0.1)
-        (partial / "state.pt.tmp").write_bytes(size * b"x")
-        assert progress.acquire(timeout=600)
-    partial.rename(store.path(1))
-    second._saving._thread.join(600)  # type: ignore[union-attr]
-    assert not second._saving._thread.is_alive()  # type: ignore[union-attr]
-    second.finish()
+        (store.folder / ".writing_step_00000001/state.pt.tmp").write_bytes(size * b"x")
+        assert progress.acquire(timeout=20)
+    exchanged.set()
+    waiting.join(600)
+    assert not waiting.is_alive() and second.saved == 1

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 from mpl_fast import distributed
 from mpl_fast.algorithms.base import Algorithm
 from mpl_fast.learner.rng import generator_states
 from mpl_fast.training.checkpoint import Checkpoints
 from mpl_fast.training.process import die_with_launcher
+from tools.bench.checkpoint import new_algorithm
 from tools.bench.clock import interleaved, wait_for_gpu
 from tools.bench.torchrun import arguments_of
 
@@ -31,8 +31,6 @@ Wait = Callable[[], object]
 def rank(given: Sequence[str]) -> None:
     """Rank 0 writes, for each way to save, the seconds of the slowest rank: those in which training
     stops, and those to the end."""
-    from tools.bench.checkpoint import new_algorithm
-
     die_with_launcher()
     dist_env = distributed.init(given[5])
     out, setting, (folder, rounds) = arguments_of(given, dist_env.device)
@@ -94,8 +92,8 @@ class Ways:
         return self._begin(async_stager=self._shared, async_checkpointer_type=kind)
 
     def _begin(self, **options: Any) -> Wait:
-        saving: Any = dcp.async_save(self._state(), checkpoint_id=self._place, **options)
-        return getattr(saving, "upload_completion", saving).result
+        saving: Any = async_save(self._state(), checkpoint_id=self._place, **options)
+        return lambda: saving.result()
 
     @property
     def _place(self) -> Path:
