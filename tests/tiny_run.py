@@ -250,10 +250,10 @@ def in_turn(sessions: list[list[str]]) -> None:
 
     real = saving._write
 
-    def write(path: Path, state: saving.State) -> dict[str, Any]:
+    def write(path: Path, *given: Any) -> dict[str, Any]:
         if (distributed.rank(), int(path.parent.name[-8:])) in FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, state)
+        return real(path, *given)
 
     leave = distributed.shutdown
     with (

@@ -189,7 +189,8 @@ class RunConfig:
     hang_timeout: NonNegativeFloat = 600.0
     """Seconds without a step, or a batch of an evaluation, after which a rank writes where it is to
     RUN/hang and ends with exit code 7, so that the run ends, or torchrun restarts it. For the first
-    steps, compilation and saves: three times as many, and at least 1800. 0: no limit."""
+    steps and compilation: three times as many, and at least 1800. Of a save that is waited for:
+    seconds in which no data reaches the disk. 0: no limit."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
     on_spike: Literal["skip", "rollback"] = "skip"

@@ -46,6 +46,8 @@ class Checkpoints:
         self.failed: Callable[[int, str], None] = lambda step, reason: None
         """Is called with the step and the reason of a save that failed on this rank, in the thread
         that writes."""
+        self.progressed: Callable[[], None] = lambda: None
+        """Is called in that thread whenever data of a save has reached the disk."""
         self._copy = HostCopy()
         self._saving: Saving | None = None
         if rank == 0:
@@ -92,8 +94,10 @@ class Checkpoints:
             atomic.write_json(partial / "checkpoint.json", about)
             if before:
                 before()
+            self.progressed()
             self._publish(partial, final)
             self.saved = step
+            self.progressed()
             if after:
                 after(final)
 
@@ -103,8 +107,10 @@ class Checkpoints:
             self._copy.take(states) if background else states,
             rank=self.rank,
             world=self.world,
+            ready=self._copy.wait,
             publish=publish,
             failed=self.failed,
+            progressed=self.progressed,
         )
         if not background:
             self.finish(last=True)
@@ -121,9 +127,11 @@ class Checkpoints:
             return
         saving.wait_for_part()
         failures = [reason for reason in all_gather_object(saving.failure) if reason]
-        saving.wait(give_up=bool(failures))
-        self._saving = None
+        if self.rank == 0:
+            saving.wait(give_up=bool(failures))
         failure = broadcast_object(saving.failure or next(iter(failures), ""))
+        saving.wait(give_up=True)
+        self._saving = None
         if not failure:
             self.saved, self.failures = saving.step, []
             return

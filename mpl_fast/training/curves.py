@@ -1,6 +1,7 @@
 """Learning curves of runs as one picture, from their metrics.jsonl."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
     return [renamed(row, METRIC_NAMES) for row in map(row_of, lines) if row is not None]
+
+
+def checkpoint_seconds(file: Path) -> float:
+    """For how long training waited for saves, by the events in a metrics.jsonl. Raises `OSError`
+    if it cannot be read."""
+    total = 0.0
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            event = json_value(line)
+            total += float(event["seconds"]) if event["event"] == "checkpoint" else 0.0
+    return total
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:

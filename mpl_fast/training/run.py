@@ -83,6 +83,7 @@ class Run:
         )
         rng.seed_run(config, dist_env)
         self.checkpoints.failed = self._not_saved
+        self.checkpoints.progressed = self.watchdog.not_idle
         self.step = self._new_step()
         self.stop = StopFlag()
         self.steps_done = 0
@@ -305,7 +306,6 @@ class Run:
 
         Raises `CheckpointError` if two in a row, or the last, cannot be written.
         """
-        self.watchdog.expect_long_work()
         # All rows up to here, so that a stop loses none and nothing NaN is saved.
         self.log.close(self.steps_done)
         began = time.perf_counter()

@@ -17,7 +17,7 @@ from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
 from mpl_fast.learner import compilation
 from mpl_fast.training import environment
 from mpl_fast.training.console import warn
-from mpl_fast.training.curves import METRICS, read_summary, row_of
+from mpl_fast.training.curves import METRICS, checkpoint_seconds, read_summary, row_of
 from mpl_fast.training.metrics import Row
 from mpl_fast.training.same_config import check_same_config
 from mpl_fast.training.status import LOCK, Status
@@ -142,9 +142,10 @@ class RunDir:
         self._curves("flush")
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """Writes summary.json."""
+        """Writes summary.json, with the time of saves besides that of training."""
         with output_errors(self.path):
-            atomic.write_json(self.path / "summary.json", values)
+            saves = {"checkpoint_seconds": round(checkpoint_seconds(self.path / METRICS), 3)}
+            atomic.write_json(self.path / "summary.json", values | saves)
 
     def summary(self) -> dict[str, Any] | None:
         """The content of summary.json, or None if the run has not ended or it is damaged."""

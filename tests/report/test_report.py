@@ -153,9 +153,11 @@ def test_numbers_are_those_of_the_logits(run: Path, report: Path) -> None:
     assert found.nll == pytest.approx(-p[rows, labels].log().numpy(), rel=1e-4)
     assert found.brier == pytest.approx(float((p - target).square().sum(1).mean()), rel=1e-4)
     assert found.confidence == pytest.approx(p.amax(1).numpy(), rel=1e-4)
-    top1 = json.loads((run / "summary.json").read_text())["top1"]
+    summary = json.loads((run / "summary.json").read_text())
+    top1, saves = summary["top1"], summary["checkpoint_seconds"]
     assert 100 * found.hits.mean() == pytest.approx(top1)
     assert f"{top1:.2f} %" in report.read_text()
+    assert f"{saves:.1f} s beside the training time" in report.read_text()
     assert found.features.shape == (50, 64) and list(found.places) == list(range(50))
 
 

@@ -50,6 +50,8 @@ def test_everything_promised_is_there(finished: Path) -> None:
     assert status["state"] == "complete" and status["step"] == status["steps"] == 6
     assert status["top1"] == summary["top1"] and status["images_per_second"] > 0
     found = [(event["step"], event["event"]) for event in events(finished)]
+    saves = [event["seconds"] for event in events(finished) if event["event"] == "checkpoint"]
+    assert summary["checkpoint_seconds"] == pytest.approx(sum(saves)) and min(saves) > 0
     checkpoints = [(step, "checkpoint") for step in (2, 4, 6)]
     assert found == [(0, "started"), *checkpoints, (6, "complete")]
 
