@@ -128,7 +128,7 @@ def _open(
     from mpl_fast.sweep.ranges import ranges_as_json
 
     out, rec = trials.out, Path(base.data.root).absolute()
-    own = as_yaml(replaced(base, {"run_dir": "", "data.root": ""}))
+    own = replaced(base, {"run_dir": "", "data.root": ""})
     settings = {
         "records": manifest.content,
         "held_out": options.held_out,
@@ -136,7 +136,7 @@ def _open(
         "storage": trials.storage.shown(Path()),  # the folder may be moved
         "ranks_per_trial": options.ranks_per_trial,
         "ranges": ranges_as_json(ranges),
-        "config": yaml.safe_load(own),
+        "config": yaml.safe_load(as_yaml(own)),
     }
 
     def prepare() -> None:
@@ -152,7 +152,7 @@ def _open(
                 if not link.exists():  # REC has been moved
                     link.unlink()
                     link.symlink_to((rec / link.name).resolve())
-            write_text(out / "config.yaml", own)
+            write_text(out / "config.yaml", as_yaml(own))
     return new
 
 
