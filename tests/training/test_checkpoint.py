@@ -163,7 +163,7 @@ def test_what_this_program_did_not_write_is_neither_read_nor_removed(store: Chec
     """Copies of a checkpoint, the last under the name of another; links, the first to one that was
     moved away; files beside its own."""
     first, second = save(store, 1), save(store, 2)
-    elsewhere = shutil.move(first, store.folder.parent / "elsewhere")
+    elsewhere = first.rename(store.folder.parent / "elsewhere")
     for name in OTHERS:
         shutil.copytree(elsewhere, store.folder / name)
     for link in (first, store.folder / "step_00000008"):
