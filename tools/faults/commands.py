@@ -161,8 +161,10 @@ def move_away(run: Running) -> None:
 
 
 def start_again(run: Running) -> None:
-    """Starts the command a second time, which must be refused."""
+    """Starts the command a second time, which must be refused; the first does not end before."""
+    run.process.send_signal(signal.SIGSTOP)
     done = subprocess.run(run.process.args, capture_output=True, text=True, check=False)
+    run.process.send_signal(signal.SIGCONT)
     if done.returncode != 2 or "is in use by another run" not in done.stderr:
         raise AssertionError(f"a second run: {done.returncode}, {done.stderr}")
 
