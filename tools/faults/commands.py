@@ -209,7 +209,7 @@ FAULTS: dict[str, Fault] = {
     "SIGHUP to torchrun": STOP_AND_SAVE(send(signal.SIGHUP), code=1, ranks=2),
     "SIGHUP under nohup": Fault(send(signal.SIGHUP), before=("nohup",)),
     "SIGHUP to torchrun under nohup": Fault(
-        send(signal.SIGHUP), ranks=2, before=("nohup",), launcher=(f"{HANDLED}",)
+        send(signal.SIGHUP), ranks=2, before=("nohup",), launcher=(HANDLED,)
     ),
     "SIGUSR1 to torchrun": STOP_AND_SAVE(
         send(signal.SIGUSR1), code=1, ranks=2, launcher=(f"{HANDLED},SIGUSR1",)
@@ -234,7 +234,7 @@ FAULTS: dict[str, Fault] = {
         launcher=(RESTARTS,),
     ),
     "a disk that is full for a second": OUTAGE,
-    "the same, two ranks": OUTAGE._replace(ranks=2),
+    "a disk that is full for a second, two ranks": OUTAGE._replace(ranks=2),
     "a disk that stays full": FULL,
     "a disk that stays full, two ranks": FULL._replace(code=1, ranks=2),
     "records that are cut short": Fault(
@@ -270,11 +270,10 @@ FAULTS |= {f"SIGKILL of torchrun as ranks begin, {n}": BEGINNING for n in range(
 FAULTS |= {f"SIGKILL of a rank that is restarted, {n}": RESTARTED for n in range(TIMES)}
 
 
-def run_commands(campaign: Campaign, rec: Path, only: Sequence[str] = ()) -> None:
-    """All faults, or those of `only`, that are missing."""
+def run_commands(campaign: Campaign, rec: Path) -> None:
+    """The faults that are missing."""
     for name, fault in FAULTS.items():
-        if not only or name in only:
-            campaign.run(f"command: {name}", partial(one_case, campaign.out, rec, name, fault))
+        campaign.run(f"command: {name}", partial(one_case, campaign.out, rec, name, fault))
 
 
 def one_case(out: Path, rec: Path, name: str, fault: Fault) -> Case:
