@@ -19,15 +19,20 @@ if TYPE_CHECKING:
 
 _BLOCK = 4 << 20  # bytes hashed at a time
 _BUFFER = 1 << 20  # bytes collected before a write
+SYNC_EVERY = 64 << 20  # bytes, for a caller that wants to know what has reached the disk
+Synced = Callable[[], None]
 # Some network file systems cannot sync a folder, and some folders are not readable.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class HashedFile(io.BufferedWriter):
-    """A new binary file that is hashed while it is written: nothing is read back."""
+    """A new binary file that is hashed while it is written: nothing is read back.
 
-    def __init__(self, path: Path) -> None:
-        self._hashing = _HashingFile(path, "wb")
+    With `synced`, it is also synced every `SYNC_EVERY` bytes, and `synced` is called.
+    """
+
+    def __init__(self, path: Path, synced: Synced | None = None) -> None:
+        self._hashing = _HashingFile(path, synced)
         super().__init__(self._hashing, _BUFFER)
 
     @property
@@ -47,21 +52,29 @@ class HashedFile(io.BufferedWriter):
 
 
 class _HashingFile(io.FileIO):
-    def __init__(self, path: Path, mode: str) -> None:
-        super().__init__(path, mode)
+    def __init__(self, path: Path, synced: Synced | None) -> None:
+        super().__init__(path, "wb")
         self.digest = hashlib.sha256()
-        self.size = 0
+        self.size = self._synced_size = 0
         self.error: OSError | None = None
+        self._synced = synced
 
     def write(self, block: "ReadableBuffer", /) -> int:
         try:
             written = super().write(block)
+            self._sync(self.size + written)
         except OSError as error:
             self.error = error
             raise
         self.digest.update(memoryview(block)[:written])
         self.size += written
         return written
+
+    def _sync(self, size: int) -> None:
+        if self._synced is not None and size - self._synced_size >= SYNC_EVERY:
+            os.fsync(self.fileno())
+            self._synced_size = size
+            self._synced()
 
 
 @contextmanager
@@ -85,9 +98,9 @@ def atomic_path(path: Path, temporary: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[HashedFile]:
+def atomic_file(path: Path, synced: Synced | None = None) -> Iterator[HashedFile]:
     """Open a file that appears as `path` when it is complete; its sha256 is valid after that."""
-    with atomic_path(path) as temporary, HashedFile(temporary) as file:
+    with atomic_path(path) as temporary, HashedFile(temporary, synced) as file:
         try:
             yield file
         except Exception:
@@ -114,6 +127,7 @@ def replace_text(path: Path, text: str) -> None:
     After a power cut it may be empty.
     """
     temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # as in `atomic_path`
     try:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         temporary.replace(path)

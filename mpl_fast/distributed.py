@@ -18,8 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 from mpl_fast.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, and to meet the other ranks
-LONG_SECONDS = 1800.0  # at least, for the first steps, compilation, evaluations' starts and saves
-NCCL_RECORDED = "2000"  # the latest exchanges that NCCL's flight recorder keeps
+LONG_SECONDS = 1800.0  # at least, for the first steps, compilation and evaluations' starts
+# What each backend's flight recorder has of the latest 2,000 exchanges, as PyTorch names it.
+TRACES = {"gloo": "_dump_fr_trace", "nccl": "_dump_nccl_trace"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def cores_per_rank() -> int:
 
 
 def long_timeout(hang_timeout: float) -> float:
-    """Seconds that saves, compilation and the like may take, if a step may take `hang_timeout`."""
+    """Seconds that compilation and the like may take, if a step may take `hang_timeout`."""
     return max(3 * hang_timeout, LONG_SECONDS)
 
 
@@ -83,7 +84,6 @@ def init(device: str, hang_timeout: float = 0.0) -> DistEnv:
         # process when Python exits.
         importlib.import_module("torch._dynamo")
         cuda = dist_env.device.type == "cuda"
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", NCCL_RECORDED)
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         later = timedelta(seconds=long_timeout(hang_timeout) + 60)
         dist.init_process_group(
@@ -129,14 +129,14 @@ def _device(wanted: str) -> torch.device:
     return device
 
 
-def nccl_trace() -> bytes:
-    """The latest exchanges of this rank as NCCL's flight recorder has them, for `torchfrtrace`;
-    empty without NCCL."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
-    if dump is None or not dist.is_initialized() or not torch.cuda.is_initialized():
-        return b""
-    trace: bytes = dump()
-    return trace
+def traces() -> dict[str, bytes]:
+    """By backend, the latest exchanges of this rank as the flight recorder has them, for
+    `torchfrtrace`; empty with one process."""
+    if not dist.is_initialized():
+        return {}
+    backends = dist.get_backend_config().split(",")  # such as cpu:gloo,cuda:nccl
+    named = {backend.split(":")[-1] for backend in backends} & TRACES.keys()
+    return {name: getattr(torch._C._distributed_c10d, TRACES[name])() for name in sorted(named)}
 
 
 _waited = 0.0

@@ -32,9 +32,9 @@ def _train() -> int:
 
         return max(dry_run(config, dry) for config in configs)
     from mpl_fast import distributed
-    from mpl_fast.training import run
+    from mpl_fast.training.phases import train
 
-    code = run.train(*configs)
+    code = train(*configs)
     # Not in `finally`: after an error the other ranks may be waiting in a collective, and leaving
     # the group would wait for them instead of reporting the error.
     distributed.shutdown()
@@ -52,9 +52,9 @@ def fit(config: str | Path, options: Mapping[str, Any] | None = None) -> "Traine
     """
     configs = phases(["--config", str(config), *as_arguments(options or {})])
     from mpl_fast.inference.trained import load
-    from mpl_fast.training import run
+    from mpl_fast.training.phases import train
 
-    if run.train(*configs) == PREEMPTED:
+    if train(*configs) == PREEMPTED:
         raise KeyboardInterrupt(f"stopped and saved: the same call resumes {configs[0].run_dir}")
     return load(configs[-1].run_dir, device=configs[-1].device)
 

@@ -31,6 +31,41 @@ def json_value(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it is missing, damaged, or holds something else."""
+    try:
+        return _object(json_value(file.read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
+def yaml_object(file: Path) -> dict[str, Any]:
+    """The same of a YAML file."""
+    try:
+        return _object(yaml_value(file))
+    except (OSError, ValueError):
+        return {}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def npz_arrays(file: Path) -> dict[str, Any]:
+    """The arrays of an uncompressed .npz file by name. Raises OSError, too."""
+    import numpy as np  # late: --help must not wait for it
+
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            if sum(part.file_size for part in stored.zip.infolist()) > file.stat().st_size:
+                raise ValueError("it is compressed")
+            return {name: stored[name] for name in stored.files}
+    except OSError:
+        raise
+    except Exception as error:  # the reader can raise anything
+        raise ValueError(" ".join(f"{type(error).__name__}: {error}".split())) from None
+
+
 def yaml_node(file: Path) -> "yaml.Node | None":
     """The tree of a YAML file; None if it is empty. Raises OSError, too.
 

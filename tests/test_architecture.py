@@ -3,7 +3,7 @@
 The order, from top to bottom; a unit imports only units below it:
 
     train | sweep -> report -> inference | dry_run -> training -> algorithms -> learner
-          -> losses | models | packing -> kernels | data -> batch | config | distributed
+          -> losses | models | packing -> kernels | data -> batch | config | distributed | locks
           -> errors | atomic | first_few | untrusted
 """
 
@@ -25,7 +25,7 @@ LAYERS = [
     {"learner"},
     {"losses", "models", "packing"},
     {"kernels", "data"},
-    {"batch", "config", "distributed"},
+    {"batch", "config", "distributed", "locks"},
     {"errors", "atomic", "first_few", "untrusted"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

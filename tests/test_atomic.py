@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_link_at_the_temporary_name_is_not_followed(tmp_path: Path) -> None:
-    """It could be in a folder that somebody else has packed."""
+@pytest.mark.parametrize("write", [atomic.write_text, atomic.replace_text])
+def test_a_link_at_the_temporary_name_is_not_followed(
+    write: Callable[[Path, str], object], tmp_path: Path
+) -> None:
+    """It could be in a folder that somebody else has packed, or trained in."""
     (tmp_path / "mine").write_bytes(b"mine")
     (tmp_path / "file.tmp").symlink_to(tmp_path / "mine")
-    atomic.write_bytes(tmp_path / "file", b"new")
+    write(tmp_path / "file", "new")
     assert (tmp_path / "mine").read_bytes() == b"mine"
     assert (tmp_path / "file").read_bytes() == b"new" and not (tmp_path / "file").is_symlink()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed import is_nccl_available
 from torch.multiprocessing.spawn import spawn
 
 from mpl_fast import distributed
@@ -74,6 +75,14 @@ def test_machines_follow_from_the_launcher(
     for name, value in {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local}.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     assert distributed.machines() == machines
+
+
+def test_pytorch_has_the_flight_recorders() -> None:
+    """By names without a promise; NCCL's is only in builds for CUDA."""
+    for backend, name in distributed.TRACES.items():
+        if backend != "nccl" or is_nccl_available():
+            assert hasattr(torch._C._distributed_c10d, name)
+    assert distributed.traces() == {}
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +158,16 @@ COMMANDS = {
     "tools/report.py": ["--out", "x.html"],
     "tools/status.py": [],
     "tools/sweep.py": ["--ranges", "x", "--out", "x", "--config"],
+    "tools/bench/__main__.py": [],
+    "tools/bench/__main__.py all": ["--only"],
+    "tools/bench/__main__.py compare": [EVIL],
+    "tools/bench/__main__.py input": ["--rec"],
+    "tools/faults/__main__.py": ["--out", "x", "--recipes"],
+    "tools/first_gpu/__main__.py": ["--rec"],
+    "tools/studies/__main__.py": [],
+    "tools/studies/ablation/__main__.py": ["--out", "x", "--config", "x", "--rec"],
+    "tools/studies/feedbacks/__main__.py": ["--out", "x"],
+    "tools/studies/two_moons/__main__.py": ["--out", "x"],
 }
 
 
@@ -199,13 +211,18 @@ def test_a_name_on_a_stream_moves_no_cursor(
     assert text == f"{shown}\n\n\x1b[Kstep 1 {shown}packed 1\x1b[K\n"
 
 
-@pytest.mark.parametrize("path", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_escapes_what_it_names(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A program by its path, or `python -m tools.NAME`."""
+    path, *words = command.split()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [path, *COMMANDS[path], EVIL])
-    program = partial(runpy.run_path, str(ROOT / path), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [path, *words, *COMMANDS[command], EVIL])
+    module = path.removesuffix("/__main__.py").replace("/", ".")
+    program: Any = partial(runpy.run_module, module, run_name="__main__")
+    if module == path.replace("/", "."):
+        program = partial(runpy.run_path, str(ROOT / path), run_name="__main__")
     text = printed_by(program, tmp_path / "printed", monkeypatch)
     assert ESCAPED[:20] in text
     assert not [c for c in text if c not in "\t\n" and not c.isprintable()]
@@ -214,10 +231,11 @@ def test_every_command_escapes_what_it_names(
 def test_every_command_is_run_by_what_escapes() -> None:
     """All programs of the package and of tools/, by their source; and the list above has them."""
     found = {}
-    for file in [*ROOT.glob("mpl_fast/*.py"), *ROOT.glob("tools/*.py")]:
-        if not file.is_symlink() and '__name__ == "__main__"' in file.read_text():
+    modules = (ROOT.glob(f"{top}/**/__main__.py") for top in ("mpl_fast", "tools"))
+    for file in chain(ROOT.glob("mpl_fast/*.py"), ROOT.glob("tools/*.py"), *modules):
+        if '__name__ == "__main__"' in file.read_text():
             tree = ast.parse(file.read_text())
             calls = {ast.unparse(c.func) for c in ast.walk(tree) if isinstance(c, ast.Call)}
-            found[str(file.relative_to(ROOT))] = "run_command" in calls
-    assert [path for path, runs in found.items() if not runs] == ["tools/moved.py"]
-    assert {path for path, runs in found.items() if runs} == {*COMMANDS}
+            found[str(file.relative_to(ROOT))] = bool(calls & {"run_command", "command.main"})
+    assert [path for path, runs in found.items() if not runs] == []
+    assert {*found} == {name.split()[0] for name in COMMANDS}

@@ -246,14 +246,14 @@ def in_turn(sessions: list[list[str]]) -> None:
     from mpl_fast import distributed
     from mpl_fast.config import command_line
     from mpl_fast.errors import UserError
-    from mpl_fast.training import run, saving
+    from mpl_fast.training import phases, saving
 
     real = saving._write
 
-    def write(path: Path, state: saving.State) -> dict[str, Any]:
+    def write(path: Path, *given: Any) -> dict[str, Any]:
         if (distributed.rank(), int(path.parent.name[-8:])) in FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return real(path, state)
+        return real(path, *given)
 
     leave = distributed.shutdown
     with (
@@ -264,7 +264,7 @@ def in_turn(sessions: list[list[str]]) -> None:
             distributed.barrier()
             if name not in SESSIONS:
                 try:
-                    run.train(*command_line.phases([name, *given]))
+                    phases.train(*command_line.phases([name, *given]))
                 except UserError as error:
                     print(f"rank {distributed.rank()}: {error}", file=sys.stderr)
             elif distributed.rank() == 0 or name in ("evaluate", "full_disk"):

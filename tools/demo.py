@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mpl_fast.config.aliases import METRIC_NAMES, renamed
-from mpl_fast.errors import run_command
+from mpl_fast.errors import DataError, run_command
+from mpl_fast.training.curves import SUMMARY, read_summary
 from mpl_fast.training.process import visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,8 +102,10 @@ def _train(recipe: str, rec: Path, seed: int, options: argparse.Namespace) -> Re
         command += ["--steps", str(options.steps)]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     _run(command, {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in os.environ else {})
-    # A run that was complete already may have names of an older version.
-    return renamed(json.loads((run / "summary.json").read_text()), METRIC_NAMES)
+    summary = read_summary(run)
+    if not summary:
+        raise DataError(f"{run / SUMMARY} is missing or damaged: run the same command again")
+    return {**summary, "run_dir": str(run)}
 
 
 def _ranks() -> int:

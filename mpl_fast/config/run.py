@@ -38,8 +38,14 @@ class DataConfig:
     crop: Literal["random_resized", "pad_crop"] = "random_resized"
     """Crop of both views: random resized crop, or padding by 4 pixels and a random crop."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Filter of resizing, antialiased: bicubic as published, or bilinear, which is half the work on
-    a CPU."""
+    """Filter of resizing: bicubic as published, or bilinear, which is half the work on a CPU."""
+    antialias: bool = True
+    """Where resizing shrinks, average over all pixels under the filter, as Pillow and timm do;
+    false: interpolate between the nearest ones, as the published code does (TensorFlow's default),
+    which costs less on a CPU."""
+    use_fast_idct: bool = False
+    """Decode JPEG with libjpeg-turbo's faster, less accurate inverse DCT where DALI decodes on a
+    CPU."""
     flip: bool = True
     """Random horizontal flip; switch it off where mirroring changes the class, as in digits."""
     policy: Policy = "mpl"
@@ -183,7 +189,8 @@ class RunConfig:
     hang_timeout: NonNegativeFloat = 600.0
     """Seconds without a step, or a batch of an evaluation, after which a rank writes where it is to
     RUN/hang and ends with exit code 7, so that the run ends, or torchrun restarts it. For the first
-    steps, compilation and saves: three times as many, and at least 1800. 0: no limit."""
+    steps and compilation: three times as many, and at least 1800. Of a save that is waited for:
+    seconds in which no data reaches the disk. 0: no limit."""
     stop_at: NonNegativeInt = 0
     """Save and stop after this step; a run that is already there continues. 0: run to the end."""
     on_spike: Literal["skip", "rollback"] = "skip"

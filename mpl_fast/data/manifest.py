@@ -47,8 +47,19 @@ class Manifest:
 
     def class_text(self, label: int) -> str:
         """Return the name of a class, and in parentheses its title if it has one."""
+        name = self.class_name(label)
         title = self.titles[label] if self.titles else ""
-        return f"{self.classes[label]} ({title})" if title else self.classes[label]
+        return f"{name} ({title})" if title else name
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class; DataError for a label that is none's."""
+        if not 0 <= label < len(self.classes):
+            raise DataError(
+                f"{self.root}: label {label} is not that of a class, 0 to {len(self.classes) - 1}: "
+                f"its files are damaged or were replaced; `make_rec.py verify {self.root}` finds "
+                "which"
+            )
+        return self.classes[label]
 
 
 def read_manifest(root: str | Path) -> Manifest:

@@ -2,10 +2,11 @@
 
 Crop "random_resized" is google-research/meta_pseudo_labels/data_utils.py's for ImageNet: 8 to 100 %
 of the area, aspect 3/4 to 4/3, 10 attempts, bicubic (here antialiased where it shrinks, as in
-Pillow). Crop "pad_crop", for CIFAR, pads with 4 gray pixels and crops back, as there; that code
-crops and flips the strong view once more after the cutout, here both views share one crop. The EXIF
-orientation is not applied, as in torchvision. Evaluation differs from torchvision's by at most a
-pixel: the longer side and the corner of the center crop are rounded, not truncated.
+Pillow, unless `antialias` is false). Crop "pad_crop", for CIFAR, pads with 4 gray pixels and crops
+back, as there; that code crops and flips the strong view once more after the cutout, here both
+views share one crop. The EXIF orientation is not applied, as in torchvision. Evaluation differs
+from torchvision's by at most a pixel: the longer side and the corner of the center crop are
+rounded, not truncated.
 """
 
 from collections.abc import Iterable, Sequence
@@ -176,6 +177,7 @@ def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> Da
         random_aspect_ratio=(3 / 4, 4 / 3),
         num_attempts=10,
         adjust_orientation=False,
+        use_fast_idct=config.use_fast_idct,
         hw_decoder_load=config.hw_decoder_load,
     )
     return resize(image, config.image_size, "stretch", config)
@@ -225,6 +227,7 @@ def decode(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
         encoded,
         device=_decoder(engine),
         adjust_orientation=False,
+        use_fast_idct=config.use_fast_idct,
         hw_decoder_load=config.hw_decoder_load,
     )
 
@@ -236,14 +239,14 @@ def _decoder(engine: Engine) -> str:
 def resize(
     image: DataNode, side: int, mode: str, config: DataConfig, **region: DataNode
 ) -> DataNode:
-    """Antialiased; "stretch" makes a square, "not_smaller" keeps the aspect ratio and makes the
+    """ "stretch" makes a square, "not_smaller" keeps the aspect ratio and makes the
     shorter side `side` pixels."""
     return fn.resize(
         image,
         size=(side, side),
         mode=mode,
         interp_type=INTERPOLATIONS[config.interpolation],
-        antialias=True,
+        antialias=config.antialias,
         **region,
     )
 

@@ -25,17 +25,20 @@ class SplitImages:
         self._split = split
         try:
             listing = split.listing.read_text("utf-8", "surrogateescape").split("\n")[:-1]
-            index = split.index.read_text("utf-8").split("\n")[:-1]
+            index = split.index.read_text("utf-8", "surrogateescape").split("\n")[:-1]
             self._starts = [0, *accumulate(shard.stat().st_size for shard in split.shards)]
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from error
-        rows = [line.split("\t", 2) for line in listing]
-        offsets = dict(line.split("\t") for line in index)  # lines may be repeated
-        if len(offsets) != len(rows) or any(row[0] not in offsets for row in rows):
+        try:
+            rows = [line.split("\t", 2) for line in listing]
+            offsets = dict(line.split("\t") for line in index)  # lines may be repeated
+            self.ids, self.labels = ([int(row[column]) for row in rows] for column in (0, 1))
+            self.names = [row[2] for row in rows]
+            self.offsets = [int(offsets.pop(row[0])) for row in rows]
+        except (ValueError, IndexError, KeyError):
+            offsets = {"": ""}
+        if offsets:
             raise DataError(f"{split.listing}: does not list the records of {split.index}")
-        self.ids, self.labels = ([int(row[column]) for row in rows] for column in (0, 1))
-        self.names = [row[2] for row in rows]
-        self.offsets = [int(offsets[row[0]]) for row in rows]
 
     def __len__(self) -> int:
         return len(self.names)

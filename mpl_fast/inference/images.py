@@ -62,9 +62,9 @@ def _of_records(root: Path, name: str) -> Images:
     if name not in manifest.splits:
         raise DataError(f"{root}: has no split {name!r}: give {', '.join(manifest.splits)}")
     split = SplitImages(manifest.splits[name])
-    known = [manifest.classes[label] if label >= 0 else "" for label in split.labels]
+    known = [manifest.class_name(label) if label >= 0 else "" for label in split.labels]
     own = SplitImages(manifest.splits["labeled"])
-    labels = dict(zip(own.names, (manifest.classes[label] for label in own.labels), strict=True))
+    labels = dict(zip(own.names, map(manifest.class_name, own.labels), strict=True))
     content = _digest(f"{manifest.content}\0{name}")
     if all(known):  # one source has the labeled images, too
         return Images(split.names, known, content, split.image, labels.keys(), labels)

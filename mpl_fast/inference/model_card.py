@@ -17,10 +17,14 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.first_few import counted
 from mpl_fast.inference.trained import Trained, resized_side
 from mpl_fast.training.evaluate import accuracy_line
-from mpl_fast.untrusted import json_value
+from mpl_fast.untrusted import json_object
 
 TAG = "mpl_fast"  # in a card: it was written here
 TASK = "image-classification"
+NOT_ANTIALIASED = (
+    "The images were resized without antialiasing, in training and evaluation; timm's transform "
+    "antialiases."
+)
 
 
 def hub_config(trained: Trained, manifest: Manifest | None) -> str:
@@ -79,6 +83,7 @@ def card(trained: Trained, manifest: Manifest | None, files: Sequence[str]) -> s
         _accuracy(trained),
         "## Use",
         *_use(trained, files),
+        *([] if trained.config.data.antialias else [NOT_ANTIALIASED]),
         "## Training",
         *_training(trained, manifest),
     ]
@@ -185,7 +190,10 @@ print(about["label_names"][label])
 
 
 def _images(data: DataConfig) -> str:
-    """Python that makes the network's input of an image as evaluation does."""
+    """Python that makes the network's input of an image as evaluation does.
+
+    Without `antialias`, Pillow's bicubic filter has another coefficient (-1) than DALI's (-0.5).
+    """
     side, shorter = data.image_size, resized_side(data)
     size = f"({side}, {side})"
     crop = ""
@@ -193,11 +201,16 @@ def _images(data: DataConfig) -> str:
         size = f"[{shorter} * length // min(image.size) for length in image.size]"
         crop = f"left, top = (round((length - {side}) / 2) for length in image.size)\n"
         crop += f"image = image.crop((left, top, left + {side}, top + {side}))\n"
+    filter_ = f"Image.{data.interpolation.upper()}"
+    resized = f"image = image.resize({size}, {filter_})"
+    if not data.antialias:
+        resized = f"size = {size}\n"
+        resized += f"image = image.transform(size, Image.EXTENT, (0, 0, *image.size), {filter_})"
     return f"""import numpy as np
 from PIL import Image
 
 image = Image.open("image.jpg").convert("RGB")
-image = image.resize({size}, Image.{data.interpolation.upper()})
+{resized}
 {crop}images = (np.asarray(image) / 255 - {[*data.mean]}) / {[*data.std]}
 images = images.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, {side}, {side})
 
@@ -209,7 +222,7 @@ def _training(trained: Trained, manifest: Manifest | None) -> list[str]:
     if manifest:
         splits = manifest.splits.items()
         facts.append("images: " + ", ".join(f"{one.records} {name}" for name, one in splits))
-    environment = _environment(Path(trained.config.run_dir))
+    environment = json_object(Path(trained.config.run_dir) / "env.json")
     if versions := environment.get("versions"):
         facts.append("versions: " + ", ".join(f"{k} {v}" for k, v in versions.items() if v))
     if devices := environment.get("devices"):
@@ -222,14 +235,6 @@ def _training(trained: Trained, manifest: Manifest | None) -> list[str]:
         "--run-dir RUN` with this `config.yaml`:",
         f"```yaml\n{as_yaml(_without_folders(trained.config))}```",
     ]
-
-
-def _environment(run: Path) -> dict[str, Any]:
-    try:
-        found = json_value((run / "env.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _without_folders(config: RunConfig) -> RunConfig:

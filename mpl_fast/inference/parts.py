@@ -1,10 +1,7 @@
 """The parts of an unfinished prediction: a folder of one file for each run of images."""
 
-import fcntl
 import json
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpl_fast import distributed
+from mpl_fast import distributed, locks
 from mpl_fast.atomic import atomic_file, write_json
 from mpl_fast.errors import OutputError, UserError, output_errors
-from mpl_fast.untrusted import json_value
+from mpl_fast.untrusted import json_value, npz_arrays
 
 _PLAN, _LOCK = "plan.json", ".lock"
 
@@ -28,14 +25,14 @@ class Parts:
     again. Raises `OutputError` if the folder is another process's, or not of a prediction.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, lock: bool = True) -> None:
+        self.folder, self._locks = folder, lock
         self._total = self._batch = self._part = 0
 
     def __enter__(self) -> "Parts":
         if distributed.rank() == 0:
             with output_errors(self.folder):
-                self._lock = _locked(self.folder)
+                self._lock = _locked(self.folder, self._locks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -110,10 +107,10 @@ class Parts:
         for number in range(-(-self._total // self._part)):
             file = self._file(number)
             try:
-                with np.load(file, allow_pickle=False) as stored:
-                    good, faults, *values = (stored[f"arr_{at}"] for at in range(len(stored.files)))
+                stored = npz_arrays(file)
+                good, faults, *values = (stored[f"arr_{at}"] for at in range(len(stored)))
                 about = json_value(str(faults))
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            except (ValueError, KeyError) as error:
                 raise OutputError(f"{file}: damaged ({error}); delete it and go on") from error
             yield self.places(number), good, about, values
 
@@ -137,14 +134,12 @@ def _stored(file: Path) -> dict[str, Any]:
     return found
 
 
-def _locked(folder: Path) -> Any:
+def _locked(folder: Path, lock: bool) -> Any:
     """Makes the folder. The system releases the lock when this process ends."""
     folder.mkdir(exist_ok=True)
     if not (folder / _LOCK).exists() and any(folder.iterdir()):
         raise OutputError(f"{folder} is not of a prediction: rename it, or give another --out")
-    lock = (folder / _LOCK).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(f"{folder}: another process is predicting to it") from None
-    return lock
+    file = (folder / _LOCK).open("a")
+    if lock and not locks.lock(file, folder):
+        raise OutputError(f"{folder}: another process is predicting to it")
+    return file

@@ -30,17 +30,13 @@ from mpl_fast.inference.decoding import Decoder, Files, read_files
 from mpl_fast.inference.images import Images, open_images
 from mpl_fast.inference.parts import Parts
 from mpl_fast.inference.tables import Part, write_labels, writer_of
-from mpl_fast.inference.trained import Trained, load
+from mpl_fast.inference.trained import VIEW, Trained, load
 from mpl_fast.packing.write.pixels import PIXEL_LIMIT
 from mpl_fast.packing.write.progress import Progress
 from mpl_fast.training.metrics import QueueLimiter
 
 PART = {"cuda": 8192, "cpu": 1024}  # images, about; a stop loses at most one part of each rank
 UNEVEN = 3  # times as many images kept of a class as of another are a warning
-# Of DataConfig: what makes the network's input. The others may change when a command continues.
-VIEW = ("image_size", "crop", "interpolation", "eval_crop", "mean", "std")
-
-
 # Of the command: what makes the rows, besides the network and its input.
 PREDICTED = ("top_k", "logits", "features", "on_bad", "max_pixels")
 
@@ -84,7 +80,7 @@ def predict(options: PredictOptions) -> None:
     _check(options)
     trained = load(options.run, checkpoint=options.checkpoint, pipeline=options.pipeline)
     _say(*_above_targets(options.keep, trained))
-    with Parts(options.parts) as parts:
+    with Parts(options.parts, lock=trained.config.lock) as parts:
         images = _list(options.images, options.parts)
         _say(*(f"warning: {line}" for line in (*trained.warnings, *images.warnings)))
         world, total = distributed.world_size(), len(images.names)

@@ -17,13 +17,15 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.training.build import build_network, uses_bf16
-from mpl_fast.training.checkpoint import (
-    evaluated,
-    no_class_names,
-    read_checkpoint,
-    step_of,
-)
+from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.saving import State
+from mpl_fast.training.state import evaluated, no_class_names
+from mpl_fast.training.trained import read_checkpoint
+
+# Of DataConfig: what makes the input of a network in evaluation.
+VIEW = (
+    "image_size", "crop", "interpolation", "antialias", "use_fast_idct", "eval_crop", "mean", "std",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def config_of(run: str | Path, options: Sequence[str] = ()) -> RunConfig:
 def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     """What evaluation does to an image, by torchvision: to RGB, resize, center crop, normalize.
 
-    DALI's result differs in the rounding of sizes and corners, by at most a pixel, and in its JPEG
-    decoder.
+    DALI's result differs in the rounding of sizes and corners, by at most a pixel, in its JPEG
+    decoder and, without `antialias`, in the coefficient of a bicubic filter, -0.5 for -0.75.
     """
     from torchvision.transforms import v2  # late: takes a second
 
@@ -167,7 +169,8 @@ def transform_of(config: RunConfig) -> Callable[[Image.Image], Tensor]:
     steps = [
         v2.Lambda(_of_8_bits),
         v2.RGB(),
-        v2.Resize(size, filter_, antialias=True),
+        *([] if data.antialias else [v2.ToImage()]),  # Pillow always antialiases
+        v2.Resize(size, filter_, antialias=data.antialias),
         v2.CenterCrop(side),
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),

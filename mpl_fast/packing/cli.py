@@ -87,13 +87,14 @@ def build_parser() -> Parser:
         found, commands.run_resplit, summary, out="a pack of the shared layout", more=_RESPLIT
     )
     _add_split(command.add_argument_group("splits"), default="that of OUT")
+    _add_lock(command)
     command.set_defaults(**dict.fromkeys(DRAWN))
     summary = "check every byte; name the shard, record and image of any damage"
     add = _command(found, commands.run_verify, summary, out="a finished pack").add_argument
     add("--deep", action="store_true", help="also decode every image, strictly")
     add("-j", type=int, default=_CORES, metavar="N", help=f"processes ({_CORES})")
     summary = "finish a pack whose parts were packed with --part"
-    _command(found, commands.run_finish, summary, out="the folder of the parts")
+    _add_lock(_command(found, commands.run_finish, summary, out="the folder of the parts"))
     summary = "print what a folder contains: splits, shards, sources, options"
     command = _command(found, commands.run_info, summary, out="a pack, also an unfinished one")
     listed = "also every class: label, name, title, and its records in each split"
@@ -172,6 +173,18 @@ def _add_pack(parent: "argparse._SubParsersAction[Parser]") -> None:
     dry = "print the plan and an estimate of its time; OUT is not written"
     add("--dry-run", action="store_true", help=dry)
     add("--force", action="store_true", help="replace another pack in OUT; with --part, plan anew")
+    _add_lock(command)
+
+
+def _add_lock(command: Parser) -> None:
+    command.add_argument(
+        "--lock",
+        type=_switch,
+        default=True,
+        metavar="true|false",
+        help="false: without locks, where the file system has none and no other make_rec writes to "
+        "OUT: parts one after the other (true)",
+    )
 
 
 def _add_split(group: "argparse._ArgumentGroup", default: str = "") -> None:
@@ -229,6 +242,12 @@ def _path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("its value is empty; give a path")
     return Path(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text == "true"
 
 
 def _size(text: str) -> int:

@@ -43,7 +43,7 @@ def run_pack(known: argparse.Namespace) -> Result:
 
 def run_finish(known: argparse.Namespace) -> Result:
     """Finish a pack whose parts are all there."""
-    manifest = finish_parts(known.out)
+    manifest = finish_parts(known.out, lock=known.lock)
     return manifest, _pack_lines(known.out, manifest, speed=False)
 
 
@@ -52,7 +52,7 @@ def run_resplit(known: argparse.Namespace) -> Result:
     old = load_pack(known.out)
     given = {name: getattr(known, name) for name in DRAWN}
     drawn = {name: value for name, value in given.items() if value is not None}
-    manifest = resplit(known.out, drawn)
+    manifest = resplit(known.out, drawn, lock=known.lock)
     lines = _split_lines(manifest["splits"], old["splits"])
     changed = changed_options(old["options"], manifest["options"])
     return manifest, [*lines, f"options: {changed or 'as before'}"]

@@ -72,6 +72,7 @@ class PackOptions:
     engine: str = "local"
     processes: int = 1
     read_threads: int = 0
+    lock: bool = True  # the folder, against other processes
     force: bool = False
     quiet: bool = False
 

@@ -36,7 +36,7 @@ def pack(options: PackOptions) -> Json:
     """
     started = time.monotonic()
     check_options(options)
-    with open_out_folder(options.out, shared=options.part is not None) as folder:
+    with open_out_folder(options.out, shared=options.part is not None, lock=options.lock) as folder:
         if options.part is not None:
             return _pack_part(folder, options, options.part)
         _plan(folder, options)
@@ -56,7 +56,7 @@ def publish_pack(folder: OutFolder, started: float) -> Json:
     return manifest
 
 
-def finish_parts(out: Path) -> Json:
+def finish_parts(out: Path, *, lock: bool = True) -> Json:
     """Finish a folder whose parts were packed one by one; return the manifest.
 
     Raises DataError that names the missing shards.
@@ -64,7 +64,7 @@ def finish_parts(out: Path) -> Json:
     started = time.monotonic()
     if not out.is_dir():
         raise DataError(f"{out}: no such folder; pack its parts first")
-    with open_out_folder(out) as folder, output_errors(out):
+    with open_out_folder(out, lock=lock) as folder, output_errors(out):
         if not (folder.work / TABLE).exists():
             if MANIFEST in folder.pack_files():
                 return {"already_complete": True, **load_manifest(out)}
@@ -185,9 +185,9 @@ def _write(folder: OutFolder, shards: Sequence[ShardRow], options: PackOptions) 
     if options.image.short_side is None:  # else the size is not known before
         size, records = sum(s.bytes for s in todo), sum(s.records for s in todo)
         folder.require_space(int(1.05 * (size + (RECORD_BYTES + TABLE_BYTES) * records)))
-    how = (options.image, options.read_threads)
+    how, write = (options.image, options.read_threads), partial(run_job, lock=options.lock)
     jobs = [
-        Job(shard.file, shard.bytes, partial(run_job, folder.work, shard, *how), shard.records)
+        Job(shard.file, shard.bytes, partial(write, folder.work, shard, *how), shard.records)
         for shard in shards
     ]
     images, size = sum(s.records for s in shards), sum(s.bytes for s in shards)

@@ -22,7 +22,7 @@ from mpl_fast.packing.publish.out_folder import open_out_folder
 from mpl_fast.packing.publish.split_files import write_splits
 
 
-def resplit(root: Path, drawn: Json) -> Json:
+def resplit(root: Path, drawn: Json, *, lock: bool = True) -> Json:
     """Draw the labeled images of a finished pack again; return its new manifest.
 
     drawn has some of the options named in DRAWN, the others stay as they are in the pack; the
@@ -32,7 +32,7 @@ def resplit(root: Path, drawn: Json) -> Json:
     OutputError when it cannot be written.
     """
     load_pack(root)  # before anything is created in a folder that is no pack
-    with open_out_folder(root) as folder, output_errors(root):
+    with open_out_folder(root, lock=lock) as folder, output_errors(root):
         if folder.finished():
             raise OutputError(
                 f"{root}: another pack into this folder is not finished; run its command again, "

@@ -12,24 +12,26 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mpl_fast.atomic import atomic_file
+from mpl_fast.batch import within_classes, wrong_labels
 from mpl_fast.data.class_names import lacking, positions
 from mpl_fast.data.manifest import Manifest, read_manifest
+from mpl_fast.data.records import NO_LABEL
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import CheckpointError, DataError
 from mpl_fast.first_few import first_few
-from mpl_fast.inference.trained import Trained, config_of, load
+from mpl_fast.inference.trained import VIEW, Trained, config_of, load
 from mpl_fast.report.measures import Floats, Ints
 from mpl_fast.training.build import eval_loader
-from mpl_fast.training.checkpoint import find_checkpoint, step_of
+from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.console import duration
-from mpl_fast.untrusted import json_value
+from mpl_fast.training.trained import find_checkpoint
+from mpl_fast.untrusted import json_value, npz_arrays
 
 FORMAT = 1  # of cached files; to be increased when their content changes
 CACHE = "report_cache"
@@ -142,8 +144,7 @@ class Network:
             "mapped": mapped,
             "content": self.manifest.content,
             "names": [*self.manifest.classes],
-            "images": [data.image_size, data.crop, data.eval_crop, data.interpolation],
-            "normalized": [*data.mean, *data.std],
+            "images": [getattr(data, name) for name in VIEW],
         }
         arrays = self.cached(split, key, lambda: self._pass(split, count, mapped))
         return Predictions(**{item.name: arrays[item.name] for item in fields(Predictions)})
@@ -156,9 +157,8 @@ class Network:
         digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         file = self.run / CACHE / f"{name}_{digest}.npz"
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                return {entry: stored[entry] for entry in stored.files}
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged
+            return npz_arrays(file)
+        except (OSError, ValueError):  # none, or damaged
             arrays = compute()
         try:
             file.parent.mkdir(exist_ok=True)
@@ -190,7 +190,7 @@ class Network:
         draw = np.random.default_rng(0)
         places = np.sort(draw.choice(count, min(mapped, count), replace=False))
         parts: list[tuple[torch.Tensor, ...]] = []
-        kept, done = [], 0
+        kept, done, wrong = [], 0, 0
         for images, given, valid in eval_loader(
             trained.config, self.manifest, DistEnv(0, 1, trained.device), split
         ):
@@ -198,7 +198,9 @@ class Network:
             logits, features = trained.logits_and_features(images)
             inside = places[(places >= done) & (places < done + valid)] - done
             kept.append(features[torch.from_numpy(inside).to(features.device)].half().cpu())
-            labels = of_records.to(given.device)[given[:valid]]
+            known, outside = within_classes(given[:valid], len(of_records) - 1, NO_LABEL)
+            wrong += int(outside)
+            labels = of_records.to(given.device)[known]
             parts.append(tuple(part.cpu() for part in _measure(logits[:valid], labels)))
             done += valid
             now = time.perf_counter()
@@ -210,6 +212,8 @@ class Network:
                 )
             if done >= count:
                 break
+        if wrong:
+            raise wrong_labels(wrong, split, len(of_records) - 1, self.manifest.root)
         arrays = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
         names = [item.name for item in fields(Predictions)]
         return dict(zip(names, (*arrays, places, torch.cat(kept).numpy()), strict=True))

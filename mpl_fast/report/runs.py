@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from mpl_fast.config import RunConfig
-from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.config.fields import all_options
 from mpl_fast.errors import DataError
 from mpl_fast.inference.trained import config_of
 from mpl_fast.report.measures import Floats
 from mpl_fast.training import curves
-from mpl_fast.training.run_dir import FREE_OPTIONS
-from mpl_fast.untrusted import json_value
+from mpl_fast.training.same_config import FREE_OPTIONS
+from mpl_fast.untrusted import json_object
 
 OF_A_SEED = FREE_OPTIONS | {"seed"}
 POINTS = 240  # of a curve; more are averaged
@@ -112,17 +111,8 @@ def read(folder: Path) -> Run:
         drawn = curves.read(folder)
     except DataError:
         drawn = {}
-    summary = renamed(_json(folder / "summary.json"), METRIC_NAMES)
-    return Run(folder, config, drawn, summary, _json(folder / "env.json"))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Of a file that may be missing or cut short."""
-    try:
-        content = json_value(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    summary = curves.read_summary(folder)
+    return Run(folder, config, drawn, summary, json_object(folder / "env.json"))
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

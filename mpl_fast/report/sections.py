@@ -130,6 +130,10 @@ def tiles(detail: Detail) -> list[tuple[str, str, str]]:
     if seconds := _train_seconds(run):
         speed = run.mean("images_per_second") or 0.0
         tiles.append(("Training time", duration(seconds), f"{speed:,.0f} images/s"))
+        saves = run.summary.get("checkpoint_seconds")
+        if isinstance(saves, int | float):
+            part = percent(saves / (seconds + saves), 2)
+            tiles.append(("Checkpoints", part, f"{saves:.1f} s beside the training time"))
     if (wait := run.mean("data_wait")) is not None:
         tiles.append(("Data wait", percent(wait), "of the training time"))
     return tiles

@@ -1,6 +1,5 @@
 """One trial: a process of train.py, followed, pruned and ended with a result; and its GPUs."""
 
-import json
 import os
 import re
 import shlex
@@ -19,9 +18,9 @@ from mpl_fast.config import RunConfig
 from mpl_fast.errors import PREEMPTED, ConfigError, DataError, OutputError
 from mpl_fast.first_few import counted
 from mpl_fast.sweep.study import Claim
-from mpl_fast.training.curves import read_rows
+from mpl_fast.training.curves import SUMMARY, read_rows, read_summary
 from mpl_fast.training.process import signal_when_parent_ends, visible_gpus
-from mpl_fast.untrusted import yaml_value
+from mpl_fast.untrusted import yaml_object
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 STOPPED = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT)
@@ -110,8 +109,9 @@ class Training:
         self.follow()
         code = self._exit_code()
         if code == 0:
-            top1 = json.loads((self.folder / "summary.json").read_text())["top1"]
-            return Outcome(TrialState.COMPLETE, float(top1), "")
+            if summary := read_summary(self.folder):
+                return Outcome(TrialState.COMPLETE, float(summary["top1"]), "")
+            return Outcome(TrialState.FAIL, None, f"{self.folder / SUMMARY} is missing or damaged")
         if self.pruned_at >= 0:
             return Outcome(TrialState.PRUNED, None, f"pruned at step {self.pruned_at}")
         if self.stopping or code in STOPPED:
@@ -131,8 +131,9 @@ class Training:
         return float(sum(row.get("train_seconds", 0.0) for row in rows))
 
     def _steps(self) -> int:
-        """Of the whole training, also where it was given in epochs."""
-        return int(yaml_value(self.folder / "config.yaml")["steps"])
+        """Of the whole training, also where it was given in epochs; 0 if config.yaml is damaged."""
+        steps = yaml_object(self.folder / "config.yaml").get("steps")
+        return steps if isinstance(steps, int) else 0
 
     def _exit_code(self) -> int:
         """That of train.py: torchrun ends with 1, and prints the code of the first rank that has

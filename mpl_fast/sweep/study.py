@@ -6,8 +6,8 @@ trial without a lock is continued by the next worker that is free. So no trial n
 in its place, and a study of N trials has N numbers.
 """
 
-import fcntl
 import json
+import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
+from mpl_fast import locks
 from mpl_fast.atomic import write_json
 from mpl_fast.errors import ConfigError, output_errors
 from mpl_fast.first_few import first_few
@@ -84,17 +85,24 @@ class Storage(NamedTuple):
 
 
 class Trials:
-    """The study in a folder that all workers share, and the trials of this worker."""
+    """The study in a folder that all workers share, and the trials of this worker.
 
-    def __init__(self, out: Path, storage: Storage, pruner: BasePruner, seed: int) -> None:
+    Without `lock` there must be no other worker.
+    """
+
+    def __init__(
+        self, out: Path, storage: Storage, pruner: BasePruner, seed: int, *, lock: bool = True
+    ) -> None:
         self.out, self.storage, self._pruner, self._seed = out, storage, pruner, seed
+        self._locks, self._own = lock, dict[int, IO[str]]()
         self.study: optuna.Study
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One worker at a time draws trials and writes results."""
         with output_errors(self.out), (self.out / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._locks:
+                locks.lock(lock, self.out, seconds=math.inf)
             yield
 
     def open(
@@ -165,11 +173,12 @@ class Trials:
         folder = self.folder(number)
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".worker").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        own = self._own.get(number)
+        free = locks.lock(lock, folder) if self._locks else own is None or own.closed
+        if not free:
             lock.close()
             return None
+        self._own[number] = lock
         return lock
 
 

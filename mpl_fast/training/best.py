@@ -9,6 +9,8 @@ from mpl_fast.errors import CheckpointError
 from mpl_fast.training.checkpoint import Checkpoints
 from mpl_fast.training.saving import State
 
+KINDS = {"best_top1": float, "best_step": int}
+
 
 class Best:
     """Is equal on all ranks, since accuracies are. Its checkpoint is kept with `checkpoint_best`.
@@ -45,8 +47,9 @@ class Best:
 
     def restore(self, shared: State) -> None:
         """Restores `state` from a checkpoint; older versions wrote less."""
-        self.values = shared.get("best", {})
-        self._since = shared.get("evaluations_since_best", 0)
+        best = shared.get("best") or {}
+        self.values = {name: kind(best[name]) for name, kind in KINDS.items() if best}
+        self._since = int(shared.get("evaluations_since_best", 0))
         self.stopped_early = shared.get("stopped_early", False) and self._impatient()
 
     def keeps(self, step: int) -> bool:
@@ -72,17 +75,26 @@ class Best:
     def resume(self, resumed: Path, step: int) -> str:
         """Keeps what was the best at the checkpoint `resumed` of this step; on the first rank.
 
-        Returns a warning if that is not there any more. Raises `OSError` if it cannot be written.
+        Returns a warning if that is not there any more. Raises `CheckpointError` if it cannot be
+        written.
         """
         if not self._store:
             return ""
-        self._store.remove_after(step)  # of steps that are repeated
-        if not self.values or self.checkpoint():
-            return ""
-        newest = resumed.with_name(self._store.path(int(self.values["best_step"])).name)
-        if newest.exists():  # a kill came before it was kept, or the option is new
-            self._store.adopt(newest)
-            return ""
+        try:
+            self._store.remove_after(step)  # of steps that are repeated
+            if not self.values or self.checkpoint():
+                return ""
+            newest = resumed.with_name(self._store.path(int(self.values["best_step"])).name)
+            if newest.exists():  # a kill came before it was kept, or the option is new
+                self._store.adopt(newest)
+                return ""
+        except OSError as error:
+            failure = CheckpointError(
+                f"the checkpoint of step {step} cannot be written: {error.strerror} "
+                f"({error.filename or self._store.folder}); earlier ones are untouched"
+            )
+            failure.alone = True
+            raise failure from None
         return (
             "the checkpoint of the best evaluation so far, {best_top1:.2f} % at step {best_step}, "
             "was not kept: only one of a better evaluation will be"

@@ -14,23 +14,15 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from mpl_fast import atomic, models
-from mpl_fast.algorithms.base import Algorithm
-from mpl_fast.config import FinetuneConfig
+from mpl_fast import atomic
 from mpl_fast.config.aliases import CHECKPOINT_KEYS, renamed
-from mpl_fast.config.run import CHECKPOINTS, WhichCheckpoint
-from mpl_fast.data.class_names import first_difference, positions, unshared
-from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import all_gather_object, barrier, broadcast_object, rank
-from mpl_fast.errors import CheckpointError, ConfigError
-from mpl_fast.learner import Learner
+from mpl_fast.errors import CheckpointError
 from mpl_fast.models.weights_file import reason
 from mpl_fast.training.saving import Files, HostCopy, Saving, State
 from mpl_fast.untrusted import file_in, json_value
@@ -54,6 +46,8 @@ class Checkpoints:
         self.failed: Callable[[int, str], None] = lambda step, reason: None
         """Is called with the step and the reason of a save that failed on this rank, in the thread
         that writes."""
+        self.progressed: Callable[[], None] = lambda: None
+        """Is called in that thread whenever data of a save has reached the disk."""
         self._copy = HostCopy()
         self._saving: Saving | None = None
         if rank == 0:
@@ -80,8 +74,8 @@ class Checkpoints:
         rank_state: State,
         *,
         background: bool = False,
-        before: Callable[[], None] = lambda: None,
-        after: Callable[[Path], None] = lambda saved: None,
+        before: Callable[[], None] | None = None,
+        after: Callable[[Path], None] | None = None,
     ) -> Path:
         """Writes the state shared by all ranks (rank 0's is taken) and each rank's own.
 
@@ -98,10 +92,14 @@ class Checkpoints:
         def publish(files: Files) -> None:
             about = {"format": FORMAT, "step": step, "world": self.world, "files": files}
             atomic.write_json(partial / "checkpoint.json", about)
-            before()
+            if before:
+                before()
+            self.progressed()
             self._publish(partial, final)
             self.saved = step
-            after(final)
+            self.progressed()
+            if after:
+                after(final)
 
         self._saving = Saving(
             step,
@@ -109,8 +107,10 @@ class Checkpoints:
             self._copy.take(states) if background else states,
             rank=self.rank,
             world=self.world,
+            ready=self._copy.wait,
             publish=publish,
             failed=self.failed,
+            progressed=self.progressed,
         )
         if not background:
             self.finish(last=True)
@@ -127,9 +127,11 @@ class Checkpoints:
             return
         saving.wait_for_part()
         failures = [reason for reason in all_gather_object(saving.failure) if reason]
-        saving.wait(give_up=bool(failures))
-        self._saving = None
+        if self.rank == 0:
+            saving.wait(give_up=bool(failures))
         failure = broadcast_object(saving.failure or next(iter(failures), ""))
+        saving.wait(give_up=True)
+        self._saving = None
         if not failure:
             self.saved, self.failures = saving.step, []
             return
@@ -254,7 +256,7 @@ def _newest(folder: Path) -> tuple[Path | None, list[str]]:
             damage.append(f"{checkpoint.name} is damaged ({reason})")
         else:
             return None, damage
-    raise _replaced(folder)
+    raise replaced(folder)
 
 
 def _not_read(error: OSError, where: Path) -> CheckpointError:
@@ -264,7 +266,8 @@ def _not_read(error: OSError, where: Path) -> CheckpointError:
     )
 
 
-def _replaced(folder: Path) -> CheckpointError:
+def replaced(folder: Path) -> CheckpointError:
+    """The error after `ATTEMPTS` to read a checkpoint that was gone each time."""
     return CheckpointError(
         f"{folder}: a run removes its checkpoints before they are read: run the command again"
     )
@@ -284,177 +287,6 @@ def read_shared(checkpoint: Path) -> State:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{file} is not of this program: its classes are no list of names")
     return shared
-
-
-def read_checkpoint(
-    run: str | Path, which: WhichCheckpoint = "newest", option: str = ""
-) -> tuple[Path, State, list[str]]:
-    """What `find_checkpoint` finds and `read_shared` reads, and warnings.
-
-    If a run that still trains removes the checkpoint meanwhile, the next one is taken. A
-    collective.
-    """
-    for _ in range(ATTEMPTS):
-        checkpoint, warnings = find_checkpoint(run, which, option)
-        shared = None
-        try:
-            shared = read_shared(checkpoint)
-        except CheckpointError:
-            if checkpoint.exists():
-                raise
-        if all(all_gather_object(shared is not None)):
-            assert shared is not None
-            return checkpoint, shared, warnings
-    raise _replaced(Path(run) / CHECKPOINTS[which])
-
-
-def restore(algorithm: Algorithm, shared: State, checkpoint: Path) -> None:
-    """Loads a checkpoint's shared state into an algorithm. Raises `CheckpointError` if it is of
-    another network or recipe."""
-    try:
-        for name, learner in algorithm.learners.items():
-            learner.load_state_dict(shared["learners"][name])
-        for name, value in algorithm.state.items():
-            value.copy_(shared["algorithm"][name])
-    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, KeyError) and error.args == ("algorithm",):
-            names = ", ".join(algorithm.state)
-            raise CheckpointError(
-                f"{checkpoint} is older than this program and lacks the {names} of its "
-                "algorithm: start again in another --run-dir"
-            ) from None
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{checkpoint} is of another network or recipe: {reason}") from None
-
-
-def no_class_names(checkpoint: Path) -> str:
-    """A warning about a checkpoint of an older version."""
-    return f"{checkpoint} was written before class names were stored: labels are taken as they are"
-
-
-def check_same_classes(shared: State, manifest: Manifest, checkpoint: Path) -> None:
-    """Raises `CheckpointError` if data to resume with have other classes, or another order."""
-    trained = shared.get("classes")
-    if trained is not None and trained != [*manifest.classes]:
-        raise CheckpointError(
-            f"{checkpoint} was trained on other classes than {manifest.root} has: "
-            f"{first_difference(trained, manifest.classes)}; resume with the data of before, or "
-            "use another --run-dir"
-        )
-
-
-class Trained(NamedTuple):
-    """The networks that a run evaluates, as its newest checkpoint has them."""
-
-    option: str
-    """Which names the run."""
-    model: str
-    """The model.name that the networks should be of."""
-    checkpoint: Path
-    weights: dict[str, tuple[str, State]]
-    """By learner: "average" or "network", and its state dict."""
-    about: str
-    """How classes were mapped, as the end of a message."""
-    warnings: list[str]
-    """Of damaged checkpoints passed over, and if one has no class names."""
-
-
-def read_trained(
-    option: str, run: str, model: str, classes: Sequence[str], *, average: bool = True
-) -> Trained:
-    """The networks that the run in a folder evaluates, their heads in the order of `classes`.
-
-    Without `average`, networks themselves in place of their averages. A collective. Raises
-    `CheckpointError` if there is no checkpoint or it is of other classes.
-    """
-    checkpoint, shared, warnings = read_checkpoint(run, option=option)
-    trained, about = shared.get("classes"), ""
-    found = evaluated(shared, average=average)
-    if trained is None:
-        warnings.append(no_class_names(checkpoint))
-    elif {*trained} != {*classes}:
-        raise CheckpointError(
-            f"{option}: {checkpoint} is of other classes than this data "
-            f"({unshared(trained, classes)}); for a new last layer, use another recipe with "
-            f"--model.pretrained {checkpoint}/state.pt:{[*found][-1]}"
-        )
-    elif trained != [*classes]:
-        order = positions(classes, trained)
-        about = "; its classes are in another order and were mapped by name"
-        for name, (kind, weights) in found.items():
-            found[name] = kind, models.with_class_order(weights, model, order)
-    return Trained(option, model, checkpoint, found, about, warnings)
-
-
-def load_trained(trained: Trained, name: str, network: nn.Module) -> None:
-    """Loads the weights of one learner. Raises `CheckpointError` if they are of another network."""
-    try:
-        network.load_state_dict(trained.weights[name][1])
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition(":")[2].split())[:120]
-        raise CheckpointError(
-            f"{trained.option}: {trained.checkpoint} is of another network or number of classes "
-            f"than model.name {trained.model} for this data ({reason}): see "
-            f"{trained.checkpoint.parents[1]}/config.yaml"
-        ) from None
-
-
-def load_start(
-    config: FinetuneConfig, learner: Learner, model: str, classes: Sequence[str]
-) -> tuple[str, list[str]]:
-    """Loads the weights and statistics that fine-tuning starts from into a learner.
-
-    They are those of the network that the run `config.start` evaluates, the last if there are two,
-    its head in the order of `classes`. `model` is this run's model.name. Returns a message, and
-    warnings. Raises `CheckpointError` if there is no checkpoint or it does not fit.
-    """
-    average = config.weights == "average"
-    found = read_trained("algorithm.start", config.start, model, classes, average=average)
-    name = [*found.weights][-1]
-    for network in filter(None, (learner.network, learner.average)):
-        load_trained(found, name, network)
-    step, kind = step_of(found.checkpoint), found.weights[name][0]
-    message = f"begins with the {kind} of {name} after step {step}, {found.checkpoint}"
-    return message + found.about, found.warnings
-
-
-def find_checkpoint(
-    run: str | Path, which: WhichCheckpoint = "newest", option: str = ""
-) -> tuple[Path, list[str]]:
-    """A run's newest or best undamaged checkpoint, and a warning for each that was passed over.
-
-    `option` names the run in errors. A collective. Raises `CheckpointError` if there is none.
-    """
-    folder, of = Path(run) / CHECKPOINTS[which], option and f"{option}: "
-    if not Path(run).is_dir():
-        raise ConfigError(f"{of}there is no folder {run}")
-    checkpoint, damage = newest(folder)
-    if checkpoint is None:
-        why = "; ".join(damage) or "nothing has been saved there"
-        advice = "give the run directory of a run that has trained"
-        if which == "best":
-            advice = "train with --checkpoint-best true, or use newest"
-        raise CheckpointError(f"{of}{folder} holds no usable checkpoint ({why}): {advice}")
-    return checkpoint, [f"{warning}; using {checkpoint.name}" for warning in damage]
-
-
-def evaluated(shared: State, *, average: bool = True) -> dict[str, tuple[str, State]]:
-    """The networks that a run evaluates, by learner: "average" or "network", and its state dict.
-
-    Without `average`, networks themselves in place of their averages. Raises `CheckpointError` for
-    the state of another program.
-    """
-    found = {}
-    try:
-        for name in shared.get("eval_ensemble", [*shared["learners"]][-1:]):
-            state = shared["learners"][name]
-            kind = "average" if average and state["average"] is not None else "network"
-            if not isinstance(state[kind], dict):
-                raise TypeError(f"{kind} of {name} is no state dict")
-            found[name] = kind, state[kind]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"state.pt is not of this program: no networks ({error})") from None
-    return found
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

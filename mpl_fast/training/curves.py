@@ -1,14 +1,16 @@
 """Learning curves of runs as one picture, from their metrics.jsonl."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mpl_fast.config.aliases import METRIC_NAMES, renamed
 from mpl_fast.errors import ConfigError, DataError, output_errors
-from mpl_fast.untrusted import json_value
+from mpl_fast.untrusted import json_object, json_value
 
-METRICS = "metrics.jsonl"  # in a run directory
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"  # in a run directory
+NUMBERS = ("top1", "steps", "train_seconds", "images_per_second")  # of every summary
 PANELS = {
     "eval/top1": "held-out top-1 (%)",
     "accuracy/pseudo": "accuracy of the pseudo labels",
@@ -80,6 +82,17 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [renamed(row, METRIC_NAMES) for row in map(row_of, lines) if row is not None]
 
 
+def checkpoint_seconds(file: Path) -> float:
+    """For how long training waited for saves, by the events in a metrics.jsonl. Raises `OSError`
+    if it cannot be read."""
+    total = 0.0
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            event = json_value(line)
+            total += float(event["seconds"]) if event["event"] == "checkpoint" else 0.0
+    return total
+
+
 def row_of(line: bytes) -> dict[str, Any] | None:
     """The row in a line of metrics.jsonl: numbers by name, `step` among them; None for others."""
     try:
@@ -88,4 +101,15 @@ def row_of(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
+    return row if all(map(is_number, row.values())) else None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's summary.json under present names; empty if the run has not ended or it is damaged."""
+    found = renamed(json_object(folder / SUMMARY), METRIC_NAMES)
+    return found if all(is_number(found.get(name)) for name in NUMBERS) else {}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that can be drawn and compared."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)

@@ -17,10 +17,11 @@ from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
-from mpl_fast.training.checkpoint import no_class_names, read_checkpoint, restore
 from mpl_fast.training.console import Console
 from mpl_fast.training.metrics import QueueLimiter
 from mpl_fast.training.run_dir import keep_compile_cache
+from mpl_fast.training.state import no_class_names, restore
+from mpl_fast.training.trained import read_checkpoint
 from mpl_fast.training.trial import check_evaluation
 
 Accuracy = dict[str, float]

@@ -1,7 +1,7 @@
 """What a run prints before its first step: networks, data, disk space, and warnings."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mpl_fast import models
 from mpl_fast.algorithms.base import Algorithm
@@ -12,13 +12,50 @@ from mpl_fast.data.randaugment import gray_views
 from mpl_fast.distributed import DistEnv
 from mpl_fast.training.checkpoint import Checkpoints
 from mpl_fast.training.console import Console, quantity
-from mpl_fast.training.saving import State, state_bytes
+from mpl_fast.training.saving import state_bytes
+from mpl_fast.training.state import state_of
 
 STALE = 0.02  # share of batch norms' initial statistics at the end of a run
 PYTORCH_MOMENTUM = 0.1  # of batch norms by default
 
 
-def headline(config: RunConfig, algorithm: Algorithm, manifest: Manifest, dist_env: DistEnv) -> str:
+def introduce(
+    config: RunConfig,
+    algorithm: Algorithm,
+    manifest: Manifest,
+    dist_env: DistEnv,
+    checkpoints: Checkpoints,
+    console: Console,
+    notes: Sequence[str],
+    chosen: str,
+) -> None:
+    """Prints what is trained on what, what it needs, and warnings about it.
+
+    `notes`: about the construction of each network. `chosen`: of `auto.resolve`.
+    """
+    console.print(_headline(config, algorithm, manifest, dist_env))
+    _print_disk_space(config, _checkpoint_bytes(algorithm), checkpoints, console)
+    for note in dict.fromkeys(notes):  # of several networks they are equal
+        console.print(note)
+    if isinstance(algorithm, RolePlay):
+        console.print(
+            "the first network begins as teacher, the second as student; they swap roles "
+            f"every {algorithm.period} steps"
+        )
+    for warning in _warnings(config, algorithm):
+        console.warn(warning)
+    if chosen:
+        console.print(chosen)
+    if config.compile != "off":
+        console.print(
+            "compiling during the first steps, which takes minutes, or seconds if an earlier "
+            "session has filled the cache"
+        )
+
+
+def _headline(
+    config: RunConfig, algorithm: Algorithm, manifest: Manifest, dist_env: DistEnv
+) -> str:
     """What is trained on what."""
     sizes = {models.count_parameters(one.network) for one in algorithm.learners.values()}
     return (
@@ -30,16 +67,16 @@ def headline(config: RunConfig, algorithm: Algorithm, manifest: Manifest, dist_e
     )
 
 
-def checkpoint_bytes(algorithm: Algorithm, shared: State) -> int:
+def _checkpoint_bytes(algorithm: Algorithm) -> int:
     """Size of a checkpoint after the first step."""
-    size = state_bytes(shared)
+    size = state_bytes(state_of(algorithm))
     for learner in algorithm.learners.values():
         if learner.config.optimizer == "adamw" and not learner.optimizer.state:
             size += 2 * state_bytes(learner.parameters)  # allocated in its first step
     return size
 
 
-def print_disk_space(
+def _print_disk_space(
     config: RunConfig, size: int, checkpoints: Checkpoints, console: Console
 ) -> None:
     """Prints the space that checkpoints of `size` bytes will take; a warning if it is not there."""
@@ -56,7 +93,7 @@ def print_disk_space(
     console.print(text)
 
 
-def warnings_of(config: RunConfig, algorithm: Algorithm) -> Iterator[str]:
+def _warnings(config: RunConfig, algorithm: Algorithm) -> Iterator[str]:
     """About options that do not fit together, or the length of the run."""
     learners = algorithm.learners
     if config.unlabeled_images and (warning := gray_views(config.data)):

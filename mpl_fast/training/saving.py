@@ -1,6 +1,7 @@
 """One checkpoint on its way to the disk, in a thread of each rank.
 
-Training waits for a copy of its state in host memory. Ranks complete a checkpoint by files: each
+Training waits for a copy of its state in host memory; on a GPU only the device does, and the host
+goes on with the next step. Ranks complete a checkpoint by files: each
 writes its part and then a list of it, and the first, which has seen all lists, publishes. A
 collective in a thread would need a process group of its own, and would wait for a rank that has
 ended.
@@ -8,7 +9,6 @@ ended.
 
 import copy
 import errno
-import json
 import os
 import shutil
 import threading
@@ -24,10 +24,12 @@ from mpl_fast import atomic
 from mpl_fast.distributed import TIMEOUT
 from mpl_fast.errors import UserError
 from mpl_fast.training.console import quantity
+from mpl_fast.untrusted import json_value
 
 State = dict[str, Any]
 Files = dict[str, dict[str, Any]]  # by name: bytes and sha256
 POLL = 0.01  # seconds between two looks for the files of other ranks
+FOLLOW = 1.0  # seconds between two looks for how far the first rank is
 GRACE = 5.0  # seconds for them at the end of a run that has failed
 
 
@@ -39,13 +41,14 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers = dict[tuple[Any, ...], Tensor]()
+        self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def take(self, state: State) -> State:
-        """Copies the tensors in dicts, lists and tuples.
+        """Copies the tensors in dicts, lists and tuples; what it returns is valid after `wait`.
 
-        A GPU copies all of them without a wait in between, and is waited for once, here: the thread
-        that writes then needs no GPU.
+        A GPU copies in the queue of its steps, after those before and before those that follow,
+        which may change the tensors: the host does not wait.
         """
         threads = torch.get_num_threads()
         # Hundreds of tensors: on busy cores, threads that wait for each other after every tensor
@@ -56,8 +59,16 @@ class HostCopy:
         finally:
             torch.set_num_threads(threads)
         if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+            self._copied = torch.cuda.Event(blocking=True)
+            self._copied.record()
         return copied
+
+    def wait(self) -> None:
+        """Until the latest copy is complete; in any thread."""
+        if self._copied is not None:
+            # A thread begins on the first GPU, and would take memory there.
+            with torch.cuda.device(self._copied.device):
+                self._copied.synchronize()
 
     def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
         if isinstance(value, dict):
@@ -82,8 +93,8 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 class Saving:
     """Writes one rank's files to the folder `partial`, of which the first rank then publishes all.
 
-    A thread does it, from the beginning. `states` are written under their names; `failed` is called
-    with the step and the reason of a failure.
+    A thread does it, from the beginning. `states` are written under their names, once `ready` has
+    returned; `failed` is called with the step and the reason of a failure.
     """
 
     def __init__(
@@ -94,14 +105,17 @@ class Saving:
         *,
         rank: int,
         world: int,
+        ready: Callable[[], None],
         publish: Callable[[Files], None],
         failed: Callable[[int, str], None],
+        progressed: Callable[[], None],
     ) -> None:
         self.step, self.partial = step, partial
         self.failure = ""
         """Why the checkpoint, or this rank's part, was not written."""
         self._states, self._rank, self._world = states, rank, world
-        self._publish, self._failed = publish, failed
+        self._ready, self._publish, self._failed = ready, publish, failed
+        self._progressed = progressed
         self._part_ended, self._given_up = threading.Event(), threading.Event()
         self._deadline = float("inf")
         self._fault: BaseException | None = None
@@ -110,9 +124,13 @@ class Saving:
 
     def _run(self) -> None:
         try:
+            self._ready()
             files = self._write_part()
             self._part_ended.set()
-            if self._rank == 0 and self._collect(files):
+            if self._rank > 0:
+                self._follow()
+            elif self._collect(files):
+                self._progressed()
                 self._publish(files)
         except (OSError, UserError) as error:
             self.failure = str(error)
@@ -127,7 +145,10 @@ class Saving:
     def _write_part(self) -> Files:
         self.partial.mkdir(exist_ok=True)
         check_space(self.partial, self._states)
-        files = {name: _write(self.partial / name, state) for name, state in self._states.items()}
+        files = {}
+        for name, state in self._states.items():
+            files[name] = _write(self.partial / name, state, self._progressed)
+            self._progressed()
         if self._rank > 0:
             atomic.write_json(self._list_of(self._rank), files)
         return files
@@ -145,9 +166,23 @@ class Saving:
                     return False
                 if time.monotonic() > self._deadline:
                     raise TimeoutError(None, f"rank {rank} has not written its part", str(part))
-            files |= json.loads(part.read_text())
+            files |= json_value(part.read_text())
             part.unlink()
         return True
+
+    def _follow(self) -> None:
+        """Reports progress while files of the checkpoint grow, until it has its name."""
+        before = 0
+        while not self._given_up.wait(FOLLOW):
+            try:
+                size = sum(file.stat().st_size for file in self.partial.iterdir())
+            except FileNotFoundError:  # a file or the folder has got its name
+                if not self.partial.exists():
+                    return
+                size = -1
+            if size != before:
+                self._progressed()
+            before = size
 
     def wait_for_part(self) -> None:
         """Waits until this rank has written its part, or has failed to."""
@@ -155,7 +190,7 @@ class Saving:
         self._raise_fault()
 
     def wait(self, *, give_up: bool = False) -> None:
-        """Waits to the end; `give_up`: without parts of other ranks that are missing."""
+        """Waits to the end; `give_up`: without what other ranks have not written."""
         if give_up:
             self._given_up.set()
         self._thread.join()
@@ -164,6 +199,8 @@ class Saving:
     def close(self) -> None:
         """Waits at most `GRACE` seconds for the parts of other ranks, which may have ended."""
         self._deadline = time.monotonic() + GRACE
+        if self._rank > 0:
+            self._given_up.set()
         self._thread.join()
 
     def _raise_fault(self) -> None:
@@ -188,8 +225,8 @@ def state_bytes(state: Any) -> int:
     return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
-def _write(path: Path, state: State) -> dict[str, Any]:
+def _write(path: Path, state: State, synced: Callable[[], None]) -> dict[str, Any]:
     """Saves with torch.save; returns the size and checksum for checkpoint.json."""
-    with atomic.atomic_file(path) as file:
+    with atomic.atomic_file(path, synced) as file:
         torch.save(state, file)
     return {"bytes": file.size, "sha256": file.sha256}

@@ -3,7 +3,6 @@
 Rank 0 writes it every few seconds. Imports no torch, so that the table is quick.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -12,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpl_fast import atomic
-from mpl_fast.errors import DataError
+from mpl_fast import atomic, locks
+from mpl_fast.errors import DataError, OutputError
 from mpl_fast.training.console import duration, warn
 from mpl_fast.training.curves import METRICS, read_rows
-from mpl_fast.untrusted import json_value, yaml_value
+from mpl_fast.untrusted import json_object, yaml_object
 
 STATUS, LOCK = "status.json", ".lock"  # in a run directory
 SECONDS = 10.0  # between two writes
@@ -118,7 +117,8 @@ def runs_in(folder: Path) -> list[Path]:
 
 def read(folder: Path) -> Run:
     """The status of a run, from other files too: a run of an older version has no status.json."""
-    values, config, last = _json(folder / STATUS), _yaml(folder / "config.yaml"), _last(folder)
+    values, last = json_object(folder / STATUS), _last(folder)
+    config = yaml_object(folder / "config.yaml")
     done = (folder / "summary.json").exists()
     state = _text(values, "state") or ("complete" if done else "unknown")
     error, silent = _text(values, "error"), time.time() - _number(values, "time", time.time())
@@ -155,12 +155,9 @@ def _locked(folder: Path) -> bool:
     """Whether a process certainly trains in the folder."""
     try:
         with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+            return not locks.lock(lock, folder, shared=True)
+    except (OSError, OutputError):
+        return False
 
 
 def _exists(pid: object) -> bool:
@@ -178,22 +175,6 @@ def _exists(pid: object) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:  # another system than Linux
         return True
-
-
-def _json(file: Path) -> Json:
-    try:
-        content = json_value(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _yaml(file: Path) -> Json:
-    try:
-        content = yaml_value(file)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _text(values: Json, name: str) -> str:

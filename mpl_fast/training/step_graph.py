@@ -27,7 +27,8 @@ class StepGraph:
         self, algorithm: Algorithm, capture: Callable[[Replay], Replay] | None = None
     ) -> None:
         """`capture` returns a function that repeats its argument; tests may replace it."""
-        self._algorithm, self._capture = algorithm, capture or self._captured
+        # Not a method of this object, a cycle that would keep graphs and their memory at its end.
+        self._algorithm, self._capture = algorithm, capture
         # One stream and one memory pool for all graphs, which run one after another.
         on_gpu = torch.cuda.is_available()
         self._stream = torch.cuda.Stream() if on_gpu else None
@@ -50,7 +51,8 @@ class StepGraph:
         draws = self._draws[key]
         draws.fill(t)
         if key not in self._replays:
-            self._replays[key] = self._capture(lambda: self._static_step(draws, static, t))
+            capture = self._capture or self._captured
+            self._replays[key] = capture(lambda: self._static_step(draws, static, t))
         return self._replays[key]()
 
     def _record_step(self, key: Hashable, batch: Batch, t: int) -> Metrics:

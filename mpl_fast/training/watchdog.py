@@ -30,9 +30,12 @@ SLOW_FACTOR, SLOW_STEPS = 2.0, 100
 class Watchdog:
     """Ends this rank with exit code `HUNG` after `timeout` seconds without a beat; 0: never.
 
-    Before that it appends rank, step and the stacks of all threads to ``hang/rank_N.txt`` in the
-    run directory; a rank without such a file is the one that stopped. With NCCL, the latest
-    exchanges are written beside it, to ``nccl_trace_rank_N``. Time in which the process itself is
+    A save makes progress when data reaches the disk, so a slow disk is none that blocks.
+
+    Before the end it appends rank, step and the stacks of all threads to ``hang/rank_N.txt`` in the
+    run directory; a rank without such a file is the one that stopped. The latest exchanges
+    between ranks are written beside it, to ``gloo_trace_rank_N`` and, on GPUs,
+    ``nccl_trace_rank_N``. Time in which the process itself is
     stopped and continued does not count. It cannot report a thread that holds Python's lock for
     ever; other ranks end the run then.
     """
@@ -79,6 +82,10 @@ class Watchdog:
         self._long = LONG_BEATS
         self._idle = 0.0
 
+    def not_idle(self) -> None:
+        """Reports progress of another thread, for which this one may wait."""
+        self._idle = 0.0
+
     def _watch(self) -> None:
         interval = min(1.0, self._timeout / 10)
         before = time.monotonic()
@@ -122,8 +129,8 @@ class Watchdog:
                 faulthandler.dump_traceback(report)
             self._reported.set()
             self._hung(f"{what}: its stack is in {self._file('rank_', '.txt')}")
-            if trace := distributed.nccl_trace():
-                self._file("nccl_trace_rank_", "").write_bytes(trace)
+            for backend, trace in distributed.traces().items():
+                self._file(f"{backend}_trace_rank_", "").write_bytes(trace)
 
     def _file(self, prefix: str, suffix: str) -> Path:
         return self._folder / f"{prefix}{self._dist_env.rank}{suffix}"

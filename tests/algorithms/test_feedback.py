@@ -13,7 +13,7 @@ from mpl_fast.algorithms.feedback import make_feedback
 from mpl_fast.algorithms.labels import make_labels
 from mpl_fast.batch import Batch
 from mpl_fast.losses import student_loss_and_grad
-from mpl_fast.training import checkpoint
+from mpl_fast.training.state import restore
 from tests.algorithms.definitions import labeled_loss
 from tests.algorithms.problems import (
     FEEDBACKS,
@@ -127,7 +127,7 @@ def test_the_baseline_is_restored_from_a_checkpoint(tmp_path: Path) -> None:
     first, second = (mpl(mpl_config("sampled", baseline=0.9)) for _ in range(2))
     train_step(first, batch(), 0)
     saved = state(first)
-    checkpoint.restore(second, {"algorithm": saved.pop("algorithm"), "learners": saved}, tmp_path)
+    restore(second, {"algorithm": saved.pop("algorithm"), "learners": saved}, tmp_path)
     assert second.state["baseline"] == first.state["baseline"] != 0.0
     one, two = (train_step(algorithm, batch(1), 1) for algorithm in (first, second))
     assert one["feedback"] == two["feedback"]

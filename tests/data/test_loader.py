@@ -167,6 +167,8 @@ def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: st
         ("data.image_size", replace(PLAIN, image_size=17), {}),
         ("data.crop", replace(PLAIN, crop="random_resized"), {}),
         ("data.interpolation", replace(PLAIN, interpolation="bilinear"), {}),
+        ("data.antialias", replace(PLAIN, antialias=False), {}),
+        ("data.use_fast_idct", replace(PLAIN, use_fast_idct=True), {}),
         ("data.flip", replace(PLAIN, flip=True), {}),
         ("data.policy", replace(PLAIN, policy="dali"), {}),
         ("data.num_ops", replace(PLAIN, num_ops=3), {}),
@@ -187,10 +189,16 @@ def test_a_state_of_another_run_is_refused(
 def test_a_state_with_the_names_of_older_versions_is_read(
     manifest: Manifest, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options had other names, and neither interpolation nor the table of operations was kept."""
+    """Options had other names, and neither how images are resized nor the table of operations was
+    kept."""
     state, following = started
     made_with = json.loads(state["made_with"])
-    assert made_with.pop("data.interpolation") == "bicubic"
+    for name, value in (
+        ("interpolation", "bicubic"),
+        ("antialias", True),
+        ("use_fast_idct", False),
+    ):
+        assert made_with.pop(f"data.{name}") == value
     # `test_table` compares the table with the earlier one.
     monkeypatch.setitem(position.EARLIER, "operations", made_with.pop("operations"))
     made_with["data.layers"] = made_with.pop("data.num_ops")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
@@ -172,6 +173,35 @@ def test_imagenet_evaluation_is_pillows(
         assert min(off) < 0.5 * np.abs(image - wrong).mean()
         found.add(int(np.argmin(off)))
     assert found == {0, 1, 2}
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_without_antialias_it_is_an_interpolation(
+    interpolation: Literal["bicubic", "bilinear"], tmp_path: Path
+) -> None:
+    """As PyTorch interpolates, whose bicubic coefficient is -0.75 where DALI's is -0.5."""
+    photograph = load_sample_images().images[0]
+    file = encoded(Image.fromarray(photograph), "PNG")
+    config = replace(RAW, image_size=64, crop="pad_crop", interpolation=interpolation)
+    manifest = packed(tmp_path, {"photograph.png": file})
+    pixels = torch.tensor(photograph).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(pixels, (64, 64), mode=interpolation)[0].permute(1, 2, 0).numpy()
+    plain, smooth = (
+        np.abs(evaluated(manifest, replace(config, antialias=antialias))[0] - expected).mean()
+        for antialias in (False, True)
+    )
+    assert plain < 1.5 and smooth > 8
+
+
+def test_the_fast_idct_is_nearly_the_accurate_one(tmp_path: Path) -> None:
+    photograph = Image.fromarray(load_sample_images().images[0])
+    manifest = packed(tmp_path, {"photograph.jpg": encoded(photograph, "JPEG", quality=90)})
+    for config in (replace(RAW, image_size=64), replace(RAW, image_size=400, crop="pad_crop")):
+        accurate, fast = (
+            evaluated(manifest, replace(config, use_fast_idct=value))[0].astype(int)
+            for value in (False, True)
+        )
+        assert 0 < np.abs(accurate - fast).mean() < 1
 
 
 def resized_and_whole(files: list[bytes], config: DataConfig, *, whole: bool) -> list[Any]:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 import mpl_fast
 from mpl_fast import models
+from mpl_fast.config import DataConfig, RunConfig
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.errors import ConfigError, OutputError, run_command
 from mpl_fast.inference.export import FORMATS, export
+from mpl_fast.inference.model_card import _images
 from mpl_fast.inference.trained import Ensemble, transform_of
 from mpl_fast.models.frozen import FrozenNorm
 from mpl_fast.training.build import build_network
@@ -143,6 +145,20 @@ def test_a_folder_of_all_formats(tiny_trained: Path, jpegs: list[bytes], tmp_pat
     assert done.returncode == 0, done.stderr
     label = trained.classes[int(trained.predict(pictures(jpegs[7:8])).argmax())]
     assert done.stdout.split() == [label] * 3
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_the_images_of_a_card_are_those_of_evaluation(
+    antialias: bool, jpegs: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(image_size=64, interpolation="bilinear", antialias=antialias)
+    (tmp_path / "image.jpg").write_bytes(jpegs[7])
+    monkeypatch.chdir(tmp_path)
+    found = dict[str, Any]()
+    exec(_images(data), found)
+    expected = transform_of(RunConfig(data=data))(pictures(jpegs[7:8])[0])
+    off = (torch.from_numpy(found["images"][0]) - expected).abs() * 255 * min(data.std)
+    assert off.mean() < 1 and off.max() < 2.1
 
 
 def test_an_ensemble_is_one_program(tiny_trained: Path, tmp_path: Path) -> None:

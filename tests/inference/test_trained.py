@@ -57,9 +57,15 @@ def test_the_mean_of_an_ensemble() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_transform_gives_what_the_pipeline_gives(tiny_trained: Path, tiny_rec: Path) -> None:
+PLAIN = ("--data.image-size", "11", "--data.interpolation", "bilinear", "--data.antialias", "false")
+
+
+@pytest.mark.parametrize("options", [(), PLAIN])
+def test_transform_gives_what_the_pipeline_gives(
+    options: tuple[str, ...], tiny_trained: Path, tiny_rec: Path
+) -> None:
     """Up to the JPEG decoder's rounding; `data.crop` of these images is pad_crop."""
-    trained = mpl_fast.load(tiny_trained)
+    trained = mpl_fast.load(tiny_trained, pipeline=options)
     manifest = read_manifest(tiny_rec)
     images, *_ = next(iter(eval_loader(trained.config, manifest, DistEnv(0, 1, trained.device))))
     val = SplitImages(manifest.splits["val"])

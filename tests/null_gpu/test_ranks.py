@@ -1,6 +1,7 @@
 """Two ranks: steps of every recipe exchange the same in the same order, and do not wait."""
 
 import json
+import pickle
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -77,6 +78,9 @@ def measure() -> Found:
     found["ddp"] = {name: exchange(ALL[name], "ddp") for name in DDP}
     found["norm sync"] = {name: exchange(ALL[name], "allreduce", normed) for name in NORM_SYNC}
     found["step"] = {name: steps(name) for name in GRAPHED}
+    distributed.barrier()
+    entries = {name: pickle.loads(trace)["entries"] for name, trace in distributed.traces().items()}
+    found["recorded"] = {name: of[-1]["profiling_name"] for name, of in entries.items() if of}
     injected = (*FAULTS, _waits)
     return found | {fault.__name__: _injected(fault, ALL[VARIANT]) for fault in injected}
 
@@ -143,6 +147,12 @@ def test_ranks_exchange_the_same_in_the_same_order_and_do_not_wait(
         assert [of["faults"] for of in pair] == [[], []], name
         assert different([of["collectives"] for of in pair]) == [], name
         assert pair[0]["collectives"], name
+
+
+def test_a_hang_would_show_the_latest_exchange(ranks: list[Found]) -> None:
+    """Of the CPU and of the GPU."""
+    for rank in ranks:
+        assert rank["recorded"] == {"gloo": "gloo:all_reduce", "nccl": "nccl:all_reduce"}
 
 
 def test_a_step_has_at_most_three_all_reduces(ranks: list[Found]) -> None:

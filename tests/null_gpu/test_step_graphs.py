@@ -1,7 +1,9 @@
-"""Steps as CUDA graphs: a capture is legal and complete, and a replay is one launch."""
+"""Steps as CUDA graphs: a capture is legal and complete, and a replay is one launch. Steps, also
+those before it on another stream, and the copy for a checkpoint do not race."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from torch import nn
 
 from mpl_fast.algorithms.base import Metrics, train_step
 from mpl_fast.learner.compilation import Mode
-from mpl_fast.training.step_graph import Replay, StepGraph
+from mpl_fast.training.saving import HostCopy
+from mpl_fast.training.step_graph import WARMUP, Replay, StepGraph
 from tests.null_gpu import machine
 
 pytestmark = pytest.mark.slow
@@ -21,10 +24,11 @@ COMPILING = 3  # first steps of compiled networks, which wait
 
 
 def measure() -> Found:
-    """What the steps of each variant did; in a process on the null GPU."""
+    """What the steps of each variant did, and which copies race; in a process on the null GPU."""
     from tests.null_gpu.training import ALL
 
-    return {name: steps(name) for name in ALL}
+    found = {name: steps(name) for name in ALL}
+    return {"steps": found, "races": [how for how in COPIES if races(how)]}
 
 
 def steps(
@@ -65,6 +69,46 @@ def steps(
     return found | {"launches": seen.launches}
 
 
+@contextmanager
+def _too_early() -> Iterator[None]:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+
+
+@contextmanager
+def _too_late() -> Iterator[None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+COPIES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "queued": nullcontext,
+    "too early": _too_early,
+    "too late": _too_late,
+}
+
+
+def races(how: str) -> bool:
+    """Whether PyTorch's sanitizer finds that a copy for a checkpoint and steps are not ordered."""
+    from torch.cuda import _sanitizer
+
+    from tests.null_gpu.training import ALL, batch, new
+
+    _sanitizer.enable_cuda_sanitizer()
+    algorithm, images, host = new(ALL["supervised"], graphs="step"), batch(), HostCopy()
+    graph, learners = StepGraph(algorithm), algorithm.learners
+    try:
+        for t in range(WARMUP):
+            train_step(algorithm, images, t, graph.step)
+            with COPIES[how]():
+                host.take({name: learner.state_dict() for name, learner in learners.items()})
+    except _sanitizer.CUDASanitizerErrors:
+        return True
+    return False
+
+
 def reused(copies: list[str], sources: set[str]) -> list[str]:
     """Copies that change the host memory which a graph copies from."""
     return [f"of a graph: {line}" for line in copies if line.split()[-1] in sources]
@@ -87,12 +131,12 @@ GRAPHED = {
 
 def test_a_capture_is_legal_and_a_replay_does_not_wait(found: Found) -> None:
     """Nothing refused, nothing escaped to another stream, no host memory of the graph reused."""
-    assert {name: of["faults"] for name, of in found.items() if of["faults"]} == {}
+    assert {name: of["faults"] for name, of in found["steps"].items() if of["faults"]} == {}
 
 
 def test_the_steps_that_a_graph_can_repeat_are_one_launch(found: Found) -> None:
     """Of role playing there are two graphs; other launches are copies of the batch and averages."""
-    graphed = {name: of for name, of in found.items() if of["captures"]}
+    graphed = {name: of for name, of in found["steps"].items() if of["captures"]}
     assert graphed.keys() == GRAPHED
     assert {n: of["captures"] for n, of in graphed.items() if of["captures"] > 1} == {
         "mpl_roleplay": 2
@@ -100,6 +144,11 @@ def test_the_steps_that_a_graph_can_repeat_are_one_launch(found: Found) -> None:
     for name, of in graphed.items():
         assert of["replays"] >= 7, name
         assert of["launches"] <= BESIDE, name
+
+
+def test_the_copy_for_a_checkpoint_comes_between_two_steps(found: Found) -> None:
+    """And of copies that do not, the sanitizer finds each."""
+    assert found["races"] == ["too early", "too late"]
 
 
 def test_a_changed_source_of_a_graph_is_found() -> None:

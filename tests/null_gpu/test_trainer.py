@@ -1,6 +1,7 @@
 """Runs of users on CUDA, with DALI on the CPU: on one GPU and on two."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,29 @@ def train(out: Path, *sessions: list[str], ranks: int = 0) -> tuple[str, list[di
     return printed, seen
 
 
+def check_saves(seen: dict[str, Any], before: int, *saves: int) -> None:
+    """Of saves in the background after some steps, by their place in `seen`; there was one `before`
+    them. The copy waits in the queue of the device, and only the thread that writes waits for it;
+    it goes to memory that is pinned already."""
+    for save in saves:
+        waits = [line for line in seen["waits"][save] if line != "SYNC event"]  # of the host
+        assert waits == [] and seen["pinned"][save] == 0
+    for first, last in pairwise((before, *saves)):
+        waits = [line for lines in seen["waits_in_threads"][first:last] for line in lines]
+        assert waits == ["SYNC event in a thread"]
+
+
 def test_a_run_stops_resumes_is_evaluated_and_tuned(tiny_rec: Path, tmp_path: Path) -> None:
-    """As a user starts it: compiled, and its last steps are one graph."""
+    """As a user starts it: compiled, and its last steps are one graph. It diverges once, and a new
+    graph takes the place and the memory of the one before."""
     run, tuned = tmp_path / "run", tmp_path / "tuned"
     tuning = ["--recipe", "finetune", "--algorithm.start", str(run)]
+    steps = ["--steps", "16", "--eval-every", "0", "--on-spike", "rollback"]
     printed, (seen,) = train(
         tmp_path,
-        options(run, tiny_rec, "--steps", "10", "--stop-at", "4"),
-        options(run, tiny_rec, "--steps", "10"),
+        options(run, tiny_rec, *steps, "--stop-at", "4"),
+        ["diverge", "8"],
+        options(run, tiny_rec, *steps),
         ["evaluate", str(run), *DALI_ON_CPU],
         ["evaluate", str(run), "--device", "cpu"],
         options(tuned, tiny_rec, *tuning, *ONE_BY_ONE, recipe="supervised"),
@@ -45,10 +61,16 @@ def test_a_run_stops_resumes_is_evaluated_and_tuned(tiny_rec: Path, tmp_path: Pa
     assert printed.count("grad_sync allreduce, compile default, cuda_graphs step") == 2
     assert "paused after step 4" in printed
     assert "resuming after step 4" in printed
-    assert printed.count("step_00000010: top-1 0.00 %, top-5 0.00 % of 50 images") == 2
-    assert "begins with the average of student after step 10" in printed
-    assert seen["graph_launches"] == 3  # after WARMUP steps of the second session
-    for folder, last in ((run, 10), (tuned, 6)):
+    assert f"back from step 8 to {run}/checkpoints/step_00000006, with the images" in printed
+    assert printed.count("step_00000016: top-1 0.00 %, top-5 0.00 % of 50 images") == 2
+    assert "begins with the average of student after step 16" in printed
+    # Steps 1 to 4, 5 to 8, and 7 to 16, with graphs after WARMUP steps.
+    graphs = [7, *range(11, 18)]
+    assert [i for i, launches in enumerate(seen["graph_launches"]) if launches] == graphs
+    assert [i for i, captures in enumerate(seen["captures"]) if captures] == [7, 11]
+    assert seen["escaped"] == [] and max(seen["pools"]) == 1
+    check_saves(seen, 11, 13, 15)
+    for folder, last in ((run, 16), (tuned, 6)):
         assert json.loads((folder / "summary.json").read_text())["count"] == 50
         trained = [row["step"] for row in rows(folder) if "loss/labeled" in row]
         assert trained == [*range(2, last + 1, 2)]
@@ -64,16 +86,17 @@ GRAPHS = {"allreduce": "step", "ddp": "off"}
 def test_two_ranks_stop_resume_and_evaluate(sync: str, tiny_rec: Path, tmp_path: Path) -> None:
     """From one step to the next, neither the loader's copies nor the exchange makes the host wait;
     events limit how many steps it is ahead, and time the first ten steps of DDP. Nor do batch norms
-    over both ranks, which a graph of the step includes."""
+    over both ranks, which a graph of the step includes, and saves in the background."""
     run = tmp_path / "run"
     exchange = ["--grad-sync", sync, *ONE_BY_ONE]
-    norms = ["--model.norm", "sync", "--cuda-graphs", GRAPHS[sync], "--steps", "12"]
+    norms = ["--model.norm", "sync", "--cuda-graphs", GRAPHS[sync], "--steps", "18"]
+    norms += ["--checkpoint-every", "5"]
     printed, seen = train(
         tmp_path,
         options(run, tiny_rec, *exchange, *QUIET, "--stop-at", "5"),
         options(run, tiny_rec, *exchange),
         ["evaluate", str(run), *DALI_ON_CPU],
-        options(tmp_path / "norms", tiny_rec, *exchange, *QUIET, *norms, "--stop-at", "11"),
+        options(tmp_path / "norms", tiny_rec, *exchange, *QUIET, *norms, "--stop-at", "17"),
         ranks=2,
     )
     assert "resuming after step 5" in printed
@@ -88,3 +111,6 @@ def test_two_ranks_stop_resume_and_evaluate(sync: str, tiny_rec: Path, tmp_path:
             waits = rank["waits"][steps]
             assert {wait for step in waits for wait in step} == {"SYNC event"}
             assert sync == "ddp" or max(map(len, waits)) == 1
+        check_saves(rank, 10, 15, 20)
+    first, second = (rank["copies"][15:21:5] for rank in seen)
+    assert min(first) > 100 and first[0] == first[1] and second == [1, 1]  # metrics, on both

@@ -5,6 +5,7 @@ whether weights are finite.
 """
 
 import json
+import math
 import os
 import sys
 from itertools import groupby
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.nn.parallel import distributed as ddp
 
 from mpl_fast import distributed
@@ -19,14 +21,20 @@ from mpl_fast.algorithms.base import Metrics, train_step
 from mpl_fast.learner import Learner
 from mpl_fast.training import evaluate, metrics, run
 from tests.null_gpu import device
-from tests.tiny_run import in_turn
+from tests.tiny_run import SESSIONS, in_turn
 
-STEP = "a step begins"
+STEP, THREAD = "a step begins", "in a thread"
 _row = metrics._row
+_diverging = set[int]()  # steps whose next row has losses that are not finite
+_pools: list[int] = []  # of graphs that hold memory, when each step begins
 
 
 def _row_of_zeros(pending: metrics.PendingRow) -> tuple[int, metrics.Row]:
-    return _row(pending._replace(values=device.zeros_on_host(pending.values)))
+    values = device.zeros_on_host(pending.values)
+    if pending.step in _diverging:
+        _diverging.remove(pending.step)
+        values[[name.startswith("loss/") for name in pending.names]] = math.nan
+    return _row(pending._replace(values=values))
 
 
 def _nothing(*arguments: Any, **named: Any) -> None:
@@ -34,8 +42,15 @@ def _nothing(*arguments: Any, **named: Any) -> None:
 
 
 def _step(*arguments: Any) -> Metrics:
+    pools = {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot()}
+    _pools.append(len(pools - {(0, 0)}))
     device.note(STEP)
     return train_step(*arguments)
+
+
+def waits(line: str) -> bool:
+    """Whether the host waits."""
+    return "SYNC" in line or "pageable" in line
 
 
 def main(out: str, sessions: list[list[str]]) -> None:
@@ -47,14 +62,21 @@ def main(out: str, sessions: list[list[str]]) -> None:
         mock.patch.object(Learner, "finite", device.always_finite),
         mock.patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
         mock.patch.object(run, "train_step", _step),
+        mock.patch.dict(SESSIONS, diverge=lambda step: _diverging.add(int(step))),
     ):
         in_turn(sessions)
     seen = device.seen()
     steps = [[*lines] for is_step, lines in groupby(seen.log, STEP.__eq__) if not is_step][1:]
     found = {
         "refused": seen.lines("REFUSED"),
-        "graph_launches": seen.graph_launches,
-        "waits": [[x for x in lines if "SYNC" in x or "pageable" in x] for lines in steps],
+        "escaped": seen.lines("ESCAPED"),
+        "captures": [sum("CAPTURE begins" in x for x in lines) for lines in steps],
+        "graph_launches": [sum(x.startswith("GRAPH") for x in lines) for lines in steps],
+        "pools": _pools,
+        "waits": [[x for x in lines if waits(x) and not x.endswith(THREAD)] for lines in steps],
+        "waits_in_threads": [[x for x in lines if x.endswith(THREAD)] for lines in steps],
+        "copies": [sum("device->pinned" in x for x in lines) for lines in steps],
+        "pinned": [sum("HOSTALLOC" in x for x in lines) for lines in steps],
         "collectives": [sum("KERNEL nccl" in x for x in lines) for lines in steps],
     }
     rank, _ = distributed.ranks_of_launcher()

@@ -25,6 +25,7 @@ from mpl_fast.report.predictions import Network, Predictions
 from mpl_fast.report.verdict import findings
 from mpl_fast.training.build import eval_loader
 from tests.tiny_run import ROOT, arguments, run_here, train_here, write_digits
+from tests.training.test_bad_input import offsets, relabel
 
 pytestmark = pytest.mark.slow
 HOSTILE = {
@@ -152,10 +153,22 @@ def test_numbers_are_those_of_the_logits(run: Path, report: Path) -> None:
     assert found.nll == pytest.approx(-p[rows, labels].log().numpy(), rel=1e-4)
     assert found.brier == pytest.approx(float((p - target).square().sum(1).mean()), rel=1e-4)
     assert found.confidence == pytest.approx(p.amax(1).numpy(), rel=1e-4)
-    top1 = json.loads((run / "summary.json").read_text())["top1"]
+    summary = json.loads((run / "summary.json").read_text())
+    top1, saves = summary["top1"], summary["checkpoint_seconds"]
     assert 100 * found.hits.mean() == pytest.approx(top1)
     assert f"{top1:.2f} %" in report.read_text()
+    assert f"{saves:.1f} s beside the training time" in report.read_text()
     assert found.features.shape == (50, 64) and list(found.places) == list(range(50))
+
+
+def test_labels_of_no_class_are_one_line(run: Path, tmp_path: Path) -> None:
+    rec = Path(shutil.copytree(run.parent / "rec", tmp_path / "rec"))
+    relabel(rec / "val.rec", {*sorted(offsets(rec / "val.idx"))[:3]}, 77.0)
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    shutil.rmtree(copy / "report_cache", ignore_errors=True)
+    network = Network(copy, ["--data.root", str(rec)], print)
+    with pytest.raises(DataError, match=f"^{rec}: 3 labels of split val are not those of classes"):
+        network.predictions("val", 0, 10)
 
 
 def test_a_second_report_computes_nothing(run: Path, report: Path) -> None:

@@ -160,8 +160,6 @@ def test_smoke_measures_every_variant(
     assert backbone.main(["--smoke", "--device", "cpu", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert (found["bench"], found["failed"]) == ("backbone", {})
-    products = {f"{dtype} product, FLOP/s" for dtype in ("fp32", "bf16")}
-    assert set(found["limits"]) == {*products, "copy, bytes/s"}
     rows = {row["name"]: row for row in found["rows"]}
     label = "wrn_10_1, 4 x 32 px"
     for variant in VARIANTS:

@@ -24,6 +24,19 @@ def test_smoke_measures_every_part(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_two_ranks_save_beside_async_save(tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint.json"
+    given = ["--smoke", "--out", str(out), "--folder", str(tmp_path / "disk"), "--ranks", "2"]
+    assert checkpoint.main(given) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    ways = ["ours", "async_save", "async_save, memory kept", "async_save, a process"]
+    for way in ways:
+        stops, whole = (rows.pop(f"2 ranks, {way}: {what}") for what in ("stops training", "whole"))
+        assert 0 < stops["median"] < whole["median"]
+    assert not any("ranks" in name for name in rows)
+
+
 def test_rows_of_known_times() -> None:
     seconds = {"save": [0.4, 0.5, 0.8], "verify": [0.2], "resume": [0.3]}
     seconds |= {"background": [0.05, 0.06, 0.07], "whole_background": [0.6]}

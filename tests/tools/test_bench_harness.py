@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -17,10 +16,9 @@ import torch
 
 from mpl_fast.errors import ConfigError
 from tests.tiny_run import ROOT
-from tools.bench import __main__, clock, harness, machine, results
+from tools.bench import __main__, clock, harness, limits, machine, results
 from tools.bench.harness import Report
 from tools.bench.results import Row, Spread
-from tools.moved import MOVED
 
 ONE = Spread(2.0, 1.0, 4.0, 3)
 
@@ -123,7 +121,7 @@ def test_a_run_writes_the_form_and_prints_its_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(options: Any, report: Report) -> None:
-        report.claim, report.more["limits"] = "fast", {"copy": 1.0}
+        report.claim, report.more["settled"] = "fast", {"copy": 1.0}
         report.add([Row("r", ONE, "ms")])
         report.skipped.append("no time: s")
 
@@ -132,8 +130,12 @@ def test_a_run_writes_the_form_and_prints_its_table(
     assert (found["form"], found["bench"], found["claim"]) == ("mpl_fast.bench/1", "x", "fast")
     assert found["machine"]["commit"] == "abc"
     assert found["settings"]["rounds"] == "3"
-    assert (found["rows"][0]["median"], found["limits"]) == (2.0, {"copy": 1.0})
+    assert (found["rows"][0]["median"], found["settled"]) == (2.0, {"copy": 1.0})
+    least = {name for name in limits.UNITS if name not in (limits.DIRECT, limits.HOST_COPY)}
+    assert least <= {row["name"] for row in found["limits"]}
+    assert all(row["low"] > 0 for row in found["limits"])
     printed = capsys.readouterr().out
+    assert "Limits of this machine" in printed and f"| {limits.HASH} | " in printed
     assert "| r | 2 ms (1 to 4) | 3 |  |  |" in printed
     assert "left out: no time: s" in printed
     _, found = run(tmp_path / "out.json", measure, "--smoke")
@@ -221,16 +223,20 @@ def test_the_machine_is_described() -> None:
     assert isinstance(found["cpu"], str)
 
 
-def test_limits_are_of_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_of_what_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_second(work: Callable[[], Any]) -> float:
         work()
         return 1.0
 
-    monkeypatch.setattr(machine, "seconds_of", one_second)
-    cpu = torch.device("cpu")
-    found = machine.flops(cpu, torch.bfloat16, small=True)
-    assert found == Spread(2.0 * 256**3, 2.0 * 256**3, 2.0 * 256**3, machine.ROUNDS)
-    assert machine.copies(cpu, small=True).median == 2e6
+    monkeypatch.setattr(limits, "seconds_of", one_second)
+    found = limits.Limits(tmp_path, torch.device("cpu"), small=True)
+    product = 2.0 * 256**3
+    assert found.rates[limits.BF16] == Spread(product, product, product, limits.ROUNDS)
+    assert found.best(limits.COPY) == 2e6 and found.best(limits.DECODE) == 1
+    assert found.best(limits.WRITE) == 1 << 20 and found.best(limits.HASH) == 1 << 18
+    assert not [*tmp_path.iterdir()]
+    shown = {row.name: (row.found.median, row.unit) for row in found.rows()}
+    assert shown[limits.COPY] == (2e-3, "GB/s") and limits.HOST_COPY not in shown
 
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,16 +266,3 @@ def test_the_list_imports_no_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
-
-
-@pytest.mark.parametrize("name", MOVED)
-def test_an_old_command_says_where_it_is_now(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = str(ROOT / "tools" / f"{name}.py")
-    monkeypatch.setattr(sys, "argv", [script, "--smoke"])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(script, run_name="__main__")
-    assert capsys.readouterr().err == f"tools/{name}.py is now: python -m {MOVED[name]}\n"
-    bench = MOVED[name].removeprefix("tools.bench ")
-    assert bench in __main__.NAMES or not MOVED[name].startswith("tools.bench ")

@@ -169,12 +169,15 @@ def test_ratios_are_of_rounds() -> None:
         f"both: {PEER}": [Round(100, 40), Round(200, 30), Round(100, 60)],
         "both: dali-mpl": [Round(150, 20), Round(400, 20), Round(100, 20)],
     }
-    both = [variant(PEER, True), variant("dali-mpl", False), variant("was wrong", False)]
+    found["decode: dali"] = [Round(200, 10), Round(600, 10), Round(400, 10)]
+    decode = Variant("dali", "decode", lambda: iter(()), 1, False)
+    both = [decode, variant(PEER, True), variant("dali-mpl", False), variant("was wrong", False)]
     made = bench_input.rows(both, found)
-    assert [row.name for row in made[:2]] == [f"both: {PEER}", f"both: {PEER}, CPU"]
-    (speed,) = made[4:]
+    assert [row.name for row in made[2:4]] == [f"both: {PEER}", f"both: {PEER}, CPU"]
+    assert [row.limit for row in made if row.unit == "img/s"] == [None, None, 400]
+    (speed,) = made[6:]
     spread = Spread(1.5, 1.0, 2.0, 3)
     name = f"both: dali-mpl against {PEER}"
     assert speed == Row(name, spread, "x", "higher", steady=True, target=1.3)
-    (smoke,) = bench_input.rows(both, found, smoke=True)[4:]
+    (smoke,) = bench_input.rows(both, found, smoke=True)[6:]
     assert smoke == Row(name, spread, "x", "higher")

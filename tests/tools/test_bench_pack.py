@@ -218,11 +218,12 @@ def test_rows_of_known_runs() -> None:
         "verify": runs(2.0, wall=2.0),
     }
     data = Data(8, 16_000_000, (1, 1))
-    made = pack.rows(found, {"pass": data, "verify": data})
+    made = pack.rows(found, {"pass": data, "verify": data}, {"pass": 2e9})
     name = "pass: ours-none-j2"
     rows = {(row.name, row.unit): row for row in made}
     assert rows[name, "s"].found == Spread(1.5, 1.0, 2.0, 2)
     assert rows[name, "MB/s"].found == Spread(12.0, 8.0, 16.0, 2)
+    assert (rows[name, "MB/s"].limit, rows["verify: verify", "MB/s"].limit) == (2000.0, None)
     assert rows[name, "img/s"].found.median == 6.0
     assert rows[name, "img/CPU s"].found.median == 2.0
     assert rows["pass: copy, whole command", "s"].found.median == 5.0

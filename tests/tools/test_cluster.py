@@ -2,6 +2,7 @@
 are this one: stopped, killed and started again, they end bit for bit like a run that was not."""
 
 import os
+import pickle
 import re
 import signal
 import socket
@@ -299,7 +300,9 @@ def test_a_frozen_machine_is_noticed_and_the_others_go_on(tiny_rec: Path, tmp_pa
     assert re.search(r"exitcode\s*: 7", out), out
     report = (run / "hang/rank_0.txt").read_text()
     assert "rank 0 of 2 on " in report and "distributed.py" in report
-    assert [path.name for path in run.glob("hang/*")] == ["rank_0.txt"]
+    assert {path.name for path in run.glob("hang/*")} == {"rank_0.txt", "gloo_trace_rank_0"}
+    exchanges = pickle.loads((run / "hang/gloo_trace_rank_0").read_bytes())["entries"]
+    assert "gloo:all_reduce" in {exchange["profiling_name"] for exchange in exchanges}
     assert out.count("resuming after step 4") == 2
     assert out.count("was written by 1 ranks and this run has 2: all networks") == 1
     assert "stopped by a signal after step" in out

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.tiny_run import TRAIN, arguments, run, train_here
+from tests.tiny_run import TRAIN, arguments, replace_state, run, train_here
 
 
 def refused(code: int, *options: str) -> str:
@@ -134,6 +135,30 @@ def test_run_directory_of_another_config_or_of_a_divergence(tiny_rec: Path, tmp_
     saved = {p: content for p, content in before.items() if p.suffix == ".pt"}
     assert saved and {p: p.read_bytes() for p in folder.glob("checkpoints/**/*.pt")} == saved
     assert not (folder / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_foreign_values_is_one_line(tiny_rec: Path, tmp_path: Path) -> None:
+    """Its networks fit and its checksums are right."""
+    options = [*arguments(tmp_path / "run", tiny_rec, recipe="supervised"), "--patience", "3"]
+    begun = train_here(*options, "--stop-at", "2")
+    assert begun.returncode == 0, begun.stderr
+    checkpoint = tmp_path / "run/checkpoints/step_00000002"
+    lacks: dict[str, list[str]] = {
+        "state.pt": ["step", "train_seconds", "accuracy"],
+        "rank_0.pt": ["data", "torch", "cuda"],
+    }
+    wrong = {"step": "x", "accuracy": 3, "rollbacks": [], "best": {"top1": 1.0}, "torch": "x"}
+    for name, keys in lacks.items():
+        kept = torch.load(checkpoint / name, weights_only=True)
+        changed = [{k: v for k, v in kept.items() if k != key} for key in keys]
+        changed += [kept | {k: v} for k, v in wrong.items() if k in kept]
+        for state in changed:
+            replace_state(checkpoint / name, state)
+            line = refused(6, *options)
+            assert f"error: {checkpoint} is not of this program (" in line
+        replace_state(checkpoint / name, kept)
+    assert train_here(*options).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,9 @@ import torch
 from mpl_fast import atomic
 from mpl_fast.errors import CheckpointError
 from mpl_fast.training import checkpoint, saving
-from mpl_fast.training.checkpoint import (
-    Checkpoints,
-    evaluated,
-    newest,
-    read_checkpoint,
-    read_shared,
-)
+from mpl_fast.training.checkpoint import Checkpoints, newest, read_shared
+from mpl_fast.training.state import evaluated
+from mpl_fast.training.trained import read_checkpoint
 from tests.tiny_run import flip, replace_state
 
 
@@ -287,11 +283,11 @@ class Disk:
         self._real = saving._write
         self.runs.set()
 
-    def write(self, path: Path, state: saving.State) -> dict[str, object]:
+    def write(self, path: Path, state: saving.State, synced: atomic.Synced) -> dict[str, object]:
         assert self.runs.wait(600)
         if int(path.parent.name[-8:]) in self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return self._real(path, state)
+        return self._real(path, state, synced)
 
 
 @pytest.fixture
@@ -428,3 +424,54 @@ def test_it_is_not_begun_without_the_space_for_it(
         saving.check_space(tmp_path, state)
     disk["total"] = 0  # a network file system without numbers
     saving.check_space(tmp_path, state)
+
+
+def test_progress_is_what_has_reached_the_disk(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large file is synced every so many bytes, so that a slow disk is seen to go on."""
+    seen, real = list[str](), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        seen.append("synced")
+        real(descriptor)
+
+    monkeypatch.setattr(atomic, "SYNC_EVERY", 1 << 20)
+    monkeypatch.setattr("mpl_fast.atomic.os.fsync", fsync)
+    store.progressed = lambda: seen.append("progress")
+    store.save(1, {"w": [torch.ones(1 << 18) for _ in range(5)]}, {}, background=True)
+    store.finish()
+    first = " ".join(seen)[: len("synced synced progress" + 5 * " synced progress")]
+    # A rank's small file and its folder; then the large one.
+    assert first == "synced synced progress" + 5 * " synced progress"
+
+
+def test_other_ranks_see_the_progress_of_the_first(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes what all share; the others wait for that in an exchange, also when all parts are
+    written."""
+    exchanging, exchanged = threading.Event(), threading.Event()
+
+    def exchange(value: str) -> str:
+        exchanging.set()
+        assert exchanged.wait(600)
+        return value
+
+    monkeypatch.setattr(saving, "FOLLOW", 0.01)
+    monkeypatch.setattr(checkpoint, "broadcast_object", exchange)
+    second = Checkpoints(store.folder, keep=2, rank=1, world=2)
+    progress = threading.Semaphore(0)
+    second.progressed = progress.release
+    second.save(1, {}, {"rng": torch.arange(3)}, background=True)
+    assert all(progress.acquire(timeout=600) for _ in range(2))  # its own part, and what it sees
+    waiting = threading.Thread(target=second.finish, daemon=True)
+    waiting.start()
+    assert exchanging.wait(600)
+    for size in (1, 2):
+        assert not progress.acquire(timeout=0.1)
+        (store.folder / ".writing_step_00000001/state.pt.tmp").write_bytes(size * b"x")
+        assert progress.acquire(timeout=20)
+    exchanged.set()
+    waiting.join(600)
+    assert not waiting.is_alive() and second.saved == 1

@@ -16,8 +16,8 @@ from mpl_fast import models
 from mpl_fast.config import FinetuneConfig, LearnerConfig, RunConfig
 from mpl_fast.errors import CheckpointError
 from mpl_fast.learner import Learner
-from mpl_fast.training.checkpoint import load_start
-from mpl_fast.training.run_dir import other_images
+from mpl_fast.training.same_config import other_images
+from mpl_fast.training.trained import load_start
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here
 

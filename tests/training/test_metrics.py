@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mpl_fast.training.metrics import Meter, Row, moment, non_finite
+from mpl_fast.training.metrics import Meter, Row, non_finite
 
 NONE = (0.0, 0.0)  # no wait
 
@@ -109,17 +109,6 @@ def test_waits_of_a_gpu_are_read_late_from_its_events(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Event, "due", True)
     ((_, row),) = meter.rows()
     assert row["data_wait"] == 0.5
-
-
-@pytest.mark.gpu
-def test_a_wait_of_the_device_alone_counts() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    meter = Meter()
-    began = moment(device)
-    torch.cuda._sleep(1_000_000_000)  # cycles, of which the host waits for none
-    meter.add({"a": torch.ones((), device=device)}, (began, moment(device)))
-    torch.cuda.synchronize()
-    assert closed(meter)["data_wait"] > 0.1
 
 
 def test_a_pause_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import CheckpointError, ConfigError, UserError
 from mpl_fast.training.auto import plain
 from mpl_fast.training.build import build_algorithm
-from mpl_fast.training.checkpoint import read_shared, restore
+from mpl_fast.training.checkpoint import read_shared
+from mpl_fast.training.state import restore
 from mpl_fast.training.teacher import LoadedTeacher, load_teacher
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here

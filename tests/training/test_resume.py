@@ -23,8 +23,9 @@ from mpl_fast.config import MPLConfig, RunConfig
 from mpl_fast.config.command_line import as_yaml
 from mpl_fast.errors import CheckpointError, ConfigError
 from mpl_fast.learner import Learner
-from mpl_fast.training.checkpoint import checkpoints_in, restore
+from mpl_fast.training.checkpoint import checkpoints_in
 from mpl_fast.training.run_dir import RunDir
+from mpl_fast.training.state import restore
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import (
     ALGORITHMS,
@@ -285,7 +286,7 @@ def test_all_ranks_roll_back_together(ended: Sessions) -> None:
     error = "loss/labeled is"  # at the next row
     assert all(ended.err.count(f"rank {rank}: {error}") == 1 for rank in range(ended.ranks))
     found = [event["event"] for event in events(ended.folder / "diverging/run")]
-    assert found == ["started", "checkpoint", "checkpoint", "rollback", "failed"]
+    assert found == ["started", "checkpoint", "checkpoint", "rollback", "checkpoint", "failed"]
 
 
 def algorithm_of(config: MPLConfig) -> Algorithm:

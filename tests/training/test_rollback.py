@@ -16,6 +16,10 @@ BAD = (5, 6)  # batches
 ROLLBACK = ("--on-spike", "rollback")
 
 
+class KilledError(Exception):
+    """In place of a SIGKILL."""
+
+
 @pytest.fixture
 def options(tiny_rec: Path) -> list[str]:
     """Dropout would differ: its generator goes on as the images do."""
@@ -39,13 +43,16 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Batch]]:
 def test_it_ends_as_if_the_bad_images_had_not_been_there(
     tiny_rec: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, count = TrainLoader.__next__, 0
+    real, count, bad, ends_at = TrainLoader.__next__, 0, set[tuple[int, ...]](), 0
 
     def with_bad_ones(self: TrainLoader) -> Batch:
         nonlocal count
         count += 1
+        if count == ends_at:
+            raise KilledError
         batch = real(self)
-        if count in BAD:
+        bad.update({tuple(batch.truth.tolist())} if count in BAD else ())
+        if tuple(batch.truth.tolist()) in bad:
             batch.labeled.fill_(math.nan)
         return batch
 
@@ -57,8 +64,8 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
             count += 1
         return real(self)
 
-    monkeypatch.setattr("mpl_fast.training.run.MAX_SKIPPED_IN_A_ROW", len(BAD))
-    again, other = tmp_path / "again", tmp_path / "other"
+    monkeypatch.setattr("mpl_fast.training.log.MAX_SKIPPED_IN_A_ROW", len(BAD))
+    again, killed, other = (tmp_path / name for name in ("again", "killed", "other"))
     monkeypatch.setattr(TrainLoader, "__next__", with_bad_ones)
     done = train_here(*arguments(again, tiny_rec, recipe="uda"), *options, *ROLLBACK)
     assert done.returncode == 0, done.stderr
@@ -68,13 +75,24 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
     assert [r["step"] for r in rows(again) if "train_seconds" in r] == [*range(1, 9)]
     found = [(e["step"], e["reached"]) for e in events(again) if e["event"] == "rollback"]
     assert found == [(4, 6)]
+    count, ends_at = 0, BAD[-1] + 2  # before the next checkpoint
+    given = [*arguments(killed, tiny_rec, recipe="uda"), *options, *ROLLBACK]
+    with pytest.raises(KilledError):
+        train_here(*given)
+    count, ends_at = BAD[-1], 0
+    done = train_here(*given)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 4" in done.stdout and "rollback" not in done.stdout
     count = 0
     monkeypatch.setattr(TrainLoader, "__next__", without_them)
     straight = train_here(*arguments(other, tiny_rec, recipe="uda"), *options)
     assert straight.returncode == 0, straight.stderr
-    ends, wanted = (final_state(folder, 8) for folder in (again, other))
-    assert (ends.pop("rollbacks"), wanted.pop("rollbacks")) == (1, 0)
-    assert_same(ends, wanted, ignore=("seconds",))
+    wanted = final_state(other, 8)
+    assert wanted.pop("rollbacks") == 0
+    for folder in (again, killed):
+        ends = final_state(folder, 8)
+        assert ends.pop("rollbacks") == 1
+        assert_same(ends, wanted, ignore=("seconds",))
 
 
 def test_a_spike_of_the_loss_and_the_last_rollback(
@@ -94,4 +112,4 @@ def test_a_spike_of_the_loss_and_the_last_rollback(
     labels = [tuple(batch.truth.tolist()) for batch in batches]
     assert len(batches) == 6 + 1 + 1 and len({*labels}) == len(labels)
     state = final_state(tmp_path / "run", 4)
-    assert state["rollbacks"] == 0  # it was written before
+    assert state["rollbacks"] == 2

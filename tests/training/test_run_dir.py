@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,8 @@ def test_everything_promised_is_there(finished: Path) -> None:
     assert status["state"] == "complete" and status["step"] == status["steps"] == 6
     assert status["top1"] == summary["top1"] and status["images_per_second"] > 0
     found = [(event["step"], event["event"]) for event in events(finished)]
+    saves = [event["seconds"] for event in events(finished) if event["event"] == "checkpoint"]
+    assert summary["checkpoint_seconds"] == pytest.approx(sum(saves)) and min(saves) > 0
     checkpoints = [(step, "checkpoint") for step in (2, 4, 6)]
     assert found == [(0, "started"), *checkpoints, (6, "complete")]
 
@@ -60,21 +64,6 @@ def test_rows_say_what_happened(finished: Path) -> None:
     evaluations = [r for r in rows(finished) if "eval/top1" in r]
     assert [r["step"] for r in evaluations] == [4, 6]
     assert evaluations[-1]["eval/count"] == 50
-
-
-def test_a_file_system_without_locks_is_not_a_run_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As Lustre is, mounted without flock."""
-
-    def flock(file: Any, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    config = RunConfig(run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"Function not implemented: mount .* give --lock false"):
-        RunDir(config)
-    RunDir(replace(config, lock=False)).close()
 
 
 @contextlib.contextmanager
@@ -170,14 +159,56 @@ def test_a_foreign_line_in_the_metrics_is_passed_over_and_kept(config: RunConfig
     assert file.read_bytes() == kept
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"top1": null}', b"\xff", b"[" * 9999])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"top1": 9.0}', b"\xff", b"[" * 9999])
 def test_a_damaged_summary_is_none(content: bytes, config: RunConfig) -> None:
     """A run that is complete then writes it again."""
     with contextlib.closing(RunDir(config)) as run_dir:
         (run_dir.path / "summary.json").write_bytes(content)
         assert run_dir.summary() is None
-        (run_dir.path / "summary.json").write_bytes(b'{"top1": 50.0}')
-        assert run_dir.summary() == {"top1": 50.0}
+        sound = {"top1": 50.0, "steps": 6, "train_seconds": 2.5, "images_per_second": 9.0}
+        (run_dir.path / "summary.json").write_text(json.dumps(sound))
+        assert run_dir.summary() == sound
+
+
+COMMANDS = ("status", "plot", "evaluate", "report", "export", "predict", "train")
+FILES = {  # each damaged in a way of its own, by which a command would end in a traceback
+    "config.yaml": b"a: " + b"[" * 9999,
+    "summary.json": b"[" * 100_000,
+    "env.json": b'["\xff"]',
+    "status.json": b"[" * 100_000,
+    "metrics.jsonl": b"[" * 100_000 + b'\n{"step": 1%s}\n\xff\n{"step": 2, "x": 1' % (b"0" * 400),
+    "checkpoints/step_00000006/checkpoint.json": b'{"format": "x", "files": []',
+    "report_cache/classes_0.npz": b"PK",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_damaged_file_of_a_run_is_a_traceback(
+    name: str, finished: Path, tiny_rec: Path, tmp_path: Path
+) -> None:
+    """One line, or the command goes on without the file."""
+    given: dict[str, list[object]] = {
+        "plot": ["--out", tmp_path / "curves.png"],
+        "report": ["--out", tmp_path / "report.html", "--points", 10, "--unlabeled", 10, "--force"],
+        "export": ["--out", tmp_path / "model.safetensors", "--force"],
+        "predict": [f"{tiny_rec}:val", "--out", tmp_path / "out.csv", "--force"],
+    }
+    run = tmp_path / "run"
+    for file, damaged in FILES.items():
+        shutil.copytree(finished, run)
+        (run / file).parent.mkdir(exist_ok=True)
+        (run / file).write_bytes(damaged)
+        if name == "train":
+            done = train_here(*arguments(run, tiny_rec))
+        else:
+            module = importlib.import_module(f"tools.{name}")
+            line = [str(one) for one in (run, *given.get(name, []))]
+            done = run_here(partial(run_command, name, module.main), line)
+        errors = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert len(errors) == (done.returncode != 0), done.stderr
+        assert done.returncode in (0, 2, 4, 6), file
+        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(
@@ -211,9 +242,9 @@ def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.Monk
     environments = [{"git_commit": name} for name in ("a1", None, "a1", "a1", "b2")]
     found = []
     for environment in environments:
-        monkeypatch.setattr("mpl_fast.training.run_dir.environment", lambda e=environment: e)
+        monkeypatch.setattr("mpl_fast.training.environment.environment", lambda e=environment: e)
         with contextlib.closing(RunDir(config)) as run_dir:
-            found.append(run_dir.other_commit())
+            found.append(run_dir.other_commit)
     warning = "resumed with another program: the git commit was a1 and is b2"
     assert found == ["", "", "", "", warning]
 

@@ -22,7 +22,7 @@ from mpl_fast.config import LearnerConfig
 from mpl_fast.config.run import GradientSync
 from mpl_fast.learner import Learner
 from mpl_fast.learner.compilation import Mode
-from mpl_fast.training.checkpoint import restore
+from mpl_fast.training.state import restore
 from tests.algorithms import problems
 from tests.algorithms.problems import VARIANTS, assert_same, confident
 from tests.tiny_run import launch

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpl_fast import distributed
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import HUNG
 from mpl_fast.training import metrics, watchdog
 from mpl_fast.training.metrics import Meter, pop_rank_seconds
 from mpl_fast.training.watchdog import Stragglers, Watchdog
+from tests.tiny_run import arguments, train_here
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 RANK = DistEnv(1, 2, torch.device("cpu"))
@@ -70,6 +72,20 @@ def test_long_work_may_take_longer(ended: threading.Event, tmp_path: Path) -> No
         assert wait_here(ended)
 
 
+def test_the_latest_exchanges_are_written_beside_the_stack(
+    ended: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged = {"gloo": b"exchanges of the CPU", "nccl": b"of the GPU"}
+    monkeypatch.setattr(distributed, "traces", lambda: exchanged)
+    dog = Watchdog(tmp_path, RANK, TIMEOUT)
+    with dog.watching(0):
+        for step in (1, 2):
+            dog.beat(step)
+        assert wait_here(ended)
+    for backend, trace in exchanged.items():
+        assert (tmp_path / f"hang/{backend}_trace_rank_1").read_bytes() == trace
+
+
 def test_a_blocked_disk_leaves_the_stack_on_stderr(
     ended: threading.Event,
     tmp_path: Path,
@@ -90,6 +106,43 @@ def test_a_blocked_disk_leaves_the_stack_on_stderr(
     assert "in wait_here" in printed
     with pipe.open():
         pass  # the thread goes on
+
+
+@pytest.mark.slow
+def test_a_disk_that_blocks_ends_the_run_that_waits_for_a_save(
+    ended: threading.Event,
+    tiny_rec: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first save blocks in the background; the second waits for it."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if threading.current_thread().name == "checkpoint" and not ended.is_set():
+            assert ended.wait(60)
+        real(descriptor)
+
+    monkeypatch.setattr("mpl_fast.atomic.os.fsync", fsync)
+    run = tmp_path / "run"
+    given = [*arguments(run, tiny_rec, recipe="supervised"), "--hang-timeout", "3"]
+    train_here(*given, "--eval-every", "0")
+    assert ended.is_set()
+    assert "has made no progress for 3 s after step 4: its stack is" in capfd.readouterr().err
+    report = (run / "hang/rank_0.txt").read_text()
+    assert "in wait_for_part" in report and "in fsync" in report
+
+
+def test_progress_of_another_thread_is_enough(ended: threading.Event, tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path, RANK, 20 * TIMEOUT)
+    with dog.watching(0):
+        for step in (1, 2):
+            dog.beat(step)
+        for _ in range(8):
+            dog.not_idle()
+            assert not wait_here(ended, 4 * TIMEOUT)
+        assert wait_here(ended)
 
 
 def test_ranks_that_stay_slow_are_named_once() -> None:

@@ -7,7 +7,6 @@ Exit code 1: a benchmark failed or was ended.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from mpl_fast import atomic
 from mpl_fast.errors import INTERRUPTED, ConfigError, DataError, UserError, output_errors
+from mpl_fast.untrusted import json_object
 from tools.bench.jobs import Ended, chosen, run, tail
 from tools.bench.results import FORM, Json, table
 
@@ -181,8 +181,5 @@ def _left_out(lines: Sequence[str]) -> list[str]:
 
 def bench_json(out: Path, name: str) -> Json:
     """What a job has written; empty, if it wrote nothing whole."""
-    try:
-        found = json.loads((out / f"{name}.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and found.get("form") == FORM else {}
+    found = json_object(out / f"{name}.json")
+    return found if found.get("form") == FORM else {}

@@ -26,7 +26,8 @@ from mpl_fast.dry_run.trace import trace
 from mpl_fast.models import OWN
 from tools.bench.clock import repeated, seconds_of
 from tools.bench.harness import Report, at_least, run
-from tools.bench.machine import DEVICES, choose_device, copies, flops
+from tools.bench.limits import BF16, COPY, FP32
+from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, ratios, spread
 
 TINY = {"models": ["wrn_10_1"], "batch": 4, "rounds": 1}
@@ -109,14 +110,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     repeats = STEPS[device.type]
     torch.manual_seed(options.seed)
     problems = [new_problem(model, device, options.batch) for model in options.models]
-    found = {
-        "fp32 product, FLOP/s": flops(device, torch.float32, small=options.smoke),
-        "bf16 product, FLOP/s": flops(device, torch.bfloat16, small=options.smoke),
-        "copy, bytes/s": copies(device, small=options.smoke),
-    }
-    report.more["limits"] = {name: one._asdict() for name, one in found.items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    fp32, bf16, copied = (one.high for one in found.values())
+    fp32, bf16, copied = map(report.limits.best, (FP32, BF16, COPY))
     card = Card(name, bf16, fp32, memory=0.0, bandwidth=copied, links=1.0)
     variants = [one for one in VARIANTS if not (options.eager and one.compiled)]
     report.claim = (

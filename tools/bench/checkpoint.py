@@ -3,7 +3,8 @@
 The network is trained by Meta Pseudo Labels, so a checkpoint holds two learners. A save in the
 foreground stops training until the checkpoint is complete, one in the background for a copy of the
 state. The limits are of the same bytes in the same run: copied in memory, written to a file in the
-same folder and synced, and hashed in memory.
+same folder and synced, and hashed in memory. With `--ranks 2`, saves of so many ranks are compared
+with those of `torch.distributed.checkpoint.async_save`.
 """
 
 import argparse
@@ -22,11 +23,14 @@ from mpl_fast.config import MPLConfig
 from mpl_fast.errors import output_errors
 from mpl_fast.learner import Learner
 from mpl_fast.learner.rng import generator_states
-from mpl_fast.training.checkpoint import Checkpoints, newest, restore
+from mpl_fast.training.checkpoint import Checkpoints, newest
+from mpl_fast.training.state import restore
 from tools.bench.clock import seconds_of
-from tools.bench.harness import Report, run
+from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, spread
+from tools.bench.step_variants import Setting
+from tools.bench.torchrun import on_ranks
 
 TINY = {"model": "wrn_10_1", "rounds": 1}
 CLASSES = 1000
@@ -44,6 +48,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--model", default="resnet50", metavar="NAME", help="(%(default)s)")
     add("--device", choices=DEVICES, default="auto", help="(%(default)s)")
     add("--folder", type=Path, default=Path("runs"), help="on the disk to measure (%(default)s)")
+    add("--ranks", type=at_least(2), metavar="N", help="also saves of N ranks, beside async_save")
 
 
 def measure(options: argparse.Namespace, report: Report) -> None:
@@ -64,7 +69,14 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         works += [disk.verify, disk.resume, disk.plain_copy, disk.plain_write, disk.plain_hash]
         named = {work.__name__: work for work in works}
         seconds = report.interleaved(named, disk.seconds_of, warmup=1)
-    report.add(rows(seconds, disk.content.nbytes))
+        report.add(rows(seconds, disk.content.nbytes))
+        if options.ranks:
+            del disk
+            setting = Setting(options.model, 0, 0, 0, device)
+            given = [folder, str(options.rounds)]
+            with report.attempt("ranks"):
+                found = on_ranks("tools.bench.async_save", options.ranks, setting, given)
+                report.add(rows_of_ranks(found, options.ranks))
 
 
 def new_algorithm(model: str, device: torch.device) -> Algorithm:
@@ -163,4 +175,14 @@ def rows(seconds: Mapping[str, Sequence[float]], size: int) -> list[Row]:
     for name in (*limits, *limits.values(), "plain_copy"):
         limit = rate[limits[name]].median if name in limits else None
         made.append(Row(name.replace("_", " "), rate[name], "MB/s", "higher", limit=limit))
+    return made
+
+
+def rows_of_ranks(found: Mapping[str, Sequence[Sequence[float]]], ranks: int) -> list[Row]:
+    """For each way to save, how long it stops training, and how long it takes to the end."""
+    made = []
+    for name, seconds in found.items():
+        stopped, whole = (spread([1e3 * s for s in part]) for part in zip(*seconds, strict=True))
+        made.append(Row(f"{ranks} ranks, {name}: stops training", stopped, "ms"))
+        made.append(Row(f"{ranks} ranks, {name}: whole", whole, "ms"))
     return made

@@ -7,7 +7,6 @@ regression; 2: something cannot be compared.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError, UserError
+from mpl_fast.training.curves import is_number
+from mpl_fast.untrusted import json_value
 from tools.bench.results import FORM, Json
 
 MACHINE = ("cpu", "gpu", "cores")
@@ -139,7 +140,7 @@ def _results(path: Path) -> dict[Key, Json]:
     found = dict[Key, Json]()
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = json_value(file.read_bytes())
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(f"{file} cannot be read as JSON ({reason})") from error
@@ -158,7 +159,9 @@ def _fault(result: Json) -> str:
     for row in result["rows"]:
         if not isinstance(row, dict) or ROW - row.keys():
             return "a row lacks a part"
-        if not all(isinstance(row[key], float | int) and math.isfinite(row[key]) for key in VALUES):
+        if not all(isinstance(row[key], str) for key in ("name", "unit", "better")):
+            return "a row has no name"
+        if not all(is_number(row[key]) and math.isfinite(row[key]) for key in VALUES):
             return f"row {row['name']!r} has no finite number"
         if (row["name"], row["unit"]) in names:
             return f"it has two rows {row['name']!r}"

@@ -29,7 +29,8 @@ from tempfile import NamedTemporaryFile
 from mpl_fast import atomic
 from mpl_fast.errors import UserError, output_errors
 from tools.bench.clock import T, V, interleaved, wait_for_gpu
-from tools.bench.machine import describe
+from tools.bench.limits import Limits
+from tools.bench.machine import choose_device, describe
 from tools.bench.results import FORM, Json, Row, one_line, row_json, table
 
 Options = argparse.Namespace
@@ -59,7 +60,7 @@ class Report:
         self.failed: dict[str, str] = {}
         """Variants that raised or computed something else, with the reason: exit code 1."""
         self.more: Json = {}
-        """Further parts of the JSON file, such as measured limits."""
+        """Further parts of the JSON file."""
         self._bench, self._options = bench, options
         minutes = float("inf") if options.minutes is None else options.minutes
         self._deadline = time.monotonic() + 60.0 * minutes
@@ -103,6 +104,14 @@ class Report:
         )
 
     @cached_property
+    def limits(self) -> Limits:
+        """What this machine can do at best, measured once, on the device of `--device`."""
+        options = vars(self._options)
+        folder = options.get("work") or options.get("folder") or self._options.out.parent
+        device = choose_device(options.get("device", "auto"))
+        return Limits(folder, device, small=self._options.smoke)
+
+    @cached_property
     def _machine(self) -> Json:
         """Once: git and nvidia-smi take longer than many a measurement."""
         return describe(self._options.commit)
@@ -117,6 +126,7 @@ class Report:
             "machine": self._machine,
             "settings": {key: str(value) for key, value in vars(self._options).items()},
             "rows": [row_json(row) for row in self.rows],
+            "limits": [row_json(row) for row in self.limits.rows()],
             "failed": self.failed,
             "skipped": self.skipped,
             **self.more,
@@ -214,6 +224,7 @@ def require_writable(out: Path) -> None:
 def _print(found: Json, out: Path) -> None:
     print(found["claim"])
     print(table(found["rows"]))
+    print("\nLimits of this machine:\n\n" + table(found["limits"]))
     for line in found["skipped"]:
         print(f"left out: {line}")
     for name, why in found["failed"].items():

@@ -23,6 +23,7 @@ from mpl_fast.errors import ConfigError
 from tools.bench import count
 from tools.bench.clock import Work, interleaved, repeated, seconds_of
 from tools.bench.harness import DeviceLostError, Report, run
+from tools.bench.limits import COPY
 from tools.bench.losses_variants import (
     COMPILED,
     EAGER,
@@ -37,7 +38,6 @@ from tools.bench.losses_variants import (
     draw,
     names,
 )
-from tools.bench.machine import copies
 from tools.bench.results import Row, count_row, one_line, ratios, spread
 
 TINY = {"rounds": 1}
@@ -95,8 +95,6 @@ def _on_cpu(report: Report) -> None:
 
 
 def _on_gpu(options: argparse.Namespace, report: Report) -> None:
-    copied = copies(torch.device(GPU), small=options.smoke)
-    report.more["limits"] = {"copy, bytes/s": copied._asdict()}
     report.claim = (
         f"one call on the device, out of CUDA graphs over rotating inputs, {options.rounds} "
         "interleaved rounds of 10 replays; the share of the limit is that of a copy"
@@ -105,7 +103,7 @@ def _on_gpu(options: argparse.Namespace, report: Report) -> None:
         if report.seconds_left() < SHORTEST:
             report.skipped.append(f"no time: {shape}")
         else:
-            _measure_shape(shape, copied.high, options, report)
+            _measure_shape(shape, report.limits.best(COPY), options, report)
 
 
 def checked(name: str, shape: Shape, device: str) -> Call:

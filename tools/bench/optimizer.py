@@ -22,7 +22,8 @@ from mpl_fast.models import OWN
 from tools.bench.clock import Work, repeated, seconds_of
 from tools.bench.count import launches, operators
 from tools.bench.harness import Report, run
-from tools.bench.machine import DEVICES, choose_device, copies
+from tools.bench.limits import COPY
+from tools.bench.machine import DEVICES, choose_device
 from tools.bench.results import Row, count_row, ratios, spread
 
 TINY = {"models": ["wrn_10_1"], "rounds": 2}
@@ -55,8 +56,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     device = choose_device(options.device)
     options.device, steps = device.type, STEPS[device.type]
     problems = [problem(model, device, options.seed) for model in options.models]
-    copied = copies(device, small=options.smoke)
-    report.more["limits"] = {"copy, bytes/s": copied._asdict()}
+    copied = report.limits.best(COPY)
     report.claim = (
         f"one optimizer step, median of at most {options.rounds} interleaved rounds of "
         f"{steps} back to back; the share of the limit is that of a copy in the same run"
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
             warmup=2,
             parts=len(problems) - number,
         )
-        report.add(rows(one, works, seconds, one.minimal_bytes() / copied.high))
+        report.add(rows(one, works, seconds, one.minimal_bytes() / copied))
 
 
 class Problem(NamedTuple):

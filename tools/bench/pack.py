@@ -8,7 +8,6 @@ on the disk. What each wrote is read back: one that lost or changed an image fai
 import argparse
 import contextlib
 import fnmatch
-import json
 import os
 import platform
 import shutil
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpl_fast.errors import ConfigError, OutputError, UserError, output_errors
-from tools.bench import pack_files
+from mpl_fast.untrusted import json_value
+from tools.bench import limits, pack_files
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import ROOT, output_of
 from tools.bench.pack_files import Data
@@ -150,7 +150,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         "tar": output_of("tar", "--version").split("\n")[0],
     }
     right = {name: runs[name] for name in chosen if name not in report.failed}
-    report.add(rows(right, bench.data))
+    best = {"pass": report.limits.best(limits.WRITE), "verify": report.limits.best(limits.HASH)}
+    report.add(rows(right, bench.data, best))
 
 
 def choose(options: argparse.Namespace, report: Report) -> list[str]:
@@ -222,7 +223,7 @@ class Bench:
         found = self.execute(command, self.out, number)
         found["seconds"] = found["wall"]
         if not found["code"] and WRITE in command:
-            found |= json.loads(last_line(found["printed"]))
+            found |= json_value(last_line(found["printed"]))
         return found
 
     def execute(self, command: str, out: Path, number: int = 0) -> Json:
@@ -236,7 +237,7 @@ class Bench:
             cwd=ROOT,
         )
         try:
-            found: Json = json.loads(runner.communicate()[0])
+            found: Json = json_value(runner.communicate()[0])
         except BaseException:  # its workers too; those of some would wait for ever
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(runner.pid, signal.SIGKILL)
@@ -305,11 +306,17 @@ def measure_all(bench: Bench, chosen: Sequence[str], report: Report) -> dict[str
     return done
 
 
-def rows(runs: Mapping[str, Sequence[Json]], data: Mapping[str, Data]) -> list[Row]:
-    """Seconds, rates and memory of each variant, then ratios within a round."""
+def rows(
+    runs: Mapping[str, Sequence[Json]], data: Mapping[str, Data], best: Mapping[str, float]
+) -> list[Row]:
+    """Seconds, rates and memory of each variant, then ratios within a round.
+
+    `best`: bytes/s, by group: of writing, or for `verify` of hashing.
+    """
     made = []
     for name, found in runs.items():
-        made += run_rows(name, found, data.get(VARIANTS[name].group))
+        group = VARIANTS[name].group
+        made += run_rows(name, found, data.get(group), best.get(group))
     seconds = {name: [run["seconds"] for run in found] for name, found in runs.items()}
     bases = {(name, BASES.get(VARIANTS[name].group, "")): None for name in runs}
     for (name, base), target in (bases | RATIOS).items():
@@ -320,8 +327,10 @@ def rows(runs: Mapping[str, Sequence[Json]], data: Mapping[str, Data]) -> list[R
     return made
 
 
-def run_rows(variant: str, runs: Sequence[Json], data: Data | None) -> list[Row]:
-    """Of one variant, with the rates at which it read `data`."""
+def run_rows(
+    variant: str, runs: Sequence[Json], data: Data | None, limit: float | None
+) -> list[Row]:
+    """Of one variant, with the rates at which it read `data`, of at most `limit` bytes/s."""
     name = f"{VARIANTS[variant].group}: {variant}"
     seconds, wall, busy = ([run[key] for run in runs] for key in ("seconds", "wall", "cpu"))
     made = [Row(name, spread(seconds), "s", target=TARGETS.get((variant, "s")))]
@@ -332,7 +341,8 @@ def run_rows(variant: str, runs: Sequence[Json], data: Data | None) -> list[Row]
         rates = {"MB/s": (megabytes, seconds), "img/s": (data.images, seconds)}
         for unit, (amount, times) in (rates | {"img/CPU s": (data.images, busy)}).items():
             rate, target = spread([amount / s for s in times]), TARGETS.get((variant, unit))
-            made.append(Row(name, rate, unit, "higher", target=target))
-    limit = MEMORY if variant.startswith("ours") else None
+            best = limit / 1e6 if limit and unit == "MB/s" else None
+            made.append(Row(name, rate, unit, "higher", limit=best, target=target))
+    most = MEMORY if variant.startswith("ours") else None
     peaks = spread([run["peak_mib"] for run in runs])
-    return [*made, Row(f"{name}, memory", peaks, "MiB", target=limit)]
+    return [*made, Row(f"{name}, memory", peaks, "MiB", target=most)]

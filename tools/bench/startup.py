@@ -6,7 +6,6 @@ caches that the cold run left. Resume: the warm run goes on from its checkpoint,
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mpl_fast.learner.compilation import CACHES
+from mpl_fast.untrusted import json_value
 from tools.bench.harness import Report, run
 from tools.bench.machine import DEVICES, ROOT, choose_device
 from tools.bench.results import Row, last_line, spread
@@ -121,7 +121,7 @@ class Starts:
         places |= self._environment
         began = time.time()
         run_train(*(f"--{name}={value}" for name, value in given.items()), **places)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json_value(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         saved = [line for line in lines if line.get("event") == "checkpoint"][-1]
         seconds: float = saved["time"] - saved["seconds"] - began
         return seconds

@@ -1,6 +1,5 @@
 """Starts a benchmark's ranks with torchrun and reads what rank 0 found."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mpl_fast.untrusted import json_value
 from tools.bench.machine import ROOT
 from tools.bench.step_variants import Setting
 
@@ -36,7 +36,7 @@ def on_ranks(module: str, ranks: int, setting: Setting, arguments: Sequence[str]
         )
         if done.returncode:
             raise RanksError(f"{ranks} ranks failed:\n{done.stderr[-4000:]}")
-        return json.loads(out.read_text())
+        return json_value(out.read_text())
 
 
 def arguments_of(given: Sequence[str], device: torch.device) -> tuple[Path, Setting, list[str]]:

@@ -35,7 +35,6 @@ def main() -> int:
     if unknown := [name for name in faults if name not in named.faults()]:
         known = f"{', '.join(KINDS)}, or first cells of rows of {named.DOCUMENT}"
         raise ConfigError(f"--only {unknown[0]}: give any of {known}")
-    ranks = tuple(int(count) for count in options.ranks.split(","))
     recipes = tuple(options.recipes.split(",")) if options.recipes else training.RECIPES
     if unknown := [name for name in recipes if name not in tiny_run.ALGORITHMS]:
         raise ConfigError(f"--recipes {unknown[0]}: give any of {', '.join(tiny_run.ALGORITHMS)}")
@@ -49,7 +48,7 @@ def main() -> int:
     if "packing" in kinds:
         packing.run_packing(campaign, options.kills, options.seed)
     if "kills" in kinds:
-        training.run_kills(campaign, rec, options.kills, options.seed, ranks, recipes)
+        training.run_kills(campaign, rec, options.kills, options.seed, options.ranks, recipes)
     if "commands" in kinds:
         commands.run_commands(campaign, rec)
     if "faults" in kinds or faults:
@@ -79,7 +78,13 @@ def _options() -> argparse.Namespace:
     add("--minutes", type=float, default=1e6, metavar="M", help="begin no case after so many")
     more = f"{';'.join(KINDS)}, or first cells of rows of docs/reliability.md (all)"
     add("--only", default="", metavar="NAMES", help=more)
-    add("--ranks", default="1,2", metavar="LIST", help="of runs that are killed (1,2)")
+    add(
+        "--ranks",
+        type=_counts,
+        default="1,2",
+        metavar="LIST",
+        help="of runs that are killed (1,2)",
+    )
     add("--recipes", default="", metavar="LIST", help="of runs that are killed (eight)")
     add("--elastic-seeds", type=int, default=5, metavar="N", help="runs of each kind (5)")
     add("--soak-steps", type=int, default=20_000, metavar="N", help="20000")
@@ -89,6 +94,13 @@ def _options() -> argparse.Namespace:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: must be at least 1")
     return options
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise argparse.ArgumentTypeError(f"give numbers such as 1,2, not {text}")
+    return tuple(map(int, counts))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast.atomic import write_json
-from mpl_fast.errors import printable
-from mpl_fast.training.run_dir import environment
+from mpl_fast.errors import DataError, printable
+from mpl_fast.training.environment import environment
+from mpl_fast.untrusted import json_value
 
 MEASURED = ("elastic", "soak")  # kinds whose numbers are in result.json
 
@@ -81,12 +82,15 @@ class Campaign:
 def read_cases(file: Path) -> dict[str, Case]:
     """Stored cases by name; a line that a kill has cut short is left out."""
     found = {}
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    text = file.read_text("utf-8", "surrogateescape") if file.exists() else ""
     if text and not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
-    for line in text.splitlines():
-        case = Case(**json.loads(line))
+        file.write_text(text, "utf-8", "surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            case = Case(**json_value(line))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}:{number} is damaged: remove the line ({error})") from None
         found[case.name] = case
     return found
 

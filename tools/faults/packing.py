@@ -9,6 +9,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from mpl_fast.untrusted import json_value
 from tests.tiny_run import ROOT, environment, write_digits
 from tools.faults.cases import Campaign, Case
 from tools.faults.processes import descendants, ended, kill, orphans, started
@@ -99,7 +100,7 @@ def digests(folder: Path) -> dict[str, str]:
         if path.is_file() and path.name != ".lock":
             content = path.read_bytes()
             if path.name == "manifest.json":
-                manifest = json.loads(content)
+                manifest = json_value(content)
                 manifest["created"], manifest["totals"]["seconds"] = "", 0
                 content = json.dumps(manifest).encode()
             found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()

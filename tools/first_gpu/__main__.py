@@ -9,7 +9,6 @@ SIGTERM, the running step too.
 """
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from mpl_fast.errors import (
     output_errors,
     run_command,
 )
+from mpl_fast.untrusted import json_object
 from tools.bench.jobs import ROOT, Ended, interrupt_on_signals, run
 from tools.first_gpu import plan, summary
 from tools.first_gpu.plan import ENDLESS, Step
@@ -189,7 +189,7 @@ def status_of(step: Step, ended: Ended, results: Sequence[str]) -> str:
 
 
 def _print_machine(out: Path) -> None:
-    machine = json.loads((out / "env.json").read_text())
+    machine = json_object(out / "env.json")
     print(f"{machine['gpu']}, driver {machine['driver']}, {machine['versions']}", flush=True)
     if missing := machine["missing"]:
         print(f"missing, so that steps will fail: {', '.join(missing)}", flush=True)

@@ -1,13 +1,14 @@
 """What became of the steps: statuses, key numbers, summary.json and a page of Markdown."""
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpl_fast import atomic
+from mpl_fast.training.curves import read_rows
+from mpl_fast.untrusted import json_object
 from tools.bench.all import bench_json
 from tools.bench.jobs import tail
 from tools.bench.results import Json, table
@@ -40,7 +41,7 @@ class Summary:
 
     def __init__(self, out: Path, names: Sequence[str], left_out: Sequence[str]) -> None:
         self._out, self._left_out = out, left_out
-        machine = _read(out / "env.json")
+        machine = json_object(out / "env.json")
         self.where = f"{machine.get('gpu')}, commit {machine.get('commit')}"
         self.outcomes = read(out)
         for name in names:
@@ -71,7 +72,7 @@ class Summary:
 
     def page(self) -> str:
         """Markdown."""
-        machine = _read(self._out / "env.json")
+        machine = json_object(self._out / "env.json")
         keys = ("gpu", "driver", "cuda", "clocks", "python", "versions", "commit", "missing")
         parts = ["# First run on a GPU"]
         parts += ["\n".join(f"- {key}: {machine[key]}" for key in keys if key in machine)]
@@ -105,10 +106,13 @@ class Summary:
 
 def read(out: Path) -> dict[str, Outcome]:
     """The outcomes that an earlier call has left in a folder, by step."""
-    found = _read(out / "summary.json")
+    found = json_object(out / "summary.json")
     if found.get("form") != FORM:
         return {}
-    made = [Outcome(**{**one, "found": tuple(one["found"])}) for one in found["steps"]]
+    try:
+        made = [Outcome(**{**one, "found": tuple(one["found"])}) for one in found["steps"]]
+    except (KeyError, TypeError):
+        return {}  # damaged: all steps are run again
     return {one.name: one for one in made}
 
 
@@ -139,7 +143,7 @@ def found_by(name: str, out: Path) -> tuple[str, ...]:
 
 def _of_training(file: Path) -> tuple[str, ...]:
     """Rates and accuracies of the rows."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = read_rows(file) if file.exists() else []
     steps = [row for row in rows if "images_per_second" in row]
     found = [f"{len(steps)} rows up to step {steps[-1]['step']}"] if steps else ["no rows"]
     for key, unit in (("images_per_second", "images/s"), ("data_wait", "data wait")):
@@ -149,11 +153,3 @@ def _of_training(file: Path) -> tuple[str, ...]:
     for row in [row for row in rows if "eval/top1" in row][-3:]:
         found.append(f"top-1 {row['eval/top1']:.2f} % at step {row['step']}")
     return tuple(found)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -22,7 +22,14 @@ from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_o
 from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
-from mpl_fast.packing.plan.table import RecordRow, add_titles, create_table, table_errors, to_utf8
+from mpl_fast.packing.plan.table import (
+    RecordRow,
+    add_titles,
+    create_table,
+    own_uri,
+    table_errors,
+    to_utf8,
+)
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source, require_one_line
 
@@ -60,7 +67,7 @@ def make_plan(
         old.unlink(missing_ok=True)
     try:
         with table_errors(path), closing(create_table(path)) as table:
-            table.execute("ATTACH CAST(? AS TEXT) AS found", (to_utf8(str(scratch)),))
+            table.execute("ATTACH ? AS found", (own_uri(scratch),))
             table.executescript("PRAGMA found.journal_mode=OFF; PRAGMA found.synchronous=OFF;")
             table.executescript(_FOUND)
             # Sorting needs as much space again: use this disk, not that of /tmp.

@@ -104,9 +104,14 @@ def create_table(path: Path) -> sqlite3.Connection:
 
 def edit_table(path: Path) -> sqlite3.Connection:
     """Open the table at path for writing; without journal, for a temporary file."""
-    connection = sqlite3.connect(path, isolation_level=None)
+    connection = sqlite3.connect(own_uri(path), uri=True, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
     return _with_bytes_kept(connection)
+
+
+def own_uri(path: Path) -> str:
+    """Name a database that no other process opens meanwhile: some file systems have no locks."""
+    return f"{path.resolve().as_uri()}?nolock=1"
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A run writes into the hidden folder `.pack` until the pack is complete. So an in
 continue, and an older pack stays readable until the new one replaces it.
 """
 
-import fcntl
+import math
 import os
 import re
 import shutil
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from mpl_fast import locks
 from mpl_fast.atomic import sync_folder
 from mpl_fast.data.manifest import MANIFEST, file_names
 from mpl_fast.errors import OutputError, output_errors
@@ -37,8 +38,11 @@ def is_pack_file(name: str) -> bool:
 
 
 @contextmanager
-def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"]:
-    """Lock a folder, made if missing, for this process or (shared) for all that pack its parts.
+def open_out_folder(
+    path: Path, *, shared: bool = False, lock: bool = True
+) -> Iterator["OutFolder"]:
+    """Lock a folder, made if missing, for this process or (shared) for all that pack its parts;
+    without `lock`, the caller knows that no other process uses it.
 
     Leaving it after an error keeps finished shards and nothing else. After a publish Ctrl-C and
     SIGTERM are ignored until the context ends.
@@ -47,13 +51,13 @@ def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"
         try:
             created = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+            file = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}") from error
-        stack.callback(os.close, lock)
-        folder = OutFolder(path, lock, stack)
+        stack.callback(os.close, file)
+        folder = OutFolder(path, file, stack, lock=lock)
         with output_errors(path):
-            folder.lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            folder.lock(shared=shared)
             folder.require_no_links()
             folder.finish_publish(shared)
             folder.work.mkdir(exist_ok=True)
@@ -70,9 +74,10 @@ def open_out_folder(path: Path, *, shared: bool = False) -> Iterator["OutFolder"
 class OutFolder:
     """A locked output folder: its pack, and the work folder in it."""
 
-    def __init__(self, path: Path, lock: int, stack: ExitStack) -> None:
+    def __init__(self, path: Path, file: int, stack: ExitStack, *, lock: bool) -> None:
         self.path = path
         self.work = path / WORK
+        self._file = file
         self._lock = lock
         self._stack = stack  # of the context
 
@@ -82,12 +87,10 @@ class OutFolder:
         if links := sorted(str(path) for path in found if path.is_symlink()):
             raise OutputError(f"{first_few(links)}: a link to elsewhere; remove {self.work}")
 
-    def lock(self, kind: int) -> None:
+    def lock(self, *, shared: bool) -> None:
         """Lock the folder, or change its lock; OutputError when another process has it."""
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"{self.path}: another make_rec is writing here") from error
+        if self._lock and not locks.lock(self._file, self.path, shared=shared):
+            raise OutputError(f"{self.path}: another make_rec is writing here")
 
     def pack_files(self) -> list[str]:
         """Return the names of all files of a pack in the folder, sorted."""
@@ -116,23 +119,22 @@ class OutFolder:
     def exclusive(self) -> Iterator[bool]:
         """Yield whether no other part is being packed; if so, none can start within the context."""
         try:
-            self.lock(fcntl.LOCK_EX)
+            self.lock(shared=False)
             alone = True
         except OutputError:
             alone = False
         try:
             yield alone
         finally:
-            self.lock(fcntl.LOCK_SH)
+            self.lock(shared=True)
 
     @contextmanager
     def locked(self, name: str, busy: str | None = None) -> Iterator[None]:
         """Hold a named lock in the work folder; with `busy`, fail with it instead of waiting."""
         with (self.work / f"{name}.lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-            except BlockingIOError as error:
-                raise OutputError(f"{self.path}: {busy}") from error
+            seconds = 0.0 if busy else math.inf
+            if self._lock and not locks.lock(file, self.path, seconds=seconds):
+                raise OutputError(f"{self.path}: {busy}")
             yield
 
     def publish(self) -> None:

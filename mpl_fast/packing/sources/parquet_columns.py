@@ -1,6 +1,5 @@
 """The columns of a parquet file that are read: which one has the images, and which the labels."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.packing.sources.source import Request
+from mpl_fast.untrusted import json_value
 
 _IMAGES = ("image", "img", "jpg", "png", "jpeg", "picture", "photo")  # column names, best first
 _LABELS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
@@ -106,8 +106,8 @@ def _features(schema: Any) -> dict[str, Any]:
     """Return Hugging Face's description of the columns, {} if there is none."""
     try:
         text = (schema.metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(text)["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        features = json_value(text)["info"]["features"]
+    except (ValueError, KeyError, TypeError):
         return {}
     return features if isinstance(features, dict) else {}
 

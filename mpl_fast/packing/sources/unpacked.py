@@ -17,6 +17,7 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.sources.lists import class_numbers
 from mpl_fast.packing.sources.source import Image, Request, Source
 from mpl_fast.packing.sources.spool import spooled
+from mpl_fast.untrusted import json_value
 
 _HEAD = struct.Struct("<IQ")
 _READ = 512  # bytes; most heads with their JSON
@@ -91,5 +92,5 @@ def _places(path: Path) -> Iterator[tuple[Any, int, int]]:
             text = block[_HEAD.size :][:length]
             if len(text) < length:
                 text = os.pread(descriptor, length, at + _HEAD.size)
-            yield json.loads(text), start, size
+            yield json_value(text), start, size
             at = start + size

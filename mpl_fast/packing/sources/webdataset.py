@@ -4,7 +4,6 @@ The files of a sample follow each other and share their name up to its first dot
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from mpl_fast.packing.sources.record_files import classes_beside
 from mpl_fast.packing.sources.source import IN_SHARD, SHARDS, Image, Request, Source
 from mpl_fast.packing.sources.spool import decompressed, spooled
 from mpl_fast.packing.sources.tar import TarSource, first_members, tar_entries
+from mpl_fast.untrusted import json_value
 
 _LABELS = (".cls", ".json", ".txt")  # the first that a sample has is taken
 _KEYS = ("label", "cls", "class", "class_id", "class_name", "target", "fine_label")  # of a .json
@@ -199,11 +199,11 @@ class _Samples:
             text = content.decode("utf-8-sig").strip()
             label: object = text
             if place == ".json":
-                fields = json.loads(text)
+                fields = json_value(text)
                 key = next(key for key in _KEYS if key in fields)
                 label, place = fields[key], f".json, as {key}"
             str(label).encode()  # ValueError: half of a surrogate pair, which JSON can name
-        except (ValueError, TypeError, RecursionError, StopIteration) as error:
+        except (ValueError, TypeError, StopIteration) as error:
             reason = f"none of {', '.join(_KEYS)}" if isinstance(error, StopIteration) else error
             raise DataError(f"{where}: no label ({reason})") from error
         if isinstance(label, list | dict):

@@ -1,11 +1,11 @@
 """The job that writes one shard unless it is already complete."""
 
-import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mpl_fast import locks
 from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError, output_errors
 from mpl_fast.packing.options import ImageOptions
@@ -18,14 +18,20 @@ _LOCK_POLL = 0.2  # seconds between two attempts to lock a shard
 
 
 def run_job(
-    work: Path, shard: ShardRow, image_options: ImageOptions, read_threads: int, advance: Advance
+    work: Path,
+    shard: ShardRow,
+    image_options: ImageOptions,
+    read_threads: int,
+    advance: Advance,
+    *,
+    lock: bool = True,
 ) -> list[Remark]:
     """Write a shard unless it is complete and undamaged; return the remarks about its images.
 
     Arguments and result are small: images never cross between processes. advance is called with
-    images and bytes done.
+    images and bytes done. `lock`: another machine may have the same job.
     """
-    with _locked(work / f"{shard.file}.lock", advance):
+    with _locked(work / f"{shard.file}.lock", advance, lock=lock):
         receipt = _valid_receipt(work, shard, advance)
         if receipt is not None:
             advance(shard.records, shard.bytes)
@@ -37,16 +43,12 @@ def run_job(
 
 
 @contextmanager
-def _locked(path: Path, advance: Advance) -> Iterator[None]:
+def _locked(path: Path, advance: Advance, *, lock: bool) -> Iterator[None]:
     """Wait until no other machine writes this shard: parts I/3 and J/4 overlap."""
-    with output_errors(path), path.open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                advance(0, 0)
-                time.sleep(_LOCK_POLL)
+    with output_errors(path), path.open("a") as file:
+        while lock and not locks.lock(file, path.parent):
+            advance(0, 0)
+            time.sleep(_LOCK_POLL)
         yield
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mpl_fast.atomic import write_bytes
 from mpl_fast.errors import DataError
-from mpl_fast.untrusted import json_value
+from mpl_fast.untrusted import json_value, npz_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,12 +77,10 @@ class ShardReceipt:
     @staticmethod
     def load(path: Path) -> "ShardReceipt":
         """Return what save wrote; DataError when the file is missing or damaged."""
-        import numpy as np
-
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                fields = json_value(stored["arr_0"].tobytes())
-                columns = {name: stored[f"arr_{1 + at}"] for at, name in enumerate(COLUMNS)}
+            stored = npz_arrays(path)
+            fields = json_value(stored["arr_0"].tobytes())
+            columns = {name: stored[f"arr_{1 + at}"] for at, name in enumerate(COLUMNS)}
             remarks = [Remark(**remark) for remark in fields.pop("remarks")]
             return ShardReceipt(**fields, **columns, remarks=remarks)
         except _DAMAGE as error:

@@ -2,8 +2,9 @@
 // everything is counted and logged. What a stream capture forbids is refused, as by the real one.
 //
 // Lines of the log: KERNEL, MEMCPY, MEMSET, HOSTFUNC (with CAPTURED before them during a capture,
-// with ESCAPED if they run beside it), SYNC, HOSTALLOC, GRAPH, CAPTURE, JOINED, and REFUSED with
-// the function that returned an error. Functions that are not here are the real runtime's.
+// with ESCAPED if they run beside it), SYNC (with "in a thread" after it if that is not the main
+// one), HOSTALLOC, GRAPH, CAPTURE, JOINED, and REFUSED with the function that returned an error.
+// Functions that are not here are the real runtime's.
 #pragma once
 
 #include <cuda_runtime_api.h>

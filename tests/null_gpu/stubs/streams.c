@@ -1,9 +1,11 @@
 // Streams, captures, graphs and events. What a capture forbids is refused.
+#define _GNU_SOURCE
 #include "null.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 typedef struct {
     long nodes;
@@ -79,7 +81,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 
 cudaError_t null_wait(const char *what, const char *function, int forbidden) {
     if (forbidden) return null_refuse(cudaErrorStreamCaptureUnsupported, function);
-    null_note("SYNC %s", what);
+    null_note("SYNC %s%s", what, gettid() == getpid() ? "" : " in a thread");
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -186,6 +188,7 @@ typedef struct {
     Graph *graph;  // of the capture in which it was recorded
     unsigned long long capture_id;
     double milliseconds;
+    int device;
 } Event;
 
 static int is_captured(cudaEvent_t event) { return is_open(((Event *)event)->graph); }
@@ -206,6 +209,7 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     event->graph = is_open(stream->graph) ? stream->graph : 0;
     event->capture_id = stream->capture_id;
+    cudaGetDevice(&event->device);
     event->milliseconds = now.tv_sec * 1e3 + now.tv_nsec * 1e-6;
     return cudaSuccess;
 }
@@ -218,7 +222,11 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (is_captured(event)) return null_refuse(cudaErrorCapturedEvent, "cudaEventSynchronize");
-    return null_wait("event", "cudaEventSynchronize", 0);
+    int device;
+    cudaGetDevice(&device);
+    // Legal, but a thread that has not set its device makes a context on the first one.
+    int own = device == ((Event *)event)->device;
+    return null_wait(own ? "event" : "event of another device", "cudaEventSynchronize", 0);
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
     *milliseconds = ((Event *)end)->milliseconds - ((Event *)start)->milliseconds;

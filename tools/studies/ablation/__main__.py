@@ -92,7 +92,7 @@ def _refuse_others(planned: list[Job], manifest: Manifest) -> None:
     """Raises `ConfigError`, before any result is overwritten, if a folder holds another run."""
     # Imported here: PyTorch takes seconds, which --help does not need.
     from mpl_fast.training.build import resolve_epochs
-    from mpl_fast.training.run_dir import check_same_config
+    from mpl_fast.training.same_config import check_same_config
 
     for job in planned:
         try:

@@ -1,7 +1,6 @@
 """The runs of an ablation: variants of one config, each with every seed."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from mpl_fast.atomic import write_text
 from mpl_fast.config import RECIPES, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
-from mpl_fast.untrusted import yaml_value
+from mpl_fast.training.curves import read_summary
+from mpl_fast.untrusted import yaml_object
 
 Json = dict[str, Any]
 
@@ -58,12 +58,11 @@ class Job:
     def complete(self) -> bool:
         """Whether its folder holds this very run to its end."""
         wanted = yaml.safe_load(as_yaml(self.config))
+        summary, config = read_summary(self.folder), yaml_object(self.folder / "config.yaml")
         try:
-            summary = json.loads((self.folder / "summary.json").read_text())
-            config = yaml_value(self.folder / "config.yaml")
             same = _result_keys(config) == _result_keys(wanted)
             return same and bool(summary["steps"] == config["steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError, AttributeError):
             return False  # train.py reports what is wrong, or resumes
 
 

@@ -1,6 +1,5 @@
 """Trains one run of an ablation as a process of its own."""
 
-import json
 import os
 import shlex
 import signal
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.config.aliases import METRIC_NAMES, renamed
+from mpl_fast.training.curves import SUMMARY, read_summary
 from mpl_fast.training.process import signal_when_parent_ends
 from tools.studies.ablation.plan import Job
 
@@ -49,12 +48,9 @@ def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
         log.parent.mkdir(parents=True, exist_ok=True)
         reason = _train(job, ranks, log, shown)
     if not reason:
-        try:
-            text = (job.folder / "summary.json").read_text()
-            summary = renamed(json.loads(text), METRIC_NAMES)
-        except (OSError, ValueError):
-            reason = f"ended without a summary, see {log.name}"
-    return Result(job, summary, reason, _warnings(log))
+        summary = read_summary(job.folder)
+        reason = "" if summary else f"ended without a sound {SUMMARY}, see {log.name}"
+    return Result(job, summary or None, reason, _warnings(log))
 
 
 def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> str:
