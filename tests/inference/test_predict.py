@@ -130,6 +130,9 @@ def test_bad_images_lose_no_other(
     rows = rows_of(out)
     assert rows["good/5/gif.jpg"]["class"] and rows["good/5/short.jpg"]["class"]
     assert rows["good/4/text.jpg"]["error"] and rows[LARGE]["error"]
+    low = tmp_path / "low.jsonl"
+    predict(tiny_trained, tmp_path / "clean", "--out", low, "--max-pixels", 255, status=4)
+    assert {row["error"] for row in rows_of(low).values()} == {"16 x 16 pixels are more than 255"}
     none = predict(
         tiny_trained, make_tree(tmp_path / "none", bad), "--out", tmp_path / "x.csv", status=4
     )

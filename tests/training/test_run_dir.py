@@ -139,6 +139,8 @@ def test_rows_that_can_never_be_written_end_the_run(
 FOREIGN = [
     b"my own line",
     b'{"step": "a"}',
+    b'{"step": 1.5}',
+    b'{"loss": 1}',
     b'{"step": 1, "note": "x"}',
     b"[1]",
     b"\xff\0",

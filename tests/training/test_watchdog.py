@@ -1,6 +1,7 @@
 """A rank without progress reports where it is and ends; a slow rank is named."""
 
 import os
+import queue
 import threading
 from pathlib import Path
 
@@ -42,22 +43,16 @@ def wait_here(event: threading.Event, seconds: float = 60.0) -> bool:
 def test_a_rank_without_progress_reports_its_step_and_stack(
     ended: threading.Event, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    why, reported = list[str](), threading.Event()
-
-    def failed(reason: str) -> None:
-        why.append(reason)
-        reported.set()
-
-    dog = Watchdog(tmp_path, RANK, TIMEOUT, failed)
+    why = queue.SimpleQueue[str]()
+    dog = Watchdog(tmp_path, RANK, TIMEOUT, why.put)
     with dog.watching(3):
         for step in (4, 5):
             dog.beat(step)
-        assert wait_here(ended) and reported.wait(60)
+        assert wait_here(ended)
     report = (tmp_path / "hang/rank_1.txt").read_text()
     assert "rank 1 of 2 on " in report and "s after step 5\n" in report
     assert "in wait_here" in report and "in _report" in report  # all threads
-    assert len(why) == 1
-    assert why[0].endswith(f"after step 5: its stack is in {tmp_path}/hang/rank_1.txt")
+    assert why.get(timeout=60).endswith(f"after step 5: its stack is in {tmp_path}/hang/rank_1.txt")
     printed = capfd.readouterr().err
     assert f"after step 5: its stack is in {tmp_path}/hang/rank_1.txt; a rank without" in printed
 

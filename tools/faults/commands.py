@@ -161,8 +161,10 @@ def move_away(run: Running) -> None:
 
 
 def start_again(run: Running) -> None:
-    """Starts the command a second time, which must be refused."""
+    """Starts the command a second time, which must be refused; the first does not end before."""
+    run.process.send_signal(signal.SIGSTOP)
     done = subprocess.run(run.process.args, capture_output=True, text=True, check=False)
+    run.process.send_signal(signal.SIGCONT)
     if done.returncode != 2 or "is in use by another run" not in done.stderr:
         raise AssertionError(f"a second run: {done.returncode}, {done.stderr}")
 
@@ -207,7 +209,7 @@ FAULTS: dict[str, Fault] = {
     "SIGHUP to torchrun": STOP_AND_SAVE(send(signal.SIGHUP), code=1, ranks=2),
     "SIGHUP under nohup": Fault(send(signal.SIGHUP), before=("nohup",)),
     "SIGHUP to torchrun under nohup": Fault(
-        send(signal.SIGHUP), ranks=2, before=("nohup",), launcher=(f"{HANDLED}",)
+        send(signal.SIGHUP), ranks=2, before=("nohup",), launcher=(HANDLED,)
     ),
     "SIGUSR1 to torchrun": STOP_AND_SAVE(
         send(signal.SIGUSR1), code=1, ranks=2, launcher=(f"{HANDLED},SIGUSR1",)
@@ -232,7 +234,7 @@ FAULTS: dict[str, Fault] = {
         launcher=(RESTARTS,),
     ),
     "a disk that is full for a second": OUTAGE,
-    "the same, two ranks": OUTAGE._replace(ranks=2),
+    "a disk that is full for a second, two ranks": OUTAGE._replace(ranks=2),
     "a disk that stays full": FULL,
     "a disk that stays full, two ranks": FULL._replace(code=1, ranks=2),
     "records that are cut short": Fault(
@@ -268,11 +270,10 @@ FAULTS |= {f"SIGKILL of torchrun as ranks begin, {n}": BEGINNING for n in range(
 FAULTS |= {f"SIGKILL of a rank that is restarted, {n}": RESTARTED for n in range(TIMES)}
 
 
-def run_commands(campaign: Campaign, rec: Path, only: Sequence[str] = ()) -> None:
-    """All faults, or those of `only`, that are missing."""
+def run_commands(campaign: Campaign, rec: Path) -> None:
+    """The faults that are missing."""
     for name, fault in FAULTS.items():
-        if not only or name in only:
-            campaign.run(f"command: {name}", partial(one_case, campaign.out, rec, name, fault))
+        campaign.run(f"command: {name}", partial(one_case, campaign.out, rec, name, fault))
 
 
 def one_case(out: Path, rec: Path, name: str, fault: Fault) -> Case:
