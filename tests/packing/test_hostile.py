@@ -22,7 +22,8 @@ from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE
-from mpl_fast.packing.sources import mnist, spool, svhn
+from mpl_fast.packing.sources import cifar, mnist, spool, svhn
+from mpl_fast.packing.sources import zip as zip_source
 from mpl_fast.packing.write.image_check import find_fault, too_many_pixels
 from mpl_fast.packing.write.pixels import PIXEL_LIMIT, declared_pixels
 from mpl_fast.packing.write.process_image import process_image
@@ -274,12 +275,60 @@ def test_labels_of_idx_that_never_end(tmp_path: Path, monkeypatch: pytest.Monkey
     assert peak < 16e6
 
 
-def test_labels_of_svhn_that_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(svhn, "_LABELS", 9)
+@pytest.mark.parametrize(
+    ("limit", "least", "end"),
+    [("_LABELS", 10, "y has the shape (10, 1)"), ("PIXEL_LIMIT", 16, "images of 4 x 4 pixels")],
+)
+def test_sides_in_svhn(
+    limit: str, least: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels, labels = np.zeros((4, 4, 3, 10), np.uint8), np.ones((10, 1), np.uint8)
     pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", {"X": pixels, "y": labels})
+    monkeypatch.setattr(svhn, limit, least)
+    listed(tmp_path / "x.mat", tmp_path)
+    (tmp_path / "x.mat").touch()  # to be unpacked again
+    monkeypatch.setattr(svhn, limit, least - 1)
     line = refuse("--src", tmp_path / "x.mat", "--out", tmp_path / "out", *HOW, status=4)
-    assert line.endswith("x.mat: damaged: y has the shape (10, 1)")
+    assert line.endswith(f"x.mat: damaged: {end}")
+
+
+def test_a_batch_of_cifar_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is unpickled in memory."""
+    monkeypatch.setattr(cifar, "_LARGEST", 1 << 16)
+    content = [("cifar-10-batches-py/batches.meta", bytes((1 << 16) + 1))]
+    content += [(f"cifar-10-batches-py/data_batch_{n}", b"x") for n in range(1, 6)]
+    archive = make_tar(tmp_path / "cifar.tar.gz", content, "w:gz")
+    line = refuse("--src", f"{archive}:train", "--out", tmp_path / "out", *HOW, status=4)
+    assert line.endswith("batches.meta has 65537 bytes: no batch as published")
+
+
+def test_a_member_of_a_zip_that_inflates_beyond_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zip_source, "_SIZE_LIMIT", 1 << 20)
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in (f"{folder}/{number}.jpg" for folder in "ab" for number in range(4)):
+            archive.writestr(name, bytes(8 << 20))
+        for member in archive.filelist:
+            member.file_size = 100
+    tracemalloc.start()
+    line = refuse("--src", path, "--out", tmp_path / "out", *HOW, status=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a member is cut short or too large" in line and peak < 6e6
+
+
+def test_zeros_behind_a_tar_are_not_read(tmp_path: Path) -> None:
+    """A hole in a file has any length."""
+    tar = make_tar(tmp_path / "a.tar", [(f"{c}/{n}.jpg", jpeg(n)) for c in "ab" for n in range(4)])
+    with tar.open("r+b") as file:
+        file.truncate(1 << 28)
+    tracemalloc.start()
+    run("pack", "--src", tar, "--out", tmp_path / "out", *HOW)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6
 
 
 def test_sides_of_raw_pixels(tmp_path: Path) -> None:
