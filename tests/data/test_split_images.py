@@ -4,6 +4,7 @@ import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,8 +56,9 @@ def test_damaged_lines(line: str, kind: str, tiny_rec: Path, tmp_path: Path) -> 
     before = getattr(split, kind).read_text().splitlines()
     damaged = tmp_path / "damaged"
     damaged.write_text("\n".join([line, *before[1:], ""]), "utf-8", "surrogateescape")
+    given: dict[str, Any] = {kind: damaged}
     with pytest.raises(DataError, match="does not list the records"):
-        SplitImages(replace(split, **{kind: damaged}))
+        SplitImages(replace(split, **given))
 
 
 @pytest.mark.parametrize("label", [-2, 10, 1 << 24])
