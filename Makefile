@@ -9,7 +9,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 DEMO := $(PY) tools/demo.py --seeds $(SEEDS) $(if $(STEPS),--steps $(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv check lint format test nightly demo bench lock clean
+.PHONY: help venv check lint format test nightly demo bench lock audit clean
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +56,12 @@ lock: ## Resolves setup.py anew into requirements.lock, for every Python that it
 	build/lock/bin/uv pip compile setup.py --extra dev --universal --python-version 3.10 --upgrade \
 	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --output-file requirements.lock
+
+# Strict: a package that the database does not answer for is an error, not one without faults.
+audit: ## Known vulnerabilities of the packages of requirements.lock, by pip-audit; asks pypi.org
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --disable-pip-version-check --quiet pip-audit
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement requirements.lock
 
 clean: ## Removes .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

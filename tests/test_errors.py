@@ -220,7 +220,7 @@ def test_every_command_escapes_what_it_names(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [path, *words, *COMMANDS[command], EVIL])
     module = path.removesuffix("/__main__.py").replace("/", ".")
-    program: Any = partial(runpy.run_module, module, run_name="__main__")
+    program: partial[dict[str, Any]] = partial(runpy.run_module, module, run_name="__main__")
     if module == path.replace("/", "."):
         program = partial(runpy.run_path, str(ROOT / path), run_name="__main__")
     text = printed_by(program, tmp_path / "printed", monkeypatch)

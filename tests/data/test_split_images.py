@@ -56,9 +56,9 @@ def test_damaged_lines(line: str, kind: str, tiny_rec: Path, tmp_path: Path) -> 
     before = getattr(split, kind).read_text().splitlines()
     damaged = tmp_path / "damaged"
     damaged.write_text("\n".join([line, *before[1:], ""]), "utf-8", "surrogateescape")
-    other: dict[str, Any] = {kind: damaged}
+    given: dict[str, Any] = {kind: damaged}
     with pytest.raises(DataError, match="does not list the records"):
-        SplitImages(replace(split, **other))
+        SplitImages(replace(split, **given))
 
 
 @pytest.mark.parametrize("label", [-2, 10, 1 << 24])

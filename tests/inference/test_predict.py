@@ -130,9 +130,12 @@ def test_bad_images_lose_no_other(
     rows = rows_of(out)
     assert rows["good/5/gif.jpg"]["class"] and rows["good/5/short.jpg"]["class"]
     assert rows["good/4/text.jpg"]["error"] and rows[LARGE]["error"]
-    low = tmp_path / "low.jsonl"
-    predict(tiny_trained, tmp_path / "clean", "--out", low, "--max-pixels", 255, status=4)
-    assert {row["error"] for row in rows_of(low).values()} == {"16 x 16 pixels are more than 255"}
+    predict(tiny_trained, tree, "--out", out, "--max-pixels", 255, "--force", status=4)
+    assert {row["error"] for name, row in rows_of(out).items() if name in good} == {
+        "16 x 16 pixels are more than 255"
+    }
+    over = predict(tiny_trained, tree, "--out", out, "--max-pixels", 1 << 29, "--force", status=2)
+    assert "--max-pixels 536870912: must be 1 to 268435456" in over.stderr
     none = predict(
         tiny_trained, make_tree(tmp_path / "none", bad), "--out", tmp_path / "x.csv", status=4
     )

@@ -1,5 +1,6 @@
 """Sources and packs that somebody made to do harm: one line, nothing outside, bounded memory."""
 
+import gzip
 import json
 import sqlite3
 import struct
@@ -15,16 +16,20 @@ from unittest import mock
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE
-from mpl_fast.packing.sources import spool
+from mpl_fast.packing.sources import cifar, mnist, spool, svhn
+from mpl_fast.packing.sources import zip as zip_source
 from mpl_fast.packing.write.image_check import find_fault, too_many_pixels
 from mpl_fast.packing.write.pixels import PIXEL_LIMIT, declared_pixels
 from mpl_fast.packing.write.process_image import process_image
+from mpl_fast.untrusted import npz_arrays
 from tests.packing.made_sources import listed
 from tests.packing.packs import (
     image_tree,
@@ -188,6 +193,48 @@ def test_a_compressed_tar_that_fills_the_disk(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("column", ["image", "label", "path"])
+def test_a_parquet_of_one_value_for_all_rows(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow copied it for each of the rows in memory: 2.2 GB for a file of 1,014 bytes."""
+    rows, value = 300, "x" * (1 << 20)
+    once = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value]))
+    images = [jpeg(0)] * rows
+    paths = once if column == "path" else pa.array([f"{row}.jpg" for row in range(rows)])
+    content = once.cast(pa.large_binary()) if column == "image" else pa.array(images)
+    table = {
+        "image": pa.StructArray.from_arrays([content, paths], ["bytes", "path"]),
+        "label": once if column == "label" else pa.array(["a"] * rows),
+    }
+    bomb = tmp_path / "bomb.parquet"
+    how: dict[str, Any] = {"dictionary_pagesize_limit": 1 << 30, "store_schema": False}
+    parquet.write_table(pa.table(table), bomb, compression="zstd", **how)
+    monkeypatch.setattr(spool, "_ALWAYS", 1 << 20)
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    status = 0 if column == "path" else 4  # equal paths name no image, so they are left out
+    try:
+        done = run("pack", "--src", bomb, "--out", tmp_path / "out", *HOW, status=status)
+    finally:
+        pa.set_memory_pool(before)
+    assert ("it unpacks to more than 100 times its size" in done.stderr) is bool(status)
+    assert counted.max_memory() < 16 << 20
+
+
+def test_arrays_are_not_compressed(tmp_path: Path) -> None:
+    """This program writes none such: a thousandth of a gigabyte would be one in memory."""
+    np.savez(tmp_path / "a.npz", a=np.arange(9))
+    assert npz_arrays(tmp_path / "a.npz")["a"].tolist() == [*range(9)]
+    np.savez_compressed(tmp_path / "a.npz", a=np.zeros(1 << 20))
+    with pytest.raises(ValueError, match="ValueError: it is compressed"):
+        npz_arrays(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match=r"BadZipFile: "):
+        npz_arrays(tmp_path / "a.npz")
+
+
 def test_a_zip_of_overlapping_members(tmp_path: Path) -> None:
     """One image as a hundred members."""
     path, data = tmp_path / "bomb.zip", jpeg(0)
@@ -212,6 +259,78 @@ def idx(path: Path, count: int, shape: tuple[int, int]) -> Path:
     labels = struct.pack(">4sI", b"\0\0\x08\x01", count) + bytes(count)
     path.with_name(path.name.replace("images-idx3", "labels-idx1")).write_bytes(labels)
     return path
+
+
+def test_labels_of_idx_that_never_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few kilobytes that unpack to gigabytes, more than the limit are not read."""
+    file = idx(tmp_path / "train-images-idx3-ubyte", 2, (5, 10))
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    labels.unlink()
+    content = struct.pack(">4sI", b"\0\0\x08\x01", 64 << 20) + bytes(64 << 20)
+    labels.with_suffix(".gz").write_bytes(gzip.compress(content, 1))
+    monkeypatch.setattr(mnist, "_LABEL_BYTES", 1 << 20)
+    tracemalloc.start()
+    line = refuse("--src", file, "--out", tmp_path / "out", *HOW, status=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert line.endswith("train-labels-idx1-ubyte.gz: no idx file of labels, or cut short")
+    assert peak < 16e6
+
+
+@pytest.mark.parametrize(
+    ("limit", "least", "end"),
+    [("_LABELS", 10, "y has the shape (10, 1)"), ("PIXEL_LIMIT", 16, "images of 4 x 4 pixels")],
+)
+def test_sides_in_svhn(
+    limit: str, least: int, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, labels = np.zeros((4, 4, 3, 10), np.uint8), np.ones((10, 1), np.uint8)
+    pytest.importorskip("scipy.io").savemat(tmp_path / "x.mat", {"X": pixels, "y": labels})
+    monkeypatch.setattr(svhn, limit, least)
+    listed(tmp_path / "x.mat", tmp_path)
+    (tmp_path / "x.mat").touch()  # to be unpacked again
+    monkeypatch.setattr(svhn, limit, least - 1)
+    line = refuse("--src", tmp_path / "x.mat", "--out", tmp_path / "out", *HOW, status=4)
+    assert line.endswith(f"x.mat: damaged: {end}")
+
+
+def test_a_batch_of_cifar_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is unpickled in memory."""
+    monkeypatch.setattr(cifar, "_LARGEST", 1 << 16)
+    content = [("cifar-10-batches-py/batches.meta", bytes((1 << 16) + 1))]
+    content += [(f"cifar-10-batches-py/data_batch_{n}", b"x") for n in range(1, 6)]
+    archive = make_tar(tmp_path / "cifar.tar.gz", content, "w:gz")
+    line = refuse("--src", f"{archive}:train", "--out", tmp_path / "out", *HOW, status=4)
+    assert line.endswith("batches.meta has 65537 bytes: no batch as published")
+
+
+def test_a_member_of_a_zip_that_inflates_beyond_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zip_source, "_SIZE_LIMIT", 1 << 20)
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in (f"{folder}/{number}.jpg" for folder in "ab" for number in range(4)):
+            archive.writestr(name, bytes(8 << 20))
+        for member in archive.filelist:
+            member.file_size = 100
+    tracemalloc.start()
+    line = refuse("--src", path, "--out", tmp_path / "out", *HOW, status=4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a member is cut short or too large" in line and peak < 6e6
+
+
+def test_zeros_behind_a_tar_are_not_read(tmp_path: Path) -> None:
+    """A hole in a file has any length."""
+    tar = make_tar(tmp_path / "a.tar", [(f"{c}/{n}.jpg", jpeg(n)) for c in "ab" for n in range(4)])
+    with tar.open("r+b") as file:
+        file.truncate(1 << 28)
+    tracemalloc.start()
+    run("pack", "--src", tar, "--out", tmp_path / "out", *HOW)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6
 
 
 def test_sides_of_raw_pixels(tmp_path: Path) -> None:

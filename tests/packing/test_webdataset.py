@@ -180,7 +180,7 @@ GOOD: Contents = {"0.jpg": b"1", "0.cls": "3"}
         ({"0.jpg": b"1", "0.json": '{"id": 1}'}, r"0.json: no label \(none of label, cls, "),
         ({"0.jpg": b"1", "0.json": "[]"}, r"0.json: no label \(none of label, cls, "),
         ({"0.jpg": b"1", "0.json": "{"}, r"0.json: no label \(Expecting"),
-        ({"0.jpg": b"1", "0.json": "[" * 300_000}, r"0.json: no label \(maximum recursion depth"),
+        ({"0.jpg": b"1", "0.json": "[" * 300_000}, r"0.json: no label \(nested too deep"),
         ({"0.jpg": b"1", "0.json": r'{"label": "\ud83d"}'}, r"0.json: no label \('utf-8' codec"),
         ({"0.jpg": b"1", "0.txt": "x" * (1 << 20) + "x"}, "0.txt has 1048577 bytes: no label"),
     ],
