@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_group as _default_group
 from torch.distributed.rendezvous import rendezvous
 
 from mpl_fast.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, and to meet the other ranks
 LONG_SECONDS = 1800.0  # at least, for the first steps, compilation and evaluations' starts
-# What each backend's flight recorder has of the latest 2,000 exchanges, as PyTorch names it.
-TRACES = {"gloo": "_dump_fr_trace", "nccl": "_dump_nccl_trace"}
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,18 @@ def _device(wanted: str) -> torch.device:
 
 
 def traces() -> dict[str, bytes]:
-    """By backend, the latest exchanges of this rank as the flight recorder has them, for
-    `torchfrtrace`; empty with one process."""
+    """By backend, gloo and nccl, the latest 2,000 exchanges of this rank as PyTorch's flight
+    recorders have them, for `torchfrtrace`; empty with one process."""
     if not dist.is_initialized():
         return {}
-    backends = dist.get_backend_config().split(",")  # such as cpu:gloo,cuda:nccl
-    named = {backend.split(":")[-1] for backend in backends} & TRACES.keys()
-    return {name: getattr(torch._C._distributed_c10d, TRACES[name])() for name in sorted(named)}
+    c10d: Any = torch._C._distributed_c10d
+    found: dict[str, bytes] = {"gloo": c10d._dump_fr_trace()}
+    if "nccl" in dist.get_backend_config():
+        # Named "nccl2" by PyTorch 2.15, "nccl" by those before, with a recorder of its own.
+        name = _default_group()._get_backend(torch.device("cuda")).name()
+        old = name == "nccl"
+        found["nccl"] = c10d._dump_nccl_trace() if old else c10d._dump_fr_trace(backend=name)
+    return found
 
 
 _waited = 0.0

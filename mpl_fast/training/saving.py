@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,7 @@ class Saving:
             self._ready()
             files = self._write_part()
             self._part_ended.set()
-            if self._rank > 0:
-                self._follow()
-            elif self._collect(files):
+            if self._rank == 0 and self._collect(files):
                 self._progressed()
                 self._publish(files)
         except (OSError, UserError) as error:
@@ -141,6 +140,9 @@ class Saving:
             self._fault = error
         finally:
             self._part_ended.set()
+        if self._rank > 0:
+            with suppress(OSError):
+                self._follow()
 
     def _write_part(self) -> Files:
         self.partial.mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ def check_saves(seen: dict[str, Any], before: int, *saves: int) -> None:
     it goes to memory that is pinned already."""
     for save in saves:
         waits = [line for line in seen["waits"][save] if line != "SYNC event"]  # of the host
-        assert waits == [] and seen["pinned"][save] == 0
+        assert waits == [] and seen["pinned"][save] <= 1  # metrics of the ranks
     for first, last in pairwise((before, *saves)):
         waits = [line for lines in seen["waits_in_threads"][first:last] for line in lines]
         assert waits == ["SYNC event in a thread"]
@@ -111,6 +111,7 @@ def test_two_ranks_stop_resume_and_evaluate(sync: str, tiny_rec: Path, tmp_path:
             waits = rank["waits"][steps]
             assert {wait for step in waits for wait in step} == {"SYNC event"}
             assert sync == "ddp" or max(map(len, waits)) == 1
-        check_saves(rank, 10, 15, 20)
+        if sync == "allreduce":  # DDP has waits of its own
+            check_saves(rank, 10, 15, 20)
     first, second = (rank["copies"][15:21:5] for rank in seen)
     assert min(first) > 100 and first[0] == first[1] and second == [1, 1]  # metrics, on both
