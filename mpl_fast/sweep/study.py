@@ -65,7 +65,10 @@ class Storage(NamedTuple):
             return RDBStorage(self.url(out), engine_kwargs=waits)
         except (SQLAlchemyError, ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"--storage {self.shown(out)} cannot be used: {reason}") from None
+            hint = "; without locks, give --storage journal" if self.place == "sqlite" else ""
+            raise ConfigError(
+                f"--storage {self.shown(out)} cannot be used: {reason}{hint}"
+            ) from None
 
     def url(self, out: Path) -> str:
         """For Optuna and its dashboard."""
