@@ -83,7 +83,7 @@ class ClassFolders(Source):
         previous = class_name = ""
         for entry in self._entries():
             path, start, size, stamp = entry
-            if "/." in f"/{path}":
+            if path.startswith(".") or "/." in path:
                 continue
             if size < 0:
                 self._folders.add(path)
