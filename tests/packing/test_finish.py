@@ -111,7 +111,7 @@ def test_table_has_the_place_of_each_image(whole: Pack) -> None:
                 at += written.length
                 count += 1
             assert at == len(content) == entry["bytes"]
-            assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+            assert f"{zlib.crc32(content):08x}" == entry["crc32"]
             if how.shards != 1:
                 lines = (work / entry["idx"]).read_text().splitlines()
                 assert lines[0] == f"{entry['first_id']}\t0"

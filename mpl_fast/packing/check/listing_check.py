@@ -26,7 +26,7 @@ def check_table(
 
     Return the shards in the table by file name, none if it is damaged, and the problems.
     """
-    fault = file_fault(root, TABLE, manifest["table_sha256"])
+    fault = file_fault(root, TABLE, "sha256", manifest["table_sha256"])
     if fault:
         return {}, [Problem(TABLE, fault)]
     with open_table(root / TABLE) as table:
@@ -56,8 +56,8 @@ def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> lis
     split = manifest["splits"][name]
     problems = []
     for kind in ("lst", "idx"):
-        fault = file_fault(root, split[kind], split[f"{kind}_sha256"])
-        if fault == CHANGED and use_table:
+        fault = file_fault(root, split[kind], "sha256", split[f"{kind}_sha256"])
+        if fault.endswith(CHANGED) and use_table:
             with open_table(root / TABLE) as table:
                 right = _right_lines(table, manifest, name, kind)
                 fault += _first_wrong_line(root / split[kind], right, advance)

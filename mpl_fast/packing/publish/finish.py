@@ -172,7 +172,7 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
             "prefix": shard.prefix,
             "bytes": receipt.size,
             "records": len(receipt.ids),
-            "sha256": receipt.sha256,
+            "crc32": receipt.checksum,
             "multipart": receipt.multipart,
             "first_id": shard.first_id,
         }
