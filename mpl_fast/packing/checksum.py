@@ -3,7 +3,6 @@
 zlib-ng's takes a fifth of the time of zlib's, for the same values.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ try:
     from zlib_ng.zlib_ng import crc32
 except ImportError:
     from zlib import crc32
+
+from mpl_fast.atomic import sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,15 +37,14 @@ def file_checksum(
     path: Path, kind: str, progress: Callable[[int], None] = lambda size: None
 ) -> str:
     """Return the "crc32" or "sha256" of a file; `progress` gets the bytes of each block read."""
-    digest, crc = hashlib.sha256(), 0
+    if kind == "sha256":
+        return sha256_of(path, progress)
+    crc = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
-            if kind == "crc32":
-                crc = crc32(block, crc)
-            else:
-                digest.update(block)
+            crc = crc32(block, crc)
             progress(len(block))
-    return f"{crc:08x}" if kind == "crc32" else digest.hexdigest()
+    return f"{crc:08x}"
 
 
 def joined_crc32(crcs: "NDArray[np.uint32]", lengths: "NDArray[np.int64]") -> int:
