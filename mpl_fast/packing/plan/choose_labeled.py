@@ -7,10 +7,10 @@ validation images is "val:seed", so that the two choices are independent.
 
 import hashlib
 import re
-import sys
 from array import array
 from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,10 +132,8 @@ def _ranked(
         new_ids, class_names, texts = zip(*block, strict=True)
         ids.extend(new_ids)
         classes.extend([numbers.setdefault(name, len(numbers)) for name in class_names])
-        keys = map("{}/{}".format, class_names, texts)
-        ranks.frombytes(b"".join([hash_rank(seed, key)[:8] for key in keys]))
-    if sys.byteorder == "little":
-        ranks.byteswap()
+        digests = b"".join(map(hash_rank, repeat(seed), map("{}/{}".format, class_names, texts)))
+        ranks.frombytes(np.frombuffer(digests, ">u8")[::4].astype(np.uint64).tobytes())
     names = sorted(numbers)
     position = np.empty(len(names), np.int64)
     position[[numbers[name] for name in names]] = np.arange(len(names))
