@@ -162,6 +162,24 @@ def test_manifest_names_every_file_with_its_hash(whole: Pack) -> None:
         assert made == nine | {"classes.txt", TABLE}
 
 
+def test_every_file_is_on_disk_before_the_manifest(
+    whole: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is written after finish, and from which on the pack counts as complete."""
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    _, _, work, _ = whole
+    manifest = finish(work)
+    assert {*text_hashes(manifest)} <= {name.removesuffix(".tmp") for name in synced}
+    assert work.name in synced
+
+
 def test_unfinished_shards(tree: Path) -> None:
     work = plan_work(options(tree))
     shards = Planned(work / TABLE).shards

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from mpl_fast.atomic import atomic_file
+from mpl_fast.atomic import atomic_file, sync_files
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import Json
@@ -56,6 +56,7 @@ def write_splits(
                     check_index(lines, [sizes[shard.file] for shard in own], split.index)
             checked.add(split.idx.sha256)
             entries[split.planned.name] = split.entry(own, len(table.classes()))
+    sync_files([work / entry[kind] for entry in entries.values() for kind in ("idx", "lst")])
     return entries
 
 
@@ -65,8 +66,8 @@ class _SplitFiles:
     def __init__(self, work: Path, planned: PlannedSplit, stack: ExitStack) -> None:
         self.planned = planned
         self.index, self._listing = f"{planned.stem}.idx", f"{planned.stem}.lst"
-        self.idx = stack.enter_context(atomic_file(work / self.index))
-        self._lst = stack.enter_context(atomic_file(work / self._listing))
+        self.idx = stack.enter_context(atomic_file(work / self.index, sync=False))
+        self._lst = stack.enter_context(atomic_file(work / self._listing, sync=False))
         self._counts: Counter[int] = Counter()
         self._padding = Padding()
 
