@@ -28,7 +28,7 @@ ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 
 def cut(sizes: list[int], shards: int) -> list[int]:
     """Return the shard of each record."""
-    starts = shard_starts(sizes, len(sizes), sum(sizes), shards)
+    starts = shard_starts(((size,) for size in sizes), len(sizes), sum(sizes), shards)
     return [bisect.bisect(starts, at) - 1 for at in range(len(sizes))]
 
 

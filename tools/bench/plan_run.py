@@ -35,7 +35,7 @@ class MadeFolder(FolderSource):
         for number in range(CLASSES):
             name = f"n{number:08d}"
             for at in range(number, self._rows, CLASSES):
-                yield Entry(f"{name}/{name}_{at}.JPEG", -1, IMAGE, 10**18 + at)
+                yield Entry._make((f"{name}/{name}_{at}.JPEG", -1, IMAGE, 10**18 + at))
 
 
 def once(rows: int, work: Path) -> dict[str, float]:

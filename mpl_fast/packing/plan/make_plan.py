@@ -210,7 +210,7 @@ class _Planner:
         sizes = self.table.execute(
             "SELECT size FROM records WHERE id >= ? ORDER BY id", (first_id,)
         )
-        starts = shard_starts((one for (one,) in sizes), count, int(size), shards)
+        starts = shard_starts(sizes, count, int(size), shards)
         for number, (start, end) in enumerate(pairwise([*starts, count])):
             file = shard_file(prefix, number, shards)
             ids = range(first_id + start, first_id + end)

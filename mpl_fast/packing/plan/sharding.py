@@ -28,13 +28,13 @@ def shard_file(prefix: str, number: int, shards: int) -> str:
     return f"{prefix}.rec" if shards == 1 else f"{prefix}-{number:05d}-of-{shards:05d}.rec"
 
 
-def shard_starts(sizes: Iterable[int], records: int, size: int, shards: int) -> list[int]:
+def shard_starts(sizes: Iterable[tuple[int]], records: int, size: int, shards: int) -> list[int]:
     """Return the first record of each shard, of consecutive records of about equal bytes.
 
-    size is the sum of the sizes of so many records; no shard is empty.
+    sizes are rows; size is their sum, of so many records; no shard is empty.
     """
     starts, before = [0], 0
-    for at, own in enumerate(sizes):
+    for at, (own,) in enumerate(sizes):
         number = len(starts)
         if number == shards:
             break
