@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpl_fast.packing.checksum import crc32, joined_crc32
+from mpl_fast.packing.checksum import joined_crc32
 
 
 @given(st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 5000).map(bytes)), max_size=8))
@@ -14,10 +14,3 @@ def test_crc32_of_joined_parts(parts: list[bytes]) -> None:
     crcs = np.array([zlib.crc32(part) for part in parts], np.uint32)
     lengths = np.array([len(part) for part in parts], np.int64)
     assert joined_crc32(crcs, lengths) == zlib.crc32(b"".join(parts))
-
-
-@given(st.binary(max_size=300), st.integers(0, 300))
-def test_crc32_is_that_of_zlib(content: bytes, cut: int) -> None:
-    """Also that of zlib-ng, which is used where it is installed."""
-    assert crc32(content[cut:], crc32(content[:cut])) == zlib.crc32(content)
-    assert crc32(memoryview(content)) == zlib.crc32(content)

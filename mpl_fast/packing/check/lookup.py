@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from mpl_fast.data.records import ID_LIMIT, NO_LABEL, parse_payload, unframe
 from mpl_fast.errors import DataError, OutputError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.load_pack import load_pack, require_table
-from mpl_fast.packing.checksum import crc32
 from mpl_fast.packing.plan.layout import planned_splits
 from mpl_fast.packing.plan.table import (
     TABLE,
@@ -124,7 +124,7 @@ def extract(root: Path, what: str) -> tuple[Found, bytes]:
         raise DataError(f"{path}: {error.strerror}") from error
     except DataError as error:
         raise _damaged(path, found, str(error)) from error
-    if len(image) != found.size or crc32(image) != found.crc32:
+    if len(image) != found.size or zlib.crc32(image) != found.crc32:
         raise _damaged(path, found, "its checksum is wrong")
     return found, image
 

@@ -5,6 +5,7 @@ each of its records is compared with the table.
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from mpl_fast.data.manifest import load_manifest, text_hashes
 from mpl_fast.data.records import frame, record_head, unframe
 from mpl_fast.errors import DataError
-from mpl_fast.packing.checksum import checksum_of, crc32, file_checksum
+from mpl_fast.packing.checksum import checksum_of, file_checksum
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
@@ -141,7 +142,7 @@ def _record_fault(framed: bytes, record: RecordRow, written: WrittenRow, deep: b
         return "its frame is damaged"
     if not payload.startswith(header):
         return "its header is damaged"
-    if crc32(image) != written.crc32:
+    if zlib.crc32(image) != written.crc32:
         return "its image is damaged"
     if frame(payload) != framed:
         return "its padding is damaged"

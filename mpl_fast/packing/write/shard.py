@@ -1,5 +1,6 @@
 """Writes one shard: from its rows in the table to a complete .rec file with its receipt."""
 
+import zlib
 from array import array
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +15,7 @@ from mpl_fast.data.records import (
     record_head,
 )
 from mpl_fast.errors import DataError, output_errors
-from mpl_fast.packing.checksum import crc32, joined_crc32
+from mpl_fast.packing.checksum import joined_crc32
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, open_table
 from mpl_fast.packing.sources.kinds import DECODERS
@@ -143,20 +144,20 @@ class _ShardPacker:
     def _complete_in_place(self, record: RecordRow, image: "bytes | memoryview") -> None:
         """Add head and padding to an image that was read in place."""
         size = len(image)
-        start, crc = self._writer.position, crc32(image)
+        start, crc = self._writer.position, zlib.crc32(image)
         head, padding = record_head(record.label, record.id, size), bytes(-size % 4)
         self._writer.put(start, head)
         self._writer.put(start + HEAD_SIZE + size, padding)
-        self._count_part(crc32(head), HEAD_SIZE)
-        self._count_part(crc32(padding, crc), size + len(padding))
+        self._count_part(zlib.crc32(head), HEAD_SIZE)
+        self._count_part(zlib.crc32(padding, crc), size + len(padding))
         self._count(record, size, crc, HEAD_SIZE + size + len(padding))
         self._writer.advance(HEAD_SIZE + size + len(padding))
 
     def _append(self, record: RecordRow, image: bytes) -> None:
         framed = image_record(record.label, record.id, image)
         self._multipart += is_multipart(framed)
-        self._count_part(crc32(framed), len(framed))
-        self._count(record, len(image), crc32(image), len(framed))
+        self._count_part(zlib.crc32(framed), len(framed))
+        self._count(record, len(image), zlib.crc32(image), len(framed))
         self._writer.append(framed)
 
     def _count_part(self, crc: int, length: int) -> None:
