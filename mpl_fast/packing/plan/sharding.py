@@ -18,7 +18,7 @@ SELECT CAST(group_concat(id || char(9) || label || char(9) || name || char(9) ||
        CAST(group_concat(path || char(9) || start || char(9) || time || char(10), '') AS BLOB),
        sum(bytes)
 FROM (SELECT id, label, name, records.size AS bytes, path, start,
-             iif(start < 0, records.stamp, sources.stamp) AS time
+             CASE WHEN start < 0 THEN records.stamp ELSE sources.stamp END AS time
       FROM records CROSS JOIN sources ON number = source WHERE id BETWEEN ? AND ? ORDER BY id)
 """
 
