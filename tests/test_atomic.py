@@ -69,6 +69,17 @@ def test_sync_precedes_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Path, "replace", replace)
     atomic.write_bytes(tmp_path / "file", b"new")
     assert events == ["sync file.tmp", "rename file.tmp file", f"sync {tmp_path.name}"]
+    del events[:]
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        with atomic.atomic_file(path, sync=False) as file:
+            file.write(b"new")
+    assert events == [f"rename {name}.tmp {name}" for name in "abc"]
+    del events[:]
+    atomic.sync_files(paths)
+    assert sorted(events[:3]) == ["sync a", "sync b", "sync c"]
+    assert events[3:] == [f"sync {tmp_path.name}"]
+    atomic.sync_files([])
 
 
 def test_a_failed_write_is_reported_in_place_of_the_error_it_caused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A finished pack is kept when it is the planned one, and replaced only with --force."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -15,7 +16,6 @@ from mpl_fast.packing.pack import publish_pack
 from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.existing_pack import changed_options, check_existing, require_same
 from mpl_fast.packing.publish.out_folder import open_out_folder
-from mpl_fast.packing.write.shard_receipt import ShardReceipt
 from tests.packing.packs import KEEP, jpeg, make_tree, options_of, plan_work, write_shards
 
 REMEDY = "choose another --out, or --force to replace it"
@@ -142,9 +142,13 @@ def test_damaged_manifest(packed: PackOptions, edit: Callable[[dict[str, Any]], 
     assert refusal(packed) == f"holds classes.txt of an unknown pack; {REMEDY}"
 
 
-def test_broken_shards_are_named_and_have_to_be_what_they_were(packed: PackOptions) -> None:
+@pytest.mark.parametrize("kind", ["crc32", "sha256"])  # that of earlier versions
+def test_broken_shards_are_named_and_have_to_be_what_they_were(
+    packed: PackOptions, kind: str
+) -> None:
     first, second = (packed.out / name for name in (FIRST, SECOND))
     content = first.read_bytes()
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)}
     first.write_bytes(content[:-4])
     assert look(packed)[1] == [FIRST]
     second.unlink()
@@ -152,12 +156,15 @@ def test_broken_shards_are_named_and_have_to_be_what_they_were(packed: PackOptio
     first.write_bytes(content[::-1])  # only sizes are compared
     manifest, broken = look(packed)
     assert broken == [SECOND]
+    if kind == "sha256":
+        for shard in manifest["shards"]:
+            del shard["crc32"]
+            shard["sha256"] = sums[shard["file"]]
     with open_out_folder(packed.out) as folder:
         write_shards(plan_work(packed))
         for name in (FIRST, SECOND):
             require_same(folder, manifest, broken)  # FIRST was not broken
-            path = folder.work / f"{name}.done"
-            replace(ShardReceipt.load(path), sha256="0" * 64).save(path)
+            (folder.work / name).write_bytes((folder.work / name).read_bytes()[::-1])
         with pytest.raises(OutputError, match=f"{SECOND}, packed again, is not what it was; "):
             require_same(folder, manifest, broken)
 

@@ -1,16 +1,20 @@
 """DALI decodes every image that passes the check, to the same pixels."""
 
+import itertools
+import random
+from collections import Counter
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.packing.write.image_check import find_fault
-from mpl_fast.packing.write.pixels import decode, read_shape
+from mpl_fast.packing.write.pixels import PixelsError, check_jpeg, decode, read_shape
 from tests.packing.hazard_images import UNUSABLE, USABLE, chunks_of, png_of
 
 
@@ -125,3 +129,27 @@ def test_16_bits_are_divided_by_257(layers: int, highest: int) -> None:
         assert np.abs(pixels - values[..., None] / 257).max() < 1
     tiff = cv2.imencode(".tiff", np.dstack([values] * layers))[1].tobytes()
     assert np.abs(decode(tiff) - values[..., None] / 257).max() < 1
+
+
+def test_the_check_without_colors_finds_what_decoding_with_them_does() -> None:
+    """Bits are flipped in sequential and progressive JPEGs, with and without restart marks."""
+    chance, found = random.Random(0), Counter[bool]()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    for progressive, restart in itertools.product((0, 1), (0, 4)):
+        how = [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive, cv2.IMWRITE_JPEG_RST_INTERVAL, restart]
+        whole = cv2.imencode(".jpg", pixels, how)[1].tobytes()
+        for _ in range(300):
+            image = bytearray(whole)
+            image[chance.randrange(2, len(image))] ^= 1 << chance.randrange(8)
+            try:
+                simplejpeg.decode_jpeg(bytes(image), colorspace="BGR", strict=True)
+                right = True
+            except ValueError:
+                right = False
+            found[right] += 1
+            try:
+                check_jpeg(bytes(image))
+                assert right
+            except PixelsError:
+                assert not right
+    assert min(found.values()) > 100

@@ -1,7 +1,11 @@
 """Shards of about equal size, none empty, and the digests that detect a change of a plan."""
 
+import bisect
+import hashlib
 import itertools
-from dataclasses import replace
+import json
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpl_fast.packing.options import ImageOptions, SplitOptions
-from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, plan_digest, shard_file
-from mpl_fast.packing.plan.table import RecordRow, open_table
+from mpl_fast.packing.plan.sharding import (
+    plan_digest,
+    shard_digests,
+    shard_file,
+    shard_starts,
+)
+from mpl_fast.packing.plan.table import RecordRow, create_table, open_table
 from tests.packing.made_sources import MadeSource, images_of, plan_of
 from tests.packing.packs import KEEP
 
@@ -19,15 +28,15 @@ ROW = RecordRow(3, 1, 0, "a.jpg", 0, "ant/a.jpg", -1, 10, 7)
 
 def cut(sizes: list[int], shards: int) -> list[int]:
     """Return the shard of each record."""
-    numbers = ShardAssigner(len(sizes), sum(sizes), shards)
-    return [numbers.assign(size) for size in sizes]
+    starts = shard_starts(((size,) for size in sizes), len(sizes), sum(sizes), shards)
+    return [bisect.bisect(starts, at) - 1 for at in range(len(sizes))]
 
 
 def test_names() -> None:
     assert shard_file("train", 0, 1) == "train.rec"
     assert shard_file("train", 7, 12) == "train-00007-of-00012.rec"
     assert shard_file("val", 123456, 200000) == "val-123456-of-200000.rec"
-    assert digest_of(ROW).content("other") != CONTENT
+    assert digest_of(ROW, file="other")[1] != CONTENT
 
 
 @pytest.mark.parametrize(
@@ -69,13 +78,44 @@ def test_shards_differ_by_less_than_two_images(sizes: list[int], shards: int) ->
     assert all(abs(size - sum(sizes) / shards) <= max(sizes) for size in held)
 
 
-def digest_of(row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7) -> ShardDigest:
-    digest = ShardDigest(image_options)
-    digest.add(row, stamp)
-    return digest
+def digest_of(
+    row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7, file: str = "x"
+) -> tuple[int, str, str]:
+    """Return the digests of a shard of one row, from a file of its own or one with that stamp."""
+    with closing(create_table(Path(":memory:"))) as table:
+        table.execute("INSERT INTO sources VALUES (0, '', 'archive', '', 0, ?)", (stamp,))
+        own = row._replace(stamp=stamp)
+        table.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", own)
+        return shard_digests(table, file, range(row.id, row.id + 1), image_options)
 
 
-CONTENT, STAMPS = digest_of(ROW).content("x"), digest_of(ROW).stamps()
+_, CONTENT, STAMPS = digest_of(ROW)
+
+
+def test_digests_of_several_blocks() -> None:
+    """Of what is joined in SQL, with names that are no UTF-8."""
+    rows = [
+        RecordRow(5 + at, at % 3, 0, f"{at}.jpg", at % 2, f"a/{at}.jpg", at % 5 - 1, at, 9 * at)
+        for at in range(2500)
+    ]
+    with closing(create_table(Path(":memory:"))) as table:
+        for number in range(2):
+            row = (number, "", "archive", "", 0, 70 + number)
+            table.execute("INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?)", row)
+        marks = "?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?"
+        odd = [(*row[:3], b"\xff" + row.name.encode(), *row[4:]) for row in rows]
+        table.executemany(f"INSERT INTO records VALUES ({marks})", odd)
+        found = shard_digests(table, "x", range(5, 2505), KEEP)
+    settings = json.dumps({**asdict(KEEP), "on_bad": False}, sort_keys=True)
+    lines = [settings.encode()]
+    lines += [b"%d\t%d\t\xff%s\t%d\n" % (row.id, row.label, row.name.encode(), row.size)
+              for row in rows]  # fmt: skip
+    content = hashlib.sha256(b"".join([*lines, b"x"])).hexdigest()
+    times = [row.stamp if row.start < 0 else 70 + row.source for row in rows]
+    places = "".join(f"{row.path}\t{row.start}\t{time}\n"
+                     for row, time in zip(rows, times, strict=True))  # fmt: skip
+    stamps = hashlib.sha256(places.encode()).hexdigest()
+    assert found == (sum(row.size for row in rows), content, stamps)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +138,10 @@ CONTENT, STAMPS = digest_of(ROW).content("x"), digest_of(ROW).stamps()
     ],
 )
 def test_changes_in_a_shard(
-    digest: ShardDigest, content_differs: bool, stamps_differ: bool
+    digest: tuple[int, str, str], content_differs: bool, stamps_differ: bool
 ) -> None:
-    assert (digest.content("x") != CONTENT) == content_differs
-    assert (digest.stamps() != STAMPS) == stamps_differ
+    assert (digest[1] != CONTENT) == content_differs
+    assert (digest[2] != STAMPS) == stamps_differ
 
 
 HOW = SplitOptions(labeled="4", shards=3)

@@ -17,12 +17,23 @@ from mpl_fast.errors import DataError
 from mpl_fast.packing.check.shard_check import check_shard
 from mpl_fast.packing.check.verify import verify
 from mpl_fast.packing.plan.table import TABLE, open_table
-from tests.packing.packs import MAGIC, hashes, image_tree, jpeg, run, verified
+from tests.packing.packs import (
+    MAGIC,
+    hashes,
+    image_tree,
+    jpeg,
+    make_tree,
+    read_split,
+    run,
+    verified,
+)
 from tests.packing.small_pack import SmallPack, make_pack
 
 FIRST, SECOND = "train-00000-of-00002.rec", "train-00001-of-00002.rec"
 FIRST_IDX, SECOND_IDX = "train-00000-of-00002.idx", "train-00001-of-00002.idx"
-OTHER = "its sha256 is not the manifest's"
+OTHER = "its crc32 is not the manifest's"
+OTHER_TEXT = "its sha256 is not the manifest's"
+GOLDEN = Path(__file__).parents[1] / "golden" / "old_pack"
 GONE = "No such file or directory"
 # Frame, header, and images of 5, 0 and 3 bytes over a multiple of 4; the second has three parts.
 TINY = {
@@ -166,7 +177,7 @@ def test_damage_is_attributed_to_records(pack: SmallPack, deep: bool) -> None:
 
 
 def line_of(file: str, number: int, found: str, right: str) -> list[str]:
-    return [f"{file}: {OTHER}: line {number} is {found!r}, it should be {right!r}"]
+    return [f"{file}: {OTHER_TEXT}: line {number} is {found!r}, it should be {right!r}"]
 
 
 @pytest.mark.parametrize(
@@ -179,8 +190,8 @@ def line_of(file: str, number: int, found: str, right: str) -> list[str]:
         (lambda at: swap(at / FIRST_IDX, at / "val.lst"),
          [f"{FIRST_IDX}: holds the content of val.lst",
           f"val.lst: holds the content of {FIRST_IDX}"]),
-        (lambda at: edit(at / "classes.txt", "bee", "boe"), [f"classes.txt: {OTHER}"]),
-        (lambda at: edit(at / FIRST_IDX, "\t0\n", "\t4\n"), [f"{FIRST_IDX}: {OTHER}"]),
+        (lambda at: edit(at / "classes.txt", "bee", "boe"), [f"classes.txt: {OTHER_TEXT}"]),
+        (lambda at: edit(at / FIRST_IDX, "\t0\n", "\t4\n"), [f"{FIRST_IDX}: {OTHER_TEXT}"]),
         (lambda at: edit(at / "train.lst", "5\t2\t", "5\t1\t"),
          line_of("train.lst", 6, "5\t1\tcat/train_5.jpg", "5\t2\tcat/train_5.jpg")),
         (lambda at: edit(at / "train_unlabel.idx", "0\t0\n", "0\t8\n"),
@@ -191,7 +202,7 @@ def line_of(file: str, number: int, found: str, right: str) -> list[str]:
          line_of("val.lst", 3, "", "10\t1\tbee/val_10.jpg")),
         (lambda at: (at / "val.lst").unlink(), [f"val.lst: {GONE}"]),
         (lambda at: (at / "classes.txt").unlink(), [f"classes.txt: {GONE}"]),
-        (edit_table, [f"{TABLE}: {OTHER}"]),
+        (edit_table, [f"{TABLE}: {OTHER_TEXT}"]),
         (lambda at: (at / TABLE).unlink(), [f"{TABLE}: {GONE}"]),
         (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(records=3)),
          [f"{MANIFEST}: its shards are not those of {TABLE}; pack again"]),
@@ -202,7 +213,7 @@ def line_of(file: str, number: int, found: str, right: str) -> list[str]:
         (lambda at: edit_manifest(at, lambda stored: (stored["classes"].update(n=4),
                                                       stored["splits"].pop("val"))),
          [f"{MANIFEST}: its classes and splits are not those of {TABLE}; pack again"]),
-        (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(sha256="0")),
+        (lambda at: edit_manifest(at, lambda stored: stored["shards"][0].update(crc32="0")),
          [f"{FIRST}: every record is as the table has it, but {OTHER}"]),
     ],
 )  # fmt: skip
@@ -233,7 +244,7 @@ def test_with_a_damaged_table_only_checksums_are_compared(
     change(pack.root / SECOND, 200)
     change(pack.root / "val.lst", 0)
     assert problems(pack.root, deep=True) == [
-        f"{file}: {OTHER}" for file in (TABLE, SECOND, "val.lst")
+        *(f"{TABLE}: {OTHER_TEXT}", f"{SECOND}: {OTHER}", f"val.lst: {OTHER_TEXT}")
     ]
 
 
@@ -251,6 +262,38 @@ def test_images_that_were_packed_undecodable(tmp_path: Path) -> None:
         report.require_sound()
 
 
+def test_a_pack_of_an_earlier_version(tmp_path: Path) -> None:
+    """tests/golden/old_pack: of commit 25e28d9, which had a sha256 for each .rec file.
+
+    By `pack --src tree/train --val tree/val --labeled 2 --shards 2`.
+    """
+    old = Path(shutil.copytree(GOLDEN, tmp_path / "old"))
+    assert problems(old) == problems(old, deep=True) == []
+    # Its images make the same files again, but for times and paths in the table and the manifest.
+    for stem in ("train", "val"):
+        images = {f"{stem}/{key}": image for *_, key, image in read_split(old, stem)}
+        make_tree(tmp_path / "tree", images)
+    tree, new = tmp_path / "tree", tmp_path / "new"
+    sources = ("--src", tree / "train", "--val", tree / "val")
+    run("pack", *sources, "--labeled", 2, "--shards", 2, "--out", new)
+    varying = {MANIFEST, TABLE, ".lock"}
+    texts = [{name: one for name, one in hashes(at).items() if name not in varying}
+             for at in (old, new)]  # fmt: skip
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 17
+    manifests = [json.loads((at / MANIFEST).read_text()) for at in (old, new)]
+    assert [{*stored["shards"][0]} - {"crc32", "sha256"} for stored in manifests] == [
+        {"file", "prefix", "bytes", "records", "multipart", "first_id", "idx", "idx_sha256"}
+    ] * 2
+    for key in ("plan_sha256", "splits", "classes", "duplicates"):
+        assert manifests[0][key] == manifests[1][key]
+    change(old / FIRST, 100)
+    (problem,) = problems(old)
+    assert problem.startswith(f"{FIRST}: record 0 (bee/")
+    shutil.copy(old / SECOND, old / FIRST)
+    assert f"{FIRST}: holds the content of {SECOND}" in problems(old)[0]
+
+
 def test_folders_that_are_no_finished_pack(pack: SmallPack, tmp_path: Path) -> None:
     def refused(root: Path, message: str) -> None:
         with pytest.raises(DataError, match=message):
@@ -264,7 +307,7 @@ def test_folders_that_are_no_finished_pack(pack: SmallPack, tmp_path: Path) -> N
     edit_manifest(pack.root, lambda stored: stored["splits"]["train"].update(shards=[7]))
     refused(pack.root, r"manifest\.json: damaged \((.*, )?7(, .*)?\); pack again")
     for part, at, key in (
-        ("shards", 0, "sha256"),
+        ("shards", 0, "crc32"),
         ("shards", 0, "idx_sha256"),
         ("splits", "train", "lst_sha256"),
     ):

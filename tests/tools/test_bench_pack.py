@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 
 from tests.tiny_run import ROOT
-from tools.bench import pack
+from tools.bench import pack, plan
 from tools.bench.pack import VARIANTS, Bench, wrong_sides
 from tools.bench.pack_files import Data
 from tools.bench.results import Row, Spread
@@ -235,3 +235,18 @@ def test_rows_of_known_runs() -> None:
         (f"{name}, memory", "MiB"): 200e6 / 2**20,
         ("verify: verify", "MB/s"): 1000.0,
     }
+
+
+def test_the_plan_of_made_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, work = tmp_path / "plan.json", tmp_path / "work"
+    work.mkdir()
+    assert plan.main(["--smoke", "--out", str(out), "--work", str(work)]) == 0
+    rows = {row["name"]: row["median"] for row in json.loads(out.read_text())["rows"]}
+    parts = [rows[f"10000 images: {name}"] for name in ("plan", "finish", "both")]
+    assert min(parts) > 0
+    assert parts[0] + parts[1] == pytest.approx(parts[2])
+    assert rows["10000 images: memory"] < 300  # PyTorch's is more
+    assert not [*work.iterdir()]
+    monkeypatch.setitem(plan.TINY, "rows", [2000])  # of 1000 classes: less than 10 % are one each
+    assert plan.main(["--smoke", "--out", str(out), "--work", str(work)]) == 1
+    assert "2000 images" in json.loads(out.read_text())["failed"]

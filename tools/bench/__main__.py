@@ -15,6 +15,7 @@ NAMES = {
     "optimizer": "clipping, SGD and moving average",
     "input": "DALI pipelines, beside torchvision and SPDL",
     "pack": "packing, verifying and re-splitting, beside webdataset, MDS and im2rec",
+    "plan": "the plan and the end of a pack of a million images: CPU time and memory",
     "syncs": "host synchronizations, launches and collectives of a step of each recipe",
     "ranks": "how a step scales over ranks",
     "checkpoint": "saving and verifying a checkpoint, and resuming",

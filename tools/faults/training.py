@@ -187,14 +187,13 @@ def differences(
     `bitwise`, in their steps, and values that are not finite."""
     found = []
     last = f"checkpoints/step_{steps:08d}"
-    for file in sorted((expected / last).glob("*.pt")):
-        one, other = (
-            torch.load(path, weights_only=True) for path in (file, folder / last / file.name)
-        )
+    for file in sorted(((expected if bitwise else folder) / last).glob("*.pt")):
+        state = torch.load(folder / last / file.name, weights_only=True)
         if bitwise:
-            found += [f"{file.name}: {key} differs" for key in unequal(one, other)]
+            other = torch.load(file, weights_only=True)
+            found += [f"{file.name}: {key} differs" for key in unequal(other, state)]
         else:
-            found += [f"{file.name}: {key} is not finite" for key in not_finite(other)]
+            found += [f"{file.name}: {key} is not finite" for key in not_finite(state)]
     rows = [tiny_run.rows(path) for path in (expected, folder)]
     kept = [{row["step"]: evaluation(row) for row in r if "eval/top1" in row} for r in rows]
     if kept[0] != kept[1] if bitwise else [*kept[0]] != [*kept[1]]:

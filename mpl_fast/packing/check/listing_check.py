@@ -8,8 +8,8 @@ from typing import Any
 from mpl_fast.data.manifest import MANIFEST, load_manifest
 from mpl_fast.packing.check.shard_check import CHANGED, Problem, file_fault
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
-from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, listed_name, open_table
-from mpl_fast.packing.publish.sparse_index import padded_lines
+from mpl_fast.packing.plan.table import TABLE, ShardRow, Table, open_table
+from mpl_fast.packing.publish.sparse_index import Padding
 from mpl_fast.packing.publish.split_files import listed_records
 from mpl_fast.packing.write.pool import Advance
 
@@ -26,7 +26,7 @@ def check_table(
 
     Return the shards in the table by file name, none if it is damaged, and the problems.
     """
-    fault = file_fault(root, TABLE, manifest["table_sha256"])
+    fault = file_fault(root, TABLE, "sha256", manifest["table_sha256"])
     if fault:
         return {}, [Problem(TABLE, fault)]
     with open_table(root / TABLE) as table:
@@ -56,8 +56,8 @@ def check_split(root: Path, name: str, use_table: bool, advance: Advance) -> lis
     split = manifest["splits"][name]
     problems = []
     for kind in ("lst", "idx"):
-        fault = file_fault(root, split[kind], split[f"{kind}_sha256"])
-        if fault == CHANGED and use_table:
+        fault = file_fault(root, split[kind], "sha256", split[f"{kind}_sha256"])
+        if fault.endswith(CHANGED) and use_table:
             with open_table(root / TABLE) as table:
                 right = _right_lines(table, manifest, name, kind)
                 fault += _first_wrong_line(root / split[kind], right, advance)
@@ -74,23 +74,25 @@ def splits_with_shards(table: Table) -> list[tuple[PlannedSplit, list[ShardRow]]
     return [(split, own) for split, own in found if own]
 
 
-def _right_lines(table: Table, manifest: Mapping[str, Any], name: str, kind: str) -> Iterator[str]:
-    classes = table.classes()
+def _right_lines(
+    table: Table, manifest: Mapping[str, Any], name: str, kind: str
+) -> Iterator[bytes]:
     ((planned, shards),) = [found for found in splits_with_shards(table) if found[0].name == name]
     sizes = {entry["file"]: entry["bytes"] for entry in manifest["shards"]}
-    rows = listed_records(table, shards, sizes, planned.labeled)
-    if kind == "idx":
-        return padded_lines((number, file, offset) for number, _, _, file, offset in rows)
-    return (
-        f"{number}\t{label}\t{listed_name(classes, label, image)}\n"
-        for number, label, image, *_ in rows
-    )
+    padding = Padding()
+    for file, records in listed_records(table, shards, sizes):
+        for labeled, _, listed, indexed in records:
+            if planned.labeled in (None, labeled):
+                yield from (listed,) if kind == "lst" else padding.padded(file, (indexed,))
+    if last := padding.end():
+        yield last
 
 
-def _first_wrong_line(path: Path, right: Iterable[str], advance: Advance) -> str:
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-        for number, (line, wanted) in enumerate(zip_longest(lines, right, fillvalue=""), 1):
+def _first_wrong_line(path: Path, right: Iterable[bytes], advance: Advance) -> str:
+    with path.open("rb") as lines:
+        for number, pair in enumerate(zip_longest(lines, right, fillvalue=b""), 1):
             advance(0, 0)
-            if line != wanted:
-                return f": line {number} is {line.rstrip()!r}, it should be {wanted.rstrip()!r}"
+            if pair[0] != pair[1]:
+                line, wanted = (one.decode("utf-8", "surrogateescape").rstrip() for one in pair)
+                return f": line {number} is {line!r}, it should be {wanted!r}"
     return ""

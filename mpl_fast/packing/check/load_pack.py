@@ -8,11 +8,12 @@ from mpl_fast.data.manifest import MANIFEST, file_names, load_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.shard_check import file_fault
+from mpl_fast.packing.checksum import checksum_of
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.table import TABLE
 from mpl_fast.packing.publish.out_folder import WORK, is_pack_file
 
-_SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "sha256": str, "first_id": int}
+_SHARD = {"file": str, "prefix": str, "bytes": int, "records": int, "first_id": int}
 _INDEX = {"idx": str, "idx_sha256": str}
 _SPLIT = {"records": int, "shards": list, **_INDEX, "lst": str, "lst_sha256": str}
 _TOTALS = {"images": int, "bytes_in": int, "bytes_out": int, "seconds": (int, float)}
@@ -42,7 +43,7 @@ def load_pack(root: Path) -> Json:
     try:
         entries: list[tuple[Json, Mapping[str, Any]]] = [(manifest, _ALL)]
         entries += [(manifest["totals"], _TOTALS), (manifest["classes"], {"n": int, "sha256": str})]
-        entries += [(entry, _SHARD) for entry in manifest["shards"]]
+        entries += [(entry, {**_SHARD, checksum_of(entry)[0]: str}) for entry in manifest["shards"]]
         entries += [(entry, _INDEX) for entry in manifest["shards"] if "idx" in entry]
         entries += [(entry, _SPLIT) for entry in manifest["splits"].values()]
         entries += [(entry, _SOURCE) for entry in manifest["sources"]]
@@ -65,7 +66,7 @@ def load_pack(root: Path) -> Json:
 
 def require_table(root: Path, manifest: Mapping[str, Any]) -> None:
     """DataError when the table does not have the sha256 in the manifest."""
-    fault = file_fault(root, TABLE, manifest["table_sha256"])
+    fault = file_fault(root, TABLE, "sha256", manifest["table_sha256"])
     if fault:
         raise DataError(
             f"{root / TABLE}: damaged, {fault}; make_rec.py verify {root} lists all damage, then "

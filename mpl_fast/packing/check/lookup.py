@@ -21,7 +21,7 @@ from mpl_fast.packing.plan.table import (
     image_key,
     open_table,
     origin_of,
-    to_utf8,
+    sql_text,
 )
 
 _PLACE = re.compile(r"([\w.-]+\.rec)[\"']?,?\s+(?:at\s+)?(?:index\s+)?(\d+)\b")
@@ -157,7 +157,7 @@ def _with_name(table: Table, classes: list[str], what: str) -> list[RecordRow]:
     """Return the records with the name or class/name `what`, or its path, by id."""
     query = "SELECT * FROM records WHERE name IN (CAST(? AS TEXT), CAST(? AS TEXT)) ORDER BY id"
     name = what.rpartition("/")[2]
-    rows = [RecordRow(*row) for row in table.query(query, (to_utf8(name), to_utf8(what)))]
+    rows = [RecordRow(*row) for row in table.query(query, (sql_text(name), sql_text(what)))]
     return [row for row in rows if what in (row.name, image_key(classes, row))]
 
 

@@ -1,7 +1,7 @@
 """Checks the files of one finished shard, and attributes damage to its records.
 
-The manifest's sha256 decides whether a file is as it was written. If the .rec file is not, each of
-its records is compared with the table.
+The manifest's checksum decides whether a file is as it was written. If a .rec file is not,
+each of its records is compared with the table.
 """
 
 import os
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpl_fast.atomic import sha256_of
 from mpl_fast.data.manifest import load_manifest, text_hashes
 from mpl_fast.data.records import frame, record_head, unframe
 from mpl_fast.errors import DataError
+from mpl_fast.packing.checksum import checksum_of, file_checksum
 from mpl_fast.packing.plan.table import (
     TABLE,
     RecordRow,
@@ -27,7 +27,7 @@ from mpl_fast.packing.plan.table import (
 from mpl_fast.packing.write.image_check import find_fault
 from mpl_fast.packing.write.pool import Advance
 
-CHANGED = "its sha256 is not the manifest's"
+CHANGED = "is not the manifest's"
 _UNDECODABLE = "undamaged, but cannot be decoded"
 
 
@@ -70,9 +70,9 @@ def check_shard(
         advance(0, 0 if deep else size)
 
     name = entry["file"]
-    fault = file_fault(root, name, entry["sha256"], hashed)
+    fault = file_fault(root, name, *checksum_of(entry), hashed)
     problems: list[Problem] = []
-    if shard and (fault == CHANGED or (deep and not fault)):
+    if shard and (fault.endswith(CHANGED) or (deep and not fault)):
         try:
             problems += _record_problems(root, entry, shard, deep, advance)
         except OSError as error:  # the file is read a second time
@@ -80,7 +80,7 @@ def check_shard(
         fault = fault and f"every record is as the table has it, but {fault}"
     if fault and not problems:
         problems.append(Problem(name, fault))
-    if "idx" in entry and (fault := file_fault(root, entry["idx"], entry["idx_sha256"])):
+    if "idx" in entry and (fault := file_fault(root, entry["idx"], "sha256", entry["idx_sha256"])):
         problems.append(Problem(entry["idx"], fault))
     if not deep:
         advance(entry["records"], 0)
@@ -88,20 +88,25 @@ def check_shard(
 
 
 def file_fault(
-    root: Path, name: str, sha256: str, progress: Callable[[int], None] = lambda size: None
+    root: Path,
+    name: str,
+    kind: str,
+    checksum: str,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> str:
-    """Return why a file does not have this sha256, or ""; progress is called with bytes read."""
+    """Return why a file does not have this crc32 or sha256, or ""; progress gets bytes read."""
     try:
-        found = sha256_of(root / name, progress)
+        found = file_checksum(root / name, kind, progress)
     except OSError as error:
         return error.strerror or str(error)
-    if found == sha256:
+    if found == checksum:
         return ""
     # Files may have been swapped.
     manifest = load_manifest(root)
-    hashes = text_hashes(manifest) | {s["file"]: s["sha256"] for s in manifest["shards"]}
-    owner = next((file for file, other in hashes.items() if other == found), None)
-    return f"holds the content of {owner}" if owner else CHANGED
+    known = {file: ("sha256", sha256) for file, sha256 in text_hashes(manifest).items()}
+    known |= {shard["file"]: checksum_of(shard) for shard in manifest["shards"]}
+    owner = next((file for file, other in known.items() if other == (kind, found)), None)
+    return f"holds the content of {owner}" if owner else f"its {kind} {CHANGED}"
 
 
 def _record_problems(

@@ -81,7 +81,7 @@ def verify(
     started = time.monotonic()
     manifest = load_pack(root)
     shards, problems = check_table(root, manifest)
-    fault = file_fault(root, CLASSES, manifest["classes"]["sha256"])
+    fault = file_fault(root, CLASSES, "sha256", manifest["classes"]["sha256"])
     if fault:
         problems.append(Problem(CLASSES, fault))
     entries = manifest["shards"]

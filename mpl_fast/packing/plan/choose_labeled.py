@@ -10,12 +10,14 @@ import re
 from array import array
 from collections.abc import Collection, Iterable, Mapping
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.plan.named_images import choose_named
+from mpl_fast.packing.plan.table import blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,10 +128,12 @@ def _ranked(
 
     numbers: dict[str, int] = {}
     ids, classes, ranks = array("q"), array("i"), array("Q")
-    for record_id, class_name, name in images:
-        ids.append(record_id)
-        classes.append(numbers.setdefault(class_name, len(numbers)))
-        ranks.append(_rank(seed, f"{class_name}/{name}"))
+    for block in blocks(images):
+        new_ids, class_names, texts = zip(*block, strict=True)
+        ids.extend(new_ids)
+        classes.extend([numbers.setdefault(name, len(numbers)) for name in class_names])
+        digests = b"".join(map(hash_rank, repeat(seed), map("{}/{}".format, class_names, texts)))
+        ranks.frombytes(np.frombuffer(digests, ">u8")[::4].astype(np.uint64).tobytes())
     names = sorted(numbers)
     position = np.empty(len(names), np.int64)
     position[[numbers[name] for name in names]] = np.arange(len(names))

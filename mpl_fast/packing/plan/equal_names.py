@@ -8,7 +8,7 @@ from pathlib import Path
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import Tally, counted
 from mpl_fast.packing.plan.choose_labeled import hash_rank
-from mpl_fast.packing.plan.table import to_utf8
+from mpl_fast.packing.plan.table import sql_text
 from mpl_fast.packing.plan.twins import same_files
 from mpl_fast.packing.sources.source import Source, require_one_line
 
@@ -102,7 +102,7 @@ def _renamed(
     classes: Sequence[str],
     rank: Callable[[str, str], bytes],
     attempt: int,
-) -> Iterator[tuple[int, bytes, bytes]]:
+) -> Iterator[tuple[int, str | bytes, bytes]]:
     """Yield row, new name and rank of each image whose class and name another has, too."""
     tags = _tags(sources)
     query = (
@@ -116,7 +116,7 @@ def _renamed(
         if attempt > 1:  # as for a/b_c and a_b/c
             name = f"{hash_rank(tags[number], path).hex()[:16]}_{name}"
         require_one_line(name, path, sources[number].spec)
-        yield row, to_utf8(name), rank(classes[class_number], name)
+        yield row, sql_text(name), rank(classes[class_number], name)
 
 
 def _tags(sources: Mapping[int, Source]) -> dict[int, str]:

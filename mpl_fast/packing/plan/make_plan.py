@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from mpl_fast.data.records import ID_LIMIT, NO_LABEL
@@ -21,15 +22,8 @@ from mpl_fast.packing.plan.draw_splits import draw_splits
 from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_once
 from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
-from mpl_fast.packing.plan.sharding import ShardAssigner, ShardDigest, shard_file
-from mpl_fast.packing.plan.table import (
-    RecordRow,
-    add_titles,
-    create_table,
-    own_uri,
-    table_errors,
-    to_utf8,
-)
+from mpl_fast.packing.plan.sharding import shard_digests, shard_file, shard_starts
+from mpl_fast.packing.plan.table import add_titles, create_table, own_uri, sql_text, table_errors
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source, require_one_line
 
@@ -115,8 +109,11 @@ class _Planner:
         how = self.options.split
         has_val = val is not None or is_drawn(self.options.val)
         groups = shard_groups(how.layout, how.unlabeled, val=has_val)
+        # SQLite numbers new rows from the last one on.
+        self.table.execute("INSERT INTO records VALUES (-1, 0, 0, '', 0, '', 0, 0, 0)")
         for prefix, where in groups.items():
             self._place(prefix, where)
+        self.table.execute("DELETE FROM records WHERE id < 0")
         self.table.execute("INSERT INTO plan VALUES (?)", (json.dumps(self.options.planned()),))
 
     def _list_labeled(self, sources: Mapping[int, Source], part: int) -> Iterator[str]:
@@ -139,10 +136,10 @@ class _Planner:
         """Add a source and its images; return its warnings."""
         number = self._value("SELECT count(*) FROM sources")
         unpacked = source.file.parent == self.work
-        file = to_utf8(source.file.name if unpacked else str(source.file.absolute()))
+        file = sql_text(source.file.name if unpacked else str(source.file.absolute()))
         self.table.execute(
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
-            (number, to_utf8(source.spec), source.kind, file, source.size, source.stamp),
+            (number, sql_text(source.spec), source.kind, file, source.size, source.stamp),
         )
         self.table.executemany(
             "INSERT INTO found.images VALUES "
@@ -155,36 +152,28 @@ class _Planner:
         return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
-        numbers = self.class_numbers
+        numbers, rank = self.class_numbers, self._rank
         for image in source.images():
-            if abs(image.stamp) >= 1 << 63:
-                raise DataError(f"{source.spec}: {image.path}: its time is after 2262; touch it")
-            if part == POOL or not image.class_name:
+            class_name, name, path, start, size, stamp = image
+            if abs(stamp) >= 1 << 63:
+                raise DataError(f"{source.spec}: {path}: its time is after 2262; touch it")
+            place, class_number = part, numbers.get(class_name, NO_LABEL)
+            if part == POOL or not class_name:
+                _require_unlabeled(image, part, source.spec)
                 # No class is made of its folder; its name is its path, which is unique.
-                image = _without_label(image, part, source.spec)
-                place, class_number = POOL, NO_LABEL
+                place, class_number, class_name, name = POOL, NO_LABEL, "", path
                 self.unlabeled[number] += 1
-            else:
-                place = part
-                class_number = numbers.setdefault(image.class_name, len(numbers))
-            yield (
-                place,
-                number,
-                class_number,
-                to_utf8(image.name),
-                to_utf8(image.path),
-                image.start,
-                image.size,
-                image.stamp,
-                self._rank(image.class_name, image.name),
-            )
+            elif class_number == NO_LABEL:
+                class_number = numbers[class_name] = len(numbers)
+            row = (place, number, class_number, sql_text(name), sql_text(path), start, size, stamp)
+            yield (*row, rank(class_name, name))
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; return warnings."""
         trained, held = self._classes_in(TRAIN), self._classes_in(VAL)
         images = self._value(f"SELECT count(*) FROM found.images WHERE part = {TRAIN}")
         classes = label_classes(train, val, trained, held, images, self.options)
-        rows = [(label, to_utf8(name)) for label, name in enumerate(classes.names)]
+        rows = [(label, sql_text(name)) for label, name in enumerate(classes.names)]
         self.table.executemany("INSERT INTO classes VALUES (?, CAST(? AS TEXT))", rows)
         if classes.titles:
             add_titles(self.table, classes.titles)
@@ -211,48 +200,31 @@ class _Planner:
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
             )
         how = self.options.split
-        shards = min(count, how.shards or -(-int(size) // how.shard_size) or 1)
-        digests = [ShardDigest(self.options.image) for _ in range(shards)]
-        self.table.executemany(
-            "INSERT INTO records VALUES (?, ?, ?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?, ?)",
-            self._records(where, first_id, ShardAssigner(count, int(size), shards), digests),
-        )
-        for number, digest in enumerate(digests):
-            file = shard_file(prefix, number, shards)
-            row = (first_shard + number, prefix, file, first_id, digest.records, digest.bytes)
-            values = (*row, digest.content(file), digest.stamps())
-            self.table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
-            first_id += digest.records
-
-    def _records(
-        self,
-        where: str,
-        first_id: int,
-        assigner: ShardAssigner,
-        digests: Sequence[ShardDigest],
-    ) -> Iterator[tuple[object, ...]]:
-        """Yield the rows of the records of a group in order, and add them to their digests."""
-        query = "SELECT stamp FROM sources ORDER BY number"
-        stamps = [stamp for (stamp,) in self.table.execute(query)]
-        query = (
+        self.table.execute(
+            "INSERT INTO records (label, labeled, name, source, path, start, size, stamp) "
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
             f"WHERE {where} ORDER BY rank, label, images.name, source, path"
         )
-        for number, values in enumerate(self.table.execute(query), first_id):
-            row = RecordRow(number, *values)
-            stamp = row.stamp if row.start < 0 else stamps[row.source]
-            digests[assigner.assign(row.size)].add(row, stamp)
-            yield (*row[:3], to_utf8(row.name), row.source, to_utf8(row.path), *row[6:])
+        shards = min(count, how.shards or -(-int(size) // how.shard_size) or 1)
+        sizes = self.table.execute(
+            "SELECT size FROM records WHERE id >= ? ORDER BY id", (first_id,)
+        )
+        starts = shard_starts(sizes, count, int(size), shards)
+        for number, (start, end) in enumerate(pairwise([*starts, count])):
+            file = shard_file(prefix, number, shards)
+            ids = range(first_id + start, first_id + end)
+            row = (first_shard + number, prefix, file, ids.start, len(ids))
+            digests = shard_digests(self.table, file, ids, self.options.image)
+            self.table.execute("INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row + digests)
 
     def _value(self, query: str, *values: object) -> int:
         (value,) = self.table.execute(query, values).fetchone()
         return int(value)
 
 
-def _without_label(image: Image, part: int, spec: str) -> Image:
-    """Return an unlabeled image under its path; DataError where it cannot be one."""
+def _require_unlabeled(image: Image, part: int, spec: str) -> None:
+    """DataError where an image cannot be an unlabeled one, called by its path."""
     if part == VAL:
         raise DataError(f"{spec}: {image.path}: has no label (-1), which validation images need")
     require_one_line(image.path, image.path, spec)
-    return image._replace(class_name="", name=image.path)

@@ -2,10 +2,25 @@
 
 import hashlib
 import json
+import sqlite3
+from collections.abc import Iterable
 from dataclasses import asdict
 
 from mpl_fast.packing.options import ImageOptions
-from mpl_fast.packing.plan.table import RecordRow, Table, to_utf8
+from mpl_fast.packing.plan.table import Table, to_utf8
+
+_TOGETHER = 1000  # records
+# What determines the bytes of records, and where their images are; the time is that of the file
+# that contains them.
+_LINES = """
+SELECT CAST(group_concat(id || char(9) || label || char(9) || name || char(9) || bytes ||
+                         char(10), '') AS BLOB),
+       CAST(group_concat(path || char(9) || start || char(9) || time || char(10), '') AS BLOB),
+       sum(bytes)
+FROM (SELECT id, label, name, records.size AS bytes, path, start,
+             CASE WHEN start < 0 THEN records.stamp ELSE sources.stamp END AS time
+      FROM records CROSS JOIN sources ON number = source WHERE id BETWEEN ? AND ? ORDER BY id)
+"""
 
 
 def shard_file(prefix: str, number: int, shards: int) -> str:
@@ -13,53 +28,41 @@ def shard_file(prefix: str, number: int, shards: int) -> str:
     return f"{prefix}.rec" if shards == 1 else f"{prefix}-{number:05d}-of-{shards:05d}.rec"
 
 
-class ShardAssigner:
-    """Assigns consecutive records to shards of about equal bytes, none of them empty."""
+def shard_starts(sizes: Iterable[tuple[int]], records: int, size: int, shards: int) -> list[int]:
+    """Return the first record of each shard, of consecutive records of about equal bytes.
 
-    def __init__(self, records: int, size: int, shards: int) -> None:
-        self._left, self._size, self._shards = records, size, shards
-        self._before = 0
-        self._shard = 0
-
-    def assign(self, size: int) -> int:
-        """Return the shard of the next record, of that many bytes."""
+    sizes are rows; size is their sum, of so many records; no shard is empty.
+    """
+    starts, before = [0], 0
+    for at, (own,) in enumerate(sizes):
+        number = len(starts)
+        if number == shards:
+            break
         # By the middle of the record; every later shard needs one of the remaining records.
-        wanted = (2 * self._before + size) * self._shards // max(2 * self._size, 1)
-        # For an empty file at the end this would be one beyond the last shard.
-        if self._before and self._shard < min(wanted, self._shards - 1):
-            self._shard += 1
-        self._shard = max(self._shard, self._shards - self._left)
-        self._before += size
-        self._left -= 1
-        return self._shard
+        wanted = before and (2 * before + own) * shards >= 2 * size * number
+        if wanted or at == records - shards + number:
+            starts.append(at)
+        before += own
+    return starts
 
 
-class ShardDigest:
-    """Two sha256 of a shard: of what determines its bytes, and of its images' paths and times."""
-
-    def __init__(self, image_options: ImageOptions) -> None:
-        settings = asdict(image_options)
-        # Whether a bad image fails or is skipped does not affect a shard that has none.
-        settings["on_bad"] = image_options.on_bad == "convert"
-        self._content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        self._stamps = hashlib.sha256()
-        self.records = self.bytes = 0
-
-    def add(self, row: RecordRow, stamp: int) -> None:
-        """Add a record; stamp is the modification time of the file that contains its image."""
-        self.records += 1
-        self.bytes += row.size
-        self._content.update(to_utf8(f"{row.id}\t{row.label}\t{row.name}\t{row.size}\n"))
-        self._stamps.update(to_utf8(f"{row.path}\t{row.start}\t{stamp}\n"))
-
-    def content(self, file: str) -> str:
-        """Return the sha256 of what determines the bytes of the shard named file."""
-        self._content.update(file.encode())
-        return self._content.hexdigest()
-
-    def stamps(self) -> str:
-        """Return the sha256 of paths, offsets and times."""
-        return self._stamps.hexdigest()
+def shard_digests(
+    table: sqlite3.Connection, file: str, ids: range, image_options: ImageOptions
+) -> tuple[int, str, str]:
+    """Return the bytes of the images of a shard, and `ShardRow.content` and `stamps`."""
+    settings = asdict(image_options)
+    # Whether a bad image fails or is skipped does not affect a shard that has none.
+    settings["on_bad"] = image_options.on_bad == "convert"
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    stamps, size = hashlib.sha256(), 0
+    for at in range(0, len(ids), _TOGETHER):
+        some = ids[at : at + _TOGETHER]
+        lines, places, part = table.execute(_LINES, (some[0], some[-1])).fetchone()
+        content.update(lines)
+        stamps.update(places)
+        size += part
+    content.update(file.encode())
+    return size, content.hexdigest(), stamps.hexdigest()
 
 
 def plan_digest(table: Table) -> str:

@@ -8,6 +8,8 @@ position, and the checksum of its image.
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,13 +142,18 @@ def open_table(path: Path) -> Iterator["Table"]:
 
 
 def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
-    connection.text_factory = lambda content: content.decode("utf-8", "surrogateescape")
+    connection.text_factory = methodcaller("decode", "utf-8", "surrogateescape")
     return connection
 
 
 def to_utf8(text: str) -> bytes:
-    """Return text for `CAST(? AS TEXT)`: sqlite3 refuses strings that are no valid UTF-8."""
+    """Return the bytes of a text, those of a file name as they are."""
     return text.encode("utf-8", "surrogateescape")
+
+
+def sql_text(text: str) -> str | bytes:
+    """Return text for `CAST(? AS TEXT)`: sqlite3 refuses strings that are no valid UTF-8."""
+    return text if text.isascii() else to_utf8(text)
 
 
 class Table:
@@ -228,6 +235,13 @@ class Table:
             yield row
 
 
+def blocks(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield rows a thousand at a time, which take less time together."""
+    some = iter(rows)
+    while block := [*islice(some, 1000)]:
+        yield block
+
+
 def create_written(connection: sqlite3.Connection) -> None:
     """Add the empty table of written records."""
     connection.executescript(_WRITTEN)
@@ -236,7 +250,7 @@ def create_written(connection: sqlite3.Connection) -> None:
 def add_titles(connection: sqlite3.Connection, titles: Iterable[str]) -> None:
     """Add the table of the titles of the classes, which packs without titles do not have."""
     connection.execute(_TITLES)
-    rows = ((label, to_utf8(title)) for label, title in enumerate(titles))
+    rows = ((label, sql_text(title)) for label, title in enumerate(titles))
     connection.executemany("INSERT INTO titles VALUES (?, CAST(? AS TEXT))", rows)
 
 

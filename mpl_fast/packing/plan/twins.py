@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted
-from mpl_fast.packing.plan.table import to_utf8
+from mpl_fast.packing.plan.table import sql_text
 from mpl_fast.packing.sources.source import Source
 
 
@@ -54,7 +54,7 @@ def same_files(
     column = "path" if source.file.is_dir() else "start"
     same = f"SELECT CAST(? AS TEXT) || {column} FROM found.images WHERE source = ?"
     where = f"CAST(? AS TEXT) || {column} IN ({same}) AND source = ?"
-    return where, (*map(to_utf8, before), other, number)
+    return where, (*map(sql_text, before), other, number)
 
 
 def _before_paths(source: Source, other: Source) -> tuple[str, str] | None:

@@ -3,11 +3,11 @@
 from mpl_fast.data.manifest import MANIFEST, check_texts, file_names, load_manifest
 from mpl_fast.errors import DataError, OutputError
 from mpl_fast.first_few import counted, first_few
+from mpl_fast.packing.checksum import checksum_of, file_checksum
 from mpl_fast.packing.options import DRAWN, Json
 from mpl_fast.packing.plan.sharding import plan_digest
 from mpl_fast.packing.plan.table import TABLE, Table, open_table
 from mpl_fast.packing.publish.out_folder import OutFolder, is_pack_file
-from mpl_fast.packing.write.shard_receipt import ShardReceipt, receipt_path
 
 _REMEDY = "choose another --out, or --force to replace it"
 
@@ -80,8 +80,8 @@ def require_same(folder: OutFolder, manifest: Json, broken: list[str]) -> None:
     """OutputError when a broken shard, packed again, has other bytes than before."""
     for shard in manifest["shards"]:
         if shard["file"] in broken:
-            receipt = ShardReceipt.load(receipt_path(folder.work, shard["file"]))
-            if receipt.sha256 != shard["sha256"]:
+            kind, checksum = checksum_of(shard)
+            if file_checksum(folder.work / shard["file"], kind) != checksum:
                 raise OutputError(
                     f"{folder.path}: {shard['file']}, packed again, is not what it was; with "
                     "another version of the image libraries? --force packs everything again"

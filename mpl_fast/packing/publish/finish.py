@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_fast import __version__
-from mpl_fast.atomic import atomic_file, atomic_path, sha256_of, write_text
+from mpl_fast.atomic import atomic_file, atomic_path, sha256_of, sync_files, write_text
 from mpl_fast.data.manifest import CLASSES, FORMAT
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted, first_few
@@ -172,7 +172,7 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
             "prefix": shard.prefix,
             "bytes": receipt.size,
             "records": len(receipt.ids),
-            "sha256": receipt.sha256,
+            "crc32": receipt.checksum,
             "multipart": receipt.multipart,
             "first_id": shard.first_id,
         }
@@ -196,11 +196,12 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
                     "action": remark.action,
                 }
             )
+    sync_files([work / entry["idx"] for entry in entries if "idx" in entry])
     return entries, bad, {**totals, "seconds": 0.0}
 
 
 def _write_index(path: Path, receipt: ShardReceipt) -> str:
-    with atomic_file(path) as file:
+    with atomic_file(path, sync=False) as file:
         for number, offset in zip(receipt.ids.tolist(), receipt.offsets.tolist(), strict=True):
             file.write(b"%d\t%d\n" % (number, offset))
     return file.sha256

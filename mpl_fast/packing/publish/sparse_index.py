@@ -12,21 +12,39 @@ from itertools import accumulate, repeat
 from mpl_fast.errors import DataError
 
 
+class Padding:
+    """Repeats lines of an index as DALI's cursor needs it.
+
+    If every file has a listed record, each record gets one line, except a last record that is
+    alone in its file.
+    """
+
+    def __init__(self) -> None:
+        self._file = 0  # the cursor
+        self._alone = b""  # the line of the last record if the cursor had to advance for it
+
+    def padded(self, file: int, lines: Sequence[bytes]) -> Sequence[bytes]:
+        """Return the lines of consecutive records of a file, of which the first may be repeated."""
+        step, self._file = file - self._file, file
+        self._alone = lines[0] if step and len(lines) == 1 else b""
+        return [*repeat(lines[0], step - 1), *lines]
+
+    def end(self) -> bytes:
+        """Return what is behind the last line."""
+        return self._alone
+
+
 def padded_lines(entries: Iterable[tuple[int, int, int]]) -> Iterator[str]:
     """Yield the lines `id TAB offset` of an index, repeated as DALI's cursor needs them.
 
     entries are (record id, file number, offset over the joined files) in the order of the offsets.
-    If every file has a listed record, each record gets one line, except a last record that is
-    alone in its file.
     """
-    cursor, file, line = 0, 0, ""
-    for record_id, next_file, offset in entries:
-        if line:
-            yield from repeat(line, max(1, file - cursor))
-            cursor = file
-        file, line = next_file, f"{record_id}\t{offset}\n"
-    if line:
-        yield from repeat(line, 1 + file - cursor)
+    padding = Padding()
+    for record_id, file, offset in entries:
+        for line in padding.padded(file, (b"%d\t%d\n" % (record_id, offset),)):
+            yield line.decode()
+    if last := padding.end():
+        yield last.decode()
 
 
 def dali_positions(offsets: Iterable[int], sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

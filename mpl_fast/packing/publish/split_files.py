@@ -2,15 +2,28 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from mpl_fast.atomic import atomic_file
+from mpl_fast.atomic import atomic_file, sync_files
 from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
-from mpl_fast.packing.plan.table import ShardRow, Table, listed_name, to_utf8
-from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
+from mpl_fast.packing.plan.table import ShardRow, Table, blocks
+from mpl_fast.packing.publish.sparse_index import Padding, check_index
+
+# RecordRow.labeled and .label; the record's line in a .lst, where an image without a label has its
+# path for a name; and that in an .idx.
+ListedRecord = tuple[int, int, bytes, bytes]
+_LINES = """
+SELECT labeled, label,
+       CAST(id || char(9) || label || char(9) || ifnull(classes.name || '/', '') || records.name ||
+            char(10) AS BLOB),
+       CAST(id || char(9) || (offset + ?) || char(10) AS BLOB)
+FROM records CROSS JOIN written USING (id) LEFT JOIN classes USING (label)
+WHERE id BETWEEN ? AND ? ORDER BY id
+"""
 
 
 def write_splits(
@@ -24,55 +37,72 @@ def write_splits(
     options, rows = table.options(), table.shards()
     sizes = {shard["file"]: shard["bytes"] for shard in shards}
     val = any(row.prefix == "val" for row in rows)
+    planned = planned_splits(options["layout"], options["unlabeled"], val=val)
     entries = {}
-    for split in planned_splits(options["layout"], options["unlabeled"], val=val):
-        if names is None or split.name in names:
-            own = [row for row in rows if row.prefix == split.prefix]
-            entries[split.name] = _write_split(work, table, split, own, sizes)
+    for prefix in dict.fromkeys(split.prefix for split in planned):
+        own = [row for row in rows if row.prefix == prefix]
+        wanted = [s for s in planned if s.prefix == prefix and (names is None or s.name in names)]
+        with ExitStack() as stack:
+            splits = [_SplitFiles(work, split, stack) for split in wanted]
+            for file, records in listed_records(table, own, sizes) if splits else ():
+                for split in splits:
+                    split.add(file, records)
+            for split in splits:
+                split.end()
+        checked: set[str] = set()  # two splits may list the same
+        for split in splits:
+            if len(own) > 1 and split.idx.sha256 not in checked:
+                with (work / split.index).open(encoding="ascii") as lines:
+                    check_index(lines, [sizes[shard.file] for shard in own], split.index)
+            checked.add(split.idx.sha256)
+            entries[split.planned.name] = split.entry(own, len(table.classes()))
+    sync_files([work / entry[kind] for entry in entries.values() for kind in ("idx", "lst")])
     return entries
 
 
-def _write_split(
-    work: Path,
-    table: Table,
-    split: PlannedSplit,
-    shards: Sequence[ShardRow],
-    sizes: Mapping[str, int],
-) -> Json:
-    """Write the files of a split; offsets in its index count over the joined shards."""
-    classes = table.classes()
-    counts: Counter[int] = Counter()
-    index, listing = f"{split.stem}.idx", f"{split.stem}.lst"
-    with atomic_file(work / index) as idx, atomic_file(work / listing) as lst:
+class _SplitFiles:
+    """The files of a split; offsets in its index count over the joined shards."""
 
-        def entries() -> Iterator[tuple[int, int, int]]:
-            for record_id, label, name, file, offset in listed_records(
-                table, shards, sizes, split.labeled
-            ):
-                counts[label] += 1
-                shown = listed_name(classes, label, name)
-                lst.write(to_utf8(f"{record_id}\t{label}\t{shown}\n"))
-                yield record_id, file, offset
+    def __init__(self, work: Path, planned: PlannedSplit, stack: ExitStack) -> None:
+        self.planned = planned
+        self.index, self._listing = f"{planned.stem}.idx", f"{planned.stem}.lst"
+        self.idx = stack.enter_context(atomic_file(work / self.index, sync=False))
+        self._lst = stack.enter_context(atomic_file(work / self._listing, sync=False))
+        self._counts: Counter[int] = Counter()
+        self._padding = Padding()
 
-        for line in padded_lines(entries()):
-            idx.write(line.encode())
-    if not counts:
-        raise DataError(
-            f"{split.name}: none of its images is left (all were skipped, or --unlabeled rest), "
-            "and an index without records cannot be read; repair them, or choose others"
-        )
-    if len(shards) > 1:
-        with (work / index).open(encoding="ascii") as lines:
-            check_index(lines, [sizes[shard.file] for shard in shards], index)
-    return {
-        "records": counts.total(),
-        "shards": [shard.file for shard in shards],
-        "idx": index,
-        "idx_sha256": idx.sha256,
-        "lst": listing,
-        "lst_sha256": lst.sha256,
-        **class_counts(counts, len(classes)),
-    }
+    def add(self, file: int, records: Sequence[ListedRecord]) -> None:
+        """Write the lines of those records of a file that are in the split."""
+        labeled = self.planned.labeled
+        if labeled is not None:
+            records = [record for record in records if record[0] == labeled]
+        if records:
+            _, labels, listed, indexed = zip(*records, strict=True)
+            self._counts.update(labels)
+            self._lst.write(b"".join(listed))
+            self.idx.write(b"".join(self._padding.padded(file, indexed)))
+
+    def end(self) -> None:
+        """Write what is behind the last record; DataError when there is none."""
+        self.idx.write(self._padding.end())
+        if not self._counts:
+            raise DataError(
+                f"{self.planned.name}: none of its images is left (all were skipped, or "
+                "--unlabeled rest), and an index without records cannot be read; repair them, or "
+                "choose others"
+            )
+
+    def entry(self, shards: Sequence[ShardRow], classes: int) -> Json:
+        """Return the manifest's entry of the split, when its files are complete."""
+        return {
+            "records": self._counts.total(),
+            "shards": [shard.file for shard in shards],
+            "idx": self.index,
+            "idx_sha256": self.idx.sha256,
+            "lst": self._listing,
+            "lst_sha256": self._lst.sha256,
+            **class_counts(self._counts, classes),
+        }
 
 
 def class_counts(counts: Counter[int], classes: int) -> Json:
@@ -90,17 +120,11 @@ def class_counts(counts: Counter[int], classes: int) -> Json:
 
 
 def listed_records(
-    table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int], labeled: int | None
-) -> Iterator[tuple[int, int, str, int, int]]:
-    """Yield (id, label, name, file number, offset over the joined files) of written records."""
-    which = "" if labeled is None else f"AND labeled = {labeled} "
-    # Only these columns: whole rows take longer.
-    query = (
-        "SELECT id, label, name, offset FROM records CROSS JOIN written USING (id) "
-        f"WHERE id BETWEEN ? AND ? {which}ORDER BY id"
-    )
+    table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int]
+) -> Iterator[tuple[int, list[ListedRecord]]]:
+    """Yield written records with the number of their file, some at a time, in order."""
     start = 0
     for number, shard in enumerate(shards):
-        for record_id, label, name, offset in table.query(query, shard.ids):
-            yield record_id, label, name, number, start + offset
+        for records in blocks(table.query(_LINES, (start, *shard.ids))):
+            yield number, records
         start += sizes[shard.file]

@@ -116,7 +116,9 @@ class Source(ABC):
         empty = True
         for image in self._list():
             empty = False
-            require_one_line(f"{image.class_name}/{image.name}", image.path, self.spec)
+            key = f"{image[0]}/{image[1]}"  # class and name
+            if not key.isprintable():  # a tab and a line break are not
+                require_one_line(key, image.path, self.spec)
             yield image
         if empty:
             raise DataError("; ".join((self._nothing(), *self.warnings)))

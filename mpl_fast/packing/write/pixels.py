@@ -88,10 +88,11 @@ def read_shape(image: bytes | memoryview) -> Shape:
 def check_jpeg(image: bytes | memoryview) -> None:
     """Decode a JPEG strictly; PixelsError when anything in it is damaged.
 
-    It is decoded at 1/8 of its size, which reads all compressed data in 2/3 of the time.
+    It is decoded at 1/8 of its size, without color where it has its brightness apart: that reads
+    all compressed data in 2/3 of the time.
     """
-    read_shape(image)
-    _decode_jpeg(image, (1, 1), "BGR", strict=True)
+    color = "GRAY" if read_shape(image).color in ("YCbCr", "Gray") else "BGR"
+    _decode_jpeg(image, (1, 1), color, strict=True)
 
 
 def decode(

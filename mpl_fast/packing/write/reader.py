@@ -17,6 +17,7 @@ from mpl_fast.packing.plan.table import RecordRow, SourceRow, image_key, origin_
 from mpl_fast.packing.sources.kinds import DECODERS
 from mpl_fast.packing.sources.source import FOLDER, IN_SHARD, SHARDS
 
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _BATCH = 8  # records that are opened together
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
 
@@ -101,7 +102,10 @@ class Reader:
         for number in {record.source for record in batch}:
             source = self._sources[number]
             if source.kind not in (FOLDER, SHARDS) and number not in self._shared:
-                self._shared[number] = _open(source.file, source.spec)
+                try:
+                    self._shared[number] = os.open(source.file, _FLAGS)
+                except OSError as error:
+                    raise _lost(source.spec, source.file, error) from error
                 self._check_shared(source, self._shared[number])
         if self._threads:
             return self._threads.submit(self._open_batch, batch).result
@@ -116,7 +120,11 @@ class Reader:
                 path = record.path
                 if source.kind == SHARDS:
                     path = path.partition(IN_SHARD)[0]
-                file = _open(f"{source.file}/{path}", image_key(self._classes, record))
+                try:
+                    file = os.open(f"{source.file}/{path}", _FLAGS)
+                except OSError as error:
+                    name = image_key(self._classes, record)
+                    raise _lost(name, f"{source.file}/{path}", error) from error
                 self._own.add(file)
             else:
                 file = self._shared[source.number]
@@ -139,11 +147,8 @@ class Reader:
         )
 
 
-def _open(path: str, name: str) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataError(f"{name}: {path}: {error.strerror}; it was there when planned") from error
+def _lost(name: str, path: str, error: OSError) -> DataError:
+    return DataError(f"{name}: {path}: {error.strerror}; it was there when planned")
 
 
 def _read(file: int, view: memoryview, start: int) -> bool:

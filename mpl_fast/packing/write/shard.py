@@ -15,6 +15,7 @@ from mpl_fast.data.records import (
     record_head,
 )
 from mpl_fast.errors import DataError, output_errors
+from mpl_fast.packing.checksum import joined_crc32
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import TABLE, RecordRow, ShardRow, open_table
 from mpl_fast.packing.sources.kinds import DECODERS
@@ -77,6 +78,7 @@ class _ShardPacker:
         self._writer = writer
         self._image_options = image_options
         self._columns = {name: array("Q") for name in COLUMNS}
+        self._parts = array("I"), array("q")  # crc32 and length of what was written
         self._remarks: list[Remark] = []
         self._bytes_in = self._multipart = self._reencoded = self._rotated = 0
 
@@ -110,11 +112,14 @@ class _ShardPacker:
         """Wait until the file is on disk; return its receipt."""
         import numpy as np  # late: the command line's --help must not wait for it
 
+        self._writer.finish()
+        crcs, lengths = self._parts
+        whole = joined_crc32(np.array(crcs, np.uint32), np.array(lengths, np.int64))
         return ShardReceipt(
             file=shard.file,
             content=shard.content,
             stamps=shard.stamps,
-            sha256=self._writer.finish(),
+            checksum=f"{whole:08x}",
             size=self._writer.position,
             bytes_in=self._bytes_in,
             multipart=self._multipart,
@@ -139,19 +144,27 @@ class _ShardPacker:
     def _complete_in_place(self, record: RecordRow, image: "bytes | memoryview") -> None:
         """Add head and padding to an image that was read in place."""
         size = len(image)
-        start, length = self._writer.position, HEAD_SIZE + size + -size % 4
-        self._writer.put(start, record_head(record.label, record.id, size))
-        self._writer.put(start + HEAD_SIZE + size, bytes(-size % 4))
-        self._count(record, image, length)
-        self._writer.advance(length)
+        start, crc = self._writer.position, zlib.crc32(image)
+        head, padding = record_head(record.label, record.id, size), bytes(-size % 4)
+        self._writer.put(start, head)
+        self._writer.put(start + HEAD_SIZE + size, padding)
+        self._count_part(zlib.crc32(head), HEAD_SIZE)
+        self._count_part(zlib.crc32(padding, crc), size + len(padding))
+        self._count(record, size, crc, HEAD_SIZE + size + len(padding))
+        self._writer.advance(HEAD_SIZE + size + len(padding))
 
     def _append(self, record: RecordRow, image: bytes) -> None:
         framed = image_record(record.label, record.id, image)
         self._multipart += is_multipart(framed)
-        self._count(record, image, len(framed))
+        self._count_part(zlib.crc32(framed), len(framed))
+        self._count(record, len(image), zlib.crc32(image), len(framed))
         self._writer.append(framed)
 
-    def _count(self, record: RecordRow, image: "bytes | memoryview", length: int) -> None:
-        values = (record.id, self._writer.position, length, len(image), zlib.crc32(image))
+    def _count_part(self, crc: int, length: int) -> None:
+        self._parts[0].append(crc)
+        self._parts[1].append(length)
+
+    def _count(self, record: RecordRow, size: int, crc: int, length: int) -> None:
+        values = (record.id, self._writer.position, length, size, crc)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mpl_fast import locks
-from mpl_fast.atomic import sha256_of
 from mpl_fast.errors import DataError, output_errors
+from mpl_fast.packing.checksum import file_checksum
 from mpl_fast.packing.options import ImageOptions
 from mpl_fast.packing.plan.table import ShardRow
 from mpl_fast.packing.write.pool import Advance
@@ -58,7 +58,7 @@ def _valid_receipt(work: Path, shard: ShardRow, advance: Advance) -> ShardReceip
         receipt = ShardReceipt.load(receipt_path(work, shard.file))
         if (receipt.content, receipt.stamps) != (shard.content, shard.stamps):
             return None
-        sha256 = sha256_of(work / shard.file, lambda size: advance(0, 0))
+        found = file_checksum(work / shard.file, "crc32", lambda size: advance(0, 0))
     except (DataError, OSError):
         return None
-    return receipt if sha256 == receipt.sha256 else None
+    return receipt if found == receipt.checksum else None

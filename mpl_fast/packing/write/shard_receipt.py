@@ -50,7 +50,7 @@ class ShardReceipt:
     content: str  # ShardRow.content and ShardRow.stamps of the plan that it was written from
     stamps: str
     size: int  # bytes
-    sha256: str
+    checksum: str  # crc32 of the file
     bytes_in: int  # of the images in their sources
     multipart: int  # records that contain the magic word and are split into parts
     reencoded: int  # images that were resized or converted
