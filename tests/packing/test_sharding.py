@@ -4,9 +4,12 @@ import bisect
 import hashlib
 import itertools
 import json
-from contextlib import closing
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given
@@ -78,11 +81,17 @@ def test_shards_differ_by_less_than_two_images(sizes: list[int], shards: int) ->
     assert all(abs(size - sum(sizes) / shards) <= max(sizes) for size in held)
 
 
+@contextmanager
+def empty_table() -> Iterator[sqlite3.Connection]:
+    with TemporaryDirectory() as folder, closing(create_table(Path(folder) / "table")) as table:
+        yield table
+
+
 def digest_of(
     row: RecordRow, image_options: ImageOptions = KEEP, stamp: int = 7, file: str = "x"
 ) -> tuple[int, str, str]:
     """Return the digests of a shard of one row, from a file of its own or one with that stamp."""
-    with closing(create_table(Path(":memory:"))) as table:
+    with empty_table() as table:
         table.execute("INSERT INTO sources VALUES (0, '', 'archive', '', 0, ?)", (stamp,))
         own = row._replace(stamp=stamp)
         table.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", own)
@@ -98,7 +107,7 @@ def test_digests_of_several_blocks() -> None:
         RecordRow(5 + at, at % 3, 0, f"{at}.jpg", at % 2, f"a/{at}.jpg", at % 5 - 1, at, 9 * at)
         for at in range(2500)
     ]
-    with closing(create_table(Path(":memory:"))) as table:
+    with empty_table() as table:
         for number in range(2):
             row = (number, "", "archive", "", 0, 70 + number)
             table.execute("INSERT INTO sources VALUES (?, ?, ?, ?, ?, ?)", row)
