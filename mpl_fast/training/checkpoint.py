@@ -31,6 +31,7 @@ FORMAT = "mpl_fast.checkpoint/1"
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 FILE = re.compile(r"checkpoint\.json|state\.pt|rank_\d+\.pt")
 UNFINISHED = re.compile(r"\.(writing|removing)_(step_)?\d{8,}")
+REPLACED = re.compile(r"\.replaced_(step_\d{8,})")  # whole until another one has its name
 ATTEMPTS = 20  # to read a checkpoint beside a run that replaces it
 
 
@@ -54,7 +55,10 @@ class Checkpoints:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.iterdir():
-                    if UNFINISHED.fullmatch(leftover.name):
+                    replaced = REPLACED.fullmatch(leftover.name)
+                    if replaced and not (folder / replaced[1]).exists():
+                        leftover.rename(folder / replaced[1])
+                    elif replaced or UNFINISHED.fullmatch(leftover.name):
                         shutil.rmtree(leftover)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
@@ -162,10 +166,13 @@ class Checkpoints:
         partial, final = self._partial(step), self.path(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for file in checkpoint.iterdir():
-            _link(file, partial / file.name)
-        atomic.sync_folder(partial)
-        self._publish(partial, final)
+        try:
+            for file in checkpoint.iterdir():
+                _link(file, partial / file.name)
+            atomic.sync_folder(partial)
+            self._publish(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def remove_after(self, step: int) -> None:
         """Removes checkpoints of later steps, which the run repeats; on the first rank."""
@@ -179,13 +186,17 @@ class Checkpoints:
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Gives a complete checkpoint its name, and removes old ones."""
+        replaced = final.with_name(f".replaced_{final.name}")
         if os.path.lexists(final):
             if not _is_ours(final):
                 why = "something else has its name: move that away"
                 raise FileExistsError(errno.EEXIST, why, str(final))
-            _remove(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         atomic.sync_folder(self.folder)
+        if replaced.exists():
+            shutil.rmtree(replaced)
         self._remove_old(step_of(final))
 
     def _remove_old(self, latest: int) -> None:

@@ -272,6 +272,43 @@ def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
 
 
+class KilledError(BaseException):
+    """In place of a SIGKILL."""
+
+
+def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first save after a rollback is; a kill before each call that moves or removes it."""
+    folder, left = store.folder, 0
+
+    def until_killed(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KilledError
+            return real(*given, **options)
+
+        return call
+
+    save(store, 1)
+    for kills in range(9):
+        left = kills
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "rename"), (shutil, "rmtree")):
+                patch.setattr(owner, name, until_killed(getattr(owner, name)))
+            try:
+                save(store, 1)
+                break
+            except KilledError:
+                pass
+        store = Checkpoints(folder, keep=2, rank=0, world=1)
+        assert store.newest() == (store.path(1), []), f"killed after {kills} calls"
+        assert [*folder.iterdir()] == [store.path(1)]
+    assert 3 <= kills < 8
+
+
 # --- in the background ---
 
 
