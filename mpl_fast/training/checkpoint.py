@@ -30,7 +30,8 @@ from mpl_fast.untrusted import file_in, json_value
 FORMAT = "mpl_fast.checkpoint/1"
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 FILE = re.compile(r"checkpoint\.json|state\.pt|rank_\d+\.pt")
-UNFINISHED = re.compile(r"\.(writing|removing)_(step_)?\d{8,}")
+UNFINISHED = re.compile(r"\.writing_(step_)?\d{8,}")
+REMOVING = re.compile(r"\.removing_(\.replaced_)?(step_)?\d{8,}")
 REPLACED = re.compile(r"\.replaced_(step_\d{8,})")  # whole until another one has its name
 ATTEMPTS = 20  # to read a checkpoint beside a run that replaces it
 
@@ -58,7 +59,9 @@ class Checkpoints:
                     replaced = REPLACED.fullmatch(leftover.name)
                     if replaced and not (folder / replaced[1]).exists():
                         leftover.rename(folder / replaced[1])
-                    elif replaced or UNFINISHED.fullmatch(leftover.name):
+                    elif replaced or REMOVING.fullmatch(leftover.name):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    elif UNFINISHED.fullmatch(leftover.name):
                         shutil.rmtree(leftover)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
@@ -196,7 +199,7 @@ class Checkpoints:
         partial.rename(final)
         atomic.sync_folder(self.folder)
         if replaced.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
         self._remove_old(step_of(final))
 
     def _remove_old(self, latest: int) -> None:
@@ -332,11 +335,15 @@ def _copied_from(checkpoint: Path) -> str:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint as a whole for those who read it, and after a kill."""
+    """Removes a checkpoint as a whole for those who read it, and after a kill.
+
+    Where NFS keeps a file because another process has it open, its folder stays until the next
+    start of the run.
+    """
     gone = checkpoint.with_name(f".removing_{checkpoint.name}")
     shutil.rmtree(gone, ignore_errors=True)
     checkpoint.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _link(file: Path, to: Path) -> None:

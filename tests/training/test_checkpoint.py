@@ -309,6 +309,25 @@ def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(
     assert 3 <= kills < 8
 
 
+def test_an_old_one_that_is_still_read_fails_no_save(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that a process of the same machine has open, and so its folder."""
+
+    def rmdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", rmdir)
+        for step in (1, 2, 3, 3):
+            save(store, step)
+        again = Checkpoints(store.folder, keep=2, rank=0, world=1)
+        again.remove_after(2)
+        assert again.newest() == (store.path(2), []) and len(again.all()) == 1
+    Checkpoints(store.folder, keep=2, rank=0, world=1)
+    assert [*store.folder.iterdir()] == [store.path(2)]
+
+
 # --- in the background ---
 
 
