@@ -50,7 +50,7 @@ def sweep(folder: Path, lock: bool) -> None:
     folder.mkdir(exist_ok=True)
     trials = Trials(folder, Storage("journal"), NopPruner(), 3, lock=lock)
     with trials.locked():
-        trials.open({}, {}, lambda: None)
+        trials.open({}, {}, lambda: None, {})
     claims = [trials.claim(2) for _ in range(3)]
     assert [claim and claim.trial.number for claim in claims] == [0, 1, None]
     assert claims[0]

@@ -139,6 +139,8 @@ def _open(
         "config": yaml.safe_load(as_yaml(own)),
     }
 
+    defaults = {"config": yaml.safe_load(as_yaml(RunConfig(algorithm=type(base.algorithm)())))}
+
     def prepare() -> None:
         if _holds_out(options):
             shutil.rmtree(out / "rec", ignore_errors=True)  # of a start that was killed
@@ -147,7 +149,7 @@ def _open(
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with trials.locked():
-            new = trials.open(settings, values, prepare)
+            new = trials.open(settings, values, prepare, defaults)
             for link in (out / "rec").glob("*.rec"):
                 if not link.exists():  # REC has been moved
                     link.unlink()

@@ -31,6 +31,7 @@ from mpl_fast.first_few import first_few
 from mpl_fast.untrusted import json_value
 
 SETTINGS = "sweep.json"
+FREE = ("study", "config.lock")  # keys there that may differ: the study's name, and --lock
 LOCK_SECONDS = 60.0  # that SQLite waits for another process
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -113,17 +114,19 @@ class Trials:
         settings: Mapping[str, Any],
         own: Mapping[str, Any],
         prepare: Callable[[], None],
+        defaults: Mapping[str, Any],
     ) -> bool:
         """Opens the study; returns whether it is a new one, for which `prepare` is called and whose
         first trial has the `own` values.
 
-        Raises `ConfigError` if the folder has a sweep of other settings. The caller has the lock.
+        `defaults`: of settings, for those that did not exist when the study began. Raises
+        `ConfigError` if the folder has a sweep of other settings. The caller has the lock.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         file = self.out / SETTINGS
         new = not file.exists()
-        stored = dict(settings) if new else _same(file, settings)
+        stored = dict(settings) if new else _same(file, settings, defaults)
         name = stored.setdefault("study", f"{self.out.name}-{secrets.token_hex(4)}")
         storage = self.storage.open(self.out)
         if new:
@@ -185,15 +188,16 @@ class Trials:
         return lock
 
 
-def _same(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored settings, which must equal the given ones."""
+def _same(file: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings, which must equal the given ones but for those that are `FREE`."""
     try:
         stored: dict[str, Any] = json_value(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: damaged ({error}); use another --out") from None
-    old, new = _flat(stored), _flat(json.loads(json.dumps(settings)))
-    old.pop("study", None)
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    old = _flat(defaults) | _flat(stored)
+    new = _flat(json.loads(json.dumps(settings)))
+    keys = [key for key in {**old, **new} if key not in FREE]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
     if changed:
         what = first_few((f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed), 3)
         raise ConfigError(f"{file.parent} holds another sweep: {what}; use another --out")

@@ -30,7 +30,9 @@ from mpl_fast.untrusted import file_in, json_value
 FORMAT = "mpl_fast.checkpoint/1"
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 FILE = re.compile(r"checkpoint\.json|state\.pt|rank_\d+\.pt")
-UNFINISHED = re.compile(r"\.(writing|removing)_(step_)?\d{8,}")
+UNFINISHED = re.compile(r"\.writing_(step_)?\d{8,}")
+REMOVING = re.compile(r"\.removing_(\.replaced_)?(step_)?\d{8,}")
+REPLACED = re.compile(r"\.replaced_(step_\d{8,})")  # whole until another one has its name
 ATTEMPTS = 20  # to read a checkpoint beside a run that replaces it
 
 
@@ -54,7 +56,12 @@ class Checkpoints:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.iterdir():
-                    if UNFINISHED.fullmatch(leftover.name):
+                    replaced = REPLACED.fullmatch(leftover.name)
+                    if replaced and not (folder / replaced[1]).exists():
+                        leftover.rename(folder / replaced[1])
+                    elif replaced or REMOVING.fullmatch(leftover.name):
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    elif UNFINISHED.fullmatch(leftover.name):
                         shutil.rmtree(leftover)
             except OSError as error:
                 raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from None
@@ -162,10 +169,13 @@ class Checkpoints:
         partial, final = self._partial(step), self.path(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        for file in checkpoint.iterdir():
-            _link(file, partial / file.name)
-        atomic.sync_folder(partial)
-        self._publish(partial, final)
+        try:
+            for file in checkpoint.iterdir():
+                _link(file, partial / file.name)
+            atomic.sync_folder(partial)
+            self._publish(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def remove_after(self, step: int) -> None:
         """Removes checkpoints of later steps, which the run repeats; on the first rank."""
@@ -179,13 +189,17 @@ class Checkpoints:
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Gives a complete checkpoint its name, and removes old ones."""
+        replaced = final.with_name(f".replaced_{final.name}")
         if os.path.lexists(final):
             if not _is_ours(final):
                 why = "something else has its name: move that away"
                 raise FileExistsError(errno.EEXIST, why, str(final))
-            _remove(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         atomic.sync_folder(self.folder)
+        if replaced.exists():
+            _remove(replaced)
         self._remove_old(step_of(final))
 
     def _remove_old(self, latest: int) -> None:
@@ -321,11 +335,15 @@ def _copied_from(checkpoint: Path) -> str:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint as a whole for those who read it, and after a kill."""
+    """Removes a checkpoint as a whole for those who read it, and after a kill.
+
+    Where NFS keeps a file because another process has it open, its folder stays until the next
+    start of the run.
+    """
     gone = checkpoint.with_name(f".removing_{checkpoint.name}")
     shutil.rmtree(gone, ignore_errors=True)
     checkpoint.rename(gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _link(file: Path, to: Path) -> None:

@@ -218,6 +218,7 @@ class Run:
         they have equal rows."""
         config, checkpoint = self.config, None
         if config.on_spike == "rollback" and self.rollbacks < config.rollbacks:
+            self.watchdog.expect_long_work()
             checkpoint = self._newest_checkpoint()
         if checkpoint is None:
             raise error

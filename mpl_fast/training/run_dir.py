@@ -64,12 +64,13 @@ class RunDir:
         that continues."""
         file = self.path / METRICS
         with output_errors(self.path):
-            self._rows.close()
+            self._rows.flush()
             *lines, _ = file.read_bytes().split(b"\n")  # without what a kill has cut short
             kept = [line + b"\n" for line in map(partial(_kept, step), lines) if line is not None]
             (self.path / "summary.json").unlink(missing_ok=True)
             atomic.write_text(self._config_file, self._config)
             atomic.write_bytes(file, b"".join(kept))
+            self._rows.close()  # not before: the reason of a failure is a row, too
             self._rows = self._open_rows()
         self._curves("close")  # of before a rollback
         self._open_curves(step + 1)

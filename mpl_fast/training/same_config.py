@@ -55,6 +55,11 @@ def _check_none_lost(file: Path, folder: Path, config: RunConfig) -> None:
     run, metrics = file.parent, file.with_name(METRICS)
     step = max((row["step"] for row in read_rows(metrics)), default=-1) if metrics.exists() else -1
     every = _old_and_new(file, config)[0]["checkpoint_every"] if file.exists() else 0
+    if not isinstance(every, int):
+        raise ConfigError(
+            f"{file} is damaged: its checkpoint_every is {every!r}, which is no number: use "
+            "another --run-dir"
+        )
     # Before any is complete, a run ends when it is killed during the first save, or when the first
     # two have failed, which it finds when the third is due at the latest.
     lost = step >= 0 and (not folder.is_dir() or 0 < 3 * every < step)

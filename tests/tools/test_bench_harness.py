@@ -233,6 +233,9 @@ def test_limits_are_of_what_is_computed(tmp_path: Path, monkeypatch: pytest.Monk
     product = 2.0 * 256**3
     assert found.rates[limits.BF16] == Spread(product, product, product, limits.ROUNDS)
     assert found.best(limits.COPY) == 2e6 and found.best(limits.DECODE) == 1
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # as where it is not installed
+    without = limits.Limits(tmp_path, torch.device("cpu"), small=True)
+    assert {*found.rates} - {*without.rates} == {limits.DECODE}
     assert found.best(limits.WRITE) == 1 << 20 and found.best(limits.HASH) == 1 << 18
     assert not [*tmp_path.iterdir()]
     shown = {row.name: (row.found.median, row.unit) for row in found.rows()}

@@ -192,6 +192,16 @@ def test_one_is_kept_without_another_copy_where_links_are(
         assert file.samefile(tmp_path / "checkpoints_best/step_00000002" / file.name) == links
 
 
+def test_one_that_cannot_be_kept_leaves_nothing(tmp_path: Path) -> None:
+    """Links would keep the disk space of a checkpoint that is removed later."""
+    (checkpoint,) = saved(tmp_path, 1)
+    best = best_of(tmp_path)
+    (tmp_path / "checkpoints_best/step_00000001").write_text("of the user")
+    with pytest.raises(FileExistsError, match="something else has its name"):
+        best.keep(checkpoint)
+    assert kept(tmp_path) == ["step_00000001"]
+
+
 def test_a_resume_has_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     one, two, three = saved(tmp_path, 1, 2, 3)
     best = best_of(tmp_path)

@@ -272,6 +272,62 @@ def test_a_step_saved_twice_is_replaced(store: Checkpoints) -> None:
     assert json.loads((path / "checkpoint.json").read_text())["step"] == 1
 
 
+class KilledError(BaseException):
+    """In place of a SIGKILL."""
+
+
+def test_a_kill_while_a_step_is_saved_again_loses_no_checkpoint(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first save after a rollback is; a kill before each call that moves or removes it."""
+    folder, left = store.folder, 0
+
+    def until_killed(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KilledError
+            return real(*given, **options)
+
+        return call
+
+    save(store, 1)
+    for kills in range(9):
+        left = kills
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "rename"), (shutil, "rmtree")):
+                patch.setattr(owner, name, until_killed(getattr(owner, name)))
+            try:
+                save(store, 1)
+                break
+            except KilledError:
+                pass
+        store = Checkpoints(folder, keep=2, rank=0, world=1)
+        assert store.newest() == (store.path(1), []), f"killed after {kills} calls"
+        assert [*folder.iterdir()] == [store.path(1)]
+    assert 3 <= kills < 8
+
+
+def test_an_old_one_that_is_still_read_fails_no_save(
+    store: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that a process of the same machine has open, and so its folder."""
+
+    def rmdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", rmdir)
+        for step in (1, 2, 3, 3):
+            save(store, step)
+        again = Checkpoints(store.folder, keep=2, rank=0, world=1)
+        again.remove_after(2)
+        assert again.newest() == (store.path(2), []) and len(again.all()) == 1
+    Checkpoints(store.folder, keep=2, rank=0, world=1)
+    assert [*store.folder.iterdir()] == [store.path(2)]
+
+
 # --- in the background ---
 
 

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpl_fast.batch import Batch
 from mpl_fast.data.loader import TrainLoader
+from mpl_fast.training.checkpoint import Checkpoints
+from mpl_fast.training.watchdog import Watchdog
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, events, final_state, rows, train_here
 
@@ -96,9 +99,27 @@ def test_it_ends_as_if_the_bad_images_had_not_been_there(
 
 
 def test_a_spike_of_the_loss_and_the_last_rollback(
-    tiny_rec: Path, tmp_path: Path, options: list[str], batches: list[Batch]
+    tiny_rec: Path,
+    tmp_path: Path,
+    options: list[str],
+    batches: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With this factor every row is a spike as soon as there is a median, of five rows."""
+    """With this factor every row is a spike as soon as there is a median, of five rows. The
+    watchdog allows for the time in which a checkpoint is read."""
+    calls = list[str]()
+    for owner, name in (
+        (Watchdog, "beat"),
+        (Watchdog, "expect_long_work"),
+        (Checkpoints, "newest"),
+    ):
+        real = getattr(owner, name)
+
+        def recorded(*given: Any, real: Any = real, name: str = name) -> Any:
+            calls.append(name)
+            return real(*given)
+
+        monkeypatch.setattr(owner, name, recorded)
     given = [*arguments(tmp_path / "run", tiny_rec, recipe="uda"), *options, *ROLLBACK]
     done = train_here(*given, "--spike-factor", "1e-9", "--rollbacks", "2")
     assert done.returncode == 5
@@ -113,3 +134,5 @@ def test_a_spike_of_the_loss_and_the_last_rollback(
     assert len(batches) == 6 + 1 + 1 and len({*labels}) == len(labels)
     state = final_state(tmp_path / "run", 4)
     assert state["rollbacks"] == 2
+    before = [calls[at - 1] for at, name in enumerate(calls) if name == "newest" and at]
+    assert before == ["expect_long_work"] * 2

@@ -14,14 +14,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from mpl_fast.config import RunConfig, UDAConfig
 from mpl_fast.errors import ConfigError, OutputError, run_command
+from mpl_fast.training import environment
 from mpl_fast.training.curves import read
-from mpl_fast.training.run_dir import RunDir
+from mpl_fast.training.run_dir import RunDir, closing
 from mpl_fast.training.tensorboard import Board
 from tests.tiny_run import ROOT, arguments, events, final_state, rows, run_here, train_here
 from tools.evaluate import main as evaluate_command
@@ -119,6 +121,14 @@ def test_a_full_disk_later_is_a_warning_and_no_row_is_lost(
     metrics = f"warning: {folder}/metrics.jsonl {reason}its rows wait in memory"
     curves = f"warning: {folder}/tensorboard {reason}no curves are drawn until the run is resumed; "
     assert sorted(warnings) == [metrics, metrics, f"{curves}metrics.jsonl has all rows"]
+
+
+def test_a_full_disk_at_a_resume_is_one_line(config: RunConfig) -> None:
+    """Also where the reason is then added to metrics.jsonl."""
+    run_dir = RunDir(config)
+    limit, wanted = file_size_limit(10), pytest.raises(OutputError, match=r"run: File too large$")
+    with limit, wanted, closing(run_dir):
+        run_dir.resume_at(-1)
 
 
 def test_rows_that_can_never_be_written_end_the_run(
@@ -241,12 +251,19 @@ def test_a_run_resumes_with_other_options_that_change_no_step(
 def test_another_commit_is_a_warning(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     environments = [{"git_commit": name} for name in ("a1", None, "a1", "a1", "b2")]
     found = []
-    for environment in environments:
-        monkeypatch.setattr("mpl_fast.training.environment.environment", lambda e=environment: e)
+    for present in environments:
+        monkeypatch.setattr(environment, "environment", lambda present=present: present)
         with contextlib.closing(RunDir(config)) as run_dir:
             found.append(run_dir.other_commit)
     warning = "resumed with another program: the git commit was a1 and is b2"
     assert found == ["", "", "", "", warning]
+
+
+def test_a_slow_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system."""
+    expired = subprocess.TimeoutExpired("git", 10)
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=expired))
+    assert environment.environment()["git_commit"] is None
 
 
 def test_curves_on_a_full_disk_are_an_oserror(tmp_path: Path) -> None:
@@ -287,6 +304,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 900}\n')
     RunDir(config).close()
+    (tmp_path / "config.yaml").write_text("checkpoint_every: often\n")
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml is damaged: its checkpoint_every is 'often'"
+    ):
+        RunDir(config)
 
 
 def evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:

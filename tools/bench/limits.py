@@ -37,7 +37,6 @@ class Limits:
         self.rates = {
             WRITE: writes(folder, size),
             HASH: _hashes(size // 4),
-            DECODE: _decodes(1 if small else 100),
             FP32: flops(device, torch.float32, small=small),
             BF16: flops(device, torch.bfloat16, small=small),
             COPY: copies(device, small=small),
@@ -45,6 +44,8 @@ class Limits:
         """In bytes, images or FLOP a second."""
         if device.type != "cpu":
             self.rates[HOST_COPY] = copies(torch.device("cpu"), small=small)
+        with suppress(ImportError):  # simplejpeg is a library of the benchmarks of packing alone
+            self.rates[DECODE] = _decodes(1 if small else 100)
         with suppress(OSError):  # of a file system without direct writes, such as tmpfs
             self.rates[DIRECT] = writes(folder, size, os.O_DIRECT)
 
