@@ -160,6 +160,7 @@ def run(
     try:
         require_writable(parsed.out)
         report = Report(bench, parsed)
+        _ = report.limits  # while nothing else uses the machine, and nothing can be lost
         try:
             measure(parsed, report)
         except DeviceLostError as lost:  # the rows until here are good
