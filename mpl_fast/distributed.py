@@ -3,8 +3,10 @@ identity."""
 
 import importlib
 import os
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,9 +18,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_group as _default_group
 from torch.distributed.rendezvous import rendezvous
 
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, LostRankError
 
 TIMEOUT = timedelta(minutes=10)  # of a collective, and to meet the other ranks
+# In errors of gloo and NCCL when another rank has ended.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+)
 LONG_SECONDS = 1800.0  # at least, for the first steps, compilation and evaluations' starts
 
 
@@ -126,6 +135,22 @@ def _device(wanted: str) -> torch.device:
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def lost_ranks(run_dir: str) -> Iterator[None]:
+    """Turns an error of a collective whose other ranks have ended into a `LostRankError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = next((words for words in LOST if words in str(error)), None)
+        if reason is None or world_size() == 1:
+            raise
+        raise LostRankError(
+            f"rank {rank()} of {world_size()} on {socket.gethostname()} has lost another rank "
+            f"({reason}): that one was killed, or has printed its reason; the same command resumes "
+            f"{run_dir}"
+        ) from error
 
 
 def traces() -> dict[str, bytes]:

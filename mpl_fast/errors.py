@@ -65,6 +65,13 @@ class CheckpointError(UserError):
     exit_code = 6
 
 
+class LostRankError(UserError):
+    """Another rank has ended or cannot be reached."""
+
+    exit_code = 8
+    alone = True
+
+
 def run_command(program: str, command: Callable[[], int | None], interrupted: str = "") -> NoReturn:
     """Runs a command and exits with its code, that of its `UserError`, or `INTERRUPTED`.
 

@@ -1,5 +1,7 @@
 """With one rank everything is the identity; two ranks average, gather and agree by gloo."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from torch.multiprocessing.spawn import spawn
 
 from mpl_fast import distributed
 from mpl_fast.distributed import StopFlag
-from mpl_fast.errors import ConfigError
+from mpl_fast.errors import ConfigError, LostRankError
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -112,3 +114,30 @@ def test_two_ranks_average_and_decide_together(tmp_path: Path) -> None:
     votes = [(tmp_path / f"votes{rank}").read_text() for rank in (0, 1)]
     # Requested by one rank at step 2, agreed by all at step 3.
     assert votes[0] == votes[1] == str([False, False, False, True, True])
+
+
+def _left_alone(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    distributed.barrier()
+    if rank == 1:
+        os._exit(0)  # as by a SIGKILL: it leaves no word
+    with pytest.raises(LostRankError) as lost, distributed.lost_ranks("RUN"):
+        for _ in range(100):
+            distributed.sum_over_ranks(torch.ones(1))
+    Path(folder, "error").write_text(str(lost.value))
+    with pytest.raises(RuntimeError, match="another"), distributed.lost_ranks("RUN"):
+        raise RuntimeError("another")
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_ended_is_one_line(tmp_path: Path) -> None:
+    spawn(_left_alone, args=(str(tmp_path),), nprocs=2)
+    error = (tmp_path / "error").read_text()
+    assert re.fullmatch(
+        r"rank 0 of 2 on \S+ has lost another rank \((Connection .* by peer|Broken pipe)\): that "
+        "one was killed, or has printed its reason; the same command resumes RUN",
+        error,
+    )

@@ -96,8 +96,9 @@ def _labels(
         return None
     if unknown := lacking(names, trained):
         raise DataError(
-            f"{manifest.root}: {len(unknown)} of its {len(names)} classes are not among the "
-            f"{len(trained)} that {checkpoint} was trained on ({first_few(unknown, 3)}): "
+            f"{manifest.root}: {len(unknown)} of its {len(names)} classes "
+            f"({first_few(unknown, 3)}) are not among the {len(trained)} that {checkpoint} was "
+            "trained on: "
             "evaluate on data whose classes have the names of the run's"
         )
     what = "the network's classes in another order: labels are mapped by name"

@@ -32,7 +32,7 @@ def train(config: RunConfig, *later: RunConfig) -> int:
         if number:
             compilation.release()
         run_dir = open_for(config, dist_env)
-        with closing(run_dir), memory_errors(config):
+        with closing(run_dir), memory_errors(config), distributed.lost_ranks(config.run_dir):
             run = Run(config, dist_env, manifest, classes, run_dir)
             if not run.ended:
                 _check_not_begun(later[number:], config)

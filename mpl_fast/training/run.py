@@ -384,9 +384,9 @@ class Run:
             return data_state, None
         rng.seed_step(self.config, self.dist_env, self.steps_done)
         self.console.print(
-            f"it was written by {world} ranks and this run has {self.dist_env.world}: all networks "
-            "and optimizers continue, the images in a new order and dropout, drawn from the seed "
-            "and the step"
+            f"ranks: {world} when it was written, now {self.dist_env.world}: all networks and "
+            "optimizers continue, the images in a new order and dropout, drawn from the seed and "
+            "the step"
         )
         return data_state, self.steps_done
 

@@ -106,13 +106,19 @@ def table(folders: Sequence[Path]) -> str:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """A run and the one that may follow it inside, or the runs of a folder of runs."""
-    found = [file.parent for file in (folder / "config.yaml", folder / "finetune/config.yaml")]
-    found = [run for run in found if (run / "config.yaml").exists()]
-    found = found or sorted(file.parent for file in folder.glob("*/config.yaml"))
+    """A run and the one that may follow it inside, or all runs of a folder of runs."""
+    inside = sorted(file.parent for file in folder.glob("*/config.yaml"))
+    found = _phases(folder) or [run for one in inside for run in _phases(one)]
     if not found:
         raise DataError(f"{folder} has no config.yaml: name run directories, or a folder of them")
     return found
+
+
+def _phases(folder: Path) -> list[Path]:
+    """A run and the one that may follow it inside; of a sweep, those of its trials."""
+    if (folder / "sweep.json").exists():
+        return sorted(file.parent for file in folder.glob("trials/*/config.yaml"))
+    return [run for run in (folder, folder / "finetune") if (run / "config.yaml").exists()]
 
 
 def read(folder: Path) -> Run:

@@ -104,9 +104,16 @@ def test_the_table(tmp_path: Path) -> None:
 def test_a_run_and_the_one_that_follows_it(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", state="complete")
     a_run(run / "finetune", state="running")
-    assert [line.split()[0] for line in table([run]).splitlines()[1:]] == [
-        str(run), str(run / "finetune")
-    ]  # fmt: skip
+    assert named(run) == [run, run / "finetune"]
+    (tmp_path / "sweep/trials").mkdir(parents=True)
+    trial = a_run(tmp_path / "sweep/trials/0000", state="complete")
+    for name in ("config.yaml", "sweep.json"):
+        (tmp_path / "sweep" / name).write_text("{}")
+    assert named(tmp_path) == [run, run / "finetune", trial] and named(trial.parents[1]) == [trial]
+
+
+def named(folder: Path) -> list[Path]:
+    return [Path(line.split()[0]) for line in table([folder]).splitlines()[1:]]
 
 
 def test_it_is_written_every_few_seconds_and_at_the_end(

@@ -109,7 +109,8 @@ class Report:
         options = vars(self._options)
         folder = options.get("work") or options.get("folder") or self._options.out.parent
         device = choose_device(options.get("device", "auto"))
-        return Limits(folder, device, small=self._options.smoke)
+        with output_errors(folder):
+            return Limits(folder, device, small=self._options.smoke)
 
     @cached_property
     def _machine(self) -> Json:
@@ -160,7 +161,6 @@ def run(
     try:
         require_writable(parsed.out)
         report = Report(bench, parsed)
-        _ = report.limits  # while nothing else uses the machine, and nothing can be lost
         try:
             measure(parsed, report)
         except DeviceLostError as lost:  # the rows until here are good
