@@ -26,7 +26,9 @@ def test_every_fault_of_the_page_has_a_test() -> None:
 
 def test_every_row_of_the_page_is_a_fault() -> None:
     """Also one with a mistake in its last cell."""
-    rows = [r for r in named.DOCUMENT.read_text().splitlines() if r.startswith("| ")]
+    faults, _, results = named.DOCUMENT.read_text().partition("\n## The campaign\n")
+    rows = [r for r in faults.splitlines() if r.startswith("| ")]
+    assert results
     rows = [row for row in rows if not row.startswith(("| ---", "| threat ", "| fault "))]
     assert len(rows) == len(named.faults())
 
