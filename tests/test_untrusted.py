@@ -1,6 +1,8 @@
 """Text and names from files are data: bounded, never executed, never outside their folder."""
 
 import ast
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,12 @@ def test_deep_json_is_a_wrong_value(opened: str) -> None:
         ("a: [1", "is not YAML: while parsing"),
     ],
 )
-def test_yaml_that_is_refused(text: str, line: str, tmp_path: Path) -> None:
+def test_yaml_that_is_refused(
+    text: str, line: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """In the config of a command and in that of a run directory alike."""
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(1000)  # as Python begins; other tests raise it
     file = tmp_path / "config.yaml"
     file.write_text(text)
     for read in (yaml_node, yaml_value):

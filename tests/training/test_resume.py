@@ -134,12 +134,12 @@ def test_a_run_goes_on_on_other_ranks(ended: Sessions) -> None:
         pytest.skip("of two ranks")
     folder = ended.folder / "elastic/run"
     again = shutil.copytree(folder, ended.folder / "again/run")
-    assert "was written by 1 ranks and this run has 2" in ended.out
+    assert "ranks: 1 when it was written, now 2" in ended.out
     options = arguments(
         folder, Path(yaml.safe_load((folder / "config.yaml").read_text())["data"]["root"])
     )
     last = train_here(*options)
-    assert "was written by 2 ranks and this run has 1: all networks" in last.stdout
+    assert "ranks: 2 when it was written, now 1: all networks" in last.stdout
     assert [r["step"] for r in rows(folder) if "train_seconds" in r] == [2, 4, 6]
     paused = [*options[:-1], str(again)]
     for more in (["--stop-at", "5"], []):

@@ -6,13 +6,13 @@ files comes on top.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpl_fast.untrusted import json_value
 from tools.bench.harness import Report, at_least, run
 from tools.bench.machine import ROOT
 from tools.bench.plan_run import CLASSES, IMAGE
@@ -52,7 +52,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         if done.returncode:
             report.fail(name, last_line(done.stderr))
             return {}
-        found: Json = json.loads(last_line(done.stdout))
+        found: Json = json_value(last_line(done.stdout))
         return found
 
     turns = report.interleaved({name: name for name in variants}, timer, warmup=0)

@@ -1,11 +1,11 @@
 """Accuracy of runs whose number of ranks changes, 2 -> 1 -> 2, against runs that never stop."""
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from mpl_fast.training.curves import read_summary
 from tests import tiny_run
 from tools.demo import write_digits
 from tools.faults.cases import Campaign, Case
@@ -43,12 +43,11 @@ def one_case(out: Path, seeds: int) -> Case:
 def trained(run: Path, rec: Path, seed: int, sessions: tuple[tuple[int, int], ...]) -> float:
     """Top-1 in % of a run in one session for each number of ranks."""
     for ranks, stop_at in sessions:
-        summary = run / "summary.json"
-        if summary.exists():
+        if read_summary(run):
             break
         options = ["--config", str(CONFIG), "--data.root", str(rec), "--run-dir", str(run)]
         options += ["--seed", str(seed), "--stop-at", str(stop_at)]
         with (run.parent / f"{run.name}.log").open("a") as log:
             command = tiny_run.command(options, ranks)
             subprocess.run(command, stdout=log, stderr=log, check=True, env=tiny_run.environment())
-    return float(json.loads(summary.read_text())["top1"])
+    return float(read_summary(run)["top1"])
