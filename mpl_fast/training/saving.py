@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mpl_fast.training.console import quantity
 from mpl_fast.untrusted import json_value
 
 State = dict[str, Any]
+Copy = tuple[Tensor, Tensor]  # to and from
 Files = dict[str, dict[str, Any]]  # by name: bytes and sha256
 POLL = 0.01  # seconds between two looks for the files of other ranks
 FOLLOW = 1.0  # seconds between two looks for how far the first rank is
@@ -51,14 +53,9 @@ class HostCopy:
         A GPU copies in the queue of its steps, after those before and before those that follow,
         which may change the tensors: the host does not wait.
         """
-        threads = torch.get_num_threads()
-        # Hundreds of tensors: on busy cores, threads that wait for each other after every tensor
-        # take many times as long as one.
-        torch.set_num_threads(1)
-        try:
-            copied: State = self._copy(state, ())
-        finally:
-            torch.set_num_threads(threads)
+        copies = list[Copy]()
+        copied: State = self._copy(state, (), copies)
+        _copy_by_threads(copies)
         if torch.cuda.is_initialized():
             self._copied = torch.cuda.Event(blocking=True)
             self._copied.record()
@@ -71,20 +68,52 @@ class HostCopy:
             with torch.cuda.device(self._copied.device):
                 self._copied.synchronize()
 
-    def _copy(self, value: Any, place: tuple[Any, ...]) -> Any:
+    def _copy(self, value: Any, place: tuple[Any, ...], copies: list[Copy]) -> Any:
+        """The copy of a value; tensors of the CPU are only added to `copies`."""
         if isinstance(value, dict):
             copied = copy.copy(value)  # with the attributes of a module's state dict
-            copied.update({key: self._copy(part, (*place, key)) for key, part in value.items()})
+            for key, part in value.items():
+                copied[key] = self._copy(part, (*place, key), copies)
             return copied
         if isinstance(value, list | tuple):
-            return type(value)(self._copy(part, (*place, i)) for i, part in enumerate(value))
+            parts = enumerate(value)
+            return type(value)(self._copy(part, (*place, i), copies) for i, part in parts)
         if not isinstance(value, Tensor):
             return value
         buffer = self._buffers.get(place)
         if buffer is None or not _alike(buffer, value):
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self._buffers[place] = buffer
-        return buffer.copy_(value, non_blocking=True)
+        if value.is_cuda:
+            return buffer.copy_(value, non_blocking=True)
+        copies.append((buffer, value))
+        return buffer
+
+
+def _copy_by_threads(copies: list[Copy]) -> None:
+    """Copies in as many threads as PyTorch uses, each with its share of the bytes.
+
+    There are hundreds of tensors: on busy cores, threads that share every one of them, and wait for
+    each other after it, take many times as long.
+    """
+    threads = torch.get_num_threads()
+    shares, sizes = [list[Copy]() for _ in range(threads)], [0] * threads
+    for pair in sorted(copies, key=lambda pair: pair[1].nbytes, reverse=True):
+        least = sizes.index(min(sizes))
+        shares[least].append(pair)
+        sizes[least] += pair[1].nbytes
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(_copy_all, shares))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _copy_all(copies: list[Copy]) -> None:
+    torch.set_num_threads(1)
+    with torch.no_grad():  # is of one thread
+        for buffer, value in copies:
+            buffer.copy_(value)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
 
 import torch
 
@@ -15,11 +16,12 @@ from tools.bench.smooth_images import smooth_jpeg
 
 ROUNDS, WARMUP = 5, 2
 DIRECT, WRITE = "disk, direct writes", "disk, buffered writes and fsync"
-HASH, DECODE = "SHA-256 on one core", "JPEG decoding on one core, 500 x 375"
+HASH, CRC = "SHA-256 on one core", "CRC-32 on one core"
+DECODE = "JPEG decoding on one core, 500 x 375"
 FP32, BF16 = "products in float32", "products in bfloat16"
 COPY, HOST_COPY = "copies in memory, read and written", "copies in the host's memory, likewise"
 UNITS = {
-    **dict.fromkeys((DIRECT, WRITE, HASH), ("MB/s", 1e6)),
+    **dict.fromkeys((DIRECT, WRITE, HASH, CRC), ("MB/s", 1e6)),
     **dict.fromkeys((COPY, HOST_COPY), ("GB/s", 1e9)),
     **dict.fromkeys((FP32, BF16), ("TFLOP/s", 1e12)),
     DECODE: ("img/s", 1.0),
@@ -36,7 +38,8 @@ class Limits:
         size = (1 if small else 256) << 20
         self.rates = {
             WRITE: writes(folder, size),
-            HASH: _hashes(size // 4),
+            HASH: _sums(hashlib.sha256, size // 4),
+            CRC: _sums(crc32, size // 4),
             FP32: flops(device, torch.float32, small=small),
             BF16: flops(device, torch.bfloat16, small=small),
             COPY: copies(device, small=small),
@@ -83,9 +86,9 @@ def writes(folder: Path, size: int, flag: int = 0) -> Spread:
         file.unlink(missing_ok=True)
 
 
-def _hashes(size: int) -> Spread:
+def _sums(function: Callable[[bytes], object], size: int) -> Spread:
     content = bytes(size)
-    return _rate(lambda: hashlib.sha256(content), size)
+    return _rate(lambda: function(content), size)
 
 
 def _decodes(images: int) -> Spread:
