@@ -304,7 +304,7 @@ def test_a_frozen_machine_is_noticed_and_the_others_go_on(tiny_rec: Path, tmp_pa
     exchanges = pickle.loads((run / "hang/gloo_trace_rank_0").read_bytes())["entries"]
     assert "gloo:all_reduce" in {exchange["profiling_name"] for exchange in exchanges}
     assert out.count("resuming after step 4") == 2
-    assert out.count("was written by 1 ranks and this run has 2: all networks") == 1
+    assert out.count("ranks: 1 when it was written, now 2: all networks") == 1
     assert "stopped by a signal after step" in out
 
 
