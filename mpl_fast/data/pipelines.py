@@ -239,8 +239,8 @@ def _decoder(engine: Engine) -> str:
 def resize(
     image: DataNode, side: int, mode: str, config: DataConfig, **region: DataNode
 ) -> DataNode:
-    """ "stretch" makes a square, "not_smaller" keeps the aspect ratio and makes the
-    shorter side `side` pixels."""
+    """The image resized: mode "stretch" makes a square, "not_smaller" keeps the aspect ratio and
+    makes the shorter side `side` pixels."""
     return fn.resize(
         image,
         size=(side, side),

@@ -1,10 +1,9 @@
 """One checkpoint on its way to the disk, in a thread of each rank.
 
 Training waits for a copy of its state in host memory; on a GPU only the device does, and the host
-goes on with the next step. Ranks complete a checkpoint by files: each
-writes its part and then a list of it, and the first, which has seen all lists, publishes. A
-collective in a thread would need a process group of its own, and would wait for a rank that has
-ended.
+goes on with the next step. Ranks complete a checkpoint by files: each writes its part and then a
+list of it, and the first, which has seen all lists, publishes. A collective in a thread would need
+a process group of its own, and would wait for a rank that has ended.
 """
 
 import copy
