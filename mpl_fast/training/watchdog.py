@@ -23,6 +23,7 @@ from mpl_fast.learner import compilation
 
 FOLDER = "hang"  # in the run directory
 LONG_BEATS = 2  # the work that takes long, and the step after it, in which ranks wait for others
+REPORT = "watchdog report"  # the thread
 REPORT_SECONDS = 5.0  # for a report to a disk that may block, and for those of other ranks
 SLOW_FACTOR, SLOW_STEPS = 2.0, 100
 
@@ -103,7 +104,7 @@ class Watchdog:
             f"(process {os.getpid()}) has made no progress for {self._idle:.0f} s after step "
             f"{self._step}"
         )
-        threading.Thread(target=self._report, args=(what,), daemon=True).start()
+        threading.Thread(target=self._report, args=(what,), name=REPORT, daemon=True).start()
         written = self._reported.wait(REPORT_SECONDS)
         file = self._file("rank_", ".txt")
         where = f"its stack is in {file}"

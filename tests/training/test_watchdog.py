@@ -82,6 +82,9 @@ def test_the_latest_exchanges_are_written_beside_the_stack(
         for step in (1, 2):
             dog.beat(step)
         assert wait_here(ended)
+    for thread in threading.enumerate():  # the process ends without waiting for it
+        if thread.name == watchdog.REPORT:
+            thread.join(60)
     for backend, trace in exchanged.items():
         assert (tmp_path / f"hang/{backend}_trace_rank_1").read_bytes() == trace
 
