@@ -169,8 +169,9 @@ def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNo
     return TRAIN_CROPS[config.crop](encoded, config, engine)
 
 
-def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
-    image = fn.decoders.image_random_crop(
+def decode_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
+    """RGB of the random part of "random_resized", not resized: (h, w, 3) uint8."""
+    return fn.decoders.image_random_crop(
         encoded,
         device=_decoder(engine),
         random_area=(0.08, 1.0),
@@ -180,7 +181,10 @@ def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> Da
         use_fast_idct=config.use_fast_idct,
         hw_decoder_load=config.hw_decoder_load,
     )
-    return resize(image, config.image_size, "stretch", config)
+
+
+def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
+    return resize(decode_crop(encoded, config, engine), config.image_size, "stretch", config)
 
 
 def _pad_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:

@@ -18,10 +18,11 @@ from tests.data.numbered_images import CLASSES, EACH, PLAIN, level, pack_numbere
 from tests.tiny_run import ROOT
 from tools.bench import input as bench_input
 from tools.bench import input_peers
-from tools.bench.input import PEER, Round, Setting, Variant
+from tools.bench.input import Round, Setting, Variant
 from tools.bench.results import Row, Spread
 
 CPU = torch.device("cpu")
+PEER = "torchvision-pil"
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,8 @@ def test_smoke_measures_every_variant_once(tmp_path: Path) -> None:
     assert {name for name in rates if "spdl" not in name} == {
         *(f"{task}: torchvision-{kind}" for task in ("weak", "both") for kind in ("pil", "tensor")),
         "decode: dali",
+        "decode and crop: dali",
+        "resize: dali",
         "weak: dali",
         *(f"both: dali-{policy}" for policy in ("mpl", "mpl_branched", "dali")),
     }
@@ -57,9 +60,12 @@ def test_the_sweep_is_of_our_settings(manifest: Manifest) -> None:
     split = manifest.splits["unlabeled"]
     setting = Setting(DataConfig(image_size=16), split, 8, 2, CPU)
     names = [one.name for one in bench_input.swept(setting)]
-    assert names == [f"both: threads {t} prefetch {p}" for t in (1, 2, 4) for p in (1, 2, 3, 4)]
+    assert names == [
+        "both: threads 2 prefetch 2 pinned",
+        *(f"both: threads {t} prefetch {p}" for t in (1, 2, 4) for p in (1, 2, 3, 4)),
+    ]
     on_gpu = bench_input.swept(setting._replace(device=torch.device("cuda")))
-    assert len(on_gpu) == 3 * (3 + 7)
+    assert len(on_gpu) == 1 + 3 * (3 + 7)
     assert "both: threads 2 prefetch 2 engine 0.12" in [one.name for one in on_gpu]
 
 
@@ -140,7 +146,7 @@ def test_variants_of_ours_use_their_policy(manifest: Manifest) -> None:
     """Strong views differ from weak ones, and so do those of two policies; the flip is off."""
     config = DataConfig(image_size=16, flip=False, translate=4, cutout=4)
     setting = Setting(config, manifest.splits["unlabeled"], 8, 1, CPU)
-    decode, _, mpl, _, dali = (one.open for one in bench_input.ours(setting))
+    decode, *_, mpl, _, dali = (one.open for one in bench_input.ours(setting))
     assert next(decode())[0].shape == (8, 3, 1, 1)
     weak, strong, _ = next(mpl())
     assert weak.shape == strong.shape == (8, 3, 16, 16)
@@ -169,8 +175,8 @@ def test_ratios_are_of_rounds() -> None:
         f"both: {PEER}": [Round(100, 40), Round(200, 30), Round(100, 60)],
         "both: dali-mpl": [Round(150, 20), Round(400, 20), Round(100, 20)],
     }
-    found["decode: dali"] = [Round(200, 10), Round(600, 10), Round(400, 10)]
-    decode = Variant("dali", "decode", lambda: iter(()), 1, False)
+    found["decode and crop: dali"] = [Round(200, 10), Round(600, 10), Round(400, 10)]
+    decode = Variant("dali", bench_input.LIMIT, lambda: iter(()), 1, False)
     both = [decode, variant(PEER, True), variant("dali-mpl", False), variant("was wrong", False)]
     made = bench_input.rows(both, found)
     assert [row.name for row in made[2:4]] == [f"both: {PEER}", f"both: {PEER}, CPU"]

@@ -64,7 +64,7 @@ class Views(Dataset[tuple[Tensor, ...]]):
         self._crop = v2.RandomResizedCrop(
             config.image_size,
             interpolation=v2.InterpolationMode(config.interpolation),
-            antialias=config.antialias,  # without effect on PIL images
+            antialias=config.antialias or kind == "pil",  # Pillow always antialiases
         )
         # Its strength ends at level 10; how long an operation takes does not depend on it.
         bins = 31
