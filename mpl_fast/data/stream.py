@@ -21,7 +21,7 @@ SHOWN = 300  # characters of DALI's message, whose end has the reason
 
 
 class Stream:
-    """A running pipeline; its outputs are copied to new tensors on the training device.
+    """A running pipeline, whose outputs become tensors on the training device.
 
     Raises:
         DataError: the index does not list as many records as the manifest, or DALI cannot read a
@@ -44,6 +44,12 @@ class Stream:
     def __next__(self) -> tuple[Tensor, ...]:
         """Images as (B, 3, H, W) in channels_last of the training dtype, labels as (B,) int64."""
         *images, labels = self._run()
+        if self._device.type == "cpu":
+            # In DALI's memory, which it uses again only when no tensor refers to it: a copy to new
+            # memory takes a fifth of the time of decoding and resizing.
+            kept = [shared(image, self._device).permute(0, 3, 1, 2) for image in images]
+            own = [image.to(self._dtype) for image in kept]
+            return (*own, shared(labels, self._device).flatten())
         views = [self._empty(image.as_tensor().shape()) for image in images]
         return (*views, self._copy(images, labels, views))
 

@@ -10,7 +10,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from mpl_fast.data.manifest import Manifest, Split
 from mpl_fast.errors import DataError
-from tests.data.numbered_images import CLASSES, VAL, eval_loader, levels
+from tests.data.numbered_images import CLASSES, PLAIN, VAL, eval_loader, levels
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 24])
@@ -29,6 +29,21 @@ def test_evaluation_counts_every_image_once(manifest: Manifest, world: int) -> N
                 assert [number % CLASSES for number in numbers] == labels[:count].tolist()
                 seen.update(numbers)
         assert seen == Counter(range(VAL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_keep_their_values(manifest: Manifest, dtype: torch.dtype) -> None:
+    """Also while later ones are made: on a CPU they are in DALI's own memory."""
+    loader = eval_loader(manifest, replace(PLAIN, image_size=96), dtype=dtype)
+    held = [batch for _ in range(2) for batch in loader]
+    copies = [(images.clone(), labels.clone()) for images, labels, _ in held]
+    assert len(list(loader)) == len(loader)
+    again = eval_loader(manifest, replace(PLAIN, image_size=96), dtype=dtype)
+    new = [batch for _ in range(2) for batch in again]
+    for (images, labels, _), copy, (expected, classes, _) in zip(held, copies, new, strict=True):
+        assert images.dtype == dtype
+        assert torch.equal(images, copy[0]) and torch.equal(labels, copy[1])
+        assert torch.equal(images, expected) and torch.equal(labels, classes)
 
 
 def test_a_batch_larger_than_the_split_and_a_pass_after_an_unfinished_one(
