@@ -1,8 +1,9 @@
 """Measures DALI's training input against torchvision v2 in a DataLoader, on the same records.
 
 All variants are open at once and take turns in short rounds. Each delivers normalized batches with
-equal threads, or worker processes: float32, DALI on a GPU bfloat16, as training takes them. Ratios
-are those within a round.
+equal threads, or worker processes: float32, DALI on a GPU bfloat16. A training step then copies its
+labeled and unlabeled batches into one tensor, which no variant does here. Ratios are those within a
+round.
 """
 
 import argparse
