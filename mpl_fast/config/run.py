@@ -104,7 +104,7 @@ class ModelConfig:
     """Network architecture, the same for teacher and student."""
 
     name: str = "resnet50"
-    """Any timm name, or, for 32-pixel images, wrn_28_2, wrn_28_8, wrn_28_10, convlarge,
+    """Any timm name, or, for 32-pixel images, airbench94, wrn_28_2, wrn_28_8, wrn_28_10, convlarge,
     shake_shake_26, resnet18_cifar, resnet50_cifar (timm's with a 3x3 stem that keeps the size).
     Networks for images of one size, such as ViT, are built for data.image_size."""
     classes: NonNegativeInt = 0

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpl_fast.errors import ConfigError
 from mpl_fast.models import pretrained as weights
+from mpl_fast.models.airbench import Airbench
 from mpl_fast.models.conv_large import ConvLarge
 from mpl_fast.models.frozen import freeze
 from mpl_fast.models.shake_shake import ShakeShake
@@ -39,7 +40,11 @@ SHAKE = {  # depth, channels of each branch in the first stage
     "shake_shake_8_8": (8, 8),
 }
 CIFAR = {"resnet18_cifar": "resnet18", "resnet50_cifar": "resnet50"}  # timm's name
-OWN = [*WIDE, *SHAKE, "convlarge", *CIFAR]
+PLAIN: dict[str, Callable[[int, float], nn.Module]] = {
+    "airbench94": Airbench,
+    "convlarge": ConvLarge,
+}
+OWN = [*WIDE, *SHAKE, *PLAIN, *CIFAR]
 
 
 def build(
@@ -100,7 +105,7 @@ def _own(name: str, classes: int, dropout: float, drop_path: float, pretrained: 
         return ShakeShake(*SHAKE[name], classes, dropout, drop_path)
     if drop_path:
         raise _no_drop_path(name)
-    return ConvLarge(classes, dropout)
+    return PLAIN[name](classes, dropout)
 
 
 def _no_drop_path(name: str) -> ConfigError:

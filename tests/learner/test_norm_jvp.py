@@ -69,6 +69,7 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
         ("shake_shake_8_8", {ALONE: 9, RELU: 6}),
         ("resnet10t", {ALONE: 7, RELU: 7}),  # norms before a sum have no ReLU
         ("efficientnet_b0", {ALONE: 49}),  # SiLU
+        ("airbench94", {ALONE: 6}),  # GELU, and no trained scale
     ],
 )
 def test_a_networks_derivative_is_pytorchs(
