@@ -104,9 +104,9 @@ class Run:
         if self.checkpoint is None:
             bf16 = all(distributed.all_gather_object(uses_bf16(self.config, device)))
             return "bf16" if bf16 else "fp32"
-        kept = read_shared(self.checkpoint).get("precision")
         # Versions that did not store it had fp32 on every CPU.
-        return str(kept) if kept in ("bf16", "fp32") else "bf16" if device.type == "cuda" else "fp32"
+        before = "bf16" if device.type == "cuda" else "fp32"
+        return str(read_shared(self.checkpoint).get("precision", before))
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
