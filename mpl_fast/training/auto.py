@@ -17,6 +17,7 @@ from mpl_fast import models
 from mpl_fast.config import RunConfig
 from mpl_fast.config.fields import replaced
 from mpl_fast.errors import ConfigError
+from mpl_fast.training.saving import State
 
 CPUINFO = Path("/proc/cpuinfo")
 PLAIN = {"grad_sync": "allreduce", "compile": "off", "cuda_graphs": "off"}
@@ -104,6 +105,12 @@ def uses_bf16(config: RunConfig, device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return _has_amx() and not _has_grouped_convolutions(config.model.name)
+
+
+def evaluated_in(config: RunConfig, shared: State, device: torch.device) -> RunConfig:
+    """The config for evaluating a checkpoint: on a CPU, what was trained in fp32 stays so."""
+    fp32 = config.precision == "auto" and shared.get("precision", "fp32") == "fp32"
+    return replaced(config, {"precision": "fp32"}) if fp32 and device.type == "cpu" else config
 
 
 @cache

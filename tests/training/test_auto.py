@@ -10,6 +10,7 @@ import torch
 from mpl_fast.config import RECIPES, RunConfig, problems
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
+from mpl_fast.inference.trained import load
 from mpl_fast.training import auto
 from mpl_fast.training.auto import PLAIN, plain, resolve, uses_bf16
 from mpl_fast.training.run import Run
@@ -182,6 +183,20 @@ def test_a_checkpoint_of_an_older_version_goes_on_in_fp32(
     del state["precision"]
     replace_state(tmp_path / "run/checkpoints/step_00000002/state.pt", state)
     assert "in fp32: " in train_here(*run).stdout
+
+
+def test_a_checkpoint_is_evaluated_in_its_own_precision_or_a_higher_one(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for amx, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        folder = tmp_path / str(amx)
+        monkeypatch.setattr(auto, "_has_amx", lambda amx=amx: amx)
+        done = train_here(*arguments(folder, tiny_rec, recipe="supervised"), "--steps=1")
+        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(auto, "_has_amx", lambda: True)
+        assert load(folder, device="cpu").dtype == dtype
+        monkeypatch.setattr(auto, "_has_amx", lambda: False)
+        assert load(folder, device="cpu").dtype == torch.float32
 
 
 def test_ranks_on_different_processors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
