@@ -49,11 +49,11 @@ def tiny_rec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_trained(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a complete run of recipe mpl on these digits."""
+    """The directory of a complete run of recipe mpl on these digits, on any processor in fp32."""
     from tests.tiny_run import arguments, train_here
 
     run = tmp_path_factory.mktemp("trained") / "run"
-    done = train_here(*arguments(run, tiny_rec))
+    done = train_here(*arguments(run, tiny_rec), "--precision=fp32")
     assert done.returncode == 0, done.stderr
     return run
 

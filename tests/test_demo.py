@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mpl_fast.config import RunConfig
 from tests.tiny_run import ROOT, run_here
 from tools import demo
 from tools.demo import table
@@ -38,16 +39,34 @@ def test_ctrl_c_saves_and_ends_with_one_line(tmp_path: Path) -> None:
     assert list(out.glob("supervised_seed0_9000steps/checkpoints/step_*"))
 
 
-def test_a_complete_run_of_an_older_version_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_complete_run_of_an_older_version_is_read(tmp_path: Path) -> None:
     summary = tmp_path / "uda_seed0" / "summary.json"
     summary.parent.mkdir()
     summary.write_text('{"top1": 50.0, "steps": 9, "seconds": 2.0, "images_per_second": 3.0}')
-    monkeypatch.setattr(demo, "_run", lambda *_: None)
-    options = argparse.Namespace(out=tmp_path, steps=None, ranks=1)
-    result = demo._over_seeds([demo._train("uda", tmp_path, 0, options)])
+    result = demo._over_seeds([demo._result(summary.parent)])
     assert (result["top1"], result["train_seconds"]) == (50.0, 2.0)
+
+
+@pytest.mark.parametrize(("codes", "runs"), [((0, 0, 0, 0, 0, 0), 6), ((0, 75), 2)])
+def test_one_start_of_the_ranks_trains_all_until_a_stop(
+    codes: tuple[int, ...],
+    runs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left, trained = [*codes], []
+
+    def train(config: RunConfig) -> int:
+        trained.append((config.recipe, config.seed, config.steps, Path(config.run_dir).name))
+        return left.pop(0)
+
+    monkeypatch.setattr("mpl_fast.training.phases.train", train)
+    options = argparse.Namespace(out=tmp_path, steps=7, seeds=2)
+    assert demo._train_all(options) == codes[-1]
+    wanted = [(r, seed, 7, f"{r}_seed{seed}_7steps") for seed in range(2) for r in demo.RECIPES]
+    assert trained == wanted[:runs]
+    assert capsys.readouterr().out.count("train.py --config") == runs
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mpl_fast.config.command_line import phases
 from mpl_fast.errors import DataError, run_command
 from mpl_fast.training.curves import SUMMARY, read_summary
-from mpl_fast.training.process import visible_gpus
+from mpl_fast.training.process import die_with_launcher, visible_gpus
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"supervised": "labeled only", "uda": "UDA", "mpl": "MPL"}
@@ -25,16 +26,18 @@ HELD_OUT = 500
 Result = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int | None:
     """Every part is the command that a user would type, and is printed before it runs."""
     options = _options()
+    if options.rank:
+        return _train_all(options)
     began = time.perf_counter()
     images = write_digits(options.out / "images")
-    runs: dict[str, list[Result]] = {name: [] for name in RECIPES}
     for seed in range(options.seeds):
-        rec = _pack(images, options.out / f"rec_seed{seed}", seed)
-        for recipe in RECIPES:
-            runs[recipe].append(_train(recipe, rec, seed, options))
+        _pack(images, _rec(options, seed), seed)
+    _start_ranks(options)
+    seeds = range(options.seeds)
+    runs = {name: [_result(_run_dir(options, name, seed)) for seed in seeds] for name in RECIPES}
     summary = {name: _over_seeds(results) for name, results in runs.items()}
     file = options.out / "summary.json"
     file.write_text(json.dumps(summary, indent=1) + "\n")
@@ -42,6 +45,7 @@ def main() -> None:
     page = _report(runs, options)
     print(f"\n{table(summary, options)}\n\n{file}\n{picture}\n{page}")
     print(f"demo finished in {time.perf_counter() - began:.0f} s")
+    return 0
 
 
 def _options() -> argparse.Namespace:
@@ -53,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="training steps (0: as configured)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     parser.add_argument("--ranks", type=int, default=0, help="processes (0: one a GPU, else 2)")
+    parser.add_argument("--rank", action="store_true", help="under torchrun: train, as one rank")
     options = parser.parse_args()
     if options.seeds < 1 or options.steps < 0 or options.ranks < 0:
         parser.error("--seeds must be at least 1, --steps and --ranks at least 0")
@@ -83,25 +88,55 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-def _pack(images: Path, out: Path, seed: int) -> Path:
+def _rec(options: argparse.Namespace, seed: int) -> Path:
+    folder: Path = options.out / f"rec_seed{seed}"
+    return folder
+
+
+def _run_dir(options: argparse.Namespace, recipe: str, seed: int) -> Path:
+    steps = f"_{options.steps}steps" if options.steps else ""
+    folder: Path = options.out / f"{recipe}_seed{seed}{steps}"
+    return folder
+
+
+def _pack(images: Path, out: Path, seed: int) -> None:
     command: list[Any] = [sys.executable, ROOT / "tools" / "make_rec.py", "pack"]
     command += ["--src", images / "train", "--val", images / "val", "--out", out]
     _run([*command, "--labeled", str(LABELED), "--split-seed", str(seed)])
-    return out
 
 
-def _train(recipe: str, rec: Path, seed: int, options: argparse.Namespace) -> Result:
-    name = f"{recipe}_seed{seed}" + (f"_{options.steps}steps" if options.steps else "")
-    run = options.out / name
+def _start_ranks(options: argparse.Namespace) -> None:
+    """All runs are trained by the same processes, which start only once: that takes seconds."""
     ranks = options.ranks or _ranks()
     command: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", ROOT / "mpl_fast" / "train.py"]
-    command += ["--config", ROOT / "configs" / f"demo_{recipe}.yaml", "--data.root", rec]
-    command += ["--run-dir", run, "--seed", str(seed)]
-    if options.steps:
-        command += ["--steps", str(options.steps)]
+    command += [f"--nproc-per-node={ranks}", Path(__file__), "--rank", "--out", options.out]
+    command += ["--seeds", str(options.seeds), "--steps", str(options.steps)]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     _run(command, {"OMP_NUM_THREADS": threads} if "OMP_NUM_THREADS" not in os.environ else {})
+
+
+def _train_all(options: argparse.Namespace) -> int:
+    """Trains every recipe on every label draw, on each rank; returns the exit code."""
+    die_with_launcher()
+    from mpl_fast import distributed
+    from mpl_fast.training.phases import train
+
+    for seed in range(options.seeds):
+        for recipe in RECIPES:
+            arguments: list[Any] = ["--config", ROOT / "configs" / f"demo_{recipe}.yaml"]
+            arguments += ["--data.root", _rec(options, seed)]
+            arguments += ["--run-dir", _run_dir(options, recipe, seed), "--seed", str(seed)]
+            if options.steps:
+                arguments += ["--steps", str(options.steps)]
+            if distributed.ranks_of_launcher()[0] == 0:
+                _show(["  train.py", *arguments])
+            if code := train(*phases([str(part) for part in arguments])):
+                return code
+    distributed.shutdown()
+    return 0
+
+
+def _result(run: Path) -> Result:
     summary = read_summary(run)
     if not summary:
         raise DataError(f"{run / SUMMARY} is missing or damaged: run the same command again")
@@ -114,7 +149,7 @@ def _ranks() -> int:
 
 
 def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:
-    print("$ " + " ".join(_shown(part) for part in command), flush=True)
+    _show(["$", *command])
     process = subprocess.Popen([str(part) for part in command], env=os.environ | (extra or {}))
     interrupted = False
     while process.poll() is None:
@@ -126,6 +161,10 @@ def _run(command: list[Any], extra: dict[str, str] | None = None) -> None:
         sys.exit("demo: interrupted; the same command goes on from what is saved")
     if process.returncode:
         sys.exit(process.returncode)  # it has printed the reason
+
+
+def _show(command: list[Any]) -> None:
+    print(" ".join(_shown(part) for part in command), flush=True)
 
 
 def _shown(part: Any) -> str:

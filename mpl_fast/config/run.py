@@ -147,8 +147,9 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Training device. auto: CUDA if there is a GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the forward pass; weights and losses are always float32. auto: bf16 on CUDA,
-    fp32 on the CPU."""
+    """Precision of the forward pass; weights and losses are always float32. auto: bf16 on CUDA, and
+    on a CPU with AMX for networks without grouped convolutions, else fp32; a run that is resumed
+    keeps its own."""
     compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
     """Mode of torch.compile for the networks; off: not compiled. auto: default on CUDA, off on a
     CPU and for model.norm sync with grad_sync ddp."""

@@ -17,14 +17,8 @@ from mpl_fast.dry_run.remedies import remedies
 from mpl_fast.dry_run.roofline import Job, Machine, forecast
 from mpl_fast.dry_run.table import Plan, table
 from mpl_fast.dry_run.trace import trace
-from mpl_fast.training.auto import resolve
-from mpl_fast.training.build import (
-    build_network,
-    check_batches,
-    count_classes,
-    resolve_epochs,
-    uses_bf16,
-)
+from mpl_fast.training.auto import resolve, uses_bf16
+from mpl_fast.training.build import build_network, check_batches, count_classes, resolve_epochs
 from mpl_fast.training.rows import StepRows, count
 from mpl_fast.training.trial import check_training
 

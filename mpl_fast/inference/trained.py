@@ -16,7 +16,8 @@ from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.manifest import read_manifest
 from mpl_fast.distributed import init
 from mpl_fast.errors import CheckpointError, DataError
-from mpl_fast.training.build import build_network, uses_bf16
+from mpl_fast.training.auto import evaluated_in, uses_bf16
+from mpl_fast.training.build import build_network
 from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.saving import State
 from mpl_fast.training.state import evaluated, no_class_names
@@ -128,6 +129,7 @@ def load(
     config = config_of(run, ["--device", device, *pipeline])
     found, shared, warnings = read_checkpoint(run, checkpoint)
     place = init(config.device).device
+    config = evaluated_in(config, shared, place)
     classes = _classes(shared, config, found)
     if "classes" not in shared:
         warnings.append(no_class_names(found))

@@ -1,18 +1,25 @@
 """What `auto` means for the options of how a step is run: by recipe, device and machines.
 
-These options change how fast a step is, not what it computes. A run's config.yaml keeps `auto`, so
-a run of GPUs can be evaluated, fine-tuned or resumed on a CPU.
+All but the precision change how fast a step is, not what it computes. A run's config.yaml keeps
+`auto`, so a run of GPUs can be evaluated, fine-tuned or resumed on a CPU; its checkpoints have the
+precision, which a resumed run keeps.
 """
 
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils._triton import has_triton_package
 
+from mpl_fast import models
 from mpl_fast.config import RunConfig
 from mpl_fast.config.fields import replaced
 from mpl_fast.errors import ConfigError
+from mpl_fast.training.saving import State
 
+CPUINFO = Path("/proc/cpuinfo")
 PLAIN = {"grad_sync": "allreduce", "compile": "off", "cuda_graphs": "off"}
 
 
@@ -83,3 +90,40 @@ def _cuda_graphs(config: RunConfig, machines: int) -> Choice:
 
 # In this order: whether a step can be captured depends on grad_sync.
 CHOICES = {"grad_sync": _grad_sync, "compile": _compile, "cuda_graphs": _cuda_graphs}
+
+
+def uses_bf16(config: RunConfig, device: torch.device) -> bool:
+    """Whether forward passes run under bfloat16 autocast.
+
+    On a CPU, `auto` is bf16 where it is faster: with matrix units (AMX), and for networks without
+    grouped convolutions, which those units do not compute. Vector instructions alone
+    (AVX512-BF16) are slower than fp32 on small networks, and depthwise convolutions in bf16 on
+    every processor (docs/benchmarks.md).
+    """
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return True
+    return _has_amx() and not _has_grouped_convolutions(config.model.name)
+
+
+def evaluated_in(config: RunConfig, shared: State, device: torch.device) -> RunConfig:
+    """The config for evaluating a checkpoint: on a CPU, what was trained in fp32 stays so."""
+    fp32 = config.precision == "auto" and shared.get("precision", "fp32") == "fp32"
+    return replaced(config, {"precision": "fp32"}) if fp32 and device.type == "cpu" else config
+
+
+@cache
+def _has_amx() -> bool:
+    """Whether the system has AMX with bfloat16. It lists no units that it does not switch on."""
+    try:
+        return "amx_bf16" in CPUINFO.read_text().split()
+    except OSError:  # another system than Linux
+        return False
+
+
+@cache
+def _has_grouped_convolutions(name: str) -> bool:
+    with torch.device("meta"):
+        network = models.build(name, classes=2)
+    return any(m.groups > 1 for m in network.modules() if isinstance(m, nn.Conv2d))

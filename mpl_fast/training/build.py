@@ -18,6 +18,7 @@ from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import DistEnv, world_size
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.learner import Learner
+from mpl_fast.training.auto import uses_bf16
 
 
 def count_classes(
@@ -200,11 +201,6 @@ def resolve_epochs(config: RunConfig, manifest: Manifest) -> RunConfig:
     if config.eval_epochs:
         every = steps_in(config.eval_epochs, config, manifest)
     return dataclasses.replace(config, steps=steps, eval_every=every)
-
-
-def uses_bf16(config: RunConfig, device: torch.device) -> bool:
-    """Whether forward passes run under bfloat16 autocast."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def train_loader(

@@ -15,7 +15,7 @@ from mpl_fast.data.manifest import Manifest, read_manifest
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
-from mpl_fast.training.auto import plain
+from mpl_fast.training.auto import evaluated_in, plain
 from mpl_fast.training.build import build_algorithm, count_classes, eval_loader, resolve_epochs
 from mpl_fast.training.console import Console
 from mpl_fast.training.metrics import QueueLimiter
@@ -69,6 +69,7 @@ def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accura
         console.warn(warning)
     classes = count_classes(config, manifest, shared.get("classes"))
     labels = _labels(shared.get("classes"), manifest, checkpoint, console)
+    config = evaluated_in(config, shared, dist_env.device)
     algorithm = build_algorithm(config, manifest, classes, dist_env.device, fresh=False)
     keep_compile_cache(config)
     rng.seed_run(config, dist_env)

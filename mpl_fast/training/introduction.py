@@ -59,7 +59,7 @@ def _headline(
     """What is trained on what."""
     sizes = {models.count_parameters(one.network) for one in algorithm.learners.values()}
     return (
-        f"{config.recipe} on {dist_env.world} x {dist_env.device.type}: "
+        f"{config.recipe} on {dist_env.world} x {dist_env.device.type} in {config.precision}: "
         f"{config.model.name}, {quantity(max(sizes))} trained parameters, "
         f"{len(manifest.classes)} classes, {config.labeled_batch} labeled + "
         f"{config.unlabeled_images} unlabeled images a step, {config.steps} steps, "

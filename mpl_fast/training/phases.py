@@ -11,6 +11,7 @@ from mpl_fast.errors import PREEMPTED, ConfigError
 from mpl_fast.learner import compilation
 from mpl_fast.training.build import check_batches, count_classes, resolve_epochs
 from mpl_fast.training.checkpoint import checkpoints_in
+from mpl_fast.training.process import keep_freed_memory
 from mpl_fast.training.run import Run
 from mpl_fast.training.run_dir import closing, open_for
 from mpl_fast.training.trial import check_training, memory_errors
@@ -24,6 +25,8 @@ def train(config: RunConfig, *later: RunConfig) -> int:
     """
     prepared = [_prepared(one) for one in (config, *later)]
     dist_env = distributed.init(config.device, config.hang_timeout)
+    if dist_env.device.type == "cpu":
+        keep_freed_memory()
     for config, manifest, classes in prepared:
         check_batches(config, manifest, dist_env)
         check_training(config, classes, dist_env.world)

@@ -10,12 +10,13 @@ from mpl_fast import distributed
 from mpl_fast.algorithms.base import Step, Teacher, train_step
 from mpl_fast.batch import Batch, EvalBatches, Loader
 from mpl_fast.config import FinetuneConfig, NoisyStudentConfig, RunConfig
+from mpl_fast.config.fields import replaced
 from mpl_fast.config.run import CHECKPOINTS
 from mpl_fast.data.manifest import Manifest
 from mpl_fast.distributed import DistEnv, StopFlag, seconds_waited
 from mpl_fast.errors import PREEMPTED, DataError, NonFiniteError
 from mpl_fast.learner import compilation, rng
-from mpl_fast.training.auto import resolve
+from mpl_fast.training.auto import resolve, uses_bf16
 from mpl_fast.training.best import Best
 from mpl_fast.training.build import build_algorithm, eval_loader, train_loader
 from mpl_fast.training.checkpoint import Checkpoints, read_shared, step_of
@@ -70,6 +71,8 @@ class Run:
         keep_compile_cache(config)
         self.checkpoint = self._newest_checkpoint()
         fresh, self.notes = self.checkpoint is None, list[str]()
+        if config.precision == "auto":
+            self.config = config = replaced(config, {"precision": self._precision()})
         self.best = Best(config, dist_env)
         self.ended = self.checkpoint is not None and self._ended_with(self.checkpoint)
         self.algorithm = build_algorithm(
@@ -93,6 +96,17 @@ class Run:
         self.log = Log(
             config, dist_env, manifest, self.algorithm, self.checkpoints, self.console, run_dir
         )
+
+    def _precision(self) -> str:
+        """bf16 or fp32, equal on all ranks: that of the checkpoint, which may have been written on
+        another processor, or what `auto` means where this run begins."""
+        device = self.dist_env.device
+        if self.checkpoint is None:
+            bf16 = all(distributed.all_gather_object(uses_bf16(self.config, device)))
+            return "bf16" if bf16 else "fp32"
+        # Versions that did not store it had fp32 on every CPU.
+        before = "bf16" if device.type == "cuda" else "fp32"
+        return str(read_shared(self.checkpoint).get("precision", before))
 
     def go(self) -> int:
         """Resumes from the newest checkpoint if there is one, trains, and returns the exit code."""
@@ -343,6 +357,7 @@ class Run:
             "train_seconds": self.log.train_seconds,
             "accuracy": self.accuracy,
             "rollbacks": self.rollbacks,
+            "precision": self.config.precision,
             **self.best.state(),
             **state_of(self.algorithm),
             "classes": [*self.manifest.classes],

@@ -21,7 +21,8 @@ from mpl_fast.config.fields import replaced
 from mpl_fast.distributed import broadcast_object, rank
 from mpl_fast.errors import CheckpointError
 from mpl_fast.learner import Learner
-from mpl_fast.training.build import build_network, uses_bf16
+from mpl_fast.training.auto import uses_bf16
+from mpl_fast.training.build import build_network
 from mpl_fast.training.checkpoint import step_of
 from mpl_fast.training.trained import find_checkpoint, load_trained, read_trained
 

@@ -53,7 +53,7 @@ def test_it_prints_once_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "deep" / "run"
-    given, printed = arguments(folder, tiny_rec), []
+    given, printed = [*arguments(folder, tiny_rec), "--precision=fp32"], []
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     for rank in range(ranks):  # ranks do not communicate
         monkeypatch.setenv("RANK", str(rank))

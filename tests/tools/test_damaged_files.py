@@ -1,6 +1,5 @@
 """What a kill or another program leaves in a folder is one line or left out, for every tool."""
 
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -44,8 +43,7 @@ DAMAGED = {
 def in_demo(folder: Path, content: bytes) -> None:
     (folder / "mpl_seed0").mkdir()
     (folder / "mpl_seed0/summary.json").write_bytes(content)
-    options = argparse.Namespace(out=folder, steps=0, ranks=1)
-    demo._over_seeds([demo._train("mpl", folder, 0, options)])
+    demo._over_seeds([demo._result(folder / "mpl_seed0")])
 
 
 def in_ablation(folder: Path, content: bytes) -> None:

@@ -1,6 +1,8 @@
-"""What `auto` becomes, by recipe, device and number of machines."""
+"""What `auto` becomes, by recipe, device, processor and number of machines."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch
 from mpl_fast.config import RECIPES, RunConfig, problems
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
+from mpl_fast.inference.trained import load
 from mpl_fast.training import auto
-from mpl_fast.training.auto import PLAIN, plain, resolve
-from tests.tiny_run import arguments, run_in_turn, train_here
+from mpl_fast.training.auto import PLAIN, plain, resolve, uses_bf16
+from mpl_fast.training.run import Run
+from tests.tiny_run import arguments, final_state, replace_state, run_in_turn, train_here
 
 HERE = ["--run-dir=r", "--data.root=d"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -111,6 +115,7 @@ def test_the_config_of_a_run_keeps_what_was_given(tiny_rec: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     written = parse(["--config", str(folder / "config.yaml")])
     assert choices(written) == "auto auto auto"
+    assert written.precision == "auto"
 
 
 def test_a_run_with_graphs_of_a_gpu_is_evaluated_on_a_cpu(tiny_rec: Path, tmp_path: Path) -> None:
@@ -121,3 +126,84 @@ def test_a_run_with_graphs_of_a_gpu_is_evaluated_on_a_cpu(tiny_rec: Path, tmp_pa
     (folder / "config.yaml").write_text(as_yaml(written))
     done = run_in_turn(["evaluate", str(folder)])
     assert done.returncode == 0 and "of 50 images" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "bf16"),
+    [
+        ("avx512_bf16 amx_bf16 amx_tile", "model.name=wrn_10_1", True),
+        ("avx512_bf16 amx_bf16 amx_tile", "model.name=mobilenetv3_small_050", False),
+        ("avx512_bf16 amx_bf16 amx_tile", "model.name=wrn_10_1 precision=fp32", False),
+        ("avx512_bf16", "model.name=wrn_10_1", False),
+        ("avx512_bf16", "model.name=wrn_10_1 precision=bf16", True),
+        (None, "model.name=wrn_10_1", False),
+    ],
+)
+def test_a_cpu_takes_bf16_where_it_is_faster(
+    flags: str | None, options: str, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if flags is not None:
+        file.write_text(f"processor\t: 0\nflags\t\t: fpu {flags} serialize\n")
+    monkeypatch.setattr(auto, "CPUINFO", file)
+    auto._has_amx.cache_clear()
+    try:
+        assert uses_bf16(config(options), CPU) is bf16
+        assert uses_bf16(config("precision=auto"), CUDA)
+    finally:
+        auto._has_amx.cache_clear()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_keeps_its_precision_on_another_processor(
+    first: bool, tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (arguments(tmp_path / name, tiny_rec) for name in ("whole", "parts"))
+    monkeypatch.setattr(auto, "_has_amx", lambda: first)
+    name = "bf16" if first else "fp32"
+    begun = train_here(*parts, "--stop-at=4")
+    assert train_here(*whole).returncode == 0
+    monkeypatch.setattr(auto, "_has_amx", lambda: not first)
+    resumed = train_here(*parts)
+    for done in (begun, resumed):
+        assert f"mpl on 1 x cpu in {name}: " in done.stdout, done.stderr
+    a, b = (final_state(tmp_path / folder) for folder in ("whole", "parts"))
+    assert a["precision"] == b["precision"] == name
+    for key, value in a["learners"]["student"]["network"].items():
+        assert torch.equal(value, b["learners"]["student"]["network"][key]), key
+
+
+def test_a_checkpoint_of_an_older_version_goes_on_in_fp32(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = arguments(tmp_path / "run", tiny_rec, recipe="supervised")
+    monkeypatch.setattr(auto, "_has_amx", lambda: True)
+    assert "in bf16: " in train_here(*run, "--stop-at=2").stdout
+    state = final_state(tmp_path / "run", 2)
+    del state["precision"]
+    replace_state(tmp_path / "run/checkpoints/step_00000002/state.pt", state)
+    assert "in fp32: " in train_here(*run).stdout
+
+
+def test_a_checkpoint_is_evaluated_in_its_own_precision_or_a_higher_one(
+    tiny_rec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for amx, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        folder = tmp_path / str(amx)
+        monkeypatch.setattr(auto, "_has_amx", lambda amx=amx: amx)
+        done = train_here(*arguments(folder, tiny_rec, recipe="supervised"), "--steps=1")
+        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(auto, "_has_amx", lambda: True)
+        assert load(folder, device="cpu").dtype == dtype
+        monkeypatch.setattr(auto, "_has_amx", lambda: False)
+        assert load(folder, device="cpu").dtype == torch.float32
+
+
+def test_ranks_on_different_processors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank: Any = SimpleNamespace(
+        config=config("model.name=wrn_10_1"), dist_env=SimpleNamespace(device=CPU), checkpoint=None
+    )
+    monkeypatch.setattr(auto, "_has_amx", lambda: True)
+    assert Run._precision(rank) == "bf16"
+    monkeypatch.setattr("mpl_fast.distributed.all_gather_object", lambda value: [value, False])
+    assert Run._precision(rank) == "fp32"

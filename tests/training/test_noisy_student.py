@@ -23,6 +23,7 @@ from tests.tiny_run import arguments, final_state, rows, run_in_turn, train_here
 
 DIGITS = [*"0123456789"]
 CPU = torch.device("cpu")
+FP32 = "--precision=fp32"  # as `expected` values are
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,13 @@ def teachers(tiny_rec: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "supervised": [],
         "mpl_roleplay": ["--algorithm.ensemble", "logits"],
     }.items():
-        done = train_here(*arguments(folder / name, tiny_rec, recipe=name), *more)
+        done = train_here(*arguments(folder / name, tiny_rec, recipe=name), FP32, *more)
         assert done.returncode == 0, done.stderr
     return folder
 
 
 def options(folder: Path, rec: Path, teacher: Path, *more: str) -> list[str]:
-    made = arguments(folder, rec, recipe="supervised")
+    made = [*arguments(folder, rec, recipe="supervised"), FP32]
     return [*made, "--recipe", "noisy_student", "--algorithm.teacher", str(teacher), *more]
 
 

@@ -3,6 +3,7 @@ A rank ends with its torchrun, also if that has ended before the rank could ask 
 
 import contextlib
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -72,3 +73,25 @@ def test_a_rank_whose_torchrun_was_killed_at_once_ends(run: bool, root: Path) ->
     command = [sys.executable, "-c", LAUNCHER, RANK]
     printed = subprocess.run(command, env=env, cwd=root, stdout=subprocess.PIPE, check=True)
     assert printed.stdout == (b"" if run else b"lives\n")
+
+
+PAGES = """import resource, sys
+from mpl_fast.training.process import keep_freed_memory
+if sys.argv[1] == "keep": keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+large = b"\\1" * (100 << 20)
+del large
+before = faults()
+large = b"\\1" * (100 << 20)
+print(faults() - before)"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again_without_asking_the_system(root: Path) -> None:
+    new_pages = []
+    for what in ("default", "keep"):
+        command = [sys.executable, "-c", PAGES, what]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+        new_pages.append(int(done.stdout))
+    assert new_pages[0] >= 50  # as many as there are huge pages of 2 MiB in it
+    assert new_pages[1] < 10
