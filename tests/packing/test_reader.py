@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import accumulate, islice
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 
@@ -46,6 +47,12 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
+@pytest.fixture(autouse=True)
+def _slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads open files, where there are threads."""
+    monkeypatch.setattr("mpl_fast.packing.write.reader._SLOW", 0.0)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> list[RecordRow]:
     """Plan 100 files, the i-th of i bytes."""
@@ -61,6 +68,29 @@ def test_files(tmp_path: Path, photos: list[RecordRow], threads: int) -> None:
     with opened([folder(tmp_path)], threads) as reader:
         assert next(iter(reader.opened(photos))).record == photos[0]
     assert open_files() == before
+
+
+@pytest.mark.parametrize(("slow", "here"), [(0.0, 8), (float("inf"), 100)])
+def test_threads_open_files_of_slow_disks_only(
+    tmp_path: Path,
+    photos: list[RecordRow],
+    monkeypatch: pytest.MonkeyPatch,
+    slow: float,
+    here: int,
+) -> None:
+    """The first batch is opened in place: by its time the others are opened."""
+    monkeypatch.setattr("mpl_fast.packing.write.reader._SLOW", slow)
+    openers = []
+    advise = os.posix_fadvise
+
+    def recorded(*what: int) -> None:
+        openers.append(get_ident())
+        advise(*what)
+
+    monkeypatch.setattr(os, "posix_fadvise", recorded)
+    assert read([folder(tmp_path)], photos, threads=2) == IMAGES
+    assert openers.count(get_ident()) == here
+    assert len(openers) == 100
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -59,6 +60,7 @@ print(done.size, status["VmHWM"].split()[0])
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_writer, "BUFFER", BUFFER)
+    monkeypatch.setattr(shard_writer, "_spare", [])
 
 
 def jpeg(number: int, height: int = 12, width: int = 16) -> bytes:
@@ -148,6 +150,23 @@ def test_records_at_the_border_of_buffers(tmp_path: Path, before: int, inside: b
     require_whole(work, done, images)
     assert done.offsets[1] + HEAD == BUFFER - before
     assert done.multipart == bool(inside)
+
+
+def test_buffers_are_those_of_the_shard_before(tmp_path: Path) -> None:
+    """Without a rest of it in the file."""
+    with closing(shard_writer.ShardWriter(tmp_path / "first")) as first:
+        first.append(b"1" * (2 * BUFFER + 5))
+        first.finish()
+        buffers = first._buffers
+    with (
+        closing(shard_writer.ShardWriter(tmp_path / "second")) as second,
+        closing(shard_writer.ShardWriter(tmp_path / "3")) as other,
+    ):
+        assert second._buffers is buffers
+        assert other._buffers is not buffers
+        second.append(b"2" * (BUFFER + 3))
+        second.finish()
+    assert (tmp_path / "second").read_bytes() == b"2" * (BUFFER + 3)
 
 
 @pytest.mark.parametrize("size", [2 * BUFFER + 5, 3 * BUFFER - HEAD, 3 * BUFFER, 5 * BUFFER + 1])

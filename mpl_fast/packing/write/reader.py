@@ -5,6 +5,7 @@ so that a disk or network has many requests in flight.
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from mpl_fast.packing.sources.source import FOLDER, IN_SHARD, SHARDS
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _BATCH = 8  # records that are opened together
+# Seconds a file, in the page cache less: then the hand-over to a thread and back takes longer.
+_SLOW = 50e-6
 _CHANGED = "changed while it was being packed (or since it was planned); pack again"
 
 
@@ -38,6 +41,7 @@ class Reader:
         self._classes = classes
         self._threads = ThreadPoolExecutor(threads) if threads else None
         self._batches_ahead = threads + 1
+        self._slow = False  # whether the last batch took long to open
         self._shared: dict[int, int] = {}  # source number to descriptor
         self._own: set[int] = set()  # descriptors of files that are opened for one image
 
@@ -107,13 +111,13 @@ class Reader:
                 except OSError as error:
                     raise _lost(source.spec, source.file, error) from error
                 self._check_shared(source, self._shared[number])
-        if self._threads:
+        if self._threads and self._slow:
             return self._threads.submit(self._open_batch, batch).result
         opened = self._open_batch(batch)
         return lambda: opened
 
     def _open_batch(self, batch: list[RecordRow]) -> list[OpenedRecord]:
-        result = []
+        result, began = [], time.perf_counter()
         for record in batch:
             source = self._sources[record.source]
             if source.kind in (FOLDER, SHARDS):
@@ -131,6 +135,7 @@ class Reader:
             with suppress(OSError):  # advice only
                 os.posix_fadvise(file, max(0, record.start), record.size, os.POSIX_FADV_WILLNEED)
             result.append(OpenedRecord(record, source, file))
+        self._slow = time.perf_counter() - began > _SLOW * len(batch)
         return result
 
     def _check_shared(self, source: SourceRow, file: int) -> None:
