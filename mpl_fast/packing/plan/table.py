@@ -108,7 +108,7 @@ def edit_table(path: Path) -> sqlite3.Connection:
     """Open the table at path for writing; without journal, for a temporary file."""
     connection = sqlite3.connect(own_uri(path), uri=True, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
-    return _with_bytes_kept(connection)
+    return with_bytes_kept(connection)
 
 
 def own_uri(path: Path) -> str:
@@ -130,7 +130,7 @@ def open_table(path: Path) -> Iterator["Table"]:
     """Open a table that is no longer written, read-only and without locks; DataError names it."""
     try:
         uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-        connection = _with_bytes_kept(sqlite3.connect(uri, uri=True))
+        connection = with_bytes_kept(sqlite3.connect(uri, uri=True))
     except sqlite3.Error as error:
         raise DataError(f"{path}: cannot be opened ({error}); is the folder complete?") from error
     try:
@@ -141,7 +141,8 @@ def open_table(path: Path) -> Iterator["Table"]:
         connection.close()
 
 
-def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
+def with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """Make a connection return texts as file names are, valid UTF-8 or not."""
     connection.text_factory = methodcaller("decode", "utf-8", "surrogateescape")
     return connection
 
