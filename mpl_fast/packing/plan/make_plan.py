@@ -23,7 +23,14 @@ from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_o
 from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import shard_digests, shard_file, shard_starts
-from mpl_fast.packing.plan.table import add_titles, create_table, own_uri, sql_text, table_errors
+from mpl_fast.packing.plan.table import (
+    add_titles,
+    create_table,
+    insert_rows,
+    own_uri,
+    sql_text,
+    table_errors,
+)
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source, require_one_line
 
@@ -135,11 +142,8 @@ class _Planner:
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
             (number, sql_text(source.spec), source.kind, file, source.size, source.stamp),
         )
-        self.table.executemany(
-            "INSERT INTO found.images VALUES "
-            "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, 0)",
-            self._found(source, part, number),
-        )
+        row = "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, 0)"
+        insert_rows(self.table, "found.images", row, self._found(source, part, number))
         if part == POOL or not self.unlabeled[number]:
             return source.warnings
         what = counted(self.unlabeled[number], "image has no label", "images have no label")

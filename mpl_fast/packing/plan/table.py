@@ -8,7 +8,7 @@ position, and the checksum of its image.
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,6 +241,20 @@ def blocks(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     some = iter(rows)
     while block := [*islice(some, 1000)]:
         yield block
+
+
+def insert_rows(
+    connection: sqlite3.Connection, table: str, row: str, rows: Iterable[tuple[object, ...]]
+) -> None:
+    """Insert rows, of which `row` has the placeholders.
+
+    A hundred with one statement: that takes two thirds of the time of `executemany`. Older versions
+    of SQLite accept 999 placeholders.
+    """
+    some = iter(rows)
+    while block := [*islice(some, 100)]:
+        values = ",".join([row] * len(block))
+        connection.execute(f"INSERT INTO {table} VALUES {values}", [*chain.from_iterable(block)])
 
 
 def create_written(connection: sqlite3.Connection) -> None:
