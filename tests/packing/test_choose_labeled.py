@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import tracemalloc
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -84,6 +85,20 @@ def test_proportional_draw_follows_the_sizes_and_nests() -> None:
             first = sorted(own, key=lambda key: hash_rank(5, key))[: counts[name]]
             assert set(first) == {key for key in draw if key[0] == name}
     assert all(small <= large for small, large in itertools.pairwise(draws.values()))
+
+
+@pytest.mark.parametrize("balance", ["count", "proportional"])
+def test_memory_of_a_draw_does_not_grow_with_the_images(balance: str) -> None:
+    """Python's; SQLite's cache and sorter have a limit of their own."""
+    peaks = []
+    for count in (1_000, 1_000, 20_000):  # the first draw imports NumPy
+        with rows_of(images_of({"ant": count, "bee": count})) as rows:
+            tracemalloc.start()
+            drawn = sum(1 for _ in choose_labeled(rows, "10%", seed=0, balance=balance))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert drawn == count // 5
+    assert peaks[2] < peaks[1] + 50_000  # 1.3 bytes an image
 
 
 _SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=12)
