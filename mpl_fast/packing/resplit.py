@@ -13,10 +13,21 @@ from mpl_fast.errors import ConfigError, DataError, OutputError, output_errors
 from mpl_fast.first_few import first_few
 from mpl_fast.packing.check.load_pack import load_pack, require_table
 from mpl_fast.packing.options import Json
-from mpl_fast.packing.plan.choose_labeled import check_labeled, choose_labeled
+from mpl_fast.packing.plan.choose_labeled import (
+    Images,
+    check_labeled,
+    choose_labeled,
+    mark,
+)
 from mpl_fast.packing.plan.prepare import warn
 from mpl_fast.packing.plan.sharding import plan_digest
-from mpl_fast.packing.plan.table import TABLE, edit_table, open_table, table_errors
+from mpl_fast.packing.plan.table import (
+    TABLE,
+    Table,
+    edit_table,
+    open_table,
+    table_errors,
+)
 from mpl_fast.packing.publish.finish import describe_left_out
 from mpl_fast.packing.publish.out_folder import open_out_folder
 from mpl_fast.packing.publish.split_files import write_splits
@@ -77,33 +88,30 @@ def _require_same_shards(root: Path, manifest: Json) -> None:
 
 def _draw(old: Path, new: Path, drawn: Json) -> None:
     """Copy the table old to new, with other labeled images and options."""
-    with open_table(old) as table:
+    shutil.copyfile(old, new)
+    with table_errors(new), closing(edit_table(new)) as connection:
+        table = Table(connection)
         options = table.options() | drawn
         if "labeled" not in drawn:
             _require_kept(options["labeled"])
-        query = (
-            "SELECT records.id, label, name FROM shards CROSS JOIN records "
+        # All planned training images, bad ones too, as pack draws.
+        rows = (
+            "SELECT records.id AS id, label AS class, name FROM shards CROSS JOIN records "
             "ON records.id BETWEEN first_id AND first_id + shards.records - 1 "
             f"WHERE prefix = 'train' AND label != {NO_LABEL}"
         )
-        classes = table.classes()
-        # All planned training images, bad ones too, as pack draws.
-        images = ((number, classes[label], name) for number, label, name in table.query(query))
         seed, balance = options["split_seed"], options["balance"]
+        connection.execute("BEGIN")
+        connection.execute("UPDATE records SET labeled = 0 WHERE labeled")
         try:
+            images = Images(connection, rows, table.classes())
             chosen = choose_labeled(images, options["labeled"], seed=seed, balance=balance)
         except DataError as error:
             if "val_seed" not in options:
                 raise
             kept = f"--val {options['val']} has taken images, which stay validation images"
             raise DataError(f"{error} ({kept})") from error
-    shutil.copyfile(old, new)
-    with table_errors(new), closing(edit_table(new)) as connection:
-        connection.execute("BEGIN")
-        connection.execute("UPDATE records SET labeled = 0 WHERE labeled")
-        connection.executemany(
-            "UPDATE records SET labeled = 1 WHERE id = ?", ((number,) for number in sorted(chosen))
-        )
+        mark(connection, "UPDATE records SET labeled = 1 WHERE id", chosen)
         connection.execute("UPDATE plan SET options = ?", (json.dumps(options),))
         connection.execute("COMMIT")
 

@@ -16,7 +16,7 @@ from mpl_fast.atomic import sync_folder, write_bytes, write_json, write_text
 from mpl_fast.data.manifest import CLASSES, MANIFEST, load_manifest, read_manifest
 from mpl_fast.data.split_images import SplitImages
 from mpl_fast.errors import DataError
-from mpl_fast.packing.plan.choose_labeled import choose_val
+from mpl_fast.packing.plan.choose_labeled import choose_val, images_in_memory
 from mpl_fast.packing.plan.table import TABLE, open_table
 from mpl_fast.packing.publish.sparse_index import check_index, padded_lines
 from mpl_fast.packing.publish.split_files import class_counts
@@ -35,11 +35,9 @@ def hold_out(rec: Path, out: Path, how: str, seed: int) -> None:
     """
     manifest, stored = read_manifest(rec), load_manifest(rec)
     labeled, unlabeled = (SplitImages(manifest.splits[name]) for name in ("labeled", "unlabeled"))
-    images = (
-        (number, manifest.classes[label], name)
-        for number, label, name in zip(labeled.ids, labeled.labels, labeled.names, strict=True)
-    )
-    ids = choose_val(images, how, seed=seed, option="--held-out")
+    rows = zip(labeled.ids, labeled.labels, labeled.names, strict=True)
+    with images_in_memory(rows, manifest.classes) as images:
+        ids = set(choose_val(images, how, seed=seed, option="--held-out"))
     held = {name for number, name in zip(labeled.ids, labeled.names, strict=True) if number in ids}
     if stored["duplicates"]["groups"]:
         held |= _copies(rec / TABLE, ids, (labeled, unlabeled))

@@ -2,12 +2,18 @@
 
 import hashlib
 import itertools
+import tracemalloc
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mpl_fast.errors import ConfigError, DataError
+from mpl_fast.packing.plan import choose_labeled as choose
 from mpl_fast.packing.plan.choose_labeled import choose_labeled, hash_rank
 
 Images = list[tuple[int, str, str]]
@@ -20,8 +26,16 @@ def images_of(counts: dict[str, int]) -> Images:
     return [(7 * at, *pair) for at, pair in enumerate(names)]  # ids need not be consecutive
 
 
+def rows_of(images: Images) -> AbstractContextManager[choose.Images]:
+    """Return the images with a number for each class."""
+    numbers = {name: at for at, name in enumerate(dict.fromkeys(name for _, name, _ in images))}
+    rows = ((number, numbers[class_name], name) for number, class_name, name in images)
+    return choose.images_in_memory(rows, list(numbers))
+
+
 def chosen_keys(images: Images, how: str | Path, seed: int = 0, balance: str = "count") -> set[str]:
-    ids = choose_labeled(iter(images), str(how), seed=seed, balance=balance)
+    with rows_of(images) as rows:
+        ids = set(choose_labeled(rows, str(how), seed=seed, balance=balance))
     chosen = {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
     assert len(chosen) == len(ids)
     return chosen
@@ -71,6 +85,45 @@ def test_proportional_draw_follows_the_sizes_and_nests() -> None:
             first = sorted(own, key=lambda key: hash_rank(5, key))[: counts[name]]
             assert set(first) == {key for key in draw if key[0] == name}
     assert all(small <= large for small, large in itertools.pairwise(draws.values()))
+
+
+@pytest.mark.parametrize("balance", ["count", "proportional"])
+def test_memory_of_a_draw_does_not_grow_with_the_images(balance: str) -> None:
+    """Python's; SQLite's cache and sorter have a limit of their own."""
+    peaks = []
+    for count in (1_000, 1_000, 20_000):  # the first draw imports NumPy
+        with rows_of(images_of({"ant": count, "bee": count})) as rows:
+            tracemalloc.start()
+            drawn = sum(1 for _ in choose_labeled(rows, "10%", seed=0, balance=balance))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert drawn == count // 5
+    assert peaks[2] < peaks[1] + 50_000  # 1.3 bytes an image
+
+
+_SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+@given(_SIZES, st.integers(0, 10**6), st.integers(0, 1), st.data())
+def test_proportional_counts_are_the_first_positions(
+    counts: list[int], seed: int, keep: int, data: st.DataObject
+) -> None:
+    """Sorted as an array of all positions, equal ones by class; the sizes have many of these."""
+    sizes = {f"c{at:02}": count for at, count in enumerate(counts)}
+    total = data.draw(st.integers(0, sum(counts) - keep * len(counts)))
+    starts = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1 - 2**-53]) | st.floats(0, 1),
+                                min_size=len(sizes), max_size=len(sizes)))  # fmt: skip
+    ranks = dict(zip(sizes, (int(start * ((1 << 64) - 1)) for start in starts), strict=True))
+    with mock.patch.object(choose, "_rank", lambda seed, name: ranks[name]):
+        found = choose._proportional(sizes, total, seed, keep)
+    positions = [
+        ((place + ranks[name] / (1 << 64)) / count, name)
+        for name, count in sizes.items()
+        for place in range(count - keep)
+    ]
+    assert found == dict.fromkeys(sizes, 0) | Counter(
+        name for _, name in sorted(positions, key=lambda one: one[0])[:total]
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.packing.packs import (
     run,
     verified,
 )
-from tests.packing.test_choose_labeled import Images, images_of
+from tests.packing.test_choose_labeled import Images, images_of, rows_of
 from tests.packing.test_resplit import contents, options
 
 
@@ -43,7 +43,8 @@ def keys_of(out: Path, stem: str) -> set[str]:
 
 
 def drawn(images: Images, how: str, seed: int = 0, kept: frozenset[int] = frozenset()) -> set[str]:
-    ids = choose_val(iter(images), how, seed=seed, kept=kept)
+    with rows_of([image for image in images if image[0] not in kept]) as rows:
+        ids = set(choose_val(rows, how, seed=seed, kept=len(kept)))
     return {f"{class_name}/{name}" for at, class_name, name in images if at in ids}
 
 

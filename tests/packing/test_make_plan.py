@@ -20,6 +20,7 @@ from mpl_fast.packing.plan.table import RecordRow, open_table
 from mpl_fast.packing.sources.source import Image, Source
 from tests.packing.made_sources import MadeSource, image, images_of, numbered_source, plan_of
 from tests.packing.packs import ROOT, Planned, refuse, run
+from tests.packing.test_choose_labeled import rows_of
 
 TRAIN = images_of({"ant": 10, "bee": 10})
 VAL = images_of({"bee": 2, "ant": 1})
@@ -295,8 +296,8 @@ def test_drawn_images_are_labeled(tmp_path: Path, how: str, balance: str) -> Non
     if how == "list":
         (tmp_path / "names.txt").write_text("ant/3.jpg\nbee/0.jpg\nbee/7.jpg\n")
         how = str(tmp_path / "names.txt")
-    names = ((at, one.class_name, one.name) for at, one in enumerate(train))
-    drawn = choose_labeled(names, how, seed=5, balance=balance)
+    with rows_of([(at, one.class_name, one.name) for at, one in enumerate(train)]) as rows:
+        drawn = set(choose_labeled(rows, how, seed=5, balance=balance))
     split = replace(HOW, labeled=how, balance=balance, split_seed=5)
     labeled = {row.path for row in planned(tmp_path, split, train).rows if row.labeled}
     assert labeled == {train[at].path for at in drawn}

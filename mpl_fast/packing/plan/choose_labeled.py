@@ -2,32 +2,67 @@
 
 Within a class, images are ordered by sha256("seed:class/name") and the first ones are taken: adding
 or removing images changes little, and a smaller choice is a subset of a larger one. The seed of
-validation images is "val:seed", so that the two choices are independent.
+validation images is "val:seed", so that the two choices are independent. SQLite sorts them, on disk
+if they are many: memory grows with the number of classes only, or with a list of names.
 """
 
 import hashlib
 import re
-from array import array
-from collections.abc import Collection, Iterable, Mapping
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from fractions import Fraction
-from itertools import repeat
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.plan.named_images import choose_named
-from mpl_fast.packing.plan.table import blocks
+from mpl_fast.packing.plan.table import sql_text, to_utf8, with_bytes_kept
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    Ints = NDArray[np.int64]
-
 ALL = "all"  # a file of this name is written ./all
 # No exponent, and a limited number of digits.
 _AMOUNT = re.compile(r"[+-]?[0-9./]{1,100}%?")
+
+
+class Images(NamedTuple):
+    """Images of which some are chosen."""
+
+    table: sqlite3.Connection
+    rows: str  # SQL: the id, class (a number) and name of each
+    classes: Sequence[str]  # names by number
+
+    def query(self, what: str) -> sqlite3.Cursor:
+        """Return the rows of a query of these images."""
+        return self.table.execute(what.format(f"({self.rows})"))
+
+    def named(self) -> Iterator[tuple[int, str, str]]:
+        """Return an iterator of id, class and name."""
+        rows = self.query("SELECT id, class, name FROM {}")
+        return ((number, self.classes[at], name) for number, at, name in rows)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of images of each class that has any, sorted by class."""
+        found = self.query("SELECT class, count(*) FROM {} GROUP BY class")
+        return dict(sorted((self.classes[number], count) for number, count in found))
+
+
+@contextmanager
+def images_in_memory(
+    rows: Iterable[tuple[int, int, str]], classes: Sequence[str]
+) -> Iterator[Images]:
+    """Yield the images with these ids, classes and names."""
+    with closing(with_bytes_kept(sqlite3.connect(":memory:"))) as table:
+        table.execute("CREATE TABLE images(id INTEGER PRIMARY KEY, class INTEGER, name TEXT)")
+        texts = ((number, label, sql_text(name)) for number, label, name in rows)
+        table.executemany("INSERT INTO images VALUES (?, ?, CAST(? AS TEXT))", texts)
+        yield Images(table, "SELECT * FROM images", classes)
 
 
 def check_labeled(how: str) -> None:
@@ -38,63 +73,61 @@ def check_labeled(how: str) -> None:
         _list_path(how)
 
 
-def choose_labeled(
-    images: Iterable[tuple[int, str, str]], how: str, *, seed: int, balance: str = "count"
-) -> set[int]:
-    """Return the ids of the labeled images; images are (id, class, name).
+def choose_labeled(images: Images, how: str, *, seed: int, balance: str) -> Iterator[int]:
+    """Return an iterator of the ids of the labeled images.
 
     how is "all", a share ("10%"), a number of images ("4000"), or a file of names. Shares and
     numbers are divided among the classes: evenly with balance "count", as in SimCLR's ImageNet
     subsets, or by class size with "proportional". Raises ConfigError when a class gets no image.
     """
     if how == ALL:
-        return {record_id for record_id, _, _ in images}
-    if not _is_amount(how):
-        return listed_images(images, how)
-    import numpy as np  # late: the command line's --help must not wait for it
-
-    ids, sizes = _ranked(images, seed)
-    total = _total("--labeled", how, len(ids))
-    place, counts = _places(sizes), list(sizes.values())
+        return (number for (number,) in images.query("SELECT id FROM {}"))
+    if is_list(how):
+        return iter(choose_named(images.named(), _list_path(how)))
+    sizes = images.sizes()
+    total = _total("--labeled", how, sum(sizes.values()))
     if balance == "proportional":
-        chosen = _proportional(sizes, place, total, seed)
-        _require_every_class(sizes, chosen, how)
+        counts = _proportional(sizes, total, seed)
+        _require_every_class(counts, how)
     else:
-        chosen = np.flatnonzero(place < np.repeat(_even_counts(sizes, how, total, seed), counts))
-    return set(ids[chosen].tolist())
+        counts = _even_counts(sizes, how, total, seed)
+    return _first(images, counts, seed)
 
 
-def listed_images(images: Iterable[tuple[int, str, str]], how: str) -> set[int]:
-    """Return the ids of the images that how names if it is a file of names."""
-    if how == ALL or _is_amount(how):
-        return set()
-    return choose_named(images, _list_path(how))
+def is_list(how: str) -> bool:
+    """Return whether how is meant to be a file of names."""
+    return how != ALL and not _is_amount(how)
 
 
 def choose_val(
-    images: Iterable[tuple[int, str, str]],
-    how: str,
-    *,
-    seed: int,
-    kept: Collection[int] = (),
-    option: str = "--val",
-) -> set[int]:
-    """Return the ids of the images to validate with; images are (id, class, name).
+    images: Images, how: str, *, seed: int, kept: int = 0, option: str = "--val"
+) -> Iterator[int]:
+    """Return an iterator of the ids of the images to validate with.
 
-    how is a share ("5%") or a number of all images. Each class has its share of them, rounded up or
-    down, but keeps one image, and all whose id is in kept. ConfigError, which names the option, if
-    that leaves too few.
+    how is a share ("5%") or a number of all images, to which `kept` belong that cannot be chosen
+    and are not among `images`. Each class has its share of the others, rounded up or down, but
+    keeps one image. ConfigError, which names the option, if that leaves too few.
     """
-    own = f"val:{seed}"
-    ids, sizes = _ranked((image for image in images if image[0] not in kept), own)
-    total, most = _total(option, how, len(ids) + len(kept)), len(ids) - len(sizes)
+    own, sizes = f"val:{seed}", images.sizes()
+    count = sum(sizes.values())
+    total, most = _total(option, how, count + kept), count - len(sizes)
     if total > most:
-        listed = f" besides the {len(kept)} of --labeled" if kept else ""
+        listed = f" besides the {kept} of --labeled" if kept else ""
         raise ConfigError(
             f"{option} {how}: that is {counted(total, 'image')}, but at most {most} can be drawn: "
             f"every class keeps one for training{listed}"
         )
-    return set(ids[_proportional(sizes, _places(sizes), total, own, keep=1)].tolist())
+    return _first(images, _proportional(sizes, total, own, keep=1), own)
+
+
+def mark(table: sqlite3.Connection, update: str, ids: Iterable[int]) -> int:
+    """Execute an UPDATE that ends in WHERE and a column, of the rows with these ids; count them."""
+    # In the order of the rows: those of a large table are not all in memory.
+    table.execute("CREATE TEMP TABLE chosen(id INTEGER PRIMARY KEY)")
+    table.executemany("INSERT INTO chosen VALUES (?)", ((number,) for number in ids))
+    changed = table.execute(f"{update} IN (SELECT id FROM chosen)").rowcount
+    table.execute("DROP TABLE chosen")
+    return changed
 
 
 def read_amount(option: str, how: str) -> Fraction:
@@ -117,70 +150,61 @@ def _rank(seed: int | str, key: str) -> int:
     return int.from_bytes(hash_rank(seed, key)[:8], "big")
 
 
-def _ranked(
-    images: Iterable[tuple[int, str, str]], seed: int | str
-) -> "tuple[Ints, dict[str, int]]":
-    """Return ids ordered by class and, within it, by rank; and the size of each class in order.
+def add_hash_rank(table: sqlite3.Connection, seed: int | str, classes: Sequence[str]) -> None:
+    """Define `hash_rank(class, name)` in SQL: the first 128 bits of that of a class by number."""
+    starts, sha256 = [to_utf8(f"{seed}:{name}/") for name in classes], hashlib.sha256
 
-    Uses 20 bytes an image, and as much again for sorting.
-    """
-    import numpy as np
+    def rank(number: int, name: bytes) -> bytes:
+        return sha256(starts[number] + name).digest()[:16]
 
-    numbers: dict[str, int] = {}
-    ids, classes, ranks = array("q"), array("i"), array("Q")
-    for block in blocks(images):
-        new_ids, class_names, texts = zip(*block, strict=True)
-        ids.extend(new_ids)
-        classes.extend([numbers.setdefault(name, len(numbers)) for name in class_names])
-        digests = b"".join(map(hash_rank, repeat(seed), map("{}/{}".format, class_names, texts)))
-        ranks.frombytes(np.frombuffer(digests, ">u8")[::4].astype(np.uint64).tobytes())
-    names = sorted(numbers)
-    position = np.empty(len(names), np.int64)
-    position[[numbers[name] for name in names]] = np.arange(len(names))
-    label = position[np.frombuffer(classes, np.int32)]
-    order = np.lexsort((np.frombuffer(ranks, np.uint64), label))
-    counts = np.bincount(label, minlength=len(names)).tolist()
-    return np.frombuffer(ids, np.int64)[order], dict(zip(names, counts, strict=True))
+    table.create_function("hash_rank", 2, rank, deterministic=True)
 
 
-def _places(sizes: Mapping[str, int]) -> "Ints":
-    """Return the place of each image within its class, from 0."""
-    import numpy as np
-
-    counts = np.array(list(sizes.values()))
-    places: Ints = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return places
+def _first(images: Images, counts: Mapping[str, int], seed: int | str) -> Iterator[int]:
+    """Yield the ids of the first images by rank, so many of each class."""
+    add_hash_rank(images.table, seed, images.classes)
+    # A name as bytes, since it may be no UTF-8.
+    order = "class, hash_rank(class, CAST(name AS BLOB)), id"
+    rows = images.query(f"SELECT class, id FROM {{}} ORDER BY {order}")
+    for number, own in groupby(rows, itemgetter(0)):
+        for _, chosen in islice(own, counts[images.classes[number]]):
+            yield chosen
 
 
 def _proportional(
-    sizes: Mapping[str, int], place: "Ints", total: int, seed: int | str, keep: int = 0
-) -> "Ints":
-    """Choose total images so that each class gets its share of them, rounded up or down.
+    sizes: Mapping[str, int], total: int, seed: int | str, keep: int = 0
+) -> dict[str, int]:
+    """Divide total images among the classes: each gets its share, rounded up or down.
 
     Image r of a class of n has position (r + u) / n, with u in [0, 1) from the class's name; the
     first positions are taken, so that a smaller total is a subset of a larger one. The last `keep`
     of each class are left.
     """
-    import numpy as np
+    import numpy as np  # late: the command line's --help must not wait for it
 
-    counts, label = np.array(list(sizes.values())), _label(sizes)
+    count = np.array(list(sizes.values()))
     start = np.array([_rank(seed, name) / (1 << 64) for name in sizes])
-    position = (place + start[label]) / counts[label]
-    position[place + keep >= counts[label]] = np.inf
-    return np.argsort(position, kind="stable")[:total]
+
+    def up_to(position: float) -> "NDArray[np.int64]":
+        """Return how many positions of each class are at most this one, as numbers are rounded."""
+        last = np.floor(position * count - start).astype(np.int64)  # or one more, or one less
+        last += (last + 1 + start) / count <= position
+        last -= (last + start) / count > position
+        places: NDArray[np.int64] = np.clip(last + 1, 0, count - keep)
+        return places
+
+    below, above = -1.0, 1.0  # of them fewer than total are at most, and at least total
+    while below < (middle := (below + above) / 2) < above:
+        below, above = (below, middle) if up_to(middle).sum() >= total else (middle, above)
+    counts = up_to(below)
+    equal = np.flatnonzero(up_to(above) > counts)  # the classes with an image at that position
+    counts[equal[: total - counts.sum()]] += 1
+    return dict(zip(sizes, counts.tolist(), strict=True))
 
 
-def _label(sizes: Mapping[str, int]) -> "Ints":
-    """Return the class of each image, by number."""
-    import numpy as np
-
-    return np.repeat(np.arange(len(sizes)), list(sizes.values()))
-
-
-def _require_every_class(sizes: Mapping[str, int], chosen: "Ints", how: str) -> None:
+def _require_every_class(counts: Mapping[str, int], how: str) -> None:
     """ConfigError when a class has no chosen image."""
-    names, with_one = list(sizes), set(_label(sizes)[chosen].tolist())
-    without = [names[at] for at in range(len(names)) if at not in with_one]
+    without = [name for name, count in counts.items() if not count]
     if without:
         what = counted(len(without), "small class gets", "small classes get")
         raise ConfigError(
@@ -189,7 +213,7 @@ def _require_every_class(sizes: Mapping[str, int], chosen: "Ints", how: str) -> 
         )
 
 
-def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> list[int]:
+def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> dict[str, int]:
     """Return the number of labeled images of each class; the seed distributes the remainder."""
     each, rest = divmod(total, len(sizes))
     if each == 0:
@@ -210,7 +234,7 @@ def _even_counts(sizes: Mapping[str, int], how: str, total: int, seed: int) -> l
             f"--labeled {how}: {what} fewer images than the even share: {first_few(short)}; choose "
             "fewer, use --balance proportional, or name the images in a file"
         )
-    return list(counts.values())
+    return counts
 
 
 def _is_amount(how: str) -> bool:

@@ -1,64 +1,65 @@
 """Draws the validation images of a `--val 5%`, then the labeled ones, among the images found."""
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted, first_few
 from mpl_fast.packing.options import PackOptions, is_drawn
-from mpl_fast.packing.plan.choose_labeled import choose_labeled, choose_val, listed_images
+from mpl_fast.packing.plan.choose_labeled import (
+    Images,
+    choose_labeled,
+    choose_val,
+    is_list,
+    mark,
+)
 from mpl_fast.packing.plan.layout import TRAIN, VAL
+
+# A class may have several numbers: its name and its label, in two sources.
+_TRAIN = (
+    "SELECT images.rowid AS id, label AS class, images.name FROM found.images "
+    f"JOIN found.classes USING (class) WHERE part = {TRAIN} AND NOT labeled"
+)
 
 
 def draw_splits(
     table: sqlite3.Connection, classes: Sequence[str], options: PackOptions
 ) -> list[str]:
-    """Set `part` and `labeled` of the drawn rows of found.images; classes are named by number.
+    """Set `part` and `labeled` of the drawn rows of found.images; classes are named by label.
 
-    Returns warnings. Raises DataError where no image is left, ConfigError where the images cannot
-    be drawn.
+    Validation images are not those that a list names as labeled. Returns warnings. Raises DataError
+    where no image is left, ConfigError where the images cannot be drawn.
     """
     if not _any(table, f"part = {TRAIN}"):
         raise DataError("--src: none of its images has a label")
-    warnings = []
+    how, images, warnings = options.split, Images(table, _TRAIN, classes), []
+
+    def choose() -> int:
+        """Mark the labeled images; return their number."""
+        chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
+        return mark(table, "UPDATE found.images SET labeled = 1 WHERE rowid", chosen)
+
+    listed = choose() if is_list(how.labeled) else 0
     if options.val is not None and is_drawn(options.val):
-        warnings = _draw_val(table, classes, options, options.val)
-    how = options.split
-    images = _training_images(table, classes)
-    chosen = choose_labeled(images, how.labeled, seed=how.split_seed, balance=how.balance)
-    table.executemany(
-        "UPDATE found.images SET labeled = 1 WHERE rowid = ?", ((row,) for row in chosen)
-    )
+        warnings = _draw_val(images, listed, options.val, options.val_seed or 0)
+    if not listed:
+        choose()
     if how.unlabeled == "rest" and not _any(table, f"part != {VAL} AND NOT labeled"):
         raise DataError("--unlabeled rest: no image is left, all are labeled; use --unlabeled all")
     return warnings
 
 
-def _draw_val(
-    table: sqlite3.Connection, classes: Sequence[str], options: PackOptions, how: str
-) -> list[str]:
-    """Make validation images of training images, but not of those that a list names as labeled."""
-    listed = listed_images(_training_images(table, classes), options.split.labeled)
-    images, seed = _training_images(table, classes), options.val_seed or 0
+def _draw_val(images: Images, listed: int, how: str, seed: int) -> list[str]:
+    """Make validation images of training images; of those, so many are in a list already."""
     chosen = choose_val(images, how, seed=seed, kept=listed)
-    table.executemany(
-        f"UPDATE found.images SET part = {VAL} WHERE rowid = ?", ((row,) for row in chosen)
-    )
+    mark(images.table, f"UPDATE found.images SET part = {VAL} WHERE rowid", chosen)
     query = (
-        f"SELECT class FROM found.images WHERE part IN ({TRAIN}, {VAL}) "
-        f"GROUP BY class HAVING max(part) = {TRAIN}"
+        f"SELECT label FROM found.images JOIN found.classes USING (class) "
+        f"WHERE part IN ({TRAIN}, {VAL}) GROUP BY label HAVING max(part) = {TRAIN}"
     )
-    absent = sorted(classes[number] for (number,) in table.execute(query))
+    absent = sorted(images.classes[label] for (label,) in images.table.execute(query))
     what = counted(len(absent), "class", "classes")
     return [f"--val {how}: has no image of {what}: {first_few(absent)}"] if absent else []
-
-
-def _training_images(
-    table: sqlite3.Connection, classes: Sequence[str]
-) -> Iterator[tuple[int, str, str]]:
-    """Return an iterator of row, class and name of each image that may be drawn."""
-    query = f"SELECT rowid, class, name FROM found.images WHERE part = {TRAIN}"
-    return ((row, classes[number], name) for row, number, name in table.execute(query))
 
 
 def _any(table: sqlite3.Connection, where: str) -> bool:

@@ -1,7 +1,7 @@
 """Images with the class and name of another: they get longer names, made of their paths."""
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -21,27 +21,25 @@ def make_names_unique(
     part: int,
     sources: Mapping[int, Source],
     classes: Sequence[str],
-    rank: Callable[[str, str], bytes],
 ) -> list[str]:
     """Rename those images of a part in found.images whose class and name another has, too.
 
-    sources are those of the part by number, classes are by number, and rank gives found.images.rank
-    of a class and name. Returns a warning; DataError when one file is there twice.
+    sources and classes are by number. Returns a warning; DataError when one file is there twice.
     """
     _require_own_files(table, sources)
     if not _any_equal(table, part):
         return []
     require_files_once(table, part, sources)
     table.execute("DROP TABLE IF EXISTS found.renamed")
-    table.execute("CREATE TABLE found.renamed(id INTEGER PRIMARY KEY, name TEXT, rank BLOB)")
+    table.execute("CREATE TABLE found.renamed(id INTEGER PRIMARY KEY, name TEXT)")
     for attempt in range(_ATTEMPTS):
         table.executemany(
-            "INSERT OR REPLACE INTO found.renamed VALUES (?, CAST(? AS TEXT), ?)",
-            _renamed(table, part, sources, classes, rank, attempt),
+            "INSERT OR REPLACE INTO found.renamed VALUES (?, CAST(? AS TEXT))",
+            _renamed(table, part, sources, attempt),
         )
         table.execute(
-            "UPDATE found.images SET (name, rank) = "
-            "(SELECT renamed.name, renamed.rank FROM found.renamed WHERE id = images.rowid) "
+            "UPDATE found.images SET name = "
+            "(SELECT renamed.name FROM found.renamed WHERE id = images.rowid) "
             "WHERE rowid IN (SELECT id FROM found.renamed)"
         )
         if not _any_equal(table, part):
@@ -99,24 +97,22 @@ def _renamed(
     table: sqlite3.Connection,
     part: int,
     sources: Mapping[int, Source],
-    classes: Sequence[str],
-    rank: Callable[[str, str], bytes],
     attempt: int,
-) -> Iterator[tuple[int, str | bytes, bytes]]:
-    """Yield row, new name and rank of each image whose class and name another has, too."""
+) -> Iterator[tuple[int, str | bytes]]:
+    """Yield row and new name of each image whose class and name another has, too."""
     tags = _tags(sources)
     query = (
-        "SELECT images.rowid, source, class, path FROM found.images "
+        "SELECT images.rowid, source, path FROM found.images "
         f"JOIN ({_EQUAL}) USING (class, name) WHERE part = ?"
     )
-    for row, number, class_number, path in table.execute(query, (part, part)):
+    for row, number, path in table.execute(query, (part, part)):
         name = path.replace("/", "_")
         if attempt > 0:
             name = f"{tags[number]}_{name}"
         if attempt > 1:  # as for a/b_c and a_b/c
             name = f"{hash_rank(tags[number], path).hex()[:16]}_{name}"
         require_one_line(name, path, sources[number].spec)
-        yield row, sql_text(name), rank(classes[class_number], name)
+        yield row, sql_text(name)
 
 
 def _tags(sources: Mapping[int, Source]) -> dict[int, str]:

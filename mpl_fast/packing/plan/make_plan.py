@@ -17,13 +17,20 @@ from mpl_fast.data.records import ID_LIMIT, NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.first_few import counted
 from mpl_fast.packing.options import PackOptions, is_drawn
-from mpl_fast.packing.plan.choose_labeled import hash_rank
+from mpl_fast.packing.plan.choose_labeled import add_hash_rank
 from mpl_fast.packing.plan.draw_splits import draw_splits
 from mpl_fast.packing.plan.equal_names import make_names_unique, require_files_once
 from mpl_fast.packing.plan.label_classes import label_classes
 from mpl_fast.packing.plan.layout import POOL, TRAIN, VAL, shard_groups
 from mpl_fast.packing.plan.sharding import shard_digests, shard_file, shard_starts
-from mpl_fast.packing.plan.table import add_titles, create_table, own_uri, sql_text, table_errors
+from mpl_fast.packing.plan.table import (
+    add_titles,
+    create_table,
+    insert_rows,
+    own_uri,
+    sql_text,
+    table_errors,
+)
 from mpl_fast.packing.plan.twins import leave_out_twins
 from mpl_fast.packing.sources.source import Image, Source, require_one_line
 
@@ -32,8 +39,8 @@ TABLE_BYTES = 130  # of a record in the finished table; about
 _FOUND = """
 CREATE TABLE found.images(part INTEGER NOT NULL, source INTEGER NOT NULL, class INTEGER NOT NULL,
                           name TEXT NOT NULL, path TEXT NOT NULL, start INTEGER NOT NULL,
-                          size INTEGER NOT NULL, stamp INTEGER NOT NULL, rank BLOB NOT NULL,
-                          labeled INTEGER NOT NULL DEFAULT 0);
+                          size INTEGER NOT NULL, stamp INTEGER NOT NULL,
+                          labeled INTEGER NOT NULL);
 CREATE TABLE found.classes(class INTEGER PRIMARY KEY, label INTEGER NOT NULL);
 """
 
@@ -87,7 +94,7 @@ class _Planner:
     work: Path
     options: PackOptions
     class_numbers: dict[str, int] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)  # in the pack, of those classes
+    names: Sequence[str] = ()  # of the classes in the pack, by label
     unlabeled: Counter[int] = field(default_factory=Counter)  # images by number of the source
 
     def run(
@@ -124,13 +131,7 @@ class _Planner:
         if labels:  # one file
             labels[0].require_fit()
         classes = list(self.class_numbers)
-        yield from make_names_unique(self.table, part, sources, classes, self._rank)
-
-    def _rank(self, class_name: str, name: str) -> bytes:
-        """Return what images are sorted by; with --order list only by class and name."""
-        if self.options.split.order == "list":
-            return b""
-        return hash_rank(f"order:{self.options.split.shuffle_seed}", f"{class_name}/{name}")[:16]
+        yield from make_names_unique(self.table, part, sources, classes)
 
     def _list(self, source: Source, part: int) -> list[str]:
         """Add a source and its images; return its warnings."""
@@ -141,18 +142,15 @@ class _Planner:
             "INSERT INTO sources VALUES (?, CAST(? AS TEXT), ?, CAST(? AS TEXT), ?, ?)",
             (number, sql_text(source.spec), source.kind, file, source.size, source.stamp),
         )
-        self.table.executemany(
-            "INSERT INTO found.images VALUES "
-            "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, ?, 0)",
-            self._found(source, part, number),
-        )
+        row = "(?, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT), ?, ?, ?, 0)"
+        insert_rows(self.table, "found.images", row, self._found(source, part, number))
         if part == POOL or not self.unlabeled[number]:
             return source.warnings
         what = counted(self.unlabeled[number], "image has no label", "images have no label")
         return [*source.warnings, f"{source.spec}: {what} (-1): unlabeled images only"]
 
     def _found(self, source: Source, part: int, number: int) -> Iterator[tuple[object, ...]]:
-        numbers, rank = self.class_numbers, self._rank
+        numbers = self.class_numbers
         for image in source.images():
             class_name, name, path, start, size, stamp = image
             if abs(stamp) >= 1 << 63:
@@ -165,8 +163,7 @@ class _Planner:
                 self.unlabeled[number] += 1
             elif class_number == NO_LABEL:
                 class_number = numbers[class_name] = len(numbers)
-            row = (place, number, class_number, sql_text(name), sql_text(path), start, size, stamp)
-            yield (*row, rank(class_name, name))
+            yield place, number, class_number, sql_text(name), sql_text(path), start, size, stamp
 
     def _label_classes(self, train: Sequence[Source], val: Source | None) -> list[str]:
         """Assign a label to every class; return warnings."""
@@ -180,7 +177,7 @@ class _Planner:
         labels = [classes.labels[name] for name in self.class_numbers]
         self.table.executemany("INSERT INTO found.classes VALUES (?, ?)", enumerate(labels))
         self.table.execute("INSERT INTO found.classes VALUES (?, ?)", (NO_LABEL, NO_LABEL))
-        self.names = [classes.names[label] for label in labels]
+        self.names = classes.names
         return classes.warnings
 
     def _classes_in(self, part: int) -> set[str]:
@@ -200,11 +197,15 @@ class _Planner:
                 f"{first_id + count} records and more: the format has {ID_LIMIT} ids; pack in parts"
             )
         how = self.options.split
+        rank = "" if how.order == "list" else "hash_rank(class, CAST(images.name AS BLOB)), "
+        # Images without a class have the number -1: the last of these names.
+        classes = [*self.class_numbers, ""]
+        add_hash_rank(self.table, f"order:{how.shuffle_seed}", classes)
         self.table.execute(
             "INSERT INTO records (label, labeled, name, source, path, start, size, stamp) "
             "SELECT label, labeled, images.name, source, path, start, size, stamp "
             "FROM found.images JOIN found.classes USING (class) "
-            f"WHERE {where} ORDER BY rank, label, images.name, source, path"
+            f"WHERE {where} ORDER BY {rank}label, images.name, source, path"
         )
         shards = min(count, how.shards or -(-int(size) // how.shard_size) or 1)
         sizes = self.table.execute(

@@ -33,15 +33,15 @@ def shard_starts(sizes: Iterable[tuple[int]], records: int, size: int, shards: i
 
     sizes are rows; size is their sum, of so many records; no shard is empty.
     """
-    starts, before = [0], 0
+    starts, before, number, wanted = [0], 0, 1, -(-2 * size // shards)
     for at, (own,) in enumerate(sizes):
-        number = len(starts)
         if number == shards:
             break
         # By the middle of the record; every later shard needs one of the remaining records.
-        wanted = before and (2 * before + own) * shards >= 2 * size * number
-        if wanted or at == records - shards + number:
+        if (2 * before + own >= wanted and before) or at == records - shards + number:
             starts.append(at)
+            number += 1
+            wanted = -(-2 * size * number // shards)
         before += own
     return starts
 

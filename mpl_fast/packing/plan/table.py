@@ -8,7 +8,7 @@ position, and the checksum of its image.
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def edit_table(path: Path) -> sqlite3.Connection:
     """Open the table at path for writing; without journal, for a temporary file."""
     connection = sqlite3.connect(own_uri(path), uri=True, isolation_level=None)
     connection.executescript("PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF;")
-    return _with_bytes_kept(connection)
+    return with_bytes_kept(connection)
 
 
 def own_uri(path: Path) -> str:
@@ -130,7 +130,7 @@ def open_table(path: Path) -> Iterator["Table"]:
     """Open a table that is no longer written, read-only and without locks; DataError names it."""
     try:
         uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-        connection = _with_bytes_kept(sqlite3.connect(uri, uri=True))
+        connection = with_bytes_kept(sqlite3.connect(uri, uri=True))
     except sqlite3.Error as error:
         raise DataError(f"{path}: cannot be opened ({error}); is the folder complete?") from error
     try:
@@ -141,7 +141,8 @@ def open_table(path: Path) -> Iterator["Table"]:
         connection.close()
 
 
-def _with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
+def with_bytes_kept(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """Make a connection return texts as file names are, valid UTF-8 or not."""
     connection.text_factory = methodcaller("decode", "utf-8", "surrogateescape")
     return connection
 
@@ -240,6 +241,20 @@ def blocks(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
     some = iter(rows)
     while block := [*islice(some, 1000)]:
         yield block
+
+
+def insert_rows(
+    connection: sqlite3.Connection, table: str, row: str, rows: Iterable[tuple[object, ...]]
+) -> None:
+    """Insert rows, of which `row` has the placeholders.
+
+    A hundred with one statement: that takes two thirds of the time of `executemany`. Older versions
+    of SQLite accept 999 placeholders.
+    """
+    some = iter(rows)
+    while block := [*islice(some, 100)]:
+        values = ",".join([row] * len(block))
+        connection.execute(f"INSERT INTO {table} VALUES {values}", [*chain.from_iterable(block)])
 
 
 def create_written(connection: sqlite3.Connection) -> None:

@@ -24,6 +24,7 @@ from mpl_fast.packing.plan.table import (
     create_written,
     edit_table,
     image_key,
+    insert_rows,
     open_table,
     origin_of,
     source_entry,
@@ -87,7 +88,7 @@ def _complete_table(work: Path, target: Path) -> None:
             create_written(connection)
             connection.execute("BEGIN")
             rows = _written(work, table)
-            connection.executemany("INSERT INTO written VALUES (?, ?, ?, ?, ?)", rows)
+            insert_rows(connection, "written", "(?, ?, ?, ?, ?)", rows)
             # The unpacked copy of an archive is removed when the pack is complete.
             connection.execute("UPDATE sources SET file = spec WHERE file LIKE 'spool-%'")
             connection.execute("COMMIT")
@@ -202,8 +203,8 @@ def _shards(work: Path, table: Table) -> tuple[list[Json], list[Json], Json]:
 
 def _write_index(path: Path, receipt: ShardReceipt) -> str:
     with atomic_file(path, sync=False) as file:
-        for number, offset in zip(receipt.ids.tolist(), receipt.offsets.tolist(), strict=True):
-            file.write(b"%d\t%d\n" % (number, offset))
+        entries = zip(receipt.ids.tolist(), receipt.offsets.tolist(), strict=True)
+        file.write(b"".join(map(b"%d\t%d\n".__mod__, entries)))
     return file.sha256
 
 

@@ -10,19 +10,15 @@ from mpl_fast.data.records import NO_LABEL
 from mpl_fast.errors import DataError
 from mpl_fast.packing.options import Json
 from mpl_fast.packing.plan.layout import PlannedSplit, planned_splits
-from mpl_fast.packing.plan.table import ShardRow, Table, blocks
+from mpl_fast.packing.plan.table import ShardRow, Table, blocks, to_utf8
 from mpl_fast.packing.publish.sparse_index import Padding, check_index
 
 # RecordRow.labeled and .label; the record's line in a .lst, where an image without a label has its
 # path for a name; and that in an .idx.
 ListedRecord = tuple[int, int, bytes, bytes]
-_LINES = """
-SELECT labeled, label,
-       CAST(id || char(9) || label || char(9) || ifnull(classes.name || '/', '') || records.name ||
-            char(10) AS BLOB),
-       CAST(id || char(9) || (offset + ?) || char(10) AS BLOB)
-FROM records CROSS JOIN written USING (id) LEFT JOIN classes USING (label)
-WHERE id BETWEEN ? AND ? ORDER BY id
+_ROWS = """
+SELECT labeled, label, id, CAST(name AS BLOB), offset + ?
+FROM records CROSS JOIN written USING (id) WHERE id BETWEEN ? AND ? ORDER BY id
 """
 
 
@@ -123,8 +119,14 @@ def listed_records(
     table: Table, shards: Sequence[ShardRow], sizes: Mapping[str, int]
 ) -> Iterator[tuple[int, list[ListedRecord]]]:
     """Yield written records with the number of their file, some at a time, in order."""
+    # Images without a class have the label -1: the last of these.
+    folders = [*(to_utf8(f"{name}/") for name in table.classes()), b""]
     start = 0
     for number, shard in enumerate(shards):
-        for records in blocks(table.query(_LINES, (start, *shard.ids))):
-            yield number, records
+        for rows in blocks(table.query(_ROWS, (start, *shard.ids))):
+            labeled, labels, ids, names, offsets = zip(*rows, strict=True)
+            listed = zip(ids, labels, map(folders.__getitem__, labels), names, strict=True)
+            indexed = zip(ids, offsets, strict=True)
+            lines = map(b"%d\t%d\t%b%b\n".__mod__, listed), map(b"%d\t%d\n".__mod__, indexed)
+            yield number, [*zip(labeled, labels, *lines, strict=True)]
         start += sizes[shard.file]
