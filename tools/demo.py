@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mpl_fast.config import RunConfig
 from mpl_fast.config.command_line import phases
 from mpl_fast.errors import DataError, run_command
 from mpl_fast.training.curves import SUMMARY, read_summary
@@ -121,6 +122,7 @@ def _train_all(options: argparse.Namespace) -> int:
     from mpl_fast import distributed
     from mpl_fast.training.phases import train
 
+    configs: list[RunConfig] = []
     for seed in range(options.seeds):
         for recipe in RECIPES:
             arguments: list[Any] = ["--config", ROOT / "configs" / f"demo_{recipe}.yaml"]
@@ -130,10 +132,10 @@ def _train_all(options: argparse.Namespace) -> int:
                 arguments += ["--steps", str(options.steps)]
             if distributed.ranks_of_launcher()[0] == 0:
                 _show(["  train.py", *arguments])
-            if code := train(*phases([str(part) for part in arguments])):
-                return code
+            configs += phases([str(part) for part in arguments])
+    code = train(*configs)
     distributed.shutdown()
-    return 0
+    return code
 
 
 def _result(run: Path) -> Result:

@@ -50,7 +50,7 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     norms keep normalizing by their statistics.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.weight is None or m.weight.requires_grad]
+    norms = [m for m in norms if m.bias is None or m.bias.requires_grad]  # scales may be fixed
     saved = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in norms]
     for norm in norms:
         norm.running_mean = norm.running_var = norm.num_batches_tracked = None

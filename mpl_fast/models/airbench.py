@@ -23,7 +23,7 @@ class Airbench(nn.Module):
     After airbench94 (arXiv 2404.00498, KellerJordan/cifar10-airbench): a 2x2 convolution whose
     filters whiten patches and are not trained; three stages of convolution, max pooling,
     batch norm, GELU, convolution, batch norm, GELU; a max over what is left, and a linear layer
-    without bias whose logits are divided by 9. Batch norms have a bias and no scale, convolutions
+    without bias whose logits are divided by 9. Batch norms train a bias and no scale, convolutions
     begin as the identity where they can (Dirac). Unlike there, batch norm has PyTorch's momentum,
     and the filters whiten natural images in general (`whitening_filters`), not the first training
     images. `dropout` is additional, on the pooled features. Images are ``(N, 3, H, W)``, at least 9
@@ -77,6 +77,8 @@ def _conv(before: int, after: int) -> nn.Conv2d:
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
+    """With a scale of 1 that is not trained: PyTorch's batch norm on a GPU has no gradient of the
+    bias where there is no scale."""
     norm = nn.BatchNorm2d(channels)
-    norm.register_parameter("weight", None)
+    norm.weight.requires_grad_(False)
     return norm

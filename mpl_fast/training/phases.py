@@ -60,7 +60,8 @@ def _prepared(config: RunConfig) -> tuple[RunConfig, Manifest, int]:
 def _check_not_begun(later: Sequence[RunConfig], config: RunConfig) -> None:
     """Raises `ConfigError` if a later run has begun from an earlier end of this one, which would go
     on."""
-    for one in later:
+    starts = (one for one in later if getattr(one.algorithm, "start", None) == config.run_dir)
+    for one in starts:
         if checkpoints_in(Path(one.run_dir) / CHECKPOINTS["newest"]):
             raise ConfigError(
                 f"{one.run_dir} has begun from an earlier end of {config.run_dir}, which now goes "

@@ -83,7 +83,7 @@ def test_a_cifar_stem_keeps_the_size_of_images() -> None:
     [
         ("wrn_10_1", 46, "stem.weight", "blocks.0.norm1.weight", "head.bias"),
         ("shake_shake_8_8", 95, "stem.weight", "blocks.1.second.5.running_var", "head.bias"),
-        ("airbench94", 33, "whiten.weight", "stages.2.running_var", "head.weight"),
+        ("airbench94", 39, "whiten.weight", "stages.2.running_var", "head.weight"),
         ("convlarge", 56, "features.0.0.weight", "features.5.1.bias", "head.bias"),
     ],
 )

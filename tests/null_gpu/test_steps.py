@@ -25,19 +25,22 @@ Found = dict[str, Any]
 
 def measure() -> Found:
     """Faults and launches of a step of each variant; in a process on the null GPU."""
+    from mpl_fast import models
     from tests.null_gpu.training import ALL
 
+    variants = ((precision, precision == "bf16") for precision in PRECISIONS)
     return {
-        precision: {name: step(config, precision == "bf16") for name, config in ALL.items()}
-        for precision in PRECISIONS
+        precision: {name: step(config, bf16) for name, config in ALL.items()}
+        | {model: step(ALL["mpl exact"], bf16, model) for model in models.PLAIN}
+        for precision, bf16 in variants
     }
 
 
-def step(config: AlgorithmConfig, bf16: bool) -> Found:
+def step(config: AlgorithmConfig, bf16: bool, model: str = "wrn_10_1") -> Found:
     """Faults and launches of a step."""
     from tests.null_gpu.training import batch, mixed, new, watched
 
-    algorithm, images = new(config, bf16=bf16), batch(bf16=bf16)
+    algorithm, images = new(config, bf16=bf16, model=model), batch(bf16=bf16)
 
     def steps(first: int, last: int) -> None:
         for t in range(first, last):

@@ -2,10 +2,14 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mpl_fast.config import FinetuneConfig, RunConfig, SupervisedConfig
+from mpl_fast.errors import ConfigError
+from mpl_fast.training.phases import _check_not_begun
 from mpl_fast.training.run import Run
 from tests.algorithms.problems import assert_same
 from tests.tiny_run import arguments, final_state, run_in_turn, train_here
@@ -102,6 +106,15 @@ def test_a_second_run_moves_with_the_first_and_is_of_its_end(
     (tmp_path / "moved" / "finetune").rename(tmp_path / "aside")
     done = train_here(*both, "--run-dir", "moved", "--patience=2")
     assert done.returncode == 0 and done.stdout.count("done: top-1") == 2, done.stderr
+
+
+def test_a_later_run_that_begins_from_no_other_may_have_begun(tmp_path: Path) -> None:
+    first = RunConfig(algorithm=SupervisedConfig(), run_dir=str(tmp_path / "first"))
+    later = replace(first, run_dir=str(tmp_path / "later"))
+    (tmp_path / "later/checkpoints/step_00000001").mkdir(parents=True)
+    _check_not_begun([later], first)
+    with pytest.raises(ConfigError, match="has begun from an earlier end"):
+        _check_not_begun([replace(later, algorithm=FinetuneConfig(start=first.run_dir))], first)
 
 
 @pytest.mark.nightly
