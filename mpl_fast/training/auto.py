@@ -95,10 +95,10 @@ CHOICES = {"grad_sync": _grad_sync, "compile": _compile, "cuda_graphs": _cuda_gr
 def uses_bf16(config: RunConfig, device: torch.device) -> bool:
     """Whether forward passes run under bfloat16 autocast.
 
-    On a CPU, `auto` is bf16 where it is faster: with matrix units (AMX), and for networks without
-    grouped convolutions, which those units do not compute. Vector instructions alone
-    (AVX512-BF16) are slower than fp32 on small networks, and depthwise convolutions in bf16 on
-    every processor (docs/benchmarks.md).
+    On a CPU, `auto` is bf16 with matrix units (AMX), for networks without grouped convolutions:
+    where bf16 was measured to be faster. With vector instructions alone (AVX512-BF16) it was faster
+    on an AMD processor and slower on an Intel one limited to them, so that `auto` is fp32 there
+    (docs/benchmarks.md).
     """
     if config.precision != "auto":
         return config.precision == "bf16"

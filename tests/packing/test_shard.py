@@ -169,6 +169,14 @@ def test_buffers_are_those_of_the_shard_before(tmp_path: Path) -> None:
     assert (tmp_path / "second").read_bytes() == b"2" * (BUFFER + 3)
 
 
+def test_buffers_of_a_writer_closed_twice_are_not_used_twice(tmp_path: Path) -> None:
+    writer = shard_writer.ShardWriter(tmp_path / "first")
+    writer.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        writer.close()
+    assert len(shard_writer._spare) == 1
+
+
 @pytest.mark.parametrize("size", [2 * BUFFER + 5, 3 * BUFFER - HEAD, 3 * BUFFER, 5 * BUFFER + 1])
 def test_images_longer_than_buffers(tmp_path: Path, size: int) -> None:
     """Images as long as the whole ring of buffers and longer, of one part and of several."""

@@ -91,8 +91,8 @@ class ShardWriter:
     def close(self) -> None:
         """Close the file, finished or not."""
         self._writes.shutdown(cancel_futures=True)
+        os.close(self._file)  # raises a second time, before two writers would have these buffers
         _spare.append(self._buffers)
-        os.close(self._file)
 
     def _free_buffer(self, number: int) -> memoryview:
         """Return the buffer of the file's number-th block, once its previous content is written."""
