@@ -27,6 +27,14 @@ def main() -> int:
         default="newest",
         help="the newest, or the best by validation of a run with checkpoint_best (%(default)s)",
     )
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 2, 6),
+        default=1,
+        help="also print the accuracy of the mean prediction over views of each image: 2: itself "
+        "and mirrored; 6: these two also shifted by a pixel in two directions (%(default)s)",
+    )
     own, options = parser.parse_known_args()
     die_with_launcher()
     config_file = Path(own.run) / "config.yaml"
@@ -35,7 +43,7 @@ def main() -> int:
     config = parse(["--config", str(config_file), *options, "--run-dir", own.run])
     from mpl_fast.training.evaluate import evaluate_run
 
-    evaluate_run(config, own.checkpoint)
+    evaluate_run(config, own.checkpoint, own.views)
     return 0
 
 

@@ -27,6 +27,7 @@ class AlgorithmContext:
     steps_per_epoch: int = 1  # steps in a pass over the unlabeled images
     microbatches: int = 1  # parts of a rank's batch that are computed one after the other
     teacher: Teacher | None = None  # a fixed one, from another run
+    classes: int = 0  # of the logits, for algorithms with a state of each class
 
 
 @dataclass(frozen=True)

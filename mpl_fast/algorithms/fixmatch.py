@@ -1,7 +1,9 @@
-"""FixMatch (https://arxiv.org/abs/2001.07685)."""
+"""FixMatch (https://arxiv.org/abs/2001.07685), and what later papers changed in its targets."""
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mpl_fast import losses
@@ -16,10 +18,19 @@ from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import FixMatchConfig
+from mpl_fast.distributed import mean_over_ranks
+
+
+class _Logits(NamedTuple):
+    """Logits of a batch's views; those of the weak one are constants."""
+
+    labeled: Tensor  # (L, C)
+    weak: Tensor  # (U, C)
+    strong: Tensor  # (U, C)
 
 
 class FixMatch:
-    """Cross-entropy on labels, and on strong views with confident arg-max labels of weak ones."""
+    """Cross-entropy on labels, and on strong views with confident labels of weak ones."""
 
     def __init__(
         self, config: FixMatchConfig, new_learner: LearnerFactory, context: AlgorithmContext
@@ -27,7 +38,13 @@ class FixMatch:
         self.config, self.microbatches = config, context.microbatches
         self.learner = new_learner(config.learner)
         self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
+        device, classes = self.learner.device, context.classes
+        uniform = torch.full((classes,), 1.0 / max(classes, 1), device=device)
         self.state: dict[str, Tensor] = {}
+        if config.alignment:
+            self.state |= {"label_share": uniform.clone(), "predicted_share": uniform.clone()}
+        if config.thresholds == "adaptive":
+            self.state |= {"class_confidence": uniform.clone(), "confidence": uniform.mean()}
 
     def graph_key(self, t: int) -> Hashable | None:
         return ""
@@ -43,14 +60,19 @@ class FixMatch:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         config = self.config
-        logits = Views(self.learner, batch, config.bn_batches).logits()
-        pseudo = losses.pseudo_labels(logits.weak.detach())
+        logits = self._logits(batch)
+        weak = self._aligned(logits.weak, batch.labels) if config.alignment else logits.weak
+        pseudo = losses.pseudo_labels(weak)
         hits = pseudo.label == batch.truth
-        mask = (pseudo.confidence >= config.threshold).to(pseudo.confidence.dtype)
+        threshold: Tensor | float = config.threshold
+        if config.thresholds == "adaptive":
+            threshold = self._adapted(weak)[pseudo.label]
+        mask = (pseudo.confidence >= threshold).to(pseudo.confidence.dtype)
         labeled = losses.smoothed_ce(
             logits.labeled, batch.labels, label_smoothing=config.label_smoothing
         )
-        unlabeled = losses.student_loss(logits.strong, pseudo.label, weight=mask)
+        target = pseudo.label if config.labels == "argmax" else weak / config.temperature
+        unlabeled = losses.student_loss(logits.strong, target, weight=mask)
         return labeled.loss + config.weight * unlabeled, {
             "loss/labeled": labeled.loss.detach(),
             "loss/consistency": unlabeled.detach(),
@@ -58,3 +80,36 @@ class FixMatch:
             "confidence": pseudo.confidence.mean(),
             "accuracy/pseudo": accuracy_of_known(hits.float().mean(), batch.truth),
         }
+
+    def _logits(self, batch: Batch) -> _Logits:
+        if self.config.targets == "average":
+            weak = self.learner.infer_average(batch.weak)
+            logits = self.learner(batch.labeled, batch.strong)
+            labeled, strong = logits.split([len(batch.labeled), len(batch.strong)])
+            return _Logits(labeled, weak, strong)
+        views = Views(self.learner, batch, self.config.bn_batches).logits()
+        return _Logits(views.labeled, views.weak.detach(), views.strong)
+
+    def _aligned(self, weak: Tensor, labels: Tensor) -> Tensor:
+        """Logits ``(U, C)`` whose mean probabilities are nearer to the shares of the labels."""
+        counts = torch.zeros_like(self.state["label_share"])
+        ones = torch.ones_like(labels, dtype=counts.dtype)
+        share = counts.scatter_add(0, labels, ones) / max(len(labels), 1)
+        wanted = self._followed("label_share", share)
+        predicted = self._followed("predicted_share", weak.float().softmax(-1).mean(0))
+        tiny = torch.finfo(wanted.dtype).tiny  # a class may have no label at all
+        return weak + (wanted.clamp(min=tiny) / predicted.clamp(min=tiny)).log().to(weak.dtype)
+
+    def _adapted(self, weak: Tensor) -> Tensor:
+        """Thresholds ``(C,)``: the mean confidence, times each class's mean probability as a share
+        of the largest class's (FreeMatch, arXiv 2205.07246, equations 6 to 8)."""
+        probability = weak.float().softmax(-1)
+        by_class = self._followed("class_confidence", probability.mean(0))
+        return self._followed("confidence", probability.amax(-1).mean()) * by_class / by_class.max()
+
+    def _followed(self, name: str, value: Tensor) -> Tensor:
+        """A moving average in `state`, moved towards the mean of `value` over ranks, unless that is
+        not finite."""
+        average, value = self.state[name], mean_over_ranks(value)
+        moved = average.lerp(value.to(average.dtype), 1.0 - self.config.average_decay)
+        return average.copy_(torch.where(value.isfinite().all(), moved, average))

@@ -130,7 +130,7 @@ class UDAConfig(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class FixMatchConfig(Recipe):
-    """FixMatch (arXiv 2001.07685): hard labels of confident weak views train the strong views."""
+    """FixMatch (arXiv 2001.07685): labels of confident weak views train the strong views."""
 
     recipe = "fixmatch"
 
@@ -138,12 +138,44 @@ class FixMatchConfig(Recipe):
     weight: NonNegativeFloat = 1.0
     """Weight of the loss on unlabeled images."""
     threshold: Fraction = 0.95
-    """Smallest value of its largest probability at which an image counts."""
+    """Smallest value of its largest probability at which an image counts, for thresholds fixed."""
+    thresholds: Literal["fixed", "adaptive"] = "fixed"
+    """fixed: `threshold`. adaptive: the moving average of the largest probability, lower for
+    classes that are predicted less often (FreeMatch, arXiv 2205.07246)."""
+    targets: Literal["network", "average"] = "network"
+    """Labels of weak views by the network in training mode, as published, or by its moving average
+    in evaluation mode (Mean Teacher, arXiv 1703.01780; with FixMatch, arXiv 2101.08482)."""
+    labels: Literal["argmax", "soft"] = "argmax"
+    """Labels of unlabeled images: the most probable class, as published, or probabilities."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the logits for labels soft; below 1 it sharpens them."""
+    alignment: bool = False
+    """Distribution alignment (ReMixMatch, arXiv 1911.09785): predictions of weak views are
+    multiplied by the share of each class among labels over its share among predictions, both moving
+    averages, before labels and thresholds are taken from them."""
+    average_decay: FractionBelow1 = 0.999
+    """Decay, in a step, of the moving averages of thresholds adaptive and of alignment."""
     label_smoothing: FractionBelow1 = 0.0
     """Label smoothing of the labeled loss."""
     bn_batches: NormBatches = "joint"
     """Images that batch norm normalizes together. joint: all views, as published. split: weak views
-    in a pass of their own without gradient, which saves their backward pass."""
+    in a pass of their own without gradient, which saves their backward pass. For targets
+    network."""
+
+    @property
+    def whole_batch(self) -> str | None:
+        if self.alignment:
+            return "alignment"
+        return "thresholds adaptive" if self.thresholds == "adaptive" else None
+
+    def problems(self) -> list[str]:
+        """Contradictions, each a line that begins with a key of this section."""
+        found = []
+        if self.targets == "average" and not self.learner.ema:
+            found.append("targets average needs a moving average: set learner.ema, such as 0.999")
+        if self.temperature != 1 and self.labels == "argmax":
+            found.append("temperature is for labels soft: leave it at 1 for argmax")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def build_algorithm(
     training by recipe noisy_student needs.
     """
     steps_per_epoch = steps_in(1.0, config, manifest)
-    context = AlgorithmContext(config.seed, steps_per_epoch, config.microbatches, teacher)
+    context = AlgorithmContext(config.seed, steps_per_epoch, config.microbatches, teacher, classes)
 
     def new_learner(learner: LearnerConfig) -> Learner:
         assert config.compile != "auto" != config.cuda_graphs and config.grad_sync != "auto"

@@ -1,8 +1,11 @@
 """Accuracy on the validation split: every image counts exactly once, on any number of ranks."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mpl_fast import distributed
@@ -12,7 +15,7 @@ from mpl_fast.config import RunConfig
 from mpl_fast.config.run import WhichCheckpoint
 from mpl_fast.data.class_names import lacking, positions
 from mpl_fast.data.manifest import Manifest, read_manifest
-from mpl_fast.errors import DataError
+from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.first_few import first_few
 from mpl_fast.learner import compilation, rng
 from mpl_fast.training.auto import evaluated_in, plain
@@ -25,40 +28,78 @@ from mpl_fast.training.trained import read_checkpoint
 from mpl_fast.training.trial import check_evaluation
 
 Accuracy = dict[str, float]
+ViewCount = Literal[1, 2, 6]
 
 
 @torch.no_grad()
-def evaluate(algorithm: Algorithm, batches: EvalBatches, manifest: Manifest) -> Accuracy:
+def evaluate(
+    algorithm: Algorithm, batches: EvalBatches, manifest: Manifest, views: ViewCount = 1
+) -> Accuracy:
     """Evaluates the averaged weights of `algorithm.eval_ensemble` on the split val.
 
-    Returns top1 and top5 in percent and count, the number of images over all ranks. Raises
-    `DataError` if the ranks together did not see every image once, or labels are of no class.
+    Returns top1 and top5 in percent and count, the number of images over all ranks; with `views`
+    above 1 also top1_views and top5_views, those of the mean prediction over the views of an image.
+    Raises `DataError` if the ranks together did not see every image once, or labels are of no
+    class.
     """
     hits: Tensor | None = None
     queue: QueueLimiter | None = None
     for images, labels, count in batches:
         compilation.mark_step()
-        batch_hits = _hits(predict(algorithm, images)[:count], labels[:count])
+        mean = one = predict(algorithm, images)
+        if views > 1:
+            mean = one / views
+            for view in other_views(images, views):
+                mean = mean + predict(algorithm, view) / views
+        found = [_hits(p[:count], labels[:count]) for p in (one, mean)]
+        batch_hits = torch.cat([found[0], found[1][:2]])
         hits = batch_hits if hits is None else hits + batch_hits
         queue = queue or QueueLimiter(images.device)
         queue.step()
     if hits is None:
         raise DataError("the validation split gave no image")
-    top1, top5, count, wrong = (int(x) for x in distributed.sum_over_ranks(hits).tolist())
+    totals = [int(x) for x in distributed.sum_over_ranks(hits).tolist()]
+    top1, top5, count, wrong, *of_views = totals
     expected = manifest.splits["val"].records
     if wrong:
         raise wrong_labels(wrong, "val", len(manifest.classes), manifest.root)
     if count != expected:
         raise DataError(f"validation saw {count} images, the manifest lists {expected}: pack again")
-    return {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
+    accuracy = {"top1": 100.0 * top1 / count, "top5": 100.0 * top5 / count, "count": count}
+    if views > 1:
+        shares = (100.0 * right / count for right in of_views)
+        accuracy |= zip(("top1_views", "top5_views"), shares, strict=True)
+    return accuracy
 
 
-def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accuracy:
-    """Evaluates the newest or the best checkpoint of `config.run_dir` and prints one line.
+def other_views(images: Tensor, views: ViewCount) -> Iterator[Tensor]:
+    """The views of images ``(N, 3, H, W)`` besides themselves: mirrored (2), and both of them
+    shifted by a pixel to the lower right and to the upper left, borders reflected (6; the two
+    shifts of airbench, arXiv 2404.00498, whose weights are half of these)."""
+    mirrored = images.flip(-1)
+    yield mirrored
+    if views == 6:
+        height, width = images.shape[-2:]
+        for view in (images, mirrored):
+            padded = F.pad(view, (1, 1, 1, 1), "reflect")
+            for start in (0, 2):
+                yield padded[..., start : start + height, start : start + width]
+
+
+def evaluate_run(
+    config: RunConfig, which: WhichCheckpoint = "newest", views: ViewCount = 1
+) -> Accuracy:
+    """Evaluates the newest or the best checkpoint of `config.run_dir` and prints one line, or two
+    with `views` above 1.
 
     Labels are those of the run's classes, by name. Raises `UserError` as training does, and
     `CheckpointError` if no checkpoint is usable.
     """
+    if views > 1 and not config.data.flip:
+        raise ConfigError(
+            "--views above 1 mirrors images, which data.flip false says changes their class: "
+            "leave out --views"
+        )
     manifest = read_manifest(config.data.root)
     config = plain(resolve_epochs(config, manifest))
     check_evaluation(config, len(manifest.classes))
@@ -77,8 +118,11 @@ def evaluate_run(config: RunConfig, which: WhichCheckpoint = "newest") -> Accura
     batches = eval_loader(config, manifest, dist_env)
     if labels is not None:
         batches = _relabeled(batches, labels.to(dist_env.device))
-    accuracy = evaluate(algorithm, batches, manifest)
+    accuracy = evaluate(algorithm, batches, manifest, views)
     console.print(f"{checkpoint}: {accuracy_line(accuracy)}")
+    if views > 1:
+        line = "top-1 {top1_views:.2f} %, top-5 {top5_views:.2f} %".format(**accuracy)
+        console.print(f"{checkpoint}: {line} by the mean of {views} views of each image")
     distributed.shutdown()
     return accuracy
 

@@ -71,7 +71,8 @@ def count(
         learner = replace(learner, optimizer_backend="torch", trunk_delay_steps=0)
         return _Counted(_StandIn(counter), learner, steps=steps)
 
-    algorithm = algorithms.build(config, new_learner, AlgorithmContext(microbatches=microbatches))
+    context = AlgorithmContext(microbatches=microbatches, classes=CLASSES)
+    algorithm = algorithms.build(config, new_learner, context)
     train_step(algorithm, _batch(labeled, unlabeled), steps - 1 if step is None else step)
     return counter.found
 

@@ -82,6 +82,9 @@ class PlainLearner:
         decay = min(self.config.ema, (1 + t) / (10 + t))
         for a, p in zip(self.average.parameters(), self.network.parameters(), strict=True):
             a.mul_(decay).add_(p, alpha=1 - decay)
+        for a, b in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            if b.is_floating_point():
+                a.mul_(decay).add_(b, alpha=1 - decay)
 
 
 def labeled_loss(network: nn.Module, data: Batch, weights: Values | None = None) -> Tensor:
@@ -144,13 +147,46 @@ def uda(config: UDAConfig, learner: PlainLearner, data: Batch, t: int) -> Values
     return values
 
 
-def fixmatch(config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int) -> Values:
-    z_l, z_w, z_s = view_logits(learner.network, data, config.bn_batches)
-    confidence, label = z_w.detach().softmax(-1).max(-1)
-    mask = (confidence >= config.threshold).double()
+class FixMatchState:
+    """The moving averages of alignment and of adaptive thresholds."""
+
+    def __init__(self, classes: int) -> None:
+        self.labels, self.predictions, self.by_class = (
+            torch.full((classes,), 1 / classes, dtype=torch.float64) for _ in range(3)
+        )
+        self.confidence = torch.tensor(1 / classes, dtype=torch.float64)
+
+
+def fixmatch(
+    config: FixMatchConfig, learner: PlainLearner, data: Batch, t: int, state: FixMatchState
+) -> Values:
+    if config.targets == "average":
+        z_w = copy.deepcopy(learner.average).eval()(data.weak)
+        images, sizes = [data.labeled, data.strong], [len(data.labeled), len(data.strong)]
+        z_l, z_s = learner.network(torch.cat(images)).split(sizes)
+    else:
+        z_l, z_w, z_s = view_logits(learner.network, data, config.bn_batches)
+    probability, decay = z_w.detach().softmax(-1), config.average_decay
+    if config.alignment:
+        share = one_hot(data.labels, z_l).mean(0)
+        state.labels = decay * state.labels + (1 - decay) * share
+        state.predictions = decay * state.predictions + (1 - decay) * probability.mean(0)
+        probability = probability * state.labels / state.predictions
+        probability = probability / probability.sum(-1, keepdim=True)
+    confidence, label = probability.max(-1)
+    threshold = torch.tensor(config.threshold, dtype=torch.float64)
+    if config.thresholds == "adaptive":
+        state.confidence = decay * state.confidence + (1 - decay) * confidence.mean()
+        state.by_class = decay * state.by_class + (1 - decay) * probability.mean(0)
+        threshold = (state.by_class / state.by_class.max() * state.confidence)[label]
+    mask = (confidence >= threshold).double()
     labeled = F.cross_entropy(z_l, data.labels, label_smoothing=config.label_smoothing)
+    target = one_hot(label, z_s)
+    if config.labels == "soft":
+        sharp = probability ** (1 / config.temperature)
+        target = sharp / sharp.sum(-1, keepdim=True)
     # The mean is over all images, confident or not.
-    unlabeled = (mask * F.cross_entropy(z_s, label, reduction="none")).mean()
+    unlabeled = (mask * soft_loss(z_s, target)).mean()
     learner.step(labeled + config.weight * unlabeled, t)
     return {
         "loss/labeled": labeled,
@@ -319,8 +355,9 @@ def step(
     data: Batch,
     t: int,
     teacher: nn.Module | None = None,
+    state: FixMatchState | None = None,
 ) -> Values:
-    """The step of a config; `teacher`: a fixed one."""
+    """The step of a config; `teacher`: a fixed one; `state`: of FixMatch, changed in place."""
     first, *others = learners.values()
     second = others[0] if others else first
     match config:
@@ -333,7 +370,8 @@ def step(
         case UDAConfig():
             return uda(config, first, data, t)
         case FixMatchConfig():
-            return fixmatch(config, first, data, t)
+            assert state is not None
+            return fixmatch(config, first, data, t, state)
         case NoisyStudentConfig():
             assert teacher is not None
             return noisy_student(config, teacher, first, data, t)

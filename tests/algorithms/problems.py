@@ -60,6 +60,9 @@ VARIANTS: dict[str, AlgorithmConfig] = {
     "uda cosine": replace(UDA, consistency=replace(CONSISTENCY, measure="cosine")),
     "uda split": replace(UDA, bn_batches="split"),
     "fixmatch": FixMatchConfig(learner=LEARNER, threshold=0.3),
+    "fixmatch adaptive": FixMatchConfig(
+        learner=LEARNER, targets="average", alignment=True, thresholds="adaptive", labels="soft"
+    ),
     "noisy_student": NoisyStudentConfig(learner=LEARNER, threshold=0.4),
     "noisy_student argmax": NoisyStudentConfig(learner=LEARNER, labels="argmax", threshold=0.4),
     **{f"mpl {feedback}": replace(MPL, feedback=feedback) for feedback in FEEDBACKS},
@@ -157,7 +160,7 @@ def new(
         options: dict[str, Any] = {"compiled": compiled, "graphs": graphs, "device": device}
         return Learner(make(), chosen, steps=steps, **options)
 
-    return algorithms.build(config, learner, context or AlgorithmContext(seed=3))
+    return algorithms.build(config, learner, context or AlgorithmContext(seed=3, classes=CLASSES))
 
 
 def mpl_config(feedback: Any, student: LearnerConfig = STUDENT, **options: Any) -> MPLConfig:

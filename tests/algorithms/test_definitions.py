@@ -20,6 +20,7 @@ from mpl_fast.config import (
 from tests.algorithms import definitions
 from tests.algorithms.definitions import PlainLearner
 from tests.algorithms.problems import (
+    CLASSES,
     CONSISTENCY,
     DELAYED_TRUNK,
     DELAYED_TRUNKS,
@@ -52,6 +53,20 @@ CASES: dict[str, AlgorithmConfig] = {
     "fixmatch split": replace(FIXMATCH, bn_batches="split", threshold=0.42, label_smoothing=0.1),
     "fixmatch of all images": replace(FIXMATCH, threshold=0.0),
     "fixmatch of none": replace(FIXMATCH, threshold=1.1, weight=2.0),
+    "fixmatch average soft": replace(
+        FIXMATCH, targets="average", labels="soft", temperature=0.5, threshold=0.4
+    ),
+    "fixmatch aligned": replace(
+        FIXMATCH, alignment=True, average_decay=0.6, labels="soft", threshold=0.45
+    ),
+    "fixmatch adaptive": replace(FIXMATCH, thresholds="adaptive", average_decay=0.8),
+    "fixmatch all of it": replace(
+        FIXMATCH,
+        targets="average",
+        alignment=True,
+        thresholds="adaptive",
+        average_decay=0.7,
+    ),
     "mpl exact held_out strong": replace(
         MPL, feedback="exact", held_out=0.5, pseudo="strong", student=HEAVY
     ),
@@ -92,12 +107,18 @@ def test_steps_are_those_of_the_definition(
         return made[-1]
 
     algorithm = new(
-        config, make, steps=STEPS, context=AlgorithmContext(seed=definitions.SEED), device=device
+        config,
+        make,
+        steps=STEPS,
+        context=AlgorithmContext(seed=definitions.SEED, classes=CLASSES),
+        device=device,
     )
+    state = definitions.FixMatchState(CLASSES)
     teacher = copy.deepcopy(made[-1]).cpu()  # where it is fixed, it is made last
     plain = {key: PlainLearner(learner) for key, learner in algorithm.learners.items()}
-    # The feedback difference has single precision.
-    atol, rtol = 1e-7 if getattr(config, "feedback", "") == "difference" else 1e-12, 2e-6
+    # The feedback difference and the averages of alignment have single precision.
+    single = getattr(config, "feedback", "") == "difference" or getattr(config, "alignment", False)
+    atol, rtol = 1e-7 if single else 1e-12, 2e-6
     if getattr(config, "derivative", "") == "central":
         atol, rtol = 1e-5, 1e-4
     if device == "cuda":  # sums in another order, and of mixup the float32 shares
@@ -106,7 +127,7 @@ def test_steps_are_those_of_the_definition(
     for t in range(STEPS):
         data = batch(t, labeled, unlabeled)
         metrics = train_step(algorithm, Batch(*(x.to(device) for x in data)), t)
-        expected = definitions.step(config, plain, data, t, teacher)
+        expected = definitions.step(config, plain, data, t, teacher, state)
         for key, value in expected.items():
             assert metrics[key].tolist() == pytest.approx(value.tolist(), rel=rtol, abs=2e-7), key
         for key, learner in algorithm.learners.items():

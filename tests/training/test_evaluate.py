@@ -13,7 +13,7 @@ from mpl_fast.data.manifest import Manifest, Split, read_manifest
 from mpl_fast.distributed import DistEnv
 from mpl_fast.errors import ConfigError, DataError
 from mpl_fast.training.build import eval_loader
-from mpl_fast.training.evaluate import evaluate, evaluate_run
+from mpl_fast.training.evaluate import evaluate, evaluate_run, other_views
 from mpl_fast.training.metrics import QueueLimiter
 from tests.tiny_run import arguments
 
@@ -56,6 +56,41 @@ def manifest(records: int) -> Manifest:
 def test_counts_what_counts() -> None:
     found = evaluate(One(), BATCHES, manifest(4))  # type: ignore[arg-type]
     assert found == {"top1": 50.0, "top5": 75.0, "count": 4}
+
+
+def test_views_are_averaged_and_the_plain_accuracy_stays() -> None:
+    """Two classes by the left and right half of an image: mirrored, each is the other."""
+
+    class Halves:
+        def infer_average(self, images: Tensor) -> Tensor:
+            left, right = images.chunk(2, -1)
+            return torch.stack([left.mean((1, 2, 3)), right.mean((1, 2, 3))], 1)
+
+    algorithm = One()
+    algorithm.eval_ensemble = EvalEnsemble([Halves()])  # type: ignore[list-item]
+    ramp = torch.arange(4.0).expand(2, 3, 4, 4)  # class 1 by itself, undecided with its mirror
+    batches = [(torch.stack([ramp[0], ramp[1].flip(-1)]), torch.tensor([1, 1]), 2)]
+    plain = evaluate(algorithm, batches, manifest(2))  # type: ignore[arg-type]
+    assert plain == {"top1": 50.0, "top5": 100.0, "count": 2}
+    both = evaluate(algorithm, batches, manifest(2), views=2)  # type: ignore[arg-type]
+    assert {**both, **plain} == both
+    assert both["top1_views"] in (0.0, 100.0)  # equal probabilities: the same class for both
+
+
+def test_six_views_are_shifts_by_a_pixel_with_reflected_borders() -> None:
+    image = torch.arange(12.0).view(1, 1, 3, 4)
+    mirrored, *shifted = (view[0, 0] for view in other_views(image, 6))
+    assert mirrored[0].tolist() == [3, 2, 1, 0]
+    assert [view.shape for view in shifted] == [(3, 4)] * 4
+    assert shifted[0].tolist() == [[5, 4, 5, 6], [1, 0, 1, 2], [5, 4, 5, 6]]
+    assert shifted[1].tolist() == [[5, 6, 7, 6], [9, 10, 11, 10], [5, 6, 7, 6]]
+    assert shifted[2].equal(shifted[0].new_tensor([[6, 7, 6, 5], [2, 3, 2, 1], [6, 7, 6, 5]]))
+
+
+def test_mirrored_views_of_images_that_are_not_mirrored(tiny_rec: Path, tmp_path: Path) -> None:
+    options = ["--data.flip", "false"]
+    with pytest.raises(ConfigError, match=r"mirrors images.*leave out --views"):
+        evaluate_run(parse([*arguments(tmp_path / "run", tiny_rec), *options]), views=2)
 
 
 def test_the_queue_is_limited_after_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
