@@ -1,0 +1,183 @@
+"""The study of CIFAR-10: equal FLOPs, label draws, resuming, tables; and its configs."""
+
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mpl_fast.config import RunConfig
+from mpl_fast.config.command_line import parse
+from mpl_fast.errors import ConfigError, DataError
+from tests.tiny_run import ROOT, write_digits
+from tests.tools.test_ablation import Here
+from tools.studies import cifar
+from tools.studies.ablation import run
+from tools.studies.cifar import BY_NAME, FULL, ROWS, Cell, Row, Study, main, table
+
+TINY = (
+    "labeled_batch=4", "unlabeled_batch=8", "eval_batch=50", "data.image_size=16",
+    "data.threads=1",
+)  # fmt: skip
+ROWS_HERE = (
+    Row("supervised", "fast_supervised", TINY),
+    Row("fixmatch", "fast_fixmatch", TINY, against="supervised"),
+    Row("finetuned", "fast_finetune", (*TINY, "epochs=0.2"), "fixmatch", after="fixmatch"),
+)
+
+
+class AtOnce:
+    """Runs what is submitted in the calling thread, which alone may handle signals."""
+
+    def __init__(self, jobs: int) -> None:
+        assert jobs == 1
+
+    def __enter__(self) -> "AtOnce":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(call(*arguments))
+        return done
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of a study of digits, whose runs take a step or two in this process."""
+    write_digits(tmp_path / "images")
+    (tmp_path / "images" / "val").rename(tmp_path / "images" / "test")
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=Here, PIPE=None, STDOUT=None))
+    monkeypatch.setattr(cifar, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(cifar, "ROWS", ROWS_HERE)
+    monkeypatch.setattr(cifar, "BY_NAME", {row.name: row for row in ROWS_HERE})
+    monkeypatch.setattr(cifar, "LABELS", 20)
+    one = Study(tmp_path, tmp_path).flops_of_step(ROWS_HERE[1])
+    monkeypatch.setattr(cifar, "FULL", 4 * one)
+    names = [row.name for row in ROWS_HERE]
+    where = ["--src", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    return [*where, "--only", *names, "--compute", "1/2", "--draws", "0", "1"]
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_is_missing(
+    study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(study) == 0
+    first = capsys.readouterr().out
+    assert "[6/6]" in first
+    out = tmp_path / "out"
+    runs = json.loads((out / "cifar.json").read_text())["runs"]
+    assert len(runs) == 6
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for found in runs:
+        by_row.setdefault(found["row"], []).append(found)
+    one = Study(tmp_path, tmp_path).flops_of_step(ROWS_HERE[1])
+    for found in by_row["fixmatch"]:
+        assert found["steps"] == 2 and found["flops"] == 2 * one
+        assert found["curve"][-1] == [2 * one, found["top1"]]
+    for found in by_row["supervised"]:
+        assert found["flops"] == pytest.approx(2 * one, rel=0.2) and found["steps"] > 2
+    assert all(found["flops"] > 2 * one for found in by_row["finetuned"])
+    drawn = [(out / "records" / f"draw{n}" / "train_label.lst").read_bytes() for n in (0, 1)]
+    assert drawn[0] != drawn[1]
+    assert (out / "cifar.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "cifar.md").read_text()
+    gain = [
+        f["top1"] - s["top1"] for f, s in zip(by_row["fixmatch"], by_row["supervised"], strict=True)
+    ]
+    assert f"[supervised {sum(gain) / 2:+.2f} ± {abs(gain[0] - gain[1]) / 2:.2f}]" in text
+
+    # A result is kept: of another machine, too, whose runs are not here.
+    kept = [found for found in runs if (found["row"], found["draw"]) != ("supervised", 1)]
+    (out / "cifar.json").write_text(json.dumps({"runs": kept}))
+    assert main(study) == 0
+    second = capsys.readouterr().out
+    assert "5 of 6 runs have ended already" in second and "[1/1] supervised" in second
+    assert sorted(json.loads((out / "cifar.json").read_text())["runs"], key=str) == sorted(
+        runs, key=str
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_said(
+    study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "supervised").write_text("no folder")
+    assert main([*study[:4], "--only", "supervised", "--compute", "1", "--draws", "0"]) == 1
+    found = capsys.readouterr().out
+    assert "supervised, 1 of" in found and "failed: " in found
+    assert "Empty cells:" in found and "--only supervised --compute 1 --draws 0" in found
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--compute", "0"], "--compute: must be above 0"),
+        (["--compute", "much"], "--compute: invalid"),
+        (["--draws", "-1"], "--draws: must be a whole number of at least 0"),
+        (["--only", "mpl", "unknown"], "--only: invalid choice: 'unknown'"),
+    ],
+)
+def test_bad_options_are_one_line(more: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        main(["--src", str(tmp_path), "--out", str(tmp_path), *more])
+
+
+def test_no_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--src .*/none does not exist"):
+        main(["--src", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+def test_the_table_pairs_draws() -> None:
+    rows = [Row("a", "x", against="a"), Row("b", "x", against="a")]
+    results = [
+        {"row": row, "share": "1/4", "draw": draw, "top1": top1, "flops": 7, "train_seconds": 9.0}
+        for row, draw, top1 in [("a", 0, 50.0), ("a", 1, 60.0), ("b", 1, 61.0), ("b", 2, 80.0)]
+    ]
+    text = table(results, rows, [Fraction(1, 4), Fraction(1)])
+    assert "| `a` | 55.00 ± 7.07 (2) |  | 9 s, 7.00e+00 |" in text
+    assert "| `b` | 70.50 ± 13.44 (2) [a +1.00] |  |" in text
+
+
+def config_of(row: Row) -> RunConfig:
+    file = ROOT / "configs" / f"cifar10_4k_{row.config}.yaml"
+    start = ["--algorithm.start", "-"] if row.after else []
+    return parse(["--config", str(file), "--data.root", "-", "--run-dir", "-", *start])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_every_row_has_a_config_of_as_many_flops(row: Row) -> None:
+    """supervised is shorter: it learns nothing more from an hour."""
+    config = config_of(row)
+    assert config.model.name == "airbench94"
+    if row.after:
+        assert row.after in BY_NAME and config.recipe == "finetune"
+    elif not row.settings:
+        whole = Study(ROOT, ROOT).flops_of_step(row) * config.steps
+        expected = FULL / 6 if row.name == "supervised" else FULL
+        assert whole == pytest.approx(expected, rel=0.02)
+
+
+def test_schedules_are_scaled_with_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tmp_path, tmp_path)
+    monkeypatch.setattr(study, "pack", lambda draw: tmp_path)
+    whole, quarter = (
+        study.job(Cell(BY_NAME["mpl"], share, 3)).config for share in (Fraction(1), Fraction(1, 4))
+    )
+    assert quarter.seed == 3
+    for key in ("steps", "eval_every"):
+        assert getattr(quarter, key) == pytest.approx(getattr(whole, key) / 4, abs=1)
+    a, b = whole.algorithm, quarter.algorithm
+    assert b.teacher.warmup == pytest.approx(a.teacher.warmup / 4, abs=1)  # type: ignore[union-attr]
+    assert b.consistency.ramp == pytest.approx(a.consistency.ramp / 4, abs=1)  # type: ignore[union-attr]
