@@ -7,6 +7,7 @@ from mpl_fast.errors import run_command
 
 NAMES = {
     "ablation": "variants of a config, trained with the same seeds and compared in pairs",
+    "cifar": "algorithms on CIFAR-10 with equal numbers of FLOPs, over draws of the labels",
     "feedbacks": "the feedback's gradient, beside the derivative that it estimates",
     "two_moons": "the feedbacks' accuracy on two moons with few labels",
 }
