@@ -58,11 +58,10 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cifar, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(cifar, "ROWS", ROWS_HERE)
     monkeypatch.setattr(cifar, "BY_NAME", {row.name: row for row in ROWS_HERE})
-    monkeypatch.setattr(cifar, "LABELS", 20)
     one = Study(tmp_path, tmp_path).flops_of_step(ROWS_HERE[1])
     monkeypatch.setattr(cifar, "FULL", 4 * one)
     names = [row.name for row in ROWS_HERE]
-    where = ["--src", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    where = ["--src", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--labels", "20"]
     return [*where, "--only", *names, "--compute", "1/2", "--draws", "0", "1"]
 
 
@@ -86,7 +85,7 @@ def test_a_study_trains_what_is_missing(
     for found in by_row["supervised"]:
         assert found["flops"] == pytest.approx(2 * one, rel=0.2) and found["steps"] > 2
     assert all(found["flops"] > 2 * one for found in by_row["finetuned"])
-    drawn = [(out / "records" / f"draw{n}" / "train_label.lst").read_bytes() for n in (0, 1)]
+    drawn = [(out / "records" / f"20_{n}" / "train_label.lst").read_bytes() for n in (0, 1)]
     assert drawn[0] != drawn[1]
     assert (out / "cifar.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "cifar.md").read_text()
@@ -112,10 +111,10 @@ def test_a_run_that_fails_is_said(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "supervised").write_text("no folder")
-    assert main([*study[:4], "--only", "supervised", "--compute", "1", "--draws", "0"]) == 1
+    assert main([*study[:6], "--only", "supervised", "--compute", "1", "--draws", "0"]) == 1
     found = capsys.readouterr().out
     assert "supervised, 1 of" in found and "failed: " in found
-    assert "Empty cells:" in found and "--only supervised --compute 1 --draws 0" in found
+    assert json.loads((tmp_path / "out" / "cifar.json").read_text())["runs"] == []
 
 
 @pytest.mark.parametrize(
@@ -137,15 +136,16 @@ def test_no_source(tmp_path: Path) -> None:
         main(["--src", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
-def test_the_table_pairs_draws() -> None:
-    rows = [Row("a", "x", against="a"), Row("b", "x", against="a")]
+def test_the_table_pairs_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar, "ROWS", (Row("a", "x", against="a"), Row("b", "x", against="a")))
     results = [
         {"row": row, "share": "1/4", "draw": draw, "top1": top1, "flops": 7, "train_seconds": 9.0}
         for row, draw, top1 in [("a", 0, 50.0), ("a", 1, 60.0), ("b", 1, 61.0), ("b", 2, 80.0)]
     ]
-    text = table(results, rows, [Fraction(1, 4), Fraction(1)])
-    assert "| `a` | 55.00 ± 7.07 (2) |  | 9 s, 7.00e+00 |" in text
-    assert "| `b` | 70.50 ± 13.44 (2) [a +1.00] |  |" in text
+    text = table([{"labels": 4000, **result} for result in results])
+    assert "|  | 1/8 | 1/4 | 1/2 | 1 |" in text
+    assert "| `a` |  | 55.00 ± 7.07 (2) |  |  | 9 s, 7 |" in text
+    assert "| `b` |  | 70.50 ± 13.44 (2) [a +1.00] |  |" in text
 
 
 def config_of(row: Row) -> RunConfig:
@@ -171,9 +171,10 @@ def test_schedules_are_scaled_with_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = Study(tmp_path, tmp_path)
-    monkeypatch.setattr(study, "pack", lambda draw: tmp_path)
+    monkeypatch.setattr(study, "pack", lambda cell: tmp_path)
     whole, quarter = (
-        study.job(Cell(BY_NAME["mpl"], share, 3)).config for share in (Fraction(1), Fraction(1, 4))
+        study.job(Cell(BY_NAME["mpl"], share, 4000, 3)).config
+        for share in (Fraction(1), Fraction(1, 4))
     )
     assert quarter.seed == 3
     for key in ("steps", "eval_every"):

@@ -2,12 +2,11 @@
 --src cifar10-jpeg.tar.xz --out DIR [--only NAME ...] [--compute SHARE ...] [--draws N ...]"""
 
 import argparse
-import itertools
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,9 +27,13 @@ numbers of FLOPs on several draws of the labels: cifar.json, cifar.md and cifar.
 folder. A run is as long as its FLOPs allow, and its schedules with it. The same command continues
 where it was stopped; a cifar.json from elsewhere in the folder is continued too. Exit code 1: a run
 failed, or Ctrl-C."""
+ABOUT_TABLE = """Top-1 (%) of the test images at the end of training, by the averaged weights, after
+a share of 2.5e15 FLOPs: mean ± standard deviation over draws of the labels (their number). In
+brackets: the difference to another row, mean ± standard error over pairs of one draw. An empty cell
+has not been run: `python -m tools.studies.cifar --src SRC --out DIR --only ROW --compute SHARE`."""
 FULL = 2.5e15
 """FLOPs of a full run: about an hour on two cores of a Xeon with AMX."""
-LABELS = 4000
+SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1))
 SCHEDULED = ("warmup", "ramp", "feedback_ramp", "delay_steps", "eval_every", "checkpoint_every")
 """Options in steps, which are scaled with the length of a run."""
 KEYS = ("top1", "steps", "train_seconds", "images_per_second")  # of a run's summary.json
@@ -51,6 +54,7 @@ class Row:
 
 
 _OFF, _SOFT = "algorithm.feedback=off", "algorithm.labels=soft"
+_HARD = ("algorithm.labels=argmax", "algorithm.temperature=1")
 ROWS = (
     Row("supervised", "fast_supervised"),
     Row("uda", "fast_uda"),
@@ -64,6 +68,11 @@ ROWS = (
     Row("mpl_off", "fast_mpl", (_OFF,), against="mpl"),
     Row("mpl_off_soft", "fast_mpl", (_OFF, _SOFT), against="mpl_exact"),
     Row("mpl_exact_held_out", "fast_mpl_exact", ("algorithm.held_out=0.5",), against="mpl_exact"),
+    # What each part of the best recipe is worth.
+    Row("best_by_network", "fast_best", ("algorithm.targets=network",), against="best"),
+    Row("best_unaligned", "fast_best", ("algorithm.alignment=false",), against="best"),
+    Row("best_argmax", "fast_best", _HARD, against="best"),
+    Row("best_adaptive", "fast_best", (*_HARD, "algorithm.thresholds=adaptive"), against="best"),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -73,17 +82,35 @@ class Cell(NamedTuple):
 
     row: Row
     share: Fraction
+    labels: int
     draw: int
 
     @property
     def text(self) -> str:
         """For messages."""
-        return f"{self.row.name}, {self.share} of {FULL:.1e} FLOPs, draw {self.draw}"
+        return (
+            f"{self.row.name}, {self.share} of {FULL:.1e} FLOPs, "
+            f"draw {self.draw} of {self.labels} labels"
+        )
+
+    @property
+    def records(self) -> str:
+        """The folder of the records, below --out."""
+        return f"records/{self.labels}_{self.draw}"
 
     @property
     def folder(self) -> str:
         """Of the run, below --out."""
-        return f"{self.row.name}/{float(self.share):g}/draw{self.draw}"
+        return f"{self.row.name}/{float(self.share):g}/{self.labels}_{self.draw}"
+
+
+def key_of(cell: Cell) -> Json:
+    """What a result depends on, as it is in cifar.json."""
+    row, share, labels, draw = cell
+    settings = list(row.settings)
+    return {
+        "row": row.name, "settings": settings, "share": str(share), "labels": labels, "draw": draw
+    }  # fmt: skip
 
 
 class Study:
@@ -94,31 +121,31 @@ class Study:
         self.results: list[Json] = json_object(out / "cifar.json").get("runs", [])
         self._flops: dict[str, int] = {}  # of a step, by row
 
-    def pack(self, draw: int) -> Path:
-        """The records of a draw of 4,000 labels, packed if they are not there yet."""
-        rec = self.out / "records" / f"draw{draw}"
+    def pack(self, cell: Cell) -> Path:
+        """The records of a draw of the labels, packed if they are not there yet."""
+        rec = self.out / cell.records
         if not (rec / "manifest.json").exists():
             train, val = (
                 f"{self.src}/{part}" if self.src.is_dir() else f"{self.src}:{part}"
                 for part in ("train", "test")
             )
-            options = ["--labeled", f"{LABELS}", "--split-seed", f"{draw}", "--quiet"]
+            options = ["--labeled", f"{cell.labels}", "--split-seed", f"{cell.draw}", "--quiet"]
             make_rec = [sys.executable, str(ROOT / "tools/make_rec.py"), "pack"]
             line = [*make_rec, "--src", train, "--val", val, *options, "--out", str(rec)]
             done = subprocess.run(line, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise DataError(f"packing draw {draw}: {done.stderr.strip().splitlines()[-1]}")
+                raise DataError(f"packing {rec}: {done.stderr.strip().splitlines()[-1]}")
         return rec
 
     def job(self, cell: Cell) -> Job:
         """The run of a cell: as many steps as its FLOPs allow, and schedules of that length."""
         row, folder = cell.row, self.out / cell.folder
         file = ROOT / "configs" / f"cifar10_4k_{row.config}.yaml"
-        given = ["--config", str(file), "--data.root", str(self.pack(cell.draw))]
+        given = ["--config", str(file), "--data.root", str(self.pack(cell))]
         given += ["--run-dir", str(folder), "--seed", str(cell.draw)]
         given += [f"--{setting}" for setting in row.settings]
         if row.after:
-            start = self.out / Cell(BY_NAME[row.after], cell.share, cell.draw).folder
+            start = self.out / cell._replace(row=BY_NAME[row.after]).folder
             given += ["--algorithm.start", str(start)]
         # Late: PyTorch takes seconds, which --help does not need.
         from mpl_fast.config.command_line import parse
@@ -160,11 +187,8 @@ class Study:
 
     def result(self, cell: Cell) -> Json | None:
         """Of a run that has ended with the present settings, or None."""
-        own = (cell.row.name, str(cell.share), cell.draw, list(cell.row.settings))
-        for found in self.results:
-            if (found["row"], found["share"], found["draw"], found["settings"]) == own:
-                return found
-        return None
+        wanted = key_of(cell)
+        return next((r for r in self.results if wanted.items() <= r.items()), None)
 
     def add(self, cell: Cell, job: Job, summary: Json) -> None:
         """Keeps the result of a run that has ended."""
@@ -177,10 +201,7 @@ class Study:
             earlier = started_from["flops"] if started_from else 0
         self.results.append(
             {
-                "row": cell.row.name,
-                "share": str(cell.share),
-                "draw": cell.draw,
-                "settings": list(cell.row.settings),
+                **key_of(cell),
                 **{key: summary[key] for key in KEYS},
                 "flops": earlier + flops * summary["steps"],
                 "curve": [[earlier + flops * step, top1] for step, (_, top1) in points.items()],
@@ -188,43 +209,30 @@ class Study:
             }
         )
 
-    def write(self, rows: Sequence[Row], shares: Sequence[Fraction], draws: Sequence[int]) -> str:
-        """Writes cifar.json and cifar.md, each as a whole; returns the table of the latter."""
+    def write(self) -> str:
+        """Writes cifar.json and cifar.md, each as a whole; returns the text of the latter."""
         from tools.bench.machine import describe
 
         write_json(self.out / "cifar.json", {"machine": describe(), "runs": self.results})
-        text = table(self.results, rows, shares)
-        missing = [
-            f"- {share} of {row.name}: `python -m tools.studies.cifar --src SRC --out DIR --only "
-            f"{row.name} --compute {share} --draws {' '.join(map(str, draws))}`"
-            for row, share in itertools.product(rows, shares)
-            if not any(self.result(Cell(row, share, draw)) for draw in draws)
-        ]
-        text += "\n\nEmpty cells:\n\n" + "\n".join(missing) if missing else ""
-        write_text(self.out / "cifar.md", f"# CIFAR-10, 4,000 labels\n\n{text}\n")
+        text = "\n\n".join(
+            f"## {labels:,} labels\n\n{table([r for r in self.results if r['labels'] == labels])}"
+            for labels in sorted({r["labels"] for r in self.results}, reverse=True)
+        )
+        write_text(self.out / "cifar.md", f"# CIFAR-10\n\n{ABOUT_TABLE}\n\n{text}\n")
         return text
 
 
-def table(results: Sequence[Json], rows: Sequence[Row], shares: Sequence[Fraction]) -> str:
-    """Markdown: top-1 over draws, and below it the difference to another row in pairs of draws."""
+def table(results: Sequence[Json]) -> str:
+    """Markdown: top-1 over draws, and the difference to another row in pairs of draws."""
+    shares = sorted({*SHARES, *(Fraction(r["share"]) for r in results)})
     lines = []
-    for row in rows:
-        cells = [_cell(results, row, share) for share in shares]
+    for row in ROWS:
         mine = [r for r in results if r["row"] == row.name]
         longest = max(mine, key=lambda r: r["flops"], default=None)
-        cost = f"{longest['train_seconds']:.0f} s, {longest['flops']:.2e}" if longest else ""
-        lines.append([f"`{row.name}`", *cells, cost])
-    head = ["", *(f"{share}" for share in shares), "seconds and FLOPs of the longest run"]
-    return "\n".join(
-        [
-            f"Top-1 (%) of the test images after a share of {FULL:.1e} FLOPs, by the averaged "
-            "weights at the end of training: mean ± standard deviation over draws of the labels "
-            "(their number). In brackets: the difference to another row, mean ± standard error "
-            "over pairs of one draw.",
-            "",
-            *command.table(head, lines),
-        ]
-    )
+        cost = f"{longest['train_seconds']:.0f} s, {longest['flops']:.2g}" if longest else ""
+        lines.append([f"`{row.name}`", *(_cell(results, row, share) for share in shares), cost])
+    head = ["", *(f"{share}" for share in shares), "longest run: seconds, FLOPs"]
+    return "\n".join(command.table(head, lines))
 
 
 def _cell(results: Sequence[Json], row: Row, share: Fraction) -> str:
@@ -247,20 +255,19 @@ def _spread(values: Sequence[float], how: str, divisor: float = 1.0) -> str:
     return f"{mean} ± {statistics.stdev(values) / divisor:.2f}" if len(values) > 1 else mean
 
 
-def draw_picture(results: Sequence[Json], rows: Sequence[Row], out: Path) -> bool:
+def draw_picture(results: Sequence[Json], out: Path) -> None:
     """Writes cifar.png: the final top-1 over FLOPs, a curve a row, and in pale the course of a run
-    with most FLOPs. Returns False if there is no result."""
-    rows = [row for row in rows if any(r["row"] == row.name for r in results)]
-    if not rows:
-        return False
+    with most FLOPs; `results` are those of one number of labels."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8.0, 4.5))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(ROWS):
         mine = [r for r in results if r["row"] == row.name]
+        if not mine:
+            continue
         points = []
         for share in sorted({r["share"] for r in mine}, key=Fraction):
             found = [r for r in mine if r["share"] == share]
@@ -279,11 +286,10 @@ def draw_picture(results: Sequence[Json], rows: Sequence[Row], out: Path) -> boo
     with atomic_path(out / "cifar.png") as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
-    return True
 
 
-def train_all(study: Study, cells: Sequence[Cell], jobs: int, written: Callable[[], object]) -> int:
-    """Trains the cells in their order, `jobs` at a time, and calls `written` after each; returns
+def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
+    """Trains the cells in their order, `jobs` at a time, and writes the table after each; returns
     how many failed. Raises KeyboardInterrupt, after Ctrl-C, once the runs have saved."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     waiting, shown, failed, number = [*cells], set[tuple[str, str]](), 0, 0
@@ -306,7 +312,7 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int, written: Callable[
                 if result.summary:
                     study.add(cell, job, result.summary)
                 failed += result.summary is None
-                written()
+                study.write()
     return failed
 
 
@@ -345,7 +351,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_share,
         nargs="+",
         metavar="SHARE",
-        default=[Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1)],
+        default=[*SHARES],
         help=f"shares of {FULL:.1e} FLOPs, about an hour on two cores with AMX (1/8 1/4 1/2 1)",
     )
     add(
@@ -354,8 +360,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="N",
         default=[0, 1, 2],
-        help="draws of the 4,000 labels, each with the seed of its number (0 1 2)",
+        help="draws of the labels, each with the seed of its number (0 1 2)",
     )
+    add("--labels", type=command.at_least(10), default=4000, metavar="N", help="(%(default)s)")
     add(
         "--jobs",
         type=command.at_least(1),
@@ -371,23 +378,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     if not options.src.exists():
         raise DataError(f"--src {options.src} does not exist")
-    rows = [row for row in ROWS if row.name in options.only]
-    shares, draws = sorted(set(options.compute)), list(dict.fromkeys(options.draws))
     study = Study(options.src, options.out)
-    cells = [Cell(row, share, draw) for share in shares for draw in draws for row in rows]
+    cells = [
+        Cell(row, share, options.labels, draw)
+        for share in sorted(set(options.compute))
+        for draw in dict.fromkeys(options.draws)
+        for row in ROWS
+        if row.name in options.only
+    ]
     waiting = [cell for cell in cells if not study.result(cell)]
     print(f"{len(cells) - len(waiting)} of {len(cells)} runs have ended already", flush=True)
     with output_errors(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
         try:
-            failed = train_all(
-                study, waiting, options.jobs, lambda: study.write(rows, shares, draws)
-            )
+            failed = train_all(study, waiting, options.jobs)
         except KeyboardInterrupt:
             sys.exit("cifar: interrupted; the same command continues from what is saved")
-        print(f"\n{study.write(rows, shares, draws)}\n")
+        print(f"\n{study.write()}\n")
         files = ["cifar.json", "cifar.md"]
-        files += ["cifar.png"] if draw_picture(study.results, rows, options.out) else []
+        if shown := [r for r in study.results if r["labels"] == options.labels]:
+            draw_picture(shown, options.out)
+            files.append("cifar.png")
     print(*(options.out / name for name in files), sep="\n")
     return int(failed > 0)
 
