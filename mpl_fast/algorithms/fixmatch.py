@@ -18,7 +18,7 @@ from mpl_fast.algorithms.microbatches import mean_metrics, microbatches
 from mpl_fast.algorithms.views import Views
 from mpl_fast.batch import Batch
 from mpl_fast.config import FixMatchConfig
-from mpl_fast.distributed import mean_over_ranks
+from mpl_fast.distributed import mean_over_ranks_
 
 
 class _Logits(NamedTuple):
@@ -38,13 +38,20 @@ class FixMatch:
         self.config, self.microbatches = config, context.microbatches
         self.learner = new_learner(config.learner)
         self.learners, self.eval_ensemble = {"learner": self.learner}, EvalEnsemble([self.learner])
-        device, classes = self.learner.device, context.classes
-        uniform = torch.full((classes,), 1.0 / max(classes, 1), device=device)
-        self.state: dict[str, Tensor] = {}
-        if config.alignment:
-            self.state |= {"label_share": uniform.clone(), "predicted_share": uniform.clone()}
+        self.state: dict[str, Tensor] = self._new_state(context.classes)
+
+    def _new_state(self, classes: int) -> dict[str, Tensor]:
+        """Moving averages, at their values for uniform predictions."""
+        config, device = self.config, self.learner.device
+        names = ["label_share", "predicted_share"] if config.alignment else []
         if config.thresholds == "adaptive":
-            self.state |= {"class_confidence": uniform.clone(), "confidence": uniform.mean()}
+            names += ["class_confidence", "confidence"]
+        if names and not classes:
+            raise ValueError("alignment and thresholds adaptive need the number of classes")
+        return {
+            name: torch.full(() if name == "confidence" else (classes,), 1 / classes, device=device)
+            for name in names
+        }
 
     def graph_key(self, t: int) -> Hashable | None:
         return ""
@@ -93,10 +100,11 @@ class FixMatch:
     def _aligned(self, weak: Tensor, labels: Tensor) -> Tensor:
         """Logits ``(U, C)`` whose mean probabilities are nearer to the shares of the labels."""
         counts = torch.zeros_like(self.state["label_share"])
-        ones = torch.ones_like(labels, dtype=counts.dtype)
-        share = counts.scatter_add(0, labels, ones) / max(len(labels), 1)
-        wanted = self._followed("label_share", share)
-        predicted = self._followed("predicted_share", weak.float().softmax(-1).mean(0))
+        counts = counts.scatter_add(0, labels, torch.ones_like(labels, dtype=counts.dtype))
+        wanted, predicted = self._followed(
+            label_share=counts / max(len(labels), 1),
+            predicted_share=weak.float().softmax(-1).mean(0),
+        )
         tiny = torch.finfo(wanted.dtype).tiny  # a class may have no label at all
         return weak + (wanted.clamp(min=tiny) / predicted.clamp(min=tiny)).log().to(weak.dtype)
 
@@ -104,12 +112,17 @@ class FixMatch:
         """Thresholds ``(C,)``: the mean confidence, times each class's mean probability as a share
         of the largest class's (FreeMatch, arXiv 2205.07246, equations 6 to 8)."""
         probability = weak.float().softmax(-1)
-        by_class = self._followed("class_confidence", probability.mean(0))
-        return self._followed("confidence", probability.amax(-1).mean()) * by_class / by_class.max()
+        by_class, confidence = self._followed(
+            class_confidence=probability.mean(0), confidence=probability.amax(-1).mean()
+        )
+        return confidence * by_class / by_class.max()
 
-    def _followed(self, name: str, value: Tensor) -> Tensor:
-        """A moving average in `state`, moved towards the mean of `value` over ranks, unless that is
-        not finite."""
-        average, value = self.state[name], mean_over_ranks(value)
-        moved = average.lerp(value.to(average.dtype), 1.0 - self.config.average_decay)
-        return average.copy_(torch.where(value.isfinite().all(), moved, average))
+    def _followed(self, **values: Tensor) -> list[Tensor]:
+        """Moving averages in `state`, each moved towards the mean of its value over ranks, unless
+        that is not finite; one exchange for all."""
+        mean_over_ranks_([*values.values()])
+        averages = [self.state[name] for name in values]
+        for average, value in zip(averages, values.values(), strict=True):
+            moved = average.lerp(value.to(average.dtype), 1.0 - self.config.average_decay)
+            average.copy_(torch.where(value.isfinite().all(), moved, average))
+        return averages

@@ -36,7 +36,7 @@ Weights = dict[str, Tensor]
         ("resnet50_cifar", 23_520_842),
         # MetaSemi's two networks, counted by running its definitions.
         ("convlarge", 3_121_802),
-        # KellerJordan/cifar10-airbench's airbench94: the same convolutions, biases and head.
+        # KellerJordan/cifar10-airbench's airbench94, without the bias of its first layer.
         ("airbench94", 1_971_328),
         ("shake_shake_26", 26_193_466),
     ],

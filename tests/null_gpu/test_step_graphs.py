@@ -123,9 +123,9 @@ def found() -> Found:
 
 GRAPHED = {
     "supervised", "supervised mixup", "finetune", "uda", "uda cosine", "uda split", "uda adamw",
-    "fixmatch", "noisy_student", "noisy_student argmax", "mpl off", "mpl difference",
-    "mpl sampled", "mpl split", "mpl held_out baseline masked", "mpl drop_path", "mpl_roleplay",
-    "smpl off", "smpl difference",
+    "fixmatch", "fixmatch adaptive", "noisy_student", "noisy_student argmax", "mpl off",
+    "mpl difference", "mpl sampled", "mpl split", "mpl held_out baseline masked", "mpl drop_path",
+    "mpl_roleplay", "smpl off", "smpl difference",
 }  # fmt: skip
 
 

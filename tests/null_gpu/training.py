@@ -74,6 +74,7 @@ def new(
             grad_sync=grad_sync,
         )
 
+    context = replace(context or AlgorithmContext(), classes=classes)
     return algorithms.build(config, learner, context)
 
 

@@ -18,14 +18,14 @@ from tests.tiny_run import ROOT, write_digits
 from tests.tools.test_ablation import Here
 from tools.studies import cifar
 from tools.studies.ablation import run
-from tools.studies.cifar import BY_NAME, FULL, ROWS, Cell, Row, Study, main, table
+from tools.studies.cifar import BY_NAME, FULL, ROWS, Cell, Row, Study, key_of, main, table
 
 TINY = (
     "labeled_batch=4", "unlabeled_batch=8", "eval_batch=50", "data.image_size=16",
     "data.threads=1",
 )  # fmt: skip
 ROWS_HERE = (
-    Row("supervised", "fast_supervised", TINY),
+    Row("supervised", "fast_supervised", TINY, against="supervised"),
     Row("fixmatch", "fast_fixmatch", TINY, against="supervised"),
     Row("finetuned", "fast_finetune", (*TINY, "epochs=0.2"), "fixmatch", after="fixmatch"),
 )
@@ -105,6 +105,25 @@ def test_a_study_trains_what_is_missing(
     )
 
 
+@pytest.mark.parametrize("text", ["[]", '{"runs": [', '{"runs": null}', '{"runs": [{"row": "a"}]}'])
+def test_a_damaged_file_of_results_is_kept(text: str, study: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cifar.json").write_text(text)
+    with pytest.raises(DataError, match=r"cifar\.json is damaged or of another version: mend it"):
+        main(study)
+    assert (tmp_path / "out" / "cifar.json").read_text() == text
+
+
+@pytest.mark.slow
+def test_a_row_does_not_continue_a_run_that_has_not_ended(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*study[:6], "--only", "finetuned", "--compute", "1/2", "--draws", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "failed: it continues fixmatch, 1/2 of" in said
+    assert "give --only fixmatch finetuned" in said
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_is_said(
     study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -120,8 +139,9 @@ def test_a_run_that_fails_is_said(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--compute", "0"], "--compute: must be above 0"),
-        (["--compute", "much"], "--compute: invalid"),
+        (["--compute", "0"], "--compute: must be a share such as 1/4"),
+        (["--compute", "much"], "--compute: must be a share such as 1/4, at most 4, not 'much'"),
+        (["--compute", "1/0"], "--compute: must be a share"),
         (["--draws", "-1"], "--draws: must be a whole number of at least 0"),
         (["--only", "mpl", "unknown"], "--only: invalid choice: 'unknown'"),
     ],
@@ -137,12 +157,16 @@ def test_no_source(tmp_path: Path) -> None:
 
 
 def test_the_table_pairs_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "ROWS", (Row("a", "x", against="a"), Row("b", "x", against="a")))
+    rows = {name: Row(name, "fast_mpl", against="a") for name in "ab"}
+    monkeypatch.setattr(cifar, "ROWS", tuple(rows.values()))
+    monkeypatch.setattr(cifar, "BY_NAME", rows)
     results = [
-        {"row": row, "share": "1/4", "draw": draw, "top1": top1, "flops": 7, "train_seconds": 9.0}
+        key_of(Cell(rows[row], Fraction(1, 4), 4000, draw))
+        | {"top1": top1, "flops": 7, "train_seconds": 9.0}
         for row, draw, top1 in [("a", 0, 50.0), ("a", 1, 60.0), ("b", 1, 61.0), ("b", 2, 80.0)]
     ]
-    text = table([{"labels": 4000, **result} for result in results])
+    other = {**results[0], "top1": 0.0}
+    text = table([*results, {**other, "settings": ["x"]}, {**other, "config_sha256": "0"}])
     assert "|  | 1/8 | 1/4 | 1/2 | 1 |" in text
     assert "| `a` |  | 55.00 ± 7.07 (2) |  |  | 9 s, 7 |" in text
     assert "| `b` |  | 70.50 ± 13.44 (2) [a +1.00] |  |" in text

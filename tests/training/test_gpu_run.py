@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpl_fast import algorithms
-from mpl_fast.algorithms.base import train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config.run import Graphs
 from mpl_fast.learner import Learner
@@ -33,6 +33,7 @@ def test_a_step_never_waits_for_the_device(recipe: str) -> None:
         lambda c: Learner(
             build("wrn_10_1", 10, dropout=0.1), c, steps=100, device="cuda:0", bf16=True
         ),
+        AlgorithmContext(classes=10),
     )
     data = batch("cuda")
     for t in range(3):  # warm up: libraries synchronize when they are loaded
@@ -47,8 +48,14 @@ def test_a_step_never_waits_for_the_device(recipe: str) -> None:
     assert all(value.isfinite().all() for value in metrics.values())
 
 
-GRAPHED = ["supervised", "supervised mixup", "uda", "fixmatch", "mpl difference", "mpl sampled"]
-GRAPHED += ["smpl difference", "mpl_roleplay", "mpl held_out baseline masked"]
+GRAPHED = ["supervised", "supervised mixup", "uda", "fixmatch", "fixmatch adaptive"]
+GRAPHED += [
+    "mpl difference",
+    "mpl sampled",
+    "smpl difference",
+    "mpl_roleplay",
+    "mpl held_out baseline masked",
+]
 
 
 def images(t: int) -> Batch:
@@ -70,6 +77,7 @@ def trained(recipe: str, graphs: Graphs, compiled: Mode = "off") -> tuple[Any, l
             compiled=compiled,
             graphs=graphs,
         ),
+        AlgorithmContext(classes=10),
     )
     repeated = StepGraph(algorithm)
     rows = []

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpl_fast import algorithms, distributed, models
-from mpl_fast.algorithms.base import train_step
+from mpl_fast.algorithms.base import AlgorithmContext, train_step
 from mpl_fast.batch import Batch
 from mpl_fast.config import LearnerConfig
 from mpl_fast.config.run import GradientSync
@@ -75,7 +75,8 @@ def train(
             network = models.synchronized(network)
         return Learner(network, config, steps=8, compiled=compiled, grad_sync=sync)
 
-    algorithm = algorithms.build(CONFIGS[name], learner)
+    context = AlgorithmContext(classes=problems.CLASSES)
+    algorithm = algorithms.build(CONFIGS[name], learner, context)
     if before:
         restore(algorithm, before["shared"], Path())
     rank, world = distributed.rank(), distributed.world_size()
@@ -189,12 +190,14 @@ def test_ddp_and_the_flat_exchange_end_alike(name: str, pair: Pair) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_is_at_most_three_collectives(name: str, pair: Pair) -> None:
-    """Gradients and statistics of a learner together, one for each update, and the feedback's."""
+    """Gradients and statistics of a learner together, one for each update, and the feedback's; of
+    FixMatch, the moving averages of alignment, and then those of adaptive thresholds."""
     recipe = name.split()[0]
     updates = {"mpl": 2, "mpl_roleplay": 2, "smpl": 2}.get(recipe, 1)
     # The direction of metasemi and of a derivative, or the difference.
     of_feedback = name in WITH_FEEDBACK or recipe == "metasemi"
-    assert pair[0][name]["collectives"] == updates + of_feedback
+    averages = 2 if name == "fixmatch adaptive" else 0
+    assert pair[0][name]["collectives"] == updates + of_feedback + averages
 
 
 def test_a_bad_batch_on_one_rank_is_skipped_on_both(pair: Pair) -> None:

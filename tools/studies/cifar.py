@@ -2,6 +2,7 @@
 --src cifar10-jpeg.tar.xz --out DIR [--only NAME ...] [--compute SHARE ...] [--draws N ...]"""
 
 import argparse
+import hashlib
 import os
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from mpl_fast.atomic import atomic_path, write_json, write_text
 from mpl_fast.errors import DataError, output_errors, run_command
+from mpl_fast.training.curves import read_summary
 from mpl_fast.untrusted import json_object
 from tools.studies import command
 from tools.studies.ablation.picture import curve
@@ -30,7 +32,8 @@ failed, or Ctrl-C."""
 ABOUT_TABLE = """Top-1 (%) of the test images at the end of training, by the averaged weights, after
 a share of 2.5e15 FLOPs: mean ± standard deviation over draws of the labels (their number). In
 brackets: the difference to another row, mean ± standard error over pairs of one draw. An empty cell
-has not been run: `python -m tools.studies.cifar --src SRC --out DIR --only ROW --compute SHARE`."""
+has not been run: `python -m tools.studies.cifar --src SRC --out DIR --only ROW --compute SHARE`
+(mpl_finetuned: `--only mpl mpl_finetuned`; other numbers of labels: `--labels N`)."""
 FULL = 2.5e15
 """FLOPs of a full run: about an hour on two cores of a Xeon with AMX."""
 SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1))
@@ -54,6 +57,7 @@ class Row:
 
 
 _OFF, _SOFT = "algorithm.feedback=off", "algorithm.labels=soft"
+_NETWORK = ("algorithm.targets=network", "algorithm.bn_batches=split")
 _HARD = ("algorithm.labels=argmax", "algorithm.temperature=1")
 ROWS = (
     Row("supervised", "fast_supervised"),
@@ -69,10 +73,10 @@ ROWS = (
     Row("mpl_off_soft", "fast_mpl", (_OFF, _SOFT), against="mpl_exact"),
     Row("mpl_exact_held_out", "fast_mpl_exact", ("algorithm.held_out=0.5",), against="mpl_exact"),
     # What each part of the best recipe is worth.
-    Row("best_by_network", "fast_best", ("algorithm.targets=network",), against="best"),
+    Row("best_by_network", "fast_best", _NETWORK, against="best"),
     Row("best_unaligned", "fast_best", ("algorithm.alignment=false",), against="best"),
     Row("best_argmax", "fast_best", _HARD, against="best"),
-    Row("best_adaptive", "fast_best", (*_HARD, "algorithm.thresholds=adaptive"), against="best"),
+    Row("best_adaptive", "fast_best", (*_HARD, "algorithm.thresholds=adaptive"), "best_argmax"),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -107,18 +111,28 @@ class Cell(NamedTuple):
 def key_of(cell: Cell) -> Json:
     """What a result depends on, as it is in cifar.json."""
     row, share, labels, draw = cell
-    settings = list(row.settings)
+    config = hashlib.sha256(config_file(row).read_bytes().partition(b"\nrecipe:")[2]).hexdigest()
     return {
-        "row": row.name, "settings": settings, "share": str(share), "labels": labels, "draw": draw
-    }  # fmt: skip
+        "row": row.name,
+        "share": str(share),
+        "labels": labels,
+        "draw": draw,
+        "settings": list(row.settings),
+        "config_sha256": config,  # below its header
+    }
+
+
+def config_file(row: Row) -> Path:
+    """The YAML file of a row."""
+    return ROOT / "configs" / f"cifar10_4k_{row.config}.yaml"
 
 
 class Study:
     """Packs, plans, trains and tabulates; results are kept in OUT/cifar.json."""
 
     def __init__(self, src: Path, out: Path) -> None:
-        self.src, self.out = src, out
-        self.results: list[Json] = json_object(out / "cifar.json").get("runs", [])
+        self.src, self.out = src, out.resolve()
+        self.results = _read(out / "cifar.json")
         self._flops: dict[str, int] = {}  # of a step, by row
 
     def pack(self, cell: Cell) -> Path:
@@ -134,14 +148,14 @@ class Study:
             line = [*make_rec, "--src", train, "--val", val, *options, "--out", str(rec)]
             done = subprocess.run(line, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise DataError(f"packing {rec}: {done.stderr.strip().splitlines()[-1]}")
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise DataError(f"packing {rec}: {said[-1]}")
         return rec
 
     def job(self, cell: Cell) -> Job:
         """The run of a cell: as many steps as its FLOPs allow, and schedules of that length."""
         row, folder = cell.row, self.out / cell.folder
-        file = ROOT / "configs" / f"cifar10_4k_{row.config}.yaml"
-        given = ["--config", str(file), "--data.root", str(self.pack(cell))]
+        given = ["--config", str(config_file(row)), "--data.root", str(self.pack(cell))]
         given += ["--run-dir", str(folder), "--seed", str(cell.draw)]
         given += [f"--{setting}" for setting in row.settings]
         if row.after:
@@ -173,8 +187,7 @@ class Study:
             from mpl_fast.dry_run.network import measure
             from mpl_fast.training.rows import count
 
-            file = ROOT / "configs" / f"cifar10_4k_{row.config}.yaml"
-            given = ["--config", str(file), "--data.root", "-", "--run-dir", "-"]
+            given = ["--config", str(config_file(row)), "--data.root", "-", "--run-dir", "-"]
             given += ["--algorithm.start", "-"] if row.after else []
             config = parse([*given, *(f"--{setting}" for setting in row.settings)])
             network = models.build(config.model.name, classes=10)
@@ -193,27 +206,29 @@ class Study:
     def add(self, cell: Cell, job: Job, summary: Json) -> None:
         """Keeps the result of a run that has ended."""
         from mpl_fast.training.environment import environment
+        from tools.bench.machine import describe
 
         flops, points = self.flops_of_step(cell.row), curve(job.folder)
-        earlier = 0
-        if cell.row.after:
-            started_from = self.result(cell._replace(row=BY_NAME[cell.row.after]))
-            earlier = started_from["flops"] if started_from else 0
+        earlier, seconds = 0, summary["train_seconds"]
+        if start := _start(cell):
+            before = read_summary(self.job(start).folder)
+            earlier = self.flops_of_step(start.row) * before["steps"]
+            seconds += before["train_seconds"]
         self.results.append(
             {
                 **key_of(cell),
                 **{key: summary[key] for key in KEYS},
+                "train_seconds": seconds,
                 "flops": earlier + flops * summary["steps"],
                 "curve": [[earlier + flops * step, top1] for step, (_, top1) in points.items()],
+                "machine": {key: describe()[key] for key in ("cpu", "cores", "gpu", "versions")},
                 "commit": environment()["git_commit"],
             }
         )
 
     def write(self) -> str:
         """Writes cifar.json and cifar.md, each as a whole; returns the text of the latter."""
-        from tools.bench.machine import describe
-
-        write_json(self.out / "cifar.json", {"machine": describe(), "runs": self.results})
+        write_json(self.out / "cifar.json", {"runs": self.results})
         text = "\n\n".join(
             f"## {labels:,} labels\n\n{table([r for r in self.results if r['labels'] == labels])}"
             for labels in sorted({r["labels"] for r in self.results}, reverse=True)
@@ -227,7 +242,7 @@ def table(results: Sequence[Json]) -> str:
     shares = sorted({*SHARES, *(Fraction(r["share"]) for r in results)})
     lines = []
     for row in ROWS:
-        mine = [r for r in results if r["row"] == row.name]
+        mine = _of(row, results)
         longest = max(mine, key=lambda r: r["flops"], default=None)
         cost = f"{longest['train_seconds']:.0f} s, {longest['flops']:.2g}" if longest else ""
         lines.append([f"`{row.name}`", *(_cell(results, row, share) for share in shares), cost])
@@ -235,12 +250,18 @@ def table(results: Sequence[Json]) -> str:
     return "\n".join(command.table(head, lines))
 
 
-def _cell(results: Sequence[Json], row: Row, share: Fraction) -> str:
-    def by_draw(name: str) -> dict[int, float]:
-        wanted = (name, str(share))
-        return {r["draw"]: r["top1"] for r in results if (r["row"], r["share"]) == wanted}
+def _of(row: Row, results: Sequence[Json]) -> list[Json]:
+    """Those of a row's present settings."""
+    wanted = key_of(Cell(row, Fraction(1), 0, 0))
+    same = ("row", "settings", "config_sha256")
+    return [r for r in results if all(r[key] == wanted[key] for key in same)]
 
-    mine, other = by_draw(row.name), by_draw(row.against)
+
+def _cell(results: Sequence[Json], row: Row, share: Fraction) -> str:
+    mine, other = (
+        {r["draw"]: r["top1"] for r in _of(one, results) if r["share"] == str(share)}
+        for one in (row, BY_NAME[row.against])
+    )
     if not mine:
         return ""
     text = f"{_spread(list(mine.values()), '.2f')} ({len(mine)})"
@@ -248,6 +269,17 @@ def _cell(results: Sequence[Json], row: Row, share: Fraction) -> str:
     if pairs and row.name != row.against:
         text += f" [{row.against} {_spread(pairs, '+.2f', len(pairs) ** 0.5)}]"
     return text
+
+
+def _read(file: Path) -> list[Json]:
+    """The runs in a cifar.json. Raises `DataError` if it is not one of this version."""
+    if not file.exists():
+        return []
+    runs = json_object(file).get("runs")
+    needed = {*key_of(Cell(ROWS[0], Fraction(1), 1, 0)), *KEYS, "flops", "curve"}
+    if not isinstance(runs, list) or not all(isinstance(r, dict) and needed <= {*r} for r in runs):
+        raise DataError(f"{file} is damaged or of another version: mend it, or move it away")
+    return runs
 
 
 def _spread(values: Sequence[float], how: str, divisor: float = 1.0) -> str:
@@ -265,8 +297,7 @@ def draw_picture(results: Sequence[Json], out: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(8.0, 4.5))
     for number, row in enumerate(ROWS):
-        mine = [r for r in results if r["row"] == row.name]
-        if not mine:
+        if not (mine := _of(row, results)):
             continue
         points = []
         for share in sorted({r["share"] for r in mine}, key=Fraction):
@@ -302,10 +333,19 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
                 waiting.remove(cell)
                 number += 1
                 print(f"[{number}/{len(cells)}] {cell.text}: training", flush=True)
+                start = _start(cell)
+                if start and not study.job(start).complete:
+                    print(
+                        f"{cell.text}: failed: it continues {start.text}, which has not ended in "
+                        f"{study.out}: give --only {start.row.name} {cell.row.name}",
+                        flush=True,
+                    )
+                    failed += 1
+                    continue
                 job = study.job(cell)
                 log = study.out / "logs" / f"{cell.folder.replace('/', '_')}.log"
                 running[pool.submit(run, job, 1, log, shown)] = cell, job
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
+            for done in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 cell, job = running.pop(done)
                 result = done.result()
                 print(f"{cell.text}: {result.outcome}", flush=True)
@@ -322,9 +362,12 @@ def _start(cell: Cell) -> Cell | None:
 
 
 def _share(text: str) -> Fraction:
-    value = Fraction(text)
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
     if not 0 < value <= 4:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 4, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a share such as 1/4, at most 4, not {text!r}")
     return value
 
 
@@ -368,7 +411,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=command.at_least(1),
         default=1,
         metavar="N",
-        help="runs side by side, each with its share of the cores (%(default)s)",
+        help="runs side by side, each with its share of the cores for PyTorch (%(default)s)",
     )
     return parser.parse_args(arguments)
 
@@ -397,8 +440,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{study.write()}\n")
         files = ["cifar.json", "cifar.md"]
         if shown := [r for r in study.results if r["labels"] == options.labels]:
-            draw_picture(shown, options.out)
-            files.append("cifar.png")
+            try:
+                draw_picture(shown, options.out)
+                files.append("cifar.png")
+            except ModuleNotFoundError as error:
+                missing = f"{error.name} is missing: pip install {error.name}"
+                print(f"no picture: {missing}", file=sys.stderr)
     print(*(options.out / name for name in files), sep="\n")
     return int(failed > 0)
 
