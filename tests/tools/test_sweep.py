@@ -125,7 +125,8 @@ def test_a_trial_behind_others_is_pruned_and_a_diverged_one_has_its_error(
     printed = capsys.readouterr().out
     pruned, *_, failed = study(tmp_path).trials
     assert (pruned.state, failed.state) == (TrialState.PRUNED, TrialState.FAIL)
-    assert [*pruned.intermediate_values] == [20]
+    # Later evaluations, too, where the training went on until the signal reached it.
+    assert min(pruned.intermediate_values) == 20 and 400 not in pruned.intermediate_values
     assert "trial 0: pruned at step 20 in" in printed
     assert "stopped by a signal after step" in _log(tmp_path, 0)
     assert not (tmp_path / "sweep" / "trials" / "0000" / "checkpoints").exists()
