@@ -18,6 +18,8 @@ from tests.tiny_run import ROOT, write_digits
 from tests.tools.test_ablation import Here
 from tools.studies import cifar
 from tools.studies.ablation import run
+from tools.studies.ablation.plan import Job
+from tools.studies.ablation.run import Result
 from tools.studies.cifar import BY_NAME, FULL, ROWS, Cell, Row, Study, key_of, main, table
 
 TINY = (
@@ -122,6 +124,19 @@ def test_a_row_does_not_continue_a_run_that_has_not_ended(
     said = capsys.readouterr().out
     assert "failed: it continues fixmatch, 1/2 of" in said
     assert "give --only fixmatch finetuned" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_ends_the_study(
+    study: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(job: Job, *_: object) -> Result:
+        return Result(job, None, "ended with exit code 75", stopped=True)
+
+    monkeypatch.setattr(cifar, "run", stopped)
+    with pytest.raises(SystemExit, match="interrupted; the same command continues"):
+        main(study)
+    assert not (tmp_path / "out" / "cifar.json").exists()
 
 
 @pytest.mark.slow

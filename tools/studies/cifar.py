@@ -323,7 +323,7 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
     """Trains the cells in their order, `jobs` at a time, and writes the table after each; returns
     how many failed. Raises KeyboardInterrupt, after Ctrl-C, once the runs have saved."""
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    waiting, shown, failed, number = [*cells], set[tuple[str, str]](), 0, 0
+    waiting, shown, failed, number, stopped = [*cells], set[tuple[str, str]](), 0, 0, False
     running: dict[Future[Result], tuple[Cell, Job]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
@@ -348,11 +348,16 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
             for done in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 cell, job = running.pop(done)
                 result = done.result()
+                if result.stopped:  # what stops one run is meant for the study
+                    stopped, waiting = True, []
+                    continue
                 print(f"{cell.text}: {result.outcome}", flush=True)
                 if result.summary:
                     study.add(cell, job, result.summary)
                 failed += result.summary is None
                 study.write()
+    if stopped:
+        raise KeyboardInterrupt
     return failed
 
 

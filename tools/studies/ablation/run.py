@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mpl_fast.errors import PREEMPTED
 from mpl_fast.training.curves import SUMMARY, read_summary
 from mpl_fast.training.process import signal_when_parent_ends
 from tools.studies.ablation.plan import Job
@@ -28,6 +29,8 @@ class Result:
     summary: dict[str, Any] | None
     reason: str = ""
     warnings: tuple[str, ...] = ()
+    stopped: bool = False
+    """By a signal, after saving."""
 
     @property
     def outcome(self) -> str:
@@ -43,18 +46,19 @@ def run(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> Result:
 
     `shown`: variants with a warning that was shown already; grows.
     """
-    reason, summary = "", None
+    reason, code, summary = "", 0, None
     if not job.complete:
         log.parent.mkdir(parents=True, exist_ok=True)
-        reason = _train(job, ranks, log, shown)
+        reason, code = _train(job, ranks, log, shown)
     if not reason:
         summary = read_summary(job.folder)
         reason = "" if summary else f"ended without a sound {SUMMARY}, see {log.name}"
-    return Result(job, summary or None, reason, _warnings(log))
+    return Result(job, summary or None, reason, _warnings(log), code == PREEMPTED)
 
 
-def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> str:
-    """Returns why the run failed: the error that it has printed; empty if it has not."""
+def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> tuple[str, int]:
+    """Returns why the run failed: the error that it has printed, empty if it has not; and its exit
+    code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), str(TRAIN), *job.arguments]
     process = subprocess.Popen(
@@ -85,7 +89,7 @@ def _train(job: Job, ranks: int, log: Path, shown: set[tuple[str, str]]) -> str:
                 interrupted = True
     if interrupted:
         raise KeyboardInterrupt
-    return (reason or f"ended with exit code {code}, see {log.name}") if code else ""
+    return (reason or f"ended with exit code {code}, see {log.name}") if code else "", code
 
 
 def _show(line: str, job: Job, shown: set[tuple[str, str]]) -> None:
