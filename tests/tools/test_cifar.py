@@ -96,6 +96,16 @@ def test_a_study_trains_what_is_missing(
     ]
     assert f"[supervised {sum(gain) / 2:+.2f} ± {abs(gain[0] - gain[1]) / 2:.2f}]" in text
 
+    # A run that another continues is trained here even if its result is from elsewhere.
+    elsewhere = [found for found in runs if found["row"] == "fixmatch"]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "cifar.json").write_text(json.dumps({"runs": elsewhere}))
+    again = [*study[:2], "--out", str(tmp_path / "again"), *study[4:]]
+    assert main([*again, "--only", "fixmatch", "finetuned", "--draws", "1"]) == 0
+    assert "[2/2] finetuned" in capsys.readouterr().out
+    rows = [r["row"] for r in json.loads((tmp_path / "again" / "cifar.json").read_text())["runs"]]
+    assert sorted(rows) == ["finetuned", "fixmatch", "fixmatch"]
+
     # A result is kept: of another machine, too, whose runs are not here.
     kept = [found for found in runs if (found["row"], found["draw"]) != ("supervised", 1)]
     (out / "cifar.json").write_text(json.dumps({"runs": kept}))

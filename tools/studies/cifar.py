@@ -214,9 +214,12 @@ class Study:
             before = read_summary(self.job(start).folder)
             earlier = self.flops_of_step(start.row) * before["steps"]
             seconds += before["train_seconds"]
+        key = key_of(cell)
+        # An earlier one, of a run elsewhere, gives way.
+        self.results = [r for r in self.results if not key.items() <= r.items()]
         self.results.append(
             {
-                **key_of(cell),
+                **key,
                 **{key: summary[key] for key in KEYS},
                 "train_seconds": seconds,
                 "flops": earlier + flops * summary["steps"],
@@ -434,10 +437,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in ROWS
         if row.name in options.only
     ]
-    waiting = [cell for cell in cells if not study.result(cell)]
-    print(f"{len(cells) - len(waiting)} of {len(cells)} runs have ended already", flush=True)
     with output_errors(options.out):
         options.out.mkdir(parents=True, exist_ok=True)
+        missing = [cell for cell in cells if not study.result(cell)]
+        # Those with a result, too, that another is to continue and whose run is not here.
+        starts = {cell for cell in map(_start, missing) if cell and not study.job(cell).complete}
+        waiting = [cell for cell in cells if cell in missing or cell in starts]
+        print(f"{len(cells) - len(waiting)} of {len(cells)} runs have ended already", flush=True)
         try:
             failed = train_all(study, waiting, options.jobs)
         except KeyboardInterrupt:
@@ -449,8 +455,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 draw_picture(shown, options.out)
                 files.append("cifar.png")
             except ModuleNotFoundError as error:
-                missing = f"{error.name} is missing: pip install {error.name}"
-                print(f"no picture: {missing}", file=sys.stderr)
+                advice = f"{error.name} is missing: pip install {error.name}"
+                print(f"no picture: {advice}", file=sys.stderr)
     print(*(options.out / name for name in files), sep="\n")
     return int(failed > 0)
 
