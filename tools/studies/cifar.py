@@ -335,7 +335,6 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
             for cell in ready[: jobs - len(running)]:
                 waiting.remove(cell)
                 number += 1
-                print(f"[{number}/{len(cells)}] {cell.text}: training", flush=True)
                 start = _start(cell)
                 if start and not study.job(start).complete:
                     print(
@@ -345,6 +344,7 @@ def train_all(study: Study, cells: Sequence[Cell], jobs: int) -> int:
                     )
                     failed += 1
                     continue
+                print(f"[{number}/{len(cells)}] {cell.text}: training", flush=True)
                 job = study.job(cell)
                 log = study.out / "logs" / f"{cell.folder.replace('/', '_')}.log"
                 running[pool.submit(run, job, 1, log, shown)] = cell, job
