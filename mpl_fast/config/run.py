@@ -37,6 +37,12 @@ class DataConfig:
     """Side of the square views, in pixels."""
     crop: Literal["random_resized", "pad_crop"] = "random_resized"
     """Crop of both views: random resized crop, or padding by 4 pixels and a random crop."""
+    strong_crop: Literal["shared", "own"] = "shared"
+    """Whether the strong view has the weak view's crop, as in Google's codes of FixMatch and MPL,
+    or one of its own, as in EMAN, CoMatch and SimMatch. own decodes whole images, where crop
+    random_resized of a shared one decodes the cropped part."""
+    labeled_view: Literal["weak", "strong"] = "weak"
+    """View of the labeled images; strong: RandAugment and final cutout for them too."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter of resizing: bicubic as published, or bilinear, which is half the work on a CPU."""
     antialias: bool = True

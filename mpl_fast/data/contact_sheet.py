@@ -26,7 +26,7 @@ MIN_TILE = 96  # pixels; smaller views are enlarged by a whole number
 def contact_sheet(
     config: DataConfig, manifest: Manifest, out: Path, *, images: int, draws: int, seed: int
 ) -> None:
-    """Writes a PNG of ``images`` rows: original, weak view, and ``draws`` strong views of one crop.
+    """Writes a PNG of ``images`` rows: original, weak view, and ``draws`` strong views.
 
     The views are computed by the functions of the training graph, on the CPU, and denormalized.
     Raises ConfigError if the split has fewer images, and OutputError if the file cannot be written.
@@ -76,8 +76,8 @@ def _sheet_graph(
         mode="not_larger",
         antialias=True,
     )
-    crop = pipelines.random_crop(encoded, config, engine)
-    views = [crop, *(strengthen(crop, config) for _ in range(draws))]
+    weak, *crops = pipelines.random_crops(encoded, config, engine, 1 + draws)
+    views = [weak, *(strengthen(crop, config) for crop in crops)]
     return (
         original,
         *(pipelines.normalize(v, config, engine, pipelines.flip_coin(config)) for v in views),

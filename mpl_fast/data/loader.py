@@ -11,7 +11,7 @@ from torch import Tensor
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
-from mpl_fast.data.pipelines import Engine, eval_pipeline, train_pipeline
+from mpl_fast.data.pipelines import Engine, Views, eval_pipeline, train_pipeline
 from mpl_fast.data.position import (
     began_of,
     check_other_ranks,
@@ -83,9 +83,9 @@ class TrainLoader:
             )
             split = _split(manifest, name)
             _check_batch(name, batch, world, split)
-            strong = name == "unlabeled"
+            views: Views = ("weak", "strong") if name == "unlabeled" else (config.labeled_view,)
             return Stream(
-                lambda: train_pipeline(config, split, engine, strong=strong), split, device, dtype
+                lambda: train_pipeline(config, split, engine, views), split, device, dtype
             )
 
         self._labeled = stream("labeled", labeled, labeled_threads)

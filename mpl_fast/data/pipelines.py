@@ -1,17 +1,17 @@
-"""The DALI graphs: one decode and one random crop feed both views, on a GPU or on the CPU alone.
+"""The DALI graphs: one decode feeds both views, on a GPU or on the CPU alone.
 
 Crop "random_resized" is google-research/meta_pseudo_labels/data_utils.py's for ImageNet: 8 to 100 %
 of the area, aspect 3/4 to 4/3, 10 attempts, bicubic (here antialiased where it shrinks, as in
 Pillow, unless `antialias` is false). Crop "pad_crop", for CIFAR, pads with 4 gray pixels and crops
-back, as there; that code crops and flips the strong view once more after the cutout, here both
-views share one crop. The EXIF orientation is not applied, as in torchvision. Evaluation differs
-from torchvision's by at most a pixel: the longer side and the corner of the center crop are
-rounded, not truncated.
+back, as there; that code crops and flips the strong view once more after the cutout, here it has
+the weak view's crop, or one of its own (`strong_crop`). The EXIF orientation is not applied, as in
+torchvision. Evaluation differs from torchvision's by at most a pixel: the longer side and the
+corner of the center crop are rounded, not truncated.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
@@ -27,8 +27,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+Views = Sequence[Literal["weak", "strong"]]
+
 READER = "reader"
 PADDING = 4  # pixels, of pad_crop
+RANDOM_REGION: dict[str, Any] = {  # of random_resized
+    "random_area": (0.08, 1.0),
+    "random_aspect_ratio": (3 / 4, 4 / 3),
+    "num_attempts": 10,
+}
 RESTORE = "checkpoint"  # in messages of DALI about a state
 SHOWN = 200  # characters of them
 MAX_ASPECT = 16  # of the middle of an image that evaluation resizes
@@ -61,8 +68,8 @@ class Engine:
         }
 
 
-def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: bool) -> Pipeline:
-    """Builds an endless shuffled pipeline that returns (weak, [strong,] label).
+def train_pipeline(config: DataConfig, split: Split, engine: Engine, views: Views) -> Pipeline:
+    """Builds an endless shuffled pipeline that returns the views, then the label.
 
     Views are (batch, image_size, image_size, 3) normalized, labels (batch, 1) int64. Raises
     `CheckpointError` for a state that DALI cannot read.
@@ -71,7 +78,7 @@ def train_pipeline(config: DataConfig, split: Split, engine: Engine, *, strong: 
         config,
         split,
         engine,
-        strong,
+        views,
         **engine.options(config.prefetch),
         enable_checkpointing=True,
         checkpoint=engine.checkpoint,
@@ -113,12 +120,15 @@ def encoded_pipeline(
 
 
 def _train_graph(
-    config: DataConfig, split: Split, engine: Engine, strong: bool
+    config: DataConfig, split: Split, engine: Engine, views: Views
 ) -> tuple[DataNode, ...]:
     encoded, label = read_shuffled(config, split, engine)
-    crop = random_crop(encoded, config, engine)
-    views = [crop, strengthen(crop, config)] if strong else [crop]
-    normalized = [normalize(view, config, engine, flip_coin(config)) for view in views]
+    crops = random_crops(encoded, config, engine, len(views))
+    images = [
+        strengthen(crops[i], config) if views[i] == "strong" else crops[i]
+        for i in range(len(views))  # DALI's AutoGraph has no zip with strict
+    ]
+    normalized = [normalize(image, config, engine, flip_coin(config)) for image in images]
     return (*normalized, _label(label, engine))
 
 
@@ -164,6 +174,17 @@ def _read(split: Split, engine: Engine, **options: Any) -> tuple[DataNode, DataN
     return encoded, label
 
 
+def random_crops(
+    encoded: DataNode, config: DataConfig, engine: Engine, views: int
+) -> list[DataNode]:
+    """Decodes once and crops at random, for each view by itself with strong_crop own, else once
+    for all: (image_size, image_size, 3) uint8."""
+    if config.strong_crop == "own" and views > 1:
+        image = decode(encoded, config, engine)
+        return [CROPS[config.crop](image, config) for _ in range(views)]
+    return [random_crop(encoded, config, engine)] * views
+
+
 def random_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     """Decodes and crops at random: (image_size, image_size, 3) uint8."""
     return TRAIN_CROPS[config.crop](encoded, config, engine)
@@ -174,9 +195,7 @@ def decode_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNo
     return fn.decoders.image_random_crop(
         encoded,
         device=_decoder(engine),
-        random_area=(0.08, 1.0),
-        random_aspect_ratio=(3 / 4, 4 / 3),
-        num_attempts=10,
+        **RANDOM_REGION,
         adjust_orientation=False,
         use_fast_idct=config.use_fast_idct,
         hw_decoder_load=config.hw_decoder_load,
@@ -187,8 +206,22 @@ def _random_resized(encoded: DataNode, config: DataConfig, engine: Engine) -> Da
     return resize(decode_crop(encoded, config, engine), config.image_size, "stretch", config)
 
 
+def _random_resized_of(image: DataNode, config: DataConfig) -> DataNode:
+    return fn.random_resized_crop(
+        image,
+        size=(config.image_size, config.image_size),
+        interp_type=INTERPOLATIONS[config.interpolation],
+        antialias=config.antialias,
+        **RANDOM_REGION,
+    )
+
+
 def _pad_crop(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
-    image = resize(decode(encoded, config, engine), config.image_size, "stretch", config)
+    return _pad_crop_of(decode(encoded, config, engine), config)
+
+
+def _pad_crop_of(image: DataNode, config: DataConfig) -> DataNode:
+    image = resize(image, config.image_size, "stretch", config)
     steps = [float(step) for step in range(-PADDING, PADDING + 1)]
     return fn.slice(
         image,
@@ -219,8 +252,10 @@ def _whole(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
     return resize(decode(encoded, config, engine), config.image_size, "stretch", config)
 
 
-# By DataConfig.crop: the weak view, and what evaluation crops the center of.
+# By DataConfig.crop: a random crop, that of a decoded image, and what evaluation crops the center
+# of.
 TRAIN_CROPS = {"random_resized": _random_resized, "pad_crop": _pad_crop}
+CROPS = {"random_resized": _random_resized_of, "pad_crop": _pad_crop_of}
 EVAL_CROPS = {"random_resized": _shorter_side, "pad_crop": _whole}
 INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 

@@ -15,8 +15,9 @@ GRAPH = 2  # increase it when a DALI graph changes: positions saved before are t
 MADE_WITH = "made_with"
 CODE = ("graph", "operations")  # keys that a version of the code decides, not a setting
 SETTINGS = (
-    "image_size", "crop", "interpolation", "antialias", "use_fast_idct", "flip", "policy",
-    "num_ops", "magnitude", "translate", "cutout", "final_cutout", "shuffle_buffer",
+    "image_size", "crop", "strong_crop", "labeled_view", "interpolation", "antialias",
+    "use_fast_idct", "flip", "policy", "num_ops", "magnitude", "translate",
+    "cutout", "final_cutout", "shuffle_buffer",
 )  # fmt: skip
 # Keys of the ranks that a position is for: on another number of ranks it cannot be continued.
 RANKS = ("rank", "world", "labeled", "unlabeled", "began")
@@ -24,6 +25,7 @@ RANKS = ("rank", "world", "labeled", "unlabeled", "began")
 EARLIER: Identity = {
     "data.interpolation": "bicubic", "data.antialias": True, "data.use_fast_idct": False,
     "operations": "2d1c266d8ed08b87", "began": 0,
+    "data.strong_crop": "shared", "data.labeled_view": "weak",
 }  # fmt: skip
 
 

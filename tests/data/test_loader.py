@@ -133,18 +133,21 @@ def test_on_other_ranks_a_new_pass_begins(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "world", "crop"),
+    ("policy", "world", "crop", "strong_crop"),
     [
-        ("mpl", 1, "random_resized"),
-        ("mpl", 2, "pad_crop"),
-        pytest.param("dali", 2, "random_resized", marks=pytest.mark.slow),
+        ("mpl", 1, "random_resized", "shared"),
+        ("mpl", 2, "pad_crop", "own"),
+        pytest.param("dali", 2, "random_resized", "own", marks=pytest.mark.slow),
     ],
 )
-def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: str) -> None:
+def test_resume_is_bitwise(
+    manifest: Manifest, policy: str, world: int, crop: str, strong_crop: str
+) -> None:
     """20 labeled and 50 unlabeled records: stops fall before, within and after epochs' ends. What
     was resumed can be resumed."""
     config = DataConfig(
-        image_size=16, crop=crop, policy=policy, translate=4, cutout=4, final_cutout=2  # type: ignore[arg-type]
+        image_size=16, crop=crop, strong_crop=strong_crop, policy=policy, # type: ignore[arg-type]
+        translate=4, cutout=4, final_cutout=2,
     )  # fmt: skip
     rank = world - 1
     whole = train_loader(manifest, config, rank=rank, world=world)
@@ -166,6 +169,8 @@ def test_resume_is_bitwise(manifest: Manifest, policy: str, world: int, crop: st
         ("world", PLAIN, {"world": 2}),
         ("data.image_size", replace(PLAIN, image_size=17), {}),
         ("data.crop", replace(PLAIN, crop="random_resized"), {}),
+        ("data.strong_crop", replace(PLAIN, strong_crop="own"), {}),
+        ("data.labeled_view", replace(PLAIN, labeled_view="strong"), {}),
         ("data.interpolation", replace(PLAIN, interpolation="bilinear"), {}),
         ("data.antialias", replace(PLAIN, antialias=False), {}),
         ("data.use_fast_idct", replace(PLAIN, use_fast_idct=True), {}),
@@ -189,11 +194,13 @@ def test_a_state_of_another_run_is_refused(
 def test_a_state_with_the_names_of_older_versions_is_read(
     manifest: Manifest, started: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Options had other names, and neither how images are resized nor the table of operations was
-    kept."""
+    """Options had other names, and neither how images are resized, nor which crop and view they
+    have, nor the table of operations was kept."""
     state, following = started
     made_with = json.loads(state["made_with"])
     for name, value in (
+        ("strong_crop", "shared"),
+        ("labeled_view", "weak"),
         ("interpolation", "bicubic"),
         ("antialias", True),
         ("use_fast_idct", False),

@@ -109,10 +109,20 @@ def test_views_flip_each_for_itself(ramps: Manifest) -> None:
         assert 0.15 < ((flips[0] == one) & (flips[1] == other)).mean() < 0.35
 
 
-def test_imagenet_crop_is_the_published_one(ramps: Manifest) -> None:
+def test_views_share_their_crop(ramps: Manifest) -> None:
+    assert_views_share_their_crop(*views(ramps, replace(RAW, flip=False), batches=100))
+
+
+@pytest.mark.parametrize(("strong_crop", "number"), [("shared", 0), ("own", 0), ("own", 1)])
+def test_imagenet_crop_is_the_published_one(
+    strong_crop: Literal["shared", "own"], number: int, ramps: Manifest
+) -> None:
     """Area 8 to 100 %, aspect 3/4 to 4/3, anywhere; read off the ramp's ends in each crop."""
-    first, second = views(ramps, replace(RAW, flip=False), batches=100)
-    assert_views_share_their_crop(first, second)
+    config = replace(RAW, flip=False, num_ops=0, strong_crop=strong_crop)
+    pair = views(ramps, config, batches=100)
+    equal = (pair[0] == pair[1]).all(axis=(1, 2, 3)).mean()
+    assert equal == 1 if strong_crop == "shared" else equal < 0.02
+    first = pair[number]
     rows, columns = first[:, :, 16, 0].astype(float), first[:, 16, :, 1].astype(float)
     # 32 samples at the middles of 32 strips span 31/32 of the crop.
     heights, widths = (np.ptp(line, axis=1) / 255 * 32 / 31 for line in (rows, columns))
@@ -140,6 +150,31 @@ def test_cifar_crop_pads_4_gray_pixels(small: tuple[Manifest, Pixels]) -> None:
     images = evaluated(manifest, replace(RAW, crop="pad_crop"))
     assert images.shape == (4, 32, 32, 3)
     assert (images == noise).all()
+
+
+def test_strong_views_have_cifar_crops_of_their_own(small: tuple[Manifest, Pixels]) -> None:
+    """The places of both are independent: all 81 of each, and as often the same as by chance."""
+    manifest, noise = small
+    padded = np.pad(noise, ((4, 4), (4, 4), (0, 0)), constant_values=128)
+    windows = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+    config = replace(RAW, crop="pad_crop", flip=False, num_ops=0, strong_crop="own")
+    pairs = zip(*views(manifest, config, batches=300), strict=True)
+    weak, strong = np.array([[windows[v.tobytes()] for v in pair] for pair in pairs]).swapaxes(0, 1)
+    for places in (weak, strong):
+        assert len({*map(tuple, places)}) == 81
+    for axis in (0, 1):
+        assert abs((weak[:, axis] == strong[:, axis]).mean() - 1 / 9) < 0.04
+
+
+@pytest.mark.parametrize("labeled_view", ["weak", "strong"])
+def test_labeled_images_can_have_the_strong_view(
+    labeled_view: Literal["weak", "strong"], small: tuple[Manifest, Pixels]
+) -> None:
+    """Which a cutout of everything makes gray."""
+    config = replace(RAW, image_size=32, crop="pad_crop", num_ops=0, final_cutout=40)
+    loader = train_loader(small[0], replace(config, labeled_view=labeled_view), unlabeled=4)
+    gray = gray_levels(next(loader).labeled) == 128
+    assert gray.all() == (labeled_view == "strong")
 
 
 def by_pillow(
@@ -290,7 +325,12 @@ def test_gray_images_become_three_channels(tmp_path: Path) -> None:
 def training_graph(manifest: Manifest, config: DataConfig, gpu: int | None) -> Pipeline:
     engine = Engine(batch=2, gpu=gpu, threads=1, shard=0, shards=1)
     return pipeline_def(_train_graph, enable_conditionals=True)(
-        config, manifest.splits["unlabeled"], engine, True, batch_size=2, device_id=gpu
+        config,
+        manifest.splits["unlabeled"],
+        engine,
+        ("weak", "strong"),
+        batch_size=2,
+        device_id=gpu,
     )
 
 
@@ -312,6 +352,8 @@ def test_graphs(ramps: Manifest) -> None:
             names += sorted(f"{o.name}({', '.join(i.name for i in o.inputs)})" for o in operators)
         if gpu is not None:
             assert_images_stay_on_the_gpu(outputs, operators)
+            outputs = training_graph(ramps, replace(config, strong_crop="own"), gpu)._graph_out
+            assert_images_stay_on_the_gpu(outputs, operators_behind(outputs))
     assert GRAPH == 2
     assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:12] == "159e974aa26f"
 

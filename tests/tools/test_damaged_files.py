@@ -121,7 +121,7 @@ def test_a_damaged_file_is_one_line_or_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(demo, "_run", lambda *_: None)
-    monkeypatch.setattr(ablation, "_train", lambda *_: "")
+    monkeypatch.setattr(ablation, "_train", lambda *_: ("", 0))
     monkeypatch.setattr(process, "TRAIN", tmp_path / "train.py")
     try:
         use(tmp_path, DAMAGED[kind])

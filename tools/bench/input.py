@@ -282,7 +282,9 @@ def streamed(name: str, task: Task, setting: Setting) -> Variant:
     def build() -> Pipeline:
         if task in STAGES:
             return stage_pipeline(task, config, split, engine)
-        return train_pipeline(config, split, engine, strong=task == "both")
+        return train_pipeline(
+            config, split, engine, ("weak", "strong") if task == "both" else ("weak",)
+        )
 
     batches = partial(Stream, build, split, device, dtype)
     return Variant(name, task, batches, config.prefetch, False)
