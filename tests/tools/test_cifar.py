@@ -16,11 +16,14 @@ from mpl_fast.config.command_line import parse
 from mpl_fast.errors import ConfigError, DataError
 from tests.tiny_run import ROOT, write_digits
 from tests.tools.test_ablation import Here
-from tools.studies import cifar
-from tools.studies.ablation import run
+from tools.studies.ablation import run as ablation_run
 from tools.studies.ablation.plan import Job
 from tools.studies.ablation.run import Result
-from tools.studies.cifar import BY_NAME, FULL, ROWS, Cell, Row, Study, key_of, main, table
+from tools.studies.cifar import plan, run
+from tools.studies.cifar.__main__ import main
+from tools.studies.cifar.plan import BY_NAME, FULL, ROWS, Cell, Row, key_of
+from tools.studies.cifar.report import table
+from tools.studies.cifar.run import Study
 
 TINY = (
     "labeled_batch=4", "unlabeled_batch=8", "eval_batch=50", "data.image_size=16",
@@ -56,12 +59,14 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Arguments of a study of digits, whose runs take a step or two in this process."""
     write_digits(tmp_path / "images")
     (tmp_path / "images" / "val").rename(tmp_path / "images" / "test")
-    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=Here, PIPE=None, STDOUT=None))
-    monkeypatch.setattr(cifar, "ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr(cifar, "ROWS", ROWS_HERE)
-    monkeypatch.setattr(cifar, "BY_NAME", {row.name: row for row in ROWS_HERE})
+    monkeypatch.setattr(
+        ablation_run, "subprocess", SimpleNamespace(Popen=Here, PIPE=None, STDOUT=None)
+    )
+    monkeypatch.setattr(run, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(plan, "ROWS", ROWS_HERE)
+    monkeypatch.setattr(plan, "BY_NAME", {row.name: row for row in ROWS_HERE})
     one = Study(tmp_path, tmp_path).flops_of_step(ROWS_HERE[1])
-    monkeypatch.setattr(cifar, "FULL", 4 * one)
+    monkeypatch.setattr(plan, "FULL", 4 * one)
     names = [row.name for row in ROWS_HERE]
     where = ["--src", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--labels", "20"]
     return [*where, "--only", *names, "--compute", "1/2", "--draws", "0", "1"]
@@ -143,7 +148,7 @@ def test_a_run_that_is_stopped_ends_the_study(
     def stopped(job: Job, *_: object) -> Result:
         return Result(job, None, "ended with exit code 75", stopped=True)
 
-    monkeypatch.setattr(cifar, "run", stopped)
+    monkeypatch.setattr(run, "run", stopped)
     with pytest.raises(SystemExit, match="interrupted; the same command continues"):
         main(study)
     assert not (tmp_path / "out" / "cifar.json").exists()
@@ -183,8 +188,8 @@ def test_no_source(tmp_path: Path) -> None:
 
 def test_the_table_pairs_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {name: Row(name, "fast_mpl", against="a") for name in "ab"}
-    monkeypatch.setattr(cifar, "ROWS", tuple(rows.values()))
-    monkeypatch.setattr(cifar, "BY_NAME", rows)
+    monkeypatch.setattr(plan, "ROWS", tuple(rows.values()))
+    monkeypatch.setattr(plan, "BY_NAME", rows)
     results = [
         key_of(Cell(rows[row], Fraction(1, 4), 4000, draw))
         | {"top1": top1, "flops": 7, "train_seconds": 9.0}
