@@ -10,7 +10,7 @@ from mpl_fast.config.command_line import parse
 from mpl_fast.errors import ConfigError, run_command
 
 DESCRIPTION = """Writes a PNG of real images from REC, one a row: the original, the weak view, and
-several draws of the strong view of the same crop. The views are those of a recipe (--config) or the
+several draws of the strong view. The views are those of a recipe (--config) or the
 defaults; --data.magnitude 5 and the other --data.* options of train.py change them."""
 
 
