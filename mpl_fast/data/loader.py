@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mpl_fast.batch import Batch, image_buffer
 from mpl_fast.config import DataConfig
 from mpl_fast.data.manifest import Manifest, Split
-from mpl_fast.data.pipelines import Engine, Views, eval_pipeline, train_pipeline
+from mpl_fast.data.pipelines import Engine, View, eval_pipeline, train_pipeline
 from mpl_fast.data.position import (
     began_of,
     check_other_ranks,
@@ -83,7 +83,9 @@ class TrainLoader:
             )
             split = _split(manifest, name)
             _check_batch(name, batch, world, split)
-            views: Views = ("weak", "strong") if name == "unlabeled" else (config.labeled_view,)
+            views: Sequence[View] = (config.labeled_view,)
+            if name == "unlabeled":
+                views = ("weak", "strong")
             return Stream(
                 lambda: train_pipeline(config, split, engine, views), split, device, dtype
             )

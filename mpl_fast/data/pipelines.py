@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Views = Sequence[Literal["weak", "strong"]]
+View = Literal["weak", "strong"]
 
 READER = "reader"
 PADDING = 4  # pixels, of pad_crop
@@ -68,7 +68,9 @@ class Engine:
         }
 
 
-def train_pipeline(config: DataConfig, split: Split, engine: Engine, views: Views) -> Pipeline:
+def train_pipeline(
+    config: DataConfig, split: Split, engine: Engine, views: Sequence[View]
+) -> Pipeline:
     """Builds an endless shuffled pipeline that returns the views, then the label.
 
     Views are (batch, image_size, image_size, 3) normalized, labels (batch, 1) int64. Raises
@@ -120,7 +122,7 @@ def encoded_pipeline(
 
 
 def _train_graph(
-    config: DataConfig, split: Split, engine: Engine, views: Views
+    config: DataConfig, split: Split, engine: Engine, views: Sequence[View]
 ) -> tuple[DataNode, ...]:
     encoded, label = read_shuffled(config, split, engine)
     crops = random_crops(encoded, config, engine, len(views))
