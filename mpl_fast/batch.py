@@ -18,10 +18,10 @@ class Batch(NamedTuple):
     the fields has no other meaning.
     """
 
-    labeled: Tensor  # (L, 3, H, W) float, normalized, crop and flip
+    labeled: Tensor  # (L, 3, H, W) float, crop and flip, or data.labeled_view strong
     labels: Tensor  # (L,) int64
     weak: Tensor  # (U, 3, H, W) crop and flip
-    strong: Tensor  # (U, 3, H, W) the same crop, its own flip, RandAugment
+    strong: Tensor  # (U, 3, H, W) weak's crop or its own, its own flip, RandAugment
     truth: Tensor  # (U,) int64, labels that unlabeled images have, or -1: for metrics only
 
 

@@ -38,11 +38,13 @@ class DataConfig:
     crop: Literal["random_resized", "pad_crop"] = "random_resized"
     """Crop of both views: random resized crop, or padding by 4 pixels and a random crop."""
     strong_crop: Literal["shared", "own"] = "shared"
-    """Whether the strong view has the weak view's crop, as in Google's codes of FixMatch and MPL,
-    or one of its own, as in EMAN, CoMatch and SimMatch. own decodes whole images, where crop
-    random_resized of a shared one decodes the cropped part."""
+    """shared: the strong view has the weak view's crop, as in FixMatch's code for ImageNet. own:
+    each view has a crop of its own, as in FixMatch's code for CIFAR, EMAN, CoMatch and SimMatch.
+    With crop random_resized, own decodes the whole image, shared only the cropped part, which is
+    cheaper."""
     labeled_view: Literal["weak", "strong"] = "weak"
-    """View of the labeled images; strong: RandAugment and final cutout for them too."""
+    """View of the labeled images, in every recipe, also where they give MPL's feedback. weak: crop
+    and flip. strong: RandAugment and final cutout too, which pays in long runs with few labels."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter of resizing: bicubic as published, or bilinear, which is half the work on a CPU."""
     antialias: bool = True

@@ -183,7 +183,7 @@ def random_crops(
     for all: (image_size, image_size, 3) uint8."""
     if config.strong_crop == "own" and views > 1:
         image = decode(encoded, config, engine)
-        return [CROPS[config.crop](image, config) for _ in range(views)]
+        return [DECODED_CROPS[config.crop](image, config) for _ in range(views)]
     return [random_crop(encoded, config, engine)] * views
 
 
@@ -257,7 +257,7 @@ def _whole(encoded: DataNode, config: DataConfig, engine: Engine) -> DataNode:
 # By DataConfig.crop: a random crop, that of a decoded image, and what evaluation crops the center
 # of.
 TRAIN_CROPS = {"random_resized": _random_resized, "pad_crop": _pad_crop}
-CROPS = {"random_resized": _random_resized_of, "pad_crop": _pad_crop_of}
+DECODED_CROPS = {"random_resized": _random_resized_of, "pad_crop": _pad_crop_of}
 EVAL_CROPS = {"random_resized": _shorter_side, "pad_crop": _whole}
 INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 

@@ -96,7 +96,8 @@ def _print_disk_space(
 def _warnings(config: RunConfig, algorithm: Algorithm) -> Iterator[str]:
     """About options that do not fit together, or the length of the run."""
     learners = algorithm.learners
-    if config.unlabeled_images and (warning := gray_views(config.data)):
+    strong = config.unlabeled_images or config.data.labeled_view == "strong"
+    if strong and (warning := gray_views(config.data)):
         yield warning
     for what, delay in delays(algorithm).items():
         if delay >= config.steps:

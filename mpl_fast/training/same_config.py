@@ -38,15 +38,20 @@ def check_same_config(file: Path, config: RunConfig) -> None:
         return
     if not file.exists():
         return
+    if changes := changes_since(file, config):
+        shown = first_few(changes, 5)
+        raise ConfigError(f"{file.parent} holds another run: {shown}; use another --run-dir")
+
+
+def changes_since(file: Path, config: RunConfig) -> list[str]:
+    """Options in which `config` differs from the config.yaml of a run, as phrases, without
+    `FREE_OPTIONS` and a start around the run directory. Raises `ConfigError` if it is damaged."""
     old, new = _old_and_new(file, config)
     start = new.get("algorithm.start")
     around = {"algorithm.start"} if start and Path(start) == Path(config.run_dir).parent else set()
     free = FREE_OPTIONS | around
     keys = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
-    if keys:
-        changes = (f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys)
-        shown = first_few(changes, 5)
-        raise ConfigError(f"{file.parent} holds another run: {shown}; use another --run-dir")
+    return [f"{k} was {_shown(old, k)} and is {_shown(new, k)}" for k in keys]
 
 
 def _check_none_lost(file: Path, folder: Path, config: RunConfig) -> None:

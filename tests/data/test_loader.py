@@ -352,10 +352,19 @@ def test_a_gpu_decodes_jpeg_as_the_cpu_does(tiny_rec: Path, where: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
-@pytest.mark.parametrize("policy", ["mpl", "dali"])
-def test_training_on_cuda(manifest: Manifest, where: str, policy: str) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"policy": "mpl"},
+        {"policy": "dali"},
+        {"strong_crop": "own"},
+        {"strong_crop": "own", "crop": "random_resized"},
+    ],
+    ids=str,
+)
+def test_training_on_cuda(manifest: Manifest, where: str, more: dict[str, Any]) -> None:
     """DALI on either processor yields CUDA tensors, which stay as they are, and resumes bitwise."""
-    config = replace(PLAIN, device=where, policy=policy)  # type: ignore[arg-type]
+    config = replace(PLAIN, device=where, **more)  # type: ignore[arg-type]
     device = torch.device("cuda", 0)
     loader = partial(train_loader, manifest, config, device=device, dtype=torch.bfloat16)
     whole = loader()

@@ -1,4 +1,4 @@
-"""The graphs: both views share a crop, each has its own flip, every crop is the published one."""
+"""The graphs: views share a crop or have one each, and a flip each; crops are as published."""
 
 import hashlib
 import io

@@ -3,7 +3,8 @@
 import warnings
 from collections import Counter
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Any, cast, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mpl_fast.config.command_line import parse
 from mpl_fast.data import pipelines, randaugment
 from mpl_fast.data.grouped import BY_CODE, CODES, MATRICES
 from mpl_fast.data.operations import Apply, Draws, Operation
+from mpl_fast.training.introduction import _warnings
 from tests.data.operations_by_pillow import CIFAR, Pixels, by_code, photographs, strong_views
 from tests.tiny_run import ROOT
 
@@ -29,7 +31,8 @@ MPL = pytest.mark.parametrize("policy", ["mpl", "mpl_branched"])
 def test_every_choice_has_a_function() -> None:
     hints = get_type_hints(DataConfig)
     assert set(randaugment.POLICIES) == set(get_args(hints["policy"]))
-    assert set(pipelines.TRAIN_CROPS) == set(pipelines.EVAL_CROPS) == set(get_args(hints["crop"]))
+    assert set(pipelines.TRAIN_CROPS) == set(get_args(hints["crop"]))
+    assert set(pipelines.DECODED_CROPS) == set(pipelines.EVAL_CROPS) == set(pipelines.TRAIN_CROPS)
     assert set(pipelines.INTERPOLATIONS) == set(get_args(hints["interpolation"]))
 
 
@@ -204,8 +207,19 @@ def test_operations_that_leave_nothing_are_a_warning(config: DataConfig, found: 
     assert warning.startswith(f"{begin}{config.image_size}; lower") if found else warning == ""
 
 
+@pytest.mark.parametrize(("labeled_view", "warned"), [("weak", False), ("strong", True)])
+def test_strong_views_of_labeled_images_are_warned_of(labeled_view: str, warned: bool) -> None:
+    given = ["--recipe", "supervised", "--data.root", "REC", "--run-dir", "RUN"]
+    given += ["--data.image-size", "32", "--data.labeled-view", labeled_view]
+    given += ["--model.pretrained", "timm"]  # no warnings about the network
+    algorithm = cast(Any, SimpleNamespace(learners={}))
+    found = [text[:28] for text in _warnings(parse(given), algorithm)]
+    assert found == (["strong views can be all gray"] if warned else [])
+
+
 def test_no_shipped_config_leaves_nothing() -> None:
     for file in (ROOT / "configs").glob("*.yaml"):
         given = ["--config", str(file), "--data.root", "REC", "--run-dir", "RUN"]
         config = parse(given, for_training=False)
-        assert config.algorithm.labeled_only or not randaugment.gray_views(config.data), file
+        weak_only = config.algorithm.labeled_only and config.data.labeled_view == "weak"
+        assert weak_only or not randaugment.gray_views(config.data), file

@@ -1,6 +1,7 @@
 """The study of CIFAR-10: equal FLOPs, label draws, resuming, tables; and its configs."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 
 from mpl_fast.config import RunConfig
-from mpl_fast.config.command_line import parse
+from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError, DataError
 from tests.tiny_run import ROOT, write_digits
 from tests.tools.test_ablation import Here
+from tests.tools.test_damaged_files import SOUND
 from tools.studies.ablation import run as ablation_run
 from tools.studies.ablation.plan import Job
 from tools.studies.ablation.run import Result
@@ -219,6 +221,29 @@ def test_every_row_has_a_config_of_as_many_flops(row: Row) -> None:
         whole = Study(ROOT, ROOT).flops_of_step(row) * config.steps
         expected = FULL / 6 if row.name == "supervised" else FULL
         assert whole == pytest.approx(expected, rel=0.02)
+
+
+def test_runs_side_by_side_divide_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was trained with other threads has ended all the same, also one of a version
+    without some options."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(Study, "pack", lambda self, cell: tmp_path)
+    cell = Cell(BY_NAME["mpl"], Fraction(1, 8), 4000, 0)
+    alone, beside = (Study(tmp_path, tmp_path, jobs).job(cell) for jobs in (1, 4))
+    assert (alone.config.data.threads, beside.config.data.threads) == (6, 1)
+    alone.folder.mkdir(parents=True)
+    (alone.folder / "summary.json").write_text(json.dumps(SOUND | {"steps": alone.config.steps}))
+    text = as_yaml(alone.config)
+    (alone.folder / "config.yaml").write_text(text)
+    assert alone.complete and beside.complete
+    earlier = text.replace("  strong_crop: shared\n", "").replace("  labeled_view: weak\n", "")
+    assert len(earlier) < len(text)
+    (alone.folder / "config.yaml").write_text(earlier)
+    assert beside.complete
+    (alone.folder / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    assert not beside.complete
 
 
 def test_schedules_are_scaled_with_the_steps(

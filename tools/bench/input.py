@@ -246,12 +246,14 @@ def peers(setting: Setting) -> list[Variant]:
 
 def ours(setting: Setting) -> list[Variant]:
     """Each stage with those before it: whole images decoded, or the crop alone, which is then
-    resized, and normalized as the weak view; and that with the strong view of each policy."""
+    resized, and normalized as the weak view; and that with the strong view of each policy,
+    and with one that has a crop of its own."""
     found = [streamed("dali", task, setting) for task in (*STAGES, "weak")]
     for policy in POLICIES:
         own = setting._replace(config=replace(setting.config, policy=policy))
         found.append(streamed(f"dali-{policy}", "both", own))
-    return found
+    own = setting._replace(config=replace(setting.config, strong_crop="own"))
+    return [*found, streamed("dali-mpl, own crops", "both", own)]
 
 
 def swept(setting: Setting) -> list[Variant]:

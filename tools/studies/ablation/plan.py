@@ -12,7 +12,6 @@ from mpl_fast.config import RECIPES, RunConfig
 from mpl_fast.config.command_line import as_yaml, parse
 from mpl_fast.errors import ConfigError
 from mpl_fast.training.curves import read_summary
-from mpl_fast.untrusted import yaml_object
 
 Json = dict[str, Any]
 
@@ -57,13 +56,13 @@ class Job:
     @property
     def complete(self) -> bool:
         """Whether its folder holds this very run to its end."""
-        wanted = yaml.safe_load(as_yaml(self.config))
-        summary, config = read_summary(self.folder), yaml_object(self.folder / "config.yaml")
+        from mpl_fast.training.same_config import changes_since  # imports PyTorch
+
         try:
-            same = _result_keys(config) == _result_keys(wanted)
-            return same and bool(summary["steps"] == config["steps"])
-        except (KeyError, TypeError, AttributeError):
+            changes = changes_since(self.folder / "config.yaml", self.config)
+        except ConfigError:
             return False  # train.py reports what is wrong, or resumes
+        return not changes and read_summary(self.folder).get("steps") == self.config.steps
 
 
 def jobs(
@@ -138,9 +137,3 @@ def _carried_over(algorithm: Json, recipe: str) -> Json:
         settings["teacher"] = settings["student"] = algorithm["learner"]
     names = [field.name for field in dataclasses.fields(RECIPES[recipe])]
     return {name: settings[name] for name in names if name in settings}
-
-
-def _result_keys(tree: Json) -> Json:
-    """What a result depends on: not on how paths are spelled."""
-    data = {k: v for k, v in tree["data"].items() if k != "root"}
-    return {k: v for k, v in tree.items() if k != "run_dir"} | {"data": data}

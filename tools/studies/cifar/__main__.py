@@ -71,7 +71,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=command.at_least(1),
         default=1,
         metavar="N",
-        help="runs side by side, each with its share of the cores for PyTorch (%(default)s)",
+        help="runs side by side, each with its share of the cores (%(default)s)",
     )
     return parser.parse_args(arguments)
 
