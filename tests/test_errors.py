@@ -62,6 +62,7 @@ def test_ctrl_c_is_an_exit_code(
         "-m tools.bench",
         "-m tools.studies",
         "-m tools.studies.ablation --help",
+        "-m tools.studies.cifar --help",
         "-m tools.studies.feedbacks --help",
         "-m tools.studies.two_moons --help",
     ],
@@ -166,6 +167,7 @@ COMMANDS = {
     "tools/first_gpu/__main__.py": ["--rec"],
     "tools/studies/__main__.py": [],
     "tools/studies/ablation/__main__.py": ["--out", "x", "--config", "x", "--rec"],
+    "tools/studies/cifar/__main__.py": ["--out", "x", "--src"],
     "tools/studies/feedbacks/__main__.py": ["--out", "x"],
     "tools/studies/two_moons/__main__.py": ["--out", "x"],
 }

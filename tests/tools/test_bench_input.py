@@ -48,6 +48,7 @@ def test_smoke_measures_every_variant_once(tmp_path: Path) -> None:
         "resize: dali",
         "weak: dali",
         *(f"both: dali-{policy}" for policy in ("mpl", "mpl_branched", "dali")),
+        "both: dali-mpl, own crops",
     }
     assert all(row["n"] == 1 and row["median"] > 0 for row in result["rows"])
     assert not any(row["target"] for row in result["rows"])
