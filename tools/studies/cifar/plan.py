@@ -31,6 +31,7 @@ _NETWORK = ("algorithm.targets=network", "algorithm.bn_batches=split")
 _HARD = ("algorithm.labels=argmax", "algorithm.temperature=1")
 ROWS = (
     Row("supervised", "fast_supervised"),
+    Row("supervised_weak", "fast_supervised", ("data.labeled_view=weak",), against="supervised"),
     Row("uda", "fast_uda"),
     Row("fixmatch", "fast_fixmatch"),
     Row("best", "fast_best", against="fixmatch"),
