@@ -78,7 +78,7 @@ def from_timm(name: str, options: dict[str, Any]) -> nn.Module:
             f"model.pretrained: timm's weights for {name!r} could not be had "
             f"({reason(error)}); without internet, download model.safetensors from "
             f"https://huggingface.co/timm/{published.architecture}.{published.tag} elsewhere and "
-            "give --model.pretrained FILE"
+            "give --model.pretrained FILE, or --model.pretrained '' for random weights"
         ) from error
     return network
 

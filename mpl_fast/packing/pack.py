@@ -219,10 +219,15 @@ def _require_usable(folder: OutFolder, remarks: Iterable[Remark], how: ImageOpti
         convert = "--on-bad convert" + ("" if how.check == "decode" else " --check decode")
         if folder.finished():  # their options would be others
             convert += " --force, which packs finished shards again"
+        skip = "--on-bad skip, which keeps every finished shard"
+        if how.on_bad == "convert" and folder.finished():
+            skip = (
+                "--on-bad skip --force, which also leaves out what could be converted, and packs "
+                "finished shards again"
+            )
         or_convert = f", or make JPEGs of what can be decoded of them with {convert}"
         raise DataError(
             f"{counted(len(every), 'image')} cannot be used, nothing was published: "
             f"{listed}; repair or remove them, or leave them out with "
-            "--on-bad skip, which keeps every finished shard"
-            f"{or_convert if convertible else ''}"
+            f"{skip}{or_convert if convertible else ''}"
         )

@@ -110,7 +110,11 @@ def runs_in(folder: Path) -> list[Path]:
     inside = sorted(file.parent for file in folder.glob("*/config.yaml"))
     found = _phases(folder) or [run for one in inside for run in _phases(one)]
     if not found:
-        raise DataError(f"{folder} has no config.yaml: name run directories, or a folder of them")
+        deeper = sorted({str(file.parent.parent) for file in folder.glob("*/*/config.yaml")})
+        such = f", such as {deeper[0]}" if deeper else ""
+        raise DataError(
+            f"{folder} has no config.yaml: name run directories, or a folder of them{such}"
+        )
     return found
 
 

@@ -118,6 +118,22 @@ def test_the_advice_to_convert_can_be_followed(tmp_path: Path) -> None:
     assert len(read_split(tmp_path / "out", "train")) == 3
 
 
+def test_the_advice_to_skip_after_a_conversion_can_be_followed(tmp_path: Path) -> None:
+    """Where one image can be converted and another cannot."""
+    gif = UNUSABLE["gif"][0]
+    files = {f"ant/{number}.jpg": jpeg(number) for number in range(40)}
+    tree = make_tree(
+        tmp_path / "in", files | {"bee/3": gif, "bee/4.jpg": jpeg(4)[:200], "bee/5.jpg": jpeg(5)}
+    )
+    how = ("--src", tree, "--labeled", "all", "--shards", 2, "--out", tmp_path / "out")
+    refuse(*how, status=4)
+    line = refuse(*how, "--on-bad", "convert", "--force", status=4)
+    assert "bee/4.jpg" in line and "bee/3:" not in line
+    assert "leave them out with --on-bad skip --force, which also leaves out what could" in line
+    run("pack", *how, "--on-bad", "skip", "--force")
+    assert len(read_split(tmp_path / "out", "train")) == 41
+
+
 def test_training_reads_every_kind(tmp_path: Path) -> None:
     kinds = {f"ant/{number}.jpg": image for number, image in enumerate(USABLE.values())}
     tree = make_tree(tmp_path / "in", kinds | {"bee/a.jpg": jpeg(1)})

@@ -114,14 +114,16 @@ def test_a_study_trains_what_is_missing(
     assert sorted(rows) == ["finetuned", "fixmatch", "fixmatch"]
 
     # A result is kept: of another machine, too, whose runs are not here.
-    kept = [found for found in runs if (found["row"], found["draw"]) != ("supervised", 1)]
+    lost = next(r for r in runs if (r["row"], r["draw"]) == ("supervised", 1))
+    stale = lost | {"settings": ["of an earlier version"]}
+    kept = [stale, *(found for found in runs if found is not lost)]
     (out / "cifar.json").write_text(json.dumps({"runs": kept}))
     assert main(study) == 0
     second = capsys.readouterr().out
     assert "5 of 6 runs have ended already" in second and "[1/1] supervised" in second
-    assert sorted(json.loads((out / "cifar.json").read_text())["runs"], key=str) == sorted(
-        runs, key=str
-    )
+    assert "not used: results of other settings of supervised\n" in second
+    final = json.loads((out / "cifar.json").read_text())["runs"]
+    assert sorted(final, key=str) == sorted([stale, *runs], key=str)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"runs": [', '{"runs": null}', '{"runs": [{"row": "a"}]}'])

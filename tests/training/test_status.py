@@ -98,7 +98,12 @@ def test_the_table(tmp_path: Path) -> None:
         ["h foreign", "uda", "30/100", "123", "50.00 %", "unknown"],
     ]
     none = run_here(lambda: run_command("status", main), [str(tmp_path / "e old" / "checkpoints")])
-    assert none.returncode == 4 and "has no config.yaml: name run directories" in none.stderr
+    assert none.returncode == 4
+    assert none.stderr.endswith("has no config.yaml: name run directories, or a folder of them\n")
+    (tmp_path / "above" / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "above" / "runs" / "run" / "config.yaml").touch()
+    above = run_here(lambda: run_command("status", main), [str(tmp_path / "above")])
+    assert above.stderr.endswith(f"or a folder of them, such as {tmp_path / 'above' / 'runs'}\n")
 
 
 def test_a_run_and_the_one_that_follows_it(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[0, 1, 2],
         help="draws of the labels, each with the seed of its number (0 1 2)",
     )
-    add("--labels", type=command.at_least(10), default=4000, metavar="N", help="(%(default)s)")
+    labels = "labeled images (%(default)s)"
+    add("--labels", type=command.at_least(10), default=4000, metavar="N", help=labels)
     add(
         "--jobs",
         type=command.at_least(1),
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         starts = {cell for cell in map(start_of, missing) if cell and not study.job(cell).complete}
         waiting = [cell for cell in cells if cell in missing or cell in starts]
         print(f"{len(cells) - len(waiting)} of {len(cells)} runs have ended already", flush=True)
+        if other := sorted({cell.row.name for cell in missing if study.of_other_settings(cell)}):
+            print(f"not used: results of other settings of {', '.join(other)}", flush=True)
         try:
             failed = train_all(study, waiting)
         except KeyboardInterrupt:

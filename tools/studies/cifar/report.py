@@ -12,8 +12,8 @@ from tools.studies.cifar.plan import Cell, Json, Row, key_of
 
 ABOUT_TABLE = """Top-1 (%) of the test images at the end of training, by the averaged weights, after
 a share of 2.5e15 FLOPs: mean ± standard deviation over draws of the labels (their number). In
-brackets: the difference to another row, mean ± standard error over pairs of one draw. An empty cell
-has not been run: `python -m tools.studies.cifar --src SRC --out DIR --only ROW --compute SHARE`
+brackets: the difference to another row, mean ± standard error over pairs of one draw. To fill an
+empty cell: `python -m tools.studies.cifar --src SRC --out DIR --only ROW --compute SHARE`
 (mpl_finetuned: `--only mpl mpl_finetuned`; other numbers of labels: `--labels N`)."""
 
 

@@ -103,6 +103,11 @@ class Study:
         wanted = key_of(cell)
         return next((r for r in self.results if wanted.items() <= r.items()), None)
 
+    def of_other_settings(self, cell: Cell) -> bool:
+        """Whether there is a result of the cell, of a time when its row had another config."""
+        same = {key: key_of(cell)[key] for key in ("row", "share", "labels", "draw")}
+        return any(same.items() <= r.items() for r in self.results)
+
     def add(self, cell: Cell, job: Job, summary: Json) -> None:
         """Keeps the result of a run that has ended."""
         from mpl_fast.training.environment import environment
